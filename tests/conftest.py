@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures every test may use: real data and weights where they are, a GPU where there is one, threads kept few."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    slow = pytest.mark.skip(reason="slow: run with --run-slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(slow)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real course data (`MINBERT_FAST_DATA`, else ../shared/data beside the checkout)."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MINBERT_FAST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (set MINBERT_FAST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A folder with real MiniLM-L6 weights in the Hugging Face layout (`MINBERT_FAST_MINILM`)."""
+    folder = os.environ.get("MINBERT_FAST_MINILM")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("no real weights: set MINBERT_FAST_MINILM to a MiniLM-L6 folder")
+    return Path(folder)
