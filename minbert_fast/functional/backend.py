@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one module that decides which implementation of an op runs, with the one override that tests use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+from torch import Tensor
+
+Implementation = Literal["triton", "native", "torch"]
+
+_forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton can be imported (it is a Linux package)."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def implementation(tensor: Tensor) -> Implementation:
+    """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if tensor.device.type == "cpu":
+        return "native"
+    if tensor.device.type == "cuda" and triton_available():
+        return "triton"
+    return "torch"
+
+
+@contextmanager
+def force(choice: Implementation) -> Iterator[None]:
+    """Runs every op inside the block by one implementation (tests: the interpreter on CPU tensors, the reference)."""
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
