@@ -12,6 +12,7 @@ asks the device a question.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,7 +65,7 @@ class PackedBatch:
         For the reference path and for comparisons; asks the device for values, so not for the fast path.
         """
         offsets = self.cu_seqlens.tolist()
-        lengths = [end - begin for begin, end in zip(offsets[:-1], offsets[1:], strict=True)][: self.num_sentences]
+        lengths = [end - begin for begin, end in itertools.pairwise(offsets)][: self.num_sentences]
         width = max(lengths, default=0)
         ids = torch.full((len(lengths), width), pad_token_id, dtype=torch.int64, device=self.tokens.device)
         mask = torch.zeros_like(ids)

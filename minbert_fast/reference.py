@@ -10,6 +10,7 @@ Shapes: N tokens, B sentences, S positions, T tasks, H hidden, h heads, d = H / 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,7 @@ def attention(
     rows, _, heads, width = qkv.shape
     out = qkv.new_zeros(rows, heads * width)
     lse = qkv.new_zeros(heads, rows)
-    for sentence, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for sentence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
         if begin == end:
             continue
         q, k, v = (t.transpose(0, 1) for t in qkv[begin:end].unbind(1))  # each [h, s, d]
@@ -98,7 +99,7 @@ def embedding(
 
 def segment_gradients(dy: Tensor, x: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Per-task gradients of y = x W^T + b: J[t] = dy[rows of t]^T x[rows of t] [T, O, I], and row sums [T, O]."""
-    segments = list(zip(bounds[:-1], bounds[1:], strict=True))
+    segments = list(itertools.pairwise(bounds))
     weight = torch.stack([dy[begin:end].T @ x[begin:end] for begin, end in segments])
     bias = torch.stack([dy[begin:end].sum(0) for begin, end in segments])
     return weight, bias
