@@ -127,7 +127,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW and its schedule: the learning rate warms up linearly over `warmup` of the steps, then follows `schedule`."""
+    """AdamW and its schedule: the rate warms up linearly over `warmup` of the steps, then follows `schedule`."""
 
     lr: float = 2e-5
     head_lr: float | None = None  # None: lr
