@@ -148,5 +148,5 @@ class BertModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` as `transformers.AutoModel` loads them; the round trip is exact."""
+        """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit."""
         weights.write(Path(directory), self.config, self.state_dict())
