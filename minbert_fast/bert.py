@@ -120,6 +120,23 @@ class BertModel(nn.Module):
             hidden = layer(hidden, run, run.attend(rows))
         return rows.rectangle(hidden, length)
 
+    def one_pass_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
+
+        All of the encoder but the word embedding (its gradient is row-sparse) and the pooler (a head in all but name).
+        Query, key and value stand together, so that they are one matrix.
+        """
+        modules = [self.pos_embedding, self.tk_type_embedding, self.embed_layer_norm]
+        parameters = [p for module in modules for p in module.parameters()]
+        for layer in self.bert_layers:
+            attend = layer.self_attention
+            qkv = (attend.query, attend.key, attend.value)
+            parameters += [m.weight for m in qkv] + [m.bias for m in qkv]
+            for module in (layer.attention_dense, layer.attention_layer_norm, layer.interm_dense, layer.out_dense):
+                parameters += module.parameters()
+            parameters += layer.out_layer_norm.parameters()
+        return parameters
+
     # ---- Weights -------------------------------------------------------------------------------------------------
 
     @classmethod

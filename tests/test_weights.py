@@ -73,7 +73,7 @@ def test_reads_a_course_checkpoint(model: BertModel, tmp_path: Path) -> None:
         "args": argparse.Namespace(lr=1e-5, use_gpu=False),
         "model_config": SimpleNamespace(hidden_size=16, data_dir="."),
         "system_rng": random.getstate(),
-        "numpy_rng": np.random.get_state(),  # noqa: NPY002
+        "numpy_rng": np.random.get_state(),
         "torch_rng": torch.random.get_rng_state(),
     }
     torch.save(info, tmp_path / "finetune-10-1e-05-multitask.pt")
