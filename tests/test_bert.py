@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drop-in encoder against transformers and against itself: padded, packed, saved, loaded, compiled, course style."""
+"""The drop-in encoder against transformers and against itself: padded, packed, truncated, cast, in course code."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_autocast_computes_in_bf16_and_stays_close(small: BertModel) -> None:
 
 
 def test_sts_behaviour_of_real_weights(minilm: Path, shared_data: Path) -> None:
-    """Mean-pooled MiniLM embeddings rank the STS dev pairs as published models of this kind do (Spearman 0.8 and up)."""
+    """Mean-pooled MiniLM embeddings rank the STS dev pairs as published models of this kind do."""
     from scipy.stats import spearmanr
 
     from minbert_fast.data import Tokenizer, read_table

@@ -2,7 +2,7 @@
 """One training step, two ways: the one-pass step, and the naive one that it is measured against.
 
     OnePassStep     packed batch -> one forward -> heads -> one backward, J [T, P] -> G = J Jt -> w -> combine + AdamW
-    ReferenceStep   padded batches, eager, one backward a task, the classic loop over flattened gradients, AdamW a tensor
+    ReferenceStep   padded batches, eager, one backward a task, the classic loop over flat gradients, AdamW a tensor
 
 Both draw dropout and task orders from (seed, step) or from a saved generator, and both return the same `StepResult`,
 whose tensors stay on the device until somebody logs them.
@@ -81,7 +81,7 @@ class Trainable:
 
 
 def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
-    """Sorts the model's parameters for one stage: `recipe.model.freeze`, `requires_grad` and the stage's tasks decide."""
+    """Sorts the model's parameters for a stage: `recipe.model.freeze`, `requires_grad`, the stage's tasks decide."""
     options, encoder = recipe.optimizer, model.encoder
     names = {id(p): n for n, p in model.named_parameters()}
     users = [{id(p) for p in model.head_parameters([task])} for task in recipe.tasks]
