@@ -15,7 +15,7 @@ optimizer in the same pass; in fp32 the two are one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,7 +91,7 @@ class FlatParameters:
         self,
         shared: Sequence[Entry],
         words: Entry | None,
-        heads: dict[str, Sequence[Entry]],
+        heads: Mapping[str, Sequence[Entry]],
         frozen: Sequence[Entry],
         dtype: torch.dtype,
     ) -> None:

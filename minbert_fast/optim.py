@@ -112,6 +112,7 @@ class FlatAdamW:
         self.scalars = torch.zeros(len(flat.runs), 4, device=device)
         self.scalars[:, 2] = 1.0
         self._factors = torch.tensor([options.lr * run.lr_factor for run in flat.runs])
+        self._counted: dict[frozenset[str], Tensor] = {}
         self._row_slot = torch.empty(0, dtype=torch.int32, device=device)
         if flat.words is not None:
             self._row_slot = torch.empty(flat.words.shape[0] + 1, dtype=torch.int32, device=device)
@@ -129,11 +130,16 @@ class FlatAdamW:
 
     def advance(self, labels: Iterable[str], skip: Tensor) -> None:
         """Counts a step for the runs of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
-        taking = set(labels)
-        counts = torch.tensor([float(run.label in taking) for run in self.flat.runs])
         skipped = skip.to(self.scalars.dtype)
-        self.scalars[:, 1] += counts.to(self.scalars.device, non_blocking=True) * (1.0 - skipped)
+        self.scalars[:, 1] += self._counts(frozenset(labels)) * (1.0 - skipped)
         self.scalars[:, 3] = skipped
+
+    def _counts(self, labels: frozenset[str]) -> Tensor:
+        """1 for each run of `labels`, else 0; made once a set of labels, so that a captured graph copies nothing."""
+        if labels not in self._counted:
+            taking = [float(run.label in labels) for run in self.flat.runs]
+            self._counted[labels] = torch.tensor(taking, device=self.scalars.device)
+        return self._counted[labels]
 
     def step_shared(self, gradients: TaskGradients, w: Tensor) -> None:
         """Updates the shared region with the combination w [T] of J [T, shared]."""

@@ -199,7 +199,8 @@ class OnePassStep:
         """Fills J, the word rows and the heads' gradients; returns the losses [T]."""
         packed = batch.packed
         apart = self.gradients.tasks > 1
-        bounds = packed.task_tokens if apart else packed.task_tokens[[0, -1]]
+        # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
+        bounds = packed.task_tokens if apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
         run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
         self.head_gradient.zero_()
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
