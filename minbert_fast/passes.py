@@ -34,9 +34,14 @@ Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
 class Rows(Protocol):
     """Token rows: indices [N] each, and attention among them."""
 
-    tokens: Tensor
-    positions: Tensor
-    types: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def types(self) -> Tensor: ...
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
