@@ -271,17 +271,17 @@ class OnePass(_Dropout):
         site = self.site()
         return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
 
-    def _weight(self, parameter: nn.Parameter) -> Tensor:
+    def _weight(self, parameter: Tensor) -> Tensor:
         return self.flat.view(self.flat.compute, parameter)
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients.owns(parameter) else None
 
-    def _together(self, parameters: list[nn.Parameter]) -> bool:
+    def _together(self, parameters: list[Tensor]) -> bool:
         owned = {self.gradients.owns(p) for p in parameters}
         return len(owned) == 1 and self.flat.adjacent(parameters)
 
-    def _stacked_gradient(self, parameters: list[nn.Parameter]) -> Tensor | None:
+    def _stacked_gradient(self, parameters: list[Tensor]) -> Tensor | None:
         return self.flat.stacked(self.gradients.J, parameters) if self.gradients.owns(parameters[0]) else None
 
 

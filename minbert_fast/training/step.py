@@ -130,9 +130,13 @@ def _depth(name: str, layers: int) -> int:
     return 0 if "pooler_dense" in parts else layers
 
 
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**62
+
+
 def _reseed(seed: int, step: int) -> None:
     """Sets torch's generators for one step, so that a resumed run draws what an uninterrupted one would."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+    torch.manual_seed(_step_seed(seed, step))
 
 
 # ---- The one-pass step -----------------------------------------------------------------------------------------
@@ -171,14 +175,18 @@ class OnePassStep:
                 p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        return self.compute(batch, self.prepare(batch, lr_scale))
+
+    def prepare(self, batch: MultitaskBatch, lr_scale: float) -> Tensor | None:
+        """The host's part of a step: seeds, learning rates, and the tasks' orders, which it returns."""
         _reseed(self.recipe.training.seed, self.steps)
-        self.seed.fill_(self.recipe.training.seed * 1_000_003 + self.steps)
+        self.seed.fill_(_step_seed(self.recipe.training.seed, self.steps))
         self.steps += 1
         self.optimizer.schedule(lr_scale)
-        return self._compute(batch, self.surgery.orders(len(batch.tasks)))
+        return self.surgery.orders(len(batch.tasks))
 
-    def _compute(self, batch: MultitaskBatch, orders: Tensor | None) -> StepResult:
-        """All of the step that runs on the device; asks it nothing, so that it can be captured as a graph."""
+    def compute(self, batch: MultitaskBatch, orders: Tensor | None) -> StepResult:
+        """The device's part: asks it nothing and copies nothing to it, so that it can be captured as a graph."""
         self.model.train()
         losses = self._backward(batch)
         gram = self._gram(batch)
