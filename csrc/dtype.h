@@ -9,7 +9,7 @@
 
 #include "isa.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -84,17 +84,7 @@ inline float16 from_float<float16>(float x) {
 template <class T>
 inline void to_floats(const T* src, float* dst, int64_t n) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2) {
-    for (; i + 16 <= n; i += 16) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
-      if constexpr (std::is_same_v<T, float16>)
-        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(bits));
-      else
-        _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
-    }
-  }
-#elif defined(__F16C__)
+#if defined(__F16C__)
   if constexpr (std::is_same_v<T, float16>)
     for (; i + 8 <= n; i += 8)
       _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));

@@ -11,7 +11,6 @@
 #include "isa.h"
 
 namespace minbert {
-namespace MINBERT_ISA {
 
 // The columns [begin, end) of each chunk of [0, total).
 struct Chunks {
@@ -27,6 +26,8 @@ struct Chunks {
   int64_t begin(int64_t chunk) const { return chunk * size; }
   int64_t end(int64_t chunk) const { return (chunk + 1) * size < total ? (chunk + 1) * size : total; }
 };
+
+namespace MINBERT_ISA {
 
 // body(chunk) for every chunk in [0, count), on at most `threads` threads. `body` must not throw.
 template <class Body>
