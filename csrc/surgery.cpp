@@ -38,7 +38,7 @@ void combine(const Matrix& j, const float* w, float* out, int threads) { call_co
 
 void adamw(const Matrix& j, const float* w, const Parameters& p, const AdamWOptions& o, const float* scalars,
            int threads) {
-  const AdamWCoefficients a(o, scalars);
+  const AdamWCoefficients a = adamw_coefficients(o, scalars);
   if (!a.skip) call_adamw_dense(j, w, p, a, threads);
 }
 
@@ -46,7 +46,7 @@ void adamw_rows(const Matrix& j, const float* w, const int32_t* row_slot, int64_
                 const AdamWOptions& o, const float* scalars, int threads) {
   if (p.count == 0) return;
   check_range(row_slot, p.count / width, -1, j.columns / width, "row_slot");
-  const AdamWCoefficients a(o, scalars);
+  const AdamWCoefficients a = adamw_coefficients(o, scalars);
   if (!a.skip) call_adamw_sparse(j, w, row_slot, width, p, a, threads);
 }
 
@@ -63,7 +63,9 @@ void pcgrad_weights(const float* gram, const int32_t* order, int tasks, bool mea
 
 void clip_scale(const float* gram, const float* w, int tasks, const float* extra, float max_norm, float* scalars,
                 float* norm) {
-  write_clip_scale(gram, w, tasks, extra, max_norm, scalars, norm);
+  double square = extra ? *extra : 0;
+  for (int task = 0; task < tasks; ++task) square += combined_square_part(gram, w, tasks, task);
+  write_clip_scale(square, max_norm, scalars, norm);
 }
 
 }  // namespace minbert

@@ -46,24 +46,6 @@ struct AdamWCoefficients {
   float scale, beta1, beta2, rest1, rest2, eps, rate, root, before, after;
   bool skip;
 
-  MINBERT_HD AdamWCoefficients(const AdamWOptions& o, const float* scalars) {
-    const double lr = scalars[kLearningRate], step = scalars[kStep];
-    const double correction1 = o.correct_bias ? 1 - pow(o.beta1, step) : 1;
-    const double correction2 = o.correct_bias ? sqrt(1 - pow(o.beta2, step)) : 1;
-    const double decay = 1 - lr * o.weight_decay;
-    scale = scalars[kGradientScale];
-    beta1 = static_cast<float>(o.beta1);
-    beta2 = static_cast<float>(o.beta2);
-    rest1 = static_cast<float>(1 - o.beta1);
-    rest2 = static_cast<float>(1 - o.beta2);
-    eps = static_cast<float>(o.eps);
-    rate = static_cast<float>(o.torch_style ? lr / correction1 : lr * correction2 / correction1);
-    root = static_cast<float>(o.torch_style ? 1 / correction2 : 1);
-    before = static_cast<float>(o.torch_style ? decay : 1);
-    after = static_cast<float>(o.torch_style ? 1 : decay);
-    skip = scalars[kSkip] != 0;
-  }
-
   MINBERT_HD void update(float gradient, float& p, float& m, float& v) const {
     const float g = scale * gradient;
     m = beta1 * m + rest1 * g;
@@ -71,6 +53,26 @@ struct AdamWCoefficients {
     p = after * (before * p - rate * m / (root * sqrtf(v) + eps));
   }
 };
+
+MINBERT_HD inline AdamWCoefficients adamw_coefficients(const AdamWOptions& o, const float* scalars) {
+  const double lr = scalars[kLearningRate], step = scalars[kStep];
+  const double correction1 = o.correct_bias ? 1 - pow(o.beta1, step) : 1;
+  const double correction2 = o.correct_bias ? sqrt(1 - pow(o.beta2, step)) : 1;
+  const double decay = 1 - lr * o.weight_decay;
+  AdamWCoefficients c;
+  c.scale = scalars[kGradientScale];
+  c.beta1 = static_cast<float>(o.beta1);
+  c.beta2 = static_cast<float>(o.beta2);
+  c.rest1 = static_cast<float>(1 - o.beta1);
+  c.rest2 = static_cast<float>(1 - o.beta2);
+  c.eps = static_cast<float>(o.eps);
+  c.rate = static_cast<float>(o.torch_style ? lr / correction1 : lr * correction2 / correction1);
+  c.root = static_cast<float>(o.torch_style ? 1 / correction2 : 1);
+  c.before = static_cast<float>(o.torch_style ? decay : 1);
+  c.after = static_cast<float>(o.torch_style ? 1 : decay);
+  c.skip = scalars[kSkip] != 0;
+  return c;
+}
 
 // On the CPU. `threads` bounds the threads used; no result depends on it.
 void gram(const Matrix& j, float* out, bool accumulate, int threads);
@@ -92,7 +94,7 @@ struct Queue {
   void* stream;  // cudaStream_t
 };
 
-int64_t gram_workspace(int64_t tasks, int64_t columns);  // floats that gram needs
+int64_t gram_workspace(int device, int64_t tasks, int64_t columns);  // floats that gram needs
 void gram(const Queue& q, const Matrix& j, float* workspace, float* out, bool accumulate);
 void combine(const Queue& q, const Matrix& j, const float* w, float* out);
 void adamw(const Queue& q, const Matrix& j, const float* w, const Parameters& p, const AdamWOptions& o,

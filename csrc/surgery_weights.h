@@ -34,19 +34,19 @@ MINBERT_HD inline void pcgrad_project(const float* gram, const int32_t* order, i
   }
 }
 
-// |w J|^2 = w G w. Rows of weight zero take no part, whatever they hold.
-MINBERT_HD inline double combined_square(const float* gram, const float* w, int tasks) {
-  double square = 0;
-  for (int i = 0; i < tasks; ++i)
+// Task i's part w_i (G w)_i of |w J|^2 = w G w. Rows of weight zero take no part, whatever they hold.
+MINBERT_HD inline double combined_square_part(const float* gram, const float* w, int tasks, int i) {
+  double part = 0;
+  if (w[i] != 0)
     for (int k = 0; k < tasks; ++k)
-      if (w[i] != 0 && w[k] != 0) square += static_cast<double>(w[i]) * w[k] * gram[i * tasks + k];
-  return square < 0 ? 0 : square;  // rounding; NaN stays
+      if (w[k] != 0) part += static_cast<double>(w[i]) * w[k] * gram[i * tasks + k];
+  return part;
 }
 
-// Writes the gradient scale that bounds the norm, and whether to skip the step, into `scalars`; the norm into `norm`.
-MINBERT_HD inline void write_clip_scale(const float* gram, const float* w, int tasks, const float* extra,
-                                        float max_norm, float* scalars, float* norm) {
-  const double length = sqrt(combined_square(gram, w, tasks) + (extra ? *extra : 0));
+// From a gradient's squared norm: the norm, the scale that brings it down to max_norm (0: no bound), and whether to skip
+// the step because the norm is not finite.
+MINBERT_HD inline void write_clip_scale(double square, float max_norm, float* scalars, float* norm) {
+  const double length = sqrt(square < 0 ? 0 : square);  // rounding may leave a small negative number; NaN stays
   const double scale = max_norm / (length + 1e-6);
   const bool finite = length - length == 0;
   *norm = static_cast<float>(length);
