@@ -19,8 +19,9 @@ Parameters parameters(Address p, Address m, Address v, Address copy, int64_t cou
   return {pointer<float>(p), pointer<float>(m), pointer<float>(v), pointer<bfloat16>(copy), count};
 }
 
-AdamWOptions options(double beta1, double beta2, double eps, double weight_decay, bool correct_bias, bool torch_style) {
-  return {beta1, beta2, eps, weight_decay, correct_bias, torch_style};
+AdamWOptions options(double lr_factor, double beta1, double beta2, double eps, double weight_decay, bool correct_bias,
+                     bool torch_style) {
+  return {lr_factor, beta1, beta2, eps, weight_decay, correct_bias, torch_style};
 }
 
 void bind_cpu(py::module_& m) {

@@ -31,7 +31,7 @@ struct Parameters {
 };
 
 struct AdamWOptions {
-  double beta1, beta2, eps, weight_decay;
+  double lr_factor, beta1, beta2, eps, weight_decay;
   bool correct_bias;
   bool torch_style;  // torch.optim.AdamW: decay first, eps after the bias correction. Else the course's AdamW
 };
@@ -55,7 +55,7 @@ struct AdamWCoefficients {
 };
 
 MINBERT_HD inline AdamWCoefficients adamw_coefficients(const AdamWOptions& o, const float* scalars) {
-  const double lr = scalars[kLearningRate], step = scalars[kStep];
+  const double lr = scalars[kLearningRate] * o.lr_factor, step = scalars[kStep];
   const double correction1 = o.correct_bias ? 1 - pow(o.beta1, step) : 1;
   const double correction2 = o.correct_bias ? sqrt(1 - pow(o.beta2, step)) : 1;
   const double decay = 1 - lr * o.weight_decay;

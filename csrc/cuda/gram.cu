@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kSmallTasks = 8;
 
+// Many sums need more registers than four resident blocks leave a thread.
+__host__ __device__ constexpr int blocks_per_processor(int tasks) { return tasks <= 4 ? kBlocksPerProcessor : 2; }
+
 __host__ __device__ constexpr int pair_count(int tasks) { return tasks * (tasks + 1) / 2; }
 
 // Adds sums [N] over the block and writes them to partial [N].
@@ -35,9 +38,9 @@ __device__ void write_block_sums(float (&sums)[N], float* partial) {
 
 // partials [blocks, T (T + 1) / 2]
 template <class E, int T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
     gram_small(const E* j, int64_t stride, int64_t columns, float* partials) {
-  constexpr int kStep = T <= 4 ? 16 / sizeof(E) : 4;  // columns a thread takes at a time
+  constexpr int kStep = T <= 3 ? 16 / sizeof(E) : 4;  // columns a thread takes at a time
   float sums[pair_count(T)] = {};
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kStep;
   for (int64_t column = first; column < columns; column += int64_t{gridDim.x} * kThreads * kStep) {
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 // T is the number of tasks rounded up to 16, 32 or 64. Threads form (T/4)^2 tiles in kGroups groups, and a group takes
 // every kGroups-th column. Sums move to double every 1,024 columns.
 template <class E, int T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
     gram_large(const E* j, int tasks, int64_t stride, int64_t columns, float* partials) {
   constexpr int kColumns = 64, kTiles = T / 4, kGroups = kThreads / (kTiles * kTiles), kFlush = 1024 / kColumns;
   constexpr int kStep = 16 / sizeof(E), kSteps = kColumns / kStep;
@@ -150,7 +153,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int first_stage_blocks(int device, int64_t tasks, int64_t columns) {
-  return grid_size(device, tasks <= kSmallTasks ? columns / 4 : columns * 4);
+  const int64_t work = tasks <= kSmallTasks ? columns / 4 : columns * 4;
+  return grid_size(device, work, blocks_per_processor(static_cast<int>(tasks)));
 }
 
 template <class E, bool kAligned>

@@ -13,7 +13,7 @@ namespace minbert {
 namespace cuda {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerProcessor = 4;  // resident at once, as __launch_bounds__ promises; the grid is one wave of them
+constexpr int kBlocksPerProcessor = 4;  // resident at once (unless a kernel needs more registers); a grid is one wave
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -43,10 +43,10 @@ class OnDevice {
 inline cudaStream_t stream(const Queue& q) { return static_cast<cudaStream_t>(q.stream); }
 
 // Blocks for `work` threads' worth of work: enough, and at most one wave of the device.
-inline int grid_size(int device, int64_t work) {
+inline int grid_size(int device, int64_t work, int blocks_per_processor = kBlocksPerProcessor) {
   int processors = 0;
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  const int64_t wanted = (work + kThreads - 1) / kThreads, wave = int64_t{processors} * kBlocksPerProcessor;
+  const int64_t wanted = (work + kThreads - 1) / kThreads, wave = int64_t{processors} * blocks_per_processor;
   return static_cast<int>(wanted < 1 ? 1 : wanted < wave ? wanted : wave);
 }
 
