@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every launcher asks of the device and of its arguments."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 for a CPU, where the interpreter runs (few programs, yet more than one)."""
+    if device.type != "cuda":
+        return 4
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def check_probability(p: float, seed: Tensor | None) -> None:
+    """Raises ValueError unless p is a dropout probability in [0, 1) and there is a seed to draw from where p > 0."""
+    if not (math.isfinite(p) and 0.0 <= p < 1.0):
+        raise ValueError(f"dropout probability must be in [0, 1), not {p}")
+    if p > 0.0 and seed is None:
+        raise ValueError("dropout needs a seed: an int64 tensor of one element on the activations' device")
