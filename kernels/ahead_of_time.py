@@ -4,8 +4,8 @@
     python -m minbert_fast.kernels.ahead_of_time [--target sm_90 ...] [--only attention ...] [--json FILE]
 
 Prints registers a thread, spilled bytes, shared memory and matrix instructions of each kernel; exits with status 1 if
-one fails to compile, spills registers, or needs more shared memory than the chip gives a block. What is compiled are the
-launchers' own calls (see launches.py): here, launching a kernel means compiling it by Triton's own `warmup`.
+one fails to compile, spills registers, or needs more shared memory than the chip gives a block. What is compiled are
+the launchers' own calls (see launches.py): here, launching a kernel means compiling it by Triton's own `warmup`.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def reference(
 
     Results are the formula's outputs ("output 0", ...), then, when there are cotangents (one an output, None for an
     output that is not differentiated), the gradient of every floating-point input ("d<name>"). Floating-point tensors
-    among `constants` (a dropout mask) are rounded to the first input's dtype, in both runs, and get no gradient. `rows` as in `Expected`.
+    among `constants` (a dropout mask) are rounded to the first input's dtype, in both runs, and get no gradient.
+    `rows` as in `Expected`.
     """
 
     floating = [n for n, t in inputs.items() if t.is_floating_point()]
@@ -122,8 +123,10 @@ def reference(
             return t.to(dtype) if dtype and t.is_floating_point() else t
 
         leaves = {n: convert(t).detach().clone().requires_grad_(n in floating) for n, t in inputs.items()}
-        fixed = {n: _map_tensors(c, lambda t: convert(t.to(own)) if t.is_floating_point() else t)
-                 for n, c in constants.items()}
+        fixed = {
+            n: _map_tensors(c, lambda t: convert(t.to(own)) if t.is_floating_point() else t)
+            for n, c in constants.items()
+        }
         outputs = formula(**leaves, **fixed)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         results = [o.detach() for o in outputs]
