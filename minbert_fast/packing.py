@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,11 +50,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()})
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
+        return replace(self, **moved)
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked host memory, from which copies to a GPU run beside its work."""
-        return replace(self, **{n: t.pin_memory() for n, t in self.tensors().items()})
+        pinned: dict[str, Any] = {n: t.pin_memory() for n, t in self.tensors().items()}
+        return replace(self, **pinned)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""

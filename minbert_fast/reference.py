@@ -5,7 +5,8 @@ This is the ground truth of the tests (call it with fp64 tensors) and the honest
 course project has, neither slowed down nor tuned. Dropout masks are arguments here (`keep`, already scaled by
 1 / (1 - p)), so that a test can hand in the very mask that a kernel drew.
 
-Shapes: N tokens, B sentences, S positions, T tasks, H hidden, h heads, d = H / h, F intermediate, V words, P parameters.
+Shapes: N tokens, B sentences, S positions, T tasks, H hidden, h heads, d = H / h, F intermediate, V words, P
+parameters.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +217,7 @@ def pcgrad_backward(
 # ---- The naive encoder: padded, eager ------------------------------------------------------------------------------
 
 
-def encoder(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def encoder(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The encoder of a `minbert_fast.BertModel` as a course project computes it: padded, additive mask, eager.
 
     input_ids, attention_mask [B, S] -> last hidden state [B, S, H]. Dropout is active where `model.training` is.
@@ -223,7 +225,7 @@ def encoder(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tens
     config = model.config
     heads, length = config.num_attention_heads, input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device)[None]
-    hidden = model.word_embedding(input_ids) + model.pos_embedding(positions)
+    hidden: Tensor = model.word_embedding(input_ids) + model.pos_embedding(positions)
     hidden = hidden + model.tk_type_embedding(torch.zeros_like(input_ids))
     hidden = F.dropout(model.embed_layer_norm(hidden), config.hidden_dropout_prob, model.training)
     extended = (1.0 - attention_mask[:, None, None, :].to(hidden.dtype)) * -10000.0

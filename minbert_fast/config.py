@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model looks like and what a training run does: frozen dataclasses, checked when they are made.
+
+`BertConfig` mirrors a Hugging Face `config.json`. `Recipe` is one experiment as data: sections `model`, `data`,
+`tasks`, `optimizer`, `surgery`, `training`, `checkpoint`, `logging`, and optional `stages` (each a partial recipe laid
+over the whole, run one after the other). A TOML file may start from another (`extends = "name-or-file"`), and any
+value can be set from the command line (`section.key=value`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from minbert_fast.schema import ConfigError, build, merge, plain, to_toml
+
+Pooling = Literal["mean", "cls", "max", "pooler"]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The encoder's shape, with the field names of a Hugging Face `config.json`. Raises ConfigError when impossible."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+            _check(0 < getattr(self, name) < 2**31, f"{name} = {getattr(self, name)}: expected a positive size")
+        _check(0 < self.max_position_embeddings <= 2**20, f"max_position_embeddings = {self.max_position_embeddings}")
+        _check(0 <= self.num_hidden_layers <= 1000, f"num_hidden_layers = {self.num_hidden_layers}: expected 0 to 1000")
+        _check(self.type_vocab_size >= 1, f"type_vocab_size = {self.type_vocab_size}: expected at least 1")
+        _check(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size = {self.hidden_size} is no multiple of num_attention_heads = {self.num_attention_heads}",
+        )
+        _check(self.layer_norm_eps > 0, f"layer_norm_eps = {self.layer_norm_eps}: expected a positive number")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            _check(0.0 <= getattr(self, name) < 1.0, f"{name} = {getattr(self, name)}: expected 0 <= p < 1")
+        _check(self.initializer_range >= 0, f"initializer_range = {self.initializer_range}: expected 0 or more")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str) -> BertConfig:
+        """From a Hugging Face configuration: unknown keys are ignored, but another architecture is refused."""
+        fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+        for key, expected in fixed.items():
+            if values.get(key, expected) not in (expected, None):
+                raise ConfigError(f"{where}: {key} = {values[key]!r}: expected {expected!r}")
+        known = {key: values[key] for key in cls.__dataclass_fields__ if values.get(key) is not None}
+        return build(cls, known, where)
+
+    @classmethod
+    def from_file(cls, path: Path) -> BertConfig:
+        """From a `config.json`; raises ConfigError naming the file, the key and what was expected."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object")
+        return cls.from_mapping(values, str(path))
+
+    def to_json(self) -> str:
+        """A `config.json` that transformers' AutoModel understands."""
+        stock = {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+        }
+        return json.dumps(stock | plain(self), indent=2, sort_keys=True) + "\n"
+
+
+# ---- Recipes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The encoder: which weights, how sentences are pooled, what is dropped. Empty name: the embedded tiny model."""
+
+    name: str = ""
+    pooling: Pooling = "mean"
+    dropout: float | None = None  # hidden and attention dropout; None keeps the model's own configuration
+    freeze: bool = False  # course's `--option pretrain`: heads only
+
+    def __post_init__(self) -> None:
+        _check(self.dropout is None or 0 <= self.dropout < 1, f"dropout = {self.dropout}: expected 0 <= p < 1")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where examples come from and in what order. Empty directory: the embedded sample data."""
+
+    directory: str = ""
+    cache: str = ""  # token cache directory; empty: the user's cache directory
+    scheme: Literal["cycle", "each-once", "sequential"] = "cycle"
+    max_length: int = 128
+    max_bad_rows: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check(self.max_length >= 2, f"max_length = {self.max_length}: expected at least 2 tokens")
+        _check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW and its schedule: the rate warms up linearly over `warmup` of the steps, then follows `schedule`."""
+
+    lr: float = 2e-5
+    head_lr: float | None = None  # None: lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    correct_bias: bool = True
+    schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"
+    warmup: float = 0.1  # share of all steps
+    gamma: float = 0.96  # exponential: factor an epoch
+    layer_decay: float = 1.0  # learning rate factor from each layer to the one below it
+    clip: float = 1.0  # gradient norm; 0: no clipping
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr", "eps", "weight_decay", "clip", "gamma", "layer_decay"):
+            value = getattr(self, name)
+            _check(value is None or (math.isfinite(value) and value >= 0), f"{name} = {value}: expected 0 or more")
+        _check(all(0 <= b < 1 for b in self.betas), f"betas = {self.betas}: expected 0 <= beta < 1")
+        _check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class SurgeryOptions:
+    """What happens to the tasks' gradients of the shared encoder before they are added (`none`: nothing)."""
+
+    method: str = "none"
+    reduction: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long, how many, how exact."""
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 32  # examples a task and step; a task's own `batch_size` goes first
+    seed: int = 11711
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    select: str = "score"  # dev metric by which the best model is kept
+    evaluate_every: int = 0  # steps; 0: at the end of each epoch
+    patience: int = 0  # early stopping: evaluations without a better score; 0: never
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0, f"epochs = {self.epochs}: expected 0 or more")
+        _check(self.max_steps is None or self.max_steps >= 0, f"max_steps = {self.max_steps}: expected 0 or more")
+        _check(self.batch_size >= 1, f"batch_size = {self.batch_size}: expected at least 1")
+        _check(0 <= self.seed < 2**63, f"seed = {self.seed}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Resumable checkpoints: one every `every` steps (0: at the end of each epoch), the newest `keep` kept."""
+
+    every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 0, f"every = {self.every}: expected 0 or more")
+        _check(self.keep >= 1, f"keep = {self.keep}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """One line of metrics.jsonl every `every` steps."""
+
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, f"every = {self.every}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment as data.
+
+    `tasks[name]` holds that task's own options (head, loss, batch size, ...); `minbert_fast.tasks` checks them.
+    `stages` are partial recipes, run in order; without any, the recipe is its own single stage.
+    """
+
+    name: str = "default"
+    description: str = ""
+    source: str = ""
+    published: Mapping[str, float] = field(default_factory=dict)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    tasks: Mapping[str, Any] = field(default_factory=lambda: {"sentiment": {}, "paraphrase": {}, "similarity": {}})
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    stages: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(bool(self.tasks), "tasks: expected at least one task")
+        for name, options in self.tasks.items():
+            _check(isinstance(options, Mapping), f"tasks.{name} = {options!r}: expected a table of keys")
+
+    def resolved_stages(self) -> tuple[Recipe, ...]:
+        """One complete recipe a stage, each the whole recipe with the stage's values laid over it.
+
+        A stage that names `tasks` trains just those (their options still fall back on the recipe's own).
+        """
+        if not self.stages:
+            return (self,)
+        base = plain(self)
+        del base["stages"]
+        resolved = []
+        for index, stage in enumerate(self.stages):
+            values = merge(base, stage)
+            if "tasks" in stage:
+                values["tasks"] = {name: merge(base["tasks"].get(name, {}), o) for name, o in stage["tasks"].items()}
+            resolved.append(build(Recipe, values, f"stages[{index}]"))
+        return tuple(resolved)
+
+    def to_toml(self) -> str:
+        """The recipe with every value written out; `Recipe.load` reads it back equal."""
+        return to_toml(plain(self))
+
+    def with_values(self, values: Mapping[str, Any], where: str) -> Recipe:
+        """This recipe with `values` (nested as in the file) laid over it."""
+        return build(Recipe, merge(plain(self), values), where)
+
+    @classmethod
+    def load(cls, name_or_file: str) -> Recipe:
+        """A named recipe of the package, or a TOML file; `extends` is followed. Raises ConfigError."""
+        path = recipe_path(name_or_file)
+        return build(cls, _read_chain(path, ()), str(path))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("minbert_fast") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def recipe_path(name_or_file: str, beside: Path | None = None) -> Path:
+    """The file of a recipe: a path as given (relative to the extending file), or a name that ships with the package."""
+    if name_or_file.endswith(".toml"):
+        return (beside or Path()) / name_or_file
+    if name_or_file in recipe_names():
+        return Path(str(resources.files("minbert_fast") / "recipes" / f"{name_or_file}.toml"))
+    raise ConfigError(f"recipe {name_or_file!r}: no such recipe; known: {', '.join(recipe_names())}, or a .toml file")
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from None
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}.extends = {parent!r}: expected text")
+    inherited = _read_chain(recipe_path(parent, path.parent), (*seen, path.resolve()))
+    for own in ("name", "description", "source", "published"):
+        inherited.pop(own, None)
+    return merge(inherited, values)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`section.key=value` strings as a nested mapping; values read as TOML, bare words as text."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment!r}: expected section.key=value")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        nested: Any = value
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        values = merge(values, nested)
+    return values
