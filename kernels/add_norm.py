@@ -10,20 +10,23 @@ all arithmetic are fp32. Per-task dgamma, dbeta and dbias leave through column_s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .column_sums import Partition, finish, store_partial, task_rows
-from .dropout import keep_scale_quads
-from .launch import check_probability, multiprocessors
+from minbert_fast.kernels.arguments import check_probability, multiprocessors
+from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
+from minbert_fast.kernels.dropout import keep_scale_quads
+from minbert_fast.kernels.launches import Launch
 
 
 @dataclass(frozen=True)
-class Launch:
+class RowTile:
     """Rows a program holds at once and the warps that share them.
 
     A warp covers 256 columns with 16-byte loads of bf16, so a row's sums over columns meet across few warps and the sums
@@ -35,11 +38,11 @@ class Launch:
     num_warps: int
 
     @staticmethod
-    def of(width: int) -> Launch:
+    def of(width: int) -> RowTile:
         if not 1 <= width <= 4096:
             raise ValueError(f"hidden size must be between 1 and 4096, not {width}")
         block = max(64, triton.next_power_of_2(width))
-        return Launch(block, rows=4 if block <= 1024 else 2, num_warps=max(1, block // 256))
+        return RowTile(block, rows=max(1, min(4, 4096 // block)), num_warps=max(1, block // 256))
 
     def programs(self, device: torch.device) -> int:
         """Programs that share a backward: eight warps a multiprocessor."""
@@ -58,7 +61,7 @@ def _branch(x_ptr, bias, offsets, mask, seed, site, row, P: tl.constexpr, BLOCK:
 
 
 @triton.jit(do_not_specialize=["site"])
-def _forward(
+def _add_norm_forward(
     x_ptr,  # [rows, WIDTH]
     bias_ptr,  # [WIDTH]
     residual_ptr,  # [rows, WIDTH]
@@ -98,7 +101,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["site"])
-def _backward(
+def _add_norm_backward(
     dy_ptr,  # [rows, WIDTH]
     x_ptr,  # [rows, WIDTH]
     bias_ptr,  # [WIDTH]
@@ -180,12 +183,12 @@ def add_norm_forward(
     """x, residual [N, H] contiguous; bias, gamma, beta [H] -> y [N, H] and fp32 mean, rstd [N]."""
     check_probability(p, seed)
     rows, width = x.shape
-    launch = Launch.of(width)
+    tile = RowTile.of(width)
     y = torch.empty_like(x)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows:
-        _forward[(triton.cdiv(rows, launch.rows),)](
+        _add_norm_forward[(triton.cdiv(rows, tile.rows),)](
             x,
             bias,
             residual,
@@ -200,9 +203,10 @@ def add_norm_forward(
             eps,
             P=p,
             WIDTH=width,
-            ROWS=launch.rows,
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
         )
     return y, mean, rstd
 
@@ -229,12 +233,12 @@ def add_norm_backward(
     """
     check_probability(p, seed)
     rows, width = x.shape
-    launch = Launch.of(width)
-    partition = Partition.of(rows, launch.rows, launch.programs(x.device))
+    tile = RowTile.of(width)
+    partition = Partition.among(rows, tile.rows, tile.programs(x.device))
     tasks = bounds.numel() - 1
     partials = partition.partials(tasks, 3, width, x.device)
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
-    _backward[(partition.programs,)](
+    _add_norm_backward[(partition.programs,)](
         dy,
         x,
         bias,
@@ -253,9 +257,34 @@ def add_norm_backward(
         partition.rows_per_program,
         P=p,
         WIDTH=width,
-        ROWS=launch.rows,
-        BLOCK=launch.block,
-        num_warps=launch.num_warps,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
     )
     finish(partials, bounds, partition, (dgamma, dbeta, dbias))
     return dx, dresidual
+
+
+def launches() -> Iterator[Launch]:
+    """Every tile of the table, with and without dropout and the narrow-column tail, for the ahead-of-time check."""
+    for dtype, width, p in [
+        (torch.bfloat16, 768, 0.1),
+        (torch.bfloat16, 768, 0.0),
+        (torch.float16, 768, 0.1),
+        (torch.float32, 768, 0.1),
+        *((torch.bfloat16, width, 0.1) for width in (64, 100, 128, 384, 1024, 2048, 4096)),
+        (torch.float32, 4096, 0.1),
+    ]:
+        x = torch.empty(2816, width, dtype=dtype, device="meta")
+        vector = torch.empty(width, dtype=torch.float32, device="meta")
+        rows = torch.empty(2816, dtype=torch.float32, device="meta")
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        bounds = torch.empty(4, dtype=torch.int32, device="meta")
+        out = torch.empty(3, width, dtype=torch.float32, device="meta")
+        label = f"{str(dtype)[6:]} {width} p={p}"
+        yield Launch(
+            f"forward {label}", partial(add_norm_forward, x, vector, x, vector, vector, 1e-12, p, seed, 1)
+        )
+        backward = partial(add_norm_backward, x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, out, out, out)
+        yield Launch(f"backward {label}", backward)

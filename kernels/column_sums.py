@@ -27,10 +27,14 @@ class Partition:
     programs: int
 
     @staticmethod
-    def of(rows: int, tile_rows: int, programs: int) -> Partition:
-        """At most `programs` ranges (at least one), each a multiple of `tile_rows` long."""
-        share = triton.cdiv(max(rows, 1), programs * tile_rows) * tile_rows
-        return Partition(share, triton.cdiv(max(rows, 1), share))
+    def of(rows: int, rows_per_program: int) -> Partition:
+        """As many ranges of `rows_per_program` rows as it takes (at least one)."""
+        return Partition(rows_per_program, max(1, triton.cdiv(rows, rows_per_program)))
+
+    @staticmethod
+    def among(rows: int, tile_rows: int, programs: int) -> Partition:
+        """At most `programs` ranges, each a multiple of `tile_rows` long."""
+        return Partition.of(rows, max(1, triton.cdiv(rows, programs * tile_rows)) * tile_rows)
 
     def partials(self, tasks: int, quantities: int, width: int, device: torch.device) -> Tensor:
         """The uninitialised buffer of partial sums [programs + T - 1, quantities, width], fp32."""
@@ -61,12 +65,12 @@ def store_partial(partials_ptr, slot, quantity: tl.constexpr, values, columns, Q
 
 
 @triton.jit
-def _finish(
+def _finish_column_sums(
     partials_ptr,  # [programs + T - 1, QUANTITIES, WIDTH] fp32
     bounds_ptr,  # [T + 1] int32
-    out0_ptr,  # [T, WIDTH] or None, as the two below
-    out1_ptr,
-    out2_ptr,
+    out0_ptr,  # [T, WIDTH] or None
+    out1_ptr,  # [T, WIDTH] or None
+    out2_ptr,  # [T, QUANTITIES - 2, WIDTH] or None
     stride0,
     stride1,
     stride2,
@@ -99,22 +103,23 @@ def _finish(
             tl.store(out1_ptr + task * stride1 + columns, sums.to(out1_ptr.dtype.element_ty), mask=mask)
     else:
         if out2_ptr is not None:
-            tl.store(out2_ptr + task * stride2 + columns, sums.to(out2_ptr.dtype.element_ty), mask=mask)
+            row = task * stride2 + (quantity - 2) * WIDTH
+            tl.store(out2_ptr + row + columns, sums.to(out2_ptr.dtype.element_ty), mask=mask)
 
 
 def finish(partials: Tensor, bounds: Tensor, partition: Partition, outputs: Sequence[Tensor | None]) -> None:
     """Adds the partial rows of each task into `outputs[quantity]` [T, width] (None: not wanted); empty tasks get zeros.
 
-    Outputs may have any task stride, fp32 or bf16; they are overwritten. At most three quantities.
+    The third output takes all further quantities [T, quantities - 2, width]. Outputs may have any task stride, fp32 or
+    bf16; they are overwritten.
     """
     _, quantities, width = partials.shape
-    assert len(outputs) == quantities <= 3
     if all(out is None for out in outputs):
         return
     padded = [*outputs, None, None][:3]
     strides = [0 if out is None else out.stride(0) for out in padded]
     grid = (triton.cdiv(width, _LAUNCH.columns), bounds.numel() - 1, quantities)
-    _finish[grid](
+    _finish_column_sums[grid](
         partials,
         bounds,
         *padded,
@@ -125,4 +130,5 @@ def finish(partials: Tensor, bounds: Tensor, partition: Partition, outputs: Sequ
         SLOTS=_LAUNCH.slots,
         COLUMNS=_LAUNCH.columns,
         num_warps=_LAUNCH.num_warps,
+        enable_fp_fusion=True,
     )
