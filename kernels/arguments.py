@@ -7,6 +7,7 @@ import functools
 import math
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -16,10 +17,20 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 4 for a CPU, where the interpreter runs (few programs, yet more than one)."""
+    """Multiprocessors of a GPU; an H100's for meta tensors; 4 for a CPU (the interpreter: few, yet more than one)."""
+    if device.type == "meta":
+        return 132
     if device.type != "cuda":
         return 4
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def is_hopper_or_newer(device: torch.device) -> bool:
+    """Whether kernels for `device` compile for an NVIDIA chip of compute capability 9.0 or above."""
+    if device.type == "cpu":
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 def check_probability(p: float, seed: Tensor | None) -> None:
