@@ -36,7 +36,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # [B + 1] first row of each sentence, then the end
     task_tokens: Tensor  # [T + 1] first token row of each task, then the end
     task_sentences: Tensor  # [T + 1] first sentence of each task, then the end
-    word_ids: Tensor  # [U] distinct word ids, ascending (capacity N; entries from num_words on are 0)
+    word_ids: Tensor  # [U] distinct word ids, ascending (capacity N; entries from num_words on are -1)
     word_order: Tensor  # [N] token rows sorted by (word id, row)
     word_offsets: Tensor  # [U + 1] where each distinct word's rows begin in word_order
     max_seqlen: int  # longest sentence, tokens (a bound, pinned under graph replay)
@@ -57,6 +57,11 @@ class PackedBatch:
         """The same batch in page-locked host memory, from which copies to a GPU run beside its work."""
         pinned: dict[str, Any] = {n: t.pin_memory() for n, t in self.tensors().items()}
         return replace(self, **pinned)
+
+    def clone(self) -> PackedBatch:
+        """A copy that shares no memory with this one."""
+        copies: dict[str, Any] = {n: t.clone() for n, t in self.tensors().items()}
+        return replace(self, **copies)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
@@ -97,6 +102,11 @@ class MultitaskBatch:
         """The same batch with its tensors on `device`."""
         labels = {name: label.to(device, non_blocking=non_blocking) for name, label in self.labels.items()}
         return replace(self, packed=self.packed.to(device, non_blocking), labels=labels)
+
+    def clone(self) -> MultitaskBatch:
+        """A copy whose tensors share no memory with this one's."""
+        labels = {name: label.clone() for name, label in self.labels.items()}
+        return replace(self, packed=self.packed.clone(), labels=labels)
 
     def examples(self, name: str) -> int:
         """Number of examples of task `name`."""
@@ -146,7 +156,7 @@ def pack(
     order = np.zeros(capacity, dtype=np.int32)
     order[:num_tokens] = np.argsort(tokens[:num_tokens], kind="stable")
     words, counts = np.unique(tokens[:num_tokens], return_counts=True)
-    word_ids = np.zeros(capacity, dtype=np.int32)
+    word_ids = np.full(capacity, -1, dtype=np.int32)
     word_ids[: len(words)] = words
     word_offsets = np.full(capacity + 1, num_tokens, dtype=np.int32)
     word_offsets[0] = 0

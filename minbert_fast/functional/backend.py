@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]
@@ -46,3 +47,8 @@ def force(choice: Implementation) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def drops_padding(tensor: Tensor) -> bool:
+    """Whether rectangular input is worth packing first: on a CPU yes, but never where shapes must stay static."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

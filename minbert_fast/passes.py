@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass through the encoder: where its weights come from, where their gradients go, and its dropout streams.
+
+`AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by hand, inference).
+`OnePass` uses the flat buffers and writes every parameter gradient apart by task into J. The encoder calls the same
+methods on either. `PackedRows` and `DenseRows` say what rows there are and which of them attend to each other.
+
+Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minbert_fast import functional
+from minbert_fast.config import BertConfig
+from minbert_fast.flat import FlatParameters, TaskGradients
+from minbert_fast.functional import AddNormSink, BiasGeluSink, EmbeddingSink, LinearSink
+from minbert_fast.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from minbert_fast.bert import BertModel
+
+Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
+
+
+class Rows(Protocol):
+    """Token rows: indices [N] each, and attention among them."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def types(self) -> Tensor: ...
+
+    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The rows of a packed batch."""
+
+    batch: PackedBatch
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.batch.tokens
+
+    @property
+    def positions(self) -> Tensor:
+        return self.batch.positions
+
+    @property
+    def types(self) -> Tensor:
+        return self.batch.types
+
+    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        scale = 1.0 / math.sqrt(qkv.shape[-1])
+        return functional.attention(qkv, self.batch.cu_seqlens, self.batch.max_seqlen, scale, p, seed, site)
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """The rows of a rectangle [B, S] with padding anywhere: all of them, or, with `kept`, the attended ones alone."""
+
+    tokens: Tensor
+    positions: Tensor
+    types: Tensor
+    mask: Tensor  # [B, S] bool
+    kept: Tensor | None  # [N] flat positions of the attended rows
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, input_ids: Tensor, mask: Tensor, drop_padding: bool) -> DenseRows:
+        """Rows of input_ids [B, S] under attention mask [B, S]."""
+        length = input_ids.shape[1]
+        attended = mask != 0
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        types = torch.zeros_like(input_ids)
+        if not drop_padding:
+            flat = (t.reshape(-1).int() for t in (input_ids, positions, types))
+            return cls(*flat, mask=attended, kept=None, cu_seqlens=None, max_seqlen=length)
+        kept = attended.reshape(-1).nonzero().squeeze(1)
+        lengths = attended.sum(1)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        flat = (t.reshape(-1)[kept].int() for t in (input_ids, positions, types))
+        longest = int(lengths.max()) if lengths.numel() else 0
+        return cls(*flat, mask=attended, kept=kept, cu_seqlens=cu_seqlens, max_seqlen=longest)
+
+    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        scale = 1.0 / math.sqrt(qkv.shape[-1])
+        if self.cu_seqlens is not None:
+            return functional.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
+        rectangle = qkv.unflatten(0, self.mask.shape)  # [B, S, 3, h, d]
+        return functional.attention_dense(rectangle, self.mask, scale, p, seed, site).flatten(0, 1)
+
+    def rectangle(self, hidden: Tensor, length: int) -> Tensor:
+        """Rows [N, H] as [B, length, H], zeros where the mask is 0 and beyond the rows' own width."""
+        batch, width = self.mask.shape
+        if self.kept is None:
+            full = (hidden * self.mask.reshape(-1, 1).to(hidden.dtype)).unflatten(0, (batch, width))
+        else:
+            empty = hidden.new_zeros(batch * width, hidden.shape[-1])
+            full = empty.index_copy(0, self.kept, hidden).unflatten(0, (batch, width))
+        return full if width == length else F.pad(full, (0, 0, 0, length - width))
+
+
+class Pass(Protocol):
+    """What the encoder asks of a pass."""
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        """x [N, I] through one or several Linear modules side by side, biases included -> [N, sum of O]."""
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        """x W^T [N, O]; the module's bias joins the op that follows."""
+
+    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm(residual + dropout(x + the module's bias)) [N, H]."""
+
+    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
+        """GELU(x + the module's bias) [N, F]."""
+
+    def embed(self, rows: Rows, model: BertModel) -> Tensor:
+        """dropout(LayerNorm(word + position + type rows)) [N, H]."""
+
+    def attend(self, rows: Rows) -> Attend:
+        """Attention among `rows`, with its own dropout stream."""
+
+
+class _Dropout:
+    """Dropout probabilities and streams of one pass: each call site has its number, in the order of the forward."""
+
+    def __init__(self, config: BertConfig, training: bool) -> None:
+        self.hidden_p = config.hidden_dropout_prob if training else 0.0
+        self.attention_p = config.attention_probs_dropout_prob if training else 0.0
+        self._sites = 0
+
+    def site(self) -> int:
+        self._sites += 1
+        return self._sites
+
+
+class AutogradPass(_Dropout):
+    """Parameters as they are (cast under autocast), gradients to `.grad`, dropout seeded by torch's own generator."""
+
+    def __init__(self, config: BertConfig, training: bool) -> None:
+        super().__init__(config, training)
+        self._seed: Tensor | None = None
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        weight = torch.cat([m.weight for m in modules]) if len(modules) > 1 else modules[0].weight
+        bias = torch.cat([m.bias for m in modules]) if len(modules) > 1 else modules[0].bias
+        dtype = _product_dtype(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        dtype = _product_dtype(x, module.weight)
+        return F.linear(x.to(dtype), module.weight.to(dtype))
+
+    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        bias, gamma, beta = (t.to(x.dtype) for t in (module.bias, norm.weight, norm.bias))
+        seed = self._seed_on(x.device) if self.hidden_p else None
+        return functional.add_norm(
+            x, bias, residual.to(x.dtype), gamma, beta, norm.eps, self.hidden_p, seed, self.site()
+        )
+
+    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
+        return functional.bias_gelu(x, module.bias.to(x.dtype))
+
+    def embed(self, rows: Rows, model: BertModel) -> Tensor:
+        tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
+        norm = model.embed_layer_norm
+        seed = self._seed_on(rows.tokens.device) if self.hidden_p else None
+        return functional.embedding(
+            rows.tokens, rows.positions, rows.types, *tables, norm.weight, norm.bias, norm.eps,
+            self.hidden_p, seed, self.site(),
+        )  # fmt: skip
+
+    def attend(self, rows: Rows) -> Attend:
+        site = self.site()
+
+        def attention(qkv: Tensor) -> Tensor:
+            seed = self._seed_on(qkv.device) if self.attention_p else None
+            return rows.attention(qkv, self.attention_p, seed, site)
+
+        return attention
+
+    def _seed_on(self, device: torch.device) -> Tensor:
+        if self._seed is None:
+            self._seed = torch.randint(2**62, (1,), device=device)
+        return self._seed
+
+
+class OnePass(_Dropout):
+    """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
+
+    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart).
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        flat: FlatParameters,
+        gradients: TaskGradients,
+        batch: PackedBatch,
+        bounds: Tensor,
+        seed: Tensor,
+    ) -> None:
+        super().__init__(config, training=True)
+        self.flat = flat
+        self.gradients = gradients
+        self.batch = batch
+        self.bounds = bounds
+        self.seed = seed
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+        if not (self._together(weights) and self._together(biases)):
+            return torch.cat([self.linear(x, module) for module in modules], -1)
+        compute = self.flat.compute
+        sink = LinearSink(self.bounds, self._stacked_gradient(weights), self._stacked_gradient(biases))
+        return functional.linear(x, self.flat.stacked(compute, weights), self.flat.stacked(compute, biases), into=sink)
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        sink = LinearSink(self.bounds, self._gradient(module.weight), None)
+        return functional.linear(x, self._weight(module.weight), into=sink)
+
+    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        gradients = (self._gradient(p) for p in (norm.weight, norm.bias, module.bias))
+        return functional.add_norm(
+            x, self._weight(module.bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
+            self.hidden_p, self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
+        )  # fmt: skip
+
+    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
+        return functional.bias_gelu(
+            x, self._weight(module.bias), into=BiasGeluSink(self.bounds, self._gradient(module.bias))
+        )
+
+    def embed(self, rows: Rows, model: BertModel) -> Tensor:
+        tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
+        norm = model.embed_layer_norm
+        batch = self.batch
+        sink = EmbeddingSink(
+            self.bounds,
+            batch.cu_seqlens,
+            batch.word_order,
+            batch.word_offsets[: batch.num_words + 1],
+            self.gradients.words(batch.num_words) if self.flat.words is tables[0] else None,
+            *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
+        )
+        return functional.embedding(
+            rows.tokens, rows.positions, rows.types, *(self._weight(t) for t in tables),
+            self._weight(norm.weight), self._weight(norm.bias), norm.eps,
+            self.hidden_p, self.seed, self.site(), into=sink,
+        )  # fmt: skip
+
+    def attend(self, rows: Rows) -> Attend:
+        site = self.site()
+        return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
+
+    def _weight(self, parameter: Tensor) -> Tensor:
+        return self.flat.view(self.flat.compute, parameter)
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        return self.gradients.view(parameter) if self.gradients.owns(parameter) else None
+
+    def _together(self, parameters: list[Tensor]) -> bool:
+        owned = {self.gradients.owns(p) for p in parameters}
+        return len(owned) == 1 and self.flat.adjacent(parameters)
+
+    def _stacked_gradient(self, parameters: list[Tensor]) -> Tensor | None:
+        return self.flat.stacked(self.gradients.J, parameters) if self.gradients.owns(parameters[0]) else None
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of a matrix product: autocast's where it is on, else the weight's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
