@@ -3,8 +3,8 @@
 
 The files are tab-separated (nli-triplets: comma-separated) with a header line and are read by column name, so
 extra columns and any column order will do. Quoting is CSV's: a field that begins with `"` ends at its closing
-quote and doubles the quotes inside. Such a field may hold separators or line breaks but not both; thereby a quote
-that nobody closes costs its own row and never the rows after it.
+quote and doubles the quotes inside. Such a field may hold separators or line breaks but not both; thereby a
+quote that nobody closes costs its own row and never the rows after it.
 
     rows read = rows in the table + rows reported
 """
