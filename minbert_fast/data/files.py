@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the course's data files: every row is used or reported with its file, line and reason.
 
-The files are tab-separated (nli-triplets: comma-separated) with a header line and are read by column name, so
-extra columns and any column order will do. Quoting is CSV's: a field that begins with `"` ends at its closing
-quote and doubles the quotes inside. Such a field may hold separators or line breaks but not both; thereby a
-quote that nobody closes costs its own row and never the rows after it.
+The files are tab-separated (nli-triplets: comma-separated) with a header line and are read by column name,
+so extra columns and any column order will do. Quoting is CSV's: a field that begins with `"` ends at its
+closing quote and doubles the quotes inside. Such a field may hold separators or line breaks but not both;
+thereby a quote that nobody closes costs its own row and never the rows after it.
 
     rows read = rows in the table + rows reported
 """
@@ -164,13 +164,7 @@ class TableReader:
             first_bad = first_bad or next(iter(reported), None)
             if good or reported:
                 yield self._table(good, tuple(reported))
-        if read == 0:
-            raise DataError(f"{show_path(self.path)}: no rows after the header")
-        if first_bad is not None and bad >= self.max_bad_rows * read:
-            raise DataError(
-                f"{show_path(self.path)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}; fewer than "
-                f"{self.max_bad_rows:.1%} are tolerated), the first at {first_bad}"
-            )
+        check_bad_rows(self.path, read, bad, first_bad, self.max_bad_rows)
 
     def _read_header(self) -> tuple[list[int], int]:
         """The positions of the columns that this format needs, and the number of columns."""
@@ -215,6 +209,17 @@ class TableReader:
             ids=[values[0].strip() if first else str(line) for line, values, _ in good],
             lines=lines,
             bad_rows=reported,
+        )
+
+
+def check_bad_rows(path: Path, read: int, bad: int, first: BadRow | None, limit: float) -> None:
+    """Raises DataError if `bad` of `read` rows are the fraction `limit` or more, or leave nothing to use."""
+    if read == 0:
+        raise DataError(f"{show_path(path)}: no rows after the header")
+    if bad and (bad >= limit * read or bad == read):
+        raise DataError(
+            f"{show_path(path)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}; fewer than {limit:.1%} "
+            f"are tolerated), the first at {first}"
         )
 
 

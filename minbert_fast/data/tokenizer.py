@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT's WordPiece tokenizer, by the `tokenizers` library.
 
-The Rust pipeline is built from a checked vocabulary: BERT's own normalizer, pre-tokenizer and template, and nothing
-that a file might smuggle in (other components, truncation, padding). The word ids equal those of transformers'
-BertTokenizerFast.
+The Rust pipeline is built from a checked vocabulary: BERT's own normalizer, pre-tokenizer and template, and
+nothing that a file might smuggle in (other components, truncation, padding). The word ids equal those of
+transformers' BertTokenizerFast.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
         """Word ids of each text as [CLS] .. [SEP], cut to `max_length` tokens, [SEP] kept.
 
-        `truncated` of the result counts the texts that were cut. Raises ValueError for `max_length` below 2.
+        `truncated` of the result counts the texts that were cut. Raises ValueError for `max_length` below
+        2.
         """
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")

@@ -126,7 +126,7 @@ def _from_json(content: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
 
 def _component(content: dict[str, Any], key: str, kind: str) -> dict[str, Any]:
     """A component of the pipeline, which must be of one kind."""
-    part = _expect(content.get(key), dict, key)
+    part: dict[str, Any] = _expect(content.get(key), dict, key)
     if part.get("type") != kind:
         raise ValueError(f"{key} is {show(str(part.get('type')))}, expected {kind!r}: not a BERT tokenizer")
     return part
