@@ -34,8 +34,9 @@ class TaskInput:
 
     embeddings: tuple[Tensor, ...]  # one [n, H] per sentence of an example, pooled, fp32
     hidden: Tensor  # [N, H] token rows of the whole packed batch
-    cu_seqlens: Tensor  # [n * arity + 1] where this task's sentences lie in hidden: all first ones, then all second
+    cu_seqlens: Tensor  # [B + 1] where the sentences of the whole batch lie in hidden
     max_seqlen: int
+    first: int  # this task's first sentence; it has n * arity: all first ones of the examples, then all second ones
 
 
 class HeadOutput(NamedTuple):
@@ -122,6 +123,17 @@ class Task(ABC):
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes 0 to C - 1, or None for a regression."""
         return None
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How this task's sentences are pooled; None: as the recipe says for all."""
+        pooling: Pooling | None = self.options.pooling
+        return pooling
+
+    @property
+    def weight(self) -> float:
+        """Factor on the task's loss."""
+        return float(self.options.weight)
 
     @property
     @abstractmethod

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from minbert_fast.weights import write_atomically
 
 
 def write(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> None:
@@ -28,17 +28,9 @@ def write(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> No
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically: a reader sees the old file or the new one, never a part."""
+    """Writes a UTF-8 text file atomically, folders as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, text.encode("utf-8"))
 
 
 def read(path: Path) -> tuple[list[str], np.ndarray]:
