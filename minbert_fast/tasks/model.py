@@ -113,24 +113,28 @@ class MultitaskModel(nn.Module):
         for name in batch.tasks:
             mode = self.tasks[name].pooling or self.pooling
             n, arity = batch.examples(name), batch.arity[name]
-            embeddings, rows = [], []
-            for column in range(arity):
-                begin = first + column * n
-                ids, types, mask = _rectangle(batch.packed, offsets[begin : begin + n + 1])
-                hidden = reference.encoder(self.encoder, ids, mask, types)  # [n, S, H]
-                embeddings.append(_pool_padded(hidden, mask, mode, self.encoder).float())
-                rows.append(hidden[mask.bool()])
             ends = offsets[first : first + n * arity + 1]
+            rows = [self.encoder.word_embedding.weight[:0]]  # for a task without examples
+            embeddings = rows * arity
+            if n:
+                columns = [self._encode_padded(batch.packed, ends[c * n : c * n + n + 1], mode) for c in range(arity)]
+                embeddings, rows = [x for x, _ in columns], [x for _, x in columns]
             inputs = TaskInput(
                 embeddings=tuple(embeddings),
                 hidden=torch.cat(rows),
-                cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=ids.device) - ends[0],
+                cu_seqlens=batch.packed.cu_seqlens[first : first + n * arity + 1] - ends[0],
                 max_seqlen=batch.packed.max_seqlen,
                 first=0,
             )
             losses[name] = self._loss(name, inputs, batch)
             first += n * arity
         return losses
+
+    def _encode_padded(self, packed: PackedBatch, offsets: list[int], mode: Pooling) -> tuple[Tensor, Tensor]:
+        """The sentences between `offsets` through the naive encoder: pooled [n, H], and their token rows."""
+        ids, types, mask = _rectangle(packed, offsets)
+        hidden = reference.encoder(self.encoder, ids, mask, types)  # [n, S, H]
+        return _pool_padded(hidden, mask, mode, self.encoder).float(), hidden[mask.bool()]
 
     def _loss(self, name: str, inputs: TaskInput, batch: MultitaskBatch) -> Tensor:
         head = self._head(name)
@@ -212,9 +216,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _rectangle(packed: PackedBatch, offsets: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sentences between `offsets` as word ids, token types and mask [n, S], padded to their own longest (at least 1)."""
+    """Sentences between `offsets` as word ids, token types and mask [n, S], padded to their own longest."""
     lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
-    ids = torch.zeros(len(lengths), max(lengths, default=1), dtype=torch.int64, device=packed.tokens.device)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64, device=packed.tokens.device)
     types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, (begin, length) in enumerate(zip(offsets, lengths, strict=False)):
         ids[row, :length] = packed.tokens[begin : begin + length]
