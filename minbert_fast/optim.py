@@ -121,10 +121,10 @@ class FlatAdamW:
         self.scalars[:, LEARNING_RATE].fill_(self.options.lr * lr_scale)
 
     def clip(self, gram: Tensor, w: Tensor, head_square: Tensor) -> Tensor:
-        """The norm [1] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
+        """The norm [] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
         norm = ops.clip_scale(gram, w, self.options.clip, self.scalars[0], head_square)
         self.scalars[1:, GRADIENT_SCALE] = self.scalars[0, GRADIENT_SCALE]
-        return norm
+        return norm[0]
 
     def advance(self, labels: Iterable[str], skip: Tensor) -> None:
         """Counts a step for those of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
@@ -156,13 +156,10 @@ class FlatAdamW:
         slots.fill_(-1)
         slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
         assert self.flat.words is not None
-        shape = self.flat.words.shape
+        flat, scalars = self.flat, self.scalars[self._row_of["words"]]
+        p, m, v = (flat.view(buffer, flat.words) for buffer in (flat.data, self.exp_avg, self.exp_avg_sq))  # [V, H]
+        copy = None if flat.compute is flat.data else flat.view(flat.compute, flat.words)
         for run in self._runs("words"):
-            p, m, v, copy = (None if t is None else t.view(shape) for t in self._buffers(run))
-            assert p is not None
-            assert m is not None
-            assert v is not None
-            scalars = self.scalars[self._row_of["words"]]
             ops.combine_adamw_rows(rows, w, slots[:-1], p, m, v, scalars, self._settings(run), copy)
 
     def _step(self, label: str, gradient: Tensor, offset: int, w: Tensor | None) -> None:

@@ -160,8 +160,8 @@ def test_an_unknown_module_falls_back_to_autograd_task_by_task(monkeypatch: pyte
 
     plain = reference.encoder
 
-    def with_adapter(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = plain(model, ids, mask)
+    def with_adapter(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        hidden = plain(model, ids, mask, types)
         return hidden + torch.tanh(model.adapter(hidden))
 
     monkeypatch.setattr(reference, "encoder", with_adapter)

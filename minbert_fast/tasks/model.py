@@ -134,7 +134,8 @@ class MultitaskModel(nn.Module):
         """The sentences between `offsets` through the naive encoder: pooled [n, H], and their token rows."""
         ids, types, mask = _rectangle(packed, offsets)
         hidden = reference.encoder(self.encoder, ids, mask, types)  # [n, S, H]
-        return _pool_padded(hidden, mask, mode, self.encoder).float(), hidden[mask.bool()]
+        pooled = _pool_padded(hidden, mask, mode, self.encoder)
+        return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
     def _loss(self, name: str, inputs: TaskInput, batch: MultitaskBatch) -> Tensor:
         head = self._head(name)

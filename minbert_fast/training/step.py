@@ -216,7 +216,7 @@ class OnePassStep:
         elif self.recipe.surgery.reduction == "mean":
             w = w / len(batch.tasks)
         present = [name for name in batch.tasks if batch.examples(name)]
-        head_square = self.head_gradient.square().sum()
+        head_square = self.head_gradient.square().sum()[None]
         norm = self.optimizer.clip(gram, w, head_square)
         self.optimizer.advance(["shared", "words", *present], skip=nonfinite.any() | ~torch.isfinite(norm))
         self.optimizer.step_shared(self.gradients, w)
