@@ -7,6 +7,8 @@ invariant to the scale of G; callers scale it to a largest square of 1.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +24,8 @@ def upgrad(gram: Array) -> Array:
     """
     tasks = len(gram)
     units = np.eye(tasks)
-    return np.mean([unit + nonnegative(gram, -gram @ unit) for unit in units], axis=0)
+    mean: Array = np.mean([unit + nonnegative(gram, -gram @ unit) for unit in units], axis=0)
+    return mean
 
 
 def mgda(gram: Array) -> Array:
@@ -32,7 +35,7 @@ def mgda(gram: Array) -> Array:
     the length of a.
     """
     a = nonnegative(gram + 1.0, np.ones(len(gram)))
-    return a / a.sum()
+    return np.divide(a, a.sum())
 
 
 def cagrad(gram: Array, c: float = 0.5) -> Array:
@@ -44,10 +47,10 @@ def cagrad(gram: Array, c: float = 0.5) -> Array:
     tasks = len(gram)
     mean = np.full(tasks, 1 / tasks)
     towards = gram @ mean
-    radius = c * np.sqrt(max(mean @ towards, 0.0))
+    radius = c * math.sqrt(max(float(mean @ towards), 0.0))
 
     def length(a: Array) -> float:
-        return float(np.sqrt(max(a @ gram @ a, 0.0)))
+        return math.sqrt(max(float(a @ gram @ a), 0.0))
 
     def cost(a: Array) -> float:
         return float(a @ towards) + radius * length(a)
@@ -68,7 +71,7 @@ def cagrad(gram: Array, c: float = 0.5) -> Array:
         if np.abs(move).max() < _TOLERANCE:
             break
     norm = length(a)
-    return mean + radius / norm * a if norm > 1e-6 else np.zeros(tasks)
+    return np.add(mean, radius / norm * a) if norm > 1e-6 else np.zeros(tasks)
 
 
 def aligned_mtl(gram: Array) -> Array:
@@ -80,7 +83,8 @@ def aligned_mtl(gram: Array) -> Array:
     if not kept.any():
         return mean
     values, vectors = values[kept], vectors[:, kept]
-    return vectors @ (np.sqrt(values.min() / values) * (vectors.T @ mean))
+    balanced: Array = vectors @ (np.sqrt(values.min() / values) * (vectors.T @ mean))
+    return balanced
 
 
 def nonnegative(gram: Array, linear: Array) -> Array:
@@ -119,4 +123,5 @@ def onto_simplex(y: Array) -> Array:
     """The point of the simplex (non-negative, sum 1) nearest to y. Held, Wolfe & Crowder 1974."""
     descending = np.sort(y)[::-1]
     excess = (np.cumsum(descending) - 1) / np.arange(1, len(y) + 1)
-    return np.maximum(y - excess[np.flatnonzero(descending > excess)[-1]], 0)
+    nearest: Array = np.maximum(y - excess[np.flatnonzero(descending > excess)[-1]], 0)
+    return nearest
