@@ -35,7 +35,8 @@ def mgda(gram: Array) -> Array:
     the length of a.
     """
     a = nonnegative(gram + 1.0, np.ones(len(gram)))
-    return np.divide(a, a.sum())
+    shares: Array = a / a.sum()
+    return shares
 
 
 def cagrad(gram: Array, c: float = 0.5) -> Array:
