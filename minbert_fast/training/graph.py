@@ -27,15 +27,12 @@ Bucket = tuple[Any, ...]
 class _Captured:
     graph: torch.cuda.CUDAGraph
     batch: MultitaskBatch  # the tensors that the graph reads
-    orders: Tensor | None
     result: StepResult  # the tensors that it writes
 
-    def run(self, batch: MultitaskBatch, orders: Tensor | None) -> StepResult:
+    def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
         for target, source in zip(_tensors(self.batch), _tensors(batch), strict=True):
             target.copy_(source, non_blocking=True)
-        if self.orders is not None and orders is not None:
-            self.orders.copy_(orders, non_blocking=True)
         self.graph.replay()
         return _cloned(self.result)
 
@@ -53,24 +50,23 @@ class GraphedStep:
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         batch = _at_capacity(batch)
         bucket = _bucket(batch)
-        orders = self.step.prepare(batch, lr_scale)
+        self.step.prepare(batch, lr_scale)
         if bucket not in self._seen:
             self._seen.add(bucket)
-            return self.step.compute(batch, orders)
+            return self.step.compute(batch)
         if bucket not in self._captured:
-            self._captured[bucket] = self._capture(batch, orders)
-        return self._captured[bucket].run(batch, orders)
+            self._captured[bucket] = self._capture(batch)
+        return self._captured[bucket].run(batch)
 
-    def _capture(self, batch: MultitaskBatch, orders: Tensor | None) -> _Captured:
+    def _capture(self, batch: MultitaskBatch) -> _Captured:
         began = time.perf_counter()
         own = batch.clone()
-        own_orders = None if orders is None else orders.clone()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            result = self.step.compute(own, own_orders)
+            result = self.step.compute(own)
         self.capture_seconds += time.perf_counter() - began
-        return _Captured(graph, own, own_orders, result)
+        return _Captured(graph, own, result)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self.step.state_dict()
