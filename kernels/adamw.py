@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One AdamW step over flat parameters, joined with surgery's combination: g = w J lives in registers only.
 
-Everything that changes from step to step is read from the device, so that a captured graph follows a schedule: `scalars`
-is fp32 [4] = (learning rate, step from 1, gradient scale, skip), as minbert_fast/native/surgery.py lays it out. Where skip
-is not 0 (a gradient that is not finite), nothing changes.
+Everything that changes from step to step is read from the device, so that a captured graph follows a schedule:
+`scalars` is fp32 [4] = (learning rate, step from 1, gradient scale, skip), as minbert_fast/native/surgery.py lays
+it out. Where skip is not 0 (a gradient that is not finite), nothing changes.
 
     g = scale sum_t w[t] J[t],  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
     p = after (before p - rate m / (root sqrt(v) + eps))
-      course: rate = lr sqrt(1 - beta2^t) / (1 - beta1^t), root = 1, decay after the update (Kingma & Ba 2014, section 2)
+      course: rate = lr sqrt(1 - beta2^t) / (1 - beta1^t), root = 1, decay after it (Kingma & Ba 2014, section 2)
       torch:  rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t), decay before it (Loshchilov & Hutter 2019)
 
 Memory traffic is all there is: 4 T + 24 bytes a parameter for fp32 J, and 2 for the bf16 copy.
@@ -252,11 +252,18 @@ def _tasks(gradient: Tensor, w: Tensor | None) -> int:
 
 
 def adamw(
-    p: Tensor, m: Tensor, v: Tensor, gradient: Tensor, w: Tensor | None, copy: Tensor | None, scalars: Tensor, options: Options
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    gradient: Tensor,
+    w: Tensor | None,
+    copy: Tensor | None,
+    scalars: Tensor,
+    options: Options,
 ) -> None:
     """Updates p, m, v [P] fp32 in place, and `copy` [P] (bf16, the new p; None: not wanted).
 
-    `gradient` is J [T, P] (any task stride, fp32 or bf16) with weights w [T] fp32; w None takes a gradient [1, P] as it is.
+    `gradient` is J [T, P] (any task stride, fp32 or bf16) with weights w [T] fp32; w None: a gradient [1, P].
     """
     tasks = _tasks(gradient, w)
     numbers, constants = _arguments(options)
@@ -334,7 +341,8 @@ def launches() -> Iterator[Launch]:
     state = empty(count), empty(count), empty(count)
     copy = empty(count, dtype=torch.bfloat16)
     yield Launch("plain", partial(adamw, *state, empty(1, count), None, None, scalars, options))
-    yield Launch("plain, torch", partial(adamw, *state, empty(1, count), None, copy, scalars, Options(torch_style=True)))
+    torch_style = Options(torch_style=True)
+    yield Launch("plain, torch", partial(adamw, *state, empty(1, count), None, copy, scalars, torch_style))
     for tasks in (2, 3, 8):
         for dtype in (torch.float32, torch.bfloat16):
             j = empty(tasks, count, dtype=dtype)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = LayerNorm(residual + dropout(x + bias)), forward and backward, one pass over memory each.
 
-A program holds whole rows on chip: the forward reads x and residual once and writes y, the backward reads dy, x and residual
-and writes dx and dresidual; the sum before the norm and the dropout mask are computed again, not stored. Statistics and
-all arithmetic are fp32. Per-task dgamma, dbeta and dbias leave through column_sums.py.
+A program holds whole rows on chip: the forward reads x and residual once and writes y, the backward reads dy, x and
+residual and writes dx and dresidual; the sum before the norm and the dropout mask are computed again, not stored.
+Statistics and all arithmetic are fp32. Per-task dgamma, dbeta and dbias leave through column_sums.py.
 
     xhat = (z - mean) rstd,  g = dy gamma,  dz = rstd (g - mean(g) - xhat mean(g xhat))      (Ba et al. 2016)
 """
@@ -29,8 +29,8 @@ from minbert_fast.kernels.launches import Launch
 class RowTile:
     """Rows a program holds at once and the warps that share them.
 
-    A warp covers 256 columns with 16-byte loads of bf16, so a row's sums over columns meet across few warps and the sums
-    over rows stay inside a thread.
+    A warp covers 256 columns with 16-byte loads of bf16, so a row's sums over columns meet across few warps and the
+    sums over rows stay inside a thread.
     """
 
     block: int  # columns, a power of two
@@ -53,10 +53,7 @@ class RowTile:
 def _branch(x_ptr, bias, offsets, mask, seed, site, row, P: tl.constexpr, BLOCK: tl.constexpr):
     """x + bias [ROWS, BLOCK] and what dropout multiplies it with (1.0 where there is no dropout)."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if P > 0.0:
-        keep = keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
-    else:
-        keep = 1.0
+    keep = keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P) if P > 0.0 else 1.0
     return x + bias[None, :], keep
 
 
@@ -283,8 +280,6 @@ def launches() -> Iterator[Launch]:
         bounds = torch.empty(4, dtype=torch.int32, device="meta")
         out = torch.empty(3, width, dtype=torch.float32, device="meta")
         label = f"{str(dtype)[6:]} {width} p={p}"
-        yield Launch(
-            f"forward {label}", partial(add_norm_forward, x, vector, x, vector, vector, 1e-12, p, seed, 1)
-        )
+        yield Launch(f"forward {label}", partial(add_norm_forward, x, vector, x, vector, vector, 1e-12, p, seed, 1))
         backward = partial(add_norm_backward, x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, out, out, out)
         yield Launch(f"backward {label}", backward)

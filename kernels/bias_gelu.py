@@ -3,8 +3,8 @@
 
     GELU(u) = u Phi(u),   GELU'(u) = Phi(u) + u phi(u)      (Hendrycks & Gimpel 2016)
 
-Elementwise, so memory sets the pace: each tensor is read or written once, 16 bytes a thread. The backward's programs walk
-down a column block and keep its sums in registers; column_sums.py adds them up by task.
+Elementwise, so memory sets the pace: each tensor is read or written once, 16 bytes a thread. The backward's
+programs walk down a column block and keep its sums in registers; column_sums.py adds them up by task.
 """
 
 from __future__ import annotations

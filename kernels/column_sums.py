@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Column sums by task, reduced in a fixed order: how dgamma, dbeta and dbias of every task come out of one backward.
 
-Program i of a backward owns rows [i * rows_per_program, (i + 1) * rows_per_program), splits them where tasks meet (the
-bounds are read from the device), and writes one row of partial sums per (program, task) it saw. Walking down the rows,
-program and task never decrease, so `program + task` numbers those pairs without a gap in need of zeros: the buffer has
-programs + T - 1 rows whatever the bounds. `finish` then adds each task's partial rows in ascending order. No atomics and no
-locks: the result depends on the bounds and the launch alone.
+Program i of a backward owns rows [i * rows_per_program, (i + 1) * rows_per_program), splits them where tasks meet
+(the bounds are read from the device), and writes one row of partial sums per (program, task) it saw. Walking down
+the rows, program and task never decrease, so `program + task` numbers those pairs without a gap in need of zeros:
+the buffer has programs + T - 1 rows whatever the bounds. `finish` then adds each task's partial rows in ascending
+order. No atomics and no locks: the result depends on the bounds and the launch alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def task_rows(bounds_ptr, task, begin, end):
 
 
 @triton.jit
-def store_partial(partials_ptr, slot, quantity: tl.constexpr, values, columns, QUANTITIES: tl.constexpr, WIDTH: tl.constexpr):
+def store_partial(
+    partials_ptr, slot, quantity: tl.constexpr, values, columns, QUANTITIES: tl.constexpr, WIDTH: tl.constexpr
+):
     """Writes one quantity's partial sums [columns] of one (program, task) pair; slot = program + task."""
     row = (slot.to(tl.int64) * QUANTITIES + quantity) * WIDTH
     tl.store(partials_ptr + row + columns, values, mask=columns < WIDTH)
@@ -86,7 +88,7 @@ def _finish_column_sums(
     begin = tl.load(bounds_ptr + task)
     end = tl.load(bounds_ptr + task + 1)
     first = begin // rows_per_program
-    last = tl.where(begin < end, (end - 1) // rows_per_program + 1, first)  # one past the last program that saw the task
+    last = tl.where(begin < end, (end - 1) // rows_per_program + 1, first)  # one past the last that saw the task
     total = tl.zeros((SLOTS, COLUMNS), tl.float32)
     for program in range(first, last, SLOTS):
         programs = program + tl.arange(0, SLOTS)

@@ -3,9 +3,10 @@
 
 The generator is Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: seven rounds pass
 BigCrush). Its key is the step's seed, an int64 tensor of one element on the device, advanced once a step, so that a
-captured graph draws new masks at each replay. Its counter is the element: (column // 4, row, plane, site), `site` telling
-the dropouts of one step apart, and column % 4 choosing one of the four words of a draw. No number can overflow 32 bits.
-Drawing is what costs: a draw per element takes longer than reading the element from memory, hence the quads.
+captured graph draws new masks at each replay. Its counter is the element: (column // 4, row, plane, site), `site`
+telling the dropouts of one step apart, and column % 4 choosing one of the four words of a draw. No number can
+overflow 32 bits. Drawing is what costs: a draw per element takes longer than reading the element from memory, hence
+the quads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])), and the gradients of its tables by task.
 
-The backward has two stages. The first walks down the rows as add_norm's does: it finds dz, the gradient of the sum before
-the norm, writes it once, and keeps the column sums that small parameters need (dgamma, dbeta, and a row per token type). The
-second gathers: a program owns one (task, word) or one (task, position) and adds up that row's share of dz in ascending row
-order, so the result is deterministic without an atomic. Words touch few rows, and their gradient is row-sparse: dword[t, u]
-belongs to the u-th distinct word of the batch. Word rows come from the packed batch (word_order, word_offsets); a position's
-rows are cu_seqlens[b] + position of every sentence long enough.
+The backward has two stages. The first walks down the rows as add_norm's does: it finds dz, the gradient of the sum
+before the norm, writes it once, and keeps the column sums that small parameters need (dgamma, dbeta, and a row per
+token type). The second gathers: a program owns one (task, word) or one (task, position) and adds up that row's
+share of dz in ascending row order, so the result is deterministic without an atomic. Words touch few rows, and
+their gradient is row-sparse: dword[t, u] belongs to the u-th distinct word of the batch. Word rows come from the
+packed batch (word_order, word_offsets); a position's rows are cu_seqlens[b] + position of every sentence long
+enough.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight gradients kept apart by task: J[t] = dY[rows of t]^T X[rows of t] for all tasks in one launch, and the bias sums.
+"""Weight gradients apart by task, J[t] = dY[rows of t]^T X[rows of t], and the bias sums: all tasks in one launch.
 
-A grouped matrix product whose groups are ranges of the inner dimension: a program owns one tile of one task's matrix and
-walks down that task's rows, whose bounds it reads from the device, so that a captured graph follows the batch. Sums are
-fp32, in ascending row order, and the tile is written once: deterministic without an atomic, and an empty task gets zeros.
-Bias gradients take programs of their own behind the matrix tiles, so that the products' loop carries nothing else.
+A grouped matrix product whose groups are ranges of the inner dimension: a program owns one tile of one task's
+matrix and walks down that task's rows, whose bounds it reads from the device, so that a captured graph follows the
+batch. Sums are fp32, in ascending row order, and the tile is written once: deterministic without an atomic, and an
+empty task gets zeros. Bias gradients take programs of their own behind the matrix tiles, so that the products' loop
+carries nothing else.
 
-FLOPs are those of the plain sum over all rows; tasks multiply the number of tiles, which helps where matrices are small.
+FLOPs are those of the plain sum over all rows; tasks multiply the number of tiles, which helps where matrices are
+small.
 """
 
 from __future__ import annotations
@@ -135,7 +137,8 @@ def _bias_tile(
     for first in range(low, high, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < high)[:, None] & (out < outputs)[None, :]
-        sums += tl.load(dy_ptr + row.to(tl.int64)[:, None] * dy_stride + out[None, :], mask=mask, other=0.0).to(tl.float32)
+        offsets = row.to(tl.int64)[:, None] * dy_stride + out[None, :]
+        sums += tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     target = dbias_ptr + task.to(tl.int64) * dbias_stride + out
     tl.store(target, tl.sum(sums, 0).to(dbias_ptr.dtype.element_ty), mask=out < outputs)
 
@@ -212,7 +215,9 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
     Outputs are fp32 or bf16 and overwritten. Rows from bounds[T] on count for no task.
     """
     (rows, outputs), inputs = dy.shape, x.shape[1]
-    assert dy.stride(1) == x.stride(1) == 1 and x.shape[0] == rows and x.dtype == dy.dtype
+    assert dy.stride(1) == x.stride(1) == 1
+    assert x.shape[0] == rows
+    assert x.dtype == dy.dtype
     tasks = bounds.numel() - 1
     tile = choose(dy, x, tasks)
     tiles_out, tiles_in = triton.cdiv(outputs, tile.outputs), triton.cdiv(inputs, tile.inputs)
