@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minbert_fast.schema import ConfigError
+
 Implementation = Literal["triton", "native", "torch"]
 
 _forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
