@@ -102,7 +102,7 @@ class BertModel(nn.Module):
         """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
         rows = PackedRows(batch)
         hidden = run.embed(rows, self)
-        for layer in self.bert_layers:
+        for layer in self.layers():
             hidden = layer(hidden, run, run.attend(rows))
         return hidden
 
@@ -116,9 +116,30 @@ class BertModel(nn.Module):
         rows = DenseRows.of(input_ids[:, :limit], mask[:, :limit], drop_padding=backend.drops_padding(input_ids))
         run = AutogradPass(self.config, self.training)
         hidden = run.embed(rows, self)
-        for layer in self.bert_layers:
+        for layer in self.layers():
             hidden = layer(hidden, run, run.attend(rows))
         return rows.rectangle(hidden, length)
+
+    def layers(self) -> list[BertLayer]:
+        """The encoder's layers, bottom first."""
+        return [layer for layer in self.bert_layers if isinstance(layer, BertLayer)]
+
+    def one_pass_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
+
+        All of the encoder but the word embedding (its gradient is row-sparse) and the pooler (a head in all but name).
+        Query, key and value stand together, so that they are one matrix.
+        """
+        modules = [self.pos_embedding, self.tk_type_embedding, self.embed_layer_norm]
+        parameters = [p for module in modules for p in module.parameters()]
+        for layer in self.layers():
+            attend = layer.self_attention
+            qkv = (attend.query, attend.key, attend.value)
+            parameters += [m.weight for m in qkv] + [m.bias for m in qkv]
+            for module in (layer.attention_dense, layer.attention_layer_norm, layer.interm_dense, layer.out_dense):
+                parameters += module.parameters()
+            parameters += layer.out_layer_norm.parameters()
+        return parameters
 
     # ---- Weights -------------------------------------------------------------------------------------------------
 
@@ -148,5 +169,5 @@ class BertModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` as `transformers.AutoModel` loads them; the round trip is exact."""
+        """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit."""
         weights.write(Path(directory), self.config, self.state_dict())

@@ -138,6 +138,7 @@ class OptimizerOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     weight_decay: float = 0.0
+    decay_all: bool = True  # False: biases and LayerNorms are not decayed
     correct_bias: bool = True
     schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     warmup: float = 0.1  # share of all steps

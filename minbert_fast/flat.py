@@ -14,7 +14,8 @@ optimizer in the same pass; in fp32 the two are one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,7 +91,7 @@ class FlatParameters:
         self,
         shared: Sequence[Entry],
         words: Entry | None,
-        heads: dict[str, Sequence[Entry]],
+        heads: Mapping[str, Sequence[Entry]],
         frozen: Sequence[Entry],
         dtype: torch.dtype,
     ) -> None:
@@ -144,7 +145,7 @@ class FlatParameters:
     def adjacent(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether the parameters lie end to end without gaps, so that one view covers them."""
         slots = [self.slot(p) for p in parameters]
-        return all(a.end == b.begin and a.shape[1:] == b.shape[1:] for a, b in zip(slots, slots[1:], strict=False))
+        return all(a.end == b.begin and a.shape[1:] == b.shape[1:] for a, b in itertools.pairwise(slots))
 
     def stacked(self, buffer: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         """One view of adjacent parameters, stacked along their first dimension."""

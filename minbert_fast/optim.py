@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with the course's signature and semantics, for course code; the trainer's own step is one flat pass."""
+"""AdamW with the course's signature and semantics for course code, and as one pass over the flat buffers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from minbert_fast.config import OptimizerOptions
+from minbert_fast.flat import FlatParameters, Run, TaskGradients
+from minbert_fast.functional import surgery as ops
 
 
 class AdamW(torch.optim.Optimizer):
@@ -89,3 +93,109 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(values, first, denominators, -size)
         if group["weight_decay"]:
             torch._foreach_add_(values, values, alpha=-lr * group["weight_decay"])
+
+
+class FlatAdamW:
+    """The same AdamW over `FlatParameters`: J, w, p, m, v -> p, m, v and the product copy, one pass over memory.
+
+    Each run of the flat buffer (same learning rate factor and decay) has a row of `scalars` on the device: learning
+    rate, step count, gradient scale, skip (the layout of `native.surgery`), so that a captured graph follows the
+    schedule. A step whose gradient is not finite changes nothing, step counts included.
+    """
+
+    def __init__(self, flat: FlatParameters, options: OptimizerOptions) -> None:
+        self.flat = flat
+        self.options = options
+        device = flat.data.device
+        self.exp_avg = torch.zeros(flat.trainable_end, device=device)
+        self.exp_avg_sq = torch.zeros(flat.trainable_end, device=device)
+        self.scalars = torch.zeros(len(flat.runs), 4, device=device)
+        self.scalars[:, 2] = 1.0
+        self._factors = torch.tensor([options.lr * run.lr_factor for run in flat.runs])
+        self._counted: dict[frozenset[str], Tensor] = {}
+        self._row_slot = torch.empty(0, dtype=torch.int32, device=device)
+        if flat.words is not None:
+            self._row_slot = torch.empty(flat.words.shape[0] + 1, dtype=torch.int32, device=device)
+
+    def schedule(self, lr_scale: float) -> None:
+        """Sets every run's learning rate for the next step."""
+        self.scalars[:, 0] = (self._factors * lr_scale).to(self.scalars.device, non_blocking=True)
+
+    def clip(self, gram: Tensor, w: Tensor, head_square: Tensor) -> Tensor:
+        """The norm [] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
+        scalars = self.scalars[0]
+        norm = ops.clip_scale(gram, w, head_square, self.options.clip, scalars)
+        self.scalars[:, 2] = scalars[2]
+        return norm
+
+    def advance(self, labels: Iterable[str], skip: Tensor) -> None:
+        """Counts a step for the runs of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
+        skipped = skip.to(self.scalars.dtype)
+        self.scalars[:, 1] += self._counts(frozenset(labels)) * (1.0 - skipped)
+        self.scalars[:, 3] = skipped
+
+    def _counts(self, labels: frozenset[str]) -> Tensor:
+        """1 for each run of `labels`, else 0; made once a set of labels, so that a captured graph copies nothing."""
+        if labels not in self._counted:
+            taking = [float(run.label in labels) for run in self.flat.runs]
+            self._counted[labels] = torch.tensor(taking, device=self.scalars.device)
+        return self._counted[labels]
+
+    def step_shared(self, gradients: TaskGradients, w: Tensor) -> None:
+        """Updates the shared region with the combination w [T] of J [T, shared]."""
+        self._step("shared", gradients.J, 0, w)
+
+    def step_head(self, label: str, gradient: Tensor) -> None:
+        """Updates one head's region; `gradient` is that of all heads, end to end."""
+        self._step(label, gradient[None], self.flat.words_end, None)
+
+    def step_words(self, rows: Tensor, ids: Tensor, w: Tensor) -> None:
+        """Updates the word embedding from gradients of its touched rows: rows [T, U, H], ids [U] (-1: an unused row).
+
+        Untouched rows have gradient zero: their moments decay and move them all the same, as in dense AdamW.
+        """
+        slots = self._row_slot
+        slots.fill_(-1)
+        slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
+        for index, run in self._runs("words"):
+            ops.adamw_rows_(
+                rows, w, slots[:-1], *self._buffers(run.begin, run.end), self.scalars[index], **self._settings(run)
+            )
+
+    def _step(self, label: str, gradient: Tensor, offset: int, w: Tensor | None) -> None:
+        for index, run in self._runs(label):
+            piece = gradient[:, run.begin - offset : run.end - offset]
+            ops.adamw_(piece, w, *self._buffers(run.begin, run.end), self.scalars[index], **self._settings(run))
+
+    def _runs(self, label: str) -> list[tuple[int, Run]]:
+        return [(index, run) for index, run in enumerate(self.flat.runs) if run.label == label]
+
+    def _buffers(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        copy = None if self.flat.compute is self.flat.data else self.flat.compute[begin:end]
+        return self.flat.data[begin:end], self.exp_avg[begin:end], self.exp_avg_sq[begin:end], copy
+
+    def _settings(self, run: Run) -> dict[str, Any]:
+        o = self.options
+        return {"betas": o.betas, "eps": o.eps, "weight_decay": run.weight_decay, "correct_bias": o.correct_bias}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Moments by parameter name, step counts by label and run: independent of where the buffer puts them."""
+        tensors = {}
+        for entry in self.flat.trainable:
+            tensors[f"{entry.name}/exp_avg"] = self.flat.view(self.exp_avg, entry.parameter)
+            tensors[f"{entry.name}/exp_avg_sq"] = self.flat.view(self.exp_avg_sq, entry.parameter)
+        scalars = {f"{run.label}/step": float(self.scalars[i, 1]) for i, run in enumerate(self.flat.runs)}
+        return {"tensors": tensors, "scalars": scalars}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restores what `state_dict` gave; ValueError names a parameter whose moments are absent or misshapen."""
+        for entry in self.flat.trainable:
+            for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+                found = state["tensors"].get(f"{entry.name}/{name}")
+                if found is None or found.shape != entry.parameter.shape:
+                    raise ValueError(
+                        f"optimizer state: no {name} for {entry.name} of shape {list(entry.parameter.shape)}"
+                    )
+                self.flat.view(buffer, entry.parameter).copy_(found)
+        for index, run in enumerate(self.flat.runs):
+            self.scalars[index, 1] = state["scalars"][f"{run.label}/step"]

@@ -36,7 +36,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # [B + 1] first row of each sentence, then the end
     task_tokens: Tensor  # [T + 1] first token row of each task, then the end
     task_sentences: Tensor  # [T + 1] first sentence of each task, then the end
-    word_ids: Tensor  # [U] distinct word ids, ascending (capacity N; entries from num_words on are 0)
+    word_ids: Tensor  # [U] distinct word ids, ascending (capacity N; entries from num_words on are -1)
     word_order: Tensor  # [N] token rows sorted by (word id, row)
     word_offsets: Tensor  # [U + 1] where each distinct word's rows begin in word_order
     max_seqlen: int  # longest sentence, tokens (a bound, pinned under graph replay)
@@ -146,7 +146,7 @@ def pack(
     order = np.zeros(capacity, dtype=np.int32)
     order[:num_tokens] = np.argsort(tokens[:num_tokens], kind="stable")
     words, counts = np.unique(tokens[:num_tokens], return_counts=True)
-    word_ids = np.zeros(capacity, dtype=np.int32)
+    word_ids = np.full(capacity, -1, dtype=np.int32)
     word_ids[: len(words)] = words
     word_offsets = np.full(capacity + 1, num_tokens, dtype=np.int32)
     word_offsets[0] = 0

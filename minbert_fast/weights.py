@@ -120,7 +120,7 @@ def read(path: Path) -> tuple[BertConfig | None, dict[str, Tensor]]:
 
 
 def check_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, optional: str = "") -> None:
-    """Raises WeightsError naming missing or unexpected tensors and wrong shapes; `optional` is a prefix that may lack."""
+    """Raises WeightsError naming missing or unexpected tensors and wrong shapes; `optional` is a prefix."""
     missing = [k for k in wanted if k not in found and not (optional and k.startswith(optional))]
     unexpected = [k for k in found if k not in wanted]
     if missing or unexpected:
@@ -190,7 +190,7 @@ def _encoder_of_course_file(path: Path) -> dict[str, Tensor]:
 
 
 def infer_config(tensors: Mapping[str, Tensor], where: str, num_attention_heads: int | None = None) -> BertConfig:
-    """The configuration that a course `.pt` file's shapes imply; heads of 64 units unless given. Raises WeightsError."""
+    """The configuration that a course `.pt` file's shapes imply, heads 64 wide unless given. Raises WeightsError."""
     try:
         vocab, hidden = tensors["word_embedding.weight"].shape
         layers = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("bert_layers.")), default=-1)

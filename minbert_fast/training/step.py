@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step, two ways: the one-pass step, and the naive one that it is measured against.
+
+    OnePassStep     packed batch -> one forward -> heads -> one backward, J [T, P] -> G = J Jt -> w -> combine + AdamW
+    ReferenceStep   padded batches, eager, one backward a task, the classic loop over flat gradients, AdamW a tensor
+
+Both draw dropout and task orders from (seed, step) or from a saved generator, and both return the same `StepResult`,
+whose tensors stay on the device until somebody logs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minbert_fast import reference
+from minbert_fast.config import OptimizerOptions, Recipe
+from minbert_fast.flat import Entry, FlatParameters, TaskGradients
+from minbert_fast.functional import surgery as ops
+from minbert_fast.optim import FlatAdamW
+from minbert_fast.packing import MultitaskBatch, PackedBatch
+from minbert_fast.passes import OnePass
+from minbert_fast.surgery import Surgery
+from minbert_fast.tasks import MultitaskModel
+
+Backend = Literal["fast", "reference"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, on the device. T is the number of tasks in the batch's order."""
+
+    losses: Tensor  # [T] weighted mean losses, fp32
+    grad_norm: Tensor  # [] norm of the combined gradient before clipping
+    gram: Tensor | None  # [T, T] inner products of the tasks' encoder gradients; None where they were not kept apart
+    nonfinite: Tensor  # [T] bool: tasks whose loss or gradient is not finite; the step was skipped if any
+
+
+class TrainingStep(Protocol):
+    """A step that the loop can call, save and restore."""
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        """Trains on `batch` with every learning rate times `lr_scale`."""
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """`tensors` by name (moments, generator states) and `scalars` by name (step counts); plain data throughout."""
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restores what `state_dict` gave; ValueError where it belongs to another model."""
+
+
+def make_step(backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> TrainingStep:
+    """The step for one stage (`recipe` resolved): products in `dtype` (fp32 or bf16), on the model's own device."""
+    if backend == "reference":
+        return ReferenceStep(model, recipe, dtype)
+    return OnePassStep(model, recipe, dtype)
+
+
+# ---- Which parameters train, and how ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A stage's parameters by role, each with its optimizer settings."""
+
+    shared: list[Entry]  # encoder and head layers that several tasks use: surgery acts on these
+    words: Entry | None  # the word embedding, when only the encoder's first op uses it
+    heads: dict[str, list[Entry]]
+    frozen: list[Entry]
+
+    def entries(self) -> Iterable[tuple[str, Entry]]:
+        """Every trainable entry with the label of what takes its step together."""
+        yield from (("shared", e) for e in self.shared)
+        if self.words:
+            yield "words", self.words
+        yield from ((label, e) for label, entries in self.heads.items() for e in entries)
+
+
+def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
+    """Sorts the model's parameters for a stage: `recipe.model.freeze`, `requires_grad`, the stage's tasks decide."""
+    options, encoder = recipe.optimizer, model.encoder
+    names = {id(p): n for n, p in model.named_parameters()}
+    users = [{id(p) for p in model.head_parameters([task])} for task in recipe.tasks]
+    tied = {i for i in set().union(*users) if sum(i in u for u in users) > 1}
+    pooled = any((model.tasks[task].pooling or model.pooling) == "pooler" for task in recipe.tasks)
+    trains = {id(p) for p in encoder.parameters() if p.requires_grad and not recipe.model.freeze}
+    if not pooled:
+        trains -= {id(p) for p in encoder.pooler_dense.parameters()}
+
+    def entry(p: nn.Parameter, lr: float) -> Entry:
+        plain = p.ndim < 2 and not options.decay_all
+        factor = lr / options.lr if options.lr else 0.0
+        return Entry(names[id(p)], p, factor, 0.0 if plain else options.weight_decay)
+
+    def encoder_entry(p: nn.Parameter) -> Entry:
+        return entry(p, options.lr * options.layer_decay ** _depth(names[id(p)], encoder.config.num_hidden_layers))
+
+    head_lr = options.lr if options.head_lr is None else options.head_lr
+    word = encoder.word_embedding.weight
+    own = encoder.one_pass_parameters()
+    rest = [p for p in encoder.parameters() if all(p is not q for q in (*own, word))]
+    shared = [encoder_entry(p) for p in (*own, *rest) if id(p) in trains]
+    heads: dict[str, list[Entry]] = {task: [] for task in recipe.tasks}
+    for task in recipe.tasks:
+        for p in model.head_parameters([task]):
+            if not p.requires_grad or p is word or any(p is e.parameter for e in shared):
+                continue
+            if id(p) in tied:
+                shared.append(entry(p, head_lr))
+            else:
+                heads[task].append(entry(p, head_lr))
+    words = encoder_entry(word) if id(word) in trains else None
+    if words and any(id(word) in u for u in users):  # tied to a head as well: its gradient is dense
+        shared.append(words)
+        words = None
+    placed = {id(e.parameter) for e in (*shared, *([words] if words else []), *(e for h in heads.values() for e in h))}
+    frozen = [Entry(n, p) for n, p in model.encoder.named_parameters() if id(p) not in placed]
+    return Trainable(shared, words, heads, frozen)
+
+
+def _depth(name: str, layers: int) -> int:
+    """Layers between a parameter and the encoder's top: 0 for the last layer, `layers` for the embeddings."""
+    parts = name.split(".")
+    if "bert_layers" in parts:
+        return layers - 1 - int(parts[parts.index("bert_layers") + 1])
+    return 0 if "pooler_dense" in parts else layers
+
+
+def _reseed(seed: int, step: int) -> None:
+    """Sets torch's generators for one step, so that a resumed run draws what an uninterrupted one would."""
+    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+# ---- The one-pass step -----------------------------------------------------------------------------------------
+
+
+class OnePassStep:
+    """Packed batch, one forward, one backward with per-task gradients, surgery on G, combine + AdamW in one pass.
+
+    Parameters move into flat buffers when the step is made. Products run in `dtype`; master weights, moments,
+    statistics and losses are fp32; J is kept in `dtype`. Without surgery J has one row: the plain sum.
+    """
+
+    def __init__(self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.surgery = Surgery.of(recipe.surgery, recipe.training.seed)
+        parts = trainable(model, recipe)
+        self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
+        tasks = len(recipe.tasks) if self.surgery.needs_gram else 1
+        self.gradients = TaskGradients(self.flat, tasks, dtype)
+        self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
+        own = {id(p) for p in model.encoder.one_pass_parameters()}
+        # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
+        self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
+        self.heads = {name: [e.parameter for e in entries] for name, entries in parts.heads.items()}
+        self.head_gradient = torch.zeros(self.flat.trainable_end - self.flat.words_end, device=self.flat.data.device)
+        self._attach_head_gradients()
+        self.seed = torch.zeros(1, dtype=torch.int64, device=self.flat.data.device)
+        self.steps = 0
+
+    def _attach_head_gradients(self) -> None:
+        offset = self.flat.words_end
+        for parameters in self.heads.values():
+            for p in parameters:
+                slot = self.flat.slot(p)
+                p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        _reseed(self.recipe.training.seed, self.steps)
+        self.seed.fill_(self.recipe.training.seed * 1_000_003 + self.steps)
+        self.steps += 1
+        self.optimizer.schedule(lr_scale)
+        return self._compute(batch, self.surgery.orders(len(batch.tasks)))
+
+    def _compute(self, batch: MultitaskBatch, orders: Tensor | None) -> StepResult:
+        """All of the step that runs on the device; asks it nothing, so that it can be captured as a graph."""
+        self.model.train()
+        losses = self._backward(batch)
+        gram = self._gram(batch)
+        w, broken = self.surgery.weights(gram, orders)
+        nonfinite = ~torch.isfinite(losses) | broken
+        present = [name for name in batch.tasks if batch.examples(name)]
+        head_square = self.head_gradient.square().sum()
+        norm = self.optimizer.clip(gram, w, head_square)
+        self.optimizer.advance(["shared", "words", *present], skip=nonfinite.any() | ~torch.isfinite(norm))
+        self.optimizer.step_shared(self.gradients, w)
+        if self.flat.words is not None:
+            self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
+        for name in present:
+            self.optimizer.step_head(name, self.head_gradient)
+        return StepResult(losses, norm, gram if self.surgery.needs_gram else None, nonfinite)
+
+    def _backward(self, batch: MultitaskBatch) -> Tensor:
+        """Fills J, the word rows and the heads' gradients; returns the losses [T]."""
+        packed = batch.packed
+        apart = self.gradients.tasks > 1
+        # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
+        bounds = packed.task_tokens if apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
+        run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
+        self.head_gradient.zero_()
+        with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
+            hidden = self.model.encoder.encode_packed(run, packed)
+        losses = self.model.losses(batch, hidden)
+        self._others(list(losses.values()))
+        torch.stack(list(losses.values())).sum().backward()  # last, since each backward overwrites J
+        for p in self.others:
+            p.grad = None
+        if self._words_are_dense():
+            self._scatter_words(packed)
+        return torch.stack([loss.detach() for loss in losses.values()])
+
+    def _others(self, losses: Sequence[Tensor]) -> None:
+        """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""
+        if not self.others:
+            return
+        for p in self.others:
+            self.gradients.view(p).zero_()
+        for row, loss in enumerate(losses):
+            found = torch.autograd.grad(loss, self.others, retain_graph=True, allow_unused=True)
+            for p, gradient in zip(self.others, found, strict=True):
+                if gradient is not None:
+                    self.gradients.view(p)[row % self.gradients.tasks] += gradient
+
+    def _words_are_dense(self) -> bool:
+        word = self.model.encoder.word_embedding.weight
+        return any(p is word for p in self.others)
+
+    def _scatter_words(self, packed: PackedBatch) -> None:
+        """Adds the row-sparse gradients of a word embedding that a head uses too to its dense rows in J."""
+        rows = self.gradients.words(packed.num_words)
+        dense = self.gradients.view(self.model.encoder.word_embedding.weight)
+        dense.index_add_(1, packed.word_ids[: packed.num_words], rows)
+
+    def _words(self, batch: MultitaskBatch) -> Tensor:
+        return self.gradients.words(batch.packed.num_words)  # [T, U, H]
+
+    def _gram(self, batch: MultitaskBatch) -> Tensor:
+        """G [T, T]: inner products of the tasks' gradients over the whole shared encoder."""
+        gram = ops.gram(self.gradients.J)
+        if self.flat.words is not None:
+            gram = ops.gram(self._words(batch).flatten(1), gram)
+        return gram
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        optimizer = self.optimizer.state_dict()
+        tensors = optimizer["tensors"] | {"surgery.generator": self.surgery.get_state()}
+        return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        self.optimizer.load_state_dict(state)
+        self.surgery.set_state(state["tensors"]["surgery.generator"])
+        self.steps = int(state["scalars"]["steps"])
+        self.flat.refresh()
+
+
+# ---- The naive step ----------------------------------------------------------------------------------------------
+
+
+class ReferenceStep:
+    """The step of a course project: padded, eager, one backward a task over the whole graph, AdamW a tensor.
+
+    Everything it computes with is in `minbert_fast/reference.py`. In bf16 it runs under autocast.
+    """
+
+    def __init__(self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.dtype = dtype
+        self.surgery = Surgery.of(recipe.surgery, recipe.training.seed)
+        parts = trainable(model, recipe)
+        self.entries = {e.name: (label, e) for label, e in parts.entries()}
+        self.shared = [e.parameter for label, e in self.entries.values() if label in ("shared", "words")]
+        for entry in parts.frozen:
+            entry.parameter.requires_grad_(False)
+        self.optimizer = reference.AdamW(self._groups(recipe.optimizer), **_adamw_settings(recipe.optimizer))
+        self.steps = 0
+
+    def _groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for _, entry in self.entries.values():
+            groups.setdefault((entry.lr_factor, entry.weight_decay), []).append(entry.parameter)
+        return [{"params": p, "lr_factor": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        _reseed(self.recipe.training.seed, self.steps)
+        self.steps += 1
+        self.model.train()
+        self.optimizer.zero_grad()
+        with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            losses = self.model.losses_padded(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
+        gram = self._backward(batch, losses)
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
+        nonfinite = ~torch.isfinite(values)
+        if gram is not None:
+            nonfinite |= ~torch.isfinite(gram.diagonal())
+        if torch.isfinite(norm) and not nonfinite.any():
+            self.optimizer.step()
+        return StepResult(values, norm, gram, nonfinite)
+
+    def _backward(self, batch: MultitaskBatch, losses: dict[str, Tensor]) -> Tensor | None:
+        """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
+        if not self.surgery.needs_gram:
+            torch.stack(list(losses.values())).sum().backward()
+            gram = None
+        else:
+            orders = self.surgery.orders(len(losses))
+            gram = self.surgery.merge(list(losses.values()), self.shared, orders)
+        for name in batch.tasks:
+            if not batch.examples(name):
+                for label, entry in self.entries.values():
+                    if label == name:
+                        entry.parameter.grad = None
+        return gram
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        tensors: dict[str, Tensor] = {"surgery.generator": self.surgery.get_state()}
+        scalars: dict[str, Any] = {"steps": self.steps}
+        for name, (_, entry) in self.entries.items():
+            state = self.optimizer.state.get(entry.parameter)
+            if state:
+                tensors |= {f"{name}/exp_avg": state["exp_avg"], f"{name}/exp_avg_sq": state["exp_avg_sq"]}
+                scalars[f"{name}/step"] = state["step"]
+        return {"tensors": tensors, "scalars": scalars}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        tensors, scalars = state["tensors"], state["scalars"]
+        for name, (_, entry) in self.entries.items():
+            if f"{name}/step" in scalars:
+                self.optimizer.state[entry.parameter] = {
+                    "step": int(scalars[f"{name}/step"]),
+                    "exp_avg": tensors[f"{name}/exp_avg"].clone(),
+                    "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
+                }
+        self.surgery.set_state(tensors["surgery.generator"])
+        self.steps = int(scalars["steps"])
+
+
+def _adamw_settings(options: OptimizerOptions) -> dict[str, Any]:
+    return {"lr": options.lr, "betas": options.betas, "eps": options.eps, "correct_bias": options.correct_bias}

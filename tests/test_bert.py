@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drop-in encoder against transformers and against itself: padded, packed, truncated, cast, in course code."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from minbert_fast import AdamW, BertConfig, BertModel, reference
+from minbert_fast.packing import pack
+
+SMALL = BertConfig(
+    vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
+    max_position_embeddings=40,
+)  # fmt: skip
+
+
+def masks(batch: int, length: int) -> Tensor:
+    """Right padding, left padding, a hole, full, one token alone."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, length // 2 :] = 0
+    mask[1, : length // 3] = 0
+    mask[2, 2:5] = 0
+    mask[3, 1:] = 0
+    return mask
+
+
+def stock_twin(model: BertModel, folder: Path) -> nn.Module:
+    model.save_pretrained(folder)
+    return transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def small() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(SMALL).eval()
+
+
+def test_equals_transformers_with_padding_anywhere(small: BertModel, tmp_path: Path) -> None:
+    ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
+    twin = stock_twin(small, tmp_path)
+    with torch.no_grad():
+        ours, theirs = small(ids, mask), twin(ids, attention_mask=mask)
+    attended = mask.bool()
+    torch.testing.assert_close(
+        ours["last_hidden_state"][attended], theirs.last_hidden_state[attended], atol=1e-5, rtol=0
+    )
+    first = attended[:, 0]
+    torch.testing.assert_close(ours["pooler_output"][first], theirs.pooler_output[first], atol=1e-5, rtol=0)
+    assert (ours["last_hidden_state"][~attended] == 0).all()
+
+
+def test_real_weights_equal_transformers(minilm: Path) -> None:
+    ours = BertModel.from_pretrained(minilm)
+    theirs = transformers.AutoModel.from_pretrained(minilm).eval()
+    ids, mask = torch.randint(999, 30000, (6, 33)), masks(6, 33)
+    with torch.no_grad():
+        a = ours(ids, mask)["last_hidden_state"][mask.bool()]
+        b = theirs(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_static_rectangle_equals_dropping_padding(small: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
+    packed = small(ids, mask)["last_hidden_state"]
+    monkeypatch.setattr("minbert_fast.functional.backend.drops_padding", lambda _: False)
+    torch.testing.assert_close(small(ids, mask)["last_hidden_state"], packed, atol=1e-5, rtol=0)
+
+
+def test_a_sentence_without_any_token_gives_zeros(small: BertModel) -> None:
+    ids, mask = torch.randint(1, 97, (3, 8)), torch.ones(3, 8)
+    mask[1] = 0
+    hidden = small(ids, mask)["last_hidden_state"]
+    assert (hidden[1] == 0).all()
+    assert torch.isfinite(hidden).all()
+
+
+def test_masked_positions_influence_nothing(small: BertModel) -> None:
+    ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
+    other = torch.where(mask.bool(), ids, torch.randint(1, 97, ids.shape))
+    assert torch.equal(small(ids, mask)["last_hidden_state"], small(other, mask)["last_hidden_state"])
+
+
+def test_packed_equals_padded(small: BertModel) -> None:
+    rng = np.random.default_rng(0)
+    sentences = [[rng.integers(1, 97, n).tolist() for n in lengths] for lengths in ((3, 1, 17), (9,), (2, 30))]
+    batch = pack(sentences, token_capacity=70, sentence_capacity=9)
+    ids, mask = batch.padded()
+    with torch.no_grad():
+        packed = small(batch)["last_hidden_state"]
+        padded = small(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(packed[: batch.num_tokens], padded[mask.bool()], atol=1e-5, rtol=0)
+    assert torch.isfinite(packed).all()
+
+
+def test_gradients_equal_the_naive_encoder(small: BertModel) -> None:
+    ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
+    cotangent = torch.randn(6, 17, 48) * mask[:, :, None]
+    fast = torch.autograd.grad(
+        small(ids, mask)["last_hidden_state"], list(small.parameters()), cotangent, allow_unused=True
+    )
+    naive = torch.autograd.grad(
+        reference.encoder(small, ids, mask), list(small.parameters()), cotangent, allow_unused=True
+    )
+    for (name, _), a, b in zip(small.named_parameters(), fast, naive, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4, msg=name)
+
+
+def test_longer_than_the_positions_is_truncated_with_a_count(small: BertModel) -> None:
+    ids = torch.randint(1, 97, (3, 50))
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    with pytest.warns(UserWarning, match="2 of 3 sentences exceed 40 positions"):
+        hidden = small(ids, mask)["last_hidden_state"]
+    assert hidden.shape == (3, 50, 48)
+    assert (hidden[:, 40:] == 0).all()
+    assert torch.equal(hidden[:, :40], small(ids[:, :40], mask[:, :40])["last_hidden_state"])
+
+
+def test_dropout_acts_in_training_alone_and_follows_the_seed(small: BertModel) -> None:
+    ids, mask = torch.randint(1, 97, (2, 9)), torch.ones(2, 9)
+    assert torch.equal(small(ids, mask)["pooler_output"], small(ids, mask)["pooler_output"])
+    small.train()
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(small(ids, mask)["pooler_output"])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_course_code_trains(small: BertModel) -> None:
+    """The course's classifier loop with nothing but its imports swapped: the loss falls."""
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = small
+            self.head = nn.Linear(48, 2)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head(self.bert(input_ids, attention_mask)["pooler_output"])
+
+    torch.manual_seed(1)
+    model = Classifier().train()
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    ids, mask = torch.randint(1, 97, (16, 9)), torch.ones(16, 9, dtype=torch.int64)
+    labels = (ids[:, 0] > 48).long()
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(ids, mask), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_autocast_computes_in_bf16_and_stays_close(small: BertModel) -> None:
+    ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
+    exact = small(ids, mask)["last_hidden_state"]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = small(ids, mask)["last_hidden_state"]
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast.float(), exact, atol=0.06, rtol=0.06)
+
+
+def test_sts_behaviour_of_real_weights(minilm: Path, shared_data: Path) -> None:
+    """Mean-pooled MiniLM embeddings rank the STS dev pairs as published models of this kind do."""
+    from scipy.stats import spearmanr
+
+    from minbert_fast.data import Tokenizer, read_table
+
+    table = read_table(shared_data / "sts-dev.csv", "similarity")
+    tokenizer, model = Tokenizer.from_pretrained(minilm), BertModel.from_pretrained(minilm)
+    sides = []
+    for texts in table.sentences:
+        tokens = tokenizer.encode(texts, max_length=128)
+        batch = pack([[tokens[i] for i in range(len(texts))]])
+        with torch.no_grad():
+            hidden = model(batch)["last_hidden_state"]
+        offsets = batch.cu_seqlens.tolist()
+        sides.append(torch.stack([hidden[a:b].mean(0) for a, b in itertools.pairwise(offsets)]))
+    cosine = nn.functional.cosine_similarity(*sides)
+    assert spearmanr(cosine.numpy(), table.labels).statistic > 0.84

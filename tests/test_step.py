@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-pass step: its J against T separate fp64 backwards, its ten steps against the naive step's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.config import Recipe
+from minbert_fast.packing import MultitaskBatch, pack
+from minbert_fast.passes import Pass
+from minbert_fast.schema import build
+from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.training.step import OnePassStep, make_step
+
+CONFIG = BertConfig(
+    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+PLAIN: dict[str, Any] = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}}
+
+
+def recipe(**sections: Any) -> Recipe:
+    return build(Recipe, {"tasks": PLAIN, "optimizer": {"lr": 1e-3}} | sections, "test")
+
+
+def make_model(chosen: Recipe, encoder: type[BertModel] = BertModel) -> MultitaskModel:
+    torch.manual_seed(0)
+    return MultitaskModel(encoder(CONFIG), build_tasks(chosen), chosen.model.pooling)
+
+
+def make_batch(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0) -> MultitaskBatch:
+    rng = np.random.default_rng(seed)
+    arity = {name: model.tasks[name].arity for name in sizes}
+    sentences = [
+        [rng.integers(1, 61, rng.integers(1, 20)).tolist() for _ in range(n * arity[name])] for name, n in sizes.items()
+    ]
+    labels: dict[str, Tensor] = {}
+    for name, n in sizes.items():
+        high = {"sentiment": 5, "paraphrase": 2, "similarity": 6}[model.tasks[name].kind]
+        drawn = torch.from_numpy(rng.integers(0, high, n))
+        labels[name] = drawn if high == 5 else drawn.float()
+    rows = {name: np.arange(n) for name, n in sizes.items()}
+    return MultitaskBatch(pack(sentences), tuple(sizes), arity, labels, rows)
+
+
+def separate_backwards(model: MultitaskModel, batch: MultitaskBatch) -> list[dict[str, Tensor]]:
+    """Each task's own fp64 gradients, by name, through the naive padded encoder."""
+    twin = copy.deepcopy(model).double().train()
+    gradients = []
+    for name in batch.tasks:
+        twin.zero_grad()
+        loss = twin.losses_padded(batch)[name]
+        if batch.examples(name):
+            loss.backward()
+        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in twin.named_parameters()})
+    return gradients
+
+
+def check_j(model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, tolerance: float = 2e-4) -> OnePassStep:
+    expected = separate_backwards(model, batch)
+    step = OnePassStep(model, chosen, torch.float32)
+    step._backward(batch)
+    for name, p in model.named_parameters():
+        if step.gradients.owns(p):
+            found = step.gradients.view(p)
+            for row in range(len(expected)):
+                torch.testing.assert_close(
+                    found[row].double(), expected[row][name], atol=tolerance, rtol=tolerance, msg=f"{name}, task {row}"
+                )
+        elif p is step.flat.words:
+            rows, ids = step._words(batch), batch.packed.word_ids[: batch.packed.num_words].long()
+            for row in range(len(expected)):
+                dense = torch.zeros_like(p).index_add(0, ids, rows[row])
+                torch.testing.assert_close(dense.double(), expected[row][name], atol=tolerance, rtol=tolerance)
+        elif p in step.flat and p.grad is not None:
+            torch.testing.assert_close(
+                p.grad.double(), sum(e[name] for e in expected), atol=tolerance, rtol=tolerance, msg=name
+            )
+    return step
+
+
+SIZES = {"sentiment": 5, "paraphrase": 4, "similarity": 3}
+SURGERY = {"surgery": {"method": "pcgrad"}}
+
+
+def test_j_equals_separate_fp64_backwards() -> None:
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    step = check_j(model, chosen, make_batch(model, SIZES))
+    assert step.flat.words is model.encoder.word_embedding.weight
+    assert not step.others
+
+
+@pytest.mark.parametrize("pooling", ["cls", "max", "pooler"])
+def test_j_for_every_pooling(pooling: str) -> None:
+    chosen = recipe(model={"pooling": pooling}, **SURGERY)
+    model = make_model(chosen)
+    step = check_j(model, chosen, make_batch(model, SIZES))
+    assert bool(step.others) == (pooling == "pooler")
+
+
+def test_j_with_an_empty_task() -> None:
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    step = check_j(model, chosen, make_batch(model, SIZES | {"paraphrase": 0}))
+    assert (step.gradients.J[1] == 0).all()
+
+
+def test_j_of_one_task_alone() -> None:
+    chosen = recipe(tasks={"similarity": {}}, **SURGERY)
+    model = make_model(chosen)
+    check_j(model, chosen, make_batch(model, {"similarity": 4}))
+
+
+def test_j_with_two_data_sets_for_one_kind_of_task() -> None:
+    tasks = PLAIN | {"cfimdb": {"kind": "sentiment", "data": "polarity", "dropout": 0.0}}
+    chosen = recipe(tasks=tasks, **SURGERY)
+    model = make_model(chosen)
+    batch = make_batch(model, SIZES | {"cfimdb": 2})
+    batch.labels["cfimdb"].clamp_(max=1)
+    check_j(model, chosen, batch)
+
+
+def test_j_with_frozen_parameters() -> None:
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    frozen = [model.encoder.word_embedding.weight, *model.encoder.bert_layers[0].parameters()]
+    frozen.append(model.encoder.bert_layers[1].self_attention.key.bias)
+    for p in frozen:
+        p.requires_grad_(False)
+    step = check_j(model, chosen, make_batch(model, SIZES))
+    assert not any(step.gradients.owns(p) for p in frozen)
+    before = [p.clone() for p in frozen]
+    step(make_batch(model, SIZES), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
+
+
+class WithAdapter(BertModel):
+    """An encoder with a module that the one-pass ops know nothing about."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.adapter = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def encode_packed(self, run: Pass, batch: Any) -> Tensor:
+        hidden = super().encode_packed(run, batch)
+        return hidden + torch.tanh(self.adapter(hidden.float())).to(hidden.dtype)
+
+
+def test_an_unknown_module_falls_back_to_autograd_task_by_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minbert_fast import reference
+
+    plain = reference.encoder
+
+    def with_adapter(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = plain(model, ids, mask)
+        return hidden + torch.tanh(model.adapter(hidden))
+
+    monkeypatch.setattr(reference, "encoder", with_adapter)
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen, WithAdapter)
+    step = check_j(model, chosen, make_batch(model, SIZES))
+    assert {id(p) for p in step.others} == {id(p) for p in model.encoder.adapter.parameters()}
+
+
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+@pytest.mark.parametrize(
+    "optimizer", [{"lr": 1e-3}, {"lr": 1e-3, "weight_decay": 0.1, "clip": 0.5, "layer_decay": 0.8}]
+)
+def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, float]) -> None:
+    chosen = recipe(surgery={"method": surgery}, optimizer=optimizer)
+    fast_model = make_model(chosen)
+    slow_model = copy.deepcopy(fast_model)
+    start = [p.clone() for p in fast_model.parameters()]
+    fast = make_step("fast", fast_model, chosen, torch.float32)
+    slow = make_step("reference", slow_model, chosen, torch.float32)
+    sizes: list[dict[str, int]] = [SIZES, SIZES | {"paraphrase": 0}, {"sentiment": 2, "paraphrase": 6, "similarity": 1}]
+    for index in range(10):
+        batch = make_batch(fast_model, sizes[index % 3], seed=index)
+        a, b = fast(batch, 1.0 - index / 20), slow(batch, 1.0 - index / 20)
+        torch.testing.assert_close(a.losses, b.losses, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, atol=1e-4, rtol=1e-3)
+        if surgery == "pcgrad":
+            torch.testing.assert_close(a.gram, b.gram, atol=1e-4, rtol=2e-3)
+    moved = 0.0
+    for (name, p), q, s in zip(fast_model.named_parameters(), slow_model.parameters(), start, strict=True):
+        torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)
+        moved = max(moved, float((p - s).abs().max()))
+    assert moved > 3e-3
+
+
+def test_bf16_follows_fp32() -> None:
+    """Products in bf16: losses of ten steps stay within a few percent, and master weights stay fp32."""
+    chosen = recipe(**SURGERY)
+    exact, fast = make_model(chosen), make_model(chosen)
+    steps = [make_step("fast", exact, chosen, torch.float32), make_step("fast", fast, chosen, torch.bfloat16)]
+    for index in range(10):
+        a, b = (step(make_batch(exact, SIZES, seed=index), 1.0).losses for step in steps)
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+    assert all(p.dtype == torch.float32 for p in fast.parameters())
+    flat = steps[1].flat  # type: ignore[attr-defined]
+    assert torch.equal(flat.compute[: flat.trainable_end], flat.data[: flat.trainable_end].bfloat16())
+
+
+def test_a_frozen_encoder_trains_heads_alone() -> None:
+    chosen = recipe(model={"freeze": True}, **SURGERY)
+    model = make_model(chosen)
+    before = [p.clone() for p in model.encoder.parameters()]
+    head = model.heads["sentiment"]
+    start = [p.clone() for p in head.parameters()]
+    step = make_step("fast", model, chosen, torch.float32)
+    for index in range(3):
+        step(make_batch(model, SIZES, seed=index), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.encoder.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(start, head.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_loss_that_is_not_finite_changes_nothing(backend: str) -> None:
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+    step(make_batch(model, SIZES), 1.0)
+    before = [p.clone() for p in model.parameters()]
+    broken = make_batch(model, SIZES, seed=1)
+    broken.labels["similarity"][1] = float("nan")
+    result = step(broken, 1.0)
+    assert result.nonfinite.tolist() == [False, False, True]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    step(make_batch(model, SIZES, seed=2), 1.0)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_restored_step_continues_bit_identically(backend: str) -> None:
+    chosen = recipe(
+        surgery={"method": "pcgrad"}, tasks={"sentiment": {"dropout": 0.3}, "paraphrase": {}, "similarity": {}}
+    )
+
+    def run(split: bool) -> list[Tensor]:
+        model = make_model(chosen)
+        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+        for index in range(6):
+            if split and index == 3:
+                saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
+                model = make_model(chosen)
+                model.load_state_dict(weights)
+                step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+                step.load_state_dict(saved)
+                torch.manual_seed(99)
+            step(make_batch(model, SIZES, seed=index), 1.0)
+        return [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_dropout_streams_are_the_steps_own() -> None:
+    """Two runs of one seed agree bit for bit whatever torch's global generator did before; another seed differs."""
+    dropped = BertConfig(**(vars(CONFIG) | {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}))
+
+    def run(seed: int) -> Tensor:
+        chosen = recipe(training={"seed": seed}, **SURGERY)
+        torch.manual_seed(0)
+        model = MultitaskModel(BertModel(dropped), build_tasks(chosen), "mean")
+        step = make_step("fast", model, chosen, torch.float32)
+        torch.rand(seed + 3)
+        return torch.stack([step(make_batch(model, SIZES, seed=i), 1.0).losses for i in range(3)])
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))

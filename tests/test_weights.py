@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in and out: every layout a user has, every key accounted for, no pickle executed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.schema import ConfigError
+from minbert_fast.weights import WeightsError, from_stock_name, to_stock_name
+
+TINY = BertConfig(
+    vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+    max_position_embeddings=12,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(TINY)
+
+
+def same(a: BertModel, b: BertModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_names_round_trip(model: BertModel) -> None:
+    for key in model.state_dict():
+        assert from_stock_name(to_stock_name(key)) == key
+        assert from_stock_name("bert." + to_stock_name(key)) == key
+
+
+def test_save_and_load_are_bit_exact_both_ways(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "ours")
+    assert same(model, BertModel.from_pretrained(tmp_path / "ours"))
+    stock = transformers.AutoModel.from_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "theirs")
+    assert same(model, BertModel.from_pretrained(tmp_path / "theirs"))
+
+
+def test_reads_a_pickled_state_dict_with_legacy_names_and_pretraining_heads(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    state = {}
+    for key, tensor in load_file(tmp_path / "model.safetensors").items():
+        legacy = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        state["bert." + legacy] = tensor
+    state["cls.predictions.bias"] = torch.zeros(31)
+    state["bert.embeddings.position_ids"] = torch.arange(12)[None]
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert same(model, BertModel.from_pretrained(tmp_path))
+
+
+def test_reads_a_course_checkpoint(model: BertModel, tmp_path: Path) -> None:
+    state = {f"bert.{k}": t for k, t in model.state_dict().items()}
+    state["bert.position_ids"] = torch.arange(12)[None]
+    state["sentiment_head.weight"] = torch.zeros(5, 16)
+    info = {
+        "model": state,
+        "optim": {"state": {}, "param_groups": []},
+        "args": argparse.Namespace(lr=1e-5, use_gpu=False),
+        "model_config": SimpleNamespace(hidden_size=16, data_dir="."),
+        "system_rng": random.getstate(),
+        "numpy_rng": np.random.get_state(),
+        "torch_rng": torch.random.get_rng_state(),
+    }
+    torch.save(info, tmp_path / "finetune-10-1e-05-multitask.pt")
+    loaded = BertModel.from_pretrained(tmp_path / "finetune-10-1e-05-multitask.pt", num_attention_heads=2)
+    assert same(model, loaded)
+    assert loaded.config.num_attention_heads == 2
+
+
+def test_missing_and_unexpected_keys_are_named(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.bias"]
+    tensors["encoder.layer.7.output.dense.bias"] = torch.zeros(16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"missing bert_layers\.1\.out_dense\.bias; unexpected bert_layers\.7"):
+        BertModel.from_pretrained(tmp_path)
+
+
+def test_a_wrong_shape_is_named(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["pooler.dense.bias"] = torch.zeros(17)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"pooler_dense\.bias has shape \[17\]: expected \[16\]"):
+        BertModel.from_pretrained(tmp_path)
+
+
+def test_an_absent_pooler_is_drawn_with_a_warning(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if not k.startswith("pooler")}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="has no pooler"):
+        BertModel.from_pretrained(tmp_path)
+
+
+def test_overrides_reach_the_configuration(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert BertModel.from_pretrained(tmp_path, hidden_dropout_prob=0.3).config.hidden_dropout_prob == 0.3
+
+
+def test_half_precision_weights_load_as_fp32(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({k: t.half() for k, t in tensors.items()}, tmp_path / "model.safetensors")
+    assert BertModel.from_pretrained(tmp_path).word_embedding.weight.dtype == torch.float32
+
+
+class _Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "course.pt"])
+def test_a_malicious_pickle_does_not_run(model: BertModel, tmp_path: Path, name: str) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model": _Payload(tmp_path / "ran")}, tmp_path / name)
+    with pytest.raises(WeightsError, match=name):
+        BertModel.from_pretrained(tmp_path / name if name.endswith(".pt") else tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act = 'relu': expected 'gelu'"),
+        ({"hidden_size": 15}, "hidden_size = 15 is no multiple of num_attention_heads = 2"),
+        ({"vocab_size": -4}, "vocab_size = -4: expected a positive size"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers = 'two': expected a whole number"),
+        ({"model_type": "roberta"}, "model_type = 'roberta': expected 'bert'"),
+    ],
+)
+def test_an_impossible_configuration_is_one_line(
+    model: BertModel, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=message) as caught:
+        BertModel.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"\xff" * 8 + b"{}", b"{"])
+def test_damaged_files_are_one_line(model: BertModel, tmp_path: Path, content: bytes) -> None:
+    for name in ("model.safetensors", "config.json"):
+        model.save_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=name) as caught:
+            BertModel.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_neither_path_nor_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError, match="no such file or directory"):
+        BertModel.from_pretrained("./nowhere/at/all")
+    with pytest.raises(WeightsError, match="not to be had from the hub"):
+        BertModel.from_pretrained("nobody/nothing", local_files_only=True)
