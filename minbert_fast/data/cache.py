@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data files tokenized once: memory-mapped arrays in a cache directory, rebuilt when anything changes.
+
+An entry is a directory named after what decides its content (the file's bytes, the tokenizer, the format),
+with one raw array a file and a meta.json that gives each array's type, size and checksum. Entries are
+written under a temporary name, flushed and renamed, so that whatever carries a final name is whole; a
+damaged one is found by its checksums and rebuilt. Where nothing can be written, the arrays stay in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from minbert_fast.data.files import BadRow, Table, TableReader, check_bad_rows, open_regular
+from minbert_fast.data.formats import DataError, FileFormat, format_of, show_path
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import Text, Tokens, TokenTable
+
+VERSION = 1  # of the layout below; entries of another version are not found
+ABANDONED_SECONDS = 86_400  # an unfinished entry of this age belongs to no living process
+
+Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/minbert_fast, or ~/.cache/minbert_fast."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification asks that relative paths be ignored.
+    root = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
+    return root / "minbert_fast"
+
+
+def load_tokens(
+    path: str | os.PathLike[str],
+    task: str | FileFormat,
+    tokenizer: Tokenizer,
+    *,
+    labeled: bool = True,
+    max_bad_rows: float = 0.01,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> TokenTable:
+    """The rows of a data file as word ids, from the cache if they are there, else read, tokenized and
+    cached.
+
+    Memory stays bounded whatever the file's size. `progress` is called while the file is tokenized,
+    `notify` with a line for the user where the cache cannot be used. Raises DataError as `read_table` does.
+    """
+    layout, path = format_of(task), Path(path)
+    labeled = labeled and layout.label is not None
+    source_hash, signature = _hash_file(path)
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    name = _entry_name(path, layout, labeled, source_hash, tokenizer)
+    entry = folder / name
+    found = _open(entry)
+    if found is None:
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            _prepare(folder, name, temporary)
+            found = _build(path, layout, tokenizer, labeled, max_bad_rows, progress, temporary)
+            _publish(temporary, entry, found)
+        except OSError as error:
+            if notify:
+                reason = error.strerror or str(error)
+                notify(f"{show_path(folder)}: no token cache there ({reason}); the tokens stay in memory")
+            found = _build(path, layout, tokenizer, labeled, max_bad_rows, progress, None)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        with open_regular(path) as file:
+            if _signature(os.fstat(file.fileno())) != signature:
+                raise DataError(f"{show_path(path)}: changed while it was read")
+    arrays, lines_and_reasons = found
+    bad_rows = tuple(BadRow(path, line, reason) for line, reason in lines_and_reasons)
+    used = len(arrays["lines"])
+    check_bad_rows(path, used + len(bad_rows), len(bad_rows), next(iter(bad_rows), None), max_bad_rows)
+    return _table(layout, path, arrays, bad_rows, source_hash)
+
+
+def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
+    """The rows of a table as word ids, in memory."""
+    layout = format_of(table.task)
+    builder = _Builder(layout, tokenizer, table.labels is not None, None)
+    builder.add(table)
+    return _table(layout, table.path, builder.arrays(), table.bad_rows, "")
+
+
+# An entry's arrays by name, and the bad rows as pairs of line and reason.
+_Entry = tuple[dict[str, np.ndarray], list[tuple[int, str]]]
+
+
+def _table(
+    layout: FileFormat,
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    bad_rows: tuple[BadRow, ...],
+    source_hash: str,
+) -> TokenTable:
+    return TokenTable(
+        task=layout.task,
+        path=path,
+        columns=tuple(Tokens(arrays[f"tokens{c}"], arrays[f"offsets{c}"]) for c in range(layout.arity)),
+        labels=arrays.get("labels"),
+        ids=Text(arrays["ids"], arrays["id_offsets"]),
+        lines=arrays["lines"],
+        bad_rows=bad_rows,
+        source_hash=source_hash,
+    )
+
+
+class _Builder:
+    """Grows an entry's arrays part by part, in files of `folder` or in memory (None)."""
+
+    def __init__(self, layout: FileFormat, tokenizer: Tokenizer, labeled: bool, folder: Path | None) -> None:
+        self.tokenizer = tokenizer
+        word = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
+        types = {"lines": "int64", "ids": "uint8", "id_offsets": "int64"}
+        if labeled and layout.label:
+            types["labels"] = layout.label.dtype
+        for column in range(layout.arity):
+            types |= {f"tokens{column}": word, f"offsets{column}": "int64"}
+        self.growing = {name: _Growing(dtype, folder and folder / name) for name, dtype in types.items()}
+        for name, array in self.growing.items():
+            if "offsets" in name:
+                array.append(np.zeros(1, dtype=np.int64))
+
+    def add(self, part: Table) -> None:
+        """Tokenizes and appends rows."""
+        grow = self.growing
+        for column, texts in enumerate(part.sentences):
+            tokens = self.tokenizer.encode(texts)
+            grow[f"offsets{column}"].append(tokens.offsets[1:] + grow[f"tokens{column}"].count)
+            grow[f"tokens{column}"].append(tokens.flat)
+        names = Text.of(part.ids)
+        grow["id_offsets"].append(names.offsets[1:] + grow["ids"].count)
+        grow["ids"].append(names.flat)
+        grow["lines"].append(part.lines)
+        if part.labels is not None:
+            grow["labels"].append(part.labels)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays, once all parts are in."""
+        return {name: array.finish() for name, array in self.growing.items()}
+
+
+class _Growing:
+    """An array that grows at its end, in a file or in memory, with a running checksum."""
+
+    def __init__(self, dtype: str, path: Path | None) -> None:
+        self.dtype = np.dtype(dtype)
+        self.path = path
+        self.count = 0
+        self.checksum = 0
+        self.parts: list[np.ndarray] = []
+
+    def append(self, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        self.count += len(values)
+        if self.path is None:
+            self.parts.append(values)
+        else:
+            data = values.tobytes()
+            self.checksum = zlib.crc32(data, self.checksum)
+            # Opened anew each time: a part is thousands of rows, and no handle outlives a failure.
+            with open(self.path, "ab") as file:
+                file.write(data)
+
+    def finish(self) -> np.ndarray:
+        if self.path is None:
+            return np.concatenate([np.empty(0, dtype=self.dtype), *self.parts])
+        with open(self.path, "ab") as file:
+            os.fsync(file.fileno())
+        return _map(self.path, self.dtype, self.count)
+
+
+def _build(
+    path: Path,
+    layout: FileFormat,
+    tokenizer: Tokenizer,
+    labeled: bool,
+    max_bad_rows: float,
+    progress: Progress | None,
+    folder: Path | None,
+) -> _Entry:
+    """Reads and tokenizes a file; with a folder, writes a whole entry there."""
+    builder = _Builder(layout, tokenizer, labeled, folder)
+    bad_rows: list[tuple[int, str]] = []
+    rows = 0
+    with TableReader(path, layout, labeled=labeled, max_bad_rows=max_bad_rows) as reader:
+        for part in reader.chunks():
+            builder.add(part)
+            bad_rows += [(bad.line, bad.reason) for bad in part.bad_rows]
+            rows += part.rows_read
+            if progress:
+                progress(rows, reader.position, reader.size)
+    arrays = builder.arrays()
+    if folder is not None:
+        body = {
+            "version": VERSION,
+            "arrays": {n: [a.dtype.name, a.count, a.checksum] for n, a in builder.growing.items()},
+            "bad_rows": bad_rows,
+        }
+        with open(folder / "meta.json", "w", encoding="ascii") as file:
+            json.dump({"body": body, "checksum": _checksum(body)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    return arrays, bad_rows
+
+
+def _open(entry: Path) -> _Entry | None:
+    """A cached entry's arrays, mapped; None if there is none or it is damaged in any way."""
+    try:
+        meta: Any = json.loads((entry / "meta.json").read_text(encoding="ascii"))
+        body = meta["body"]
+        if meta["checksum"] != _checksum(body) or body["version"] != VERSION:
+            return None
+        arrays = {}
+        for name, (dtype, count, checksum) in body["arrays"].items():
+            path = entry / name
+            if path.stat().st_size != count * np.dtype(dtype).itemsize:
+                return None
+            arrays[name] = _map(path, np.dtype(dtype), count)
+            if zlib.crc32(arrays[name].data) != checksum:
+                return None
+        return arrays, [(line, reason) for line, reason in body["bad_rows"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    # As a plain array: the memmap subclass is several times slower to slice. Empty files cannot be mapped.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,))) if count else np.empty(0, dtype)
+
+
+def _prepare(folder: Path, name: str, temporary: Path) -> None:
+    """Makes the temporary directory, and removes those that killed processes left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f".{name}.*.tmp"):
+        with suppress(OSError):
+            if old == temporary or time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(old)
+    temporary.mkdir()
+
+
+def _publish(temporary: Path, entry: Path, found: _Entry) -> None:
+    """Gives a whole entry its final name, in place of a damaged one."""
+    _sync_directory(temporary)
+    if entry.exists() or entry.is_symlink():
+        if _open(entry) is not None:
+            return  # another process was quicker; its arrays are the same
+        damaged = temporary / "damaged"
+        entry.rename(damaged)
+    temporary.rename(entry)
+    shutil.rmtree(entry / "damaged", ignore_errors=True)
+    _sync_directory(entry.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry_name(path: Path, layout: FileFormat, labeled: bool, source_hash: str, tokenizer: Tokenizer) -> str:
+    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, repr(layout), labeled)
+    key = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
+    return f"{stem}-{key}"
+
+
+def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The hash of a file's content, and what tells whether the file was touched since."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open_regular(path) as file:
+        signature = _signature(os.fstat(file.fileno()))
+        try:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        except OSError as error:
+            raise DataError(f"{show_path(path)}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest(), signature
+
+
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _checksum(body: Any) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to batches: a step's rows of every task for training, one task's rows by length for evaluation."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from minbert_fast.data.sampling import Sampler
+from minbert_fast.data.tokens import TokenTable, cut, join
+from minbert_fast.packing import MultitaskBatch, pack
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The few sizes that batches are padded to, ascending, so that graphs of few shapes serve all batches.
+
+    Each size of a batch becomes the smallest of its bucket sizes that holds it, and stays as it is where
+    none does.
+    """
+
+    tokens: tuple[int, ...] = ()
+    sentences: tuple[int, ...] = ()
+    seqlen: tuple[int, ...] = ()  # the bound on sentence length
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of rows. Tasks stand in the order of `tables`.
+
+    Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1).
+    Raises ValueError for a joint task that is unknown or has no pairs, and for too small a `max_length`.
+    """
+
+    tables: Mapping[str, TokenTable]
+    max_length: int  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
+    joint: frozenset[str] = frozenset()
+    buckets: Buckets = Buckets()
+
+    def __post_init__(self) -> None:
+        for task in self.joint:
+            if task not in self.tables or self.tables[task].arity != 2:
+                raise ValueError(f"task {task!r} has no pairs of sentences to join")
+        if self.max_length < (3 if self.joint else 2):
+            raise ValueError(f"max_length is {self.max_length}: no room for [CLS] and [SEP]")
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> MultitaskBatch:
+        """The batch of `rows[task]`, which names every task; a task may have no rows.
+
+        All first sentences of a task come before all second ones. Labels are float32 or int64 as in the
+        table; a task without labels has no entry among them.
+        """
+        sentences: list[list[np.ndarray]] = []
+        types: list[list[np.ndarray]] = []
+        for task, table in self.tables.items():
+            columns, kinds = self._sequences(task, table, rows[task])
+            sentences.append(columns)
+            types.append(kinds)
+        lengths = [len(sentence) for task in sentences for sentence in task]
+        packed = pack(
+            sentences,
+            types if self.joint else None,
+            token_capacity=_fit(sum(lengths), self.buckets.tokens),
+            sentence_capacity=_fit(len(lengths), self.buckets.sentences),
+            max_seqlen=_fit(max(lengths, default=0), self.buckets.seqlen),
+        )
+        return MultitaskBatch(
+            packed=packed,
+            tasks=tuple(self.tables),
+            arity={task: 1 if task in self.joint else table.arity for task, table in self.tables.items()},
+            labels={
+                task: torch.from_numpy(table.labels[rows[task]])
+                for task, table in self.tables.items()
+                if table.labels is not None
+            },
+            rows={task: np.asarray(rows[task]) for task in self.tables},
+        )
+
+    def _sequences(
+        self, task: str, table: TokenTable, rows: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """A task's sequences, and their token types if any task is joint."""
+        if task in self.joint:
+            first, second = table.columns
+            joined = [join(first[row], second[row], self.max_length) for row in rows]
+            return [ids for ids, _ in joined], [kinds for _, kinds in joined]
+        sequences = [cut(column[row], self.max_length) for column in table.columns for row in rows]
+        return sequences, [np.zeros(len(s), dtype=np.int32) for s in sequences] if self.joint else []
+
+
+def training_batches(
+    sampler: Sampler, collator: Collator, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, MultitaskBatch]]:
+    """Yields steps (counted over the whole run) and their batches, from `start` to `stop` or without end."""
+    step = start
+    while stop is None or step < stop:
+        yield step, collator(sampler.rows(*sampler.position(step)))
+        step += 1
+
+
+def evaluation_batches(
+    table: TokenTable,
+    *,
+    max_length: int,
+    token_budget: int = 16_384,
+    joint: bool = False,
+    buckets: Buckets = Buckets(),
+) -> Iterator[MultitaskBatch]:
+    """Yields each row of a table once, the longest first, in batches of up to `token_budget` tokens.
+
+    `batch.rows[table.task]` says which rows a batch holds: scatter what comes out by them to restore the
+    order.
+    """
+    task = table.task
+    collator = Collator({task: table}, max_length, frozenset({task} if joint else ()), buckets)
+    tokens = np.minimum(table.lengths(joint), max_length).sum(axis=1)
+    order = np.argsort(-tokens, kind="stable")
+    begin = 0
+    while begin < len(order):
+        # The longest row comes first, so this many rows fit for certain; at least one is taken.
+        ahead = np.cumsum(tokens[order[begin : begin + token_budget]])
+        end = begin + max(1, int(np.searchsorted(ahead, token_budget, side="right")))
+        yield collator({task: order[begin:end]})
+        begin = end
+
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """Yields `items`, made up to `depth` ahead by a thread; whatever is raised there is raised here.
+
+    The thread ends when the items do, or when this generator is closed (leaving a `for` loop closes it).
+    """
+    # An item in a list of one, an exception, or None at the end.
+    ready: queue.Queue[list[Item] | BaseException | None] = queue.Queue(maxsize=max(1, depth))
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                ready.put([item])
+                if stop.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item[0]
+    finally:
+        stop.set()
+        while thread.is_alive():  # perhaps waiting for room
+            with suppress(queue.Empty):
+                ready.get(timeout=0.01)
+
+
+def pin(batch: MultitaskBatch) -> MultitaskBatch:
+    """The batch in page-locked memory, from which it is copied to a GPU beside the GPU's work."""
+    labels = {task: label.pin_memory() for task, label in batch.labels.items()}
+    return replace(batch, packed=batch.packed.pin_memory(), labels=labels)
+
+
+def _fit(size: int, buckets: tuple[int, ...]) -> int:
+    return next((bucket for bucket in buckets if bucket >= size), size)

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the course's data files: every row is used or reported with its file, line and reason.
+
+The files are tab-separated (nli-triplets: comma-separated) with a header line and are read by column name,
+so extra columns and any column order will do. Quoting is CSV's: a field that begins with `"` ends at its
+closing quote and doubles the quotes inside. Such a field may hold separators or line breaks but not both;
+thereby a quote that nobody closes costs its own row and never the rows after it.
+
+    rows read = rows in the table + rows reported
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from minbert_fast.data.formats import DataError, FileFormat, format_of, show, show_path
+
+MAX_LINE_BYTES = 1 << 20  # a row longer than this is damage, not text
+MAX_RECORD_LINES = 100  # how far a quoted field may run over line breaks
+CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was read and not used. `str()` gives `file:line: reason`."""
+
+    path: Path
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{show_path(self.path)}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file, or of a part of it."""
+
+    task: str
+    path: Path
+    sentences: tuple[list[str], ...]  # one list a sentence of the example, each as long as the table
+    labels: np.ndarray | None  # [n] in the format's dtype; None where the file has none to give
+    ids: list[str]
+    lines: np.ndarray  # [n] int64: where each row begins in the file
+    bad_rows: tuple[BadRow, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def arity(self) -> int:
+        """Sentences of an example."""
+        return len(self.sentences)
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that the file held: those of the table and those reported."""
+        return len(self) + len(self.bad_rows)
+
+    def place(self, row: int) -> str:
+        """`file:line` of a row."""
+        return f"{show_path(self.path)}:{self.lines[row]}"
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    task: str | FileFormat,
+    *,
+    labeled: bool = True,
+    max_bad_rows: float = 0.01,
+) -> Table:
+    """Reads one file whole.
+
+    `labeled=False` neither asks for the label column nor reads it. Malformed rows are left out and listed in
+    `bad_rows`; if they are `max_bad_rows` of all rows or more, the file is refused.
+
+    Raises DataError (one line, with the place) for what is no readable file of this format.
+    """
+    with TableReader(path, task, labeled=labeled, max_bad_rows=max_bad_rows) as reader:
+        parts = list(reader.chunks())
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Table(
+        task=reader.layout.task,
+        path=reader.path,
+        sentences=tuple(
+            [text for part in parts for text in part.sentences[column]]
+            for column in range(reader.layout.arity)
+        ),
+        labels=np.concatenate(labels) if labels else None,
+        ids=[name for part in parts for name in part.ids],
+        lines=np.concatenate([part.lines for part in parts]),
+        bad_rows=tuple(bad for part in parts for bad in part.bad_rows),
+    )
+
+
+class TableReader:
+    """Streams a data file in chunks of rows, so that a file of any size is read in bounded memory.
+
+    `size` is the file's size in bytes and `position` how far it was read, for progress.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        task: str | FileFormat,
+        *,
+        labeled: bool = True,
+        max_bad_rows: float = 0.01,
+    ) -> None:
+        self.layout = format_of(task)
+        self.labeled = labeled and self.layout.label is not None
+        self.max_bad_rows = max_bad_rows
+        self.path = Path(path)
+        self._file = open_regular(self.path)
+        self.size = os.fstat(self._file.fileno()).st_size
+        self.position = 0
+        try:
+            self._lines = _Lines(self._file, self.path)
+            self._columns, self._width = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TableReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[Table]:
+        """Yields tables of up to `rows` rows, good and bad together.
+
+        Raises DataError at the end of the file if too many rows were bad or there were none.
+        """
+        read = bad = 0
+        first_bad: BadRow | None = None
+        done = False
+        while not done:
+            good: list[tuple[int, list[str], float]] = []
+            reported: list[BadRow] = []
+            for line, record in self._lines:
+                try:
+                    good.append((line, *self._parse(record)))
+                except ValueError as error:
+                    reported.append(BadRow(self.path, line, str(error)))
+                if len(good) + len(reported) == rows:
+                    break
+            else:
+                done = True
+            self.position = self._lines.position
+            read += len(good) + len(reported)
+            bad += len(reported)
+            first_bad = first_bad or next(iter(reported), None)
+            if good or reported:
+                yield self._table(good, tuple(reported))
+        check_bad_rows(self.path, read, bad, first_bad, self.max_bad_rows)
+
+    def _read_header(self) -> tuple[list[int], int]:
+        """The positions of the columns that this format needs, and the number of columns."""
+        try:
+            _, record = next(self._lines)
+        except StopIteration:
+            raise DataError(f"{show_path(self.path)}: empty file") from None
+        wanted = self.layout.columns(self.labeled)
+        place = f"{show_path(self.path)}:1"
+        try:
+            names = [name.strip() for name in record.fields(self.layout.separator, width=None)]
+        except ValueError as error:
+            raise DataError(f"{place}: {error}") from None
+        for name in wanted:
+            if names.count(name) != 1:
+                problem = "no column" if name not in names else "more than one column"
+                kind = {"\t": "tab", ",": "comma"}.get(self.layout.separator, show(self.layout.separator))
+                raise DataError(
+                    f"{place}: {problem} {show(name)}; expected {kind}-separated columns "
+                    f"{', '.join(wanted)}, found {show(self.layout.separator.join(names), 100)}"
+                )
+        return [names.index(name) for name in wanted], len(names)
+
+    def _parse(self, record: _Record) -> tuple[list[str], float]:
+        """Id and sentences in the format's order, and the label. Raises ValueError with the reason."""
+        fields = record.fields(self.layout.separator, self._width)
+        values = [fields[column] for column in self._columns]
+        label = self.layout.label.parse(values.pop()) if self.labeled and self.layout.label else 0.0
+        return values, label
+
+    def _table(self, good: list[tuple[int, list[str], float]], reported: tuple[BadRow, ...]) -> Table:
+        label = self.layout.label
+        first = 1 if self.layout.id_column else 0
+        lines = np.array([line for line, _, _ in good], dtype=np.int64)
+        return Table(
+            task=self.layout.task,
+            path=self.path,
+            sentences=tuple(
+                [values[first + column] for _, values, _ in good] for column in range(self.layout.arity)
+            ),
+            labels=np.array([y for _, _, y in good], dtype=label.dtype) if self.labeled and label else None,
+            ids=[values[0].strip() if first else str(line) for line, values, _ in good],
+            lines=lines,
+            bad_rows=reported,
+        )
+
+
+def check_bad_rows(path: Path, read: int, bad: int, first: BadRow | None, limit: float) -> None:
+    """Raises DataError if `bad` of `read` rows are the fraction `limit` or more, or leave nothing to use."""
+    if read == 0:
+        raise DataError(f"{show_path(path)}: no rows after the header")
+    if bad and (bad >= limit * read or bad == read):
+        raise DataError(
+            f"{show_path(path)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}; fewer than {limit:.1%} "
+            f"are tolerated), the first at {first}"
+        )
+
+
+class _Record:
+    """One row's text, unsplit; draws further lines for a quoted field that runs over line breaks."""
+
+    def __init__(self, raw: bytes | ValueError, following: _Lines) -> None:
+        self._raw = raw
+        self._following = following
+
+    def fields(self, separator: str, width: int | None) -> list[str]:
+        """The row's fields, `width` of them unless None. Raises ValueError with the reason."""
+        text = _decode(self._raw)
+        if '"' not in text:
+            fields = text.split(separator)
+        else:
+            try:
+                fields = _split_quoted(text, separator)
+            except _OpenQuoteError as error:
+                joined = self._join(text, separator, width)
+                if joined is None:
+                    raise ValueError(str(error)) from None
+                fields = joined
+        if width is not None and len(fields) != width:
+            raise ValueError(f"{len(fields)} fields, expected {width}")
+        return fields
+
+    def _join(self, text: str, separator: str, width: int | None) -> list[str] | None:
+        """The fields of this line and those after it, if these close its open quote and make a whole row."""
+        for count, raw in enumerate(self._following.peek(MAX_RECORD_LINES), start=1):
+            try:
+                line = _decode(raw)
+            except ValueError:
+                return None
+            text = f"{text}\n{line}"
+            if '"' not in line:
+                if separator in line:
+                    return None
+                continue
+            try:
+                fields = _split_quoted(text, separator)
+            except _OpenQuoteError:
+                if separator in line:
+                    return None
+                continue
+            except ValueError:
+                return None
+            if len(fields) != width or any("\n" in field and separator in field for field in fields):
+                return None
+            self._following.skip(count)
+            return fields
+        return None
+
+
+class _Lines:
+    """A file's records, one a non-blank line: pairs of line number and _Record. Lines end in LF or CRLF."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._ahead: deque[bytes | ValueError] = deque()
+        self._number = 0
+        self.position = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> tuple[int, _Record]:
+        while True:
+            raw = self._ahead.popleft() if self._ahead else self._read()
+            if raw is None:
+                raise StopIteration
+            self._number += 1
+            if self._number == 1 and isinstance(raw, bytes):
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw:
+                return self._number, _Record(raw, self)
+
+    def peek(self, count: int) -> Iterator[bytes | ValueError]:
+        """Up to `count` lines after the current one, which stay to be read."""
+        for index in range(count):
+            if index == len(self._ahead):
+                raw = self._read()
+                if raw is None:
+                    return
+                self._ahead.append(raw)
+            yield self._ahead[index]
+
+    def skip(self, count: int) -> None:
+        """Passes over lines that `peek` showed."""
+        for _ in range(count):
+            self._ahead.popleft()
+        self._number += count
+
+    def _read(self) -> bytes | ValueError | None:
+        """The next line without its end; a complaint in place of a line too long; None at the end."""
+        try:
+            raw = self._file.readline(MAX_LINE_BYTES + 1)
+            length = len(raw)
+            if length > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                rest = raw
+                while rest and not rest.endswith(b"\n"):
+                    rest = self._file.readline(MAX_LINE_BYTES)
+                    length += len(rest)
+                self.position += length
+                return ValueError(f"a line of {length:,} bytes, expected at most {MAX_LINE_BYTES:,}")
+        except OSError as error:
+            place = f"{show_path(self._path)}:{self._number + 1}"
+            raise DataError(f"{place}: cannot be read: {error.strerror or error}") from error
+        self.position += length
+        if not raw:
+            return None
+        return raw.removesuffix(b"\n").removesuffix(b"\r")
+
+
+class _OpenQuoteError(ValueError):
+    """The line ends inside a quoted field."""
+
+
+def _decode(raw: bytes | ValueError) -> str:
+    """A line's text. Raises ValueError with the reason for a line that is no UTF-8 text."""
+    if isinstance(raw, ValueError):
+        raise raw
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("UTF-16 text, expected UTF-8")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"NUL character at offset {text.index(chr(0))}")
+    return text
+
+
+def _split_quoted(text: str, separator: str) -> list[str]:
+    """The fields of a record with quotes in it. Raises _OpenQuoteError at an open end, else ValueError."""
+    fields: list[str] = []
+    begin = 0
+    while True:
+        if not text.startswith('"', begin):
+            end = text.find(separator, begin)
+            if end < 0:
+                return [*fields, text[begin:]]
+            fields.append(text[begin:end])
+        else:
+            end = text.find('"', begin + 1)
+            while end >= 0 and text.startswith('"', end + 1):  # doubled: a quote of the text
+                end = text.find('"', end + 2)
+            if end < 0:
+                raise _OpenQuoteError(f"a quote is opened and never closed: {show(text[begin:])}")
+            fields.append(text[begin + 1 : end].replace('""', '"'))
+            end += 1
+            if end == len(text):
+                return fields
+            if text[end] != separator:
+                raise ValueError(
+                    f"text after a closing quote (quotes in a quoted field are doubled): {show(text[begin:])}"
+                )
+        begin = end + 1
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; a directory, a FIFO or a device raises DataError at once."""
+    # Without O_NONBLOCK the mere opening of a FIFO waits for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise DataError(f"{show_path(path)}: cannot be opened: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the path
+        raise DataError(f"{show_path(path)}: cannot be opened: {error}") from error
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        name = "a directory" if stat.S_ISDIR(kind) else "a FIFO" if stat.S_ISFIFO(kind) else "a special file"
+        raise DataError(f"{show_path(path)}: {name}, expected a regular file")
+    return os.fdopen(descriptor, "rb")
