@@ -217,16 +217,17 @@ def pcgrad_backward(
 # ---- The naive encoder: padded, eager ------------------------------------------------------------------------------
 
 
-def encoder(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def encoder(model: Any, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor | None = None) -> Tensor:
     """The encoder of a `minbert_fast.BertModel` as a course project computes it: padded, additive mask, eager.
 
-    input_ids, attention_mask [B, S] -> last hidden state [B, S, H]. Dropout is active where `model.training` is.
+    input_ids, attention_mask, token_types (None: 0) [B, S] -> last hidden state [B, S, H]. Dropout is active where
+    `model.training` is.
     """
     config = model.config
     heads, length = config.num_attention_heads, input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device)[None]
     hidden: Tensor = model.word_embedding(input_ids) + model.pos_embedding(positions)
-    hidden = hidden + model.tk_type_embedding(torch.zeros_like(input_ids))
+    hidden = hidden + model.tk_type_embedding(torch.zeros_like(input_ids) if token_types is None else token_types)
     hidden = F.dropout(model.embed_layer_norm(hidden), config.hidden_dropout_prob, model.training)
     extended = (1.0 - attention_mask[:, None, None, :].to(hidden.dtype)) * -10000.0
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From packed tokens to one vector a sentence: mean, first token or maximum.
+
+Backward is a gather in every mode (each token row asks its sentence), so no two programs add to one address and the
+result is the same bits on each run. Nothing asks the device for a value.
+
+Shapes: N token rows, B sentences, H hidden, S the longest sentence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["mean", "cls", "max"]
+
+
+def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Mode) -> Tensor:
+    """One vector a sentence: hidden [N, H], cu_seqlens [B + 1] int32 -> [B, H], fp32 (fp64 for fp64 input).
+
+    Sentence b owns rows cu_seqlens[b] to cu_seqlens[b + 1]. Empty sentences give zeros; rows of no sentence neither
+    count nor receive a gradient. Of equal maxima the first row gets the gradient. Raises ValueError for another mode.
+    """
+    if mode not in ("mean", "cls", "max"):
+        raise ValueError(f"pooling mode {mode!r}: expected mean, cls or max")
+    pooled: Tensor = _Pool.apply(hidden, cu_seqlens, mode)
+    return pooled
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, cu_seqlens: Tensor, mode: Mode) -> Tensor:
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        first, empty = cu_seqlens[:-1], (cu_seqlens[1:] == cu_seqlens[:-1])[:, None]
+        argmax = None
+        if hidden.shape[0] == 0 or first.shape[0] == 0:  # no row to read, or nobody to read it
+            pooled = x.new_zeros(first.shape[0], hidden.shape[1])
+        elif mode == "mean":
+            lengths = cu_seqlens.diff().clamp(min=1)[:, None]
+            pooled = _reduce(x, cu_seqlens, "sum") / lengths
+        elif mode == "cls":
+            # An empty sentence at the end begins one past the last row.
+            pooled = x[first.clamp(max=hidden.shape[0] - 1)].masked_fill(empty, 0.0)
+        else:
+            pooled = _reduce(x, cu_seqlens, "max").masked_fill(empty, 0.0)
+            row = torch.arange(hidden.shape[0], device=hidden.device, dtype=torch.float64)[:, None]
+            candidates = torch.where(x == pooled[_sentence_of_row(cu_seqlens, x)], row, torch.inf)
+            argmax = _reduce(candidates, cu_seqlens, "min")  # [B, H] first row that holds the maximum
+        ctx.save_for_backward(cu_seqlens, argmax)
+        ctx.mode, ctx.shape, ctx.dtype = mode, hidden.shape, hidden.dtype
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, dpooled: Tensor) -> tuple[Tensor, None, None]:
+        cu_seqlens, argmax = ctx.saved_tensors
+        rows = ctx.shape[0]
+        if cu_seqlens.shape[0] == 1 or rows == 0:
+            return dpooled.new_zeros(ctx.shape, dtype=ctx.dtype), None, None
+        row = torch.arange(rows, device=dpooled.device)
+        sentence = _sentence_of_row(cu_seqlens, dpooled, rows)
+        if ctx.mode == "mean":
+            dpooled = dpooled / cu_seqlens.diff().clamp(min=1)[:, None]
+        dhidden = dpooled[sentence]
+        owned = (row < cu_seqlens[-1])[:, None]
+        if ctx.mode == "cls":
+            owned = owned & (row == cu_seqlens[sentence])[:, None]
+        elif ctx.mode == "max":
+            owned = owned & (row[:, None] == argmax[sentence])
+        return dhidden.masked_fill(~owned, 0.0).to(ctx.dtype), None, None
+
+
+def _sentence_of_row(cu_seqlens: Tensor, like: Tensor, rows: int | None = None) -> Tensor:
+    """The sentence of each row [N]; rows behind the last sentence get the last (callers mask them)."""
+    row = torch.arange(like.shape[0] if rows is None else rows, device=like.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+
+
+def _reduce(x: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+    initial = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}[how]
+    # `unsafe` leaves out a check of the offsets that would wait for the device.
+    return torch.segment_reduce(x, how, offsets=cu_seqlens, axis=0, initial=initial, unsafe=True)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores in plain NumPy: accuracy, macro-F1, Pearson, Spearman, confusion matrices and the course's overall score.
+
+Degenerate input has a defined value and gives no warning: no examples -> 0; a correlation of fewer than two examples
+or with a constant side -> 0; F1 of a class that neither occurs nor is predicted is left out of the mean. A value that
+is not finite makes a correlation nan: a broken model shall not look like an uncorrelated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Share of predictions [n] that equal the labels [n]."""
+    predictions, labels = _pair(predictions, labels)
+    return float(np.mean(predictions == labels)) if len(labels) else 0.0
+
+
+def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Counts [classes, classes]; rows are the truth, columns the prediction. Raises ValueError for another class."""
+    predictions, labels = _pair(predictions, labels)
+    for values in (predictions, labels):
+        if len(values) and not (np.isin(values, np.arange(classes))).all():
+            raise ValueError(f"confusion matrix: expected whole numbers from 0 to {classes - 1}")
+    flat = labels.astype(np.int64) * classes + predictions.astype(np.int64)
+    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+
+
+def normalised_confusion(matrix: np.ndarray) -> np.ndarray:
+    """Each row as shares of its class (recall on the diagonal); a class without examples gives a row of zeros."""
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares: np.ndarray = matrix / np.maximum(totals, 1)
+    return shares
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN); classes are those that occur or are predicted."""
+    predictions, labels = _pair(predictions, labels)
+    if not len(labels):
+        return 0.0
+    classes, codes = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
+    matrix = confusion_matrix(codes[: len(labels)], codes[len(labels) :], len(classes))
+    hits = np.diag(matrix)
+    return float(np.mean(2 * hits / (matrix.sum(axis=0) + matrix.sum(axis=1))))
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation of two columns [n]."""
+    x, y = (values.astype(np.float64) for values in _pair(predictions, labels))
+    if len(x) < 2:
+        return 0.0
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("nan")
+    if np.ptp(x) == 0 or np.ptp(y) == 0:  # the mean of equal values may be off by a rounding, their range is not
+        return 0.0
+    x, y = ((values - values.mean()) / np.ptp(values) for values in (x, y))  # scaled: no overflow in the squares
+    return float(np.clip(np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y)), -1.0, 1.0))
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Spearman's rank correlation of two columns [n]; equal values share the average of their ranks."""
+    x, y = _pair(predictions, labels)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("nan")
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing their average rank; [n] -> [n] fp64."""
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    averaged: np.ndarray = (last - (counts - 1) / 2)[codes]
+    return averaged
+
+
+COURSE_METRICS = ("sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson")
+
+
+def course_score(metrics: Mapping[str, float]) -> float | None:
+    """(sentiment accuracy + paraphrase accuracy + (similarity Pearson + 1) / 2) / 3, or the mean of those that exist.
+
+    None where none of the three exists.
+    """
+    parts = [
+        (metrics[name] + 1) / 2 if name == "similarity_pearson" else metrics[name]
+        for name in COURSE_METRICS
+        if name in metrics
+    ]
+    return sum(parts) / len(parts) if parts else None
+
+
+def _pair(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.ndim != 1 or predictions.shape != labels.shape:
+        raise ValueError(f"expected two columns of one length, got {predictions.shape} and {labels.shape}")
+    return predictions, labels

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two sentences compared: the head that paraphrase and similarity share, every published variant of it by options.
+
+    embeddings u, v -> [dropout] -> [tied stack] -> [projection] -> cosine                        -> score
+                                                                 -> features, [dropout], linear   -> score or classes
+
+A label enters as a degree t from 0 (different) to 1 (the same): the paraphrase label itself, or similarity / 5. The
+head gives the degree back; the two tasks differ in what they make of it.
+
+Shapes: n examples, H hidden, D width of a vector, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minbert_fast.tasks import losses
+from minbert_fast.tasks.base import (
+    Head,
+    HeadOutput,
+    Stack,
+    TaskInput,
+    TaskOptions,
+    check_dropout,
+    cosine,
+    require,
+    shared_stack,
+)
+
+Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
+VectorLoss = Literal["cosine_embedding", "cosent", "ranking"]
+PairLoss = Literal["bce", "cross_entropy", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"]
+VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # act on the vectors, not on the score
+
+
+@dataclass(frozen=True)
+class PairOptions(TaskOptions):
+    """Options of a task on pairs, besides those of every task."""
+
+    joint: bool = False  # encode the pair as one sequence; the head is then a linear layer on its embedding
+    head: Literal["linear", "cosine"] = "linear"
+    features: tuple[Feature, ...] = ("u", "v")  # what the linear head sees, side by side
+    project: bool | int = False  # a linear layer on each vector first: true keeps the width, a number sets it
+    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout that every task naming it shares
+    shared_depth: int = 2
+    dropout: float = 0.1
+    dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)
+    loss: PairLoss = "bce"
+    labels: Literal["unit", "signed"] = "unit"  # range of the targets of mse and l1: [0, 1] or [-1, 1]
+    scale: float = 1.0  # factor on the cosine; with `calibrated` where it starts
+    calibrated: bool = False  # learn the cosine's factor and offset
+    margin: float = 0.0  # of cosine_embedding
+    temperature: float = 0.05  # of cosent and ranking
+    auxiliary: Mapping[VectorLoss, float] = field(default_factory=dict)  # weights of further losses on the vectors
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_dropout(self.dropout)
+        require(bool(self.features), "features = []: expected at least one")
+        require(len(set(self.features)) == len(self.features), f"features = {list(self.features)}: one is named twice")
+        require(self.shared_depth >= 1, f"shared_depth = {self.shared_depth}: expected at least 1")
+        wide = isinstance(self.project, bool) or 1 <= self.project < 2**20
+        require(wide, f"project = {self.project}: expected true, false or a width")
+        require(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
+        require(-1 <= self.margin <= 1, f"margin = {self.margin}: expected a cosine, -1 to 1")
+        for name, weight in self.auxiliary.items():
+            require(name in VECTOR_LOSSES, f"auxiliary.{name}: expected one of {', '.join(VECTOR_LOSSES)}")
+            require(weight >= 0, f"auxiliary.{name} = {weight}: expected 0 or more")
+        if self.head == "cosine":
+            require(self.loss != "cross_entropy", 'loss = "cross_entropy" needs head = "linear"')
+            require("features" not in self.dropout_at, 'dropout_at: head = "cosine" has no "features"')
+        else:
+            require(self.loss not in VECTOR_LOSSES, f'loss = "{self.loss}" needs head = "cosine"')
+            require(not self.calibrated, 'calibrated = true needs head = "cosine"')
+        if self.joint:
+            require(self.head == "linear", 'joint = true needs head = "linear", there is no second vector')
+            require(not self.auxiliary, "auxiliary: joint = true has no two vectors to compare")
+
+
+class PairHead(Head):
+    """Compares two sentences; `classes` is the number of levels a label has (2 or 6), from 0 to classes - 1."""
+
+    options: PairOptions
+
+    def __init__(self, options: PairOptions, hidden_size: int, classes: int, shared: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.options = options
+        self.classes = classes
+        width = hidden_size
+        self.stack: Stack | None = None
+        if options.shared_layers:
+            self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
+        self.projection: nn.Linear | None = None
+        if options.project is not False:
+            wanted = width if options.project is True else options.project
+            self.projection = nn.Linear(width, wanted)
+            width = wanted
+        if options.head == "linear":
+            inputs = width if options.joint else sum(1 if f == "cosine" else width for f in options.features)
+            self.output = nn.Linear(inputs, classes if options.loss == "cross_entropy" else 1)
+        elif options.calibrated:
+            self.factor = nn.Parameter(torch.tensor(float(options.scale)))
+            self.offset = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, inputs: TaskInput) -> HeadOutput:
+        options = self.options
+        vectors = tuple(self._vector(x) for x in inputs.embeddings)  # each [n, D]
+        if options.head == "cosine":
+            u, v = vectors
+            score = cosine(u, v)
+            score = score * self.factor + self.offset if options.calibrated else score * options.scale
+            return HeadOutput(score, vectors)
+        x = vectors[0] if options.joint else torch.cat([_feature(name, *vectors) for name in options.features], dim=-1)
+        if "features" in options.dropout_at:
+            x = F.dropout(x, options.dropout, self.training)
+        return HeadOutput(self.output(x).squeeze(-1), vectors)  # [n], or [n, C]
+
+    def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        options = self.options
+        degree = labels.to(output.scores.dtype) / (self.classes - 1)
+        total = self._loss(options.loss, output, degree)
+        for name, weight in options.auxiliary.items():
+            total = total + weight * self._loss(name, output, degree)
+        return total
+
+    def degree(self, output: HeadOutput) -> Tensor:
+        """How much alike the sentences are, from 0 to 1 [n]."""
+        scores, options = output.scores, self.options
+        if options.loss == "cross_entropy":
+            levels = torch.arange(self.classes, device=scores.device, dtype=scores.dtype)
+            return scores.softmax(-1) @ levels / (self.classes - 1)
+        if options.loss == "bce":
+            return scores.sigmoid()
+        signed = options.loss in ("hinge", "cosent", "ranking") or (
+            options.loss in ("mse", "l1") and options.labels == "signed"
+        )
+        return ((scores + 1) / 2 if signed else scores).clamp(0.0, 1.0)
+
+    def _vector(self, x: Tensor) -> Tensor:
+        if "embedding" in self.options.dropout_at:
+            x = F.dropout(x, self.options.dropout, self.training)
+        if self.stack is not None:
+            x = self.stack(x)
+        return x if self.projection is None else self.projection(x)
+
+    def _loss(self, name: PairLoss, output: HeadOutput, t: Tensor) -> Tensor:
+        s, options = output.scores, self.options
+        if name == "bce":
+            return losses.binary_cross_entropy(s, t)
+        if name == "cross_entropy":
+            return F.cross_entropy(s, (t * (self.classes - 1)).round().long())  # nearest class
+        if name == "hinge":
+            return losses.hinge(s, 2 * t - 1)
+        if name in ("mse", "l1"):
+            target = 2 * t - 1 if options.labels == "signed" else t
+            return losses.squared(s, target) if name == "mse" else losses.absolute(s, target)
+        u, v = output.vectors
+        if name == "cosine_embedding":
+            return losses.cosine_embedding(u, v, t, options.margin)
+        if name == "cosent":
+            return losses.cosent(u, v, t, options.temperature)
+        assert name == "ranking"
+        return losses.ranking(u, v, t, options.temperature)
+
+
+def _feature(name: Feature, u: Tensor, v: Tensor) -> Tensor:
+    if name == "u":
+        return u
+    if name == "v":
+        return v
+    if name == "abs_diff":
+        return (u - v).abs()
+    if name == "product":
+        return u * v
+    return cosine(u, v)[:, None]

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does a sentence feel like? Five classes (SST) or two (`data = "polarity"`, CFIMDB)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minbert_fast.config import BertConfig
+from minbert_fast.tasks import metrics
+from minbert_fast.tasks.base import (
+    Head,
+    HeadOutput,
+    Stack,
+    Task,
+    TaskInput,
+    TaskOptions,
+    check_dropout,
+    register,
+    require,
+    shared_stack,
+)
+
+CLASSES = {
+    "sentiment": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
+    "polarity": ("negative", "positive"),
+}
+
+
+@dataclass(frozen=True)
+class SentimentOptions(TaskOptions):
+    """The baseline: dropout, linear on the sentence embedding, cross-entropy."""
+
+    data: Literal["sentiment", "polarity"] = "sentiment"
+    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout that every task naming it shares
+    shared_depth: int = 2
+    dropout: float = 0.1
+    label_smoothing: float = 0.0  # share of each target spread evenly over all classes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_dropout(self.dropout)
+        require(self.shared_depth >= 1, f"shared_depth = {self.shared_depth}: expected at least 1")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing = {self.label_smoothing}: expected 0 <= share < 1")
+
+
+class SentimentHead(Head):
+    """Class scores [n, C] of single sentences."""
+
+    options: SentimentOptions
+
+    def __init__(self, options: SentimentOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.options = options
+        width = config.hidden_size
+        self.stack: Stack | None = None
+        if options.shared_layers:
+            self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
+        self.output = nn.Linear(width, len(CLASSES[options.data]))
+
+    def forward(self, inputs: TaskInput) -> HeadOutput:
+        (x,) = inputs.embeddings
+        x = F.dropout(x, self.options.dropout, self.training)
+        if self.stack is not None:
+            x = self.stack(x)
+        return HeadOutput(self.output(x))
+
+    def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        return F.cross_entropy(output.scores, labels.long(), label_smoothing=self.options.label_smoothing)
+
+    def predict(self, output: HeadOutput) -> Tensor:
+        return output.scores.argmax(-1)
+
+    def probabilities(self, output: HeadOutput) -> Tensor:
+        return output.scores.softmax(-1)
+
+
+@register("sentiment")
+@dataclass(frozen=True)
+class SentimentTask(Task):
+    options: SentimentOptions
+
+    Options: ClassVar[type] = SentimentOptions
+    stem: ClassVar[str] = "sst"
+    header: ClassVar[str] = "Predicted_Sentiment"
+
+    @property
+    def dataset(self) -> str:
+        return self.options.data
+
+    @property
+    def arity(self) -> int:
+        return 1
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return CLASSES[self.options.data]
+
+    @property
+    def primary(self) -> str:
+        return f"{self.name}_accuracy"
+
+    def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> SentimentHead:
+        return SentimentHead(self.options, config, shared)
+
+    def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
+        assert labels is not None
+        return {
+            self.primary: metrics.accuracy(predictions, labels),
+            f"{self.name}_macro_f1": metrics.macro_f1(predictions, labels),
+        }
