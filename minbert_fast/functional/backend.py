@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minbert_fast.schema import ConfigError
-
 Implementation = Literal["triton", "native", "torch"]
 
 _forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
@@ -54,22 +52,3 @@ def force(choice: Implementation) -> Iterator[None]:
 def drops_padding(tensor: Tensor) -> bool:
     """Whether rectangular input is worth packing first: on a CPU yes, but never where shapes must stay static."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here. Raises ConfigError for CUDA where there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("--device cuda: torch sees no CUDA device here")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """For people: the GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products that "auto", "fp32" or "bf16" means on `device`."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32

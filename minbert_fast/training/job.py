@@ -32,13 +32,13 @@ from minbert_fast.data import (
     sample_directory,
     training_batches,
 )
-from minbert_fast.functional import backend
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.schema import ConfigError, plain
 from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training import evaluation, loop
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.training.datasets import load_datasets
+from minbert_fast.training.device import choose_device, choose_precision
 from minbert_fast.training.errors import RunError, writing
 from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
 from minbert_fast.training.progress import progress_for
@@ -53,6 +53,7 @@ DEMONSTRATION = (
     "the package. For something useful: --data DIR --model DIR"
 )
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
 
@@ -107,8 +108,8 @@ class _Job:
         self.files = files
         self.notices: list[str] = []
         self.world = World()
-        self.device = backend.device(options.device)
-        self.dtype = backend.dtype(recipe.training.precision, self.device)
+        self.device = choose_device(options.device)
+        self.precision = choose_precision(recipe.training.precision, self.device)
         self.backend: Backend = "fast" if options.backend == "auto" else options.backend
         self.demonstration = not (recipe.model.name or recipe.data.directory or recipe.data.files)
         self._open_directory()
@@ -174,7 +175,7 @@ class _Job:
 
         def begin() -> TrainingStep:
             self.model.configure(tasks)
-            return make_step(self.backend, self.model, recipe, self.dtype)
+            return make_step(self.backend, self.model, recipe, DTYPES[self.precision])
 
         def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
             pinned = self.device.type == "cuda"
@@ -205,7 +206,7 @@ class _Job:
             "data": self.data.fingerprint(),
             "model": {"weights": self.encoder_hash, "tokenizer": self.tokenizer.fingerprint},
             "backend": self.backend,
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": self.precision,
         }
 
     def _checkpoint(self) -> Checkpoint | None:
@@ -265,33 +266,24 @@ class _Job:
         found = self._predict(self.data.dev)
 
         def write(directory: Path) -> None:
-            found.write_predictions(directory, "dev")
-            texts = {name: read_table(t.path, t.task, max_bad_rows=1.0).sentences for name, t in self.data.dev.items()}
-            found.write_details(directory / "details.json", self.data.tasks, texts)
+            tables = self.data.dev.items()
+            found.write(directory, {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables})
 
         metrics = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
         return loop.Evaluation(metrics, self._score(metrics), write)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(
-            self.model,
-            tables,
-            device=self.device,
-            precision="bf16" if self.dtype == torch.bfloat16 else "fp32",
-            max_length=self.recipe.data.max_length,
+            self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length
         )
 
     def _score(self, metrics: Mapping[str, float | None]) -> float:
-        """What the best model is chosen by: the recipe's metric, or the tasks' own where there is no course score."""
         select = self.recipe.training.select
-        if select in metrics:
-            value = metrics[select]
-            return -math.inf if value is None else value
-        if select != "score":
+        if select not in metrics:
             known = ", ".join(metrics)
             raise ConfigError(f"training.select = {select!r}: no such dev metric in this run; measured are {known}")
-        values = [metrics.get(self.data.tasks[name].primary) for name in self.data.dev]
-        return -math.inf if None in values else sum(v for v in values if v is not None) / len(values)
+        value = metrics[select]
+        return -math.inf if value is None else value
 
     def _test_predictions(self) -> None:
         """Predictions of the best model on test files, where there are any."""
@@ -328,7 +320,7 @@ class _Job:
             "demonstration": self.demonstration,
             "backend": self.backend,
             **environment(self.device),
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": self.precision,
             "timings": state.timings,
             "notices": self.notices,
             "command": self.options.command,
@@ -348,7 +340,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a run takes place: what its last bits depend on beside the recipe."""
     return {
-        "device": backend.device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {
             "minbert_fast": __version__,
