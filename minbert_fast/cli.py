@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all entry points share: a user's mistake is one line and an exit status, never a traceback.
 
-    0    done                                   2    a mistake in flags, recipe, data or model files
-    1    the run failed (disk, memory, ...)     128 + n    stopped by signal n
+Exit status: 0 done; 1 the run failed (disk, memory, ...); 2 a mistake in flags, recipe, data or model files;
+128 + n stopped by signal n.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows the recipes that ship with the package.
 
-    python -m minbert_fast.recipes                names, sources, published scores
-    python -m minbert_fast.recipes show NAME      every value, resolved, as TOML
+`python -m minbert_fast.recipes` lists names, sources and published scores; `... show NAME` prints every value of one,
+resolved, as TOML.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class RunError(Exception):
     status = 1
 
 
-class Interrupted(RunError):
+class InterruptError(RunError):
     """SIGTERM or Ctrl-C stopped the run; the exit status is the shell's: 128 + signal number."""
 
     def __init__(self, number: int, message: str) -> None:
@@ -27,7 +27,7 @@ class Interrupted(RunError):
 
     @property
     def signal_name(self) -> str:
-        """"Ctrl-C" or the signal's name."""
+        """The signal as people call it."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
 

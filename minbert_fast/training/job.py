@@ -88,7 +88,7 @@ class Options:
 def train(recipe: Recipe, options: Options) -> Path:
     """Runs `recipe` and returns the output directory.
 
-    Raises ConfigError or DataError for a mistake of the user, RunError or Interrupted for a run that had to stop.
+    Raises ConfigError or DataError for a mistake of the user, RunError or InterruptError for a run that had to stop.
     """
     path = options.output or fresh_directory(Path("runs") / recipe.name)
     try:
@@ -98,7 +98,9 @@ def train(recipe: Recipe, options: Options) -> Path:
     except (RuntimeError, MemoryError) as error:
         if not loop.out_of_memory(error):
             raise
-        raise RunError("out of memory outside training steps: choose a smaller model or --set data.max_length") from error
+        raise RunError(
+            "out of memory outside training steps: choose a smaller model or --set data.max_length"
+        ) from error
     return path
 
 
@@ -138,7 +140,7 @@ class _Job:
         self.data = load_datasets(recipe, self.tokenizer, self.say)
         self.recipe = self.data.recipe
         dropout = self.recipe.model.dropout
-        overrides = {} if dropout is None else {p: dropout for p in DROPOUTS}
+        overrides = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
         encoder = BertModel.from_pretrained(source, **overrides)
         self._check_sizes(encoder)
         self.encoder_hash = tensors_digest(encoder.state_dict())
@@ -273,9 +275,7 @@ class _Job:
         return loop.Evaluation(metrics, self._score(metrics), write)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
-        return evaluation.evaluate(
-            self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length
-        )
+        return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
 
     def _score(self, metrics: Mapping[str, float | None]) -> float:
         select = self.recipe.training.select

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from minbert_fast.config import Recipe
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore
-from minbert_fast.training.errors import Interrupted, RunError
+from minbert_fast.training.errors import InterruptError, RunError
 from minbert_fast.training.observe import Observation, Observer
 from minbert_fast.training.outputs import RunDirectory
 from minbert_fast.training.progress import Progress
 from minbert_fast.training.schedule import lr_scale
 from minbert_fast.training.signals import StopSignals
-from minbert_fast.training.step import TrainingStep
 from minbert_fast.training.world import World
+
+if TYPE_CHECKING:
+    from minbert_fast.training.step import TrainingStep
 
 SHOWN_EXAMPLES = 8  # places named when training stops for non-finite losses
 
@@ -104,7 +106,7 @@ class Outcome:
 
 
 class Trainer:
-    """Runs the stages of a recipe. Raises RunError or Interrupted with a line for the user.
+    """Runs the stages of a recipe. Raises RunError or InterruptError with a line for the user.
 
     `evaluate` gives the model's dev scores, or None where there is nothing to evaluate on; `save` writes the model
     directory. `constants` go into every checkpoint's state beside "run" and "step".
@@ -162,8 +164,8 @@ class Trainer:
                         break
                 self._checkpoint()
                 best = self._final_evaluation()
-        except Interrupted as stop:
-            raise Interrupted(
+        except InterruptError as stop:
+            raise InterruptError(
                 stop.number,
                 f"{stop.signal_name}: stopped after step {self.state.step}, which is saved in {self.files.path}; "
                 "go on with --resume",
@@ -223,7 +225,7 @@ class Trainer:
         try:
             if self._evaluation_due(stage) and state.evaluated != state.step:
                 self._evaluate(stage)
-        except Interrupted:
+        except InterruptError:
             pass  # its checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
@@ -231,7 +233,7 @@ class Trainer:
             self._checkpoint()
         if self._signals.received is not None:
             self._checkpoint()
-            raise Interrupted(self._signals.received, "stopped between two steps")
+            raise InterruptError(self._signals.received, "stopped between two steps")
 
     # ---- What is due when -------------------------------------------------------------------------------------------
 
@@ -449,7 +451,7 @@ def _better(evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
     return bool(evaluation.score > best["score"])
 
 
-# ---- A run's tensors ---------------------------------------------------------------------------------------------------
+# ---- A run's tensors ------------------------------------------------------------------------------------------------
 
 
 def gather(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Tensor], Any]:

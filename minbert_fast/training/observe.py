@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minbert_fast.packing import MultitaskBatch
-from minbert_fast.training.step import StepResult
+
+if TYPE_CHECKING:
+    from minbert_fast.training.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Observer:
 def _observation(step: int, batch: MultitaskBatch, values: list[float]) -> Observation:
     tasks = batch.tasks
     count = len(tasks)
-    losses, flags, grad_norm, gram = values[:count], values[count : 2 * count], values[2 * count], values[2 * count + 1 :]
+    losses, flags, (grad_norm, *gram) = values[:count], values[count : 2 * count], values[2 * count :]
     skipped = tuple(task for task, flag in zip(tasks, flags, strict=True) if flag)
     if not skipped and not math.isfinite(grad_norm):  # each is finite, their sum is not
         skipped = tuple(task for task in tasks if batch.examples(task))

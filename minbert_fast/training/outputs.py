@@ -9,6 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,9 +36,11 @@ class RunDirectory:
         self.checkpoints = path / CHECKPOINTS
         self.metrics = MetricsLog(path / METRICS)
         self._lock: TextIO | None = None
+        self._new = False
 
     def __enter__(self) -> RunDirectory:
         with writing(self.path):
+            self._new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("a+")
         try:
@@ -56,6 +59,8 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
+        if self._new and [entry.name for entry in self.path.glob("*")] == [LOCK]:
+            remove(self.path)  # nothing came of it
         if self._lock is not None:
             self._lock.close()
 
@@ -147,10 +152,8 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file, if open."""
         if self._file is not None:
-            try:
+            with suppress(OSError):  # nothing is lost: every record was flushed, and a failure reported, when written
                 self._file.close()
-            except OSError:  # nothing is buffered: every record was flushed, and its failure reported, when written
-                pass
             self._file = None
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from minbert_fast.training.errors import Interrupted
+from minbert_fast.training.errors import InterruptError
 
 
 class StopSignals:
     """Inside the `with` block, the first signal is noted in `received`; the handlers are put back for a second one.
 
     In an `interruptible()` section (one without effects to complete, such as reading data or an evaluation) the first
-    signal raises Interrupted right there instead.
+    signal raises InterruptError right there instead.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,7 +41,7 @@ class StopSignals:
         self.received = number
         self._restore()
         if self._raise:
-            raise Interrupted(number, "interrupted")
+            raise InterruptError(number, "interrupted")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -52,7 +52,7 @@ class StopSignals:
     def interruptible(self) -> Iterator[None]:
         """A section that a signal may leave at any point; a signal noted before it ends the section at its start."""
         if self.received is not None:
-            raise Interrupted(self.received, "interrupted")
+            raise InterruptError(self.received, "interrupted")
         self._raise = True
         try:
             yield
