@@ -17,7 +17,16 @@ from minbert_fast import storage
 from minbert_fast.training.checkpoint import CheckpointStore, differences
 from minbert_fast.training.errors import RunError
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -151,7 +160,9 @@ def test_damaged_ones_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     assert found.step == 6
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     store.save(1, {"x": torch.ones(3)}, {})
 

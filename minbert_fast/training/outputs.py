@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from minbert_fast.storage import flush_directory, remove, sweep, write_bytes, write_directory, write_json
+from minbert_fast.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory, write_json
 from minbert_fast.training.errors import RunError, writing
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
@@ -135,7 +135,7 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; one of the same step as the last replaces it. Values that are not finite become null."""
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
         with writing(self.path):
             if record["step"] == self._last_step:
                 self._file.truncate(self._last_offset)
@@ -155,10 +155,6 @@ class MetricsLog:
             with suppress(OSError):  # nothing is lost: every record was flushed, and a failure reported, when written
                 self._file.close()
             self._file = None
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: bytes) -> float:
