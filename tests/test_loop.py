@@ -92,7 +92,7 @@ class Run:
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], **hooks: Any) -> None:
         self.path = path
-        self.recipe = build(Recipe, {"tasks": dict.fromkeys(TASKS, {}), **recipe}, "test")
+        self.recipe = build(Recipe, {"tasks": {task: {} for task in TASKS}, **recipe}, "test")
         self.eager = hooks.pop("eager", True)
         self.at_evaluation: Callable[[int], None] = hooks.pop("at_evaluation", lambda step: None)
         self.at_step: Callable[[int], None] = hooks.pop("at_step", lambda step: None)
@@ -374,7 +374,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert (again.files(), again.records(), again.evaluations) == (files, records, [])
 
 
-# ---- When things go wrong ----------------------------------------------------------------------------------------------
+# ---- When things go wrong -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eager", [True, False])
