@@ -1,5 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python face of the extension. It takes raw pointers, sizes and strides; minbert_fast/native checks them first.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-PYBIND11_MODULE(_C, m) { m.doc() = "minbert_fast: compiled gradient surgery and CPU kernels"; }
+#include "isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "minbert_fast: compiled gradient surgery and CPU kernels";
+  m.def("isa", &minbert::isa_name, "The instruction set in use.");
+  m.def("set_isa", &minbert::set_isa, pybind11::arg("name"), "Use another instruction set (tests).");
+  m.def("isas", &minbert::isa_names, "Those that this build and processor share, plainest first.");
+#ifdef MINBERT_HAS_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  minbert::bind_surgery(m);
+}

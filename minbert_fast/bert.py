@@ -135,7 +135,7 @@ class BertModel(nn.Module):
         for layer in self.layers():
             attend = layer.self_attention
             qkv = (attend.query, attend.key, attend.value)
-            parameters += [m.weight for m in qkv] + [m.bias for m in qkv]
+            parameters += [m.get_parameter(kind) for kind in ("weight", "bias") for m in qkv]
             for module in (layer.attention_dense, layer.attention_layer_norm, layer.interm_dense, layer.out_dense):
                 parameters += module.parameters()
             parameters += layer.out_layer_norm.parameters()

@@ -130,24 +130,24 @@ class FlatParameters:
         if self.compute is not self.data:
             self.compute.copy_(self.data)
 
-    def slot(self, parameter: nn.Parameter) -> Slot:
+    def slot(self, parameter: Tensor) -> Slot:
         """Where `parameter` lies; KeyError when it is not laid out here."""
         return self._slots[id(parameter)]
 
-    def __contains__(self, parameter: nn.Parameter) -> bool:
+    def __contains__(self, parameter: Tensor) -> bool:
         return id(parameter) in self._slots
 
-    def view(self, buffer: Tensor, parameter: nn.Parameter) -> Tensor:
+    def view(self, buffer: Tensor, parameter: Tensor) -> Tensor:
         """The parameter's view [*shape] of a buffer [..., P] laid out like this one; leading dimensions are kept."""
         slot = self.slot(parameter)
         return buffer[..., slot.begin : slot.end].unflatten(-1, slot.shape)
 
-    def adjacent(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def adjacent(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters lie end to end without gaps, so that one view covers them."""
         slots = [self.slot(p) for p in parameters]
         return all(a.end == b.begin and a.shape[1:] == b.shape[1:] for a, b in itertools.pairwise(slots))
 
-    def stacked(self, buffer: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    def stacked(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """One view of adjacent parameters, stacked along their first dimension."""
         slots = [self.slot(p) for p in parameters]
         rows = sum(slot.shape[0] for slot in slots)
@@ -166,11 +166,11 @@ class TaskGradients:
         self.J = torch.zeros(tasks, flat.shared_end, dtype=dtype, device=flat.data.device)
         self._words: Tensor | None = None
 
-    def owns(self, parameter: nn.Parameter) -> bool:
+    def owns(self, parameter: Tensor) -> bool:
         """Whether `parameter` has a place in J (it is shared and trainable, and not the row-sparse word embedding)."""
         return parameter in self.flat and self.flat.slot(parameter).end <= self.flat.shared_end
 
-    def view(self, parameter: nn.Parameter) -> Tensor:
+    def view(self, parameter: Tensor) -> Tensor:
         """The parameter's gradients, one a task [T, *shape]."""
         return self.flat.view(self.J, parameter)
 

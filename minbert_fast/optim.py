@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minbert_fast.config import OptimizerOptions
 from minbert_fast.flat import FlatParameters, Run, TaskGradients
 from minbert_fast.functional import surgery as ops
+from minbert_fast.native.surgery import GRADIENT_SCALE, LEARNING_RATE, SKIP, STEP
 
 
 class AdamW(torch.optim.Optimizer):
@@ -98,8 +99,8 @@ class AdamW(torch.optim.Optimizer):
 class FlatAdamW:
     """The same AdamW over `FlatParameters`: J, w, p, m, v -> p, m, v and the product copy, one pass over memory.
 
-    Each run of the flat buffer (same learning rate factor and decay) has a row of `scalars` on the device: learning
-    rate, step count, gradient scale, skip (the layout of `native.surgery`), so that a captured graph follows the
+    What takes its step together (the shared encoder with its words; each head) has a row of `scalars` on the device:
+    learning rate, step count, gradient scale, skip, as in `native.surgery`, so that a captured graph follows the
     schedule. A step whose gradient is not finite changes nothing, step counts included.
     """
 
@@ -109,35 +110,32 @@ class FlatAdamW:
         device = flat.data.device
         self.exp_avg = torch.zeros(flat.trainable_end, device=device)
         self.exp_avg_sq = torch.zeros(flat.trainable_end, device=device)
-        self.scalars = torch.zeros(len(flat.runs), 4, device=device)
-        self.scalars[:, 2] = 1.0
-        self._factors = torch.tensor([options.lr * run.lr_factor for run in flat.runs])
+        self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
+        self.scalars = torch.zeros(len(self._row_of), 4, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}
-        self._row_slot = torch.empty(0, dtype=torch.int32, device=device)
-        if flat.words is not None:
-            self._row_slot = torch.empty(flat.words.shape[0] + 1, dtype=torch.int32, device=device)
+        slots = 0 if flat.words is None else flat.words.shape[0] + 1
+        self._row_slot = torch.empty(slots, dtype=torch.int32, device=device)
 
     def schedule(self, lr_scale: float) -> None:
-        """Sets every run's learning rate for the next step."""
-        self.scalars[:, 0] = (self._factors * lr_scale).to(self.scalars.device, non_blocking=True)
+        """Sets the learning rate of the next step: the base rate times `lr_scale`, times each run's own factor."""
+        self.scalars[:, LEARNING_RATE].fill_(self.options.lr * lr_scale)
 
     def clip(self, gram: Tensor, w: Tensor, head_square: Tensor) -> Tensor:
-        """The norm [] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
-        scalars = self.scalars[0]
-        norm = ops.clip_scale(gram, w, head_square, self.options.clip, scalars)
-        self.scalars[:, 2] = scalars[2]
+        """The norm [1] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
+        norm = ops.clip_scale(gram, w, self.options.clip, self.scalars[0], head_square)
+        self.scalars[1:, GRADIENT_SCALE] = self.scalars[0, GRADIENT_SCALE]
         return norm
 
     def advance(self, labels: Iterable[str], skip: Tensor) -> None:
-        """Counts a step for the runs of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
+        """Counts a step for those of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
         skipped = skip.to(self.scalars.dtype)
-        self.scalars[:, 1] += self._counts(frozenset(labels)) * (1.0 - skipped)
-        self.scalars[:, 3] = skipped
+        self.scalars[:, STEP] += self._counts(frozenset(labels)) * (1.0 - skipped)
+        self.scalars[:, SKIP] = skipped
 
     def _counts(self, labels: frozenset[str]) -> Tensor:
-        """1 for each run of `labels`, else 0; made once a set of labels, so that a captured graph copies nothing."""
+        """1 in the rows of `labels`, else 0; made once a set of labels, so that a captured graph copies nothing."""
         if labels not in self._counted:
-            taking = [float(run.label in labels) for run in self.flat.runs]
+            taking = [float(label in labels) for label in self._row_of]
             self._counted[labels] = torch.tensor(taking, device=self.scalars.device)
         return self._counted[labels]
 
@@ -157,34 +155,41 @@ class FlatAdamW:
         slots = self._row_slot
         slots.fill_(-1)
         slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
-        for index, run in self._runs("words"):
-            ops.adamw_rows_(
-                rows, w, slots[:-1], *self._buffers(run.begin, run.end), self.scalars[index], **self._settings(run)
-            )
+        assert self.flat.words is not None
+        shape = self.flat.words.shape
+        for run in self._runs("words"):
+            p, m, v, copy = (None if t is None else t.view(shape) for t in self._buffers(run))
+            assert p is not None
+            assert m is not None
+            assert v is not None
+            scalars = self.scalars[self._row_of["words"]]
+            ops.combine_adamw_rows(rows, w, slots[:-1], p, m, v, scalars, self._settings(run), copy)
 
     def _step(self, label: str, gradient: Tensor, offset: int, w: Tensor | None) -> None:
-        for index, run in self._runs(label):
+        for run in self._runs(label):
+            p, m, v, copy = self._buffers(run)
             piece = gradient[:, run.begin - offset : run.end - offset]
-            ops.adamw_(piece, w, *self._buffers(run.begin, run.end), self.scalars[index], **self._settings(run))
+            ops.combine_adamw(piece, w, p, m, v, self.scalars[self._row_of[label]], self._settings(run), copy)
 
-    def _runs(self, label: str) -> list[tuple[int, Run]]:
-        return [(index, run) for index, run in enumerate(self.flat.runs) if run.label == label]
+    def _runs(self, label: str) -> list[Run]:
+        return [run for run in self.flat.runs if run.label == label]
 
-    def _buffers(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        copy = None if self.flat.compute is self.flat.data else self.flat.compute[begin:end]
-        return self.flat.data[begin:end], self.exp_avg[begin:end], self.exp_avg_sq[begin:end], copy
+    def _buffers(self, run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        flat, span = self.flat, slice(run.begin, run.end)
+        copy = None if flat.compute is flat.data else flat.compute[span]
+        return flat.data[span], self.exp_avg[span], self.exp_avg_sq[span], copy
 
-    def _settings(self, run: Run) -> dict[str, Any]:
+    def _settings(self, run: Run) -> ops.AdamWSettings:
         o = self.options
-        return {"betas": o.betas, "eps": o.eps, "weight_decay": run.weight_decay, "correct_bias": o.correct_bias}
+        return ops.AdamWSettings(o.betas, o.eps, run.weight_decay, o.correct_bias, "course", run.lr_factor)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Moments by parameter name, step counts by label and run: independent of where the buffer puts them."""
+        """Moments by parameter name, step counts by label: independent of where the buffer puts them."""
         tensors = {}
         for entry in self.flat.trainable:
             tensors[f"{entry.name}/exp_avg"] = self.flat.view(self.exp_avg, entry.parameter)
             tensors[f"{entry.name}/exp_avg_sq"] = self.flat.view(self.exp_avg_sq, entry.parameter)
-        scalars = {f"{run.label}/step": float(self.scalars[i, 1]) for i, run in enumerate(self.flat.runs)}
+        scalars = {f"{label}/step": float(self.scalars[row, STEP]) for label, row in self._row_of.items()}
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -193,9 +198,8 @@ class FlatAdamW:
             for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
                 found = state["tensors"].get(f"{entry.name}/{name}")
                 if found is None or found.shape != entry.parameter.shape:
-                    raise ValueError(
-                        f"optimizer state: no {name} for {entry.name} of shape {list(entry.parameter.shape)}"
-                    )
+                    wanted = f"{entry.name} of shape {list(entry.parameter.shape)}"
+                    raise ValueError(f"optimizer state: no {name} for {wanted}")
                 self.flat.view(buffer, entry.parameter).copy_(found)
-        for index, run in enumerate(self.flat.runs):
-            self.scalars[index, 1] = state["scalars"][f"{run.label}/step"]
+        for label, row in self._row_of.items():
+            self.scalars[row, STEP] = state["scalars"][f"{label}/step"]

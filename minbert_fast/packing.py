@@ -58,6 +58,11 @@ class PackedBatch:
         pinned: dict[str, Any] = {n: t.pin_memory() for n, t in self.tensors().items()}
         return replace(self, **pinned)
 
+    def clone(self) -> PackedBatch:
+        """A copy that shares no memory with this one."""
+        copies: dict[str, Any] = {n: t.clone() for n, t in self.tensors().items()}
+        return replace(self, **copies)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
         return {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
@@ -97,6 +102,11 @@ class MultitaskBatch:
         """The same batch with its tensors on `device`."""
         labels = {name: label.to(device, non_blocking=non_blocking) for name, label in self.labels.items()}
         return replace(self, packed=self.packed.to(device, non_blocking), labels=labels)
+
+    def clone(self) -> MultitaskBatch:
+        """A copy whose tensors share no memory with this one's."""
+        labels = {name: label.clone() for name, label in self.labels.items()}
+        return replace(self, packed=self.packed.clone(), labels=labels)
 
     def examples(self, name: str) -> int:
         """Number of examples of task `name`."""

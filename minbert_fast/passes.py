@@ -34,9 +34,14 @@ Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
 class Rows(Protocol):
     """Token rows: indices [N] each, and attention among them."""
 
-    tokens: Tensor
-    positions: Tensor
-    types: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def types(self) -> Tensor: ...
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
@@ -266,17 +271,17 @@ class OnePass(_Dropout):
         site = self.site()
         return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
 
-    def _weight(self, parameter: nn.Parameter) -> Tensor:
+    def _weight(self, parameter: Tensor) -> Tensor:
         return self.flat.view(self.flat.compute, parameter)
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients.owns(parameter) else None
 
-    def _together(self, parameters: list[nn.Parameter]) -> bool:
+    def _together(self, parameters: list[Tensor]) -> bool:
         owned = {self.gradients.owns(p) for p in parameters}
         return len(owned) == 1 and self.flat.adjacent(parameters)
 
-    def _stacked_gradient(self, parameters: list[nn.Parameter]) -> Tensor | None:
+    def _stacked_gradient(self, parameters: list[Tensor]) -> Tensor | None:
         return self.flat.stacked(self.gradients.J, parameters) if self.gradients.owns(parameters[0]) else None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -187,13 +186,10 @@ def flatten_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
-def pcgrad_backward(
-    losses: Sequence[Tensor], shared: Sequence[nn.Parameter], generator: random.Random, reduction: str = "sum"
-) -> list[Tensor]:
-    """The classic PCGrad backward: each loss in turn over the whole graph, then the projections, then `.grad`.
+def task_gradients(losses: Sequence[Tensor], shared: Sequence[nn.Parameter]) -> list[Tensor]:
+    """One backward a task over the whole graph: each task's flat gradient of the `shared` parameters [P].
 
-    Only `shared` parameters take part; others keep the sum of their tasks' gradients. Task orders are shuffled by
-    `generator`. Returns the tasks' flat gradients as they were before projection.
+    Other parameters (heads) are left with the sum of their tasks' gradients in `.grad`.
     """
     gradients = []
     for loss in losses:
@@ -201,17 +197,15 @@ def pcgrad_backward(
             p.grad = None
         loss.backward(retain_graph=True)
         gradients.append(flatten_gradients(shared))
-    orders = []
-    for _ in losses:
-        order = list(range(len(losses)))
-        generator.shuffle(order)
-        orders.append(order)
-    merged = pcgrad(gradients, orders, reduction)
+    return gradients
+
+
+def write_gradient(shared: Sequence[nn.Parameter], merged: Tensor) -> None:
+    """A flat gradient [P] back into the parameters' `.grad`."""
     offset = 0
     for p in shared:
         p.grad = merged[offset : offset + p.numel()].view_as(p).clone()
         offset += p.numel()
-    return gradients
 
 
 # ---- The naive encoder: padded, eager ------------------------------------------------------------------------------

@@ -188,8 +188,6 @@ def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, f
         a, b = fast(batch, 1.0 - index / 20), slow(batch, 1.0 - index / 20)
         torch.testing.assert_close(a.losses, b.losses, atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(a.grad_norm, b.grad_norm, atol=1e-4, rtol=1e-3)
-        if surgery == "pcgrad":
-            torch.testing.assert_close(a.gram, b.gram, atol=1e-4, rtol=2e-3)
     moved = 0.0
     for (name, p), q, s in zip(fast_model.named_parameters(), slow_model.parameters(), start, strict=True):
         torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)

@@ -1,1 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Data: reading and checking files, tokenizing with a cache, sampling, collating; the embedded demonstration."""
+
+from minbert_fast.data.cache import default_cache_dir, load_tokens, tokenize_table
+from minbert_fast.data.collate import Buckets, Collator, evaluation_batches, pin, prefetch, training_batches
+from minbert_fast.data.files import BadRow, Table, TableReader, read_table
+from minbert_fast.data.formats import (
+    FORMATS,
+    MAIN_TASKS,
+    DataError,
+    Discovery,
+    FileFormat,
+    Label,
+    find_tables,
+)
+from minbert_fast.data.sample import Sample, sample_directory
+from minbert_fast.data.sampling import SCHEMES, Draw, Sampler
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import Text, Tokens, TokenTable, cut, join
+from minbert_fast.data.vocabulary import Vocabulary
+
+__all__ = [
+    "FORMATS",
+    "MAIN_TASKS",
+    "SCHEMES",
+    "BadRow",
+    "Buckets",
+    "Collator",
+    "DataError",
+    "Discovery",
+    "Draw",
+    "FileFormat",
+    "Label",
+    "Sample",
+    "Sampler",
+    "Table",
+    "TableReader",
+    "Text",
+    "TokenTable",
+    "Tokenizer",
+    "Tokens",
+    "Vocabulary",
+    "cut",
+    "default_cache_dir",
+    "evaluation_batches",
+    "find_tables",
+    "join",
+    "load_tokens",
+    "pin",
+    "prefetch",
+    "read_table",
+    "sample_directory",
+    "tokenize_table",
+    "training_batches",
+]

@@ -109,16 +109,17 @@ def evaluation_batches(
     table: TokenTable,
     *,
     max_length: int,
+    task: str | None = None,
     token_budget: int = 16_384,
     joint: bool = False,
     buckets: Buckets = Buckets(),
 ) -> Iterator[MultitaskBatch]:
     """Yields each row of a table once, the longest first, in batches of up to `token_budget` tokens.
 
-    `batch.rows[table.task]` says which rows a batch holds: scatter what comes out by them to restore the
-    order.
+    The batch has one task, named `task`, else as the table. `batch.rows[task]` says which rows it holds:
+    scatter what comes out by them to restore the order.
     """
-    task = table.task
+    task = task or table.task
     collator = Collator({task: table}, max_length, frozenset({task} if joint else ()), buckets)
     tokens = np.minimum(table.lengths(joint), max_length).sum(axis=1)
     order = np.argsort(-tokens, kind="stable")

@@ -10,7 +10,7 @@ NumPy's version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,12 +27,14 @@ SCHEMES = {
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """What an epoch takes from one task's set: all rows shuffled, or a part of them balanced by label."""
+    """What an epoch takes from one task's set: all rows or a part of them, as they come or balanced by
+    label.
+    """
 
     rows: int  # in the set
     batch_size: int
-    labels: np.ndarray | None = None  # [rows]: draw `fraction` of the set, each label equally often
-    fraction: float = 1.0
+    labels: np.ndarray | None = None  # [rows] of classes: draw each class equally often
+    fraction: float = 1.0  # of the set, drawn anew each pass
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.batch_size < 1:
@@ -96,22 +98,24 @@ class Sampler:
         batch_size: int | Mapping[str, int],
         scheme: str = "cycle",
         seed: int = 0,
-        balanced: Mapping[str, float] | None = None,
+        fractions: Mapping[str, float] | None = None,
+        balanced: Collection[str] = (),
     ) -> Sampler:
-        """A sampler over tables; `balanced` gives, for some tasks, the fraction to draw balanced by label.
+        """A sampler over tables. An epoch draws a fraction of some tasks' rows, of `balanced` ones by
+        label.
 
         Raises ValueError for a balanced task without labels, beside the class's own.
         """
-        fractions = balanced or {}
         draws = {}
         for task, table in tables.items():
-            size = batch_size if isinstance(batch_size, int) else batch_size[task]
-            if task in fractions:
-                if table.labels is None:
-                    raise ValueError(f"task {task} has no labels to balance")
-                draws[task] = Draw(len(table), size, np.asarray(table.labels), fractions[task])
-            else:
-                draws[task] = Draw(len(table), size)
+            if task in balanced and table.labels is None:
+                raise ValueError(f"task {task} has no labels to balance")
+            draws[task] = Draw(
+                rows=len(table),
+                batch_size=batch_size if isinstance(batch_size, int) else batch_size[task],
+                labels=table.labels if task in balanced else None,
+                fraction=(fractions or {}).get(task, 1.0),
+            )
         return cls(draws, scheme, seed)
 
     @property

@@ -17,14 +17,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import reference
+from minbert_fast import reference, surgery
 from minbert_fast.config import OptimizerOptions, Recipe
 from minbert_fast.flat import Entry, FlatParameters, TaskGradients
 from minbert_fast.functional import surgery as ops
 from minbert_fast.optim import FlatAdamW
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
-from minbert_fast.surgery import Surgery
+from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
 
 Backend = Literal["fast", "reference"]
@@ -55,9 +55,7 @@ class TrainingStep(Protocol):
 
 def make_step(backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> TrainingStep:
     """The step for one stage (`recipe` resolved): products in `dtype` (fp32 or bf16), on the model's own device."""
-    if backend == "reference":
-        return ReferenceStep(model, recipe, dtype)
-    return OnePassStep(model, recipe, dtype)
+    return ReferenceStep(model, recipe, dtype) if backend == "reference" else OnePassStep(model, recipe, dtype)
 
 
 # ---- Which parameters train, and how ---------------------------------------------------------------------------
@@ -130,9 +128,33 @@ def _depth(name: str, layers: int) -> int:
     return 0 if "pooler_dense" in parts else layers
 
 
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**62
+
+
 def _reseed(seed: int, step: int) -> None:
     """Sets torch's generators for one step, so that a resumed run draws what an uninterrupted one would."""
-    torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+    torch.manual_seed(_step_seed(seed, step))
+
+
+def _generator(recipe: Recipe) -> torch.Generator:
+    return torch.Generator().manual_seed(recipe.training.seed)
+
+
+def _weights(recipe: Recipe) -> surgery.Weights:
+    """The recipe's surgery; ConfigError for an unknown method."""
+    try:
+        return surgery.weights(recipe.surgery.method, recipe.surgery.reduction, _generator(recipe))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"surgery/{key}": value for key, value in state.items()}
+
+
+def _unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("surgery/"): value for key, value in tensors.items() if key.startswith("surgery/")}
 
 
 # ---- The one-pass step -----------------------------------------------------------------------------------------
@@ -148,11 +170,11 @@ class OnePassStep:
     def __init__(self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> None:
         self.model = model
         self.recipe = recipe
-        self.surgery = Surgery.of(recipe.surgery, recipe.training.seed)
+        self.weights = _weights(recipe)
+        self.apart = recipe.surgery.method != "none"
         parts = trainable(model, recipe)
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
-        tasks = len(recipe.tasks) if self.surgery.needs_gram else 1
-        self.gradients = TaskGradients(self.flat, tasks, dtype)
+        self.gradients = TaskGradients(self.flat, len(recipe.tasks) if self.apart else 1, dtype)
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
@@ -171,19 +193,28 @@ class OnePassStep:
                 p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        self.prepare(batch, lr_scale)
+        return self.compute(batch)
+
+    def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
+        """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
         _reseed(self.recipe.training.seed, self.steps)
-        self.seed.fill_(self.recipe.training.seed * 1_000_003 + self.steps)
+        self.seed.fill_(_step_seed(self.recipe.training.seed, self.steps))
         self.steps += 1
         self.optimizer.schedule(lr_scale)
-        return self._compute(batch, self.surgery.orders(len(batch.tasks)))
+        self.weights.prepare(len(batch.tasks), self.flat.data.device)
 
-    def _compute(self, batch: MultitaskBatch, orders: Tensor | None) -> StepResult:
-        """All of the step that runs on the device; asks it nothing, so that it can be captured as a graph."""
+    def compute(self, batch: MultitaskBatch) -> StepResult:
+        """The device's part: asks it nothing and copies nothing to it, so that it can be captured as a graph."""
         self.model.train()
         losses = self._backward(batch)
         gram = self._gram(batch)
-        w, broken = self.surgery.weights(gram, orders)
-        nonfinite = ~torch.isfinite(losses) | broken
+        w = self.weights(gram)
+        nonfinite = ~torch.isfinite(losses)
+        if self.apart:
+            nonfinite |= surgery.nonfinite(gram)
+        elif self.recipe.surgery.reduction == "mean":
+            w = w / len(batch.tasks)
         present = [name for name in batch.tasks if batch.examples(name)]
         head_square = self.head_gradient.square().sum()
         norm = self.optimizer.clip(gram, w, head_square)
@@ -193,14 +224,13 @@ class OnePassStep:
             self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
-        return StepResult(losses, norm, gram if self.surgery.needs_gram else None, nonfinite)
+        return StepResult(losses, norm, gram if self.apart else None, nonfinite)
 
     def _backward(self, batch: MultitaskBatch) -> Tensor:
         """Fills J, the word rows and the heads' gradients; returns the losses [T]."""
         packed = batch.packed
-        apart = self.gradients.tasks > 1
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
-        bounds = packed.task_tokens if apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
+        bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
         run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
         self.head_gradient.zero_()
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
@@ -243,17 +273,17 @@ class OnePassStep:
         """G [T, T]: inner products of the tasks' gradients over the whole shared encoder."""
         gram = ops.gram(self.gradients.J)
         if self.flat.words is not None:
-            gram = ops.gram(self._words(batch).flatten(1), gram)
+            gram = ops.gram(self._words(batch).flatten(1), gram, accumulate=True)
         return gram
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()
-        tensors = optimizer["tensors"] | {"surgery.generator": self.surgery.get_state()}
+        tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
-        self.surgery.set_state(state["tensors"]["surgery.generator"])
+        self.weights.load_state_dict(_unprefixed(state["tensors"]))
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
 
@@ -271,7 +301,8 @@ class ReferenceStep:
         self.model = model
         self.recipe = recipe
         self.dtype = dtype
-        self.surgery = Surgery.of(recipe.surgery, recipe.training.seed)
+        self.weights = _weights(recipe)
+        self.generator = _generator(recipe)
         parts = trainable(model, recipe)
         self.entries = {e.name: (label, e) for label, e in parts.entries()}
         self.shared = [e.parameter for label, e in self.entries.values() if label in ("shared", "words")]
@@ -295,34 +326,36 @@ class ReferenceStep:
             losses = self.model.losses_padded(batch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
-        gram = self._backward(batch, losses)
+        self._backward(batch, list(losses.values()))
         values = torch.stack([loss.detach() for loss in losses.values()])
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
         nonfinite = ~torch.isfinite(values)
-        if gram is not None:
-            nonfinite |= ~torch.isfinite(gram.diagonal())
         if torch.isfinite(norm) and not nonfinite.any():
             self.optimizer.step()
-        return StepResult(values, norm, gram, nonfinite)
+        return StepResult(values, norm, None, nonfinite)
 
-    def _backward(self, batch: MultitaskBatch, losses: dict[str, Tensor]) -> Tensor | None:
+    def _backward(self, batch: MultitaskBatch, losses: list[Tensor]) -> None:
         """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
-        if not self.surgery.needs_gram:
-            torch.stack(list(losses.values())).sum().backward()
-            gram = None
+        options = self.recipe.surgery
+        if options.method == "none":
+            total = torch.stack(losses).sum()
+            (total / len(losses) if options.reduction == "mean" else total).backward()
         else:
-            orders = self.surgery.orders(len(losses))
-            gram = self.surgery.merge(list(losses.values()), self.shared, orders)
-        for name in batch.tasks:
-            if not batch.examples(name):
-                for label, entry in self.entries.values():
-                    if label == name:
-                        entry.parameter.grad = None
-        return gram
+            gradients = reference.task_gradients(losses, self.shared)
+            if options.method == "pcgrad":
+                orders = surgery.task_orders(len(losses), self.generator).tolist()
+                merged = reference.pcgrad(gradients, orders, options.reduction)
+            else:
+                stacked = torch.stack(gradients)
+                merged = self.weights(stacked @ stacked.T) @ stacked
+            reference.write_gradient(self.shared, merged)
+        for label, entry in self.entries.values():
+            if label in batch.tasks and not batch.examples(label):
+                entry.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        tensors: dict[str, Tensor] = {"surgery.generator": self.surgery.get_state()}
+        tensors: dict[str, Tensor] = _prefixed({"generator": self.generator.get_state()})
         scalars: dict[str, Any] = {"steps": self.steps}
         for name, (_, entry) in self.entries.items():
             state = self.optimizer.state.get(entry.parameter)
@@ -340,7 +373,7 @@ class ReferenceStep:
                     "exp_avg": tensors[f"{name}/exp_avg"].clone(),
                     "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
                 }
-        self.surgery.set_state(tensors["surgery.generator"])
+        self.generator.set_state(_unprefixed(tensors)["generator"])
         self.steps = int(scalars["steps"])
 
 

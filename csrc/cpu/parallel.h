@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads that change the time a result takes, never the result.
+//
+// Work is cut into chunks whose number and size depend on the problem alone. Which thread runs a chunk is left open, so
+// anything summed across chunks goes to a slot of its own and is added afterwards, in the order of the chunks.
+// torch's wheels carry libgomp; imported after torch, this module shares that library, and so its pool of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace minbert {
+
+// The columns [begin, end) of each chunk of [0, total).
+struct Chunks {
+  int64_t total, size, count;
+
+  // At most `most` chunks, each a multiple of `unit` long (but the last).
+  Chunks(int64_t total_, int64_t unit, int64_t most) : total(total_) {
+    const int64_t units = (total + unit - 1) / unit;
+    size = (units + most - 1) / most * unit;
+    if (size < unit) size = unit;
+    count = (total + size - 1) / size;
+  }
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return (chunk + 1) * size < total ? (chunk + 1) * size : total; }
+};
+
+namespace MINBERT_ISA {
+
+// body(chunk) for every chunk in [0, count), on at most `threads` threads. `body` must not throw.
+template <class Body>
+inline void parallel_for(int64_t count, int threads, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && count > 1)
+#else
+  (void)threads;
+#endif
+  for (int64_t chunk = 0; chunk < count; ++chunk) body(chunk);
+}
+
+}  // namespace MINBERT_ISA
+}  // namespace minbert

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every CUDA kernel here shares: the caller's device and stream, errors as exceptions, 16-byte loads and stores.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "surgery.h"
+
+namespace minbert {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerProcessor = 4;  // resident at once (unless a kernel needs more registers); a grid is one wave
+constexpr unsigned kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Makes the queue's device current for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    changed_ = before_ != device;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+inline cudaStream_t stream(const Queue& q) { return static_cast<cudaStream_t>(q.stream); }
+
+// Blocks for `work` threads' worth of work: enough, and at most one wave of the device.
+inline int grid_size(int device, int64_t work, int blocks_per_processor = kBlocksPerProcessor) {
+  int processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  const int64_t wanted = (work + kThreads - 1) / kThreads, wave = int64_t{processors} * blocks_per_processor;
+  return static_cast<int>(wanted < 1 ? 1 : wanted < wave ? wanted : wave);
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Every row begins on a 16-byte boundary.
+template <class E>
+bool rows_aligned(const Matrix& j) {
+  return aligned(j.data) && (j.rows == 1 || j.stride * sizeof(E) % 16 == 0);
+}
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+__device__ inline bfloat16 narrow(float x) {
+  const unsigned bits = __float_as_uint(x);
+  const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded)};
+}
+
+template <class E, int N>
+struct alignas(sizeof(E) * N) Pack {
+  E value[N];
+};
+
+// x [N] = p [N], in accesses of up to 16 bytes when kAligned.
+template <bool kAligned, class E, int N>
+__device__ inline void load(const E* p, float (&x)[N]) {
+  constexpr int kPack = kAligned ? (16 / sizeof(E) < N ? 16 / sizeof(E) : N) : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += kPack) {
+    const Pack<E, kPack> pack = *reinterpret_cast<const Pack<E, kPack>*>(p + i);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) x[i + k] = widen(pack.value[k]);
+  }
+}
+
+template <bool kAligned, int N>
+__device__ inline void store(float* p, const float (&x)[N]) {
+  constexpr int kPack = kAligned ? 4 : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += kPack) {
+    Pack<float, kPack> pack;
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) pack.value[k] = x[i + k];
+    *reinterpret_cast<Pack<float, kPack>*>(p + i) = pack;
+  }
+}
+
+template <bool kAligned, int N>
+__device__ inline void store(bfloat16* p, const float (&x)[N]) {
+  constexpr int kPack = kAligned ? N : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += kPack) {
+    Pack<bfloat16, kPack> pack;
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) pack.value[k] = narrow(x[i + k]);
+    *reinterpret_cast<Pack<bfloat16, kPack>*>(p + i) = pack;
+  }
+}
+
+}  // namespace cuda
+}  // namespace minbert

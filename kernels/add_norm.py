@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = LayerNorm(residual + dropout(x + bias)), forward and backward, one pass over memory each.
+
+A program holds whole rows on chip: the forward reads x and residual once and writes y, the backward reads dy, x and residual
+and writes dx and dresidual; the sum before the norm and the dropout mask are computed again, not stored. Statistics and
+all arithmetic are fp32. Per-task dgamma, dbeta and dbias leave through column_sums.py.
+
+    xhat = (z - mean) rstd,  g = dy gamma,  dz = rstd (g - mean(g) - xhat mean(g xhat))      (Ba et al. 2016)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minbert_fast.kernels.arguments import check_probability, multiprocessors
+from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
+from minbert_fast.kernels.dropout import keep_scale_quads
+from minbert_fast.kernels.launches import Launch
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Rows a program holds at once and the warps that share them.
+
+    A warp covers 256 columns with 16-byte loads of bf16, so a row's sums over columns meet across few warps and the sums
+    over rows stay inside a thread.
+    """
+
+    block: int  # columns, a power of two
+    rows: int
+    num_warps: int
+
+    @staticmethod
+    def of(width: int) -> RowTile:
+        if not 1 <= width <= 4096:
+            raise ValueError(f"hidden size must be between 1 and 4096, not {width}")
+        block = max(64, triton.next_power_of_2(width))
+        return RowTile(block, rows=max(1, min(4, 4096 // block)), num_warps=max(1, block // 256))
+
+    def programs(self, device: torch.device) -> int:
+        """Programs that share a backward: eight warps a multiprocessor."""
+        return multiprocessors(device) * max(1, 8 // self.num_warps)
+
+
+@triton.jit
+def _branch(x_ptr, bias, offsets, mask, seed, site, row, P: tl.constexpr, BLOCK: tl.constexpr):
+    """x + bias [ROWS, BLOCK] and what dropout multiplies it with (1.0 where there is no dropout)."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if P > 0.0:
+        keep = keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
+    else:
+        keep = 1.0
+    return x + bias[None, :], keep
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm_forward(
+    x_ptr,  # [rows, WIDTH]
+    bias_ptr,  # [WIDTH]
+    residual_ptr,  # [rows, WIDTH]
+    gamma_ptr,  # [WIDTH]
+    beta_ptr,  # [WIDTH]
+    y_ptr,  # [rows, WIDTH]
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    seed_ptr,  # [1] int64
+    site,
+    rows,
+    eps,
+    P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    within = columns < WIDTH
+    mask = (row < rows)[:, None] & within[None, :]
+    offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    seed = tl.load(seed_ptr) if P > 0.0 else 0
+    residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    branch, keep = _branch(x_ptr, bias, offsets, mask, seed, site, row, P, BLOCK)
+    z = residual + branch * keep
+    mean = tl.sum(z, 1) / WIDTH  # columns beyond WIDTH are zero: x, bias and residual load as such
+    centred = tl.where(within[None, :], z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+    gamma = tl.load(gamma_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["site"])
+def _add_norm_backward(
+    dy_ptr,  # [rows, WIDTH]
+    x_ptr,  # [rows, WIDTH]
+    bias_ptr,  # [WIDTH]
+    residual_ptr,  # [rows, WIDTH]
+    gamma_ptr,  # [WIDTH]
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    bounds_ptr,  # [tasks + 1] int32
+    dx_ptr,  # [rows, WIDTH]
+    dresidual_ptr,  # [rows, WIDTH]
+    partials_ptr,  # [programs + tasks - 1, 3, WIDTH] fp32: dgamma, dbeta, dbias
+    seed_ptr,  # [1] int64
+    site,
+    rows,
+    tasks,
+    rows_per_program,
+    P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    begin = program * rows_per_program
+    end = tl.minimum(begin + rows_per_program, rows)
+    columns = tl.arange(0, BLOCK)
+    within = columns < WIDTH
+    seed = tl.load(seed_ptr) if P > 0.0 else 0
+    bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    for task in range(tasks):
+        low, high = task_rows(bounds_ptr, task, begin, end)
+        if low < high:
+            dgamma = tl.zeros((BLOCK,), tl.float32)
+            dbeta = tl.zeros((BLOCK,), tl.float32)
+            dbias = tl.zeros((BLOCK,), tl.float32)
+            for first in range(low, high, ROWS):
+                row = first + tl.arange(0, ROWS)
+                mask = (row < high)[:, None] & within[None, :]
+                offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                branch, keep = _branch(x_ptr, bias, offsets, mask, seed, site, row, P, BLOCK)
+                mean = tl.load(mean_ptr + row, mask=row < high, other=0.0)[:, None]
+                rstd = tl.load(rstd_ptr + row, mask=row < high, other=0.0)[:, None]
+                xhat = tl.where(mask, (residual + branch * keep - mean) * rstd, 0.0)
+                g = dy * gamma[None, :]
+                along = tl.sum(g * xhat, 1) / WIDTH
+                shift = tl.sum(g, 1) / WIDTH
+                dz = (g - shift[:, None] - xhat * along[:, None]) * rstd
+                dx = tl.where(mask, dz * keep, 0.0)
+                tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                dgamma += tl.sum(dy * xhat, 0)
+                dbeta += tl.sum(dy, 0)
+                dbias += tl.sum(dx, 0)
+            store_partial(partials_ptr, program + task, 0, dgamma, columns, 3, WIDTH)
+            store_partial(partials_ptr, program + task, 1, dbeta, columns, 3, WIDTH)
+            store_partial(partials_ptr, program + task, 2, dbias, columns, 3, WIDTH)
+    for first in range(tl.maximum(begin, tl.load(bounds_ptr + tasks)), end, ROWS):  # padding: rows of no task
+        row = first + tl.arange(0, ROWS)
+        mask = (row < end)[:, None] & within[None, :]
+        offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        zero = tl.zeros((ROWS, BLOCK), dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offsets, zero, mask=mask)
+        tl.store(dresidual_ptr + offsets, zero, mask=mask)
+
+
+def add_norm_forward(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual [N, H] contiguous; bias, gamma, beta [H] -> y [N, H] and fp32 mean, rstd [N]."""
+    check_probability(p, seed)
+    rows, width = x.shape
+    tile = RowTile.of(width)
+    y = torch.empty_like(x)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if rows:
+        _add_norm_forward[(triton.cdiv(rows, tile.rows),)](
+            x,
+            bias,
+            residual,
+            gamma,
+            beta,
+            y,
+            mean,
+            rstd,
+            seed,
+            site,
+            rows,
+            eps,
+            P=p,
+            WIDTH=width,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+        )
+    return y, mean, rstd
+
+
+def add_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bounds: Tensor,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    dgamma: Tensor | None,
+    dbeta: Tensor | None,
+    dbias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns dx, dresidual [N, H]; writes dgamma, dbeta, dbias [T, H] (None: not wanted; any task stride).
+
+    Rows from bounds[T] on get zero gradients and add to none.
+    """
+    check_probability(p, seed)
+    rows, width = x.shape
+    tile = RowTile.of(width)
+    partition = Partition.among(rows, tile.rows, tile.programs(x.device))
+    tasks = bounds.numel() - 1
+    partials = partition.partials(tasks, 3, width, x.device)
+    dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
+    _add_norm_backward[(partition.programs,)](
+        dy,
+        x,
+        bias,
+        residual,
+        gamma,
+        mean,
+        rstd,
+        bounds,
+        dx,
+        dresidual,
+        partials,
+        seed,
+        site,
+        rows,
+        tasks,
+        partition.rows_per_program,
+        P=p,
+        WIDTH=width,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+    )
+    finish(partials, bounds, partition, (dgamma, dbeta, dbias))
+    return dx, dresidual
+
+
+def launches() -> Iterator[Launch]:
+    """Every tile of the table, with and without dropout and the narrow-column tail, for the ahead-of-time check."""
+    for dtype, width, p in [
+        (torch.bfloat16, 768, 0.1),
+        (torch.bfloat16, 768, 0.0),
+        (torch.float16, 768, 0.1),
+        (torch.float32, 768, 0.1),
+        *((torch.bfloat16, width, 0.1) for width in (64, 100, 128, 384, 1024, 2048, 4096)),
+        (torch.float32, 4096, 0.1),
+    ]:
+        x = torch.empty(2816, width, dtype=dtype, device="meta")
+        vector = torch.empty(width, dtype=torch.float32, device="meta")
+        rows = torch.empty(2816, dtype=torch.float32, device="meta")
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        bounds = torch.empty(4, dtype=torch.int32, device="meta")
+        out = torch.empty(3, width, dtype=torch.float32, device="meta")
+        label = f"{str(dtype)[6:]} {width} p={p}"
+        yield Launch(
+            f"forward {label}", partial(add_norm_forward, x, vector, x, vector, vector, 1e-12, p, seed, 1)
+        )
+        backward = partial(add_norm_backward, x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, out, out, out)
+        yield Launch(f"backward {label}", backward)

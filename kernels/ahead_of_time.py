@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every kernel for every supported chip without a GPU, and reads what the compiler made of it.
+
+    python -m minbert_fast.kernels.ahead_of_time [--target sm_90 ...] [--only attention ...] [--json FILE]
+
+Prints registers a thread, spilled bytes, shared memory and matrix instructions of each kernel; exits with status 1 if
+one fails to compile, spills registers, or needs more shared memory than the chip gives a block. What is compiled are
+the launchers' own calls (see launches.py): here, launching a kernel means compiling it by Triton's own `warmup`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from minbert_fast.kernels.launches import Launch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A compilation target and what one block may use there."""
+
+    name: str
+    target: GPUTarget
+    shared_bytes: int  # most shared memory of one block
+
+
+CHIPS = (
+    Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),  # CUDA C++ Programming Guide, "Technical Specifications"
+    Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
+    Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
+    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),  # AMD CDNA 3 ISA, "Local data share"
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel became on one chip."""
+
+    label: str
+    kernel: str
+    chip: str
+    warps: int
+    registers: int = 0  # a thread
+    spill_bytes: int = 0  # a thread
+    shared_bytes: int = 0  # a block
+    matrix: str = ""  # matrix instructions by kind, "wgmma 8"
+    failure: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.chip:7} {self.label:44} {self.kernel:28} {self.warps:5} {self.registers:9} {self.spill_bytes:5}"
+        line += f" {self.shared_bytes:6}  {self.matrix}"
+        return f"{line}  FAILED: {self.failure}" if self.failure else line
+
+
+HEADER = f"{'chip':7} {'call':44} {'kernel':28} warps registers spill shared  matrix instructions"
+
+
+def modules() -> dict[str, ModuleType]:
+    """The files of kernels that say what is to be compiled, by name."""
+    package = importlib.import_module("minbert_fast.kernels")
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    files = {name: importlib.import_module(f"minbert_fast.kernels.{name}") for name in names if name != "ahead_of_time"}
+    return {name: file for name, file in files.items() if hasattr(file, "launches")}
+
+
+@contextmanager
+def compiling_for(chip: Chip) -> Iterator[list[tuple[JITFunction, Any]]]:
+    """Inside, launching a Triton kernel compiles it for `chip`; yields the (kernel, compiled) pairs as they come."""
+    compiled: list[tuple[JITFunction, Any]] = []
+    driver = SimpleNamespace(
+        get_current_target=lambda: chip.target,
+        get_current_device=lambda: chip.name,  # Triton keeps compiled kernels by device
+        get_current_stream=lambda device: 0,
+    )
+
+    def launcher(kernel: JITFunction, grid: object) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            compiled.append((kernel, kernel.warmup(*args, grid=grid, **kwargs)))
+
+        return launch
+
+    original = JITFunction.__getitem__
+    triton.runtime.driver.set_active(driver)
+    JITFunction.__getitem__ = launcher
+    try:
+        yield compiled
+    finally:
+        JITFunction.__getitem__ = original
+
+
+def check(launch: Launch, chip: Chip) -> list[Report]:
+    """Compiles what one launcher call launches, for one chip."""
+    with compiling_for(chip) as compiled:
+        try:
+            launch.call()
+        except Exception as error:  # whatever a compiler raises is this kernel's failure, and the others go on
+            lines = str(error).strip().splitlines() or [""]
+            return [Report(launch.label, "", chip.name, 0, failure=f"{type(error).__name__}: {lines[-1][:200]}")]
+    if not compiled:
+        return [Report(launch.label, "", chip.name, 0, failure="no kernel was launched")]
+    return [_report(launch.label, kernel.__name__, binary, chip) for kernel, binary in compiled]
+
+
+def _report(label: str, name: str, binary: Any, chip: Chip) -> Report:
+    if chip.target.backend == "cuda":
+        registers, spill = _cuda_resources(binary.asm["cubin"])
+        matrix = _count(binary.asm["ptx"], {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"})
+    else:
+        registers, spill = _amd_resources(binary.asm["amdgcn"])
+        matrix = _count(binary.asm["amdgcn"], {"mfma": "v_mfma"})
+    shared = int(binary.metadata.shared)
+    failure = ""
+    if spill:
+        failure = f"spills {spill} bytes a thread"
+    elif shared > chip.shared_bytes:
+        failure = f"needs {shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}"
+    return Report(label, name, chip.name, int(binary.metadata.num_warps), registers, spill, shared, matrix, failure)
+
+
+def _count(text: str, kinds: dict[str, str]) -> str:
+    counts = {kind: len(re.findall(re.escape(pattern), text)) for kind, pattern in kinds.items()}
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items() if count)
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread: these kernels call nothing and index no local array, so stack is spill."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """Vector registers and spilled bytes a lane, from the metadata at the end of the assembly."""
+    usage = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly))
+    return int(usage["vgpr_count"]), 4 * int(usage["vgpr_spill_count"])
+
+
+def _check_one(module: str, label: str, chips: Sequence[str]) -> list[Report]:
+    launch = next(each for each in modules()[module].launches() if each.label == label)
+    return [report for chip in CHIPS if chip.name in chips for report in check(launch, chip)]
+
+
+def check_all(chips: Sequence[str], only: Sequence[str] = (), processes: int | None = None) -> Iterator[Report]:
+    """Reports of every launch of every file (or of the files `only`), as they come, in order."""
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        pending = [
+            pool.submit(_check_one, name, launch.label, chips)
+            for name, module in modules().items()
+            if not only or name in only
+            for launch in module.launches()
+        ]
+        for future in pending:
+            yield from future.result()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minbert_fast.kernels.ahead_of_time", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = [chip.name for chip in CHIPS]
+    parser.add_argument("--target", nargs="+", choices=names, default=names, help="chips to compile for (all)")
+    parser.add_argument("--only", nargs="+", choices=sorted(modules()), default=[], help="files of kernels (all)")
+    parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print("TRITON_INTERPRET=1 is set: the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    reports = []
+    print(HEADER)
+    for report in check_all(options.target, options.only):
+        reports.append(report)
+        print(report, flush=True)
+    failures = [report for report in reports if report.failure]
+    print(f"Triton {triton.__version__}: {len(reports)} kernels compiled, {len(failures)} failed")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    return 1 if failures or not reports else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every launcher asks of the device and of its arguments."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H100's for meta tensors; 4 for a CPU (the interpreter: few, yet more than one)."""
+    if device.type == "meta":
+        return 132
+    if device.type != "cuda":
+        return 4
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def is_hopper_or_newer(device: torch.device) -> bool:
+    """Whether kernels for `device` compile for an NVIDIA chip of compute capability 9.0 or above."""
+    if device.type == "cpu":
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def check_probability(p: float, seed: Tensor | None) -> None:
+    """Raises ValueError unless p is a dropout probability in [0, 1) and there is a seed to draw from where p > 0."""
+    if not (math.isfinite(p) and 0.0 <= p < 1.0):
+        raise ValueError(f"dropout probability must be in [0, 1), not {p}")
+    if p > 0.0 and seed is None:
+        raise ValueError("dropout needs a seed: an int64 tensor of one element on the activations' device")

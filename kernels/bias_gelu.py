@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = GELU(x + bias) in BERT's erf form, forward and backward, with the bias gradient of every task.
+
+    GELU(u) = u Phi(u),   GELU'(u) = Phi(u) + u phi(u)      (Hendrycks & Gimpel 2016)
+
+Elementwise, so memory sets the pace: each tensor is read or written once, 16 bytes a thread. The backward's programs walk
+down a column block and keep its sums in registers; column_sums.py adds them up by task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
+from minbert_fast.kernels.launches import Launch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's tile: a warp covers 256 columns of a row with 16-byte loads of bf16."""
+
+    rows: int = 8
+    columns: int = 256
+    num_warps: int = 4
+    rows_per_program: int = 64  # of the backward: its partial sums are then 2 % of its traffic
+
+
+TILE = Tile()
+
+
+@triton.jit
+def _bias_gelu_forward(
+    x_ptr,  # [rows, WIDTH]
+    bias_ptr,  # [WIDTH]
+    y_ptr,  # [rows, WIDTH]
+    rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    within = columns < WIDTH
+    mask = (row < rows)[:, None] & within[None, :]
+    offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    y = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gelu_backward(
+    dy_ptr,  # [rows, WIDTH]
+    x_ptr,  # [rows, WIDTH]
+    bias_ptr,  # [WIDTH]
+    bounds_ptr,  # [tasks + 1] int32
+    dx_ptr,  # [rows, WIDTH]
+    partials_ptr,  # [programs + tasks - 1, 1, WIDTH] fp32: dbias
+    rows,
+    tasks,
+    rows_per_program,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    program = tl.program_id(1)
+    begin = program * rows_per_program
+    end = tl.minimum(begin + rows_per_program, rows)
+    within = columns < WIDTH
+    bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    for task in range(tasks):
+        low, high = task_rows(bounds_ptr, task, begin, end)
+        if low < high:
+            dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for first in range(low, high, ROWS):
+                row = first + tl.arange(0, ROWS)
+                mask = (row < high)[:, None] & within[None, :]
+                offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+                u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                cumulative = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+                density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+                dx = dy * (cumulative + u * density)
+                tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                dbias += dx
+            store_partial(partials_ptr, program + task, 0, tl.sum(dbias, 0), columns, 1, WIDTH)
+    for first in range(tl.maximum(begin, tl.load(bounds_ptr + tasks)), end, ROWS):  # padding: rows of no task
+        row = first + tl.arange(0, ROWS)
+        mask = (row < end)[:, None] & within[None, :]
+        offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        tl.store(dx_ptr + offsets, tl.zeros((ROWS, COLUMNS), dx_ptr.dtype.element_ty), mask=mask)
+
+
+def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """x [N, F] contiguous, bias [F] -> y [N, F]."""
+    rows, width = x.shape
+    y = torch.empty_like(x)
+    if rows:
+        _bias_gelu_forward[(triton.cdiv(width, TILE.columns), triton.cdiv(rows, TILE.rows))](
+            x,
+            bias,
+            y,
+            rows,
+            WIDTH=width,
+            ROWS=TILE.rows,
+            COLUMNS=TILE.columns,
+            num_warps=TILE.num_warps,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor | None) -> Tensor:
+    """Returns dx [N, F]; writes dbias [T, F] (None: not wanted; any task stride).
+
+    Rows from bounds[T] on get zero gradients and add to none.
+    """
+    rows, width = x.shape
+    tasks = bounds.numel() - 1
+    partition = Partition.of(rows, TILE.rows_per_program)
+    partials = partition.partials(tasks, 1, width, x.device)
+    dx = torch.empty_like(x)
+    _bias_gelu_backward[(triton.cdiv(width, TILE.columns), partition.programs)](
+        dy,
+        x,
+        bias,
+        bounds,
+        dx,
+        partials,
+        rows,
+        tasks,
+        partition.rows_per_program,
+        WIDTH=width,
+        ROWS=TILE.rows,
+        COLUMNS=TILE.columns,
+        num_warps=TILE.num_warps,
+        enable_fp_fusion=True,
+    )
+    finish(partials, bounds, partition, (dbias,))
+    return dx
+
+
+def launches() -> Iterator[Launch]:
+    """Each dtype, a full and a partial column block, for the ahead-of-time check."""
+    for dtype, width in [(torch.bfloat16, 3072), (torch.float16, 3072), (torch.float32, 3072), (torch.bfloat16, 100)]:
+        x = torch.empty(2816, width, dtype=dtype, device="meta")
+        bias = torch.empty(width, dtype=torch.float32, device="meta")
+        bounds = torch.empty(4, dtype=torch.int32, device="meta")
+        dbias = torch.empty(3, width, dtype=torch.float32, device="meta")
+        label = f"{str(dtype)[6:]} {width}"
+        yield Launch(f"forward {label}", partial(bias_gelu_forward, x, bias))
+        yield Launch(f"backward {label}", partial(bias_gelu_backward, x, x, bias, bounds, dbias))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout whose mask is never stored: a pure function of (seed, site, element), drawn again in the backward.
+
+The generator is Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: seven rounds pass
+BigCrush). Its key is the step's seed, an int64 tensor of one element on the device, advanced once a step, so that a
+captured graph draws new masks at each replay. Its counter is the element: (column // 4, row, plane, site), `site` telling
+the dropouts of one step apart, and column % 4 choosing one of the four words of a draw. No number can overflow 32 bits.
+Drawing is what costs: a draw per element takes longer than reading the element from memory, hence the quads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def _kept(words, p: tl.constexpr):
+    """fp32: 0 where a word lies in the lowest fraction p of its range, else 1 / (1 - p)."""
+    threshold: tl.constexpr = int(p * 4294967296.0)
+    return tl.where(words.to(tl.uint32, bitcast=True) >= threshold, 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit
+def keep_scale(seed, site, plane, row, column, p: tl.constexpr):
+    """What dropout multiplies each element with: 0 with probability p, else 1 / (1 - p); fp32.
+
+    `seed` int64 (loaded); `site`, `plane`, `row`, `column` int32, broadcast to the result's shape.
+    """
+    zero = (plane + row + column) * 0
+    a, b, c, d = tl.philox(seed, zero + column // 4, zero + row, zero + plane, zero + site, _ROUNDS)
+    lane = zero + column % 4
+    return _kept(tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)), p)
+
+
+@triton.jit
+def keep_scale_quads(seed, site, plane, row, quad, p: tl.constexpr):
+    """The same values for whole groups of four columns, at a quarter of the draws: row [R, 1], quad [1, C] -> [R, 4 C].
+
+    Column 4 c + i of the result is column 4 quad[c] + i of `keep_scale`.
+    """
+    zero = (plane + row + quad) * 0
+    a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero + plane, zero + site, _ROUNDS)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, C, 2, 2]: the last two indices count a, b, c, d
+    return _kept(tl.reshape(words, (a.shape[0], a.shape[1] * 4)), p)

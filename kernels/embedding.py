@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])), and the gradients of its tables by task.
+
+The backward has two stages. The first walks down the rows as add_norm's does: it finds dz, the gradient of the sum before
+the norm, writes it once, and keeps the column sums that small parameters need (dgamma, dbeta, and a row per token type). The
+second gathers: a program owns one (task, word) or one (task, position) and adds up that row's share of dz in ascending row
+order, so the result is deterministic without an atomic. Words touch few rows, and their gradient is row-sparse: dword[t, u]
+belongs to the u-th distinct word of the batch. Word rows come from the packed batch (word_order, word_offsets); a position's
+rows are cu_seqlens[b] + position of every sentence long enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minbert_fast.kernels.add_norm import RowTile
+from minbert_fast.kernels.arguments import check_probability
+from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
+from minbert_fast.kernels.dropout import keep_scale_quads
+from minbert_fast.kernels.launches import Launch
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A program's tile of the second stage.
+
+    Most words occur once or twice in a batch: what counts is the number of programs, so one takes a whole row of up to
+    1,024 columns. `scan` indices are looked through at once to find a task's share of a frequent word.
+    """
+
+    columns: int
+    num_warps: int
+    rows: int = 8
+    scan: int = 512
+
+    @staticmethod
+    def of(width: int) -> Gather:
+        columns = min(1024, max(64, triton.next_power_of_2(width)))
+        return Gather(columns, num_warps=max(1, columns // 256))
+
+
+#: Type rows live in registers beside dgamma and dbeta.
+MAX_TYPES = 8
+
+
+@triton.jit
+def _summed(
+    tokens_ptr,
+    positions_ptr,
+    types_ptr,
+    word_ptr,
+    position_ptr,
+    type_ptr,
+    row,
+    valid,
+    columns,
+    within,
+    WIDTH: tl.constexpr,
+):
+    """word + position + type rows [ROWS, BLOCK] in fp32, zero outside the mask, and the rows' types."""
+    token = tl.load(tokens_ptr + row, mask=valid, other=0).to(tl.int64)
+    position = tl.load(positions_ptr + row, mask=valid, other=0).to(tl.int64)
+    kind = tl.load(types_ptr + row, mask=valid, other=0)
+    mask = valid[:, None] & within[None, :]
+    z = tl.load(word_ptr + token[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(position_ptr + position[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(type_ptr + kind.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    return z, kind
+
+
+@triton.jit(do_not_specialize=["site"])
+def _embedding_forward(
+    tokens_ptr,  # [rows] int32, as the two below
+    positions_ptr,
+    types_ptr,
+    word_ptr,  # [V, WIDTH]
+    position_ptr,  # [S, WIDTH]
+    type_ptr,  # [K, WIDTH]
+    gamma_ptr,  # [WIDTH]
+    beta_ptr,  # [WIDTH]
+    y_ptr,  # [rows, WIDTH]
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    seed_ptr,  # [1] int64
+    site,
+    rows,
+    eps,
+    P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    within = columns < WIDTH
+    z, _ = _summed(
+        tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, row < rows, columns, within, WIDTH
+    )
+    mean = tl.sum(z, 1) / WIDTH
+    centred = tl.where(within[None, :], z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+    gamma = tl.load(gamma_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
+    if P > 0.0:
+        y *= keep_scale_quads(tl.load(seed_ptr), site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
+    offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=(row < rows)[:, None] & within[None, :])
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["site"])
+def _embedding_backward(
+    dy_ptr,  # [rows, WIDTH]
+    tokens_ptr,  # [rows] int32, as the two below
+    positions_ptr,
+    types_ptr,
+    word_ptr,  # [V, WIDTH]
+    position_ptr,  # [S, WIDTH]
+    type_ptr,  # [K, WIDTH]
+    gamma_ptr,  # [WIDTH]
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    bounds_ptr,  # [tasks + 1] int32
+    dz_ptr,  # [rows, WIDTH]
+    partials_ptr,  # [programs + tasks - 1, 2 + K, WIDTH] fp32: dgamma, dbeta, dtype
+    seed_ptr,  # [1] int64
+    site,
+    rows,
+    tasks,
+    rows_per_program,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    KINDS: tl.constexpr,  # K rounded up to a power of two
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    begin = program * rows_per_program
+    end = tl.minimum(begin + rows_per_program, rows)
+    columns = tl.arange(0, BLOCK)
+    within = columns < WIDTH
+    kinds = tl.arange(0, KINDS)
+    seed = tl.load(seed_ptr) if P > 0.0 else 0
+    gamma = tl.load(gamma_ptr + columns, mask=within, other=0.0).to(tl.float32)
+    for task in range(tasks):
+        low, high = task_rows(bounds_ptr, task, begin, end)
+        if low < high:
+            dgamma = tl.zeros((BLOCK,), tl.float32)
+            dbeta = tl.zeros((BLOCK,), tl.float32)
+            dtype = tl.zeros((KINDS, BLOCK), tl.float32)
+            for first in range(low, high, ROWS):
+                row = first + tl.arange(0, ROWS)
+                valid = row < high
+                mask = valid[:, None] & within[None, :]
+                offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+                z, kind = _summed(
+                    tokens_ptr,
+                    positions_ptr,
+                    types_ptr,
+                    word_ptr,
+                    position_ptr,
+                    type_ptr,
+                    row,
+                    valid,
+                    columns,
+                    within,
+                    WIDTH,
+                )
+                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                if P > 0.0:
+                    dy *= keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
+                mean = tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None]
+                rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
+                xhat = tl.where(mask, (z - mean) * rstd, 0.0)
+                g = dy * gamma[None, :]
+                along = tl.sum(g * xhat, 1) / WIDTH
+                shift = tl.sum(g, 1) / WIDTH
+                dz = tl.where(mask, (g - shift[:, None] - xhat * along[:, None]) * rstd, 0.0)
+                tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+                dgamma += tl.sum(dy * xhat, 0)
+                dbeta += tl.sum(dy, 0)
+                for k in tl.static_range(K):
+                    share = tl.sum(tl.where((kind == k)[:, None], dz, 0.0), 0)
+                    dtype += tl.where((kinds == k)[:, None], share[None, :], 0.0)
+            store_partial(partials_ptr, program + task, 0, dgamma, columns, 2 + K, WIDTH)
+            store_partial(partials_ptr, program + task, 1, dbeta, columns, 2 + K, WIDTH)
+            for k in tl.static_range(K):
+                share = tl.sum(tl.where((kinds == k)[:, None], dtype, 0.0), 0)
+                store_partial(partials_ptr, program + task, 2 + k, share, columns, 2 + K, WIDTH)
+    for first in range(tl.maximum(begin, tl.load(bounds_ptr + tasks)), end, ROWS):  # padding: rows of no task
+        row = first + tl.arange(0, ROWS)
+        offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        zero = tl.zeros((ROWS, BLOCK), dz_ptr.dtype.element_ty)
+        tl.store(dz_ptr + offsets, zero, mask=(row < end)[:, None] & within[None, :])
+
+
+@triton.jit
+def _count_below(values_ptr, begin, end, limit, SCAN: tl.constexpr):
+    """How many of the ascending values [begin, end) are below `limit`."""
+    count = begin * 0
+    for first in range(begin, end, SCAN):
+        index = first + tl.arange(0, SCAN)
+        value = tl.load(values_ptr + index, mask=index < end, other=2147483647)
+        count += tl.sum((value < limit).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _gathered(dz_ptr, row, valid, columns, within, WIDTH: tl.constexpr):
+    """Those rows of dz that are valid [ROWS, COLUMNS], else zero."""
+    offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    return tl.load(dz_ptr + offsets, mask=valid[:, None] & within[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _embedding_gather(
+    dz_ptr,  # [rows, WIDTH]
+    bounds_ptr,  # [T + 1] int32
+    cu_seqlens_ptr,  # [sentences + 1] int32
+    word_order_ptr,  # [rows] int32
+    word_offsets_ptr,  # [U + 1] int32
+    dposition_ptr,  # [T, positions, WIDTH] or None
+    dword_ptr,  # [T, U, WIDTH] or None
+    dposition_stride,
+    dword_stride,
+    positions,  # programs along axis 0 that belong to positions; the others belong to words
+    sentences,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    task = tl.program_id(1)
+    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    within = columns < WIDTH
+    low = tl.load(bounds_ptr + task)
+    high = tl.load(bounds_ptr + task + 1)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if slot < positions:  # first, because these run longest
+        if dposition_ptr is not None:
+            begin = _count_below(cu_seqlens_ptr, 0, sentences, low, SCAN)
+            end = _count_below(cu_seqlens_ptr, 0, sentences, high, SCAN)
+            for first in range(begin, end, ROWS):
+                sentence = first + tl.arange(0, ROWS)
+                listed = sentence < end
+                row = tl.load(cu_seqlens_ptr + sentence, mask=listed, other=0) + slot
+                valid = listed & (row < tl.load(cu_seqlens_ptr + sentence + 1, mask=listed, other=0))
+                total += _gathered(dz_ptr, row, valid, columns, within, WIDTH)
+            out = task.to(tl.int64) * dposition_stride + slot.to(tl.int64) * WIDTH
+            sums = tl.sum(total, 0).to(dposition_ptr.dtype.element_ty)
+            tl.store(dposition_ptr + out + columns, sums, mask=within)
+    else:
+        if dword_ptr is not None:
+            word = slot - positions
+            begin = tl.load(word_offsets_ptr + word)
+            end = tl.load(word_offsets_ptr + word + 1)
+            if end - begin > ROWS:  # a frequent word: find the task's share first
+                share = begin + _count_below(word_order_ptr, begin, end, low, SCAN)
+                end = begin + _count_below(word_order_ptr, begin, end, high, SCAN)
+                begin = share
+            for first in range(begin, end, ROWS):
+                index = first + tl.arange(0, ROWS)
+                row = tl.load(word_order_ptr + index, mask=index < end, other=-1)
+                valid = (row >= low) & (row < high)
+                total += _gathered(dz_ptr, row, valid, columns, within, WIDTH)
+            out = task.to(tl.int64) * dword_stride + word.to(tl.int64) * WIDTH
+            tl.store(dword_ptr + out + columns, tl.sum(total, 0).to(dword_ptr.dtype.element_ty), mask=within)
+
+
+def embedding_forward(
+    tokens: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices [N] int32; word [V, H], position [S, H], type_ [K, H] contiguous; gamma, beta [H].
+
+    Returns y [N, H] in the tables' dtype and fp32 mean, rstd [N].
+    """
+    check_probability(p, seed)
+    rows, width = tokens.numel(), word.shape[1]
+    tile = RowTile.of(width)
+    y = torch.empty(rows, width, dtype=word.dtype, device=word.device)
+    mean = torch.empty(rows, dtype=torch.float32, device=word.device)
+    rstd = torch.empty_like(mean)
+    if rows:
+        _embedding_forward[(triton.cdiv(rows, tile.rows),)](
+            tokens,
+            positions,
+            types,
+            word,
+            position,
+            type_,
+            gamma,
+            beta,
+            y,
+            mean,
+            rstd,
+            seed,
+            site,
+            rows,
+            eps,
+            P=p,
+            WIDTH=width,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+        )
+    return y, mean, rstd
+
+
+def embedding_norm_backward(
+    dy: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bounds: Tensor,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    dgamma: Tensor | None,
+    dbeta: Tensor | None,
+    dtype: Tensor | None,
+) -> Tensor:
+    """The first stage: returns dz [N, H]; writes dgamma, dbeta [T, H] and dtype [T, K, H] (None: not wanted)."""
+    check_probability(p, seed)
+    (rows, width), kinds = dy.shape, type_.shape[0]
+    if kinds > MAX_TYPES:
+        raise ValueError(f"at most {MAX_TYPES} token types, not {kinds}")
+    tile = RowTile.of(width)
+    partition = Partition.among(rows, tile.rows, tile.programs(dy.device))
+    tasks = bounds.numel() - 1
+    partials = partition.partials(tasks, 2 + kinds, width, dy.device)
+    dz = torch.empty_like(dy)
+    _embedding_backward[(partition.programs,)](
+        dy,
+        tokens,
+        positions,
+        types,
+        word,
+        position,
+        type_,
+        gamma,
+        mean,
+        rstd,
+        bounds,
+        dz,
+        partials,
+        seed,
+        site,
+        rows,
+        tasks,
+        partition.rows_per_program,
+        P=p,
+        K=kinds,
+        KINDS=triton.next_power_of_2(kinds),
+        WIDTH=width,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+        enable_fp_fusion=True,
+    )
+    finish(partials, bounds, partition, (dgamma, dbeta, dtype))
+    return dz
+
+
+def embedding_gather(
+    dz: Tensor,
+    bounds: Tensor,
+    cu_seqlens: Tensor,
+    word_order: Tensor,
+    word_offsets: Tensor,
+    dword: Tensor | None,
+    dposition: Tensor | None,
+) -> None:
+    """The second stage: writes dword [T, U, H] and dposition [T, S, H] (None: not wanted; any task stride).
+
+    Sentences are cu_seqlens [B + 1] and their positions count from 0; word_order, word_offsets as PackedBatch has them.
+    """
+    if dword is None and dposition is None:
+        return
+    width = dz.shape[1]
+    gather = Gather.of(width)
+    words = 0 if dword is None else dword.shape[1]
+    rows_of_positions = 0 if dposition is None else dposition.shape[1]
+    grid = (rows_of_positions + words, bounds.numel() - 1, triton.cdiv(width, gather.columns))
+    _embedding_gather[grid](
+        dz,
+        bounds,
+        cu_seqlens,
+        word_order,
+        word_offsets,
+        dposition,
+        dword,
+        0 if dposition is None else dposition.stride(0),
+        0 if dword is None else dword.stride(0),
+        rows_of_positions,
+        cu_seqlens.numel() - 1,
+        WIDTH=width,
+        ROWS=gather.rows,
+        COLUMNS=gather.columns,
+        SCAN=gather.scan,
+        num_warps=gather.num_warps,
+        enable_fp_fusion=True,
+    )
+
+
+def launches() -> Iterator[Launch]:
+    """Each dtype and each row tile's width, for the ahead-of-time check."""
+    for dtype, width in [
+        (torch.bfloat16, 768),
+        (torch.float16, 768),
+        (torch.float32, 768),
+        *((torch.bfloat16, width) for width in (100, 128, 384, 2048, 4096)),
+    ]:
+        index = torch.empty(2816, dtype=torch.int32, device="meta")
+        offsets = torch.empty(2817, dtype=torch.int32, device="meta")
+        tables = [torch.empty(size, width, dtype=dtype, device="meta") for size in (30522, 512, 2)]
+        vector = torch.empty(width, dtype=torch.float32, device="meta")
+        rows = torch.empty(2816, dtype=torch.float32, device="meta")
+        dy = torch.empty(2816, width, dtype=dtype, device="meta")
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        bounds = torch.empty(4, dtype=torch.int32, device="meta")
+        small = torch.empty(3, width, dtype=torch.float32, device="meta")
+        dtypes, dwords, dpositions = (
+            torch.empty(3, size, width, dtype=torch.float32, device="meta") for size in (2, 2816, 512)
+        )
+        label = f"{str(dtype)[6:]} {width}"
+        inputs = (index, index, index, *tables)
+        forward = partial(embedding_forward, *inputs, vector, vector, 1e-12, 0.1, seed, 1)
+        yield Launch(f"forward {label}", forward)
+        norm = partial(embedding_norm_backward, dy, *inputs, vector, rows, rows, bounds, 0.1, seed, 1)
+        yield Launch(f"norm_backward {label}", partial(norm, small, small, dtypes))
+        gather = partial(embedding_gather, dy, bounds, offsets, index, offsets, dwords, dpositions)
+        yield Launch(f"gather {label}", gather)

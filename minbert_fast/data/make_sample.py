@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the embedded demonstration: three small tasks from a grammar of its own, and a tiny untrained BERT.
+
+    python -m minbert_fast.data.make_sample [DIRECTORY]
+
+The same files come out on every machine: all chance is raw bits of Philox. Each task can be learned, and
+none by looking at single words:
+
+- sentiment: reviews whose grade follows from words of graded strength, intensifiers, negation and contrast;
+- paraphrase: questions of (intent, subject); a paraphrase changes their wording, a negative one of the two;
+- similarity: scenes of (who, does what, where, how), whose score falls with each part that differs, by its
+  weight and by how far apart the two fillings are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from safetensors.numpy import save
+
+from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.vocabulary import SPECIAL, Vocabulary
+
+TRAIN_ROWS, DEV_ROWS = 2000, 300
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+POSITIONS = 128
+WEIGHT_DEVIATION = 0.05  # at this width BERT's 0.02 takes twice as many steps to get going
+
+Row = tuple[tuple[str, ...], str]  # sentences, label
+Item = TypeVar("Item")
+
+
+class Chance:
+    """Random choices from raw bits, which no release of NumPy changes."""
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=[seed, 0])
+
+    def below(self, limit: int) -> int:
+        """A whole number from 0 to limit - 1."""
+        return int(self._philox.random_raw()) % limit
+
+    def pick(self, items: Sequence[Item]) -> Item:
+        """One of `items`."""
+        return items[self.below(len(items))]
+
+    def other(self, items: Sequence[Item], than: Item) -> Item:
+        """One of `items` except `than`."""
+        return self.pick([item for item in items if item != than])
+
+    def uniform(self, *shape: int) -> np.ndarray:
+        """float32 values of deviation 1 around 0, evenly spread."""
+        bits = self._philox.random_raw(int(np.prod(shape))) >> np.uint64(40)
+        return ((bits.astype(np.float64) / (1 << 23) - 1) * 3**0.5).astype(np.float32).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------- sentiment
+
+ASPECTS = (
+    "plot", "story", "acting", "cast", "script", "dialogue", "music", "ending", "pacing", "camera work",
+    "humor", "lead actor", "direction", "first half", "final scene", "villain",
+)  # fmt: skip
+ADJECTIVES = {
+    2: (
+        "superb",
+        "brilliant",
+        "wonderful",
+        "stunning",
+        "flawless",
+        "unforgettable",
+        "masterful",
+        "magnificent",
+    ),
+    1: ("good", "pleasant", "decent", "charming", "enjoyable", "solid", "likable", "neat"),
+    0: ("familiar", "conventional", "quiet", "simple", "lengthy", "modest", "ordinary", "unusual"),
+    -1: ("dull", "weak", "slow", "clumsy", "bland", "forgettable", "uneven", "thin"),
+    -2: ("awful", "dreadful", "horrible", "unbearable", "disastrous", "pathetic", "atrocious", "insulting"),
+}
+STRONGER = ("very", "truly", "remarkably", "deeply")
+WEAKER = ("somewhat", "mildly", "a bit", "rather")
+VERDICTS = {
+    2: (
+        "I loved every minute of it",
+        "do not miss this one",
+        "it deserves every award",
+        "I could watch it forever",
+    ),
+    1: ("I had a nice time", "it is worth a look", "I would see it again", "it kept me smiling"),
+    0: ("it runs for two hours", "it was filmed last year", "it opens on Friday", "I saw it with a friend"),
+    -1: (
+        "I lost interest halfway",
+        "I expected more",
+        "it is not worth the ticket",
+        "I checked my watch twice",
+    ),
+    -2: ("I hated every minute of it", "avoid it at all costs", "I walked out", "I want my money back"),
+}
+
+
+def clause(chance: Chance) -> tuple[str, int]:
+    """A statement about a film, and its grade from -2 to 2."""
+    grade = chance.pick((-2, -1, 0, 1, 2))
+    if chance.below(4) == 0:
+        return chance.pick(VERDICTS[grade]), grade
+    form = chance.pick(("plain", "plain", "stronger", "weaker", "negated"))
+    words = chance.pick(ADJECTIVES[grade])
+    if form == "stronger":
+        words, grade = f"{chance.pick(STRONGER)} {words}", 2 * sign(grade)
+    elif form == "weaker":
+        words, grade = f"{chance.pick(WEAKER)} {words}", sign(grade)
+    elif form == "negated":
+        words, grade = f"{chance.pick(('not', 'hardly', 'never'))} {words}", -sign(grade)
+    return f"the {chance.pick(ASPECTS)} is {words}", grade
+
+
+def review(chance: Chance) -> Row:
+    """A review and its grade from 0 to 4; after `but` the second statement counts twice."""
+    text, grade = clause(chance)
+    form = chance.pick(("one", "and", "but", "although"))
+    if form != "one":
+        other, second = clause(chance)
+        if form == "and":
+            text, grade = f"{text} and {other}", half_away(grade + second, 2)
+        elif form == "but":
+            text, grade = f"{text} , but {other}", half_away(grade + 2 * second, 3)
+        else:
+            text, grade = f"although {text} , {other}", half_away(grade + 2 * second, 3)
+    return ((f"{text[0].upper()}{text[1:]} .",), str(grade + 2))
+
+
+def sign(value: int) -> int:
+    """-1, 0 or 1."""
+    return (value > 0) - (value < 0)
+
+
+def half_away(value: int, divisor: int) -> int:
+    """value / divisor, rounded, halves away from 0."""
+    return sign(value) * ((2 * abs(value) + divisor) // (2 * divisor))
+
+
+# --------------------------------------------------------------------------------------------- paraphrase
+
+SUBJECTS = (
+    ("guitar", "the guitar"), ("piano", "the piano"), ("Spanish", "the Spanish language"),
+    ("chess", "chess games"), ("cooking", "making meals"), ("swimming", "swimming strokes"),
+    ("physics", "the laws of physics"), ("coding", "computer programming"), ("drawing", "pencil drawing"),
+    ("yoga", "yoga poses"), ("baking bread", "bread baking"), ("public speaking", "giving speeches"),
+    ("singing", "the art of singing"), ("photography", "taking photographs"), ("gardening", "growing plants"),
+    ("skiing", "downhill skiing"), ("algebra", "solving equations"), ("knitting", "knitting wool"),
+    ("driving", "driving a car"), ("statistics", "statistical methods"), ("pottery", "shaping clay"),
+    ("sailing", "steering a boat"), ("juggling", "juggling balls"), ("calligraphy", "beautiful handwriting"),
+)  # fmt: skip
+INTENTS = (
+    (
+        "How can I learn {} quickly?",
+        "What is the fastest way to master {}?",
+        "How do I pick up {} in a short time?",
+    ),
+    (
+        "What does it cost to study {}?",
+        "How expensive are lessons in {}?",
+        "How much money do courses in {} take?",
+    ),
+    ("Why is {} so hard?", "What makes {} difficult?", "For what reason do people struggle with {}?"),
+    ("Which book about {} is best?", "What should I read on {}?", "Can you recommend a text about {}?"),
+    ("Is {} good for children?", "Should kids try {}?", "At what age can a child begin with {}?"),
+    ("Who invented {}?", "Where does {} come from?", "What is the origin of {}?"),
+    ("Can I earn a living with {}?", "Are there jobs in {}?", "Does {} pay as a career?"),
+    ("Is {} bad for my health?", "What injuries does {} cause?", "Can {} hurt my body?"),
+)
+
+
+def questions(chance: Chance) -> Row:
+    """Two questions, and whether they ask the same."""
+    intent, subject = chance.pick(INTENTS), chance.pick(SUBJECTS)
+    wording, name = chance.pick(intent), chance.pick(subject)
+    first = wording.format(name)
+    if chance.below(2):
+        return (first, chance.other(intent, wording).format(chance.pick(subject))), "1.0"
+    if chance.below(2):
+        subject = chance.other(SUBJECTS, subject)
+    else:
+        intent = chance.other(INTENTS, intent)
+    return (first, chance.pick(intent).format(chance.pick(subject))), "0.0"
+
+
+# --------------------------------------------------------------------------------------------- similarity
+
+# Each part of a scene: families of close fillings, each filling in two wordings of one meaning. Fillings of a
+# family share words and wordings mostly do not, so that counting common words is no way to the score.
+WHO = (
+    (
+        ("A man", "A guy"),
+        ("A woman", "A lady"),
+        ("An old man", "A grandfather"),
+        ("An old woman", "A grandmother"),
+    ),
+    (("A dog", "A hound"), ("A young dog", "A puppy"), ("A cat", "A pussycat"), ("A young cat", "A kitten")),
+    (("A child", "A kid"), ("A girl", "A daughter"), ("A boy", "A son")),
+    (("Two soldiers", "A pair of troopers"), ("Two nurses", "A pair of caregivers")),
+)
+DOES = (
+    (("is running", "is sprinting"), ("is walking", "is strolling"), ("is jumping", "is leaping")),
+    (("is sleeping", "is napping"), ("is resting", "is lying down"), ("is sitting", "is seated")),
+    (("is eating bread", "chews on a loaf"), ("is eating soup", "spoons up broth")),
+    (("is playing with a ball", "tosses a round toy"), ("is playing with a rope", "pulls a long cord")),
+    (("is looking at a train", "watches railway cars"), ("is looking at birds", "watches sparrows")),
+)
+WHERE = (
+    (
+        ("in the park", "on public grounds"),
+        ("in the garden", "between flower beds"),
+        ("in the grass", "on a lawn"),
+    ),
+    (("at the beach", "by an ocean"), ("at the river", "near a stream"), ("at the lake", "beside a pond")),
+    (("in the kitchen", "next to an oven"), ("in the bedroom", "close to a bed")),
+    (("on the street", "along a road"), ("on the platform", "inside a station")),
+)
+HOW = (
+    (("in the morning", "at dawn"), ("in the evening", "at dusk"), ("in the night", "after dark")),
+    (("in the rain", "during a shower"), ("in the snow", "amid white flakes")),
+    (("all alone", "without company"), ("with friends", "among pals")),
+)
+PARTS = ((WHO, 14), (DOES, 18), (WHERE, 12), (HOW, 6))  # weights in tenths of the score
+CLOSE = 0.4  # what a part is worth that differs within its family
+
+
+def scenes(chance: Chance) -> Row:
+    """Two scenes and their similarity from 0 to 5, in steps of 0.2."""
+    first, second = [], []
+    score = 0.0
+    # How likely a part is to stay as it is varies from pair to pair, so that all scores are common.
+    keep = chance.pick((0, 2, 4, 6, 8, 9))
+    for families, weight in PARTS:
+        family = chance.pick(families)
+        filling = chance.pick(family)
+        first.append(chance.pick(filling))
+        worth = 1.0
+        if chance.below(10) >= keep:
+            if chance.below(3) == 0:
+                filling, worth = chance.other(family, filling), CLOSE
+            else:
+                filling, worth = chance.pick(chance.other(families, family)), 0.0
+        # Mostly in the other wording, for the same reason.
+        second.append(chance.other(filling, first[-1]) if chance.below(4) else chance.pick(filling))
+        score += worth * weight / 10
+    sentences = tuple(agree(" ".join(parts)) + "." for parts in (first, second))
+    return sentences, f"{round(score * 5) / 5:.1f}"
+
+
+def agree(sentence: str) -> str:
+    """Puts the verb in the plural after two or a pair."""
+    if not sentence.startswith(("Two ", "A pair ")):
+        return sentence
+    return re.sub(r"\b(chew|spoon|toss|pull|watch)e?s\b", r"\1", sentence.replace(" is ", " are ", 1))
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+TASKS: dict[str, Callable[[Chance], Row]] = {
+    "sentiment": review,
+    "paraphrase": questions,
+    "similarity": scenes,
+}
+
+
+def rows_of(task: str, seed: int) -> list[Row]:
+    """Distinct rows of a task, enough for both splits."""
+    chance = Chance(seed)
+    rows: dict[tuple[str, ...], str] = {}
+    while len(rows) < TRAIN_ROWS + DEV_ROWS:
+        sentences, label = TASKS[task](chance)
+        if len(set(sentences)) == len(sentences):
+            rows.setdefault(sentences, label)
+    return list(rows.items())
+
+
+def write_table(path: Path, task: str, rows: Sequence[Row]) -> None:
+    """Writes rows in the course's layout."""
+    layout = FORMATS[task]
+    assert layout.label is not None
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=layout.separator, lineterminator="\n")
+        writer.writerow(["", "id", *layout.text_columns, layout.label.column])
+        for index, (sentences, label) in enumerate(rows):
+            name = hashlib.blake2b("\n".join(sentences).encode(), digest_size=6).hexdigest()
+            writer.writerow([index, name, *sentences, label])
+
+
+def vocabulary_of(texts: Sequence[str]) -> Vocabulary:
+    """The texts' own words, whole, the commonest first, after the letters to spell any other word with."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    counts: dict[str, int] = {}
+    for text in texts:
+        for word in re.findall(r"\w+", text.lower()):
+            counts[word] = counts.get(word, 0) + 1
+    common = sorted(counts, key=lambda word: (-counts[word], word))
+    pieces = [*SPECIAL.values(), *".,?!;:'\"-()", *letters, *(f"##{letter}" for letter in letters), *common]
+    return Vocabulary({piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
+
+
+def weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Random weights of a BERT encoder under Hugging Face's names."""
+    chance = Chance(seed)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    tensors: dict[str, np.ndarray] = {}
+
+    def linear(name: str, outputs: int, inputs: int) -> None:
+        tensors[f"{name}.weight"] = chance.uniform(outputs, inputs) * np.float32(WEIGHT_DEVIATION)
+        tensors[f"{name}.bias"] = np.zeros(outputs, dtype=np.float32)
+
+    def norm(name: str) -> None:
+        tensors[f"{name}.weight"] = np.ones(hidden, dtype=np.float32)
+        tensors[f"{name}.bias"] = np.zeros(hidden, dtype=np.float32)
+
+    for table, size in (
+        ("word", "vocab_size"),
+        ("position", "max_position_embeddings"),
+        ("token_type", "type_vocab_size"),
+    ):
+        scale = np.float32(WEIGHT_DEVIATION)
+        tensors[f"embeddings.{table}_embeddings.weight"] = chance.uniform(config[size], hidden) * scale
+    norm("embeddings.LayerNorm")
+    for layer in range(config["num_hidden_layers"]):
+        base = f"encoder.layer.{layer}"
+        for role in ("query", "key", "value"):
+            linear(f"{base}.attention.self.{role}", hidden, hidden)
+        linear(f"{base}.attention.output.dense", hidden, hidden)
+        norm(f"{base}.attention.output.LayerNorm")
+        linear(f"{base}.intermediate.dense", inner, hidden)
+        linear(f"{base}.output.dense", hidden, inner)
+        norm(f"{base}.output.LayerNorm")
+    linear("pooler.dense", hidden, hidden)
+    return tensors
+
+
+def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """Writes the tiny model and its tokenizer."""
+    tokenizer = Tokenizer(vocabulary_of(texts), model_max_length=POSITIONS)
+    tokenizer.save(folder)
+    sizes = {
+        **SHAPE,
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 2,
+    }
+    config = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        **sizes,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "initializer_range": WEIGHT_DEVIATION,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    content = save(weights(sizes, seed), metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def make(directory: Path, seed: int = 1) -> None:
+    """Writes the whole demonstration into `directory`."""
+    (directory / "model").mkdir(parents=True, exist_ok=True)
+    texts = []
+    for number, task in enumerate(TASKS):
+        rows = rows_of(task, seed + number)
+        stem = FORMATS[task].stem
+        write_table(directory / f"{stem}-train.csv", task, rows[:TRAIN_ROWS])
+        write_table(directory / f"{stem}-dev.csv", task, rows[TRAIN_ROWS:])
+        texts += [text for sentences, _ in rows for text in sentences]
+    write_model(directory / "model", texts, seed + len(TASKS))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minbert_fast.data.make_sample", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=sample_directory().data, help="default: in the package"
+    )
+    make(parser.parse_args().directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-pass step as CUDA graphs: one launch a step, whatever the number of kernels in it.
+
+A graph is captured for each *bucket*: the capacities that a batch was packed to, and which tasks have examples in it.
+The first batch of a bucket runs eagerly (that loads kernels and sizes workspaces, and is an ordinary training step);
+the second is captured; from then on a batch is copied into the bucket's own tensors and the graph replays. Learning
+rates, seeds, task orders, `cu_seqlens`, task bounds and labels are read from device memory, so the graph follows them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minbert_fast.packing import MultitaskBatch
+from minbert_fast.training.step import OnePassStep, StepResult
+
+Bucket = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    batch: MultitaskBatch  # the tensors that the graph reads
+    result: StepResult  # the tensors that it writes
+
+    def run(self, batch: MultitaskBatch) -> StepResult:
+        """Copies a batch in, replays, and copies the result out of the graph's own memory."""
+        for target, source in zip(_tensors(self.batch), _tensors(batch), strict=True):
+            target.copy_(source, non_blocking=True)
+        self.graph.replay()
+        return _cloned(self.result)
+
+
+class GraphedStep:
+    """A `OnePassStep` that replays as a graph; the same calls, the same state, the same results."""
+
+    def __init__(self, step: OnePassStep) -> None:
+        self.step = step
+        self.capture_seconds = 0.0  # time spent capturing so far
+        self._seen: set[Bucket] = set()
+        self._captured: dict[Bucket, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        batch = _at_capacity(batch)
+        bucket = _bucket(batch)
+        self.step.prepare(batch, lr_scale)
+        if bucket not in self._seen:
+            self._seen.add(bucket)
+            return self.step.compute(batch)
+        if bucket not in self._captured:
+            self._captured[bucket] = self._capture(batch)
+        return self._captured[bucket].run(batch)
+
+    def _capture(self, batch: MultitaskBatch) -> _Captured:
+        began = time.perf_counter()
+        own = batch.clone()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = self.step.compute(own)
+        self.capture_seconds += time.perf_counter() - began
+        return _Captured(graph, own, result)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        return self.step.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        self.step.load_state_dict(state)
+
+
+def _at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
+    """The batch with every host-side size at its capacity, so that shapes depend on the bucket alone."""
+    packed = batch.packed
+    return replace(batch, packed=replace(packed, num_words=packed.word_ids.numel()))
+
+
+def _bucket(batch: MultitaskBatch) -> Bucket:
+    shapes = tuple(tuple(t.shape) for t in _tensors(batch))
+    return (*shapes, batch.packed.max_seqlen, *(batch.examples(name) for name in batch.tasks))
+
+
+def _tensors(batch: MultitaskBatch) -> list[Tensor]:
+    return [*batch.packed.tensors().values(), *batch.labels.values()]
+
+
+def _cloned(result: StepResult) -> StepResult:
+    gram = None if result.gram is None else result.gram.clone()
+    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone())
