@@ -65,6 +65,11 @@ def _check_dropout(p: float, seed: Tensor | None) -> None:
         raise ValueError(f"dropout needs 0 <= p < 1 and, where p > 0, a seed: p is {p}, seed is {seed}")
 
 
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """x [N, ...] with every row contiguous; rows may lie any distance apart."""
+    return x if not x.shape[0] or x[0].is_contiguous() else x.contiguous()
+
+
 # ---- Packed rows ----------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +84,7 @@ def _packed(
 
             return kernels.attention_forward(qkv, cu_seqlens, max_seqlen, scale, p, seed, site)
         case "native":
-            return layers.attention_forward(qkv, cu_seqlens, scale, p, seed, site)
+            return layers.attention_forward(_contiguous_rows(qkv), cu_seqlens, scale, p, seed, site)
         case "torch":
             rows = _Rows(qkv.shape[0], cu_seqlens, max_seqlen)
             keep = _keep(rows.row, qkv, p, seed, site)
@@ -116,6 +121,7 @@ def _packed_backward(
 
             return kernels.attention_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, p, seed, site)
         case "native":
+            dout, qkv = _contiguous_rows(dout), _contiguous_rows(qkv)
             return layers.attention_backward(dout, qkv, lse, cu_seqlens, scale, p, seed, site)
         case "torch":
             rows = _Rows(qkv.shape[0], cu_seqlens, max_seqlen)
@@ -160,9 +166,7 @@ _packed.register_autograd(_packed_autograd, setup_context=_packed_context)
 
 
 @torch.library.custom_op("minbert_fast::attention_dense", mutates_args=())
-def _dense(
-    qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, site: int
-) -> tuple[Tensor, Tensor]:
+def _dense(qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     """out [B, S, h * d], lse [h, B * S]."""
     match implementation(qkv):
         case "triton":
@@ -170,7 +174,7 @@ def _dense(
 
             return kernels.attention_dense_forward(qkv, mask, scale, p, seed, site)
         case "native":
-            return layers.attention_dense_forward(qkv, mask, scale, p, seed, site)
+            return layers.attention_dense_forward(qkv.contiguous(), mask, scale, p, seed, site)
         case "torch":
             keep = _keep(_dense_rows(mask), qkv, p, seed, site)
             out, lse = _rectangle_forward(qkv, mask != 0, scale, keep)
@@ -178,9 +182,7 @@ def _dense(
 
 
 @_dense.register_fake
-def _(
-    qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, site: int
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, width = qkv.shape
     lse = qkv.new_empty(heads, batch * length, dtype=segments.statistics_dtype(qkv.dtype))
     return qkv.new_empty(batch, length, heads * width), lse
@@ -205,6 +207,7 @@ def _dense_backward(
 
             return kernels.attention_dense_backward(dout, qkv, out, lse, mask, scale, p, seed, site)
         case "native":
+            dout, qkv = dout.contiguous(), qkv.contiguous()
             return layers.attention_dense_backward(dout, qkv, lse, mask, scale, p, seed, site)
         case "torch":
             keep = _keep(_dense_rows(mask), qkv, p, seed, site)

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
+import torch
 from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]
@@ -28,10 +29,15 @@ def triton_available() -> bool:
 
 
 def implementation(tensor: Tensor) -> Implementation:
-    """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch."""
+    """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch.
+
+    PyTorch for fp64 anywhere: the others know none.
+    """
     forced = _forced.get()
     if forced is not None:
         return forced
+    if tensor.dtype == torch.float64:
+        return "torch"
     if tensor.device.type == "cpu":
         return "native"
     if tensor.device.type == "cuda" and triton_available():
