@@ -83,9 +83,7 @@ class Collator:
             rows={task: np.asarray(rows[task]) for task in self.tables},
         )
 
-    def _sequences(
-        self, task: str, table: TokenTable, rows: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _sequences(self, task: str, table: TokenTable, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """A task's sequences, and their token types if any task is joint."""
         if task in self.joint:
             first, second = table.columns
