@@ -11,6 +11,7 @@ from torch import Tensor
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
 from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.native import layers
 
 
 def attention(
@@ -78,7 +79,12 @@ def _forward(
             from minbert_fast.kernels import attention as kernels
 
             return kernels.attention_forward(qkv, cu_seqlens, max_seqlen, scale, p, seed, site, mask)
-        case "native" | "torch":
+        case "native":
+            if mask is None:
+                return layers.attention_forward(qkv, cu_seqlens, scale, p, seed, site)
+            out, lse = layers.attention_dense_forward(*_dense(qkv, mask, max_seqlen), scale, p, seed, site)
+            return out.flatten(0, 1), lse
+        case "torch":
             with torch.autocast(qkv.device.type, enabled=False):
                 return _attend(qkv, cu_seqlens, max_seqlen, mask, scale, p, seed, site)
 
@@ -119,7 +125,14 @@ def _backward(
             from minbert_fast.kernels import attention as kernels
 
             return kernels.attention_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, p, seed, site, mask)
-        case "native" | "torch":
+        case "native":
+            if mask is None:
+                return layers.attention_backward(dout.contiguous(), qkv, lse, cu_seqlens, scale, p, seed, site)
+            rectangle, attended = _dense(qkv, mask, max_seqlen)
+            cotangent = dout.contiguous().unflatten(0, attended.shape)
+            dqkv = layers.attention_dense_backward(cotangent, rectangle, lse, attended, scale, p, seed, site)
+            return dqkv.flatten(0, 1)
+        case "torch":
             with torch.autocast(qkv.device.type, enabled=False):
                 return _attend_backward(dout, qkv, cu_seqlens, max_seqlen, mask, scale, p, seed, site)
 
@@ -155,6 +168,11 @@ def _autograd(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _dense(qkv: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Rows of a rectangle as [B, S, 3, h, d], and their mask as [B, S]: what `attention_dense` flattened."""
+    return qkv.contiguous().unflatten(0, (-1, length)), mask.unflatten(0, (-1, length))
 
 
 class _Rectangle(NamedTuple):

@@ -28,12 +28,15 @@ def triton_available() -> bool:
 
 
 def implementation(tensor: Tensor) -> Implementation:
-    """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch."""
+    """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch.
+
+    The extension works in fp32 and bf16; other dtypes on a CPU go through PyTorch.
+    """
     forced = _forced.get()
     if forced is not None:
         return forced
     if tensor.device.type == "cpu":
-        return "native"
+        return "native" if tensor.dtype in (torch.float32, torch.bfloat16, torch.int32) else "torch"
     if tensor.device.type == "cuda" and triton_available():
         return "triton"
     return "torch"

@@ -389,7 +389,7 @@ def attention_dense_forward(
 
     Positions with mask 0 may stand anywhere: they are not attended to, and give zeros.
     """
-    op, rows = _dense(qkv, mask, scale, p, seed, site)
+    op, _ = _dense(qkv, mask, scale, p, seed, site)
     batch, length, _, heads, head_dim = qkv.shape
     out, lse = qkv.new_empty(batch, length, heads * head_dim), torch.empty(heads, batch * length)
     _C.attention_forward(op, out.data_ptr(), lse.data_ptr(), threads())
@@ -412,9 +412,7 @@ def attention_dense_backward(
     return _attention_backward(op, contiguous("dout", dout).flatten(0, 1), lse, rows).view(qkv.shape)
 
 
-def _packed(
-    qkv: Tensor, cu_seqlens: Tensor, scale: float, p: float, seed: Tensor | None, site: int
-) -> _C.Attention:
+def _packed(qkv: Tensor, cu_seqlens: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> _C.Attention:
     check("qkv", qkv, [None, 3, None, None], ACTIVATIONS, CPU)
     rows, _, heads, head_dim = qkv.shape
     stride = row_stride("qkv", qkv)
