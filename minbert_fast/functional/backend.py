@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
+import torch
 from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]
@@ -30,13 +31,15 @@ def triton_available() -> bool:
 def implementation(tensor: Tensor) -> Implementation:
     """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch.
 
-    The extension works in fp32 and bf16; other dtypes on a CPU go through PyTorch.
+    PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none.
     """
     forced = _forced.get()
     if forced is not None:
         return forced
+    if tensor.dtype == torch.float64:
+        return "torch"
     if tensor.device.type == "cpu":
-        return "native" if tensor.dtype in (torch.float32, torch.bfloat16, torch.int32) else "torch"
+        return "torch" if tensor.dtype == torch.float16 else "native"
     if tensor.device.type == "cuda" and triton_available():
         return "triton"
     return "torch"

@@ -142,7 +142,7 @@ def add_norm_forward(
         _vector(name, t, width, x.dtype) for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta))
     )
     op = _add_norm(x, bias, residual, gamma, p, seed, site)
-    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, rows)
+    y, mean, rstd = torch.empty_like(x), torch.empty(rows), torch.empty(rows)
     _C.add_norm_forward(op, beta.data_ptr(), eps, y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), threads())
     return y, mean, rstd
 
@@ -255,7 +255,7 @@ def embedding_forward(
     rows, width = tokens.shape[0], word.shape[1]
     beta = _vector("beta", beta, width, word.dtype)
     op = _embedding(tokens, positions, types, word, position, type_, gamma, p, seed, site)
-    y, (mean, rstd) = word.new_empty(rows, width), torch.empty(2, rows)
+    y, mean, rstd = word.new_empty(rows, width), torch.empty(rows), torch.empty(rows)
     _C.embedding_forward(op, beta.data_ptr(), eps, y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), threads())
     return y, mean, rstd
 
