@@ -18,10 +18,11 @@ for test in "$@"; do
 done
 
 # The sanitized copy of the package goes first on the path, so the tests run from a folder that is not the checkout.
-# An interpreter keeps objects alive on purpose, so leaks are not looked for. CPython and torch are not instrumented.
+# (--import-mode: nor may pytest put the checkout first). An interpreter keeps objects alive on purpose, so leaks are
+# not looked for.
 mkdir -p build/sanitized-run
 cd build/sanitized-run
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 PYTHONPATH="$root/build/sanitized:$root" MINBERT_FAST_SANITIZED="$root/build/sanitized" \
-  "$python" -m pytest -q -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "$@"
+  "$python" -m pytest -q --import-mode=append -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "$@"
