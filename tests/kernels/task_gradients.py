@@ -20,7 +20,9 @@ ROWS = 40  # of the bounds in tests.tolerance.AWKWARD_BOUNDS
 class Slices:
     """Gradient outputs as slices of one buffer [T, P], all NaN, with a gap after each that no kernel may touch."""
 
-    def __init__(self, tasks: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, tasks: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> None:
         gap = 5
         self.buffer = torch.full(
             (tasks, sum(math.prod(s) + gap for s in shapes.values())), math.nan, dtype=dtype, device=device

@@ -58,9 +58,7 @@ class Case:
         tables = [self.tables[n] for n in ("word", "position", "type_", "gamma")]
         small = (outputs.get(n) for n in ("gamma", "beta", "type_"))
         bounds = self.batch.task_tokens
-        dz = embedding_norm_backward(
-            self.dy, *self.indices, *tables, mean, rstd, bounds, self.p, self.seed, 2, *small
-        )
+        dz = embedding_norm_backward(self.dy, *self.indices, *tables, mean, rstd, bounds, self.p, self.seed, 2, *small)
         assert not dz[self.batch.num_tokens :].any()
         rows = (self.batch.cu_seqlens, self.batch.word_order, self.batch.word_offsets)
         embedding_gather(dz, bounds, *rows, outputs.get("word"), outputs.get("position"))

@@ -16,7 +16,7 @@ from tests.tolerance import AWKWARD_BOUNDS, assert_within_budget
 
 
 def inputs(rows: int, outputs: int, ins: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """dy [rows, outputs] and x [rows, ins], both slices of wider tensors; NaN behind what any bound covers is theirs."""
+    """dy [rows, outputs] and x [rows, ins], both slices of wider tensors."""
     generator = torch.Generator().manual_seed(outputs)
     dy = random(rows, outputs + 16, dtype=dtype, device=device, generator=generator)[:, :outputs]
     x = random(rows, ins + 32, dtype=dtype, device=device, generator=generator)[:, :ins]
@@ -88,9 +88,7 @@ def test_one_of_two_outputs(wanted: str, device: torch.device) -> None:
     both = {"weight": torch.empty(2, 48, 32, device=device), "bias": torch.empty(2, 48, device=device)}
     kernels.segment_gradients(dy, x, bounds, both["weight"], both["bias"])
     one = torch.empty_like(both[wanted])
-    kernels.segment_gradients(
-        dy, x, bounds, one if wanted == "weight" else None, one if wanted == "bias" else None
-    )
+    kernels.segment_gradients(dy, x, bounds, one if wanted == "weight" else None, one if wanted == "bias" else None)
     assert torch.equal(one, both[wanted])
 
 
