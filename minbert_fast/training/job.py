@@ -27,6 +27,7 @@ from minbert_fast.data import (
     Sampler,
     Tokenizer,
     TokenTable,
+    pin,
     prefetch,
     read_table,
     sample_directory,
@@ -166,11 +167,11 @@ class _Job:
         collator = Collator(tables, recipe.data.max_length, frozenset(n for n, t in tasks.items() if t.joint))
         sampler = Sampler.of(
             tables,
-            {name: task.batch_size or training.batch_size for name, task in tasks.items()},
+            {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
             recipe.data.scheme,
             training.seed + index,  # each stage in an order of its own
-            fractions={name: task.fraction for name, task in tasks.items()},
-            balanced=[name for name, task in tasks.items() if task.balanced],
+            fractions={name: task.options.fraction for name, task in tasks.items()},
+            balanced=[name for name, task in tasks.items() if task.options.balanced],
         )
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
@@ -180,9 +181,10 @@ class _Job:
             return make_step(self.backend, self.model, recipe, DTYPES[self.precision])
 
         def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
-            pinned = self.device.type == "cuda"
-            ahead = prefetch(training_batches(sampler, collator, start, steps), pin_memory=pinned)
-            with closing(ahead):
+            made = training_batches(sampler, collator, start, steps)
+            if self.device.type == "cuda":
+                made = ((step, pin(batch)) for step, batch in made)
+            with closing(prefetch(made)) as ahead:
                 for step, batch in ahead:
                     yield step, batch.to(self.device, non_blocking=True)
 
