@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from minbert_fast.data import (
 )
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.schema import ConfigError, plain
+from minbert_fast.storage import raw
 from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training import evaluation, loop
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
@@ -79,7 +80,7 @@ class Options:
 
     output: Path | None = None
     device: str = "auto"
-    backend: str = "auto"
+    backend: Literal["auto", "fast", "reference"] = "auto"
     resume: bool = False
     overwrite: bool = False
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split): predictions go here too
@@ -141,7 +142,7 @@ class _Job:
         self.data = load_datasets(recipe, self.tokenizer, self.say)
         self.recipe = self.data.recipe
         dropout = self.recipe.model.dropout
-        overrides = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
+        overrides: dict[str, Any] = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
         encoder = BertModel.from_pretrained(source, **overrides)
         self._check_sizes(encoder)
         self.encoder_hash = tensors_digest(encoder.state_dict())
@@ -335,7 +336,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(raw(tensor))
     return digest.hexdigest()
 
 
