@@ -15,4 +15,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   minbert::bind_surgery(m);
+  minbert::bind_layers(m);
 }

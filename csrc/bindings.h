@@ -7,6 +7,7 @@
 namespace minbert {
 
 void bind_surgery(pybind11::module_& m);
+void bind_layers(pybind11::module_& m);
 
 // Tensors arrive as the integers of Tensor.data_ptr(); 0 stands for an absent one.
 template <class T>

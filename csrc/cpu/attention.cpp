@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention within sentences. A thread owns a (sentence, head) whole, forward and backward, so nothing is summed across
+// threads. Its operands are copied into scratch as floats, keys (and values) transposed too where the lanes of a product
+// run along keys. Queries are taken in blocks whose scores against every key stand in scratch: no online softmax.
+//
+// n rows of the sentence, d head width; N and D the same rounded up to whole registers; M queries of a block.
+#include <math.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu/layer_kernels.h"
+#include "cpu/matmul.h"
+#include "cpu/philox.h"
+
+namespace minbert {
+namespace MINBERT_ISA {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// One sentence's rows: row i is `base` + i, or base + kept[i].
+struct Sentence {
+  int64_t base, count;
+  const int32_t* kept;
+
+  Sentence(const Attention& op, int64_t sentence)
+      : base(op.kept ? sentence * op.period : op.offsets[sentence]),
+        count(op.offsets[sentence + 1] - op.offsets[sentence]),
+        kept(op.kept ? op.kept + op.offsets[sentence] : nullptr) {}
+
+  int64_t place(int64_t i) const { return kept ? kept[i] : i; }
+  int64_t row(int64_t i) const { return base + place(i); }
+};
+
+// Hands out pieces of a thread's scratch memory.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : next_(memory) {}
+  Matrix32 matrix(int64_t rows, int64_t pitch) {
+    float* data = next_;
+    next_ += rows * pitch;
+    return {data, pitch};
+  }
+
+ private:
+  float* next_;
+};
+
+// One head's part of the rows of a matrix in memory.
+template <class T>
+struct HeadRows {
+  T* data;  // at this head in row 0
+  int64_t stride, width;
+
+  T* row(int64_t i) const { return data + i * stride; }
+};
+
+// Rows [first, first + count) of the sentence as floats, columns beyond the width zero.
+template <class T>
+void gather(const Sentence& s, HeadRows<const T> from, int64_t first, int64_t count, Matrix32 to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = from.row(s.row(first + i));
+    float* copy = to.row(i);
+    for_columns(from.width, [&](int64_t k, auto lanes, int) { store(copy + k, load(row + k, lanes)); });
+  }
+}
+
+template <class T>
+void scatter(const Sentence& s, Matrix32 from, int64_t first, int64_t count, HeadRows<T> to) {
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = to.row(s.row(first + i));
+    const float* copy = from.row(i);
+    for_columns(to.width, [&](int64_t k, auto lanes, int) { store(row + k, load(copy + k), lanes); });
+  }
+}
+
+// to [D, N] = from [n, D] transposed, columns beyond n zero.
+void transpose(Matrix32 from, int64_t rows, int64_t width, Matrix32 to) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t k = 0; k < width; k += kLanes) {
+      vfloat square[kLanes];
+      for (int r = 0; r < kLanes; ++r) square[r] = i + r < rows ? load(from.row(i + r) + k) : vfloat{};
+      transpose_square(square);
+      for (int r = 0; r < kLanes; ++r) store(to.row(k + r) + i, square[r]);
+    }
+}
+
+// Dropout factors of one query [n], by the places of its keys.
+void draw(const Dropout& dropout, int64_t head, const Sentence& s, int64_t query, int64_t period, float* keep) {
+  const DropoutRow row(dropout, static_cast<uint32_t>(head), static_cast<uint32_t>(s.row(query)));
+  if (!s.kept) return row.factors(s.count, keep);
+  row.factors(period, keep);
+  for (int64_t i = 0; i < s.count; ++i) keep[i] = keep[s.kept[i]];  // places ascend, so none is overwritten unread
+}
+
+// Scores [n] of a query become powers 2^(scale score - top); returns log2 of the powers' sum before the shift by top, and
+// the inverse of the sum after it.
+struct Softmax {
+  float log2_sum, inverse;
+};
+Softmax softmax(float* scores, int64_t n, float scale) {
+  vfloat tops[kSlots];
+  for (vfloat& top : tops) top = broadcast(-INFINITY);
+  for_columns(n, [&](int64_t i, auto lanes, int slot) __attribute__((always_inline)) {
+    tops[slot] = larger(tops[slot], keep_lanes(load(scores + i) * scale, lanes, -INFINITY));
+  });
+  const float top = largest_lane(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+  Sum sum;
+  for_columns(n, [&](int64_t i, auto lanes, int slot) __attribute__((always_inline)) {
+    const vfloat power = keep_lanes(exp2(load(scores + i) * scale - top), lanes, 0);
+    store(scores + i, power);
+    sum.add(slot, power);
+  });
+  const float total = sum.total();
+  return {top + log2f(total), 1.0f / total};
+}
+
+void multiply(float* values, const float* factors, int64_t n) {
+  for_columns(n, [&](int64_t i, auto, int) { store(values + i, load(values + i) * load(factors + i)); });
+}
+
+int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+template <class T>
+void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, float* lse, float* memory) {
+  const int64_t n = s.count, d = op.head_dim, N = round_up(n, kLanes), D = round_up(d, kLanes), M = attention_block(n);
+  Scratch scratch(memory);
+  const Matrix32 keep = scratch.matrix(1, round_up(s.kept ? op.period : n, kDrawColumns));
+  const Matrix32 keys = scratch.matrix(D, N), values = scratch.matrix(n, D), queries = scratch.matrix(n, D);
+  const Matrix32 scores = scratch.matrix(M, N), result = scratch.matrix(M, D);
+
+  const int64_t part = op.heads * d;
+  const T* qkv = static_cast<const T*>(op.qkv) + head * d;
+  gather<T>(s, {qkv + part, op.stride, d}, 0, n, queries);
+  transpose(queries, n, D, keys);
+  gather<T>(s, {qkv, op.stride, d}, 0, n, queries);
+  gather<T>(s, {qkv + 2 * part, op.stride, d}, 0, n, values);
+
+  for (int64_t first = 0; first < n; first += M) {
+    const int64_t count = n - first < M ? n - first : M;
+    product(count, N, d, {queries.row(first), D, 1}, keys, scores);
+    float inverse[kAttentionBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      const Softmax softened = softmax(scores.row(i), n, op.scale * kLog2E);
+      inverse[i] = softened.inverse;
+      lse[head * op.rows + s.row(first + i)] = softened.log2_sum * kLn2;
+      if (op.dropout.active) {
+        draw(op.dropout, head, s, first + i, op.period, keep.data);
+        multiply(scores.row(i), keep.data, n);
+      }
+    }
+    product(count, D, n, {scores.data, N, 1}, values, result);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = result.row(i);
+      for_columns(D, [&](int64_t k, auto, int) { store(row + k, load(row + k) * inverse[i]); });
+    }
+    scatter<T>(s, result, first, count, {out + head * d, part, d});
+  }
+}
+
+template <class T>
+void backward_head(const Attention& op, const Sentence& s, int64_t head, HeadRows<const T> dout, const float* lse,
+                   T* dqkv, float* memory) {
+  const int64_t n = s.count, d = op.head_dim, N = round_up(n, kLanes), D = round_up(d, kLanes), M = attention_block(n);
+  Scratch scratch(memory);
+  const Matrix32 keep = scratch.matrix(1, round_up(s.kept ? op.period : n, kDrawColumns));
+  const Matrix32 keys = scratch.matrix(n, D), keys_t = scratch.matrix(D, N), values_t = scratch.matrix(D, N);
+  const Matrix32 dkeys = scratch.matrix(n, D), dvalues = scratch.matrix(n, D);
+  const Matrix32 queries = scratch.matrix(M, D), cotangent = scratch.matrix(M, D), dqueries = scratch.matrix(M, D);
+  const Matrix32 weights = scratch.matrix(M, N), dscores = scratch.matrix(M, N);
+
+  const int64_t part = op.heads * d;
+  const T* qkv = static_cast<const T*>(op.qkv) + head * d;
+  T* gradient = dqkv + head * d;
+  gather<T>(s, {qkv + 2 * part, op.stride, d}, 0, n, keys);
+  transpose(keys, n, D, values_t);
+  gather<T>(s, {qkv + part, op.stride, d}, 0, n, keys);
+  transpose(keys, n, D, keys_t);
+
+  for (int64_t first = 0; first < n; first += M) {
+    const int64_t count = n - first < M ? n - first : M;
+    gather<T>(s, {qkv, op.stride, d}, first, count, queries);
+    gather<T>(s, dout, first, count, cotangent);
+    product(count, N, d, {queries.data, D, 1}, keys_t, weights);
+    product(count, N, d, {cotangent.data, D, 1}, values_t, dscores);
+    for (int64_t i = 0; i < count; ++i) {
+      float *weight = weights.row(i), *dscore = dscores.row(i);
+      // The saved log-sum-exp stands in for the largest score; its rounding goes away with the sum.
+      const float scale = op.scale * kLog2E, offset = lse[head * op.rows + s.row(first + i)] * kLog2E;
+      Sum sum;
+      for_columns(n, [&](int64_t j, auto lanes, int slot) __attribute__((always_inline)) {
+        const vfloat w = keep_lanes(exp2(load(weight + j) * scale - offset), lanes, 0);
+        store(weight + j, w);
+        sum.add(slot, w);
+      });
+      const float inverse = 1.0f / sum.total();
+      if (op.dropout.active) {
+        draw(op.dropout, head, s, first + i, op.period, keep.data);
+        multiply(dscore, keep.data, n);
+      }
+      Sum along;
+      for_columns(n, [&](int64_t j, auto, int slot) __attribute__((always_inline)) {
+        const vfloat w = load(weight + j) * inverse;
+        store(weight + j, w);
+        along.add(slot, w * load(dscore + j));
+      });
+      const float delta = along.total();
+      for_columns(n, [&](int64_t j, auto, int) __attribute__((always_inline)) {
+        const vfloat w = load(weight + j);
+        store(dscore + j, w * (load(dscore + j) - delta) * op.scale);
+        if (op.dropout.active) store(weight + j, w * load(keep.data + j));
+      });
+    }
+    product(n, D, count, {weights.data, 1, N}, cotangent, dvalues, first > 0);
+    product(n, D, count, {dscores.data, 1, N}, queries, dkeys, first > 0);
+    product(count, D, n, {dscores.data, N, 1}, keys, dqueries);
+    scatter<T>(s, dqueries, first, count, {gradient, 3 * part, d});
+  }
+  scatter<T>(s, dkeys, 0, n, {gradient + part, 3 * part, d});
+  scatter<T>(s, dvalues, 0, n, {gradient + 2 * part, 3 * part, d});
+}
+
+// Rows that take part in no sentence, zeroed in one pass before the sentences are written. `body(row)` zeroes one.
+template <class Body>
+void for_absent_rows(const Attention& op, const Body& body) {
+  if (!op.kept) {
+    for (int64_t row = op.offsets[op.sentences]; row < op.rows; ++row) body(row);
+    return;
+  }
+  for (int64_t sentence = 0; sentence < op.sentences; ++sentence) {
+    const Sentence s(op, sentence);
+    for (int64_t place = 0, next = 0; place < op.period; ++place) {
+      if (next < s.count && s.kept[next] == place)
+        ++next;
+      else
+        body(s.base + place);
+    }
+  }
+}
+
+template <class T>
+void forward(const Attention& op, const AttentionPlan& plan, T* out, float* lse, int threads) {
+  const int64_t part = op.heads * op.head_dim;
+  for_absent_rows(op, [&](int64_t row) {
+    std::memset(out + row * part, 0, static_cast<size_t>(part) * sizeof(T));
+    for (int64_t head = 0; head < op.heads; ++head) lse[head * op.rows + row] = 0;
+  });
+  parallel_for(plan.count, threads, [&](int64_t i) {
+    const AttentionItem& item = plan.items[i];
+    const Sentence s(op, item.sentence);
+    for (int64_t head = item.first; head < item.last; ++head)
+      forward_head(op, s, head, out, lse, plan.scratch + thread_number() * plan.pitch);
+  });
+}
+
+template <class T>
+void backward(const Attention& op, const AttentionPlan& plan, const T* dout, int64_t dout_stride, const float* lse,
+              T* dqkv, int threads) {
+  const int64_t part = op.heads * op.head_dim;
+  for_absent_rows(op, [&](int64_t row) {
+    std::memset(dqkv + row * 3 * part, 0, static_cast<size_t>(3 * part) * sizeof(T));
+  });
+  parallel_for(plan.count, threads, [&](int64_t i) {
+    const AttentionItem& item = plan.items[i];
+    const Sentence s(op, item.sentence);
+    for (int64_t head = item.first; head < item.last; ++head)
+      backward_head<T>(op, s, head, {dout + head * op.head_dim, dout_stride, op.head_dim}, lse, dqkv,
+                       plan.scratch + thread_number() * plan.pitch);
+  });
+}
+
+}  // namespace
+
+void attention_items(const Attention& op, const AttentionPlan& plan, void* out, float* lse, int threads) {
+  if (op.dtype == DType::bf16)
+    forward(op, plan, static_cast<bfloat16*>(out), lse, threads);
+  else
+    forward(op, plan, static_cast<float*>(out), lse, threads);
+}
+
+void attention_items_backward(const Attention& op, const AttentionPlan& plan, const void* dout, int64_t dout_stride,
+                              const float* lse, void* dqkv, int threads) {
+  if (op.dtype == DType::bf16)
+    backward(op, plan, static_cast<const bfloat16*>(dout), dout_stride, lse, static_cast<bfloat16*>(dqkv), threads);
+  else
+    backward(op, plan, static_cast<const float*>(dout), dout_stride, lse, static_cast<float*>(dqkv), threads);
+}
+
+}  // namespace MINBERT_ISA
+}  // namespace minbert

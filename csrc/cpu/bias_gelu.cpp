@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = GELU(x + bias) = u Phi(u), the erf form (Hendrycks & Gimpel 2016), and the column sums that are bias gradients.
+#include "cpu/column_sums.h"
+#include "cpu/layer_kernels.h"
+
+namespace minbert {
+namespace MINBERT_ISA {
+namespace {
+
+struct Normal {
+  vfloat cumulative, density;
+};
+
+// The standard normal distribution at u, cumulative to an absolute error of 6e-8. The tail is density(u) sqrt(2 pi) m(|u|)
+// with Mills' ratio m, a polynomial in t = 1 / (1 + |u| / 4); its coefficients minimise the largest error of u Phi(u).
+inline Normal normal(vfloat u) {
+  const vfloat bell = exp2(u * u * -0.7213475204444817f);  // e^(-u^2 / 2)
+  const vfloat size = u < 0.0f ? -u : u;
+  const vfloat t = 1.0f / (1.0f + 0.25f * size);
+  vfloat ratio = broadcast(-0.08906956934034478f);
+  ratio = ratio * t + 0.3310103813723524f;
+  ratio = ratio * t - 0.2490083963809379f;
+  ratio = ratio * t + 0.2654266962541932f;
+  ratio = ratio * t + 0.032229530721946335f;
+  ratio = ratio * t + 0.11043259964456846f;
+  ratio = ratio * t + 0.09897878645565564f;
+  const vfloat tail = ratio * t * bell;
+  return {u < 0.0f ? tail : 1.0f - tail, bell * 0.3989422804014327f};
+}
+
+template <class T>
+void forward(const BiasGelu& op, T* y, int threads) {
+  const T* x = static_cast<const T*>(op.x);
+  const Chunks chunks = row_chunks(op.rows);
+  parallel_for(chunks.count, threads, [&](int64_t chunk) {
+    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
+      const T* from = x + row * op.width;
+      T* to = y + row * op.width;
+      for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
+        const vfloat u = load(from + i, lanes) + load(op.bias + i, lanes);
+        store(to + i, u * normal(u).cumulative, lanes);
+      });
+    }
+  });
+}
+
+template <class T>
+void backward(const BiasGelu& op, const T* dy, const Segments& segments, T* dx, const TaskGradient& dbias, float* slots,
+              int threads) {
+  const T* x = static_cast<const T*>(op.x);
+  const TaskSums sums(segments, op.rows, 1, op.width, slots);
+  parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
+    sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T *from = x + row * op.width, *cotangent = dy + row * op.width;
+        T* to = dx + row * op.width;
+        for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
+          const vfloat u = load(from + i, lanes) + load(op.bias + i, lanes);
+          const Normal n = normal(u);
+          const vfloat gradient = load(cotangent + i, lanes) * (n.cumulative + u * n.density);
+          store(to + i, gradient, lanes);
+          store(slot + i, load(slot + i) + gradient);
+        });
+      }
+    });
+    const int64_t first = sums.padding(chunk) * op.width, count = sums.end(chunk) * op.width - first;
+    std::memset(dx + first, 0, static_cast<size_t>(count) * sizeof(T));
+  });
+  sums.finish(0, dbias, threads);
+}
+
+template <class T>
+void add_rows(const ColumnSums& op, const Segments& segments, const TaskGradient& out, float* slots, int threads) {
+  const T* x = static_cast<const T*>(op.x);
+  const TaskSums sums(segments, op.rows, 1, op.width, slots);
+  parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
+    sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
+      for (int64_t row = begin; row < end; ++row)
+        for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
+          store(slot + i, load(slot + i) + load(x + row * op.stride + i, lanes));
+        });
+    });
+  });
+  sums.finish(0, out, threads);
+}
+
+}  // namespace
+
+void bias_gelu_rows(const BiasGelu& op, void* y, int threads) {
+  if (op.dtype == DType::bf16)
+    forward(op, static_cast<bfloat16*>(y), threads);
+  else
+    forward(op, static_cast<float*>(y), threads);
+}
+
+void bias_gelu_rows_backward(const BiasGelu& op, const void* dy, const Segments& segments, void* dx,
+                             const TaskGradient& dbias, float* slots, int threads) {
+  if (op.dtype == DType::bf16)
+    backward(op, static_cast<const bfloat16*>(dy), segments, static_cast<bfloat16*>(dx), dbias, slots, threads);
+  else
+    backward(op, static_cast<const float*>(dy), segments, static_cast<float*>(dx), dbias, slots, threads);
+}
+
+void column_sums_rows(const ColumnSums& op, const Segments& segments, const TaskGradient& out, float* slots,
+                      int threads) {
+  if (op.dtype == DType::bf16)
+    add_rows<bfloat16>(op, segments, out, slots, threads);
+  else
+    add_rows<float>(op, segments, out, slots, threads);
+}
+
+}  // namespace MINBERT_ISA
+}  // namespace minbert

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums over the rows of each task, in an order that no number of threads changes.
+//
+// Rows are cut into chunks. The rows that chunk c and task t share are summed apart into slot c + t: cut by chunks and by
+// tasks, the rows fall into at most chunks + tasks - 1 pieces, and no two pieces get the same slot. Slots of a task are
+// then added in order.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "layers.h"
+
+namespace minbert {
+
+inline Chunks row_chunks(int64_t rows) { return {rows, 16, 128}; }
+
+// Floats that the slots of `sums` sums of `width` columns take.
+inline int64_t slot_floats(int64_t rows, int64_t tasks, int64_t sums, int64_t width) {
+  return (row_chunks(rows).count + tasks) * sums * ((width + 15) / 16 * 16);
+}
+
+namespace MINBERT_ISA {
+
+class TaskSums {
+ public:
+  TaskSums(const Segments& segments, int64_t rows, int64_t sums, int64_t width, float* slots)
+      : segments_(segments), chunks_(row_chunks(rows)), sums_(sums), width_(width), pitch_(round_up(width, 16)),
+        slots_(slots) {}
+
+  // body(begin, end, slot) for the rows that `chunk` shares with each task; slot [sums, pitch], zeroed before.
+  template <class Body>
+  void for_tasks(int64_t chunk, const Body& body) const {
+    for (int64_t task = 0; task < segments_.tasks; ++task) {
+      const int64_t begin = largest(chunks_.begin(chunk), segments_.bounds[task]);
+      const int64_t end = smallest(chunks_.end(chunk), segments_.bounds[task + 1]);
+      if (begin >= end) continue;
+      float* slot = slots_ + (chunk + task) * sums_ * pitch_;
+      std::memset(slot, 0, static_cast<size_t>(sums_ * pitch_) * sizeof(float));
+      body(begin, end, slot);
+    }
+  }
+
+  // Rows of `chunk` that belong to no task: from the result on to the chunk's end.
+  int64_t padding(int64_t chunk) const {
+    return smallest(chunks_.end(chunk), largest(chunks_.begin(chunk), segments_.bounds[segments_.tasks]));
+  }
+
+  // out[t] = sum number `sum` over all rows of task t; zeros for a task without rows.
+  void finish(int64_t sum, const TaskGradient& out, int threads) const {
+    if (!out.data) return;
+    const Chunks columns(width_, 256, 64);
+    parallel_for(segments_.tasks * columns.count, threads, [&](int64_t item) {
+      const int64_t task = item / columns.count, part = item % columns.count;
+      const int64_t begin = columns.begin(part), count = columns.end(part) - begin;
+      if (out.dtype == DType::bf16)
+        add_slots(sum, task, begin, count, static_cast<bfloat16*>(out.data) + task * out.stride + begin);
+      else
+        add_slots(sum, task, begin, count, static_cast<float*>(out.data) + task * out.stride + begin);
+    });
+  }
+
+  int64_t chunks() const { return chunks_.count; }
+  int64_t end(int64_t chunk) const { return chunks_.end(chunk); }
+  int64_t pitch() const { return pitch_; }
+
+ private:
+  static int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  template <class T>
+  void add_slots(int64_t sum, int64_t task, int64_t begin, int64_t count, T* out) const {
+    const int64_t first_row = segments_.bounds[task], last_row = segments_.bounds[task + 1] - 1;
+    const int64_t first = first_row / chunks_.size, last = last_row / chunks_.size;
+    const float* slots = slots_ + sum * pitch_ + begin;
+    for_columns(count, [&](int64_t i, auto lanes, int) {
+      vfloat total{};
+      if (first_row <= last_row)
+        for (int64_t chunk = first; chunk <= last; ++chunk)
+          total += load(slots + (chunk + task) * sums_ * pitch_ + i, lanes);
+      store(out + i, total, lanes);
+    });
+  }
+
+  const Segments segments_;
+  const Chunks chunks_;
+  const int64_t sums_, width_, pitch_;
+  float* const slots_;
+};
+
+}  // namespace MINBERT_ISA
+}  // namespace minbert

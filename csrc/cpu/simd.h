@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of any length and element type, one register of floats at a time.
+//
+// for_columns(n, body) calls body(i, lanes, slot): `lanes` is All, or Some for what is left at the end, and `load` and
+// `store` take it. Loads fill absent lanes with zeros. `slot` (0 to 3) tells neighbouring calls apart, so that a sum kept
+// in four parts does not wait for its last addition.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/vec.h"
+#include "dtype.h"
+
+namespace minbert {
+namespace MINBERT_ISA {
+
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
+
+constexpr int64_t kSlots = 4;
+
+struct All {};
+struct Some {
+  int count;
+};
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+inline vfloat load(const float* p, All) { return load(p); }
+inline void store(float* p, vfloat v, All) { store(p, v); }
+
+inline vfloat load(const bfloat16* p, All) {
+  vshort bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+}
+
+inline void store(bfloat16* p, vfloat v, All) {
+#if defined(__AVX512BF16__)
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
+#else
+  // Round to nearest, ties to even; NaN stays a (quiet) NaN.
+  const vuint u = (vuint)v;
+  const vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vshort bits = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40u, vshort);
+#endif
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// Lanes beyond the end: through a whole register on the stack.
+template <class T>
+inline vfloat load(const T* p, Some some) {
+  T whole[kLanes] = {};
+  std::memcpy(whole, p, static_cast<size_t>(some.count) * sizeof(T));
+  return load(whole, All{});
+}
+
+template <class T>
+inline void store(T* p, vfloat v, Some some) {
+  T whole[kLanes];
+  store(whole, v, All{});
+  std::memcpy(p, whole, static_cast<size_t>(some.count) * sizeof(T));
+}
+
+inline vfloat broadcast(float x) { return vfloat{} + x; }
+
+inline vint lane_numbers() {
+  vint v;
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = lane;
+  return v;
+}
+
+// v where there is a lane, `otherwise` beyond the end.
+inline vfloat keep_lanes(vfloat v, All, float) { return v; }
+inline vfloat keep_lanes(vfloat v, Some some, float otherwise) {
+  return lane_numbers() < some.count ? v : broadcast(otherwise);
+}
+
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// All lanes together, by halves: always in the same order.
+inline float add_lanes(vfloat v) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane_numbers() ^ half);
+  return v[0];
+}
+inline float largest_lane(vfloat v) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) v = larger(v, __builtin_shuffle(v, lane_numbers() ^ half));
+  return v[0];
+}
+
+// A sum over columns in four parts.
+struct Sum {
+  vfloat parts[kSlots] = {};
+  void add(int slot, vfloat v) { parts[slot] += v; }
+  float total() const { return add_lanes((parts[0] + parts[1]) + (parts[2] + parts[3])); }
+};
+
+template <class Body>
+inline __attribute__((always_inline)) void for_columns(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kSlots * kLanes <= n; i += kSlots * kLanes) {
+    body(i, All{}, 0);
+    body(i + kLanes, All{}, 1);
+    body(i + 2 * kLanes, All{}, 2);
+    body(i + 3 * kLanes, All{}, 3);
+  }
+  for (; i + kLanes <= n; i += kLanes) body(i, All{}, 0);
+  if (i < n) body(i, Some{static_cast<int>(n - i)}, 0);
+}
+
+// 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for anything smaller, NaN for NaN.
+inline vfloat exp2(vfloat t) {
+  t = t < -125.0f ? broadcast(-125.0f) : t;
+  const vfloat shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t, rounded
+  const vfloat f = t - (shifted - 12582912.0f);
+  // Interpolation of 2^f at the Chebyshev nodes of [-1/2, 1/2].
+  vfloat power = broadcast(1.5461444724808513e-4f);
+  power = power * f + 1.3400428177711937e-3f;
+  power = power * f + 9.61805667843204e-3f;
+  power = power * f + 5.550327226669895e-2f;
+  power = power * f + 2.4022650922289554e-1f;
+  power = power * f + 6.931472067028329e-1f;
+  power = power * f + 1.0f;
+  return (vfloat)((vint)power + ((vint)shifted << 23));
+}
+
+}  // namespace MINBERT_ISA
+}  // namespace minbert
