@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
 
 
-class Rows(Protocol):
+class Attention(Protocol):
+    """Which rows attend to each other."""
+
+    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
+
+
+class Rows(Attention, Protocol):
     """Token rows: indices [N] each, and attention among them."""
 
     @property
@@ -42,9 +49,6 @@ class Rows(Protocol):
 
     @property
     def types(self) -> Tensor: ...
-
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Pass(Protocol):
     def embed(self, rows: Rows, model: BertModel) -> Tensor:
         """dropout(LayerNorm(word + position + type rows)) [N, H]."""
 
-    def attend(self, rows: Rows) -> Attend:
+    def attend(self, rows: Attention) -> Attend:
         """Attention among `rows`, with its own dropout stream."""
 
 
@@ -188,7 +192,7 @@ class AutogradPass(_Dropout):
             self.hidden_p, seed, self.site(),
         )  # fmt: skip
 
-    def attend(self, rows: Rows) -> Attend:
+    def attend(self, rows: Attention) -> Attend:
         site = self.site()
 
         def attention(qkv: Tensor) -> Tensor:
@@ -268,7 +272,7 @@ class OnePass(_Dropout):
             self.hidden_p, self.seed, self.site(), into=sink,
         )  # fmt: skip
 
-    def attend(self, rows: Rows) -> Attend:
+    def attend(self, rows: Attention) -> Attend:
         site = self.site()
         return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
 
