@@ -31,13 +31,14 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 
 # Floating-point contraction and vectorised square roots are wanted; reassociation is not (results stay reproducible).
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+WARNINGS = ["-Wall", "-Wextra"]
 
 # Kept in step with csrc/isa.h, which says what a processor must have for each.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12 takes the undefined operands inside its own AVX-512 headers for mistakes of ours.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(), *GCC_NOISE]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", *GCC_NOISE]
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 # Code for these GPUs, and PTX of the last one known, which later GPUs compile for themselves.
@@ -99,7 +100,7 @@ class BuildNative(build_ext):
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         libraries: list[str] = []
         defines: list[str] = []
-        flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        flags = [*CXX_FLAGS, *WARNINGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         if self.accepts(["-fopenmp"]):
             flags.append("-fopenmp")
             libraries.append("-fopenmp")

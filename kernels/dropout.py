@@ -46,3 +46,16 @@ def keep_scale_quads(seed, site, plane, row, quad, p: tl.constexpr):
     a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero + plane, zero + site, _ROUNDS)
     words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, C, 2, 2]: the last two indices count a, b, c, d
     return _kept(tl.reshape(words, (a.shape[0], a.shape[1] * 4)), p)
+
+
+@triton.jit
+def keep_quads(seed, site, plane, row, quad, p: tl.constexpr):
+    """`keep_scale_quads` as booleans: where it is not zero."""
+    zero = (plane + row + quad) * 0
+    a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero + plane, zero + site, _ROUNDS)
+    threshold: tl.constexpr = int(p * 4294967296.0)
+    a = (a >= threshold).to(tl.int8)
+    b = (b >= threshold).to(tl.int8)
+    c = (c >= threshold).to(tl.int8)
+    d = (d >= threshold).to(tl.int8)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], a.shape[1] * 4)) != 0

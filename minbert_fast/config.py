@@ -115,6 +115,7 @@ class DataOptions:
     """Where examples come from and in what order. Empty directory: the embedded sample data."""
 
     directory: str = ""
+    files: Mapping[str, Any] = field(default_factory=dict)  # single files: {dataset: {split: path}}; they go first
     cache: str = ""  # token cache directory; empty: the user's cache directory
     scheme: Literal["cycle", "each-once", "sequential"] = "cycle"
     max_length: int = 128
@@ -123,6 +124,9 @@ class DataOptions:
     def __post_init__(self) -> None:
         _check(self.max_length >= 2, f"max_length = {self.max_length}: expected at least 2 tokens")
         _check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
+        for dataset, splits in self.files.items():
+            paths = splits.values() if isinstance(splits, Mapping) else [None]
+            _check(all(isinstance(path, str) for path in paths), f"files.{dataset} = {splits!r}: expected split = path")
 
 
 @dataclass(frozen=True)
@@ -169,13 +173,18 @@ class TrainingOptions:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     select: str = "score"  # dev metric by which the best model is kept
     evaluate_every: int = 0  # steps; 0: at the end of each epoch
+    evaluate_untrained: bool = True  # dev scores before the first step, to compare with
     patience: int = 0  # early stopping: evaluations without a better score; 0: never
+    max_skipped: int = 10  # steps in a row with losses or gradients that are not finite, before training stops
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, f"epochs = {self.epochs}: expected 0 or more")
         _check(self.max_steps is None or self.max_steps >= 0, f"max_steps = {self.max_steps}: expected 0 or more")
         _check(self.batch_size >= 1, f"batch_size = {self.batch_size}: expected at least 1")
         _check(0 <= self.seed < 2**63, f"seed = {self.seed}: expected 0 or more")
+        for name in ("evaluate_every", "patience"):
+            _check(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: expected 0 or more")
+        _check(self.max_skipped >= 1, f"max_skipped = {self.max_skipped}: expected at least 1")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ gradients.
 """
 
 from minbert_fast.functional.add_norm import AddNormSink, add_norm
+from minbert_fast.functional.attention import attention, attention_dense
 from minbert_fast.functional.bias_gelu import BiasGeluSink, bias_gelu
 from minbert_fast.functional.embedding import EmbeddingSink, embedding
 from minbert_fast.functional.linear import LinearSink, linear
@@ -17,6 +18,8 @@ __all__ = [
     "EmbeddingSink",
     "LinearSink",
     "add_norm",
+    "attention",
+    "attention_dense",
     "bias_gelu",
     "embedding",
     "linear",

@@ -31,10 +31,11 @@ def _native(tensor: Tensor) -> bool:
 @torch.library.custom_op("minbert_fast::gram", mutates_args=("out",))
 def _gram(J: Tensor, out: Tensor, accumulate: bool) -> None:
     if _native(J):
-        return compiled.gram(J, out, accumulate)
-    compiled.check_gram(J, out)
-    rows = J.float()
-    torch.addmm(out, rows, rows.T, beta=int(accumulate), out=out)
+        compiled.gram(J, out, accumulate)
+    else:
+        compiled.check_gram(J, out)
+        rows = J.float()
+        torch.addmm(out, rows, rows.T, beta=int(accumulate), out=out)
 
 
 @_gram.register_fake
@@ -143,9 +144,10 @@ def _combine_torch(J: Tensor, w: Tensor | None) -> Tensor:
 @torch.library.custom_op("minbert_fast::combine", mutates_args=("out",))
 def _combine(J: Tensor, w: Tensor, out: Tensor) -> None:
     if _native(J):
-        return compiled.combine(J, w, out)
-    compiled.check_combine(J, w, out)
-    out.copy_(_combine_torch(J, w))
+        compiled.combine(J, w, out)
+    else:
+        compiled.check_combine(J, w, out)
+        out.copy_(_combine_torch(J, w))
 
 
 @_combine.register_fake
@@ -183,8 +185,8 @@ def _combine_adamw(
     settings = AdamWSettings((beta1, beta2), eps, weight_decay, correct_bias, style, lr_factor)  # type: ignore[arg-type]
     if not _native(J):
         compiled.check_adamw(J, w, p, m, v, copy, scalars, row_slot)
-        return _adamw_torch(J, w, row_slot, p, m, v, copy, scalars, settings)
-    if row_slot is None:
+        _adamw_torch(J, w, row_slot, p, m, v, copy, scalars, settings)
+    elif row_slot is None:
         compiled.adamw(J, w, p, m, v, copy, scalars, settings)
     else:
         compiled.adamw_rows(J, w, row_slot, p, m, v, copy, scalars, settings)

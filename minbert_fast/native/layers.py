@@ -142,7 +142,7 @@ def add_norm_forward(
         _vector(name, t, width, x.dtype) for name, t in (("bias", bias), ("gamma", gamma), ("beta", beta))
     )
     op = _add_norm(x, bias, residual, gamma, p, seed, site)
-    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, rows)
+    y, mean, rstd = torch.empty_like(x), torch.empty(rows), torch.empty(rows)
     _C.add_norm_forward(op, beta.data_ptr(), eps, y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), threads())
     return y, mean, rstd
 
@@ -255,7 +255,7 @@ def embedding_forward(
     rows, width = tokens.shape[0], word.shape[1]
     beta = _vector("beta", beta, width, word.dtype)
     op = _embedding(tokens, positions, types, word, position, type_, gamma, p, seed, site)
-    y, (mean, rstd) = word.new_empty(rows, width), torch.empty(2, rows)
+    y, mean, rstd = word.new_empty(rows, width), torch.empty(rows), torch.empty(rows)
     _C.embedding_forward(op, beta.data_ptr(), eps, y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), threads())
     return y, mean, rstd
 
@@ -389,7 +389,7 @@ def attention_dense_forward(
 
     Positions with mask 0 may stand anywhere: they are not attended to, and give zeros.
     """
-    op, rows = _dense(qkv, mask, scale, p, seed, site)
+    op, _ = _dense(qkv, mask, scale, p, seed, site)
     batch, length, _, heads, head_dim = qkv.shape
     out, lse = qkv.new_empty(batch, length, heads * head_dim), torch.empty(heads, batch * length)
     _C.attention_forward(op, out.data_ptr(), lse.data_ptr(), threads())
@@ -412,9 +412,7 @@ def attention_dense_backward(
     return _attention_backward(op, contiguous("dout", dout).flatten(0, 1), lse, rows).view(qkv.shape)
 
 
-def _packed(
-    qkv: Tensor, cu_seqlens: Tensor, scale: float, p: float, seed: Tensor | None, site: int
-) -> _C.Attention:
+def _packed(qkv: Tensor, cu_seqlens: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> _C.Attention:
     check("qkv", qkv, [None, 3, None, None], ACTIVATIONS, CPU)
     rows, _, heads, head_dim = qkv.shape
     stride = row_stride("qkv", qkv)

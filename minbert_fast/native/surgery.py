@@ -192,9 +192,7 @@ def combine(J: Tensor, w: Tensor, out: Tensor) -> None:
         _C.combine(matrix(J), w.data_ptr(), out.data_ptr(), threads())
 
 
-def clip_scale(
-    gram: Tensor, w: Tensor, max_norm: float, extra: Tensor | None, scalars: Tensor, norm: Tensor
-) -> None:
+def clip_scale(gram: Tensor, w: Tensor, max_norm: float, extra: Tensor | None, scalars: Tensor, norm: Tensor) -> None:
     """norm [1] = the length of w J, from |w J|^2 = w G w (+ extra [1], the squared norm of gradients outside J).
 
     Writes min(1, max_norm / (norm + 1e-6)) as the gradient's factor into `scalars` (1 when max_norm is 0), and 1 as

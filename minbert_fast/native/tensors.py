@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -69,7 +70,7 @@ def distinct(**tensors: Tensor | None) -> None:
         for name, t in tensors.items()
         if t is not None and t.numel()
     )
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"{first} and {second} must not share memory")
 

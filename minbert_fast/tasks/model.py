@@ -23,7 +23,7 @@ from minbert_fast.config import Pooling, Recipe
 from minbert_fast.functional.pooling import pool
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.schema import ConfigError
-from minbert_fast.tasks.base import Head, Task, TaskInput, build_task
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, build_task
 
 Pooler = Callable[[Tensor], Tensor]  # first tokens' hidden state [B, H] -> [B, H]
 
@@ -138,13 +138,14 @@ class MultitaskModel(nn.Module):
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
     def _loss(self, name: str, inputs: TaskInput, batch: MultitaskBatch) -> Tensor:
-        head = self._head(name)
-        output = head(inputs)
+        head = self.head(name)
+        output: HeadOutput = head(inputs)
         if batch.examples(name) == 0:
             return output.scores.sum()  # of nothing: 0, and part of the graph
         return head.loss(output, batch.labels.get(name)) * self.tasks[name].weight
 
-    def _head(self, name: str) -> Head:
+    def head(self, name: str) -> Head:
+        """The head of task `name`."""
         head = self.heads[name]
         assert isinstance(head, Head)
         return head
@@ -166,7 +167,7 @@ class MultitaskModel(nn.Module):
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
         self.tasks = merged
         for name, task in tasks.items():
-            self._head(name).options = task.options
+            self.head(name).options = task.options
 
     def head_parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """Parameters of the heads of `names` (None: of all), tied ones once."""

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or absent: temporary name, flush to the disk, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TEMPORARY = ".writing-"  # prefix of names that a crash may leave behind; `sweep` removes them
+
+# The names that the safetensors format gives to torch's dtypes (its specification, "Format").
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def flush_file(path: Path) -> None:
+    """Returns once the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_directory(path: Path) -> None:
+    """Returns once the directory's entries (new names, renames) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole: whoever opens `path` finds the old content or the new one."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, whole; numbers that are not finite become null."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in place of every number that JSON has no form for, in mappings and lists throughout."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes a safetensors file tensor by tensor, flushed to the disk; returns the SHA-256 of what was written.
+
+    The library's own writer copies all tensors first and reports a full disk without its errno.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(content: bytes | memoryview) -> None:
+            file.write(content)
+            digest.update(content)
+
+        put(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            put(raw(tensor))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's values as bytes, row by row, without a copy where they lie so already."""
+    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return data
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """Makes or replaces directory `path` by what `fill(directory)` writes.
+
+    A crash leaves the old directory or the new one, under its own name or (for the moment between two renames) under
+    the name that `sweep` brings it back from.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    old = path.with_name(f"{TEMPORARY}{path.name}.old")
+    remove(temporary)
+    remove(old)
+    temporary.mkdir()
+    fill(temporary)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            flush_file(file)
+    flush_directory(temporary)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    flush_directory(path.parent)
+    remove(old)
+
+
+def sweep(directory: Path) -> None:
+    """Brings back directories that a crash left between two renames, and removes what was only half written."""
+    for entry in sorted(directory.glob(f"{TEMPORARY}*.old")):
+        target = directory / entry.name.removeprefix(TEMPORARY).removesuffix(".old")
+        if not target.exists():
+            entry.rename(target)
+    for entry in directory.glob(f"{TEMPORARY}*"):
+        remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link or directory tree if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

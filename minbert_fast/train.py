@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a multitask model.
+
+    python -m minbert_fast.train                                          the demonstration: sample data, a tiny model
+    python -m minbert_fast.train --data DIR --model DIR --output DIR      your data, your weights
+    python -m minbert_fast.train --output DIR --resume                    go on where a run was stopped
+    python -m minbert_fast.train --recipe NAME --set optimizer.lr=1e-5    an experiment, with one value changed
+
+Values come from the recipe, then from flags, then from --set. The course's own spellings work as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minbert_fast import cli
+from minbert_fast.config import Recipe, parse_assignments
+from minbert_fast.schema import ConfigError, merge
+from minbert_fast.training.job import Options, train
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that sets one value of the recipe; its type, choices and default are those of the recipe's field."""
+
+    key: str  # section.field
+    names: tuple[str, ...]
+    metavar: str
+    help: str
+
+
+RECIPE_FLAGS = (
+    Flag("data.directory", ("--data",), "DIR", "directory of data files in the course's layout"),
+    Flag("model.name", ("--model",), "DIR|HUB_NAME", "encoder weights: a directory, a hub name or a course .pt file"),
+    Flag("model.dropout", ("--dropout", "--hidden_dropout_prob"), "P", "dropout of the encoder"),
+    Flag("training.epochs", ("--epochs",), "N", "passes over the data"),
+    Flag("training.max_steps", ("--max-steps", "--max_steps"), "N", "steps of the whole run, resumed parts included"),
+    Flag("training.batch_size", ("--batch-size", "--batch_size"), "N", "examples a task and step"),
+    Flag("training.seed", ("--seed",), "N", "seed of everything random"),
+    Flag("training.precision", ("--precision",), "", "of matrix products; weights and moments stay fp32"),
+    Flag("optimizer.lr", ("--lr",), "F", "learning rate (--option pretrain: 1e-3, finetune: 1e-5)"),
+    Flag("surgery.method", ("--surgery",), "NAME", "what is done about conflicting gradients: none, pcgrad, ..."),
+)
+
+# The course's names of its data files, and the datasets they hold.
+COURSE_DATASETS = {"sst": "sentiment", "para": "paraphrase", "sts": "similarity"}
+COURSE_OPTIONS: Mapping[str, dict[str, Any]] = {
+    "pretrain": {"model": {"freeze": True}, "optimizer": {"lr": 1e-3}},
+    "finetune": {"model": {"freeze": False}, "optimizer": {"lr": 1e-5}},
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: flags of the run, flags of the recipe, the course's flags."""
+    command = cli.Parser("train", __doc__ or "")
+    run = command.add_argument_group("the run")
+    run.add_argument("--recipe", metavar="NAME|FILE.toml", default="default", help="the experiment (default: default)")
+    run.add_argument("--output", metavar="DIR", help="where results go (default: a new folder under runs/)")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument(
+        "--backend",
+        choices=("auto", "fast", "reference"),
+        default="auto",
+        help="reference: padded, eager, one backward a task, as a course project has it",
+    )
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under --output, if any")
+    run.add_argument("--overwrite", action="store_true", help="start anew where --output holds an earlier run")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="any value of the recipe, such as checkpoint.every=100 (repeatable)",
+    )
+    values = command.add_argument_group("the recipe's values")
+    for flag in RECIPE_FLAGS:
+        add_flag(values, flag)
+    course = command.add_argument_group("the course's spellings")
+    course.add_argument("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads only; finetune: everything")
+    course.add_argument("--use_gpu", action="store_true", help="--device cuda")
+    for short, dataset in COURSE_DATASETS.items():
+        for split in ("train", "dev", "test"):
+            course.add_argument(f"--{short}_{split}", metavar="FILE", help=f"{dataset}: this {split} file")
+        for split in ("dev", "test"):
+            course.add_argument(
+                f"--{short}_{split}_out", metavar="FILE", help=f"{dataset}: {split} predictions go here as well"
+            )
+    return command
+
+
+def add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    """Adds a recipe flag with the type and choices of the field it sets."""
+    hint = field_type(flag.key)
+    options: dict[str, Any] = {"dest": flag.key, "default": None, "help": flag.help.replace("%", "%%")}
+    if typing.get_origin(hint) is typing.Literal:
+        group.add_argument(*flag.names, choices=typing.get_args(hint), **options)
+    else:
+        group.add_argument(*flag.names, type=hint, metavar=flag.metavar, **options)
+
+
+def field_type(key: str) -> Any:
+    """The type of the recipe's field `section.field`, without its `| None`."""
+    hint: Any = Recipe
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint)[name]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
+    assert typing.get_origin(hint) is typing.Literal or hint in (int, float, str), f"{key}: no flag for {hint}"
+    return hint
+
+
+def recipe_of(chosen: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line changes: the course's option, then flags, then --set."""
+    values: dict[str, Any] = dict(COURSE_OPTIONS[chosen.option]) if chosen.option else {}
+    for flag in RECIPE_FLAGS:
+        value = getattr(chosen, flag.key)
+        if value is not None:
+            section, name = flag.key.split(".")
+            values = merge(values, {section: {name: value}})
+    for short, dataset in COURSE_DATASETS.items():
+        for split in ("train", "dev", "test"):
+            path = getattr(chosen, f"{short}_{split}")
+            if path is not None:
+                values = merge(values, {"data": {"files": {dataset: {split: path}}}})
+    recipe = Recipe.load(chosen.recipe)
+    if values:
+        recipe = recipe.with_values(values, "command line")
+    return recipe.with_values(parse_assignments(chosen.assignments), "--set") if chosen.assignments else recipe
+
+
+def options_of(chosen: argparse.Namespace, arguments: Sequence[str]) -> Options:
+    """Everything about the run that is no part of the experiment."""
+    if chosen.use_gpu and chosen.device == "cpu":
+        raise ConfigError("--use_gpu and --device cpu: choose one")
+    if chosen.resume and chosen.overwrite:
+        raise ConfigError("--resume and --overwrite: choose one")
+    if chosen.resume and chosen.output is None:
+        raise ConfigError("--resume needs --output, the directory of the run to go on with")
+    copies = {
+        (dataset, split): Path(path)
+        for short, dataset in COURSE_DATASETS.items()
+        for split in ("dev", "test")
+        if (path := getattr(chosen, f"{short}_{split}_out")) is not None
+    }
+    return Options(
+        output=None if chosen.output is None else Path(chosen.output),
+        device="cuda" if chosen.use_gpu else chosen.device,
+        backend=chosen.backend,
+        resume=chosen.resume,
+        overwrite=chosen.overwrite,
+        copies=copies,
+        command=shlex.join(["python", "-m", "minbert_fast.train", *arguments]),
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains as the command line says."""
+    chosen = parser().parse_args(arguments)
+    train(recipe_of(chosen), options_of(chosen, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, whole: from a recipe to an output directory with a trained model, its scores and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minbert_fast import weights
+from minbert_fast.bert import BertModel
+from minbert_fast.config import Recipe
+from minbert_fast.data import (
+    Collator,
+    Sampler,
+    Tokenizer,
+    TokenTable,
+    pin,
+    prefetch,
+    read_table,
+    sample_directory,
+    training_batches,
+)
+from minbert_fast.packing import MultitaskBatch
+from minbert_fast.schema import ConfigError, plain
+from minbert_fast.storage import raw
+from minbert_fast.tasks import MultitaskModel, stage_tasks
+from minbert_fast.training import evaluation, loop
+from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
+from minbert_fast.training.datasets import load_datasets
+from minbert_fast.training.device import choose_device, choose_precision
+from minbert_fast.training.errors import RunError, writing
+from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
+from minbert_fast.training.progress import progress_for
+from minbert_fast.training.report import write_report
+from minbert_fast.training.signals import StopSignals
+from minbert_fast.training.step import Backend, TrainingStep, make_step
+from minbert_fast.training.world import World
+from minbert_fast.version import __version__
+
+DEMONSTRATION = (
+    "This is a demonstration: a tiny model, from random weights, learns the small made-up sample data that ship with "
+    "the package. For something useful: --data DIR --model DIR"
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
+
+# Values of a recipe that a resumed run may change: where things lie (their content is compared), how far it goes,
+# and what it writes down.
+FREE = {
+    "name": None,
+    "description": None,
+    "source": None,
+    "published": None,
+    "checkpoint": None,
+    "logging": None,
+    "data": ("directory", "files", "cache", "max_bad_rows"),
+    "model": ("name",),
+    "training": ("max_steps",),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run needs to know beside its recipe. `output` None: a new directory under runs/."""
+
+    output: Path | None = None
+    device: str = "auto"
+    backend: Literal["auto", "fast", "reference"] = "auto"
+    resume: bool = False
+    overwrite: bool = False
+    copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split): predictions go here too
+    command: str = ""
+
+
+def train(recipe: Recipe, options: Options) -> Path:
+    """Runs `recipe` and returns the output directory.
+
+    Raises ConfigError or DataError for a mistake of the user, RunError or InterruptError for a run that had to stop.
+    """
+    path = options.output or fresh_directory(Path("runs") / recipe.name)
+    try:
+        with RunDirectory(path) as files:
+            job = _Job(recipe, options, files)
+            job.run()
+    except (RuntimeError, MemoryError) as error:
+        if not loop.out_of_memory(error):
+            raise
+        raise RunError(
+            "out of memory outside training steps: choose a smaller model or --set data.max_length"
+        ) from error
+    return path
+
+
+class _Job:
+    def __init__(self, recipe: Recipe, options: Options, files: RunDirectory) -> None:
+        self.options = options
+        self.files = files
+        self.notices: list[str] = []
+        self.world = World()
+        self.device = choose_device(options.device)
+        self.precision = choose_precision(recipe.training.precision, self.device)
+        self.backend: Backend = "fast" if options.backend == "auto" else options.backend
+        self.demonstration = not (recipe.model.name or recipe.data.directory or recipe.data.files)
+        self._open_directory()
+        if self.demonstration:
+            print(DEMONSTRATION, flush=True)
+        with StopSignals() as signals, signals.interruptible():
+            self._load(recipe)
+
+    def say(self, line: str) -> None:
+        """A line for the user that the summary keeps as well."""
+        self.notices.append(line)
+        print(line, flush=True)
+
+    # ---- Before the first step ------------------------------------------------------------------------------------
+
+    def _open_directory(self) -> None:
+        files, options = self.files, self.options
+        if files.used and options.overwrite:
+            files.clear()
+        elif files.used and not options.resume:
+            raise RunError(f"{files.path} holds a run already: --resume goes on with it, --overwrite starts anew")
+
+    def _load(self, recipe: Recipe) -> None:
+        source = weights.resolve(recipe.model.name) if recipe.model.name else sample_directory().model
+        self.tokenizer = Tokenizer.from_pretrained(source if source.is_dir() else source.parent)
+        self.data = load_datasets(recipe, self.tokenizer, self.say)
+        self.recipe = self.data.recipe
+        dropout = self.recipe.model.dropout
+        overrides: dict[str, Any] = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
+        encoder = BertModel.from_pretrained(source, **overrides)
+        self._check_sizes(encoder)
+        self.encoder_hash = tensors_digest(encoder.state_dict())
+        torch.manual_seed(self.recipe.training.seed)  # heads start from it
+        self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
+        self.stages = [self._stage(index, stage) for index, stage in enumerate(self.recipe.resolved_stages())]
+
+    def _check_sizes(self, encoder: BertModel) -> None:
+        config = encoder.config
+        if self.tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer knows {self.tokenizer.vocab_size:,} word pieces, the model {config.vocab_size:,}"
+            )
+        if self.recipe.data.max_length > config.max_position_embeddings:
+            data = replace(self.recipe.data, max_length=config.max_position_embeddings)
+            self.recipe = replace(self.recipe, data=data)
+            self.say(f"the model has {data.max_length} positions: longer sentences are cut to them")
+
+    def _stage(self, index: int, recipe: Recipe) -> loop.Stage:
+        tasks = stage_tasks(recipe)
+        tables = {name: self.data.train[name] for name in tasks}
+        training = recipe.training
+        collator = Collator(tables, recipe.data.max_length, frozenset(n for n, t in tasks.items() if t.joint))
+        sampler = Sampler.of(
+            tables,
+            {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
+            recipe.data.scheme,
+            training.seed + index,  # each stage in an order of its own
+            fractions={name: task.options.fraction for name, task in tasks.items()},
+            balanced=[name for name, task in tasks.items() if task.options.balanced],
+        )
+        own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
+        steps = training.epochs * sampler.steps_per_epoch
+
+        def begin() -> TrainingStep:
+            self.model.configure(tasks)
+            return make_step(self.backend, self.model, recipe, DTYPES[self.precision])
+
+        def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+            made = training_batches(sampler, collator, start, steps)
+            if self.device.type == "cuda":
+                made = ((step, pin(batch)) for step, batch in made)
+            with closing(prefetch(made)) as ahead:
+                for step, batch in ahead:
+                    yield step, batch.to(self.device, non_blocking=True)
+
+        return loop.Stage(
+            recipe=recipe,
+            steps_per_epoch=sampler.steps_per_epoch,
+            limit=own.get("max_steps"),
+            begin=begin,
+            batches=batches,
+            place=lambda task, row: tables[task].place(row),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on with."""
+        recipe = plain(self.recipe)
+        for section, keys in FREE.items():
+            if keys is None:
+                recipe.pop(section, None)
+            else:
+                recipe[section] = {key: value for key, value in recipe[section].items() if key not in keys}
+        return {
+            "recipe": recipe,
+            "data": self.data.fingerprint(),
+            "model": {"weights": self.encoder_hash, "tokenizer": self.tokenizer.fingerprint},
+            "backend": self.backend,
+            "precision": self.precision,
+        }
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """What to go on from. Raises RunError where the run there was another one."""
+        if not self.options.resume:
+            return None
+        found = CheckpointStore(self.files.checkpoints, self.recipe.checkpoint.keep).newest(self.say)
+        if found is None:
+            self.say(f"no checkpoint in {self.files.path}: starting from the beginning")
+            return None
+        # Through JSON, as the other one went.
+        changed = differences(found.state["fingerprint"], json.loads(json.dumps(self.fingerprint())))
+        if changed:
+            more = f" (and {len(changed) - SHOWN_CHANGES} more differences)" if len(changed) > SHOWN_CHANGES else ""
+            shown = "; ".join(changed[:SHOWN_CHANGES])
+            raise ConfigError(f"{self.files.path}: cannot go on with another run: {shown}{more}")
+        for line in differences(found.state["environment"], environment(self.device)):
+            self.say(f"{line}: what follows may differ in the last bits from an uninterrupted run")
+        self.say(f"going on after step {found.step}")
+        return found
+
+    # ---- The run, and what is left of it ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains, then writes last/, predictions, summary.json and the report."""
+        checkpoint = self._checkpoint()
+        self.files.prepare()
+        trainer = loop.Trainer(
+            recipe=self.recipe,
+            stages=self.stages,
+            model=self.model,
+            files=self.files,
+            evaluate=self._evaluate,
+            save=self._save,
+            constants={"fingerprint": self.fingerprint(), "environment": environment(self.device)},
+            progress=lambda done, total: progress_for(done, total, self.world.is_main),
+            eager_fetch=self.device.type == "cpu",
+            world=self.world,
+        )
+        outcome = trainer.run(checkpoint)
+        self.files.write_directory("last", self._save)
+        if outcome.best is None:  # nothing to choose by
+            self.files.write_directory("best", self._save)
+        self._test_predictions()
+        self._copy_predictions()
+        self.files.write_json(SUMMARY, self._summary(outcome))
+        with writing(self.files.path / "report.html"):
+            write_report(self.files.path)
+        print(closing_lines(outcome, self.files.path), flush=True)
+
+    def _save(self, directory: Path) -> None:
+        self.model.save(directory, self.recipe.to_toml(), self.tokenizer)
+
+    def _evaluate(self) -> loop.Evaluation | None:
+        if not self.data.dev:
+            return None
+        found = self._predict(self.data.dev)
+
+        def write(directory: Path) -> None:
+            tables = self.data.dev.items()
+            found.write(directory, {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables})
+
+        metrics = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
+        return loop.Evaluation(metrics, self._score(metrics), write)
+
+    def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
+        return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
+
+    def _score(self, metrics: Mapping[str, float | None]) -> float:
+        select = self.recipe.training.select
+        if select not in metrics:
+            known = ", ".join(metrics)
+            raise ConfigError(f"training.select = {select!r}: no such dev metric in this run; measured are {known}")
+        value = metrics[select]
+        return -math.inf if value is None else value
+
+    def _test_predictions(self) -> None:
+        """Predictions of the best model on test files, where there are any."""
+        if not self.data.test:
+            return
+        self.model = MultitaskModel.load(self.files.path / "best").to(self.device)
+        found = self._predict(self.data.test)
+        with writing(self.files.path / "predictions"):
+            found.write_predictions(self.files.path / "predictions", "test")
+
+    def _copy_predictions(self) -> None:
+        """The course's --sst_dev_out and its like."""
+        for (dataset, split), target in self.options.copies.items():
+            for name, task in self.data.tasks.items():
+                written = self.files.path / "predictions" / task.prediction_file(split)
+                if task.dataset == dataset and name in self.data.tasks and written.exists():
+                    with writing(target):
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(written, target)
+
+    def _summary(self, outcome: loop.Outcome) -> dict[str, Any]:
+        state = outcome.state
+        return {
+            "dev": {} if outcome.best is None else outcome.best["metrics"],
+            "untrained": state.untrained,
+            "best": None if outcome.best is None else {key: outcome.best[key] for key in ("step", "score")},
+            "steps": state.step,
+            "seconds": state.seconds,
+            "tokens": state.tokens,
+            "skipped_steps": state.skipped_steps,
+            "ended": outcome.reason,
+            "recipe": self.recipe.name,
+            "description": self.recipe.description,
+            "demonstration": self.demonstration,
+            "backend": self.backend,
+            **environment(self.device),
+            "precision": self.precision,
+            "timings": state.timings,
+            "notices": self.notices,
+            "command": self.options.command,
+            "commit": commit(),
+        }
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw(tensor))
+    return digest.hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a run takes place: what its last bits depend on beside the recipe."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "minbert_fast": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
+        },
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it is one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def closing_lines(outcome: loop.Outcome, path: Path) -> str:
+    """What the run came to: dev scores before and after, and where things are."""
+    state, best = outcome.state, outcome.best
+    lines = [f"{outcome.reason}: {state.step:,} steps, {state.tokens:,} tokens, {state.seconds:.0f} s"]
+    if best is not None:
+        before = state.untrained or {}
+        width = max(len(name) for name in best["metrics"])
+        lines.append(f"{'dev':{width}}  untrained  best (step {best['step']})")
+        for name, value in best["metrics"].items():
+            lines.append(f"{name:{width}}  {_shown(before.get(name)):>9}  {_shown(value)}")
+    lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gram and combine against fp64: every instruction set, awkward shapes and strides, threads, broken gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minbert_fast.functional import surgery as ops
+from minbert_fast.functional.backend import force
+from tests.surgery.oracles import random_rows
+from tests.tolerance import assert_within_budget
+
+# Edges of registers (4 to 16 lanes, up to 4 of them), of blocks (512, 1024) and of chunks (8192, 16384).
+COLUMNS = [0, 1, 3, 17, 63, 65, 511, 512, 513, 1025, 8191, 8193, 16385, 40_001]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def check_gram(J: Tensor) -> None:
+    expected = J.double() @ J.double().T
+    plain = J.float() @ J.float().T
+    assert_within_budget(ops.gram(J), expected, plain, rows=max(J.shape[1], 1), name="gram")
+
+
+def check_combine(J: Tensor, w: Tensor) -> None:
+    out = J.new_full((J.shape[1],), torch.nan, dtype=torch.float32)
+    assert ops.combine(J, w, out) is out
+    expected = w.double() @ J.double()
+    assert_within_budget(out, expected, torch.mv(J.float().T, w), name="combine")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_awkward_widths(isa: str, columns: int, dtype: torch.dtype) -> None:
+    J = random_rows(3, columns, dtype, spare=5)
+    check_gram(J)
+    check_combine(J, torch.tensor([0.3, -1.7, 1e-3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 16, 31, 64])
+def test_numbers_of_tasks(isa: str, tasks: int, dtype: torch.dtype) -> None:
+    J = random_rows(tasks, 1203, dtype, spare=2)
+    check_gram(J)
+    check_combine(J, torch.randn(tasks, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("spare", [0, 3, 8])
+@pytest.mark.parametrize("columns", [1, 7, 1024, 300_007])
+def test_cuda(tasks: int, dtype: torch.dtype, spare: int, columns: int) -> None:
+    J = random_rows(tasks, columns + spare, dtype).cuda()[:, spare:]
+    check_gram(J)
+    check_combine(J, torch.randn(tasks, device="cuda"))
+    assert torch.equal(ops.gram(J), ops.gram(J))
+
+
+@pytest.mark.gpu
+def test_cuda_survives_columns_beyond_32_bits() -> None:
+    J = torch.ones(2, 2**31 // 2 + 12_345, dtype=torch.bfloat16, device="cuda")
+    assert ops.gram(J).flatten().tolist() == [float(torch.tensor(J.shape[1], dtype=torch.float32))] * 4
+    assert bool((ops.combine(J, torch.ones(2, device="cuda"))[-10:] == 2).all())
+
+
+@pytest.mark.parametrize("columns", [0, 9, 5000])
+def test_pieces_add_up(isa: str, columns: int) -> None:
+    J = random_rows(3, columns)
+    whole = torch.zeros(3, 3)
+    for piece in J.split([columns // 3, columns - columns // 3], dim=1):
+        assert ops.gram(piece, whole, accumulate=True) is whole
+    assert_within_budget(whole, J.double() @ J.double().T, J @ J.T, rows=max(columns, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(isa: str, threads: None, dtype: torch.dtype) -> None:
+    J = random_rows(5, 100_003, dtype)
+    w = torch.rand(5)
+    results = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        results.append((ops.gram(J), ops.combine(J, w)))
+    for gram, combined in results[1:]:
+        assert torch.equal(gram, results[0][0])
+        assert torch.equal(combined, results[0][1])
+
+
+def test_large_results_are_written_past_the_cache_unharmed(isa: str) -> None:
+    """Above 4M elements combine streams; a start off the register's alignment must not."""
+    columns = (4 << 20) + 1000
+    J, w = random_rows(2, columns + 1), torch.tensor([1.0, -0.5])
+    room = torch.full((columns + 1,), torch.nan)
+    for begin in (0, 1):
+        out = room[begin : begin + columns]
+        ops.combine(J[:, :columns], w, out)
+        torch.testing.assert_close(out, J[0, :columns] - 0.5 * J[1, :columns])
+
+
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_weight_zero_hides_a_broken_row(implementation: str) -> None:
+    J = torch.ones(3, 100)
+    J[1, 5] = torch.nan
+    J[1, 6] = torch.inf
+    with force(implementation):  # type: ignore[arg-type]
+        assert torch.equal(ops.combine(J, torch.tensor([1.0, 0.0, 2.0])), torch.full((100,), 3.0))
+        assert not ops.combine(J, torch.tensor([1.0, 1e-30, 2.0]))[5:7].isfinite().any()
+
+
+def test_a_broken_gradient_stays_in_its_own_row_and_column(isa: str) -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        J = random_rows(5, 700)
+        healthy = ops.gram(J)
+        J[2, 333] = bad
+        gram = ops.gram(J)
+        others = [0, 1, 3, 4]
+        assert torch.equal(gram[others][:, others], healthy[others][:, others])
+        assert not gram[2].isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-10, 1e10, 1e17])
+def test_scales(isa: str, scale: float) -> None:
+    J = random_rows(4, 2000) * scale
+    check_gram(J)
+    check_combine(J, torch.rand(4))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_shape_stride_and_offset(data: st.DataObject) -> None:
+    tasks, columns = data.draw(st.integers(1, 64)), data.draw(st.integers(0, 700))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    offset, spare = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))
+    J = random_rows(tasks, offset + columns + spare, dtype, seed=data.draw(st.integers(0, 9)))
+    J = J[:, offset : offset + columns]
+    check_gram(J)
+    check_combine(J, torch.randn(tasks))
+
+
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("J", "message"),
+    [
+        (torch.zeros(65, 4), "1 to 64 tasks, not 65"),
+        (torch.zeros(0, 4), "1 to 64 tasks, not 0"),
+        (torch.zeros(4), r"J must have shape \[any, any\], not \[4\]"),
+        (torch.zeros(2, 4, dtype=torch.float64), "float32 or bfloat16, not float64"),
+        (torch.zeros(2, 4, dtype=torch.float16), "not float16"),
+        (torch.zeros(2, 4, dtype=torch.int32), "not int32"),
+        (torch.zeros(4, 2).T, "each row of J must be contiguous"),
+        (torch.zeros(2, 8)[:, ::2], "each row of J must be contiguous"),
+        (torch.zeros(1, 4).expand(3, 4), "must not overlap"),
+        (torch.zeros(9).as_strided((2, 4), (3, 1)), "must not overlap"),
+        (torch.zeros(2, 4).to_sparse(), "dense"),
+    ],
+)
+def test_gram_refuses(J: Tensor, message: str, implementation: str) -> None:
+    out = torch.zeros(J.shape[0], J.shape[0])
+    with force(implementation), pytest.raises(ValueError, match=message):  # type: ignore[arg-type]
+        ops.gram(J, out)
+
+
+@pytest.mark.parametrize("implementation", ["native", "torch"])
+def test_refusals_of_outputs(implementation: str) -> None:
+    J, w = torch.zeros(3, 40), torch.zeros(3)
+    with force(implementation):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="only accumulate into a given out"):
+            ops.gram(J, accumulate=True)
+        for out, message in [
+            (torch.zeros(3, 4), r"out must have shape \[3, 3\]"),
+            (torch.zeros(3, 3, dtype=torch.bfloat16), "out must be float32"),
+            (torch.zeros(3, 6)[:, ::2], "out must be contiguous"),
+            (J[0, 20:29].view(3, 3), "J and out must not share memory"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                ops.gram(J, out)
+        for weight, out, message in [
+            (torch.zeros(4), torch.zeros(40), r"w must have shape \[3\]"),
+            (torch.zeros(3, dtype=torch.float64), torch.zeros(40), "w must be float32"),
+            (w, torch.zeros(39), r"out must have shape \[40\]"),
+            (w, J[1], "must not share memory"),
+            (J[1, :3], torch.zeros(40), "must not share memory"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                ops.combine(J, weight, out)

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop with a stand-in for the training step: what is due when, exact resume, and how runs end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minbert_fast.config import Recipe
+from minbert_fast.packing import MultitaskBatch, pack
+from minbert_fast.schema import build
+from minbert_fast.training import loop
+from minbert_fast.training.checkpoint import CheckpointStore
+from minbert_fast.training.errors import InterruptError, RunError
+from minbert_fast.training.outputs import RunDirectory
+from minbert_fast.training.progress import Silent
+
+TASKS = ("a", "b")
+STEPS_PER_EPOCH = 4
+TIMES = ("step_seconds", "time")
+
+
+@dataclass
+class Result:
+    losses: Tensor
+    grad_norm: Tensor
+    gram: Tensor | None
+    nonfinite: Tensor
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(4.0))
+
+
+class StandIn:
+    """Momentum with noise from torch's generator and a counter of its own, all of which a checkpoint must carry."""
+
+    broken: frozenset[int] = frozenset()  # steps with a loss that is not finite
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.momentum, self.count = model, torch.zeros(4), 0
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> Result:
+        self.count += 1
+        noise = torch.randn(4)
+        bad = torch.tensor([self.count in self.broken, False])
+        loss = torch.where(bad, torch.nan, torch.tensor([1.0, 2.0]) * batch.packed.num_tokens)
+        if not bad.any():
+            self.momentum = 0.9 * self.momentum + noise + batch.packed.tokens.float().mean()
+            with torch.no_grad():
+                self.model.weight -= 0.1 * lr_scale * self.momentum
+        gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        return Result(loss, noise.norm(), gram, bad)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensors": {"momentum": self.momentum}, "scalars": {"count": self.count}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.momentum = state["tensors"]["momentum"].clone()
+        self.count = state["scalars"]["count"]
+
+
+def batch_at(stage: int, step: int) -> MultitaskBatch:
+    """A pure function of the position."""
+    numbers = np.random.default_rng([stage, step])
+    sentences = [[numbers.integers(1, 50, numbers.integers(1, 6)) for _ in range(2)] for _ in TASKS]
+    return MultitaskBatch(
+        packed=pack(sentences),
+        tasks=TASKS,
+        arity=dict.fromkeys(TASKS, 1),
+        labels={},
+        rows={task: np.array([2 * step, 2 * step + 1]) for task in TASKS},
+    )
+
+
+class Run:
+    """One process's attempt at a run in `path`."""
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any], **hooks: Any) -> None:
+        self.path = path
+        self.recipe = build(Recipe, {"tasks": {task: {} for task in TASKS}, **recipe}, "test")
+        self.eager = hooks.pop("eager", True)
+        self.at_evaluation: Callable[[int], None] = hooks.pop("at_evaluation", lambda step: None)
+        self.at_step: Callable[[int], None] = hooks.pop("at_step", lambda step: None)
+        self.scores: Callable[[Tensor], float] = hooks.pop("scores", lambda weight: -float(weight.square().sum()))
+        self.broken: frozenset[int] = hooks.pop("broken", frozenset())
+        assert not hooks
+        self.model = Model()
+        self.evaluations: list[int] = []
+
+    def stages(self) -> list[loop.Stage]:
+        found = []
+        for index, recipe in enumerate(self.recipe.resolved_stages()):
+            own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
+            found.append(
+                loop.Stage(
+                    recipe=recipe,
+                    steps_per_epoch=STEPS_PER_EPOCH,
+                    limit=own.get("max_steps"),
+                    begin=self.begin,
+                    batches=lambda start, index=index, n=recipe.training.epochs: self.batches(index, start, n),
+                    place=lambda task, row: f"{task}.csv:{row + 2}",
+                )
+            )
+        return found
+
+    def begin(self) -> StandIn:
+        step = StandIn(self.model)
+        step.broken = self.broken
+        return step
+
+    def batches(self, stage: int, start: int, epochs: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+        for step in range(start, epochs * STEPS_PER_EPOCH):
+            self.at_step(self.trainer.state.step + 1)
+            yield step, batch_at(stage, step)
+
+    def evaluate(self) -> loop.Evaluation:
+        step = self.trainer.state.step
+        self.at_evaluation(step)
+        self.evaluations.append(step)
+        score = self.scores(self.model.weight.detach())
+        return loop.Evaluation({"score": score}, score, lambda d: (d / "p.csv").write_text(str(step)) and None)
+
+    def save(self, directory: Path) -> None:
+        (directory / "weight.json").write_text(json.dumps(self.model.weight.tolist()))
+
+    def go(self, resume: bool = False) -> loop.Outcome:
+        torch.manual_seed(5)
+        with RunDirectory(self.path) as files:
+            files.prepare()
+            checkpoint = CheckpointStore(files.checkpoints, 1).newest(pytest.fail) if resume else None
+            self.trainer = loop.Trainer(
+                recipe=self.recipe,
+                stages=self.stages(),
+                model=self.model,
+                files=files,
+                evaluate=self.evaluate,
+                save=self.save,
+                constants={"fingerprint": "x"},
+                progress=lambda done, total: Silent(),
+                eager_fetch=self.eager,
+            )
+            outcome = self.trainer.run(checkpoint)
+            files.write_directory("last", self.save)
+            return outcome
+
+    def records(self) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+    def files(self) -> dict[str, str]:
+        names = ("last/weight.json", "best/weight.json", "predictions/p.csv")
+        return {name: (self.path / name).read_text() for name in names}
+
+
+RECIPE: dict[str, Any] = {
+    "training": {"epochs": 3},
+    "logging": {"every": 1},
+    "checkpoint": {"every": 3, "keep": 1},
+    "optimizer": {"warmup": 0.2},
+}
+STAGED: dict[str, Any] = RECIPE | {
+    "stages": [{"training": {"epochs": 1}}, {"training": {"epochs": 5, "max_steps": 6}, "optimizer": {"lr": 1.0}}],
+    "training": {"evaluate_every": 3},
+}
+
+
+class KilledError(BaseException):
+    """Ends a run the way SIGKILL does, as far as files go: nothing is saved on the way out."""
+
+
+# ---- What is due when ----------------------------------------------------------------------------------------------
+
+
+def test_steps_evaluations_and_records_of_a_plain_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE)
+    outcome = run.go()
+    assert outcome.state.step == 12
+    assert run.evaluations == [0, 4, 8, 12]
+    records = run.records()
+    assert [r["step"] for r in records] == list(range(13))
+    assert [r["step"] for r in records if "dev/score" in r] == [0, 4, 8, 12]
+    assert [r["epoch"] for r in records[:6]] == [0, 0.25, 0.5, 0.75, 1.0, 1.25]
+    tokens = np.cumsum([batch_at(0, step).packed.num_tokens for step in range(12)])
+    assert [r["tokens"] for r in records[1:]] == tokens.tolist()
+    assert records[1]["loss/b"] == 2.0 * batch_at(0, 0).packed.num_tokens
+    assert records[1]["conflicts"] == 1.0
+    assert records[1]["cosine/a|b"] == -0.5
+    base = run.recipe.optimizer.lr
+    assert records[1]["lr"] == pytest.approx(base / 3)
+    assert records[12]["lr"] == pytest.approx(base / 10)
+
+
+def test_records_are_as_frequent_as_asked(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE | {"logging": {"every": 5}})
+    run.go()
+    assert [r["step"] for r in run.records()] == [0, 1, 4, 5, 8, 10, 12]
+
+
+def test_a_late_look_gives_the_same_records(tmp_path: Path) -> None:
+    """On a GPU results are fetched only when logged."""
+    runs = [Run(tmp_path / str(eager), RECIPE | {"logging": {"every": 5}}, eager=eager) for eager in (True, False)]
+    for run in runs:
+        run.go()
+    assert runs[0].records() == runs[1].records()
+
+
+def test_stages_follow_each_other(tmp_path: Path) -> None:
+    run = Run(tmp_path, STAGED)
+    outcome = run.go()
+    assert outcome.state.step == 4 + 6
+    assert run.evaluations == [0, 3, 4, 6, 9, 10]
+    assert [r["stage"] for r in run.records()] == [0] * 5 + [1] * 6
+    assert run.records()[5]["epoch"] == 1.25
+
+
+def test_the_best_model_is_kept(tmp_path: Path) -> None:
+    scores = iter([0.9, 0.1, 0.5, 0.3])
+    run = Run(tmp_path, RECIPE, scores=lambda weight: next(scores))
+    outcome = run.go()
+    assert outcome.best == {"step": 8, "score": 0.5, "metrics": {"score": 0.5}}
+    assert outcome.state.untrained == {"score": 0.9}
+    assert run.files()["predictions/p.csv"] == "8"
+    assert run.files()["best/weight.json"] != run.files()["last/weight.json"]
+
+
+def test_a_score_that_is_no_number_is_never_best(tmp_path: Path) -> None:
+    scores = iter([0.0, -math.inf, 0.2, -math.inf])
+    outcome = Run(tmp_path, RECIPE, scores=lambda weight: next(scores)).go()
+    assert outcome.best is not None
+    assert outcome.best["step"] == 8
+
+
+def test_patience_ends_a_stage_not_the_run(tmp_path: Path) -> None:
+    recipe = RECIPE | {
+        "training": {"epochs": 9, "patience": 2},
+        "stages": [{}, {"training": {"epochs": 1}}],
+    }
+    scores = iter([9.0, 0.5, 0.6, 0.4, 0.3, 0.1])
+    run = Run(tmp_path, recipe, scores=lambda weight: next(scores))
+    outcome = run.go()
+    assert run.evaluations == [0, 4, 8, 12, 16, 20]
+    assert outcome.state.step == 20
+    assert outcome.reason == "no better score for a while"
+
+
+def test_nothing_to_do_is_no_error(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE | {"training": {"epochs": 0}})
+    outcome = run.go()
+    assert outcome.state.step == 0
+    assert outcome.best is not None
+
+
+# ---- Exact resume ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, STAGED], ids=["plain", "staged"])
+def test_killed_anywhere_and_resumed_is_as_never_killed(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    whole = Run(tmp_path / "whole", recipe)
+    whole.go()
+    moments = [("step", step) for step in range(1, whole.trainer.total + 1)]
+    moments += [("evaluation", step) for step in whole.evaluations]
+    for kind, moment in moments:
+
+        def die(step: int, moment: int = moment) -> None:
+            if step == moment:
+                raise KilledError
+
+        path = tmp_path / f"{kind}{moment}"
+        with pytest.raises(KilledError):
+            Run(path, recipe, **{f"at_{kind}": die}).go()
+        resumed = Run(path, recipe)
+        resumed.go(resume=True)
+        assert resumed.files() == whole.files(), (kind, moment)
+        assert resumed.records() == whole.records(), (kind, moment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_finish_the_step_and_save(tmp_path: Path, number: int) -> None:
+    whole = Run(tmp_path / "whole", RECIPE)
+    whole.go()
+    handler = signal.getsignal(number)
+    for moment in (1, 5, 12):
+
+        def send(step: int, moment: int = moment) -> None:
+            if step == moment:
+                os.kill(os.getpid(), number)
+
+        path = tmp_path / str(moment)
+        with pytest.raises(InterruptError, match=f"after step {moment}.*--resume") as raised:
+            Run(path, RECIPE, at_step=send).go()
+        assert raised.value.status == 128 + number
+        assert signal.getsignal(number) is handler
+        assert (path / "checkpoints" / f"step-{moment:08d}").is_dir()
+        resumed = Run(path, RECIPE)
+        resumed.go(resume=True)
+        assert resumed.files() == whole.files()
+        assert resumed.records() == whole.records()
+
+
+def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_up(tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", RECIPE)
+    whole.go()
+    for moment in (0, 4, 12):
+
+        def send(step: int, moment: int = moment) -> None:
+            if step == moment:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stopped = Run(tmp_path / str(moment), RECIPE, at_evaluation=send)
+        with pytest.raises(InterruptError):
+            stopped.go()
+        assert moment not in stopped.evaluations
+        resumed = Run(tmp_path / str(moment), RECIPE)
+        resumed.go(resume=True)
+        assert moment in resumed.evaluations
+        assert resumed.files() == whole.files()
+        assert resumed.records() == whole.records()
+
+
+@pytest.mark.parametrize("cut", [0, 2, 4, 5, 11, 12])
+def test_a_run_cut_by_max_steps_goes_on_as_if_never_cut(tmp_path: Path, cut: int) -> None:
+    whole = Run(tmp_path / "whole", RECIPE)
+    whole.go()
+    first = Run(tmp_path / "cut", RECIPE | {"training": {"epochs": 3, "max_steps": cut}})
+    outcome = first.go()
+    assert outcome.state.step == cut
+    assert outcome.best is not None
+    assert first.evaluations[-1] == cut
+    assert [r["step"] for r in first.records()] == list(range(cut + 1))
+    second = Run(tmp_path / "cut", RECIPE)
+    second.go(resume=True)
+    assert second.records() == whole.records()
+    assert second.files() == whole.files()
+
+
+def test_a_cut_best_gives_way_when_the_run_goes_on(tmp_path: Path) -> None:
+    """The evaluation at a cut is not due; a better score there must not change what the whole run keeps."""
+
+    def scored(values: dict[int, float]) -> Callable[[Tensor], float]:
+        sequence = iter(values.values())
+        return lambda weight: next(sequence)
+
+    cut = Run(tmp_path, RECIPE | {"training": {"epochs": 3, "max_steps": 6}}, scores=scored({0: 0.0, 4: 0.5, 6: 0.9}))
+    outcome = cut.go()
+    assert outcome.best is not None
+    assert (outcome.best["step"], cut.files()["predictions/p.csv"]) == (6, "6")
+    resumed = Run(tmp_path, RECIPE, scores=scored({8: 0.4, 12: 0.3}))
+    outcome = resumed.go(resume=True)
+    assert outcome.best is not None
+    assert (outcome.best["step"], resumed.files()["predictions/p.csv"]) == (4, "4")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE)
+    run.go()
+    files, records = run.files(), run.records()
+    again = Run(tmp_path, RECIPE)
+    assert again.go(resume=True).state.step == 12
+    assert (again.files(), again.records(), again.evaluations) == (files, records, [])
+
+
+# ---- When things go wrong -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_skipped_steps_are_counted_and_recorded_with_their_task(tmp_path: Path, eager: bool) -> None:
+    run = Run(tmp_path, RECIPE | {"logging": {"every": 6}}, broken=frozenset({3, 6, 7}), eager=eager)
+    outcome = run.go()
+    assert outcome.state.skipped_steps == 3
+    assert outcome.state.skipped == {"a": 3}
+    assert {r["step"]: r["skipped"] for r in run.records() if "skipped" in r} == {3: ["a"], 6: ["a"], 7: ["a"]}
+    assert [r["step"] for r in run.records()] == [0, 1, 3, 4, 6, 7, 8, 12]
+    assert run.records()[2]["loss/a"] is None
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_row_of_skipped_steps_stops_with_the_examples(tmp_path: Path, eager: bool) -> None:
+    recipe = RECIPE | {"training": {"epochs": 3, "max_skipped": 3}}
+    run = Run(tmp_path, recipe, broken=frozenset(range(5, 99)), eager=eager)
+    with pytest.raises(RunError, match=r"3 steps in a row .* in a \(examples a.csv:14, a.csv:15\)") as raised:
+        run.go()
+    assert "checkpoint of step" in str(raised.value)
+    good = Run(tmp_path / "good", RECIPE | {"training": {"epochs": 3, "max_steps": 4}})
+    good.go()
+    if eager:
+        assert json.loads((tmp_path / "last" / "weight.json").read_text()) == json.loads(
+            (tmp_path / "good" / "last" / "weight.json").read_text()
+        )
+
+
+def test_skipped_steps_with_good_ones_between_do_not_stop(tmp_path: Path) -> None:
+    recipe = RECIPE | {"training": {"epochs": 3, "max_skipped": 2}}
+    assert Run(tmp_path, recipe, broken=frozenset(range(1, 13, 2))).go().state.skipped_steps == 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path: Path, error: Exception) -> None:
+    class Hungry(StandIn):
+        def __call__(self, batch: MultitaskBatch, lr_scale: float) -> Result:
+            if self.count == 4:
+                raise error
+            return super().__call__(batch, lr_scale)
+
+    run = Run(tmp_path, RECIPE)
+    run.begin = lambda: Hungry(run.model)  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"out of memory at step 5, a batch of 4 examples .*--batch-size \(now 32\)"):
+        run.go()
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    class Wrong(StandIn):
+        def __call__(self, batch: MultitaskBatch, lr_scale: float) -> Result:
+            raise RuntimeError("shape mismatch")
+
+    run = Run(tmp_path, RECIPE)
+    run.begin = lambda: Wrong(run.model)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run.go()
+
+
+def test_a_vanished_output_directory_is_one_line(tmp_path: Path) -> None:
+    def vanish(step: int) -> None:
+        if step == 5:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(RunError, match="cannot be written"):
+        Run(tmp_path / "run", RECIPE, at_step=vanish).go()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    assert Run(tmp_path / "run", RECIPE).go(resume=True).state.step == 12
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Run(tmp_path / "whole", RECIPE)
+    whole.go()
+
+    def fill_up(step: int) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        if step == 8:
+            monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(RunError, match=r"No space left on device\); the checkpoint of step 6 is whole"):
+        Run(tmp_path / "run", RECIPE, at_step=fill_up).go()
+    monkeypatch.undo()
+    resumed = Run(tmp_path / "run", RECIPE)
+    resumed.go(resume=True)
+    assert resumed.files() == whole.files()
+
+
+def test_the_batches_are_closed_however_the_run_ends(tmp_path: Path) -> None:
+    closed = []
+
+    class Closing(Run):
+        def batches(self, stage: int, start: int, epochs: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+            try:
+                yield from super().batches(stage, start, epochs)
+            finally:
+                closed.append(stage)
+
+    Closing(tmp_path / "a", STAGED).go()
+    assert closed == [0, 1]
+    with suppress(RunError):
+        Closing(tmp_path / "b", RECIPE | {"training": {"max_skipped": 1}}, broken=frozenset({2})).go()
+    assert closed == [0, 1, 0]

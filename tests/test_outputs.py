@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output directory: one run at a time, each step once in the log, nothing half written, clear complaints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minbert_fast.training.errors import RunError
+from minbert_fast.training.outputs import MetricsLog, RunDirectory, fresh_directory
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_of_one_step_replace_each_other(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.open()
+    log.write({"step": 1, "loss/a": 0.5})
+    log.write({"step": 2, "loss/a": 0.25})
+    log.write({"step": 2, "loss/a": 0.25, "dev/score": 1.0})
+    log.write({"step": 3})
+    log.close()
+    assert lines(tmp_path) == [{"step": 1, "loss/a": 0.5}, {"step": 2, "loss/a": 0.25, "dev/score": 1.0}, {"step": 3}]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.open()
+    log.write({"step": 1, "loss/a": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
+    log.close()
+    assert lines(tmp_path) == [{"step": 1, "loss/a": None, "grad_norm": None, "lr": 0.1}]
+
+
+def test_reopening_keeps_what_came_before_the_step_and_drops_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"step": 3}\n{"step": 4}\n{"step": 2')
+    log = MetricsLog(path)
+    log.open(before_step=3)
+    log.write({"step": 3, "again": True})
+    log.close()
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    log.open()
+    log.close()
+    assert path.read_text() == ""
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.open()
+    log._file.close()
+    log._file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(RunError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+        log.write({"step": 1})
+    log.close()
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run"), pytest.raises(RunError, match=rf"another run .*process {os.getpid()} on"):
+        RunDirectory(tmp_path / "run").__enter__()
+    with RunDirectory(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from minbert_fast.training.outputs import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(RunError, match=f"process {holder.pid}"):
+        RunDirectory(tmp_path).__enter__()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    for _ in range(50):  # the kernel may take a moment to close the dead process's files
+        try:
+            with RunDirectory(tmp_path):
+                return
+        except RunError:
+            time.sleep(0.1)
+    pytest.fail("the lock outlived its process")
+
+
+def test_what_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"run: cannot be written \(Not a directory\)"):
+        RunDirectory(tmp_path / "file" / "run").__enter__()
+
+
+def test_a_directory_that_never_ran_is_removed_again(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a" / "b"):
+        pass
+    assert not (tmp_path / "a" / "b").exists()
+    (tmp_path / "mine").mkdir()
+    with RunDirectory(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").exists()
+
+
+def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path) as files:
+        files.prepare()
+        files.write_directory("best", lambda d: (d / "a").write_text("due") and None)
+        files.set_aside("best", "predictions")
+        files.write_directory("best", lambda d: (d / "a").write_text("provisional") and None)
+        files.bring_back("best", "predictions")
+        assert (tmp_path / "best" / "a").read_text() == "due"
+        files.bring_back("best", "predictions")
+        assert (tmp_path / "best" / "a").read_text() == "due"
+
+
+def test_clearing_removes_results_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunDirectory(tmp_path) as files:
+        files.prepare()
+        files.metrics.open()
+        files.write_json("summary.json", {})
+        assert files.used
+        files.clear()
+        assert not files.used
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_fresh_directories_are_numbered(tmp_path: Path) -> None:
+    assert fresh_directory(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").mkdir()
+    assert fresh_directory(tmp_path / "a") == tmp_path / "a-3"
