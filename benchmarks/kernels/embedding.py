@@ -84,9 +84,7 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
         dz = ops.embedding_norm_backward(
             dy, *index, *tables, gamma, mean, rstd, batch.task_tokens, P, seed, 0, *small, dtype_
         )
-        ops.embedding_gather(
-            dz, batch.task_tokens, batch.cu_seqlens, batch.word_order, offsets, dword, dposition
-        )
+        ops.embedding_gather(dz, batch.task_tokens, batch.cu_seqlens, batch.word_order, offsets, dword, dposition)
 
     def check_backward() -> None:
         y, leaves = exact()
