@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the README's tables from the files under benchmarks/results, so that no figure is typed.
 
-    python -m benchmarks.readme            rewrites README.md between its `<!-- table NAME -->` marks
-    python -m benchmarks.readme --check    exit status 1 if that would change anything
+python -m benchmarks.readme            rewrites README.md between its `<!-- table NAME -->` marks
+python -m benchmarks.readme --check    exit status 1 if that would change anything
 """
 
 from __future__ import annotations

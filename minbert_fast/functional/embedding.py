@@ -302,9 +302,30 @@ class _EmbeddingInto(torch.autograd.Function):
         into: EmbeddingSink = ctx.into
         *tensors, seed = ctx.saved_tensors
         if implementation(dy) == "native":
-            gradients = (into.dgamma, into.dbeta, into.dword, into.dposition, into.dtype)
-            order = (into.word_order, into.word_offsets)
-            layers.embedding_backward(dy.contiguous(), *tensors, into.bounds, *order, ctx.p, seed, ctx.site, *gradients)
+            tokens, positions, types, word, position, type_, gamma, mean, rstd = tensors
+            layers.embedding_backward(
+                dy.contiguous(),
+                tokens,
+                positions,
+                types,
+                word,
+                position,
+                type_,
+                gamma,
+                mean,
+                rstd,
+                into.bounds,
+                into.word_order,
+                into.word_offsets,
+                ctx.p,
+                seed,
+                ctx.site,
+                into.dgamma,
+                into.dbeta,
+                into.dword,
+                into.dposition,
+                into.dtype,
+            )
             return (None,) * 14
         dz = _norm_backward(dy, *tensors, into.bounds, ctx.p, seed, ctx.site, into.dgamma, into.dbeta, into.dtype)
         _gather(dz, into.bounds, into.cu_seqlens, into.word_order, into.word_offsets, into.dword, into.dposition)
