@@ -70,7 +70,8 @@ def _combined(j_ptr, w_ptr, j_stride, offsets, mask, T: tl.constexpr):
         else:
             weight = tl.load(w_ptr + t)
             row = j_ptr + t * j_stride + offsets
-            gradient += weight * tl.load(row, mask=mask & (weight != 0.0), other=0.0).to(tl.float32)
+            wanted = mask & (tl.broadcast_to(weight, offsets.shape) != 0.0)
+            gradient += weight * tl.load(row, mask=wanted, other=0.0).to(tl.float32)
     return gradient
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -83,9 +83,7 @@ class Collator:
             rows={task: np.asarray(rows[task]) for task in self.tables},
         )
 
-    def _sequences(
-        self, task: str, table: TokenTable, rows: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _sequences(self, task: str, table: TokenTable, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """A task's sequences, and their token types if any task is joint."""
         if task in self.joint:
             first, second = table.columns
@@ -135,7 +133,7 @@ def evaluation_batches(
 Item = TypeVar("Item")
 
 
-def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Yields `items`, made up to `depth` ahead by a thread; whatever is raised there is raised here.
 
     The thread ends when the items do, or when this generator is closed (leaving a `for` loop closes it).

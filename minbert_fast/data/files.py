@@ -92,8 +92,7 @@ def read_table(
         task=reader.layout.task,
         path=reader.path,
         sentences=tuple(
-            [text for part in parts for text in part.sentences[column]]
-            for column in range(reader.layout.arity)
+            [text for part in parts for text in part.sentences[column]] for column in range(reader.layout.arity)
         ),
         labels=np.concatenate(labels) if labels else None,
         ids=[name for part in parts for name in part.ids],
@@ -169,11 +168,11 @@ class TableReader:
     def _read_header(self) -> tuple[list[int], int]:
         """The positions of the columns that this format needs, and the number of columns."""
         try:
-            _, record = next(self._lines)
+            line, record = next(self._lines)
         except StopIteration:
             raise DataError(f"{show_path(self.path)}: empty file") from None
         wanted = self.layout.columns(self.labeled)
-        place = f"{show_path(self.path)}:1"
+        place = f"{show_path(self.path)}:{line}"
         try:
             names = [name.strip() for name in record.fields(self.layout.separator, width=None)]
         except ValueError as error:
@@ -202,9 +201,7 @@ class TableReader:
         return Table(
             task=self.layout.task,
             path=self.path,
-            sentences=tuple(
-                [values[first + column] for _, values, _ in good] for column in range(self.layout.arity)
-            ),
+            sentences=tuple([values[first + column] for _, values, _ in good] for column in range(self.layout.arity)),
             labels=np.array([y for _, _, y in good], dtype=label.dtype) if self.labeled and label else None,
             ids=[values[0].strip() if first else str(line) for line, values, _ in good],
             lines=lines,

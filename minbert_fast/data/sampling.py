@@ -81,9 +81,7 @@ class Sampler:
     draws: Mapping[str, Draw]  # by task, in the order that batches have
     scheme: str = "cycle"
     seed: int = 0
-    _orders: dict[str, tuple[tuple[int, int], np.ndarray]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _orders: dict[str, tuple[tuple[int, int], np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -139,10 +137,7 @@ class Sampler:
         """
         if epoch < 0 or not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} of epoch {epoch}, expected 0 to {self.steps_per_epoch - 1}")
-        return {
-            task: self._take(task, draw, epoch, *self._span(task, draw, step))
-            for task, draw in self.draws.items()
-        }
+        return {task: self._take(task, draw, epoch, *self._span(task, draw, step)) for task, draw in self.draws.items()}
 
     def _span(self, task: str, draw: Draw, step: int) -> tuple[int, int]:
         """The part of the epoch's sequence of rows (a pass, and perhaps more passes) that a step takes."""

@@ -117,9 +117,7 @@ def cut(sentence: np.ndarray, max_length: int) -> np.ndarray:
     return np.concatenate([sentence[: max_length - 1], sentence[-1:]])
 
 
-def join(
-    first: np.ndarray, second: np.ndarray, max_length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def join(first: np.ndarray, second: np.ndarray, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Makes [CLS] a [SEP] b [SEP] of two [CLS] .. [SEP]: word ids [n] and types [n] int32 (0, then 1).
 
     What exceeds `max_length` is taken from the longer sentence until both are equally long, then from both,

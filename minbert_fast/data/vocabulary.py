@@ -106,14 +106,10 @@ def _from_json(content: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
     _check_words(words)
     fields: dict[str, Any] = {
         "lowercase": _expect(normalizer.get("lowercase", True), bool, "normalizer.lowercase"),
-        "chinese_characters": _expect(
-            normalizer.get("handle_chinese_chars", True), bool, "handle_chinese_chars"
-        ),
+        "chinese_characters": _expect(normalizer.get("handle_chinese_chars", True), bool, "handle_chinese_chars"),
         "clean_text": _expect(normalizer.get("clean_text", True), bool, "normalizer.clean_text"),
         "prefix": _expect(model.get("continuing_subword_prefix", "##"), str, "continuing_subword_prefix"),
-        "max_word_length": _expect(
-            model.get("max_input_chars_per_word", 100), int, "max_input_chars_per_word"
-        ),
+        "max_word_length": _expect(model.get("max_input_chars_per_word", 100), int, "max_input_chars_per_word"),
     }
     if normalizer.get("strip_accents") is not None:
         fields["strip_accents"] = _expect(normalizer["strip_accents"], bool, "normalizer.strip_accents")
@@ -169,9 +165,7 @@ def _check_words(words: dict[str, int]) -> None:
     if len(numbers) != len(words):
         raise ValueError("two words of the vocabulary share a number")
     if min(numbers) < 0 or max(numbers) > MAX_WORD_ID:
-        raise ValueError(
-            f"word ids from {min(numbers)} to {max(numbers)}, expected 0 to at most {MAX_WORD_ID}"
-        )
+        raise ValueError(f"word ids from {min(numbers)} to {max(numbers)}, expected 0 to at most {MAX_WORD_ID}")
 
 
 def _expect(value: Any, kind: type, name: str) -> Any:

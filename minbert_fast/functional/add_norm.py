@@ -11,6 +11,7 @@ from torch import Tensor
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
 from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.native import layers
 
 
 class AddNormSink(NamedTuple):
@@ -76,7 +77,9 @@ def _forward(
             return kernels.add_norm_forward(
                 x.contiguous(), bias, residual.contiguous(), gamma, beta, eps, p, seed, site
             )
-        case "native" | "torch":
+        case "native":
+            return layers.add_norm_forward(x.contiguous(), bias, residual.contiguous(), gamma, beta, eps, p, seed, site)
+        case "torch":
             z = _before_norm(x, bias, residual, p, seed, site)[0]
             y, mean, rstd = torch.native_layer_norm(z, gamma.shape, gamma.to(z.dtype), beta.to(z.dtype), eps)
             return y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
@@ -136,7 +139,24 @@ def _backward(
                 dbeta,
                 dbias,
             )
-        case "native" | "torch":
+        case "native":
+            return layers.add_norm_backward(
+                dy.contiguous(),
+                x.contiguous(),
+                bias,
+                residual.contiguous(),
+                gamma,
+                mean,
+                rstd,
+                bounds,
+                p,
+                seed,
+                site,
+                dgamma,
+                dbeta,
+                dbias,
+            )
+        case "torch":
             z, keep = _before_norm(x, bias, residual, p, seed, site)
             dz = norm_backward(dy, z, gamma, mean, rstd, bounds, dgamma, dbeta)
             dx = dz if keep is None else dz * keep

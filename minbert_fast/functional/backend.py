@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
-import torch
 from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]
@@ -31,7 +30,7 @@ def triton_available() -> bool:
 def implementation(tensor: Tensor) -> Implementation:
     """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch.
 
-    PyTorch for fp64 anywhere: the others know none.
+    PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none.
     """
     forced = _forced.get()
     if forced is not None:
@@ -39,7 +38,7 @@ def implementation(tensor: Tensor) -> Implementation:
     if tensor.dtype == torch.float64:
         return "torch"
     if tensor.device.type == "cpu":
-        return "native"
+        return "torch" if tensor.dtype == torch.float16 else "native"
     if tensor.device.type == "cuda" and triton_available():
         return "triton"
     return "torch"

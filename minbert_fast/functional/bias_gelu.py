@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
+from minbert_fast.native import layers
 
 
 class BiasGeluSink(NamedTuple):
@@ -41,7 +42,9 @@ def _forward(x: Tensor, bias: Tensor) -> Tensor:
             from minbert_fast.kernels import bias_gelu as kernels
 
             return kernels.bias_gelu_forward(x.contiguous(), bias)
-        case "native" | "torch":
+        case "native":
+            return layers.bias_gelu_forward(x.contiguous(), bias)
+        case "torch":
             dtype = segments.statistics_dtype(x.dtype)
             return F.gelu(x.to(dtype) + bias.to(dtype)).to(x.dtype)
 
@@ -59,7 +62,9 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor
             from minbert_fast.kernels import bias_gelu as kernels
 
             return kernels.bias_gelu_backward(dy.contiguous(), x.contiguous(), bias, bounds, dbias)
-        case "native" | "torch":
+        case "native":
+            return layers.bias_gelu_backward(dy.contiguous(), x.contiguous(), bias, bounds, dbias)
+        case "torch":
             dtype = segments.statistics_dtype(x.dtype)
             dx = torch.ops.aten.gelu_backward(dy.to(dtype), x.to(dtype) + bias.to(dtype))
             tasks = segments.segments(bounds)

@@ -12,6 +12,7 @@ from minbert_fast.functional import segments
 from minbert_fast.functional.add_norm import norm_backward
 from minbert_fast.functional.backend import implementation
 from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.native import layers
 
 
 class EmbeddingSink(NamedTuple):
@@ -98,7 +99,10 @@ def _forward(
 
             tables = (word.contiguous(), position.contiguous(), type_.contiguous())
             return kernels.embedding_forward(tokens, positions, types, *tables, gamma, beta, eps, p, seed, site)
-        case "native" | "torch":
+        case "native":
+            tables = (word.contiguous(), position.contiguous(), type_.contiguous())
+            return layers.embedding_forward(tokens, positions, types, *tables, gamma, beta, eps, p, seed, site)
+        case "torch":
             z = _summed(tokens, positions, types, word, position, type_)
             y, mean, rstd = torch.native_layer_norm(z, gamma.shape, gamma.to(z.dtype), beta.to(z.dtype), eps)
             return _dropped(y, p, seed, site).to(word.dtype), mean.squeeze(-1), rstd.squeeze(-1)
@@ -297,6 +301,32 @@ class _EmbeddingInto(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         into: EmbeddingSink = ctx.into
         *tensors, seed = ctx.saved_tensors
+        if implementation(dy) == "native":
+            tokens, positions, types, word, position, type_, gamma, mean, rstd = tensors
+            layers.embedding_backward(
+                dy.contiguous(),
+                tokens,
+                positions,
+                types,
+                word,
+                position,
+                type_,
+                gamma,
+                mean,
+                rstd,
+                into.bounds,
+                into.word_order,
+                into.word_offsets,
+                ctx.p,
+                seed,
+                ctx.site,
+                into.dgamma,
+                into.dbeta,
+                into.dword,
+                into.dposition,
+                into.dtype,
+            )
+            return (None,) * 14
         dz = _norm_backward(dy, *tensors, into.bounds, ctx.p, seed, ctx.site, into.dgamma, into.dbeta, into.dtype)
         _gather(dz, into.bounds, into.cu_seqlens, into.word_order, into.word_offsets, into.dword, into.dposition)
         return (None,) * 14

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
+from minbert_fast.native import layers
 
 
 class LinearSink(NamedTuple):
@@ -38,7 +39,8 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
 
     Sums are fp32 whatever the inputs. Outputs are overwritten, with zeros for an empty task.
     """
-    match implementation(dy):
+    choice = implementation(dy)
+    match choice:
         case "triton":
             from minbert_fast.kernels import segment_gradients as kernels
 
@@ -48,8 +50,10 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
                 rows = dy[begin:end]
                 if dweight is not None:
                     _product(rows.T, x[begin:end], dweight[task])
-                if dbias is not None:
+                if dbias is not None and choice == "torch":
                     dbias[task] = rows.sum(0, dtype=segments.statistics_dtype(dy.dtype))
+            if dbias is not None and choice == "native":
+                layers.column_sums(dy.contiguous(), bounds, dbias)
 
 
 @segment_gradients.register_fake

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from minbert_fast.data import (
     Sampler,
     Tokenizer,
     TokenTable,
+    pin,
     prefetch,
     read_table,
     sample_directory,
@@ -34,6 +35,7 @@ from minbert_fast.data import (
 )
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.schema import ConfigError, plain
+from minbert_fast.storage import raw
 from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training import evaluation, loop
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
@@ -78,7 +80,7 @@ class Options:
 
     output: Path | None = None
     device: str = "auto"
-    backend: str = "auto"
+    backend: Literal["auto", "fast", "reference"] = "auto"
     resume: bool = False
     overwrite: bool = False
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split): predictions go here too
@@ -140,7 +142,7 @@ class _Job:
         self.data = load_datasets(recipe, self.tokenizer, self.say)
         self.recipe = self.data.recipe
         dropout = self.recipe.model.dropout
-        overrides = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
+        overrides: dict[str, Any] = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
         encoder = BertModel.from_pretrained(source, **overrides)
         self._check_sizes(encoder)
         self.encoder_hash = tensors_digest(encoder.state_dict())
@@ -166,11 +168,11 @@ class _Job:
         collator = Collator(tables, recipe.data.max_length, frozenset(n for n, t in tasks.items() if t.joint))
         sampler = Sampler.of(
             tables,
-            {name: task.batch_size or training.batch_size for name, task in tasks.items()},
+            {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
             recipe.data.scheme,
             training.seed + index,  # each stage in an order of its own
-            fractions={name: task.fraction for name, task in tasks.items()},
-            balanced=[name for name, task in tasks.items() if task.balanced],
+            fractions={name: task.options.fraction for name, task in tasks.items()},
+            balanced=[name for name, task in tasks.items() if task.options.balanced],
         )
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
@@ -180,9 +182,10 @@ class _Job:
             return make_step(self.backend, self.model, recipe, DTYPES[self.precision])
 
         def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
-            pinned = self.device.type == "cuda"
-            ahead = prefetch(training_batches(sampler, collator, start, steps), pin_memory=pinned)
-            with closing(ahead):
+            made = training_batches(sampler, collator, start, steps)
+            if self.device.type == "cuda":
+                made = ((step, pin(batch)) for step, batch in made)
+            with closing(prefetch(made)) as ahead:
                 for step, batch in ahead:
                     yield step, batch.to(self.device, non_blocking=True)
 
@@ -333,7 +336,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(raw(tensor))
     return digest.hexdigest()
 
 

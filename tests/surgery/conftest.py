@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where surgery's ops are tested: every instruction set of this processor, one and two threads, a GPU where there is one."""
+"""Where surgery is tested: every instruction set of this processor, any number of threads, a GPU where there is one."""
 
 from __future__ import annotations
 

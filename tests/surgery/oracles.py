@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient surgery and AdamW again in fp64, the obvious way, written apart from the package: the tests' ground truth."""
+"""Gradient surgery and AdamW again in fp64, the obvious way, apart from the package: the ground truth of the tests."""
 
 from __future__ import annotations
 

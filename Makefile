@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything a fresh machine needs: `make train` and `make test` set up .venv from nothing, and are quick when it exists.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -name '*.c*' -o -name '*.h') setup.py pyproject.toml constraints.txt
+RESULTS ?= benchmarks/results
+
+.PHONY: train test lint types kernels bench gpu clean
+
+train: $(READY)  ## the main job on the embedded sample: a demonstration of about a minute
+	$(RUN) -m minbert_fast.train --output runs/demo --overwrite
+
+test: $(READY)  ## the test suite (GPU tests skip without one)
+	$(RUN) -m pytest -q
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m mypy
+
+kernels: $(READY)  ## every Triton kernel compiled for sm_80, sm_90, sm_100 and gfx942, without a GPU
+	$(RUN) -m minbert_fast.kernels.ahead_of_time
+
+bench: $(READY)  ## all benchmarks on this machine
+	$(RUN) -m benchmarks.run all
+
+# torch first, from the constraints file, so that nothing else pulls in another build of it.
+$(READY): $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -c constraints.txt torch
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,dev,plots]'
+	touch $@
+
+# On a CUDA machine that has torch and a compiler already, and perhaps no network: build, test, sanitize, measure.
+gpu:
+	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info minbert_fast/_C*.so

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PCGrad(optimizer), as course code uses it, against the naive loop in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minbert_fast import pcgrad, surgery
+from minbert_fast.pcgrad import PCGrad
+from tests.surgery import oracles
+
+
+class Model(nn.Module):
+    """A shared encoder, one head a task, a parameter that two of three tasks use and one that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5))
+        self.heads = nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
+        self.pair = nn.Parameter(torch.ones(5))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def losses(self, xs: list[Tensor]) -> list[Tensor]:
+        """Three losses that pull against each other; one graph for all when the inputs are one tensor."""
+        encoded = {id(x): self.encoder(x) for x in xs}
+        results = []
+        for task, (x, head) in enumerate(zip(xs, self.heads, strict=True)):
+            hidden = encoded[id(x)] * self.pair if task < 2 else encoded[id(x)]
+            results.append((head(hidden) - (-3.0) ** task).square().mean())
+        return results
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def inputs(one_graph: bool = False) -> list[Tensor]:
+    torch.manual_seed(1)
+    xs = [torch.randn(4, 6) for _ in range(3)]
+    return [xs[0]] * 3 if one_graph else xs
+
+
+def naive(model: Model, xs: list[Tensor], orders: Tensor, mean: bool) -> dict[str, Tensor | None]:
+    """Gradients by the definition: T fp64 backwards, the whole-vector loop over what at least two tasks reach."""
+    twin = copy.deepcopy(model).double()
+    names = [n for n, _ in twin.named_parameters()]
+    rows = [
+        torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True, allow_unused=True)
+        for loss in twin.losses([x.double() for x in xs] if xs[0] is not xs[1] else [xs[0].double()] * 3)
+    ]
+    reached = [sum(row[i] is not None for row in rows) for i in range(len(names))]
+    shared = [i for i in range(len(names)) if reached[i] > 1]
+    parameters = list(twin.parameters())
+
+    def flat(row: tuple[Tensor | None, ...]) -> Tensor:
+        pieces = ((i, row[i]) for i in shared)
+        return torch.cat([(torch.zeros_like(parameters[i]) if g is None else g).flatten() for i, g in pieces])
+
+    merged = oracles.pcgrad(torch.stack([flat(row) for row in rows]), orders.tolist(), mean)
+    result: dict[str, Tensor | None] = {
+        name: next((row[i] for row in rows if row[i] is not None), None) for i, name in enumerate(names)
+    }
+    sizes = [parameters[i].numel() for i in shared]
+    for i, piece in zip(shared, merged.split(sizes), strict=True):
+        result[names[i]] = piece.view_as(parameters[i])
+    return result
+
+
+def assert_gradients(model: nn.Module, expected: dict[str, Tensor | None]) -> None:
+    for name, p in model.named_parameters():
+        want = expected[name]
+        if want is None:
+            assert p.grad is None, name
+        else:
+            assert p.grad is not None, name
+            torch.testing.assert_close(p.grad.double(), want, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def orders_of(seed: int) -> Tensor:
+    return surgery.task_orders(3, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bucket", [1, 40, 1 << 24])
+@pytest.mark.parametrize("one_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_are_the_naive_loops(
+    model: Model, monkeypatch: pytest.MonkeyPatch, one_graph: bool, reduction: surgery.Reduction, seed: int, bucket: int
+) -> None:
+    """Separate and shared graphs, heads of one task, a parameter of two tasks, one of none; any bucket size."""
+    monkeypatch.setattr(pcgrad, "_BUCKET", bucket)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator)
+    optimizer.zero_grad()
+    optimizer.pc_backward(model.losses(inputs(one_graph)))
+    expected = naive(model, inputs(one_graph), orders_of(seed), reduction == "mean")
+    assert_gradients(model, expected)
+    assert optimizer.gram is not None
+    assert surgery.conflicts(optimizer.gram) > 0, "nothing to operate on: the test would prove little"
+
+
+def test_reduction_takes_effect(model: Model) -> None:
+    gradients = []
+    for reduction in ("sum", "mean"):
+        generator = torch.Generator().manual_seed(0)
+        optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+        optimizer.pc_backward(model.losses(inputs()))
+        gradients.append(model.encoder[0].weight.grad)
+    torch.testing.assert_close(gradients[0], 3 * gradients[1])
+
+
+def test_course_loop_learns(model: Model) -> None:
+    """The classic usage, epoch after epoch, with the course's AdamW."""
+    from minbert_fast import AdamW
+
+    optimizer = PCGrad(AdamW(model.parameters(), lr=3e-2))
+    first = sum(loss.item() for loss in model.losses(inputs()))
+    for _ in range(60):
+        optimizer.zero_grad()
+        optimizer.pc_backward(model.losses(inputs()))
+        optimizer.step()
+    assert sum(loss.item() for loss in model.losses(inputs())) < 0.2 * first
+
+
+@pytest.mark.parametrize("one_graph", [False, True])
+def test_graphs_are_freed_as_soon_as_nobody_needs_them(model: Model, one_graph: bool) -> None:
+    """No retain_graph beyond what several losses share: afterwards no loss has a graph left to run through."""
+    losses = model.losses(inputs(one_graph))
+    PCGrad(torch.optim.SGD(model.parameters(), lr=0.1)).pc_backward(losses)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="a second time"):
+            loss.backward()
+
+
+def test_gradients_accumulate_like_backward(model: Model) -> None:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    optimizer.pc_backward(model.losses(inputs()))
+    once = {n: None if p.grad is None else p.grad.double() for n, p in model.named_parameters()}
+    optimizer.weights.load_state_dict({"generator": torch.Generator().manual_seed(0).get_state()})
+    optimizer.pc_backward(model.losses(inputs()))
+    assert_gradients(model, {n: None if g is None else 2 * g for n, g in once.items()})
+
+
+def test_existing_gradients_survive_a_failing_backward(model: Model) -> None:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.pc_backward(model.losses(inputs()))
+    before = {n: p.grad for n, p in model.named_parameters()}
+    losses = model.losses(inputs())
+    losses[1].backward()
+    for n, p in model.named_parameters():
+        p.grad = before[n]
+    with pytest.raises(RuntimeError, match="a second time"):
+        optimizer.pc_backward(losses)
+    assert all(p.grad is before[n] for n, p in model.named_parameters())
+
+
+def test_one_task_is_plain_backward(model: Model) -> None:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.pc_backward(model.losses(inputs())[:1])
+    got = {n: None if p.grad is None else p.grad.double() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.losses(inputs())[0].backward()
+    assert_gradients(model, got)
+    assert optimizer.gram is None
+
+
+def scaled_by_caller(model: Model, scaler: torch.amp.GradScaler, losses: list[Tensor]) -> PCGrad:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    optimizer.zero_grad()
+    optimizer.pc_backward([scaler.scale(loss) for loss in losses])
+    scaler.step(optimizer)  # type: ignore[arg-type]
+    return optimizer
+
+
+def scaled_inside(model: Model, scaler: torch.amp.GradScaler, losses: list[Tensor]) -> PCGrad:
+    generator = torch.Generator().manual_seed(0)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=generator, scaler=scaler)
+    optimizer.zero_grad()
+    optimizer.pc_backward(losses)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("run", [scaled_by_caller, scaled_inside])
+def test_gradscaler_changes_nothing(
+    model: Model, run: Callable[[Model, torch.amp.GradScaler, list[Tensor]], PCGrad]
+) -> None:
+    twin = copy.deepcopy(model)
+    plain = PCGrad(torch.optim.SGD(twin.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    plain.pc_backward(twin.losses(inputs()))
+    plain.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    run(model, scaler, model.losses(inputs()))
+    scaler.update()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("run", [scaled_by_caller, scaled_inside])
+def test_gradscaler_skips_a_broken_step(
+    model: Model, run: Callable[[Model, torch.amp.GradScaler, list[Tensor]], PCGrad]
+) -> None:
+    before = [p.clone() for p in model.parameters()]
+    losses = model.losses(inputs())
+    losses[1] = losses[1] * torch.inf
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = run(model, scaler, losses)
+    scaler.update()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert scaler.get_scale() == 4.0
+    assert optimizer.task_weights is not None
+    assert optimizer.task_weights.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters(dtype: torch.dtype) -> None:
+    """Gradients come back in the parameters' dtype; bf16 and fp16 parameters may stand beside fp32 ones."""
+    low, high = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype)), nn.Parameter(torch.tensor([3.0]))
+    optimizer = PCGrad(torch.optim.SGD([low, high], lr=0.1))
+    optimizer.pc_backward([low.sum() * high.sum().to(dtype), -low[0] * 2 * high.sum().to(dtype)])
+    J = torch.tensor([[3.0, 3.0, 3.0], [-6.0, 0.0, -2.0]])
+    expected = oracles.pcgrad(J, [[1], [0]])
+    assert low.grad is not None
+    assert high.grad is not None
+    assert (low.grad.dtype, high.grad.dtype) == (dtype, torch.float32)
+    got = torch.cat([low.grad.double(), high.grad.double()])
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_sparse_gradients() -> None:
+    table = nn.Embedding(7, 3, sparse=True)
+    weight = table.weight
+    optimizer = PCGrad(torch.optim.SGD([weight], lr=0.1))
+    ids = torch.tensor([1, 4, 4])
+    optimizer.pc_backward([table(ids).sum(), -2 * table(ids[1:]).sum()])
+    J = torch.zeros(2, 7, 3)
+    J[0].index_add_(0, ids, torch.ones(3, 3))
+    J[1].index_add_(0, ids[1:], -2 * torch.ones(2, 3))
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.flatten(), oracles.pcgrad(J.flatten(1), [[1], [0]]).float())
+
+
+def test_reentrant_checkpointing() -> None:
+    """Parameters inside a reentrant checkpoint are not in the outer graph; their gradients are found all the same."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    xs = [torch.randn(3, 4, requires_grad=True) for _ in range(2)]
+    gradients = []
+    for reentrant in (True, False):
+        optimizer = PCGrad(torch.optim.SGD(layer.parameters(), lr=0.1))
+        optimizer.zero_grad()
+        losses = [(-1) ** i * checkpoint(layer, x, use_reentrant=reentrant).square().sum() for i, x in enumerate(xs)]
+        optimizer.pc_backward(losses)
+        assert layer.weight.grad is not None
+        gradients.append(layer.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_models_work(model: Model) -> None:
+    expected = naive(model, inputs(), orders_of(0), mean=False)
+    model.encoder = torch.compile(model.encoder, backend="aot_eager")  # type: ignore[assignment]
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    optimizer.pc_backward(model.losses(inputs()))
+    assert_gradients(model, {n: expected[n.replace("_orig_mod.", "")] for n, _ in model.named_parameters()})
+
+
+def test_state_dict_resumes_optimizer_and_orders(model: Model) -> None:
+    def train(model: Model, optimizer: PCGrad, steps: int) -> list[Tensor]:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            optimizer.pc_backward(model.losses(inputs()))
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    optimizer = PCGrad(torch.optim.Adam(model.parameters()), generator=torch.Generator().manual_seed(5))
+    train(model, optimizer, 2)
+    twin, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    resumed = PCGrad(torch.optim.Adam(twin.parameters()))
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, train(model, optimizer, 3), train(twin, resumed, 3)))
+
+
+def test_other_methods_fit(model: Model) -> None:
+    for method in ("mgda", surgery.weights("cagrad", "mean"), lambda gram: torch.full_like(gram[0], 2.0)):
+        optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), weights=method)
+        optimizer.zero_grad()
+        optimizer.pc_backward(model.losses(inputs()))
+        weight = model.encoder[0].weight
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+    plain = torch.autograd.grad(sum(model.losses(inputs())), weight)[0]  # type: ignore[arg-type]
+    torch.testing.assert_close(weight.grad, 2 * plain)
+
+
+def test_schedulers_see_the_optimizer_inside(model: Model) -> None:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer.optimizer, step_size=1, gamma=0.5)
+    optimizer.pc_backward(model.losses(inputs()))
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([], "at least one loss"),
+        ([torch.ones(1)], r"losses\[0\] must be a scalar tensor that requires a gradient"),
+        ([torch.ones(2, requires_grad=True)], r"losses\[0\] must be a scalar"),
+        ([3.0], r"losses\[0\] must be a scalar"),
+        ([torch.ones((), requires_grad=True) * 1 for _ in range(65)], "1 to 64 tasks"),
+    ],
+)
+def test_refusals(losses: list[Tensor], message: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    if len(losses) > 64:
+        losses = [p.sum() * i for i in range(len(losses))]
+    with pytest.raises(ValueError, match=message):
+        PCGrad(torch.optim.SGD([p], lr=0.1)).pc_backward(losses)
+    with pytest.raises(ValueError, match="expected one of none, pcgrad"):
+        PCGrad(torch.optim.SGD([p], lr=0.1), weights="none at all")

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension as a file: what it links to, which processors and GPUs it serves, that sanitizers like it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minbert_fast import _C, native
+
+ROOT = Path(__file__).parents[1]
+EXTENSION = Path(_C.__file__ or "")
+
+
+def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_tests_run_the_build_they_mean_to() -> None:
+    """tests/sanitize.sh puts its own build first on the path; a run that missed it would prove nothing."""
+    folder = os.environ.get("MINBERT_FAST_SANITIZED")
+    assert folder is None or EXTENSION.is_relative_to(folder)
+
+
+@pytest.mark.skipif("MINBERT_FAST_SANITIZED" not in os.environ, reason="an ordinary build, not tests/sanitize.sh's")
+def test_the_sanitizer_would_speak() -> None:
+    """Past the checks, a J one element shorter than it claims is read beyond its end."""
+    code = """
+import torch
+from minbert_fast import native
+J, out = torch.zeros(2, 1000), torch.zeros(2, 2)
+native._C.gram(native._C.Matrix(J.data_ptr(), 0, 2, 1001, 1000), out.data_ptr(), False, 1)
+"""
+    assert "AddressSanitizer: heap-buffer-overflow" in in_new_process(code).stderr
+
+
+def test_instruction_set_can_be_chosen_by_the_environment() -> None:
+    for isa in _C.isas().split():
+        run = in_new_process("from minbert_fast import native; print(native._C.isa())", MINBERT_FAST_ISA=isa)
+        assert run.stdout.strip() == isa, run.stderr
+
+
+def test_an_unknown_instruction_set_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no instruction set 'mmx' here.* have: portable"):
+        _C.set_isa("mmx")
+    run = in_new_process("from minbert_fast import native; native._C.isa()", MINBERT_FAST_ISA="mmx")
+    assert "no instruction set 'mmx' here" in run.stderr
+
+
+def test_the_best_instruction_set_is_the_default() -> None:
+    run = in_new_process("from minbert_fast import native; print(native._C.isa())", MINBERT_FAST_ISA="")
+    assert run.stdout.strip() == _C.isas().split()[-1]
+
+
+def test_links_neither_torch_nor_a_cuda_library() -> None:
+    """One build serves every torch version, and imports where there is no driver."""
+    readelf = shutil.which("readelf")
+    if not readelf:
+        pytest.skip("readelf is not installed")
+    report = subprocess.run([readelf, "-d", EXTENSION], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", report)
+    assert needed
+    assert not [name for name in needed if re.search("torch|c10|cuda|cudart|python", name)]
+
+
+def cuobjdump() -> str:
+    """From the path, or the copy inside Triton."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if not found and triton and triton.origin:
+        found = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    if not found:
+        pytest.skip("cuobjdump is not installed")
+    return found
+
+
+@pytest.mark.skipif(not native.HAS_CUDA, reason="built without CUDA (no nvcc, or MINBERT_FAST_CUDA=0)")
+def test_cuda_kernels_spill_nothing() -> None:
+    """Every kernel for every architecture lives in registers; their counts are printed (pytest -s)."""
+    report = subprocess.run([cuobjdump(), "-res-usage", EXTENSION], capture_output=True, text=True, check=True).stdout
+    architectures = set(re.findall(r"arch = (sm_\d+)", report))
+    assert {"sm_80", "sm_90", "sm_100"} <= architectures
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    assert len(kernels) > 100
+    for name, registers, stack, shared, local in kernels:
+        print(f"{registers:>4} registers {shared:>6} bytes shared  {name}")
+        assert (stack, local) == ("0", "0"), f"{name} spills: {stack} bytes of stack, {local} local"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_cuda_compiles_without_a_warning(architecture: int, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("nvcc is not installed")
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-Werror=all-warnings"]
+        command += ["-Xptxas=-v", f"-I{ROOT / 'csrc'}", "-DMINBERT_HAS_CUDA", str(source), "-o", str(tmp_path / "x")]
+        report = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert report.returncode == 0, report.stderr
+        used = re.findall(r"Used (\d+) registers", report.stderr)
+        print(f"sm_{architecture} {source.name}: {len(used)} kernels, at most {max(map(int, used))} registers")
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report.stderr)
+        assert used
+        assert set(spills) <= {"0"}, report.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sanitizers_find_nothing() -> None:
+    if sys.platform != "linux" or not shutil.which("c++"):
+        pytest.skip("needs Linux and a C++ compiler")
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
+    run = subprocess.run([ROOT / "tests" / "sanitize.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
