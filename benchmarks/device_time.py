@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of single kernels on a GPU: device events around a replayed graph, with the L2 cache cold or warm.
 
-A kernel of ten microseconds drowns in the host's launch overhead, and a loop over one small buffer measures the cache. So
-each candidate is captured once as a CUDA graph; before each replay the device gets work that hides the host's latency: for
-cold times a write over more than the L2 holds, for warm ones a wait.
+A kernel of ten microseconds drowns in the host's launch overhead, and a loop over one small buffer measures the
+cache. So each candidate is captured once as a CUDA graph; before each replay the device gets work that hides the
+host's latency: for cold times a write over more than the L2 holds, for warm ones a wait.
 """
 
 from __future__ import annotations

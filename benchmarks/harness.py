@@ -26,6 +26,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+#: From the functions by name and the device to milliseconds of each.
+Timer = Callable[[Mapping[str, Callable[[], object]], torch.device], dict[str, list[float]]]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to compute a case's result. `bytes` and `flops` count what it must move and do at the least."""
@@ -106,10 +110,12 @@ def case(
     *,
     baselines: Iterable[str] = (),
     product: str = "fp32",
-    repeats: int = 15,
-    seconds: float = 10.0,
+    timer: Timer = measure,
 ) -> list[Row]:
-    """Checks every candidate, times those that are right, and compares them with each of `baselines`."""
+    """Checks every candidate, times those that are right, and compares them with each of `baselines`.
+
+    `timer` is `measure`, or what takes its place where a host's clock is too coarse.
+    """
     rows = {key: Row(suite, name, key) for key in candidates}
     for key, candidate in candidates.items():
         try:
@@ -118,7 +124,7 @@ def case(
         except AssertionError as error:
             rows[key].note = f"WRONG RESULT, not timed: {str(error).strip().splitlines()[0] if str(error) else ''}"
     sound = {key: c.run for key, c in candidates.items() if not rows[key].note}
-    for key, times in measure(sound, device, repeats=repeats, seconds=seconds).items():
+    for key, times in timer(sound, device).items():
         _fill(rows[key], candidates[key], times, ceilings, product)
     for row in rows.values():
         for baseline in baselines:

@@ -20,10 +20,9 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
     """Every case of every op."""
     for op in OPS:
         for case in importlib.import_module(f"benchmarks.kernels.{op}").cases(device):
+            timers: dict[str, harness.Timer] = {"": harness.measure}
             if device.type == "cuda":
                 timers = {f"{how} L2": partial(device_time.measure, cold=how == "cold") for how in ("cold", "warm")}
-            else:
-                timers = {"": harness.measure}
             for how, timer in timers.items():
                 name = ", ".join(filter(None, (case.name, how)))
                 yield from harness.case(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """adamw: the Triton step against torch's fused one and against the extension's; on a CPU the surgery suite times ours.
 
-Bytes a parameter: p, m, v read and written 24, a gradient 4, J of T tasks 4 T, the bf16 copy 2. By rows, an untouched row
-has no gradient to read.
+Bytes a parameter: p, m, v read and written 24, a gradient 4, J of T tasks 4 T, the bf16 copy 2. By rows, an
+untouched row has no gradient to read.
 """
 
 from __future__ import annotations

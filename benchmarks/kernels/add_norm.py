@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """add_norm: LayerNorm(residual + dropout(x + bias)), forward and backward, against eager, compiled and LayerNorm alone.
 
-Bytes, e an element: forward reads x and residual and writes y, 3 e N H + 8 N (statistics); backward reads dy, x, residual
-and writes dx and dresidual, 5 e N H + 8 N.
+Bytes, e an element: forward reads x and residual and writes y, 3 e N H + 8 N (statistics); backward reads dy, x,
+residual and writes dx and dresidual, 5 e N H + 8 N.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> I
     def exact() -> tuple[Tensor, list[Tensor]]:
         leaves = [t.float().requires_grad_() for t in (x, bias, residual, gamma, beta)]
         keep = keep_mask(seed, 0, torch.arange(rows, device=device), width, P)
-        y = reference.add_norm(*leaves, EPS, keep)
-        return y, leaves
+        a, b, c, d, e = leaves
+        return reference.add_norm(a, b, c, d, e, EPS, keep), leaves
 
     def check() -> None:
         close("y", ours()[0], exact()[0].detach(), dtype)
@@ -85,7 +85,7 @@ def _cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> I
     moved = 5 * x.element_size() * rows * width + 8 * rows
     leaves = [t.clone().requires_grad_() for t in inputs]
     norm_leaves = [t.clone().requires_grad_() for t in (residual, gamma, beta)]
-    alone = F.layer_norm(norm_leaves[0], (width,), *norm_leaves[1:], EPS)
+    alone = F.layer_norm(norm_leaves[0], (width,), norm_leaves[1], norm_leaves[2], EPS)
     candidates = {
         "ours": Candidate(ours_backward, check_backward, moved),
         "eager": Candidate(backward_of(eager(*leaves), leaves, dy), None, moved),

@@ -52,7 +52,8 @@ def bounds(rows: int, device: torch.device) -> Tensor:
 
 def close(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     """AssertionError unless `actual` is `exact` but for rounding in `dtype`."""
-    error = float((actual.double() - exact.double()).norm() / exact.double().norm())
+    got, wanted = actual.detach().double(), exact.detach().double()
+    error = float((got - wanted).norm() / wanted.norm())
     assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}, allowed {TOLERANCE[dtype]:.0e}"
 
 

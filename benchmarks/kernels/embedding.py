@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """embedding: word + position + type, LayerNorm, dropout; the backward with row-sparse word gradients by task.
 
-Bytes, e an element: forward reads a word row and writes y, 2 e N H (the small tables stay in cache). Backward reads dy and
-the word rows, writes and reads dz, 4 e N H, and writes dword 4 T U H and dposition 4 T S H.
+Bytes, e an element: forward reads a word row and writes y, 2 e N H (the small tables stay in cache). Backward reads
+dy and the word rows, writes and reads dz, 4 e N H, and writes dword 4 T U H and dposition 4 T S H.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import EPS, TASKS, Case, P, backward_of, close, draw, dtypes, label
-from minbert_fast import reference
+from minbert_fast import functional, reference
 from minbert_fast.functional.dropout import keep_mask
 from minbert_fast.packing import PackedBatch, pack
 
@@ -44,8 +44,8 @@ def _batch(sentences: int) -> PackedBatch:
 def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     rows, distinct = len(batch.tokens), batch.num_words
     index = (batch.tokens, batch.positions, batch.types)
-    tables = [draw(size, width, dtype=dtype, device=device) for size in (VOCABULARY, POSITIONS, TYPES)]
-    gamma, beta = (draw(width, dtype=dtype, device=device) for _ in range(2))
+    sizes = ((VOCABULARY, width), (POSITIONS, width), (TYPES, width), (width,), (width,))
+    *tables, gamma, beta = parameters = [draw(*size, dtype=dtype, device=device) for size in sizes]
     dy = draw(rows, width, dtype=dtype, device=device)
     seed = torch.tensor([1], device=device)
     ops = torch.ops.minbert_fast
@@ -59,9 +59,10 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
         return F.dropout(F.layer_norm(total, (width,), gamma, beta, EPS), P)
 
     def exact() -> tuple[Tensor, list[Tensor]]:
-        leaves = [t.float().requires_grad_() for t in (*tables, gamma, beta)]
+        leaves = [t.float().requires_grad_() for t in parameters]
         keep = keep_mask(seed, 0, torch.arange(rows, device=device), width, P)
-        return reference.embedding(*index, *leaves, EPS, keep), leaves
+        word, position, type_, scale, shift = leaves
+        return reference.embedding(*index, word, position, type_, scale, shift, EPS, keep), leaves
 
     def check() -> None:
         close("y", ours()[0], exact()[0].detach(), dtype)
@@ -71,22 +72,18 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
         label("embedding forward", dtype, rows, width),
         {
             "ours": Candidate(ours, check, moved),
-            "eager": Candidate(lambda: eager(*tables, gamma, beta), None, moved),
+            "eager": Candidate(lambda: eager(*parameters), None, moved),
         },
     )
 
-    _, mean, rstd = ours()
     small = torch.empty(2, TASKS, width, device=device)
     dtype_, dposition, dword = (torch.empty(TASKS, n, width, device=device) for n in (TYPES, POSITIONS, distinct))
-    offsets = batch.word_offsets[: distinct + 1]
+    rows_of = (batch.task_tokens, batch.cu_seqlens, batch.word_order, batch.word_offsets[: distinct + 1])
+    sink = functional.EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
+    output = functional.embedding(*index, *parameters, EPS, P, seed, 0, sink)  # type: ignore[arg-type, call-arg]
 
     def ours_backward() -> None:
-        dz = ops.embedding_norm_backward(
-            dy, *index, *tables, gamma, mean, rstd, batch.task_tokens, P, seed, 0, *small, dtype_
-        )
-        ops.embedding_gather(
-            dz, batch.task_tokens, batch.cu_seqlens, batch.word_order, offsets, dword, dposition
-        )
+        output.backward(dy, retain_graph=True)
 
     def check_backward() -> None:
         y, leaves = exact()
@@ -98,7 +95,7 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
             close(name, got.sum(0), wanted, dtype)
 
     moved = 4 * dy.element_size() * rows * width + 4 * (dword.numel() + dposition.numel())
-    leaves = [t.clone().requires_grad_() for t in (*tables, gamma, beta)]
+    leaves = [t.clone().requires_grad_() for t in parameters]
     yield Case(
         label("embedding backward", dtype, rows, width),
         {

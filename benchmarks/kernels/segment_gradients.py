@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_gradients: every task's weight gradient, against a product a task and against one product for all tasks.
 
-FLOPs: 2 N O I, the same for all three (a sum over rows, cut at other places). Bytes: inputs e N (O + I), output 4 T O I.
+FLOPs: 2 N O I, the same for all three (a sum over rows, cut at other places). Bytes: inputs e N (O + I), output 4 T
+O I.
 """
 
 from __future__ import annotations
