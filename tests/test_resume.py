@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,18 @@ class Zygote:
         assert self.process.stdin is not None
         print(json.dumps(arguments), file=self.process.stdin, flush=True)
         pid = self.answer()["pid"]
-        killer = threading.Timer(kill_after or 0.0, os.kill, (pid, signal.SIGKILL))
-        if kill_after is not None:
-            killer.start()
-        status: int = self.answer()["status"]
+        if kill_after is None:
+            return int(self.answer()["status"])
+
+        def kill() -> None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Timer(kill_after, kill)
+        killer.start()
+        status = int(self.answer()["status"])
         killer.cancel()
-        killer.join() if kill_after is not None else None
+        killer.join()
         return status
 
     def close(self) -> None:
