@@ -47,8 +47,13 @@ struct Pairs {
   }
 
   static void copy_row(const bfloat16* row, int64_t width, Words to, int64_t i) {
-    std::memcpy(to.row(i), row, static_cast<size_t>(width) * sizeof(bfloat16));
-    std::memset(to.halves(i) + width, 0, static_cast<size_t>(2 * to.pitch - width) * sizeof(bfloat16));
+    bfloat16* copy = to.halves(i);
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= width; k += 2 * kLanes) std::memcpy(copy + k, row + k, 2 * kLanes * sizeof(bfloat16));
+    if (k == 2 * to.pitch) return;
+    bfloat16 rest[2 * kLanes] = {};
+    std::memcpy(rest, row + k, static_cast<size_t>(width - k) * sizeof(bfloat16));
+    std::memcpy(copy + k, rest, sizeof rest);
   }
   static void pack_row(float* row, int64_t columns) {
     for (int64_t i = 0; i < columns; i += kLanes) store(reinterpret_cast<bfloat16*>(row) + i, load(row + i), All{});
