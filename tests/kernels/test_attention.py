@@ -59,6 +59,10 @@ def check(qkv: Tensor, dout: Tensor, lengths: Sequence[int], p: float = 0.0, bou
 
 @pytest.mark.parametrize("lengths", AWKWARD_LENGTHS.values(), ids=AWKWARD_LENGTHS)
 def test_awkward_lengths(lengths: tuple[int, ...], device: torch.device) -> None:
+    if not sum(lengths):  # no formula to differentiate: nothing but zeros may come out
+        qkv, dout = rows_of(lengths, 2, 16, torch.float32, device)
+        assert not any(t.any() for t in run(qkv, dout, lengths, 0.2, None)[:3])
+        return
     check(*rows_of(lengths, 2, 16, torch.float32, device), lengths, p=0.2)
 
 
@@ -169,7 +173,9 @@ def test_dropout_stream_is_the_one_of_plain_pytorch(device: torch.device) -> Non
     seed = torch.tensor([2**33 + 1], device=device)
     rows = torch.arange(7, device=device)
     for head, factors in enumerate(kernels.attention_dropout_mask(7, 3, 37, 0.15, seed, SITE)):
-        assert torch.equal(factors, keep_mask(seed, SITE, rows, 37, 0.15, plane=head))
+        expected = keep_mask(seed, SITE, rows, 37, 0.15, plane=head)
+        assert torch.equal(factors != 0, expected != 0)
+        torch.testing.assert_close(factors, expected, atol=0, rtol=2e-7)  # 1 / (1 - p) may round another way
 
 
 def test_dropout_statistics(device: torch.device) -> None:
@@ -263,4 +269,9 @@ def test_captured_graph_follows_lengths_and_seed(device: torch.device) -> None:
             assert torch.equal(a, b)
 
 
-GOLDEN: list[str] = []
+GOLDEN = [
+    "00100100101110010100",
+    "00110100000101000011",
+    "11101101100110110100",
+    "00010010110011101011",
+]
