@@ -27,7 +27,7 @@ from tests.small import DEV_ROWS, small_data, small_run
 TIMES = ("step_seconds", "time")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Tiny models: a second thread only costs."""
     threads = torch.get_num_threads()
@@ -277,7 +277,12 @@ def test_a_cut_run_resumes_to_the_same_bytes(data: Path, tmp_path: Path, backend
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "3")) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "7", "--resume")) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--resume")) == 0
-    for name in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/recipe.toml"):
+    for name in (
+        "last/model.safetensors",
+        "last/heads.safetensors",
+        "best/model.safetensors",
+        "best/heads.safetensors",
+    ):
         whole, cut = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
         assert whole == cut, name
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
@@ -430,5 +435,6 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
         shown = tomllib.loads(capsys.readouterr().out)
         assert shown["name"] == name
         assert {"model", "data", "optimizer", "training"} <= shown.keys()
-    assert cli.run(recipes.main, ["show", "nonsense"]) == 2
-    assert "no such recipe" in capsys.readouterr().err
+    for wrong, expected in ((["show", "nonsense"], "no such recipe"), (["show"], "show NAME"), (["dance"], "dance")):
+        assert cli.run(recipes.main, wrong) == 2
+        assert expected in capsys.readouterr().err
