@@ -18,8 +18,8 @@ import pytest
 import torch
 import transformers
 
-from minbert_fast import cli, recipes, train
-from minbert_fast.config import Recipe, recipe_names
+from minbert_fast import cli, train
+from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
 from minbert_fast.training.outputs import RunDirectory
 from tests.small import DEV_ROWS, small_data, small_run
@@ -421,20 +421,3 @@ def test_threads_take_no_signals_but_train(data: Path, tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert status == [0]
-
-
-# ---- Recipes -----------------------------------------------------------------------------------------------
-
-
-def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(recipes.main, []) == 0
-    listed = capsys.readouterr().out
-    for name in recipe_names():
-        assert name in listed
-        assert cli.run(recipes.main, ["show", name]) == 0
-        shown = tomllib.loads(capsys.readouterr().out)
-        assert shown["name"] == name
-        assert {"model", "data", "optimizer", "training"} <= shown.keys()
-    for wrong, expected in ((["show", "nonsense"], "no such recipe"), (["show"], "show NAME"), (["dance"], "dance")):
-        assert cli.run(recipes.main, wrong) == 2
-        assert expected in capsys.readouterr().err

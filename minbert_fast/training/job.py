@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minbert_fast import weights
+from minbert_fast import surgery, weights
 from minbert_fast.bert import BertModel
 from minbert_fast.config import Recipe
 from minbert_fast.data import (
@@ -36,7 +36,6 @@ from minbert_fast.data import (
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.schema import ConfigError, plain
 from minbert_fast.storage import raw
-from minbert_fast.surgery import Surgery
 from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training import evaluation, loop
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
@@ -176,7 +175,9 @@ class _Job:
 
     def _stage(self, index: int, recipe: Recipe) -> loop.Stage:
         tasks = stage_tasks(recipe)
-        Surgery.of(recipe.surgery, recipe.training.seed)  # refuses an unknown method now, not when the stage begins
+        surgery.weights(
+            recipe.surgery.method, recipe.surgery.reduction
+        )  # refuses an unknown method now, not when the stage begins
         tables = {name: self.data.train[name] for name in tasks}
         training = recipe.training
         collator = Collator(tables, recipe.data.max_length, frozenset(n for n, t in tasks.items() if t.joint))
