@@ -24,8 +24,17 @@ def test_a_recipe_shown_loads_again(name: str, capsys: pytest.CaptureFixture[str
     assert build(Recipe, tomllib.loads(capsys.readouterr().out), name) == Recipe.load(name)
 
 
-def test_an_unknown_recipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(recipes.main, ["show", "nothing"]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["show", "nothing"], "no such recipe"),
+        (["show"], "show NAME"),
+        (["list", "default"], "show NAME"),
+        (["dance"], "dance"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(recipes.main, arguments) == 2
     error = capsys.readouterr().err
-    assert "no such recipe" in error
+    assert expected in error
     assert error.count("\n") == 1

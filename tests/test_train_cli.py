@@ -18,8 +18,8 @@ import pytest
 import torch
 import transformers
 
-from minbert_fast import cli, recipes, train
-from minbert_fast.config import Recipe, recipe_names
+from minbert_fast import cli, train
+from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
 from minbert_fast.training.outputs import RunDirectory
 from tests.small import DEV_ROWS, small_data, small_run
@@ -27,7 +27,7 @@ from tests.small import DEV_ROWS, small_data, small_run
 TIMES = ("step_seconds", "time")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Tiny models: a second thread only costs."""
     threads = torch.get_num_threads()
@@ -277,7 +277,12 @@ def test_a_cut_run_resumes_to_the_same_bytes(data: Path, tmp_path: Path, backend
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "3")) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "7", "--resume")) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--resume")) == 0
-    for name in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/recipe.toml"):
+    for name in (
+        "last/model.safetensors",
+        "last/heads.safetensors",
+        "best/model.safetensors",
+        "best/heads.safetensors",
+    ):
         whole, cut = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
         assert whole == cut, name
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
@@ -416,19 +421,3 @@ def test_threads_take_no_signals_but_train(data: Path, tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert status == [0]
-
-
-# ---- Recipes -----------------------------------------------------------------------------------------------
-
-
-def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(recipes.main, []) == 0
-    listed = capsys.readouterr().out
-    for name in recipe_names():
-        assert name in listed
-        assert cli.run(recipes.main, ["show", name]) == 0
-        shown = tomllib.loads(capsys.readouterr().out)
-        assert shown["name"] == name
-        assert {"model", "data", "optimizer", "training"} <= shown.keys()
-    assert cli.run(recipes.main, ["show", "nonsense"]) == 2
-    assert "no such recipe" in capsys.readouterr().err
