@@ -56,14 +56,14 @@ def checkpoint(model: MultitaskModel, tmp_path_factory: pytest.TempPathFactory) 
 def test_batches_of_any_size_give_each_row_its_own_prediction(model, tables):
     counted = []
     whole = evaluate(model, tables, progress=counted.append)
-    single = evaluate(model, tables, token_budget=1)
+    small = evaluate(model, tables, token_budget=100)
     assert sum(counted) == sum(map(len, tables.values())) == 3 * ROWS
     for name, result in whole.tasks.items():
-        alone = single.tasks[name]
+        alone = small.tasks[name]
         np.testing.assert_allclose(result.predictions, alone.predictions, rtol=1e-4, atol=1e-5)
         assert result.ids == alone.ids
         assert len(np.unique(result.probabilities if name != "similarity" else result.predictions)) > ROWS // 4
-    assert whole.metrics == pytest.approx(single.metrics)
+    assert whole.metrics == pytest.approx(small.metrics)
     parts = whole.metrics["sentiment_accuracy"], whole.metrics["paraphrase_accuracy"]
     assert whole.score == pytest.approx((sum(parts) + (whole.metrics["similarity_pearson"] + 1) / 2) / 3)
 
@@ -189,22 +189,24 @@ def test_devices_and_precisions():
 
 
 @pytest.mark.slow
-def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path):
+def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     recipe = build(Recipe, {"tasks": {"similarity": {}}}, "test")
     model = MultitaskModel(BertModel.from_pretrained(minilm), build_tasks(recipe))
-    source = read_table(shared_data / "sts-dev.csv", "similarity")
+    lines = (shared_data / "sts-dev.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "sts-dev.csv").write_text("".join(lines[:151]), encoding="utf-8")
+    source = read_table(tmp_path / "sts-dev.csv", "similarity")
     table = tokenize_table(source, Tokenizer.from_pretrained(minilm))
     result = evaluate(model, {"similarity": table}).tasks["similarity"]
 
     stock = transformers.AutoModel.from_pretrained(minilm)
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-    for row in range(0, len(source), 50):
+    for row in range(0, len(source), 10):
         encoded = tokenizer([column[row] for column in source.sentences], padding=True, return_tensors="pt")
         mask = encoded["attention_mask"][:, :, None]
         with torch.no_grad():
             u, v = (stock(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1)
         expected = 5 * torch.cosine_similarity(u, v, dim=0).clamp(min=0).item()
         assert result.predictions[row] == pytest.approx(expected, abs=1e-4)
-    assert result.metrics["similarity_pearson"] > 0.8  # without any training
+    assert result.metrics["similarity_pearson"] > 0.7  # without any training
