@@ -64,8 +64,8 @@ _TABLES: dict[tuple[int, int], LaunchTable] = {
     (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
     (2, 128): LaunchTable(((1, 2), (4, 4)), Tile(64, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
     (4, 32): LaunchTable(((2, 4), (4, 8)), Tile(32, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)),
-    (4, 64): LaunchTable(((2, 4), (4, 8)), Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1)),
-    (4, 128): LaunchTable(((4, 8),), Tile(16, 8, 1), Tile(16, 8, 1), Tile(16, 8, 1)),
+    (4, 64): LaunchTable(((2, 4), (4, 8)), Tile(16, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1)),
+    (4, 128): LaunchTable(((4, 8),), Tile(16, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1)),
 }
 
 
