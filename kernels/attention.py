@@ -64,8 +64,8 @@ _TABLES: dict[tuple[int, int], LaunchTable] = {
     (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
     (2, 128): LaunchTable(((1, 2), (4, 4)), Tile(64, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
     (4, 32): LaunchTable(((2, 4), (4, 8)), Tile(32, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)),
-    (4, 64): LaunchTable(((2, 4), (4, 8)), Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1)),
-    (4, 128): LaunchTable(((4, 8),), Tile(16, 8, 1), Tile(16, 8, 1), Tile(16, 8, 1)),
+    (4, 64): LaunchTable(((2, 4), (4, 8)), Tile(16, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1)),
+    (4, 128): LaunchTable(((4, 8),), Tile(16, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1)),
 }
 
 
@@ -188,12 +188,13 @@ def attention_dense_backward(
 
 
 @triton.jit
-def _dropout_factors(out_ptr, seed_ptr, site, length, P: tl.constexpr, K: tl.constexpr):
-    row, head = tl.program_id(0), tl.program_id(1)
+def _dropout_factors(out_ptr, seed_ptr, site, rows, length, P: tl.constexpr, K: tl.constexpr):
+    row, head = tl.program_id(0) * 64 + tl.arange(0, 64), tl.program_id(1)
     key = tl.arange(0, K)
-    keeps = dropout_keeps(seed_ptr, site, head, row + tl.zeros((1,), tl.int32), 0, K, P)
-    start = (head * tl.num_programs(0) + row).to(tl.int64) * length
-    tl.store(out_ptr + start + key[None, :], tl.where(keeps != 0, 1.0 / (1.0 - P), 0.0), mask=(key < length)[None, :])
+    keeps = dropout_keeps(seed_ptr, site, head, row, 0, K, P)
+    position = (head * rows + row).to(tl.int64)[:, None] * length + key[None, :]
+    mask = (row < rows)[:, None] & (key < length)[None, :]
+    tl.store(out_ptr + position, tl.where(keeps != 0, 1.0 / (1.0 - P), 0.0), mask=mask)
 
 
 def attention_dropout_mask(rows: int, heads: int, max_seqlen: int, p: float, seed: Tensor, site: int = 0) -> Tensor:
@@ -204,7 +205,8 @@ def attention_dropout_mask(rows: int, heads: int, max_seqlen: int, p: float, see
     """
     factors = torch.empty(heads, rows, max_seqlen, dtype=torch.float32, device=seed.device)
     keys = max(4, triton.next_power_of_2(max_seqlen))
-    _dropout_factors[(rows, heads)](factors, seed, site, max_seqlen, P=p, K=keys, enable_fp_fusion=True)
+    grid = (triton.cdiv(rows, 64), heads)
+    _dropout_factors[grid](factors, seed, site, rows, max_seqlen, P=p, K=keys, enable_fp_fusion=True)
     return factors
 
 

@@ -131,14 +131,10 @@ def reference(
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         results = [o.detach() for o in outputs]
         if cotangents:
-            pairs = [(o, convert(c)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
-            results += torch.autograd.grad(
-                [o for o, _ in pairs],
-                [leaves[n] for n in floating],
-                [c for _, c in pairs],
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            # Without a single sentence an output depends on no input.
+            nothing = sum(leaves[n].flatten()[:1].sum() * 0 for n in floating)
+            pairs = [(o + nothing, convert(c)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+            results += torch.autograd.grad([o for o, _ in pairs], [leaves[n] for n in floating], [c for _, c in pairs])
         return results
 
     plain, exact = run(None), run(torch.float64)

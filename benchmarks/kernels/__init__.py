@@ -13,7 +13,7 @@ from benchmarks import device_time, harness
 from benchmarks.harness import Ceilings, Row
 
 #: Each is a module of this folder with `cases(device) -> Iterator[Case]`.
-OPS = ("add_norm", "bias_gelu", "embedding", "segment_gradients", "adamw")
+OPS = ("attention", "add_norm", "bias_gelu", "embedding", "segment_gradients", "adamw")
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
