@@ -12,17 +12,18 @@ from collections.abc import Sequence
 
 from minbert_fast import cli
 from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.schema import ConfigError
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the list of recipes, or one of them."""
     parser = cli.Parser("recipes", "Shows the recipes that ship with the package.")
-    actions = parser.add_subparsers(dest="action", title="actions")
-    actions.add_parser("list", help="name, published scores, source and one line of each (the default)")
-    show = actions.add_parser("show", help="every value of one recipe, as TOML")
-    show.add_argument("name", metavar="NAME", help="a recipe's name, or a .toml file")
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "show"), help="(default: list)")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show: a recipe's name, or a .toml file")
     chosen = parser.parse_args(arguments)
-    if chosen.action == "show":
+    if (chosen.action == "show") != (chosen.name is not None):
+        raise ConfigError("expected `list`, or `show NAME`")
+    if chosen.name is not None:
         print(Recipe.load(chosen.name).to_toml(), end="")
     else:
         print(listing([Recipe.load(name) for name in recipe_names()]))

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from minbert_fast import _C
 
 # Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before any kernel is defined, so for the
 # whole test process.
@@ -48,3 +51,20 @@ def minilm() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real weights: set MINBERT_FAST_MINILM to a MiniLM-L6 folder")
     return Path(folder)
+
+
+@pytest.fixture(params=_C.isas().split())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this build and processor share, in turn."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

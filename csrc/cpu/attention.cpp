@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention within sentences. A thread owns a (sentence, head) whole, forward and backward, so nothing is summed across
-// threads. Its operands are copied into scratch as floats, keys (and values) transposed too where the lanes of a product
-// run along keys. Queries are taken in blocks whose scores against every key stand in scratch: no online softmax.
+// threads. Its operands are copied into scratch in the form that products want (cpu/matmul.h), keys and values transposed
+// where the lanes of a product run along them. Queries are taken in blocks whose scores against every key stand in
+// scratch: no online softmax.
 //
-// n rows of the sentence, d head width; N and D the same rounded up to whole registers; M queries of a block.
+// n rows of the sentence, d head width; N and D the same rounded up to whole registers; W words of a row of d elements,
+// rounded up too; M queries of a block.
 #include <math.h>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -37,7 +39,7 @@ struct Sentence {
 class Scratch {
  public:
   explicit Scratch(float* memory) : next_(memory) {}
-  Matrix32 matrix(int64_t rows, int64_t pitch) {
+  Words matrix(int64_t rows, int64_t pitch) {
     float* data = next_;
     next_ += rows * pitch;
     return {data, pitch};
@@ -56,18 +58,14 @@ struct HeadRows {
   T* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows [first, first + count) of the sentence as floats, columns beyond the width zero.
-template <class T>
-void gather(const Sentence& s, HeadRows<const T> from, int64_t first, int64_t count, Matrix32 to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = from.row(s.row(first + i));
-    float* copy = to.row(i);
-    for_columns(from.width, [&](int64_t k, auto lanes, int) { store(copy + k, load(row + k, lanes)); });
-  }
+// Rows [first, first + count) of the sentence.
+template <class Kind, class T>
+void gather(const Sentence& s, HeadRows<const T> from, int64_t first, int64_t count, Words to) {
+  for (int64_t i = 0; i < count; ++i) Kind::copy_row(from.row(s.row(first + i)), from.width, to, i);
 }
 
 template <class T>
-void scatter(const Sentence& s, Matrix32 from, int64_t first, int64_t count, HeadRows<T> to) {
+void scatter(const Sentence& s, Words from, int64_t first, int64_t count, HeadRows<T> to) {
   for (int64_t i = 0; i < count; ++i) {
     T* row = to.row(s.row(first + i));
     const float* copy = from.row(i);
@@ -75,10 +73,10 @@ void scatter(const Sentence& s, Matrix32 from, int64_t first, int64_t count, Hea
   }
 }
 
-// to [D, N] = from [n, D] transposed, columns beyond n zero.
-void transpose(Matrix32 from, int64_t rows, int64_t width, Matrix32 to) {
+// to [pitch of from, N] = from [rows, pitch] transposed, columns beyond the rows zero.
+void transpose(Words from, int64_t rows, Words to) {
   for (int64_t i = 0; i < rows; i += kLanes)
-    for (int64_t k = 0; k < width; k += kLanes) {
+    for (int64_t k = 0; k < from.pitch; k += kLanes) {
       vfloat square[kLanes];
       for (int r = 0; r < kLanes; ++r) square[r] = i + r < rows ? load(from.row(i + r) + k) : vfloat{};
       transpose_square(square);
@@ -130,22 +128,25 @@ int thread_number() {
 
 template <class T>
 void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, float* lse, float* memory) {
-  const int64_t n = s.count, d = op.head_dim, N = round_up(n, kLanes), D = round_up(d, kLanes), M = attention_block(n);
+  using Kind = typename ProductOf<T>::Kind;
+  const int64_t n = s.count, d = op.head_dim, M = attention_block(n);
+  const int64_t N = round_up(n, kLanes), D = round_up(d, kLanes), W = round_up(Kind::words(d), kLanes);
   Scratch scratch(memory);
-  const Matrix32 keep = scratch.matrix(1, round_up(s.kept ? op.period : n, kDrawColumns));
-  const Matrix32 keys = scratch.matrix(D, N), values = scratch.matrix(n, D), queries = scratch.matrix(n, D);
-  const Matrix32 scores = scratch.matrix(M, N), result = scratch.matrix(M, D);
+  const Words keep = scratch.matrix(1, round_up(s.kept ? op.period : n, kDrawColumns));
+  const Words rows = scratch.matrix(n, W), keys_t = scratch.matrix(W, N), stacked = scratch.matrix(n, D);
+  const Words queries = scratch.matrix(M, W), scores = scratch.matrix(M, N), result = scratch.matrix(M, D);
 
   const int64_t part = op.heads * d;
   const T* qkv = static_cast<const T*>(op.qkv) + head * d;
-  gather<T>(s, {qkv + part, op.stride, d}, 0, n, queries);
-  transpose(queries, n, D, keys);
-  gather<T>(s, {qkv, op.stride, d}, 0, n, queries);
-  gather<T>(s, {qkv + 2 * part, op.stride, d}, 0, n, values);
+  gather<Kind, T>(s, {qkv + part, op.stride, d}, 0, n, rows);
+  transpose(rows, n, keys_t);
+  gather<Kind, T>(s, {qkv + 2 * part, op.stride, d}, 0, n, rows);
+  const Words values = Kind::stack(rows, n, D, stacked);
 
   for (int64_t first = 0; first < n; first += M) {
     const int64_t count = n - first < M ? n - first : M;
-    product(count, N, d, {queries.row(first), D, 1}, keys, scores);
+    gather<Kind, T>(s, {qkv, op.stride, d}, first, count, queries);
+    product<Kind>(count, N, Kind::words(d), {queries.data, W, 1}, keys_t, scores);
     float inverse[kAttentionBlock];
     for (int64_t i = 0; i < count; ++i) {
       const Softmax softened = softmax(scores.row(i), n, op.scale * kLog2E);
@@ -155,8 +156,9 @@ void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, 
         draw(op.dropout, head, s, first + i, op.period, keep.data);
         multiply(scores.row(i), keep.data, n);
       }
+      Kind::pack_row(scores.row(i), N);
     }
-    product(count, D, n, {scores.data, N, 1}, values, result);
+    product<Kind>(count, D, Kind::words(n), {scores.data, N, 1}, values, result);
     for (int64_t i = 0; i < count; ++i) {
       float* row = result.row(i);
       for_columns(D, [&](int64_t k, auto, int) { store(row + k, load(row + k) * inverse[i]); });
@@ -165,62 +167,73 @@ void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, 
   }
 }
 
+// The scores of one query become weights [n] in `weight`, and their gradients `dscore` (before the softmax: the weights'
+// own) the scores' gradients. `keep` [n] null without dropout.
+void softmax_backward(float* weight, float* dscore, const float* keep, int64_t n, float scale, float lse) {
+  // The saved log-sum-exp stands in for the largest score; its rounding goes away with the sum.
+  const float factor = scale * kLog2E, offset = lse * kLog2E;
+  Sum sum, product;
+  for_columns(n, [&](int64_t j, auto lanes, int slot) __attribute__((always_inline)) {
+    const vfloat w = keep_lanes(exp2(load(weight + j) * factor - offset), lanes, 0);
+    const vfloat g = keep ? load(dscore + j) * load(keep + j) : load(dscore + j);
+    store(weight + j, w);
+    store(dscore + j, g);
+    sum.add(slot, w);
+    product.add(slot, w * g);
+  });
+  const float inverse = 1.0f / sum.total(), along = product.total() * inverse;
+  for_columns(n, [&](int64_t j, auto, int) __attribute__((always_inline)) {
+    const vfloat w = load(weight + j) * inverse;
+    store(dscore + j, w * (load(dscore + j) - along) * scale);
+    store(weight + j, keep ? w * load(keep + j) : w);
+  });
+}
+
 template <class T>
 void backward_head(const Attention& op, const Sentence& s, int64_t head, HeadRows<const T> dout, const float* lse,
                    T* dqkv, float* memory) {
-  const int64_t n = s.count, d = op.head_dim, N = round_up(n, kLanes), D = round_up(d, kLanes), M = attention_block(n);
+  using Kind = typename ProductOf<T>::Kind;
+  const int64_t n = s.count, d = op.head_dim, M = attention_block(n);
+  const int64_t N = round_up(n, kLanes), D = round_up(d, kLanes), W = round_up(Kind::words(d), kLanes);
   Scratch scratch(memory);
-  const Matrix32 keep = scratch.matrix(1, round_up(s.kept ? op.period : n, kDrawColumns));
-  const Matrix32 keys = scratch.matrix(n, D), keys_t = scratch.matrix(D, N), values_t = scratch.matrix(D, N);
-  const Matrix32 dkeys = scratch.matrix(n, D), dvalues = scratch.matrix(n, D);
-  const Matrix32 queries = scratch.matrix(M, D), cotangent = scratch.matrix(M, D), dqueries = scratch.matrix(M, D);
-  const Matrix32 weights = scratch.matrix(M, N), dscores = scratch.matrix(M, N);
+  const Words keep = scratch.matrix(1, round_up(s.kept ? op.period : n, kDrawColumns));
+  const Words rows = scratch.matrix(n, W), keys_t = scratch.matrix(W, N), values_t = scratch.matrix(W, N);
+  const Words keys_stacked = scratch.matrix(n, D), dkeys = scratch.matrix(n, D), dvalues = scratch.matrix(n, D);
+  const Words queries = scratch.matrix(M, W), queries_stacked = scratch.matrix(M, D);
+  const Words cotangents = scratch.matrix(M, W), cotangents_stacked = scratch.matrix(M, D);
+  const Words weights = scratch.matrix(M, N), dscores = scratch.matrix(M, N), dqueries = scratch.matrix(M, D);
+  const Words weights_stacked = scratch.matrix(M, N), dscores_stacked = scratch.matrix(M, N);
 
   const int64_t part = op.heads * d;
   const T* qkv = static_cast<const T*>(op.qkv) + head * d;
   T* gradient = dqkv + head * d;
-  gather<T>(s, {qkv + 2 * part, op.stride, d}, 0, n, keys);
-  transpose(keys, n, D, values_t);
-  gather<T>(s, {qkv + part, op.stride, d}, 0, n, keys);
-  transpose(keys, n, D, keys_t);
+  gather<Kind, T>(s, {qkv + 2 * part, op.stride, d}, 0, n, rows);
+  transpose(rows, n, values_t);
+  gather<Kind, T>(s, {qkv + part, op.stride, d}, 0, n, rows);
+  transpose(rows, n, keys_t);
+  const Words keys = Kind::stack(rows, n, D, keys_stacked);
 
   for (int64_t first = 0; first < n; first += M) {
     const int64_t count = n - first < M ? n - first : M;
-    gather<T>(s, {qkv, op.stride, d}, first, count, queries);
-    gather<T>(s, dout, first, count, cotangent);
-    product(count, N, d, {queries.data, D, 1}, keys_t, weights);
-    product(count, N, d, {cotangent.data, D, 1}, values_t, dscores);
+    gather<Kind, T>(s, {qkv, op.stride, d}, first, count, queries);
+    gather<Kind, T>(s, dout, first, count, cotangents);
+    product<Kind>(count, N, Kind::words(d), {queries.data, W, 1}, keys_t, weights);
+    product<Kind>(count, N, Kind::words(d), {cotangents.data, W, 1}, values_t, dscores);
     for (int64_t i = 0; i < count; ++i) {
-      float *weight = weights.row(i), *dscore = dscores.row(i);
-      // The saved log-sum-exp stands in for the largest score; its rounding goes away with the sum.
-      const float scale = op.scale * kLog2E, offset = lse[head * op.rows + s.row(first + i)] * kLog2E;
-      Sum sum;
-      for_columns(n, [&](int64_t j, auto lanes, int slot) __attribute__((always_inline)) {
-        const vfloat w = keep_lanes(exp2(load(weight + j) * scale - offset), lanes, 0);
-        store(weight + j, w);
-        sum.add(slot, w);
-      });
-      const float inverse = 1.0f / sum.total();
-      if (op.dropout.active) {
-        draw(op.dropout, head, s, first + i, op.period, keep.data);
-        multiply(dscore, keep.data, n);
-      }
-      Sum along;
-      for_columns(n, [&](int64_t j, auto, int slot) __attribute__((always_inline)) {
-        const vfloat w = load(weight + j) * inverse;
-        store(weight + j, w);
-        along.add(slot, w * load(dscore + j));
-      });
-      const float delta = along.total();
-      for_columns(n, [&](int64_t j, auto, int) __attribute__((always_inline)) {
-        const vfloat w = load(weight + j);
-        store(dscore + j, w * (load(dscore + j) - delta) * op.scale);
-        if (op.dropout.active) store(weight + j, w * load(keep.data + j));
-      });
+      if (op.dropout.active) draw(op.dropout, head, s, first + i, op.period, keep.data);
+      softmax_backward(weights.row(i), dscores.row(i), op.dropout.active ? keep.data : nullptr, n, op.scale,
+                       lse[head * op.rows + s.row(first + i)]);
+      Kind::pack_row(weights.row(i), N);
+      Kind::pack_row(dscores.row(i), N);
     }
-    product(n, D, count, {weights.data, 1, N}, cotangent, dvalues, first > 0);
-    product(n, D, count, {dscores.data, 1, N}, queries, dkeys, first > 0);
-    product(count, D, n, {dscores.data, N, 1}, keys, dqueries);
+    const Words weights_t = Kind::stack(weights, count, N, weights_stacked);
+    const Words dscores_t = Kind::stack(dscores, count, N, dscores_stacked);
+    const int64_t depth = Kind::words(count);
+    product<Kind>(n, D, depth, {weights_t.data, 1, N}, Kind::stack(cotangents, count, D, cotangents_stacked), dvalues,
+                  first > 0);
+    product<Kind>(n, D, depth, {dscores_t.data, 1, N}, Kind::stack(queries, count, D, queries_stacked), dkeys,
+                  first > 0);
+    product<Kind>(count, D, Kind::words(n), {dscores.data, N, 1}, keys, dqueries);
     scatter<T>(s, dqueries, first, count, {gradient, 3 * part, d});
   }
   scatter<T>(s, dkeys, 0, n, {gradient + part, 3 * part, d});

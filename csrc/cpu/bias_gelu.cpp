@@ -17,15 +17,42 @@ inline Normal normal(vfloat u) {
   const vfloat bell = exp2(u * u * -0.7213475204444817f);  // e^(-u^2 / 2)
   const vfloat size = u < 0.0f ? -u : u;
   const vfloat t = 1.0f / (1.0f + 0.25f * size);
-  vfloat ratio = broadcast(-0.08906956934034478f);
-  ratio = ratio * t + 0.3310103813723524f;
-  ratio = ratio * t - 0.2490083963809379f;
-  ratio = ratio * t + 0.2654266962541932f;
-  ratio = ratio * t + 0.032229530721946335f;
-  ratio = ratio * t + 0.11043259964456846f;
-  ratio = ratio * t + 0.09897878645565564f;
+  const vfloat ratio = polynomial(t, 0.09897878645565564f, 0.11043259964456846f, 0.032229530721946335f,
+                                  0.2654266962541932f, -0.2490083963809379f, 0.3310103813723524f,
+                                  -0.08906956934034478f);
   const vfloat tail = ratio * t * bell;
   return {u < 0.0f ? tail : 1.0f - tail, bell * 0.3989422804014327f};
+}
+
+// For bf16 results, whose own rounding is a hundred times larger, 1/2 + u times a polynomial in u^2 will do: no power, no
+// division. It holds for |u| <= 5, beyond which both functions are constant to 8e-6.
+constexpr float kFlat = 5.0f;
+
+inline vfloat flattened(vfloat u) { return u < -kFlat ? broadcast(-kFlat) : u > kFlat ? broadcast(kFlat) : u; }
+
+// GELU(u) = u Phi(u).
+template <class T>
+inline vfloat gelu(vfloat u) {
+  if constexpr (sizeof(T) == sizeof(float)) return u * normal(u).cumulative;
+  const vfloat c = flattened(u), v = c * c * (2 / (kFlat * kFlat)) - 1.0f;
+  const vfloat cumulative =
+      0.5f + c * polynomial(v, 0.141363731f, -0.0702983202f, 0.0515268f, -0.0403910479f, 0.0313393122f, -0.0236218939f,
+                            0.0169817583f, -0.0102018075f, 0.00499800165f, -0.0038089169f, 0.00325722638f,
+                            -0.00114497172f);
+  return u < -kFlat ? vfloat{} : u * cumulative;
+}
+
+// Its derivative, Phi(u) + u phi(u).
+template <class T>
+inline vfloat gelu_slope(vfloat u) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const Normal n = normal(u);
+    return n.cumulative + u * n.density;
+  }
+  const vfloat c = flattened(u), v = c * c * (2 / (kFlat * kFlat)) - 1.0f;
+  return 0.5f + c * polynomial(v, 0.142133657f, -0.0750997902f, 0.0665815358f, -0.0720791129f, 0.0802138069f,
+                               -0.0819138686f, 0.0806352799f, -0.0773051404f, 0.0513889706f, -0.0178737468f,
+                               0.0177256719f, -0.024661509f, 0.0102562531f);
 }
 
 template <class T>
@@ -38,7 +65,7 @@ void forward(const BiasGelu& op, T* y, int threads) {
       T* to = y + row * op.width;
       for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
         const vfloat u = load(from + i, lanes) + load(op.bias + i, lanes);
-        store(to + i, u * normal(u).cumulative, lanes);
+        store(to + i, gelu<T>(u), lanes);
       });
     }
   });
@@ -56,8 +83,7 @@ void backward(const BiasGelu& op, const T* dy, const Segments& segments, T* dx, 
         T* to = dx + row * op.width;
         for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
           const vfloat u = load(from + i, lanes) + load(op.bias + i, lanes);
-          const Normal n = normal(u);
-          const vfloat gradient = load(cotangent + i, lanes) * (n.cumulative + u * n.density);
+          const vfloat gradient = load(cotangent + i, lanes) * gelu_slope<T>(u);
           store(to + i, gradient, lanes);
           store(slot + i, load(slot + i) + gradient);
         });

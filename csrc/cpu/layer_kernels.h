@@ -56,7 +56,7 @@ inline int64_t attention_block(int64_t n) { return n <= kAttentionBlock ? n : 48
 // Floats of scratch for a sentence of n rows among `places`, whatever the width of a register (at most 16 floats).
 inline int64_t attention_scratch(int64_t n, int64_t places, int64_t head_dim) {
   const int64_t N = (n + 15) / 16 * 16, D = (head_dim + 15) / 16 * 16, M = attention_block(n);
-  return (places + 31) / 32 * 32 + 3 * n * D + 2 * D * N + 3 * M * D + 2 * M * N;
+  return (places + 31) / 32 * 32 + 4 * n * D + 2 * D * N + 5 * M * D + 4 * M * N;
 }
 
 MINBERT_KERNEL(attention_items, (const Attention& op, const AttentionPlan& plan, void* out, float* lse, int threads))

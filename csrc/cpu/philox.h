@@ -33,6 +33,16 @@ inline vlong multiply_low(vlong a, vlong b) {
 #endif
 }
 
+// Even lanes serve the first half of the columns, odd lanes the second: interleaving then puts them in order with one
+// instruction that stays within 128 bits.
+struct Quad {
+  static constexpr uint64_t of(int lane) { return static_cast<uint64_t>(lane / 2 + lane % 2 * (kQuads / 2)); }
+};
+template <int kParity>
+struct Interleaved {
+  static constexpr uint64_t of(int lane) { return static_cast<uint64_t>(lane / 2 * 2 + kParity + lane % 2 * kQuads); }
+};
+
 // The draws of one row of one plane.
 class DropoutRow {
  public:
@@ -56,7 +66,7 @@ class DropoutRow {
   void draw(uint32_t first, vuint& low, vuint& high) const {
     constexpr uint64_t kRoundA = 0xD2511F53u, kRoundB = 0xCD9E8D57u;
     constexpr uint32_t kKeyA = 0x9E3779B9u, kKeyB = 0xBB67AE85u;
-    vlong c0 = quads() + uint64_t{first};
+    vlong c0 = make_lanes<vlong, Quad>() + uint64_t{first};
     vlong c1 = vlong{} + uint64_t{row_}, c2 = vlong{} + uint64_t{plane_}, c3 = vlong{} + uint64_t{dropout_.site};
     uint32_t k0 = static_cast<uint32_t>(dropout_.seed), k1 = static_cast<uint32_t>(dropout_.seed >> 32);
     for (int round = 0; round < 7; ++round) {
@@ -69,22 +79,8 @@ class DropoutRow {
       k1 += kKeyB;
     }
     const vlong first_pair = (c0 & 0xffffffffu) | (c1 << 32), second_pair = (c2 & 0xffffffffu) | (c3 << 32);
-    low = (vuint)__builtin_shuffle(first_pair, second_pair, interleaved(0));
-    high = (vuint)__builtin_shuffle(first_pair, second_pair, interleaved(1));
-  }
-
-  // Even lanes serve the first half of the columns, odd lanes the second: `interleaved` then puts them in order with
-  // one instruction that stays within 128 bits.
-  static vlong quads() {
-    vlong v;
-    for (int lane = 0; lane < kQuads; ++lane) v[lane] = static_cast<uint64_t>(lane / 2 + lane % 2 * (kQuads / 2));
-    return v;
-  }
-  static vlong interleaved(int parity) {
-    vlong v;
-    for (int lane = 0; lane < kQuads; ++lane)
-      v[lane] = static_cast<uint64_t>(lane / 2 * 2 + parity + lane % 2 * kQuads);
-    return v;
+    low = (vuint)__builtin_shuffle(first_pair, second_pair, make_lanes<vlong, Interleaved<0>>());
+    high = (vuint)__builtin_shuffle(first_pair, second_pair, make_lanes<vlong, Interleaved<1>>());
   }
 
   const Dropout dropout_;

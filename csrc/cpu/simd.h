@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/vec.h"
 #include "dtype.h"
@@ -64,33 +65,48 @@ inline void store(T* p, vfloat v, Some some) {
   std::memcpy(p, whole, static_cast<size_t>(some.count) * sizeof(T));
 }
 
-inline vfloat broadcast(float x) { return vfloat{} + x; }
-
-inline vint lane_numbers() {
-  vint v;
-  for (int lane = 0; lane < kLanes; ++lane) v[lane] = lane;
-  return v;
+// Vectors made of a function of the lane, constants for certain: loops would leave it to the optimiser.
+template <class V, class Of, int... Lane>
+constexpr V make_lanes(std::integer_sequence<int, Lane...>) {
+  return V{Of::of(Lane)...};
 }
+template <class V, class Of>
+constexpr V make_lanes() {
+  return make_lanes<V, Of>(std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>{});
+}
+
+template <int... Lane>
+inline vfloat broadcast(float x, std::integer_sequence<int, Lane...>) {
+  return vfloat{((void)Lane, x)...};
+}
+inline vfloat broadcast(float x) { return broadcast(x, std::make_integer_sequence<int, kLanes>{}); }
+
+struct LaneNumber {
+  static constexpr int of(int lane) { return lane; }
+};
+constexpr vint kLaneNumbers = make_lanes<vint, LaneNumber>();
 
 // v where there is a lane, `otherwise` beyond the end.
 inline vfloat keep_lanes(vfloat v, All, float) { return v; }
 inline vfloat keep_lanes(vfloat v, Some some, float otherwise) {
-  return lane_numbers() < some.count ? v : broadcast(otherwise);
+  return kLaneNumbers < some.count ? v : broadcast(otherwise);
 }
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // All lanes together, by halves: always in the same order.
+template <int kHalf, class Add>
+inline float fold_lanes(vfloat v, const Add& add) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    return fold_lanes<kHalf / 2>(add(v, __builtin_shuffle(v, kLaneNumbers ^ kHalf)), add);
+  }
+}
 inline float add_lanes(vfloat v) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane_numbers() ^ half);
-  return v[0];
+  return fold_lanes<kLanes / 2>(v, [](vfloat a, vfloat b) { return a + b; });
 }
-inline float largest_lane(vfloat v) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) v = larger(v, __builtin_shuffle(v, lane_numbers() ^ half));
-  return v[0];
-}
+inline float largest_lane(vfloat v) { return fold_lanes<kLanes / 2>(v, larger); }
 
 // A sum over columns in four parts.
 struct Sum {
@@ -112,19 +128,21 @@ inline __attribute__((always_inline)) void for_columns(int64_t n, const Body& bo
   if (i < n) body(i, Some{static_cast<int>(n - i)}, 0);
 }
 
+// c0 + x (c1 + x (c2 + ...)).
+inline vfloat polynomial(vfloat, float c) { return broadcast(c); }
+template <class... Rest>
+inline vfloat polynomial(vfloat x, float c, Rest... rest) {
+  return polynomial(x, rest...) * x + c;
+}
+
 // 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for anything smaller, NaN for NaN.
 inline vfloat exp2(vfloat t) {
   t = t < -125.0f ? broadcast(-125.0f) : t;
   const vfloat shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t, rounded
   const vfloat f = t - (shifted - 12582912.0f);
   // Interpolation of 2^f at the Chebyshev nodes of [-1/2, 1/2].
-  vfloat power = broadcast(1.5461444724808513e-4f);
-  power = power * f + 1.3400428177711937e-3f;
-  power = power * f + 9.61805667843204e-3f;
-  power = power * f + 5.550327226669895e-2f;
-  power = power * f + 2.4022650922289554e-1f;
-  power = power * f + 6.931472067028329e-1f;
-  power = power * f + 1.0f;
+  const vfloat power = polynomial(f, 1.0f, 6.931472067028329e-1f, 2.4022650922289554e-1f, 5.550327226669895e-2f,
+                                  9.61805667843204e-3f, 1.3400428177711937e-3f, 1.5461444724808513e-4f);
   return (vfloat)((vint)power + ((vint)shifted << 23));
 }
 

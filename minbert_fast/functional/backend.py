@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from typing import Literal
 
 import torch
-import torch
 from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minbert_fast import weights
+from minbert_fast import surgery, weights
 from minbert_fast.bert import BertModel
 from minbert_fast.config import Recipe
 from minbert_fast.data import (
@@ -149,6 +149,7 @@ class _Job:
         torch.manual_seed(self.recipe.training.seed)  # heads start from it
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
         self.stages = [self._stage(index, stage) for index, stage in enumerate(self.recipe.resolved_stages())]
+        self._check_select()
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
@@ -161,8 +162,22 @@ class _Job:
             self.recipe = replace(self.recipe, data=data)
             self.say(f"the model has {data.max_length} positions: longer sentences are cut to them")
 
+    def _check_select(self) -> None:
+        """Before the first step rather than at the first evaluation, which may be hours away."""
+        select, known = self.recipe.training.select, ["score"]
+        for name, table in self.data.dev.items():
+            assert table.labels is not None
+            known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
+        if select not in known:
+            raise ConfigError(
+                f"training.select = {select!r}: no such dev metric in this run; known: {', '.join(known)}"
+            )
+
     def _stage(self, index: int, recipe: Recipe) -> loop.Stage:
         tasks = stage_tasks(recipe)
+        surgery.weights(
+            recipe.surgery.method, recipe.surgery.reduction
+        )  # refuses an unknown method now, not when the stage begins
         tables = {name: self.data.train[name] for name in tasks}
         training = recipe.training
         collator = Collator(tables, recipe.data.max_length, frozenset(n for n, t in tasks.items() if t.joint))
@@ -281,11 +296,7 @@ class _Job:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
 
     def _score(self, metrics: Mapping[str, float | None]) -> float:
-        select = self.recipe.training.select
-        if select not in metrics:
-            known = ", ".join(metrics)
-            raise ConfigError(f"training.select = {select!r}: no such dev metric in this run; measured are {known}")
-        value = metrics[select]
+        value = metrics[self.recipe.training.select]
         return -math.inf if value is None else value
 
     def _test_predictions(self) -> None:

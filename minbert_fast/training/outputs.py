@@ -59,15 +59,16 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
-        if self._new and [entry.name for entry in self.path.glob("*")] == [LOCK]:
+        if self._new and not self.used and not self.metrics.has_records:
             remove(self.path)  # nothing came of it
         if self._lock is not None:
             self._lock.close()
 
     @property
     def used(self) -> bool:
-        """Whether a run has left results here."""
-        return any((self.path / name).exists() for name in (CHECKPOINTS, METRICS, SUMMARY, "best", "last"))
+        """Whether a run has left something here that another one must not overwrite unasked."""
+        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        return saved or any((self.path / name).exists() for name in (SUMMARY, "best", "last"))
 
     def clear(self) -> None:
         """Removes an earlier run's results, nothing else."""
@@ -132,6 +133,11 @@ class MetricsLog:
         with writing(self.path):
             write_bytes(self.path, kept)
             self._file = self.path.open("ab")
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there is anything in the file."""
+        return self.path.exists() and self.path.stat().st_size > 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; one of the same step as the last replaces it. Values that are not finite become null."""
