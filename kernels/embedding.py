@@ -13,7 +13,7 @@ enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -355,6 +355,7 @@ def embedding_norm_backward(
     if kinds > MAX_TYPES:
         raise ValueError(f"at most {MAX_TYPES} token types, not {kinds}")
     tile = RowTile.of(width)
+    tile = replace(tile, rows=max(1, tile.rows // 2))  # the sums by type need the other half of the registers
     partition = Partition.among(rows, tile.rows, tile.programs(dy.device))
     tasks = bounds.numel() - 1
     partials = partition.partials(tasks, 2 + kinds, width, dy.device)

@@ -99,9 +99,9 @@ def _matrix_tile(
     low = tl.load(bounds_ptr + task)
     high = tl.load(bounds_ptr + task + 1)
     step = tl.arange(0, ROWS)
-    row = (low + step).to(tl.int64)[:, None]
-    dy_tile = dy_ptr + row * dy_stride + out[None, :]
-    x_tile = x_ptr + row * x_stride + into[None, :]
+    # 64-bit where the whole tensor is addressed, 32-bit within a tile and a matrix: half the registers.
+    dy_tile = dy_ptr + low.to(tl.int64) * dy_stride + (step[:, None] * dy_stride + out[None, :])
+    x_tile = x_ptr + low.to(tl.int64) * x_stride + (step[:, None] * x_stride + into[None, :])
     total = tl.zeros((OUT, IN), tl.float32)
     for first in tl.range(low, high, ROWS, num_stages=STAGES):
         valid = (first + step < high)[:, None]
@@ -112,7 +112,7 @@ def _matrix_tile(
         total = tl.dot(tl.trans(dy), x, total, input_precision="ieee")
         dy_tile += ROWS * dy_stride
         x_tile += ROWS * x_stride
-    target = dweight_ptr + task.to(tl.int64) * dweight_stride + out.to(tl.int64)[:, None] * inputs + into[None, :]
+    target = dweight_ptr + task.to(tl.int64) * dweight_stride + (out[:, None] * inputs + into[None, :])
     mask = (out < outputs)[:, None] & (into < inputs)[None, :]
     tl.store(target, total.to(dweight_ptr.dtype.element_ty), mask=mask)
 
