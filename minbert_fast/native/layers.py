@@ -431,7 +431,7 @@ def _dense(
     """The op, and qkv as rows [B * S, 3, h, d]."""
     check("qkv", qkv, [None, None, 3, None, None], ACTIVATIONS, CPU)
     batch, length, _, heads, head_dim = qkv.shape
-    check("mask", mask, [batch, length], mask.dtype, CPU)
+    check("mask", mask, [batch, length], None, CPU)
     rows = contiguous("qkv", qkv).view(batch * length, 3, heads, head_dim)
     attended = (mask != 0).contiguous()
     op = _C.Attention.dense(

@@ -107,9 +107,7 @@ def embedding(
     """Results (y, dword, dposition, dtype, dgamma, dbeta); dword spread out over the whole table."""
     new = draw(rows + width, dtype)
     generator = torch.Generator().manual_seed(rows)
-    indices = [
-        torch.randint(n, (rows,), generator=generator, dtype=torch.int32) for n in (WORDS, POSITIONS, TYPES)
-    ]
+    indices = [torch.randint(n, (rows,), generator=generator, dtype=torch.int32) for n in (WORDS, POSITIONS, TYPES)]
     inputs = {"word": new(WORDS, width), "position": new(POSITIONS, width), "type_": new(TYPES, width)}
     inputs |= {"gamma": new(width), "beta": new(width)}
     dy = new(rows, width)

@@ -118,9 +118,7 @@ def test_attention_dense(isa: str, p: float, dtype: torch.dtype) -> None:
 def test_attention_with_strided_rows_and_a_negative_scale() -> None:
     wide, offsets = cases.draw(0, torch.float32)(30, 4, 2, 24), [0, 20, 30]
     qkv, dout = wide[:, :3], cases.draw(1, torch.float32)(30, 60)[:, :48]
-    expected = run_reference(
-        lambda qkv: reference.attention(qkv, offsets, -3.0), {"qkv": qkv}, [dout, None]
-    )
+    expected = run_reference(lambda qkv: reference.attention(qkv, offsets, -3.0), {"qkv": qkv}, [dout, None])
     out, lse = layers.attention_forward(qkv, int32(*offsets), -3.0)
     expected.check([out, lse, layers.attention_backward(dout, qkv, lse, int32(*offsets), -3.0)])
 
@@ -133,7 +131,7 @@ def test_attention_scores_too_large_for_a_naive_softmax() -> None:
     assert torch.isfinite(lse).all()
 
 
-# ---- Dropout ----------------------------------------------------------------------------------------------------------
+# ---- Dropout ------------------------------------------------------------------------------------------------------
 
 
 def test_masks_are_those_of_the_pytorch_path_bit_for_bit(isa: str) -> None:
@@ -145,9 +143,7 @@ def test_masks_are_those_of_the_pytorch_path_bit_for_bit(isa: str) -> None:
     assert torch.equal(y, keep)
     x = cases.draw(0, torch.float32)(rows, width)
     _, mean, rstd = layers.add_norm_forward(x, one, x, one, one, 1e-5, p, SEED, SITE)
-    dx, dresidual = layers.add_norm_backward(
-        x.flip(0), x, one, x, one, mean, rstd, int32(0, rows), p, SEED, SITE
-    )
+    dx, dresidual = layers.add_norm_backward(x.flip(0), x, one, x, one, mean, rstd, int32(0, rows), p, SEED, SITE)
     assert torch.equal(dx, dresidual * keep)
 
 
@@ -175,7 +171,7 @@ def test_seeds_at_the_ends_of_their_range(seed: int) -> None:
     assert torch.equal(y, keep_mask(key, 0, torch.arange(3), 8, 0.5))
 
 
-# ---- Determinism, memory, dtypes ---------------------------------------------------------------------------------------
+# ---- Determinism, memory, dtypes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
