@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import check_probability, multiprocessors
 from minbert_fast.kernels.attention_short import dropout_keeps, short_backward, short_forward
-from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
+from minbert_fast.kernels.attention_tiled import tiled_backward_keys, tiled_backward_queries, tiled_forward
 from minbert_fast.kernels.launches import Launch
 
 WIDEST_HEAD = 128
@@ -38,7 +39,6 @@ class Tile:
     tokens: int
     warps: int
     stages: int
-    programs: int  # at most: as many as a GPU of 132 multiprocessors (H100) holds at once
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class LaunchTable:
 
     short: tuple[tuple[int, int], ...]  # warps (forward, backward) of the short kernels with tiles up to 16, 32, ...
     forward: Tile  # longer sentences
-    backward: Tile
+    backward_keys: Tile
+    backward_queries: Tile
 
     @property
     def longest_short(self) -> int:
@@ -56,14 +57,15 @@ class LaunchTable:
 
 
 # By (bytes of an element, D). Chosen without a GPU, from registers and shared memory as the ahead-of-time check prints
-# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows.
+# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (No fp32 product runs on
+# NVIDIA's matrix units without losing digits, hence the smaller tiles.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
-    (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 2, 264), Tile(64, 4, 1, 264)),
-    (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 2, 264), Tile(64, 4, 1, 264)),
-    (2, 128): LaunchTable(((1, 2), (4, 4), (4, 4)), Tile(64, 4, 2, 264), Tile(64, 8, 1, 264)),
-    (4, 32): LaunchTable(((2, 2), (4, 4), (4, 8)), Tile(32, 4, 1, 264), Tile(32, 8, 1, 264)),
-    (4, 64): LaunchTable(((2, 4), (4, 4)), Tile(32, 4, 1, 264), Tile(32, 8, 1, 264)),
-    (4, 128): LaunchTable(((4, 8),), Tile(16, 8, 1, 264), Tile(16, 8, 1, 264)),
+    (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1)),
+    (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
+    (2, 128): LaunchTable(((1, 2), (4, 4)), Tile(64, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
+    (4, 32): LaunchTable(((2, 4), (4, 8)), Tile(32, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)),
+    (4, 64): LaunchTable(((2, 4), (4, 8)), Tile(32, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1)),
+    (4, 128): LaunchTable(((4, 8),), Tile(16, 8, 1), Tile(16, 8, 1), Tile(16, 8, 1)),
 }
 
 
@@ -83,6 +85,7 @@ def attention_forward(
     None. Returns out [N, h * d] and lse [h, N] fp32. Rows of no sentence are zero, and so is what attends to nothing.
     Raises ValueError for a head_dim above 128, an unsupported dtype, or dropout without a seed.
     """
+    check_probability(p, seed)
     qkv = _with_packed_rows(qkv)
     rows, _, heads, width = qkv.shape
     sentences = cu_seqlens.numel() - 1
@@ -90,7 +93,7 @@ def attention_forward(
         return qkv.new_zeros(rows, heads * width), qkv.new_zeros(heads, rows, dtype=torch.float32)
     out = torch.empty(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
-    tensors = (qkv, out, lse, cu_seqlens, mask, _needed_seed(p, seed))
+    tensors = (qkv, out, lse, cu_seqlens, mask, seed if p else None)
     table, constants = _table(qkv), _constants(qkv, p)
     tiles, (warps, _) = _short_tiles(table, max_seqlen)
     short_forward[(sentences * heads,)](
@@ -99,7 +102,7 @@ def attention_forward(
     )  # fmt: skip
     if max_seqlen > table.longest_short:
         tile = table.forward
-        tiled_forward[(_programs(tile, rows, heads, table.longest_short),)](
+        tiled_forward[(_programs(qkv, tile, table.longest_short),)](
             *tensors, rows, sentences, heads, table.longest_short, qkv.stride(0), scale, site,
             T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
         )  # fmt: skip
@@ -123,6 +126,7 @@ def attention_backward(
 
     Deterministic: each gradient is summed by one program in a fixed order. Rows of no sentence are zero.
     """
+    check_probability(p, seed)
     qkv = _with_packed_rows(qkv)
     dout = dout if dout.stride(1) == 1 else dout.contiguous()
     rows, _, heads, _ = qkv.shape
@@ -130,7 +134,7 @@ def attention_backward(
     if sentences == 0 or rows == 0:
         return torch.zeros(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    seed = _needed_seed(p, seed)
+    seed = seed if p else None
     table, constants = _table(qkv), _constants(qkv, p)
     tiles, (_, warps) = _short_tiles(table, max_seqlen)
     short_backward[(sentences * heads,)](
@@ -139,12 +143,15 @@ def attention_backward(
         TILES=tiles, num_warps=warps, num_stages=1, **constants,
     )  # fmt: skip
     if max_seqlen > table.longest_short:
-        tile = table.backward
-        tiled_backward[(_programs(tile, rows, 2 * heads, table.longest_short),)](
-            dout, qkv, out, lse, dqkv, cu_seqlens, mask, seed,
-            rows, sentences, heads, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
-            T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
-        )  # fmt: skip
+        for kernel, tile in (
+            (tiled_backward_keys, table.backward_keys),
+            (tiled_backward_queries, table.backward_queries),
+        ):
+            kernel[(_programs(qkv, tile, table.longest_short),)](
+                dout, qkv, out, lse, dqkv, cu_seqlens, mask, seed,
+                rows, sentences, heads, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
+                T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
+            )  # fmt: skip
     return dqkv
 
 
@@ -186,7 +193,7 @@ def _dropout_factors(out_ptr, seed_ptr, site, length, P: tl.constexpr, K: tl.con
     key = tl.arange(0, K)
     keeps = dropout_keeps(seed_ptr, site, head, row + tl.zeros((1,), tl.int32), 0, K, P)
     start = (head * tl.num_programs(0) + row).to(tl.int64) * length
-    tl.store(out_ptr + start + key[None, :], tl.where(keeps, 1.0 / (1.0 - P), 0.0), mask=(key < length)[None, :])
+    tl.store(out_ptr + start + key[None, :], tl.where(keeps != 0, 1.0 / (1.0 - P), 0.0), mask=(key < length)[None, :])
 
 
 def attention_dropout_mask(rows: int, heads: int, max_seqlen: int, p: float, seed: Tensor, site: int = 0) -> Tensor:
@@ -209,14 +216,6 @@ def _with_packed_rows(qkv: Tensor) -> Tensor:
     if qkv.dtype not in _TYPES:
         raise ValueError(f"attention runs in float32, bfloat16 or float16, not {qkv.dtype}")
     return qkv if qkv.stride()[1:] == (heads * width, width, 1) else qkv.contiguous()
-
-
-def _needed_seed(p: float, seed: Tensor | None) -> Tensor | None:
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout probability must lie in [0, 1), got {p}")
-    if p and seed is None:
-        raise ValueError("dropout needs a seed: an int64 tensor of one element on the device")
-    return seed if p else None
 
 
 def _as_packed(qkv: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,13 +255,14 @@ def _short_tiles(table: LaunchTable, max_seqlen: int) -> tuple[int, tuple[int, i
     return tiles, table.short[tiles - 1]
 
 
-def _programs(tile: Tile, rows: int, each: int, above: int) -> int:
-    """Programs of a tiled kernel: no more than there can be tiles (`each` times), were all sentences just long enough."""
-    return min(tile.programs, (rows // tile.tokens + rows // (above + 1) + 1) * each)
+def _programs(qkv: Tensor, tile: Tile, above: int) -> int:
+    """Programs of a tiled kernel: two a multiprocessor, but no more than there can be (tile, head) pairs."""
+    rows, _, heads, _ = qkv.shape
+    return min(2 * multiprocessors(qkv.device), (rows // tile.tokens + rows // (above + 1) + 1) * heads)
 
 
 def launches() -> Iterator[Launch]:
-    """Every row of the launch tables: 2,816 rows of 12 heads, with dropout (the larger kernels), bf16 and fp32."""
+    """Every row of the launch tables, with dropout (the larger kernels): 2,816 rows of 12 heads, bf16 and fp32."""
     offsets = torch.empty(161, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
@@ -270,11 +270,16 @@ def launches() -> Iterator[Launch]:
             qkv = torch.empty(2816, 3, 12, width, dtype=dtype, device="meta")
             out = torch.empty(2816, 12 * width, dtype=dtype, device="meta")
             lse = torch.empty(12, 2816, device="meta")
-            for longest in (16, 32, 64, 128, 512):
+            table = _table(qkv)
+            for longest in [16 << tile for tile in range(len(table.short))] + [2 * table.longest_short]:
                 shape = f"{name} head_dim {width}, {longest} tokens"
                 rest = (offsets, longest, width**-0.5, 0.1, seed, 5)
                 yield Launch(f"forward {shape}", partial(attention_forward, qkv, *rest))
                 yield Launch(f"backward {shape}", partial(attention_backward, out, qkv, out, lse, *rest))
-    dense = torch.empty(32, 64, 3, 12, 64, dtype=torch.bfloat16, device="meta")
-    mask = torch.empty(32, 64, dtype=torch.bool, device="meta")
-    yield Launch("dense forward bf16 head_dim 64, 64 tokens", partial(attention_dense_forward, dense, mask, 0.125))
+    dense = torch.empty(32, 128, 3, 12, 64, dtype=torch.bfloat16, device="meta")
+    mask = torch.empty(32, 128, dtype=torch.bool, device="meta")
+    yield Launch("dense forward bf16 head_dim 64", partial(attention_dense_forward, dense, mask, 0.125))
+    out, lse = torch.empty(32, 128, 768, dtype=torch.bfloat16, device="meta"), torch.empty(12, 4096, device="meta")
+    yield Launch(
+        "dense backward bf16 head_dim 64", partial(attention_dense_backward, out, dense, out, lse, mask, 0.125)
+    )

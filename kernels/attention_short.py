@@ -62,8 +62,7 @@ def attended(query, key, begin, length, mask_ptr):
 def dropout_keeps(seed_ptr, site, head, row, first_key, T: tl.constexpr, P: tl.constexpr):
     """Which probabilities dropout keeps [., T]: of query rows `row` and T keys of their sentence from `first_key` on.
 
-    first_key is a multiple of 4. The result is boolean because it changes layout on its way to the scores: a byte an
-    element instead of four. Whoever uses it multiplies by 1 / (1 - P).
+    first_key is a multiple of 4. int8, 1 or 0; whoever uses it multiplies what is kept by 1 / (1 - P).
     """
     quad = first_key // 4 + tl.arange(0, T // 4)
     return keep_quads(tl.load(seed_ptr), site, head, row[:, None], quad[None, :], P)
@@ -90,7 +89,7 @@ def _forward_sentence(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     if P > 0:
-        weights = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P), weights, 0.0)
+        weights = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P) != 0, weights, 0.0)
     out = tl.dot(weights.to(COMPUTE), v, input_precision=PRECISION) / (total * (1.0 - P))[:, None]
     store_rows(out_ptr, row, inside, part, out, HEAD_DIM, D)
     tl.store(lse_ptr + row, tl.where(empty, 0.0, (top + tl.log2(total)) * LN_2), mask=inside)
@@ -156,7 +155,7 @@ def _backward_sentence(
     weights = tl.where(attended(token, token, begin, length, mask_ptr), weights, 0.0)
     kept = weights
     if P > 0:
-        kept = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P), weights / (1.0 - P), 0.0)
+        kept = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P) != 0, weights / (1.0 - P), 0.0)
     dv = tl.dot(tl.trans(kept.to(COMPUTE)), dout, input_precision=PRECISION)
     store_rows(dq_ptr + 2 * part, row, inside, 3 * part, dv, HEAD_DIM, D)
     # Every key is here, so the softmax's row sum is taken directly: neither `out` is read, nor its rounding felt.

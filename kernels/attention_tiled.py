@@ -79,7 +79,7 @@ def _forward_queries(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         if P > 0:
-            weights = tl.where(dropout_keeps(seed_ptr, site, head, begin + query, start, T, P), weights, 0.0)
+            weights = tl.where(dropout_keeps(seed_ptr, site, head, begin + query, start, T, P) != 0, weights, 0.0)
         out = tl.dot(weights.to(COMPUTE), v, out * shrink[:, None], input_precision=PRECISION)
         top = higher
     empty = total == 0.0
@@ -142,11 +142,11 @@ def _backward_keys(
         # Scores lie on their side here [keys, queries]: what multiplies dout and q needs no turning.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2_E) - (lse * LOG2_E)[None, :])
-        weights = tl.where(tl.trans(attended(query, key, begin, length, mask_ptr)), weights, 0.0)
+        weights = tl.where(attended(key, query, begin, length, mask_ptr), weights, 0.0)
         kept = weights
         if P > 0:
             keeps = tl.trans(dropout_keeps(seed_ptr, site, head, begin + query, first, T, P))
-            kept = tl.where(keeps, weights / (1.0 - P), 0.0)
+            kept = tl.where(keeps != 0, weights / (1.0 - P), 0.0)
         dv = tl.dot(kept.to(COMPUTE), dout, dv, input_precision=PRECISION)
         product = kept * tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dscores = (product - weights * delta[None, :]).to(COMPUTE)
@@ -180,19 +180,19 @@ def _backward_queries(
         product = weights * tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if P > 0:
             keeps = dropout_keeps(seed_ptr, site, head, begin + query, start, T, P)
-            product = tl.where(keeps, product / (1.0 - P), 0.0)
+            product = tl.where(keeps != 0, product / (1.0 - P), 0.0)
         dscores = (product - weights * delta[:, None]).to(COMPUTE)
         dq = tl.dot(dscores, k, dq, input_precision=PRECISION)
     store_rows(dq_ptr, begin + query, query < length, 3 * part, dq * scale, HEAD_DIM, D)
 
 
 @triton.jit(do_not_specialize=["site"])
-def tiled_backward(
+def tiled_backward_keys(
     dout_ptr,  # [N, h * d], rows dout_stride apart
     qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
     out_ptr,  # [N, h * d]
     lse_ptr,  # [h, N] fp32
-    dqkv_ptr,  # [N, 3, h, d]
+    dqkv_ptr,  # [N, 3, h, d]: k and v are written
     offsets_ptr,  # [B + 1] int32
     mask_ptr,  # [N] or None: rows that may be attended to
     seed_ptr,  # [1] int64, or None without dropout
@@ -204,25 +204,51 @@ def tiled_backward(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dqkv of sentences above `above` tokens. Any grid: programs take (tile, head, keys or queries) in turn."""
+    """dK and dV of sentences above `above` tokens. Any grid: programs take (tile of keys, head) pairs in turn."""
     part = heads * HEAD_DIM
-    work = count_tiles(offsets_ptr, sentences, above, T) * heads * 2
+    work = count_tiles(offsets_ptr, sentences, above, T) * heads
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        head = item // 2 % heads
-        sentence, first = find_tile(offsets_ptr, sentences, above, item // 2 // heads, T)
+        head = item % heads
+        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
         begin = tl.load(offsets_ptr + sentence)
         length = tl.load(offsets_ptr + sentence + 1) - begin
-        if item % 2 == 0:
-            _backward_keys(
-                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-            )  # fmt: skip
-        else:
-            _backward_queries(
-                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-            )  # fmt: skip
+        _backward_keys(
+            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+            T, HEAD_DIM, D, P, COMPUTE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["site"])
+def tiled_backward_queries(
+    dout_ptr,  # [N, h * d], rows dout_stride apart
+    qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
+    out_ptr,  # [N, h * d]
+    lse_ptr,  # [h, N] fp32
+    dqkv_ptr,  # [N, 3, h, d]: q is written
+    offsets_ptr,  # [B + 1] int32
+    mask_ptr,  # [N] or None: rows that may be attended to
+    seed_ptr,  # [1] int64, or None without dropout
+    rows, sentences, heads, above, dout_stride, qkv_stride, scale, site,
+    T: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of sentences above `above` tokens. Any grid: programs take (tile of queries, head) pairs in turn."""
+    part = heads * HEAD_DIM
+    work = count_tiles(offsets_ptr, sentences, above, T) * heads
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        head = item % heads
+        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
+        begin = tl.load(offsets_ptr + sentence)
+        length = tl.load(offsets_ptr + sentence + 1) - begin
+        _backward_queries(
+            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+            T, HEAD_DIM, D, P, COMPUTE, PRECISION,
+        )  # fmt: skip

@@ -50,12 +50,10 @@ def keep_scale_quads(seed, site, plane, row, quad, p: tl.constexpr):
 
 @triton.jit
 def keep_quads(seed, site, plane, row, quad, p: tl.constexpr):
-    """`keep_scale_quads` as booleans: where it is not zero."""
+    """Where `keep_scale_quads` is not zero: int8, 1 or 0, a quarter of the bytes where the tile must change layout."""
     zero = (plane + row + quad) * 0
     a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero + plane, zero + site, _ROUNDS)
     threshold: tl.constexpr = int(p * 4294967296.0)
-    a = (a >= threshold).to(tl.int8)
-    b = (b >= threshold).to(tl.int8)
-    c = (c >= threshold).to(tl.int8)
-    d = (d >= threshold).to(tl.int8)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], a.shape[1] * 4)) != 0
+    a, b = (a >= threshold).to(tl.int8), (b >= threshold).to(tl.int8)
+    c, d = (c >= threshold).to(tl.int8), (d >= threshold).to(tl.int8)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], a.shape[1] * 4))

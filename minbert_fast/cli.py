@@ -46,7 +46,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
     ValueErrors (ConfigError and DataError among them), failures of the file system and of a run become one line on
     standard error; anything else is a bug and keeps its traceback.
     """
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes any arguments
     try:
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -140,7 +140,8 @@ class FlatParameters:
     def view(self, buffer: Tensor, parameter: Tensor) -> Tensor:
         """The parameter's view [*shape] of a buffer [..., P] laid out like this one; leading dimensions are kept."""
         slot = self.slot(parameter)
-        return buffer[..., slot.begin : slot.end].unflatten(-1, slot.shape)
+        view: Tensor = buffer[..., slot.begin : slot.end].unflatten(-1, slot.shape)
+        return view
 
     def adjacent(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters lie end to end without gaps, so that one view covers them."""
@@ -151,7 +152,8 @@ class FlatParameters:
         """One view of adjacent parameters, stacked along their first dimension."""
         slots = [self.slot(p) for p in parameters]
         rows = sum(slot.shape[0] for slot in slots)
-        return buffer[..., slots[0].begin : slots[-1].end].unflatten(-1, (rows, *slots[0].shape[1:]))
+        view: Tensor = buffer[..., slots[0].begin : slots[-1].end].unflatten(-1, (rows, *slots[0].shape[1:]))
+        return view
 
 
 class TaskGradients:

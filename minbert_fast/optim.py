@@ -79,7 +79,7 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         lr = group["lr"]
         values: list[Tensor] = list(parameters)
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in parameters]
         second = [self.state[p]["exp_avg_sq"] for p in parameters]
         torch._foreach_mul_(first, beta1)
@@ -155,8 +155,8 @@ class FlatAdamW:
         slots = self._row_slot
         slots.fill_(-1)
         slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
-        assert self.flat.words is not None
         flat, scalars = self.flat, self.scalars[self._row_of["words"]]
+        assert flat.words is not None
         p, m, v = (flat.view(buffer, flat.words) for buffer in (flat.data, self.exp_avg, self.exp_avg_sq))  # [V, H]
         copy = None if flat.compute is flat.data else flat.view(flat.compute, flat.words)
         for run in self._runs("words"):

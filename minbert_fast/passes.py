@@ -11,7 +11,7 @@ Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
 
 
-class Rows(Protocol):
+class Attention(Protocol):
+    """Which rows attend to each other."""
+
+    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
+
+
+class Rows(Attention, Protocol):
     """Token rows: indices [N] each, and attention among them."""
 
     @property
@@ -42,9 +49,6 @@ class Rows(Protocol):
 
     @property
     def types(self) -> Tensor: ...
-
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,14 @@ class DenseRows:
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
         types = torch.zeros_like(input_ids)
         if not drop_padding:
-            flat = (t.reshape(-1).int() for t in (input_ids, positions, types))
-            return cls(*flat, mask=attended, kept=None, cu_seqlens=None, max_seqlen=length)
+            tokens, places, kinds = (t.reshape(-1).int() for t in (input_ids, positions, types))
+            return cls(tokens, places, kinds, attended, None, None, length)
         kept = attended.reshape(-1).nonzero().squeeze(1)
         lengths = attended.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-        flat = (t.reshape(-1)[kept].int() for t in (input_ids, positions, types))
+        tokens, places, kinds = (t.reshape(-1)[kept].int() for t in (input_ids, positions, types))
         longest = int(lengths.max()) if lengths.numel() else 0
-        return cls(*flat, mask=attended, kept=kept, cu_seqlens=cu_seqlens, max_seqlen=longest)
+        return cls(tokens, places, kinds, attended, kept, cu_seqlens, longest)
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         scale = 1.0 / math.sqrt(qkv.shape[-1])
@@ -135,7 +139,7 @@ class Pass(Protocol):
     def embed(self, rows: Rows, model: BertModel) -> Tensor:
         """dropout(LayerNorm(word + position + type rows)) [N, H]."""
 
-    def attend(self, rows: Rows) -> Attend:
+    def attend(self, rows: Attention) -> Attend:
         """Attention among `rows`, with its own dropout stream."""
 
 
@@ -188,7 +192,7 @@ class AutogradPass(_Dropout):
             self.hidden_p, seed, self.site(),
         )  # fmt: skip
 
-    def attend(self, rows: Rows) -> Attend:
+    def attend(self, rows: Attention) -> Attend:
         site = self.site()
 
         def attention(qkv: Tensor) -> Tensor:
@@ -261,13 +265,14 @@ class OnePass(_Dropout):
             self.gradients.words(batch.num_words) if self.flat.words is tables[0] else None,
             *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
         )
+        word, position, kind = (self._weight(t) for t in tables)
         return functional.embedding(
-            rows.tokens, rows.positions, rows.types, *(self._weight(t) for t in tables),
+            rows.tokens, rows.positions, rows.types, word, position, kind,
             self._weight(norm.weight), self._weight(norm.bias), norm.eps,
             self.hidden_p, self.seed, self.site(), into=sink,
         )  # fmt: skip
 
-    def attend(self, rows: Rows) -> Attend:
+    def attend(self, rows: Attention) -> Attend:
         site = self.site()
         return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
 
@@ -277,11 +282,11 @@ class OnePass(_Dropout):
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients.owns(parameter) else None
 
-    def _together(self, parameters: list[Tensor]) -> bool:
+    def _together(self, parameters: Sequence[Tensor]) -> bool:
         owned = {self.gradients.owns(p) for p in parameters}
         return len(owned) == 1 and self.flat.adjacent(parameters)
 
-    def _stacked_gradient(self, parameters: list[Tensor]) -> Tensor | None:
+    def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
         return self.flat.stacked(self.gradients.J, parameters) if self.gradients.owns(parameters[0]) else None
 
 

@@ -7,6 +7,7 @@ resolved, as TOML.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from minbert_fast.config import Recipe, recipe_names
 def main(arguments: Sequence[str]) -> None:
     """Prints the list of recipes, or one of them."""
     parser = cli.Parser("recipes", "Shows the recipes that ship with the package.")
-    actions = parser.add_subparsers(dest="action", title="actions")
+    actions = parser.add_subparsers(dest="action", title="actions", parser_class=argparse.ArgumentParser)
     actions.add_parser("list", help="name, published scores, source and one line of each (the default)")
     show = actions.add_parser("show", help="every value of one recipe, as TOML")
     show.add_argument("name", metavar="NAME", help="a recipe's name, or a .toml file")

@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line: flags of the run, flags of the recipe, the course's flags."""
     command = cli.Parser("train", __doc__ or "")
     run = command.add_argument_group("the run")
-    run.add_argument("--recipe", metavar="NAME|FILE.toml", default="default", help="the experiment (default: default)")
+    run.add_argument(
+        "--recipe", metavar="NAME|FILE.toml", help="the experiment (default: default; without --model: demonstration)"
+    )
     run.add_argument("--output", metavar="DIR", help="where results go (default: a new folder under runs/)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument(
@@ -131,10 +133,10 @@ def recipe_of(chosen: argparse.Namespace) -> Recipe:
             path = getattr(chosen, f"{short}_{split}")
             if path is not None:
                 values = merge(values, {"data": {"files": {dataset: {split: path}}}})
-    recipe = Recipe.load(chosen.recipe)
-    if values:
-        recipe = recipe.with_values(values, "command line")
-    return recipe.with_values(parse_assignments(chosen.assignments), "--set") if chosen.assignments else recipe
+    values = merge(values, parse_assignments(chosen.assignments))
+    # The tiny model has random weights, and learns nothing at the rates that suit pre-trained ones.
+    usual = "default" if values.get("model", {}).get("name") else "demonstration"
+    return Recipe.load(chosen.recipe or usual).with_values(values, "command line")
 
 
 def options_of(chosen: argparse.Namespace, arguments: Sequence[str]) -> Options:

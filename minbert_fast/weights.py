@@ -164,7 +164,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _read_pickle(path: Path) -> Any:
     # What course checkpoints hold besides tensors: their arguments and NumPy's random state. Data, not code.
     allowed = [argparse.Namespace, types.SimpleNamespace, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    reconstruct = np.zeros(1).__reduce__()[0]
+    reconstruct: Any = np.zeros(1).__reduce__()[0]
     try:
         with torch.serialization.safe_globals([*allowed, reconstruct]):
             return torch.load(path, map_location="cpu", weights_only=True)

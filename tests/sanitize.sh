@@ -11,7 +11,7 @@ flags="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize
 MINBERT_FAST_CUDA=0 CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" \
   "$python" setup.py -q build --build-lib build/sanitized --build-temp build/sanitized-objects
 
-[ $# -gt 0 ] || set -- tests/surgery tests/test_native_build.py
+[ $# -gt 0 ] || set -- tests/surgery tests/test_native_build.py tests/test_native_attention.py
 for test in "$@"; do
   shift
   set -- "$@" "$root/$test"

@@ -183,7 +183,7 @@ class KilledError(BaseException):
     """Ends a run the way SIGKILL does, as far as files go: nothing is saved on the way out."""
 
 
-# ---- What is due when ----------------------------------------------------------------------------------------------
+# ---- What is due when --------------------------------------------------------------------------------------
 
 
 def test_steps_evaluations_and_records_of_a_plain_run(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_nothing_to_do_is_no_error(tmp_path: Path) -> None:
     assert outcome.best is not None
 
 
-# ---- Exact resume ----------------------------------------------------------------------------------------------------
+# ---- Exact resume ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, STAGED], ids=["plain", "staged"])
@@ -374,7 +374,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert (again.files(), again.records(), again.evaluations) == (files, records, [])
 
 
-# ---- When things go wrong -----------------------------------------------------------------------------------
+# ---- When things go wrong ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eager", [True, False])

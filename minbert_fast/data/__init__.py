@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data: reading and checking files, tokenizing with a cache, sampling, collating; the embedded demonstration."""
+"""Data: reading and checking files, tokenizing with a cache, sampling, collating; the demonstration."""
 
 from minbert_fast.data.cache import default_cache_dir, load_tokens, tokenize_table
 from minbert_fast.data.collate import Buckets, Collator, evaluation_batches, pin, prefetch, training_batches

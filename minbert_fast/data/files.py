@@ -168,11 +168,11 @@ class TableReader:
     def _read_header(self) -> tuple[list[int], int]:
         """The positions of the columns that this format needs, and the number of columns."""
         try:
-            _, record = next(self._lines)
+            line, record = next(self._lines)
         except StopIteration:
             raise DataError(f"{show_path(self.path)}: empty file") from None
         wanted = self.layout.columns(self.labeled)
-        place = f"{show_path(self.path)}:1"
+        place = f"{show_path(self.path)}:{line}"
         try:
             names = [name.strip() for name in record.fields(self.layout.separator, width=None)]
         except ValueError as error:

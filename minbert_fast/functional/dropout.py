@@ -41,5 +41,5 @@ def keep_mask(seed: Tensor, site: int, rows: Tensor, columns: int, p: float, pla
     quad = torch.arange((columns + 3) // 4, device=rows.device)[None, :]
     zero = torch.zeros_like(row + quad)
     words = philox(seed.reshape(()), (zero + quad, zero + row, zero + plane, zero + site))
-    word = torch.stack(words, -1).reshape(len(rows), -1)[:, :columns]
+    word = torch.stack(words, -1).reshape(len(rows), 4 * quad.shape[1])[:, :columns]
     return (word >= int(p * 2**32)).to(torch.float32) / (1.0 - p)

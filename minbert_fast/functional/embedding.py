@@ -302,9 +302,18 @@ class _EmbeddingInto(torch.autograd.Function):
         into: EmbeddingSink = ctx.into
         *tensors, seed = ctx.saved_tensors
         if implementation(dy) == "native":
+            tokens, positions, types, word, position, type_, gamma, mean, rstd = tensors
             layers.embedding_backward(
                 dy.contiguous(),
-                *tensors,
+                tokens,
+                positions,
+                types,
+                word,
+                position,
+                type_,
+                gamma,
+                mean,
+                rstd,
                 into.bounds,
                 into.word_order,
                 into.word_offsets,

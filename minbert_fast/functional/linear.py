@@ -53,7 +53,7 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
                 if dbias is not None and choice == "torch":
                     dbias[task] = rows.sum(0, dtype=segments.statistics_dtype(dy.dtype))
             if dbias is not None and choice == "native":
-                layers.column_sums(dy, bounds, dbias)
+                layers.column_sums(dy.contiguous(), bounds, dbias)
 
 
 @segment_gradients.register_fake

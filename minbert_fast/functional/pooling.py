@@ -63,7 +63,7 @@ class _Pool(torch.autograd.Function):
         if ctx.mode == "mean":
             dpooled = dpooled / cu_seqlens.diff().clamp(min=1)[:, None]
         dhidden = dpooled[sentence]
-        owned = (row < cu_seqlens[-1])[:, None]
+        owned = ((row >= cu_seqlens[0]) & (row < cu_seqlens[-1]))[:, None]
         if ctx.mode == "cls":
             owned = owned & (row == cu_seqlens[sentence])[:, None]
         elif ctx.mode == "max":
@@ -72,7 +72,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _sentence_of_row(cu_seqlens: Tensor, like: Tensor, rows: int | None = None) -> Tensor:
-    """The sentence of each row [N]; rows behind the last sentence get the last (callers mask them)."""
+    """The sentence of each row [N]; rows before or behind them all get the first or last (callers mask them)."""
     row = torch.arange(like.shape[0] if rows is None else rows, device=like.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 

@@ -24,6 +24,7 @@ from minbert_fast.tasks.base import (
     require,
     shared_stack,
 )
+from minbert_fast.tasks.layers import TokenLayers
 
 CLASSES = {
     "sentiment": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
@@ -38,6 +39,7 @@ class SentimentOptions(TaskOptions):
     data: Literal["sentiment", "polarity"] = "sentiment"
     shared_layers: str = ""  # name of a stack of linear, ReLU, dropout that every task naming it shares
     shared_depth: int = 2
+    extra_layers: int = 0  # BERT layers of the task's own, between the encoder and its pooling
     dropout: float = 0.1
     label_smoothing: float = 0.0  # share of each target spread evenly over all classes
 
@@ -45,6 +47,11 @@ class SentimentOptions(TaskOptions):
         super().__post_init__()
         check_dropout(self.dropout)
         require(self.shared_depth >= 1, f"shared_depth = {self.shared_depth}: expected at least 1")
+        require(0 <= self.extra_layers <= 48, f"extra_layers = {self.extra_layers}: expected 0 to 48")
+        require(
+            not (self.extra_layers and self.pooling == "pooler"),
+            'pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max',
+        )
         require(0 <= self.label_smoothing < 1, f"label_smoothing = {self.label_smoothing}: expected 0 <= share < 1")
 
 
@@ -57,13 +64,17 @@ class SentimentHead(Head):
         super().__init__()
         self.options = options
         width = config.hidden_size
+        self.layers = TokenLayers(config, options.extra_layers) if options.extra_layers else None
         self.stack: Stack | None = None
         if options.shared_layers:
             self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
         self.output = nn.Linear(width, len(CLASSES[options.data]))
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
-        (x,) = inputs.embeddings
+        if self.layers is None:
+            (x,) = inputs.embeddings
+        else:
+            x = self.layers(inputs, self.options.pooling or "mean")
         x = F.dropout(x, self.options.dropout, self.training)
         if self.stack is not None:
             x = self.stack(x)

@@ -42,13 +42,13 @@ figcaption { font-weight: 600; margin-bottom: 0.3rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.4rem 0; }
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top;
   overflow-wrap: break-word; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; } th { vertical-align: bottom; }
 th { font-weight: 600; } thead th { color: var(--muted); font-weight: 500; }
-td.best { font-weight: 700; }
 table.matrix th, table.matrix td { padding: 0.45rem 0.6rem; text-align: center; border: 1px solid var(--grid); }
 table.matrix tbody th { text-align: left; }
+@media (max-width: 30rem) { table.matrix th, table.matrix td { padding: 0.35rem; } }
 table.matrix td { background: rgb(var(--heat) / var(--share)); }
-.bar { display: inline-block; height: 0.8rem; background: var(--s0); border-radius: 2px; min-width: 1px; }
+.bar { display: block; height: 0.8rem; background: var(--s0); border-radius: 2px; min-width: 1px; }
 table.matrix td, .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .errors { list-style: none; padding: 0; margin: 0.4rem 0; display: grid; gap: 0.6rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }

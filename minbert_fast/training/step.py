@@ -98,7 +98,7 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
         return entry(p, options.lr * options.layer_decay ** _depth(names[id(p)], encoder.config.num_hidden_layers))
 
     head_lr = options.lr if options.head_lr is None else options.head_lr
-    word = encoder.word_embedding.weight
+    word = encoder.word_embedding.get_parameter("weight")
     own = encoder.one_pass_parameters()
     rest = [p for p in encoder.parameters() if all(p is not q for q in (*own, word))]
     shared = [encoder_entry(p) for p in (*own, *rest) if id(p) in trains]

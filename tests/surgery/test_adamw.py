@@ -73,9 +73,10 @@ def test_dense(isa: str, columns: int, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 7, 64])
-@pytest.mark.parametrize(("columns", "offset"), [(1, 0), (1024, 0), (100_003, 0), (100_000, 4), (5003, 1)])
-def test_dense_cuda(columns: int, offset: int, tasks: int, dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("tasks", "columns", "offset"), [(1, 1, 0), (2, 1024, 0), (3, 100_003, 0), (4, 50_000, 4), (64, 5003, 1)]
+)
+def test_dense_cuda(tasks: int, columns: int, offset: int, dtype: torch.dtype, kind: str) -> None:
     J = oracles.random_rows(tasks, columns + 8, dtype).cuda()[:, offset : offset + columns]
     w, numbers = torch.randn(tasks, device="cuda"), scalars(scale=0.7)
     before = [t.cuda() for t in moments((columns,))]

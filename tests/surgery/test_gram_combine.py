@@ -50,10 +50,9 @@ def test_numbers_of_tasks(isa: str, tasks: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64])
-@pytest.mark.parametrize("spare", [0, 3, 8])
-@pytest.mark.parametrize("columns", [1, 7, 1024, 300_007])
-def test_cuda(tasks: int, dtype: torch.dtype, spare: int, columns: int) -> None:
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize(("columns", "spare"), [(1, 0), (1024, 0), (7, 3), (300_007, 5), (200_000, 8)])
+def test_cuda(tasks: int, dtype: torch.dtype, columns: int, spare: int) -> None:
     J = random_rows(tasks, columns + spare, dtype).cuda()[:, spare:]
     check_gram(J)
     check_combine(J, torch.randn(tasks, device="cuda"))

@@ -52,15 +52,12 @@ def close_combination(w: Tensor, J: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_pcgrad_is_the_naive_loop(
-    device: torch.device, tasks: int, kind: str, mean: bool, implementation: Implementation
-) -> None:
+def test_pcgrad_is_the_naive_loop(device: torch.device, tasks: int, kind: str, implementation: Implementation) -> None:
     J = rows(tasks, kind)
-    for seed in range(3):
-        order = orders(tasks, seed)
+    for seed in range(4):
+        order, mean = orders(tasks, seed), seed % 2 == 1
         with force(implementation):
             gram = (J.double() @ J.double().T).float().to(device)
             w, nonfinite = ops.pcgrad_weights(gram, order.to(device), mean)

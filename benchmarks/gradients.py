@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients to operate on: random ones, and those of a real step on the embedded sample data."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.config import Recipe
+from minbert_fast.data import Collator, Tokenizer, find_tables, read_table, sample_directory, tokenize_table
+from minbert_fast.schema import build
+from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.training.step import OnePassStep
+
+#: The encoders that the issue names, and their parameters (pooler included).
+CONFIGS = {
+    "MiniLM-L6": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "BERT-base": BertConfig(),
+}
+PARAMETERS = {"MiniLM-L6": 22_713_216, "BERT-base": 109_482_240}
+
+
+def random_gradients(tasks: int, parameters: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """J [T, P] of a size that gradients have, with a common part so that some pairs conflict and some do not."""
+    generator = torch.Generator(device).manual_seed(0)
+    J = torch.empty(tasks, parameters, dtype=dtype, device=device)
+    for task, row in enumerate(J):
+        row.copy_(torch.randn(parameters, generator=generator, device=device).mul_(1e-3 * (1 + task)))
+        if task:
+            row.add_(J[0], alpha=0.3 * (-1) ** task)
+    return J
+
+
+def real_gradients(model: str, device: torch.device) -> Tensor:
+    """J [3, P] of the three course tasks, 32 examples each, word embedding spread out to all its rows."""
+    recipe = build(Recipe, {"surgery": {"method": "pcgrad"}}, "benchmark")
+    torch.manual_seed(0)
+    network = MultitaskModel(BertModel(CONFIGS[model]), build_tasks(recipe), recipe.model.pooling).to(device)
+    sample = sample_directory()
+    tokenizer = Tokenizer.from_pretrained(sample.model)
+    tables = {}
+    for name, task in network.tasks.items():
+        path = find_tables(sample.data, "train", (task.dataset,)).paths[task.dataset]
+        tables[name] = tokenize_table(read_table(path, task.dataset), tokenizer)
+    batch = Collator(tables, max_length=128)({name: np.arange(32) for name in tables})
+    step = OnePassStep(network, recipe, torch.float32)
+    step(batch.to(device), 1.0)
+    flat, words = step.flat, step.gradients.words(batch.packed.num_words)
+    J = torch.zeros(3, flat.words_end, device=device)
+    J[:, : flat.shared_end] = step.gradients.J
+    ids = batch.packed.word_ids[: batch.packed.num_words].to(device).long()
+    flat.view(J, network.encoder.word_embedding.weight).index_copy_(1, ids, words)
+    return J

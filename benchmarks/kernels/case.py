@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks of single ops share: a case, its inputs, and how near its result must come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Candidate
+
+TASKS = 3
+P = 0.1
+EPS = 1e-12
+#: The largest error, as a share of the result's norm, that rounding in this dtype explains.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size: ours first, then what it is compared with."""
+
+    name: str
+    candidates: dict[str, Candidate]
+    product: str = "bf16"  # which of the machine's measured products its FLOP/s are compared with
+
+    @property
+    def baselines(self) -> list[str]:
+        return [name for name in self.candidates if name != "ours"]
+
+
+def label(op: str, dtype: torch.dtype, *sizes: int) -> str:
+    return f"{op}, {str(dtype).removeprefix('torch.')}, {' x '.join(map(str, sizes))}"
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    return (torch.bfloat16, torch.float32)
+
+
+def draw(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Normal values: never zeros, which run faster and hide mistakes."""
+    return (scale * torch.randn(shape, device=device)).to(dtype)
+
+
+def bounds(rows: int, device: torch.device) -> Tensor:
+    """Three tasks of unequal share, all rows used."""
+    return torch.tensor([0, rows // 4, rows // 2, rows], dtype=torch.int32, device=device)
+
+
+def close(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """AssertionError unless `actual` is `exact` but for rounding in `dtype`."""
+    got, wanted = actual.detach().double(), exact.detach().double()
+    error = float((got - wanted).norm() / wanted.norm())
+    assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}, allowed {TOLERANCE[dtype]:.0e}"
+
+
+def backward_of(y: Tensor, inputs: list[Tensor], dy: Tensor) -> Callable[[], object]:
+    """Autograd's backward alone, over and over on one graph."""
+    return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any] | None:
+    """torch.compile's version, where there is a GPU for it to compile for."""
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else None

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""segment_gradients: every task's weight gradient, against a product a task and against one product for all tasks.
+
+FLOPs: 2 N O I, the same for all three (a sum over rows, cut at other places). Bytes: inputs e N (O + I), output 4 T
+O I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import Candidate
+from benchmarks.kernels.case import TASKS, Case, bounds, close, draw, label
+
+MATRICES = [(384, 384), (1152, 384), (1536, 384), (384, 1536), (768, 768), (2304, 768), (3072, 768), (768, 3072)]
+ROWS = {"cpu": [2770], "cuda": [2770, 32768]}
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for rows in ROWS[device.type]:
+        for outputs, inputs in MATRICES:
+            yield _case(rows, outputs, inputs, torch.bfloat16, device)
+
+
+def _case(rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Case:
+    dy = draw(rows, outputs, dtype=dtype, device=device)
+    x = draw(rows, inputs, dtype=dtype, device=device)
+    tasks = bounds(rows, device)
+    cut = tasks.tolist()
+    out = torch.empty(TASKS, outputs, inputs, device=device)
+    each = torch.empty(TASKS, outputs, inputs, device=device, dtype=dtype)
+    ops = torch.ops.minbert_fast
+
+    def ours() -> None:
+        ops.segment_gradients(dy, x, tasks, out, None)
+
+    def product_a_task() -> None:
+        for task in range(TASKS):
+            torch.mm(dy[cut[task] : cut[task + 1]].T, x[cut[task] : cut[task + 1]], out=each[task])
+
+    def check() -> None:
+        ours()
+        for task in range(TASKS):
+            rows_of = slice(cut[task], cut[task + 1])
+            close(f"task {task}", out[task], dy[rows_of].double().T @ x[rows_of].double(), dtype)
+
+    flops = 2 * rows * outputs * inputs
+    moved = dy.element_size() * rows * (outputs + inputs) + 4 * out.numel()
+    return Case(
+        label("segment_gradients", dtype, rows, outputs, inputs),
+        {
+            "ours": Candidate(ours, check, moved, flops),
+            "torch.mm a task": Candidate(product_a_task, None, moved, flops),
+            "torch.mm, tasks summed": Candidate(lambda: torch.mm(dy.T, x), None, None, flops),
+        },
+    )

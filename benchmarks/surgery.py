@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient surgery: from J [T, P] to the combined gradient, and to updated parameters, ours and everyone else's.
+
+Bytes a parameter that each op has to move, e bytes an element of J (4 for fp32, 2 for bf16):
+    gram e T | combine e T + 4 | combine_adamw e T + 24 (p, m, v read and written), + 2 with a bf16 copy
+    surgery = gram + combine | step = gram + combine_adamw
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks import gradients, harness
+from benchmarks.harness import Candidate, Ceilings, Row
+from minbert_fast import reference, surgery
+from minbert_fast.functional import surgery as ops
+from minbert_fast.functional.surgery import AdamWSettings
+
+TASKS = (2, 3, 8, 32)
+# The classic loop walks over P twice for each pair of tasks: beyond this many products of pairs and parameters it would
+# take minutes, and is left out.
+CLASSIC_LIMIT = 64 * 120e6
+SETTINGS = AdamWSettings(weight_decay=0.01)
+
+
+def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    """Every size and number of tasks that fits into memory, random gradients and a real step's, fp32 and bf16."""
+    for model, parameters in gradients.PARAMETERS.items():
+        for tasks in TASKS:
+            for dtype in (torch.float32, torch.bfloat16):
+                name = f"{model}, T={tasks}, {str(dtype).removeprefix('torch.')}, random"
+                needed = parameters * (tasks * (dtype.itemsize + 4) + 40)  # J, a baseline's fp32 copy of it, the rest
+                if needed > harness.available_bytes(device):
+                    yield Row("surgery", name, "all", note=f"needs {needed / 1e9:.0f} GB: left out")
+                    continue
+                J = gradients.random_gradients(tasks, parameters, device, dtype)
+                yield from _cases(name, J, device, ceilings)
+                del J
+                gc.collect()
+        J = gradients.real_gradients(model, device)
+        yield from _cases(f"{model}, T=3, float32, a real step's", J, device, ceilings)
+        del J
+        gc.collect()
+
+
+def _cases(name: str, J: Tensor, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    yield from harness.case("surgery", f"{name}: gram", _gram(J), device, ceilings, baselines=["J @ J.T"])
+    combine = harness.case("surgery", f"{name}: combine", _combine(J), device, ceilings, baselines=["torch.mv"])
+    yield from combine
+    whole, baselines = _surgery(J)
+    yield from harness.case("surgery", f"{name}: surgery", whole, device, ceilings, baselines=baselines)
+    steps = _step(J)
+    baselines = [key for key in steps if key != "ours"]
+    yield from harness.case("surgery", f"{name}: combine + AdamW", steps, device, ceilings, baselines=baselines)
+
+
+def _gram(J: Tensor) -> dict[str, Candidate]:
+    out = torch.empty(len(J), len(J), device=J.device)
+    moved = J.numel() * J.element_size()
+
+    def product() -> Tensor:
+        return (J @ J.T).float()
+
+    def check() -> None:
+        torch.testing.assert_close(ops.gram(J, out), _exact_gram(J), rtol=1e-4, atol=1e-5 * float(out.max()))
+
+    return {
+        "ours": Candidate(lambda: ops.gram(J, out), check, moved),
+        "J @ J.T": Candidate(product, None, moved),
+    }
+
+
+def _combine(J: Tensor) -> dict[str, Candidate]:
+    w = torch.linspace(0.5, 1.5, len(J), device=J.device)
+    out = torch.empty(J.shape[1], device=J.device)
+    moved = J.numel() * J.element_size() + 4 * J.shape[1]
+    low = w.to(J.dtype)
+
+    def check() -> None:
+        exact = _sample(J).double().T @ w.double()
+        torch.testing.assert_close(_sample(ops.combine(J, w, out)), exact.float(), rtol=1e-4, atol=1e-7)
+
+    return {
+        "ours": Candidate(lambda: ops.combine(J, w, out), check, moved),
+        "torch.mv": Candidate(lambda: torch.mv(J.T, low), None, moved),
+    }
+
+
+def _surgery(J: Tensor) -> tuple[dict[str, Candidate], list[str]]:
+    """PCGrad's combined gradient, all in the same task orders where the method lets us choose them."""
+    tasks, device = len(J), J.device
+    order = surgery.task_orders(tasks, torch.Generator().manual_seed(0))
+    on_device, orders = order.to(device), order.tolist()
+    out = torch.empty(J.shape[1], device=device)
+    exact: dict[str, Tensor] = {}
+
+    def ours() -> Tensor:
+        w, _ = ops.pcgrad_weights(ops.gram(J), on_device)
+        return ops.combine(J, w, out)
+
+    def products() -> Tensor:
+        w, _ = ops.pcgrad_weights((J @ J.T).float(), on_device)
+        return torch.mv(J.T, w.to(J.dtype))
+
+    def classic() -> Tensor:
+        return reference.pcgrad(list(J), orders)
+
+    def check() -> None:
+        exact["w"], _ = ops.pcgrad_weights(_exact_gram(J), on_device)
+        expected = _sample(J).double().T @ exact["w"].double()
+        torch.testing.assert_close(_sample(ours()).double(), expected, rtol=1e-3, atol=1e-6)
+
+    moved = 2 * J.numel() * J.element_size() + 4 * J.shape[1]
+    candidates = {
+        "ours": Candidate(ours, check, moved),
+        "J @ J.T, torch.mv": Candidate(products, None, moved),
+    }
+    try:
+        from torchjd.aggregation import PCGrad
+
+        aggregator = PCGrad()
+        candidates["TorchJD PCGrad"] = Candidate(lambda: aggregator(J), None, moved)
+    except ImportError:
+        pass
+    if tasks * tasks * J.shape[1] <= CLASSIC_LIMIT and J.dtype == torch.float32:
+        candidates["classic loop"] = Candidate(classic, None, moved)
+    return candidates, [key for key in candidates if key != "ours"]
+
+
+def _step(J: Tensor) -> dict[str, Candidate]:
+    """From J and w to new parameters. The baseline's fused AdamW is timed alone too, on a gradient that lies ready."""
+    device, parameters = J.device, J.shape[1]
+    w = torch.ones(len(J), device=device)
+    p, m, v = (torch.zeros(parameters, device=device) for _ in range(3))
+    scalars = torch.tensor([1e-5, 10.0, 1.0, 0.0], device=device)
+    theirs = torch.nn.Parameter(torch.zeros(parameters, device=device))
+    theirs.grad = torch.ones_like(theirs)
+    fused = torch.optim.AdamW([theirs], lr=1e-5, fused=True)
+    low = w.to(J.dtype)
+
+    def ours() -> None:
+        ops.combine_adamw(J, w, p, m, v, scalars, SETTINGS)
+
+    def combined_first() -> None:
+        theirs.grad = torch.mv(J.T, low).float()
+        fused.step()
+
+    def check() -> None:
+        p.zero_(), m.zero_(), v.zero_()
+        ours()
+        g = _sample(J).double().T @ w.double()
+        torch.testing.assert_close(_sample(m).double(), 0.1 * g, rtol=1e-4, atol=1e-9)
+        size = 1e-5 * (1 - 0.999**10) ** 0.5 / (1 - 0.9**10)
+        change = size * 0.1 * g / ((0.001 * g * g).sqrt() + SETTINGS.eps)
+        torch.testing.assert_close(_sample(p).double(), -change * (1 - 1e-5 * 0.01), rtol=1e-3, atol=1e-9)
+
+    gradient = J.numel() * J.element_size()
+    return {
+        "ours": Candidate(ours, check, gradient + 24 * parameters),
+        "torch.mv, AdamW(fused)": Candidate(combined_first, None, gradient + 24 * parameters),
+        "AdamW(fused) alone": Candidate(fused.step, None, 28 * parameters),
+    }
+
+
+def _exact_gram(J: Tensor) -> Tensor:
+    """fp64 sums, a piece of J at a time."""
+    total = torch.zeros(len(J), len(J), dtype=torch.float64, device=J.device)
+    for piece in J.split(1 << 20, dim=1):
+        total += piece.double() @ piece.double().T
+    return total.float()
+
+
+def _sample(x: Tensor) -> Tensor:
+    """The first and last million columns: what a check looks at."""
+    count = min(1_000_000, x.shape[-1])
+    return torch.cat([x[..., :count], x[..., -count:]], dim=-1)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a training run, made again from its files; or several runs compared.
+
+python -m minbert_fast.report runs/first                       writes runs/first/report.html and runs/first/plots/
+python -m minbert_fast.report runs/first runs/second           writes comparison.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minbert_fast.cli import Parser, run
+from minbert_fast.schema import ConfigError
+from minbert_fast.training.comparison import write_comparison
+from minbert_fast.training.report import write_report
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = Parser("report", "The report of a training run from its files, or a page that compares several runs.")
+    flags.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="--output directory of a training run")
+    flags.add_argument("--output", type=Path, metavar="FILE", help="where a comparison goes (default: comparison.html)")
+    return flags
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command; raises ConfigError or OSError for what the user can mend."""
+    options = parser().parse_args(arguments)
+    if len(options.directories) == 1:
+        if options.output is not None:
+            raise ConfigError("--output is for comparisons; the report of one run goes into its own directory")
+        print(write_report(options.directories[0]))
+    else:
+        print(write_comparison(options.directories, options.output or Path("comparison.html")))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks of single ops on tiny sizes: every candidate runs, ours is right, and a wrong result would be seen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks import harness, kernels
+from benchmarks.kernels import case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op, sizes in (("add_norm", (40, 64)), ("bias_gelu", (40, 64)), ("embedding", (9, 64))):
+        monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "SIZES", {"cpu": [sizes]})
+    products = import_module("benchmarks.kernels.segment_gradients")
+    monkeypatch.setattr(products, "ROWS", {"cpu": [40]})
+    monkeypatch.setattr(products, "MATRICES", [(32, 16)])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_candidate_runs_and_ours_is_right() -> None:
+    seen = set()
+    for op in kernels.OPS:
+        for each in import_module(f"benchmarks.kernels.{op}").cases(CPU):
+            seen.add(each.name)
+            for candidate in each.candidates.values():
+                candidate.run()
+                if candidate.check is not None:
+                    candidate.check()
+            assert each.candidates["ours"].check is not None, f"{each.name} is timed unchecked"
+    assert len(seen) == 13  # three ops forward and backward in two dtypes, one product; adamw waits for a GPU
+
+
+@pytest.mark.usefixtures("tiny")
+def test_rows_compare_ours_with_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "OPS", ("segment_gradients",))
+    rows = list(kernels.run(CPU, harness.Ceilings(1e9, 1e9, 1e9)))
+    assert set(rows[0].speedup) == {"torch.mm a task", "torch.mm, tasks summed"}
+    assert all(row.median is not None for row in rows)
+
+
+def test_close_sees_a_wrong_result() -> None:
+    exact = torch.randn(100)
+    case.close("exact", exact, exact, torch.float32)
+    with pytest.raises(AssertionError, match="off: relative error"):
+        case.close("off", exact + 1e-3, exact, torch.float32)
+    with pytest.raises(AssertionError):
+        case.close("nan", exact * torch.nan, exact, torch.bfloat16)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation over the sample data: every row once and in place, whatever the batches; the command and its mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minbert_fast import BertModel
+from minbert_fast.cli import run
+from minbert_fast.config import Recipe
+from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory, tokenize_table
+from minbert_fast.evaluate import main
+from minbert_fast.schema import ConfigError, build
+from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from minbert_fast.training.device import choose_device, choose_precision
+from minbert_fast.training.evaluation import evaluate
+
+ROWS = 40
+RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"joint": True}, "similarity": {}}}, "test")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with the first rows of the sample's dev files."""
+    folder = tmp_path_factory.mktemp("data")
+    for path in find_tables(sample_directory().data, "dev").paths.values():
+        head = path.read_text(encoding="utf-8").splitlines(keepends=True)[: ROWS + 1]
+        (folder / path.name).write_text("".join(head), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> MultitaskModel:
+    torch.manual_seed(0)
+    return MultitaskModel(BertModel.from_pretrained(sample_directory().model), build_tasks(RECIPE)).eval()
+
+
+@pytest.fixture(scope="module")
+def tables(files: Path) -> dict:
+    tokenizer = Tokenizer.from_pretrained(sample_directory().model)
+    return {n: tokenize_table(read_table(p, n), tokenizer) for n, p in find_tables(files, "dev").paths.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: MultitaskModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "best"
+    model.save(folder, RECIPE.to_toml(), Tokenizer.from_pretrained(sample_directory().model))
+    return folder
+
+
+def test_batches_of_any_size_give_each_row_its_own_prediction(model, tables):
+    counted = []
+    whole = evaluate(model, tables, progress=counted.append)
+    single = evaluate(model, tables, token_budget=1)
+    assert sum(counted) == sum(map(len, tables.values())) == 3 * ROWS
+    for name, result in whole.tasks.items():
+        alone = single.tasks[name]
+        np.testing.assert_allclose(result.predictions, alone.predictions, rtol=1e-4, atol=1e-5)
+        assert result.ids == alone.ids
+        assert len(np.unique(result.probabilities if name != "similarity" else result.predictions)) > ROWS // 4
+    assert whole.metrics == pytest.approx(single.metrics)
+    parts = whole.metrics["sentiment_accuracy"], whole.metrics["paraphrase_accuracy"]
+    assert whole.score == pytest.approx((sum(parts) + (whole.metrics["similarity_pearson"] + 1) / 2) / 3)
+
+
+def test_predictions_are_the_heads_on_one_sentence(model, tables):
+    """Row by row through course code's own path: input_ids and mask, mean over tokens, the head's weights."""
+    result = evaluate(model, {"sentiment": tables["sentiment"]}).tasks["sentiment"]
+    head = model.heads["sentiment"]
+    for row in range(5):
+        ids = torch.from_numpy(np.array(tables["sentiment"].columns[0][row], dtype=np.int64))[None]
+        with torch.no_grad():
+            hidden = model.encoder(ids, torch.ones_like(ids))["last_hidden_state"]
+            shares = head.output(hidden.mean(1)).softmax(-1)[0].numpy()
+        np.testing.assert_allclose(result.probabilities[row], shares, rtol=1e-4, atol=1e-5)
+        assert result.predictions[row] == shares.argmax()
+
+
+def test_evaluation_leaves_the_model_as_it_was(model, tables):
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    model.train()
+    try:
+        evaluate(model, {"similarity": tables["similarity"]})
+        assert model.training
+    finally:
+        model.eval()
+    assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())
+
+
+def test_bf16_is_close_to_fp32_and_is_not_it(model, tables):
+    exact = evaluate(model, tables).tasks["similarity"].predictions
+    rough = evaluate(model, tables, precision="bf16").tasks["similarity"].predictions
+    assert 0 < np.abs(exact - rough).max() < 0.1
+
+
+def test_written_files_hold_predictions_and_the_worst_errors(model, tables, files, tmp_path):
+    result = evaluate(model, tables)
+    texts = {n: read_table(p, n).sentences for n, p in find_tables(files, "dev").paths.items()}
+    result.write(tmp_path, texts)
+    ids, values = predictions.read(tmp_path / "sts-dev-output.csv")
+    assert ids == result.tasks["similarity"].ids
+    np.testing.assert_allclose(values, result.tasks["similarity"].predictions, rtol=1e-6)
+    details = json.loads((tmp_path / "details.json").read_text())
+    sentiment = details["tasks"]["sentiment"]
+    assert np.sum(sentiment["confusion"]) == ROWS
+    assert np.trace(np.array(sentiment["confusion"])) == pytest.approx(ROWS * result.metrics["sentiment_accuracy"])
+    errors = details["tasks"]["similarity"]["worst"]
+    assert [e["error"] for e in errors] == sorted((e["error"] for e in errors), reverse=True)
+    first = errors[0]
+    row = result.tasks["similarity"].ids.index(first["id"])
+    assert first["sentences"] == [column[row] for column in texts["similarity"]]
+    assert first["error"] == pytest.approx(abs(first["label"] - first["prediction"]), abs=1e-5)
+    assert all(e["label"] != e["prediction"] for e in sentiment["worst"])
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_command_on_a_directory(checkpoint, files, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--data", files, "--json", tmp_path / "s.json", "--output", tmp_path / "p"]
+    assert run(main, [*map(str, arguments), "--precision", "fp32"]) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"{scores['score']:.4f}" in printed.splitlines()[-1]
+    assert set(scores) >= {"sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson", "score"}
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {
+        "sst-dev-output.csv", "para-dev-output.csv", "sts-dev-output.csv", "details.json",
+    }  # fmt: skip
+
+
+def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_path):
+    both = tmp_path / "both.json", tmp_path / "one.json"
+    common = ["--checkpoint", str(checkpoint), "--precision", "fp32"]
+    assert run(main, [*common, "--data", str(files), "--json", str(both[0])]) == 0
+    assert run(main, [*common, "--similarity", str(files / "sts-dev.csv"), "--json", str(both[1])]) == 0
+    whole, one = (json.loads(path.read_text()) for path in both)
+    assert set(one) == {"similarity_pearson", "similarity_spearman", "score"}
+    assert one["similarity_pearson"] == pytest.approx(whole["similarity_pearson"])
+
+
+def test_mistakes_are_one_line_and_no_traceback(checkpoint, files, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("id\tsentence\n1\tgood\n")
+    wrong = [
+        ([], "--checkpoint"),
+        (["--checkpoint", checkpoint], "expected either --data DIR or files"),
+        (["--checkpoint", checkpoint, "--data", files, "--similarity", files / "sts-dev.csv"], "expected either"),
+        (["--checkpoint", tmp_path / "empty", "--data", files], "holds no recipe.toml"),
+        (["--checkpoint", tmp_path / "nowhere", "--data", files], "nowhere"),
+        (["--checkpoint", checkpoint, "--data", tmp_path / "empty"], "no data files"),
+        (["--checkpoint", checkpoint, "--sentiment", tmp_path / "bad.csv"], "bad.csv"),
+        (["--checkpoint", checkpoint, "--sentiment", tmp_path / "none.csv"], "none.csv"),
+        (["--checkpoint", checkpoint, "--data", files, "--device", "tpu"], "device 'tpu'"),
+        (["--checkpoint", checkpoint, "--data", files, "--frob"], "--frob"),
+    ]
+    for arguments, message in wrong:
+        assert run(main, list(map(str, arguments))) != 0
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert len(captured.err.splitlines()) == 1
+        assert "Traceback" not in captured.err
+
+
+def test_a_task_without_a_head_is_named(files, tmp_path, capsys):
+    recipe = build(Recipe, {"tasks": {"similarity": {}}}, "test")
+    small = MultitaskModel(BertModel.from_pretrained(sample_directory().model), build_tasks(recipe))
+    small.save(tmp_path / "m", recipe.to_toml(), Tokenizer.from_pretrained(sample_directory().model))
+    assert run(main, ["--checkpoint", str(tmp_path / "m"), "--sentiment", str(files / "ids-sst-dev.csv")]) == 2
+    assert "this model has no sentiment head (it has similarity)" in capsys.readouterr().err
+
+
+def test_devices_and_precisions():
+    assert choose_device("cpu").type == "cpu"
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+    assert choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
+    for name in ("tpu", "meta", "cuda:999"):
+        with pytest.raises(ConfigError, match="device"):
+            choose_device(name)
+
+
+@pytest.mark.slow
+def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    recipe = build(Recipe, {"tasks": {"similarity": {}}}, "test")
+    model = MultitaskModel(BertModel.from_pretrained(minilm), build_tasks(recipe))
+    source = read_table(shared_data / "sts-dev.csv", "similarity")
+    table = tokenize_table(source, Tokenizer.from_pretrained(minilm))
+    result = evaluate(model, {"similarity": table}).tasks["similarity"]
+
+    stock = transformers.AutoModel.from_pretrained(minilm)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    for row in range(0, len(source), 50):
+        encoded = tokenizer([column[row] for column in source.sentences], padding=True, return_tensors="pt")
+        mask = encoded["attention_mask"][:, :, None]
+        with torch.no_grad():
+            u, v = (stock(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1)
+        expected = 5 * torch.cosine_similarity(u, v, dim=0).clamp(min=0).item()
+        assert result.predictions[row] == pytest.approx(expected, abs=1e-4)
+    assert result.metrics["similarity_pearson"] > 0.8  # without any training

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: self-contained, escaped, whole for a full run, calm about a poor one; its numbers are the files'."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from minbert_fast.cli import run
+from minbert_fast.config import Recipe
+from minbert_fast.report import main
+from minbert_fast.training import charts
+from minbert_fast.training.comparison import write_comparison
+from minbert_fast.training.report import write_report
+from minbert_fast.training.runs import read_run
+
+EVIL = '<script>alert("x")</script> & <img src=http://evil/>'
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+
+class Checker(HTMLParser):
+    """Every tag closed in order; ids once; what a reader without a pointer can reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parse(path: Path) -> Checker:
+    checker = Checker()
+    checker.feed(path.read_text(encoding="utf-8"))
+    assert checker.open == []
+    return checker
+
+
+def details() -> dict[str, Any]:
+    worst = {"id": "a<b", "sentences": [EVIL, "plain"], "label": 0, "prediction": 1, "probability": 0.9, "error": 0.9}
+    sentiment = {
+        "kind": "sentiment", "classes": ["bad", "so <so>", "good"], "metrics": {}, "ids": ["1", "2", "3"],
+        "labels": [0, 1, 2], "predictions": [0, 1, 1], "confusion": [[70, 0, 0], [0, 41, 0], [0, 13, 27]],
+        "worst": [worst] * 9,
+    }  # fmt: skip
+    similarity = {
+        "kind": "similarity", "classes": None, "metrics": {}, "ids": ["1", "2"], "labels": [0.0, 5.0],
+        "predictions": [1.0, None], "worst": [worst | {"label": 5.0, "prediction": None, "probability": None}],
+    }  # fmt: skip
+    return {"split": "dev", "tasks": {"sentiment": sentiment, "similarity": similarity}}
+
+
+def make_run(directory: Path, steps: int = 40, lr: float = 1e-3) -> Path:
+    records = []
+    for step in range(1, steps + 1):
+        cosine = 0.5 if step % 4 else -0.25
+        record = {
+            "step": step, "epoch": step / 10, "stage": int(step > 20), "lr": lr * step, "loss/sentiment": 2.0 / step,
+            "loss/similarity": None if step == 7 else 0.5, "grad_norm": 1.0, "cosine/sentiment|similarity": cosine,
+            "conflicts": float(cosine < 0), "tokens": 100 * step, "step_seconds": 0.25,
+        }  # fmt: skip
+        if step % 10 == 0:
+            record |= {"dev/sentiment_accuracy": step / 100, "dev/score": step / 80, "dev/sentiment_macro_f1": 0.1}
+        records.append(record)
+    summary = {
+        "dev": {"sentiment_accuracy": 0.4321, "score": 0.6543}, "untrained": {"sentiment_accuracy": 0.2345},
+        "steps": steps, "seconds": 100.0, "tokens": 4000, "device": "cpu", "backend": "fast", "precision": "fp32",
+        "best": {"step": 40, "score": 0.6543}, "command": f"python -m minbert_fast.train --output 'a b' {EVIL}",
+        "timings": {"data": 5.0, "steps": 75.0}, "versions": {"torch": "2.99"}, "notices": [EVIL],
+        "demonstration": True,
+    }  # fmt: skip
+    (directory / "predictions").mkdir(parents=True)
+    (directory / "best").mkdir()
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "predictions" / "details.json").write_text(json.dumps(details()))
+    recipe = Recipe().with_values({"surgery": {"method": "pcgrad"}, "optimizer": {"lr": lr}}, "test")
+    (directory / "best" / "recipe.toml").write_text(recipe.to_toml())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_run(tmp_path_factory.mktemp("runs") / "first")
+    write_report(directory)
+    return directory
+
+
+def test_page_is_whole_and_self_contained(full):
+    page = parse(full / "report.html")
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "base"}
+    source = (full / "report.html").read_text()
+    assert not re.search(r"url\(|@import|https?://(?!evil)", source)
+    for _, attributes in page.tags:
+        assert not {"src", "srcset", "onclick", "onload", "onerror"} & set(attributes)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.tags:
+        if tag == "a":
+            assert (attributes["href"] or "").removeprefix("#") in ids
+
+
+def test_sentences_and_commands_are_escaped(full):
+    source = (full / "report.html").read_text()
+    assert EVIL not in source
+    assert "<script" not in source
+    assert EVIL in "".join(parse(full / "report.html").text)
+    assert "so <so>" in "".join(parse(full / "report.html").text)
+
+
+def test_every_chart_has_words_and_every_scroller_a_tab_stop(full):
+    page = parse(full / "report.html")
+    images = [a for tag, a in page.tags if tag == "svg"]
+    assert images
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in images)
+    scrollers = [a for _, a in page.tags if a.get("class") == "scroll"]
+    assert scrollers
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in scrollers)
+    source = (full / "report.html").read_text()
+    for rule in ("prefers-color-scheme: dark", "@media print", "width=device-width", ":focus-visible"):
+        assert rule in source
+
+
+def test_numbers_on_the_page_are_those_of_the_files(full):
+    text = " ".join("".join(parse(full / "report.html").text).split())
+    for expected in (
+        "0.432", "0.654", "0.234 untrained", "In 25.0% of the 40 logged steps", "5.0 s",
+        "20.0%",  # 20 of the 100 seconds are accounted for by nothing
+        "250.0 ms", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "0.68" in text  # 27 of 40 good ones were predicted so
+
+
+def test_plots_are_files_that_stand_alone(full):
+    names = {path.stem for path in (full / "plots").iterdir()}
+    assert names >= {"dev", "loss-sentiment", "loss-similarity", "lr", "cosine", "similarity", "confusion-sentiment"}
+    for path in (full / "plots").iterdir():
+        root = ElementTree.fromstring(path.read_text())
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.get("viewBox") == f"0 0 {charts.WIDTH} {charts.HEIGHT}"
+        for element in root.iter():
+            for key in ("x", "y", "x1", "x2", "y1", "y2"):
+                value = element.get(key)
+                assert value is None or -1 <= float(value) <= charts.WIDTH + 1
+        assert "nan" not in path.read_text()
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "metrics.jsonl", "predictions/details.json", "best/recipe.toml"])
+def test_a_missing_file_costs_its_own_section_only(tmp_path, missing):
+    directory = make_run(tmp_path / "run")
+    (directory / missing).unlink()
+    page = parse(write_report(directory))
+    assert sum(tag == "h2" for tag, _ in page.tags) >= 7
+
+
+def test_damaged_files_are_named_and_survived(tmp_path):
+    directory = make_run(tmp_path / "run")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('[1, 2]\n{"step": 41, "loss/senti')
+    (directory / "predictions" / "details.json").write_text("{")
+    text = "".join(parse(write_report(directory)).text)
+    assert "metrics.jsonl: 2 damaged lines were left out" in text
+    assert "details.json cannot be read" in text
+    assert len(read_run(directory).records) == 40
+
+
+def test_a_run_without_steps_or_tasks_has_a_report(tmp_path):
+    (tmp_path / "summary.json").write_text('{"dev": {}, "steps": 0, "seconds": 0.0, "timings": {}}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    text = "".join(parse(write_report(tmp_path)).text)
+    assert "No dev scores" in text
+    assert "No gradient cosines" in text
+
+
+def test_comparison_marks_the_best_and_lists_what_differs(full, tmp_path):
+    other = make_run(tmp_path / "second", lr=2e-3)
+    summary = json.loads((other / "summary.json").read_text())
+    summary["dev"]["score"] = 0.7
+    (other / "summary.json").write_text(json.dumps(summary))
+    path = write_comparison([full, other], tmp_path / "cmp.html")
+    source = path.read_text()
+    parse(path)
+    assert "<b>0.7000</b>" in source
+    assert "<b>0.6543</b>" not in source
+    assert "optimizer.lr" in source
+    assert "optimizer.eps" not in source
+    assert EVIL not in source
+
+
+def test_command(full, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(main, [str(full)]) == 0
+    assert run(main, [str(full), str(full)]) == 0
+    assert (tmp_path / "comparison.html").is_file()
+    assert capsys.readouterr().out.splitlines() == [str(full / "report.html"), "comparison.html"]
+    for arguments, message in (([str(tmp_path)], "holds neither"), (["nowhere"], "no such directory"), ([], "DIR")):
+        assert run(main, arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+# ---- Charts ----------------------------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_within():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low = float(rng.normal() * 10.0 ** rng.integers(-6, 6))
+        high = low + float(rng.random() * 10.0 ** rng.integers(-6, 6)) + 1e-7
+        values = charts.ticks(low, high)
+        assert 2 <= len(values) <= 7
+        assert all(low - 1e-6 * (high - low) <= v <= high + 1e-6 * (high - low) for v in values)
+
+
+def test_thinning_keeps_means_and_gaps():
+    x = np.arange(4000.0)
+    y = np.where((x >= 1000) & (x < 2000), np.nan, x)
+    thin_x, thin_y = charts.thin(x, y)
+    assert len(thin_x) == charts.MAX_POINTS
+    assert thin_y[0] == pytest.approx(np.mean(y[:10]))
+    assert np.isnan(thin_y[100:200]).all()
+    assert np.isfinite(thin_y[200:]).all()
+
+
+def test_running_mean_is_a_centred_mean():
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=100)
+    y[50] = np.nan
+    means = charts.running_mean(y)  # 3 points to either side
+    for i in (0, 10, 50, 99):
+        assert means[i] == pytest.approx(np.nanmean(y[max(0, i - 3) : i + 4]))
+
+
+def test_a_line_breaks_at_a_gap():
+    y = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
+    svg = charts.lines("test", [charts.Series("a", np.arange(5.0), y)], "step")
+    (path,) = re.findall(r'class="line s0" d="([^"]+)"', svg)
+    assert path.count("M") == 2
+    assert path.count("L") == 2
+
+
+def test_one_point_and_no_point_are_charts_too():
+    for values in ([1.0], [np.nan], []):
+        svg = charts.lines("test", [charts.Series("a", np.arange(float(len(values))), np.array(values))], "step")
+        ElementTree.fromstring(svg)
+        assert "nan" not in svg

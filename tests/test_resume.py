@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at random moments of a real training process, then --resume: the same bytes as if nothing had happened.
+
+Every step writes a checkpoint here, so about half the kills fall into the writing of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small import small_data, small_run
+
+RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
+TIMES = ("step_seconds", "time")
+FLAGS = ("--lr", "1e-3", "--epochs", "4", "--surgery", "pcgrad", "--set", "checkpoint.every=1")
+
+
+class Zygote:
+    """Starts training processes quickly (tests/zygote.py)."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote"],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.answer() == {"ready": True}
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return found
+
+    def run(self, arguments: list[str], kill_after: float | None = None) -> int:
+        """Exit status of one training process, negative for a signal; it is killed after so many seconds."""
+        assert self.process.stdin is not None
+        print(json.dumps(arguments), file=self.process.stdin, flush=True)
+        pid = self.answer()["pid"]
+        if kill_after is None:
+            return int(self.answer()["status"])
+
+        def kill() -> None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Timer(kill_after, kill)
+        killer.start()
+        status = int(self.answer()["status"])
+        killer.cancel()
+        killer.join()
+        return status
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    server = Zygote()
+    yield server
+    server.close()
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def kill_and_resume(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
+    """Kills `kills` times in all; as soon as a run is through in spite of that, compares it and starts another."""
+    data = small_data(folder / "data")
+    whole = folder / "whole"
+    began = time.monotonic()
+    assert zygote.run(small_run(data, whole, *FLAGS)) == 0
+    seconds = time.monotonic() - began
+    chance = random.Random(seed)
+    killed = runs = 0
+    while killed < kills:
+        output = folder / f"run{runs}"
+        runs += 1
+        status = -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            # At least a few steps an attempt on the whole, so that runs get somewhere.
+            patience = chance.uniform(0.02, 0.9) * seconds if killed < kills else None
+            status = zygote.run(small_run(data, output, *FLAGS, "--resume"), patience)
+            killed += status == -signal.SIGKILL
+        assert status == 0, f"exit status {status} after {killed} kills"
+        for name in RESULTS:
+            assert (output / name).read_bytes() == (whole / name).read_bytes(), f"{name} after {killed} kills"
+        assert records(output) == records(whole)
+        assert not [p.name for p in output.rglob("*") if ".writing-" in p.name or ".damaged" in p.name]
+
+
+def test_killed_at_random_moments_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
+    kill_and_resume(zygote, tmp_path, kills=4, seed=int(time.time()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_fifty_random_moments_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
+    kill_and_resume(zygote, tmp_path, kills=50, seed=7)
+
+
+def test_terminated_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
+    """SIGTERM: status 143, and no step is lost."""
+    data = small_data(tmp_path / "data")
+    assert zygote.run(small_run(data, tmp_path / "whole", *FLAGS)) == 0
+    output = tmp_path / "run"
+    assert zygote.process.stdin is not None
+    print(json.dumps(small_run(data, output, *FLAGS)), file=zygote.process.stdin, flush=True)
+    pid = zygote.answer()["pid"]
+    while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text().splitlines()) < 4:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert zygote.answer()["status"] == 128 + signal.SIGTERM
+    assert zygote.run(small_run(data, output, *FLAGS, "--resume")) == 0
+    for name in RESULTS:
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert records(output) == records(tmp_path / "whole")

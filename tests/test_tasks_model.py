@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multitask model: the same losses packed and padded, gradients too; tied layers, stages, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.config import Recipe
+from minbert_fast.packing import MultitaskBatch, pack
+from minbert_fast.schema import ConfigError, build
+from minbert_fast.tasks import MultitaskModel, build_task, build_tasks, stage_tasks
+
+CONFIG = BertConfig(
+    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+    max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+OPTIONS = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}, "nli": {}}
+LABELS = {"sentiment": [0, 4, 2, 1, 3], "paraphrase": [1.0, 0, 1, 1, 0], "similarity": [5.0, 0, 2.4, 3, 1]}
+
+
+def make_model(options: dict | None = None, pooling="mean") -> MultitaskModel:
+    torch.manual_seed(0)
+    tasks = {name: build_task(name, o) for name, o in (options or OPTIONS).items()}
+    return MultitaskModel(BertModel(CONFIG), tasks, pooling)
+
+
+def make_batch(model: MultitaskModel, sizes: dict[str, int], capacity: bool = True) -> MultitaskBatch:
+    rng = np.random.default_rng(0)
+    arity = {name: model.tasks[name].arity for name in sizes}
+    sentences = [[rng.integers(1, 40, rng.integers(1, 9)) for _ in range(n * arity[name])] for name, n in sizes.items()]
+    room = {"token_capacity": 400, "sentence_capacity": 60, "max_seqlen": 16} if capacity else {}
+    labels = {name: torch.tensor(LABELS[name][:n]) for name, n in sizes.items() if name in LABELS}
+    rows = {name: np.arange(n) for name, n in sizes.items()}
+    return MultitaskBatch(pack(sentences, **room), tuple(sizes), arity, labels, rows)
+
+
+def gradients(model: MultitaskModel, losses: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.stack(list(losses.values())).sum().backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+def test_packed_losses_and_gradients_equal_the_padded_ones(pooling):
+    model = make_model(pooling=pooling)
+    batch = make_batch(model, {"sentiment": 4, "paraphrase": 5, "similarity": 0, "nli": 2})
+    packed = model.losses(batch, model.encoder(batch.packed)["last_hidden_state"])
+    padded = model.losses_padded(batch)
+    assert list(packed) == list(padded) == list(batch.tasks)
+    for name in batch.tasks:
+        torch.testing.assert_close(packed[name], padded[name], rtol=1e-4, atol=1e-5)
+    assert packed["similarity"].item() == 0.0
+    expected = gradients(model, padded)
+    for name, gradient in gradients(model, packed).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_tasks_pool_and_weigh_as_their_options_say():
+    model = make_model({"sentiment": {"dropout": 0.0, "pooling": "cls", "weight": 3.0}, "similarity": {}})
+    batch = make_batch(model, {"sentiment": 3, "similarity": 4})
+    hidden = model.encoder(batch.packed)["last_hidden_state"]
+    first = hidden[batch.packed.cu_seqlens[:3].long()]
+    scores = model.heads["sentiment"].output(first)
+    expected = 3.0 * F.cross_entropy(scores, torch.tensor(LABELS["sentiment"][:3]))
+    losses = model.losses(batch, hidden)
+    torch.testing.assert_close(losses["sentiment"], expected)
+    inputs = model.inputs(batch, hidden)["similarity"]
+    assert inputs.first == 3
+    begin, end = batch.packed.cu_seqlens[3 + 4 : 3 + 4 + 2].tolist()  # the first example's second sentence
+    torch.testing.assert_close(inputs.embeddings[1][0], hidden[begin:end].mean(0))
+
+
+def test_a_pooler_handed_in_stands_for_the_encoders():
+    model = make_model({"sentiment": {}}, pooling="pooler")
+    batch = make_batch(model, {"sentiment": 3})
+    hidden = model.encoder(batch.packed)["last_hidden_state"]
+    doubled = model.sentence_embeddings(batch.packed, hidden, pooler=lambda first: 2 * first)
+    torch.testing.assert_close(doubled[:3], 2 * hidden[batch.packed.cu_seqlens[:3].long()])
+
+
+def test_losses_are_fp32_under_autocast():
+    model = make_model()
+    batch = make_batch(model, {"sentiment": 3, "paraphrase": 2, "similarity": 2, "nli": 2})
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.encoder(batch.packed)["last_hidden_state"].bfloat16()
+        losses = model.losses(batch, hidden)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
+def test_tied_layers_are_the_same_parameters():
+    stack = {"shared_layers": "pair", "dropout": 0.0}
+    model = make_model({"paraphrase": dict(stack), "similarity": stack | {"dropout_at": ["embedding"]}})
+    assert model.heads["paraphrase"].stack is model.heads["similarity"].stack
+    shared = set(map(id, model.heads["paraphrase"].stack.parameters()))
+    assert len(shared) == 4
+    assert len(model.head_parameters()) == len(shared) + 2  # and the paraphrase output's
+    assert shared <= set(map(id, model.head_parameters(["similarity"])))
+    with pytest.raises(ConfigError, match=r"2 layers with dropout 0.5 here, 2 layers with dropout 0.0 in another"):
+        make_model({"paraphrase": stack, "similarity": stack | {"dropout": 0.5}})
+
+
+def test_extra_layers_run_on_token_rows_and_learn():
+    model = make_model({"paraphrase": {"dropout": 0.0}, "sentiment": {"dropout": 0.0, "extra_layers": 2}})
+    batch = make_batch(model, {"paraphrase": 2, "sentiment": 3})
+    hidden = model.encoder(batch.packed)["last_hidden_state"]
+    losses = model.losses(batch, hidden)
+    torch.testing.assert_close(losses["sentiment"], model.losses_padded(batch)["sentiment"], rtol=1e-4, atol=1e-5)
+    losses["sentiment"].backward()
+    assert all(
+        p.grad is not None and p.grad.any()
+        for n, p in model.heads["sentiment"].named_parameters()
+        if "key.bias" not in n
+    )
+    with pytest.raises(ConfigError, match='pooling = "pooler" belongs to the encoder'):
+        build_task("sentiment", {"extra_layers": 1, "pooling": "pooler"})
+
+
+def test_a_stage_changes_losses_and_weights_but_no_parameters():
+    model = make_model()
+    before = torch.get_rng_state()
+    model.configure({"similarity": build_task("similarity", {"loss": "l1", "weight": 2.0})})
+    assert torch.equal(before, torch.get_rng_state())
+    batch = make_batch(model, {"similarity": 4})
+    hidden = model.encoder(batch.packed)["last_hidden_state"]
+    output = model.heads["similarity"](model.inputs(batch, hidden)["similarity"])
+    labels = torch.tensor(LABELS["similarity"][:4])
+    torch.testing.assert_close(model.losses(batch, hidden)["similarity"], 2 * (output.scores - labels / 5).abs().mean())
+    with pytest.raises(ConfigError, match="cannot change the parameters"):
+        model.configure({"similarity": build_task("similarity", {"project": True})})
+    with pytest.raises(ConfigError, match="no head of this name"):
+        model.configure({"cfimdb": build_task("cfimdb", {"kind": "sentiment"})})
+
+
+def test_tasks_of_all_stages_have_heads():
+    stages = [{"tasks": {"nli": {"objectives": {"triplet": 1.0}}}}, {"tasks": {"sentiment": {}}}]
+    recipe = build(Recipe, {"tasks": {"sentiment": {"dropout": 0.3}}, "stages": stages}, "test")
+    assert list(build_tasks(recipe)) == ["sentiment", "nli"]
+    first, second = recipe.resolved_stages()
+    assert list(stage_tasks(first)) == ["nli"]
+    assert stage_tasks(second)["sentiment"].options.dropout == 0.3
+
+
+def test_save_and_load_keep_every_bit(tmp_path: Path):
+    stack = {"shared_layers": "pair"}
+    options = {"sentiment": {}, "paraphrase": stack, "similarity": stack | {"calibrated": True}}
+    recipe = build(Recipe, {"tasks": options, "model": {"pooling": "max"}}, "test")
+    torch.manual_seed(3)
+    model = MultitaskModel(BertModel(CONFIG), build_tasks(recipe), recipe.model.pooling)
+    model.save(tmp_path / "best", recipe.to_toml())
+    loaded = MultitaskModel.load(tmp_path / "best")
+    assert loaded.pooling == "max"
+    assert loaded.heads["paraphrase"].stack is loaded.heads["similarity"].stack
+    expected = model.state_dict()
+    assert expected.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(expected[key], tensor) for key, tensor in loaded.state_dict().items())
+    assert not loaded.training
+
+
+def test_loading_what_is_no_trained_model_is_one_line(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"holds no recipe.toml"):
+        MultitaskModel.load(tmp_path)
+    recipe = build(Recipe, {"tasks": {"sentiment": {}}}, "test")
+    model = MultitaskModel(BertModel(CONFIG), build_tasks(recipe))
+    model.save(tmp_path, recipe.to_toml())
+    (tmp_path / "recipe.toml").write_text(recipe.with_values({"tasks": {"paraphrase": {}}}, "test").to_toml())
+    with pytest.raises(ConfigError, match=r"heads.safetensors: missing paraphrase.output"):
+        MultitaskModel.load(tmp_path)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    (tmp_path / "heads.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"heads\.safetensors: not a readable"):
+        MultitaskModel.load(tmp_path)

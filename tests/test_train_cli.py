@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m minbert_fast.train` as its users run it: every flag, every output file, every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from minbert_fast import cli, recipes, train
+from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.data import sample_directory
+from minbert_fast.training.outputs import RunDirectory
+from tests.small import DEV_ROWS, small_data, small_run
+
+TIMES = ("step_seconds", "time")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps, done."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    assert cli.run(train.main, small_run(data, output, "--recipe", "demonstration", "--lr", "1e-3")) == 0
+    return output
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> np.ndarray:
+    rows = [[r[f"loss/{t}"] for t in ("sentiment", "paraphrase", "similarity")] for r in records(output) if "lr" in r]
+    return np.array(rows)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    """The one line on standard error of a command that must fail."""
+    capsys.readouterr()
+    assert cli.run(train.main, arguments) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error.strip()
+
+
+# ---- What a run leaves -------------------------------------------------------------------------------------
+
+
+def test_every_file_is_there(finished: Path) -> None:
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    for folder in ("best", "last"):
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "heads.safetensors"):
+            assert f"{folder}/{name}" in names
+        assert f"{folder}/recipe.toml" in names
+    assert {f"predictions/{name}-dev-output.csv" for name in ("sst", "para", "sts")} <= names
+    assert {"metrics.jsonl", "summary.json", "report.html"} <= names
+    assert any(name.startswith("plots/") for name in names)
+    assert any(name.startswith("checkpoints/step-00000010/") for name in names)
+    assert not any(".writing-" in name for name in names)
+
+
+def test_the_summary_says_what_was_reached(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    dev = summary["dev"]
+    score = (dev["sentiment_accuracy"] + dev["paraphrase_accuracy"] + (dev["similarity_pearson"] + 1) / 2) / 3
+    assert dev["score"] == pytest.approx(score)
+    assert summary["untrained"].keys() == dev.keys()
+    assert (summary["steps"], summary["device"], summary["backend"]) == (10, "cpu", "fast")
+    assert summary["tokens"] == records(finished)[-1]["tokens"] > 0
+    assert summary["seconds"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["best"]["score"] == dev["score"]
+
+
+def test_each_step_has_one_record(finished: Path) -> None:
+    found = records(finished)
+    assert [r["step"] for r in found] == list(range(11))
+    assert [r["step"] for r in found if "dev/score" in r] == [0, 5, 10]
+    wanted = {"step", "epoch", "lr", "loss/sentiment", "loss/paraphrase", "loss/similarity", "grad_norm", "conflicts"}
+    for record in found[1:]:
+        assert wanted | {"tokens", "step_seconds"} <= record.keys()
+
+
+def test_the_models_load_elsewhere(finished: Path) -> None:
+    model = transformers.AutoModel.from_pretrained(finished / "best")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "best")
+    batch = tokenizer(["the plot was great"], return_tensors="pt")
+    assert model(**batch).last_hidden_state.isfinite().all()
+
+
+def test_the_recipe_is_saved_with_every_value(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "last" / "recipe.toml").read_text()
+    values = tomllib.loads(text)
+    assert values["optimizer"]["lr"] == 1e-3
+    assert values["training"]["batch_size"] == 8
+    assert Recipe.load(str(finished / "last" / "recipe.toml")).to_toml() == text
+
+
+def test_predictions_have_the_courses_format(finished: Path) -> None:
+    lines = (finished / "predictions" / "para-dev-output.csv").read_text().splitlines()
+    assert lines[0] == "id \t Predicted_Is_Paraphrase "
+    assert len(lines) == DEV_ROWS + 1
+    assert all(line.split(" , ")[1].strip() in ("0.0", "1.0") for line in lines[1:])
+
+
+def test_both_backends_take_the_same_steps(data: Path, tmp_path: Path) -> None:
+    for backend in ("fast", "reference"):
+        flags = ("--backend", backend, "--dropout", "0", "--max-steps", "6", "--lr", "1e-3", "--surgery", "none")
+        heads = [f"tasks.{task}.dropout=0.0" for task in ("sentiment", "paraphrase", "similarity")]
+        more = [word for value in heads for word in ("--set", value)]
+        assert cli.run(train.main, small_run(data, tmp_path / backend, *flags, *more)) == 0
+    np.testing.assert_allclose(losses(tmp_path / "fast"), losses(tmp_path / "reference"), rtol=2e-4)
+    spread = np.ptp(losses(tmp_path / "fast"), axis=0)
+    assert (spread > 1e-3).all()
+
+
+def test_the_same_seed_gives_the_same_bits(data: Path, finished: Path, tmp_path: Path) -> None:
+    again = small_run(data, tmp_path / "again", "--recipe", "demonstration", "--lr", "1e-3")
+    other = small_run(data, tmp_path / "other", "--recipe", "demonstration", "--lr", "1e-3", "--seed", "5")
+    assert cli.run(train.main, again) == cli.run(train.main, other) == 0
+    for name in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (finished / name).read_bytes()
+
+
+# ---- Flags -------------------------------------------------------------------------------------------------
+
+
+def recipe_from(*arguments: str) -> Recipe:
+    return train.recipe_of(train.parser().parse_args(arguments))
+
+
+def test_every_flag_reaches_the_recipe() -> None:
+    recipe = recipe_from(
+        *("--data", "d", "--model", "m", "--epochs", "7", "--max-steps", "3", "--batch-size", "5", "--lr", "0.5"),
+        *("--seed", "9", "--precision", "bf16", "--surgery", "none", "--dropout", "0.25"),
+    )
+    assert (recipe.data.directory, recipe.model.name, recipe.model.dropout) == ("d", "m", 0.25)
+    training = recipe.training
+    assert (training.epochs, training.max_steps, training.batch_size, training.seed) == (7, 3, 5, 9)
+    assert (training.precision, recipe.optimizer.lr, recipe.surgery.method) == ("bf16", 0.5, "none")
+
+
+def test_set_goes_before_flags_and_flags_before_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'extends = "default"\n[optimizer]\nlr = 0.1\n[training]\nepochs = 4\nseed = 1\n'
+    )
+    mine = ("--recipe", str(tmp_path / "mine.toml"))
+    assert recipe_from(*mine).optimizer.lr == 0.1
+    assert recipe_from(*mine, "--option", "finetune").optimizer.lr == 1e-5
+    assert recipe_from(*mine, "--option", "finetune", "--lr", "0.2").optimizer.lr == 0.2
+    last = recipe_from(*mine, "--option", "finetune", "--lr", "0.2", "--epochs", "5", "--set", "optimizer.lr=0.3")
+    assert (last.optimizer.lr, last.training.epochs, last.training.seed) == (0.3, 5, 1)
+
+
+def test_the_demonstration_is_for_the_tiny_model_alone() -> None:
+    assert recipe_from().name == "demonstration"
+    assert recipe_from("--data", "d").name == "demonstration"
+    assert recipe_from("--model", "m").name == "default"
+    assert recipe_from("--set", "model.name=m").name == "default"
+    assert recipe_from("--recipe", "default").name == "default"
+
+
+def test_the_courses_command_line(data: Path, tmp_path: Path) -> None:
+    """As in the course's handout, with its own prediction paths."""
+    files = {"sst": "ids-sst", "para": "quora", "sts": "sts"}
+    flags = [f"--{k}_{s}={data / f'{stem}-{s}.csv'}" for k, stem in files.items() for s in ("train", "dev")]
+    flags += [f"--{short}_dev_out={tmp_path / 'out' / f'{short}.csv'}" for short in files]
+    flags += ["--sst_test", str(data / "ids-sst-dev.csv"), "--sst_test_out", str(tmp_path / "out" / "sst-test.csv")]
+    flags += ["--option", "pretrain", "--batch_size", "16", "--hidden_dropout_prob", "0.2", "--epochs", "1"]
+    flags += ["--seed", "3", "--output", str(tmp_path / "run"), "--set", f"data.cache={data / 'cache'}"]
+    assert cli.run(train.main, flags) == 0
+    recipe = Recipe.load(str(tmp_path / "run" / "best" / "recipe.toml"))
+    assert recipe.model.freeze
+    assert (recipe.optimizer.lr, recipe.training.batch_size, recipe.model.dropout) == (1e-3, 16, 0.2)
+    for short in files:
+        written = tmp_path / "run" / "predictions" / f"{short}-dev-output.csv"
+        assert (tmp_path / "out" / f"{short}.csv").read_bytes() == written.read_bytes()
+    assert len((tmp_path / "out" / "sst-test.csv").read_text().splitlines()) == DEV_ROWS + 1
+    trained = transformers.AutoModel.from_pretrained(tmp_path / "run" / "last").state_dict()
+    initial = transformers.AutoModel.from_pretrained(sample_directory().model).state_dict()
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in trained.items()), "heads only"
+
+
+def test_help_names_every_flag_of_the_contract() -> None:
+    text = train.parser().format_help()
+    flags = "recipe data model output epochs max-steps batch-size lr seed device precision backend surgery resume set"
+    for name in flags.split():
+        assert f"--{name}" in text
+
+
+def test_help_works_from_the_command_line() -> None:
+    for module in ("train", "recipes"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"minbert_fast.{module}", "--help"], capture_output=True, text=True, check=True
+        )
+        assert "usage:" in done.stdout
+        assert done.stderr == ""
+
+
+# ---- Tasks that are not there ------------------------------------------------------------------------------
+
+
+def test_a_missing_task_file_drops_the_task_and_says_so(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_data(tmp_path / "data")
+    for name in ("quora-train.csv", "quora-dev.csv", "sts-dev.csv"):
+        (tmp_path / "data" / name).unlink()
+    output = tmp_path / "run"
+    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
+    assert "paraphrase" in capsys.readouterr().out
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "score"}
+    assert any("quora-train.csv" in line for line in summary["notices"])
+    assert set(Recipe.load(str(output / "best" / "recipe.toml")).tasks) == {"sentiment", "similarity"}
+    assert "loss/paraphrase" not in records(output)[-1]
+
+
+def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) -> None:
+    small_data(tmp_path / "data")
+    for path in (tmp_path / "data").glob("*-dev.csv"):
+        path.unlink()
+    output = tmp_path / "run"
+    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
+    assert (output / "best" / "model.safetensors").read_bytes() == (output / "last" / "model.safetensors").read_bytes()
+    assert json.loads((output / "summary.json").read_text())["dev"] == {}
+
+
+def test_bad_rows_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = small_data(tmp_path / "data")
+    with (folder / "sts-train.csv").open("a") as file:
+        file.write("99\tbroken row\n")
+    output = tmp_path / "run"
+    assert cli.run(train.main, small_run(folder, output, "--max-steps", "1", "--set", "data.max_bad_rows=0.1")) == 0
+    assert f"{folder / 'sts-train.csv'}:42: " in capsys.readouterr().out
+    error = fails(capsys, *small_run(folder, tmp_path / "strict", "--max-steps", "1"))
+    assert "sts-train.csv" in error
+    assert "1.0%" in error
+
+
+# ---- Resume ------------------------------------------------------------------------------------------------
+
+
+def comparable(output: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in records(output)]
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_cut_run_resumes_to_the_same_bytes(data: Path, tmp_path: Path, backend: str) -> None:
+    flags = ("--lr", "1e-3", "--backend", backend, "--set", "checkpoint.every=2")
+    assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags)) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "3")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "7", "--resume")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--resume")) == 0
+    for name in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/recipe.toml"):
+        whole, cut = ((tmp_path / run / name).read_bytes() for run in ("whole", "cut"))
+        assert whole == cut, name
+    assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "cut")]
+    for key in ("dev", "untrained", "best", "steps", "tokens"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+def test_resuming_another_run_says_what_differs(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = small_run(data, finished, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert "recipe.optimizer.lr was 0.001, now 0.5" in fails(capsys, *same, "--lr", "0.5")
+    assert "recipe.training.seed was 11711, now 4" in fails(capsys, *same, "--seed", "4")
+    assert 'backend was "fast", now "reference"' in fails(capsys, *same, "--backend", "reference")
+    changed = small_data(tmp_path / "changed")
+    lines = (changed / "sts-train.csv").read_text().splitlines(keepends=True)
+    (changed / "sts-train.csv").write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    assert "data.train.similarity.hash was" in fails(capsys, *same, "--data", str(changed))
+    other = tmp_path / "model"
+    model = transformers.BertModel(transformers.BertConfig.from_pretrained(sample_directory().model))
+    model.save_pretrained(other)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (other / name).write_bytes((sample_directory().model / name).read_bytes())
+    assert "model.weights was" in fails(capsys, *same, "--model", str(other))
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_resuming_elsewhere_with_the_same_content_is_fine(data: Path, finished: Path, tmp_path: Path) -> None:
+    """Where data and output lie is no part of the run; nor is how often it logs or saves."""
+    moved = small_data(tmp_path / "moved")
+    run = tmp_path / "run"
+    assert cli.run(train.main, small_run(data, run, "--max-steps", "2")) == 0
+    run.rename(tmp_path / "renamed")
+    more = ("--resume", "--max-steps", "3", "--set", "checkpoint.every=1")
+    assert cli.run(train.main, small_run(moved, tmp_path / "renamed", *more)) == 0
+
+
+def test_resuming_nothing_starts_and_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--resume", "--max-steps", "1")) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+# ---- One line for every mistake ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["--epochs", "-1"], "epochs = -1: expected 0 or more"),
+        (["--batch-size", "0"], "batch_size = 0: expected at least 1"),
+        (["--lr", "nan"], "lr = nan: expected 0 or more"),
+        (["--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--recipe", "nonsense"], "recipe 'nonsense': no such recipe; known: "),
+        (["--recipe", "absent.toml"], "absent.toml: cannot be read (No such file or directory)"),
+        (["--set", "nonsense"], "--set 'nonsense': expected section.key=value"),
+        (["--set", "training.epoch=3"], "unknown key 'epoch'; did you mean 'epochs'?"),
+        (["--set", "optimizer.schedule=sawtooth"], "expected one of linear, cosine, exponential, constant"),
+        (["--set", "tasks.sentiment.dropout=2"], "dropout"),
+        (["--set", "tasks.parafrase.weight=1"], "parafrase"),
+        (["--surgery", "nonsense"], "nonsense"),
+        (["--data", "/absent"], "/absent"),
+        (["--model", "./absent"], "./absent"),
+        (["--sst_train", "/absent.csv"], "/absent.csv"),
+        (["--resume"], "--resume needs --output"),
+        (["--use_gpu", "--device", "cpu"], "choose one"),
+        (["--set", "training.select=beauty"], "training.select = 'beauty'"),
+        (["--set", "data.files.novels={train='x'}"], "novels"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    output = [] if arguments == ["--resume"] else ["--output", str(tmp_path / "run")]
+    error = fails(capsys, *output, "--max-steps", "1", "--set", f"data.cache={tmp_path}", *arguments)
+    assert expected in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert "CUDA" in fails(capsys, "--device", "cuda", "--output", str(tmp_path / "run"))
+    assert "CUDA" in fails(capsys, "--use_gpu", "--output", str(tmp_path / "run"))
+
+
+def test_a_used_output_directory_is_refused_unless_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(data, tmp_path / "run", "--max-steps", "1")
+    assert cli.run(train.main, run) == 0
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    assert "--resume goes on with it, --overwrite starts anew" in fails(capsys, *run, status=1)
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+    assert cli.run(train.main, [*run, "--overwrite", "--seed", "2"]) == 0
+    assert (tmp_path / "run" / "summary.json").read_bytes() != before
+
+
+def test_two_runs_in_one_directory(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDirectory(tmp_path / "run"):
+        assert "another run is writing here" in fails(capsys, *small_run(data, tmp_path / "run"), status=1)
+
+
+def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    error = fails(capsys, *small_run(data, tmp_path / "file"), status=1)
+    assert str(tmp_path / "file") in error
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert "Permission denied" in fails(capsys, *small_run(data, tmp_path / "locked" / "run"), status=1)
+
+
+def test_a_limit_on_file_size_is_one_line_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
+    """The nearest thing to a full disk that needs no disk: writes fail with EFBIG."""
+    code = (
+        "import resource, signal, sys\n"
+        "from minbert_fast import cli, train\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(cli.run(train.main))"
+    )
+    run = small_run(data, tmp_path / "run", "--max-steps", "1", "--set", "training.evaluate_untrained=false")
+    done = subprocess.run([sys.executable, "-c", code, *run], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written (File too large)" in done.stderr
+
+
+def test_threads_take_no_signals_but_train(data: Path, tmp_path: Path) -> None:
+    """A notebook or a search may call the trainer from a thread, where Python allows no handlers."""
+    status: list[int] = []
+    flags = small_run(data, tmp_path / "run", "--max-steps", "1")
+    thread = threading.Thread(target=lambda: status.append(cli.run(train.main, flags)))
+    thread.start()
+    thread.join()
+    assert status == [0]
+
+
+# ---- Recipes -----------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(recipes.main, []) == 0
+    listed = capsys.readouterr().out
+    for name in recipe_names():
+        assert name in listed
+        assert cli.run(recipes.main, ["show", name]) == 0
+        shown = tomllib.loads(capsys.readouterr().out)
+        assert shown["name"] == name
+        assert {"model", "data", "optimizer", "training"} <= shown.keys()
+    assert cli.run(recipes.main, ["show", "nonsense"]) == 2
+    assert "no such recipe" in capsys.readouterr().err
