@@ -15,7 +15,7 @@ struct Normal {
 // with Mills' ratio m, a polynomial in t = 1 / (1 + |u| / 4); its coefficients minimise the largest error of u Phi(u).
 inline Normal normal(vfloat u) {
   const vfloat bell = exp2(u * u * -0.7213475204444817f);  // e^(-u^2 / 2)
-  const vfloat size = u < 0.0f ? -u : u;
+  const vfloat size = larger(u, -u);
   const vfloat t = 1.0f / (1.0f + 0.25f * size);
   const vfloat ratio = polynomial(t, 0.09897878645565564f, 0.11043259964456846f, 0.032229530721946335f,
                                   0.2654266962541932f, -0.2490083963809379f, 0.3310103813723524f,
@@ -28,7 +28,7 @@ inline Normal normal(vfloat u) {
 // division. It holds for |u| <= 5, beyond which both functions are constant to 8e-6.
 constexpr float kFlat = 5.0f;
 
-inline vfloat flattened(vfloat u) { return u < -kFlat ? broadcast(-kFlat) : u > kFlat ? broadcast(kFlat) : u; }
+inline vfloat flattened(vfloat u) { return smaller(broadcast(kFlat), larger(broadcast(-kFlat), u)); }
 
 // GELU(u) = u Phi(u).
 template <class T>
@@ -60,11 +60,12 @@ void forward(const BiasGelu& op, T* y, int threads) {
   const T* x = static_cast<const T*>(op.x);
   const Chunks chunks = row_chunks(op.rows);
   parallel_for(chunks.count, threads, [&](int64_t chunk) {
+    const float* bias = op.bias;  // a local that no store can change
     for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
       const T* from = x + row * op.width;
       T* to = y + row * op.width;
       for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
-        const vfloat u = load(from + i, lanes) + load(op.bias + i, lanes);
+        const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
         store(to + i, gelu<T>(u), lanes);
       });
     }
@@ -77,12 +78,13 @@ void backward(const BiasGelu& op, const T* dy, const Segments& segments, T* dx, 
   const T* x = static_cast<const T*>(op.x);
   const TaskSums sums(segments, op.rows, 1, op.width, slots);
   parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
+    const float* bias = op.bias;
     sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
       for (int64_t row = begin; row < end; ++row) {
         const T *from = x + row * op.width, *cotangent = dy + row * op.width;
         T* to = dx + row * op.width;
         for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
-          const vfloat u = load(from + i, lanes) + load(op.bias + i, lanes);
+          const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
           const vfloat gradient = load(cotangent + i, lanes) * gelu_slope<T>(u);
           store(to + i, gradient, lanes);
           store(slot + i, load(slot + i) + gradient);

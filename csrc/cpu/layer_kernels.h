@@ -53,9 +53,11 @@ struct AttentionPlan {
 constexpr int64_t kAttentionBlock = 64;
 inline int64_t attention_block(int64_t n) { return n <= kAttentionBlock ? n : 48; }
 
-// Floats of scratch for a sentence of n rows among `places`, whatever the width of a register (at most 16 floats).
-inline int64_t attention_scratch(int64_t n, int64_t places, int64_t head_dim) {
-  const int64_t N = (n + 15) / 16 * 16, D = (head_dim + 15) / 16 * 16, M = attention_block(n);
+// Floats of scratch for sentences of up to `longest` rows among `places`, whatever the width of a register (at most 16
+// floats). A sentence of 64 rows takes longer blocks than one of 65, so blocks count at their longest.
+inline int64_t attention_scratch(int64_t longest, int64_t places, int64_t head_dim) {
+  const int64_t n = longest, N = (n + 15) / 16 * 16, D = (head_dim + 15) / 16 * 16;
+  const int64_t M = n < kAttentionBlock ? n : kAttentionBlock;
   return (places + 31) / 32 * 32 + 4 * n * D + 2 * D * N + 5 * M * D + 4 * M * N;
 }
 

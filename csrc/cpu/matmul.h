@@ -72,7 +72,7 @@ struct Pairs {
   static vuint halves(const bfloat16* p) {
     vshort bits;
     std::memcpy(&bits, p, sizeof bits);
-    return __builtin_convertvector(bits, vuint);
+    return widen(bits);
   }
 };
 #endif

@@ -32,10 +32,28 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 inline vfloat load(const float* p, All) { return load(p); }
 inline void store(float* p, vfloat v, All) { store(p, v); }
 
+// Generic conversions between widths go by halves, so the instructions are named.
+inline vuint widen(vshort v) {
+#if defined(__AVX512F__)
+  return (vuint)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (vuint)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vuint);
+#endif
+}
+inline vshort narrow(vuint v) {
+#if defined(__AVX512F__)
+  return (vshort)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, vshort);
+#endif
+}
+
 inline vfloat load(const bfloat16* p, All) {
   vshort bits;
   std::memcpy(&bits, p, sizeof bits);
-  return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+  return (vfloat)(widen(bits) << 16);
 }
 
 inline void store(bfloat16* p, vfloat v, All) {
@@ -45,7 +63,7 @@ inline void store(bfloat16* p, vfloat v, All) {
   // Round to nearest, ties to even; NaN stays a (quiet) NaN.
   const vuint u = (vuint)v;
   const vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vshort bits = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40u, vshort);
+  const vshort bits = narrow(v == v ? rounded : (u >> 16) | 0x40u);
 #endif
   std::memcpy(p, &bits, sizeof bits);
 }
@@ -92,7 +110,25 @@ inline vfloat keep_lanes(vfloat v, Some some, float otherwise) {
   return kLaneNumbers < some.count ? v : broadcast(otherwise);
 }
 
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+// b where either is NaN.
+inline vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vfloat smaller(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // All lanes together, by halves: always in the same order.
 template <int kHalf, class Add>
@@ -137,7 +173,7 @@ inline vfloat polynomial(vfloat x, float c, Rest... rest) {
 
 // 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for anything smaller, NaN for NaN.
 inline vfloat exp2(vfloat t) {
-  t = t < -125.0f ? broadcast(-125.0f) : t;
+  t = larger(broadcast(-125.0f), t);
   const vfloat shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t, rounded
   const vfloat f = t - (shifted - 12582912.0f);
   // Interpolation of 2^f at the Chebyshev nodes of [-1/2, 1/2].

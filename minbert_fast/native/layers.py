@@ -389,7 +389,7 @@ def attention_dense_forward(
 
     Positions with mask 0 may stand anywhere: they are not attended to, and give zeros.
     """
-    op, _, _attended = _dense(qkv, mask, scale, p, seed, site)
+    op, _ = _dense(qkv, mask, scale, p, seed, site)
     batch, length, _, heads, head_dim = qkv.shape
     out, lse = qkv.new_empty(batch, length, heads * head_dim), torch.empty(heads, batch * length)
     _C.attention_forward(op, out.data_ptr(), lse.data_ptr(), threads())
@@ -407,7 +407,7 @@ def attention_dense_backward(
     site: int = 0,
 ) -> Tensor:
     """dqkv [B, S, 3, h, d] from dout [B, S, h * d] and the forward's lse."""
-    op, rows, _attended = _dense(qkv, mask, scale, p, seed, site)
+    op, rows = _dense(qkv, mask, scale, p, seed, site)
     check("dout", dout, [*qkv.shape[:2], qkv.shape[3] * qkv.shape[4]], qkv.dtype, CPU)
     return _attention_backward(op, contiguous("dout", dout).flatten(0, 1), lse, rows).view(qkv.shape)
 
@@ -427,18 +427,18 @@ def _packed(qkv: Tensor, cu_seqlens: Tensor, scale: float, p: float, seed: Tenso
 
 def _dense(
     qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, site: int
-) -> tuple[_C.Attention, Tensor, Tensor]:
-    """The op, qkv as rows [B * S, 3, h, d], and the mask that the op points to: hold on to it while the op is used."""
+) -> tuple[_C.Attention, Tensor]:
+    """The op, which has read the mask when this returns, and qkv as rows [B * S, 3, h, d]."""
     check("qkv", qkv, [None, None, 3, None, None], ACTIVATIONS, CPU)
     batch, length, _, heads, head_dim = qkv.shape
-    check("mask", mask, [batch, length], mask.dtype, CPU)
+    check("mask", mask, [batch, length], None, CPU)
     rows = contiguous("qkv", qkv).view(batch * length, 3, heads, head_dim)
     attended = (mask != 0).contiguous()
     op = _C.Attention.dense(
         DTYPE_CODES[qkv.dtype], batch, length, heads, head_dim, row_stride("qkv", rows), qkv.data_ptr(),
         attended.data_ptr(), scale, _dropout(p, seed, site),
     )  # fmt: skip
-    return op, rows, attended
+    return op, rows
 
 
 def _attention_backward(op: _C.Attention, dout: Tensor, lse: Tensor, qkv: Tensor) -> Tensor:

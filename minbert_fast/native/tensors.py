@@ -19,10 +19,10 @@ def check(
     name: str,
     tensor: Tensor,
     shape: Sequence[int | None],
-    dtype: torch.dtype | Sequence[torch.dtype] = FLOATS,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = FLOATS,
     device: torch.device | None = None,
 ) -> Tensor:
-    """`tensor` itself, after making sure of its shape (None: any size), dtype and device.
+    """`tensor` itself, after making sure of its shape (None: any size), dtype (None: any) and device.
 
     Raises ValueError naming the argument, what was expected and what came.
     """
@@ -34,8 +34,8 @@ def check(
     if len(got) != len(shape) or any(want is not None and want != size for want, size in zip(shape, got, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must have shape [{wanted}], not {list(got)}")
-    allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    if tensor.dtype not in allowed:
+    allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype and tuple(dtype)
+    if allowed and tensor.dtype not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(short, allowed))}, not {short(tensor.dtype)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, not {tensor.device}")

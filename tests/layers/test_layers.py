@@ -99,6 +99,13 @@ def test_attention_long_sentences(isa: str, dtype: torch.dtype) -> None:
     expected.check(results)
 
 
+@pytest.mark.parametrize("lengths", [(64, 65), (65, 64), (130, 63)])
+def test_a_sentence_of_one_block_beside_a_longer_one_keeps_to_its_scratch_memory(lengths: tuple[int, ...]) -> None:
+    """Blocks of 64 queries are longer than the 48 of longer sentences, by which scratch was once measured."""
+    results, expected = cases.attention(lengths, 0, 1, 64, 0.1, torch.float32)
+    expected.check(results)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_attention_dense(isa: str, p: float, dtype: torch.dtype) -> None:
@@ -134,7 +141,7 @@ def test_attention_scores_too_large_for_a_naive_softmax() -> None:
     assert torch.isfinite(lse).all()
 
 
-# ---- Dropout ----------------------------------------------------------------------------------------------------------
+# ---- Dropout ------------------------------------------------------------------------------------------------------
 
 
 def test_masks_are_those_of_the_pytorch_path_bit_for_bit(isa: str) -> None:
@@ -174,7 +181,7 @@ def test_seeds_at_the_ends_of_their_range(seed: int) -> None:
     assert torch.equal(y, keep_mask(key, 0, torch.arange(3), 8, 0.5))
 
 
-# ---- Determinism, memory, dtypes ---------------------------------------------------------------------------------------
+# ---- Determinism, memory, dtypes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
