@@ -34,7 +34,7 @@ def test_every_candidate_runs_and_ours_is_right() -> None:
                 if candidate.check is not None:
                     candidate.check()
             assert each.candidates["ours"].check is not None, f"{each.name} is timed unchecked"
-    assert len(seen) == 13  # three ops forward and backward in two dtypes, one product; adamw waits for a GPU
+    assert len(seen) >= 29  # every op but adamw, which waits for a GPU
 
 
 @pytest.mark.usefixtures("tiny")
