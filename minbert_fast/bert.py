@@ -13,14 +13,16 @@ Shapes: B sentences, S positions, N packed tokens, H hidden, h heads, d = H / h,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import weights
-from minbert_fast.config import BertConfig
+from minbert_fast import inference, weights
+from minbert_fast.config import BertConfig, Pooling
 from minbert_fast.functional import backend
 from minbert_fast.packing import PackedBatch
 from minbert_fast.passes import Attend, AutogradPass, DenseRows, PackedRows, Pass
@@ -105,6 +107,34 @@ class BertModel(nn.Module):
         for layer in self.layers():
             hidden = layer(hidden, run, run.attend(rows))
         return hidden
+
+    def encode(
+        self,
+        sentences: Sequence[str],
+        tokenizer: inference.Encodes,
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = False,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> np.ndarray:
+        """One vector a sentence, fp32 [n, H]: sorted by length, packed, without gradients and dropout.
+
+        `tokenizer` is `minbert_fast.data.Tokenizer.from_pretrained(directory)`. `dtype` is the precision of the products
+        (None: the parameters' own). `progress` is told how many sentences each batch had. `Predictor` keeps converted
+        weights between calls. Raises ValueError for a single string or a `max_length` below 2.
+        """
+        snapshot = inference.Snapshot(self, dtype or self.word_embedding.weight.dtype)
+        return inference.encode(
+            snapshot,
+            sentences,
+            tokenizer,
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            progress=progress,
+        )
 
     def _encode_dense(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         limit = self.config.max_position_embeddings

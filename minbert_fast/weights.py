@@ -93,7 +93,14 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise WeightsError(f"model {name!r}: no such file or directory")
     wanted = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
-    wanted += ["modules.json", "*_Pooling/config.json", "sentence_bert_config.json"]
+    wanted += [
+        "modules.json",
+        "*_Pooling/*",
+        "*_Dense/*",
+        "*sentence_bert_config.json",
+        "config_sentence_transformers.json",
+    ]
+    wanted += ["recipe.toml"]  # of a model exported by this package, whose heads.safetensors the second pattern takes
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=local_files_only))
     except Exception as error:  # the hub's own error classes differ between its major versions

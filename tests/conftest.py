@@ -68,3 +68,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For tiny models, whom a second thread only costs (pytest.mark.usefixtures)."""
+    torch.set_num_threads(1)

@@ -32,7 +32,7 @@ ROOMS = (
     ("flat",),
     ("solvers",),
     ("optim", "surgery", "pcgrad"),
-    ("passes", "bert", "weights"),
+    ("passes", "bert", "inference", "weights", "sentence_modules"),
     ("data",),
     ("tasks",),
     ("training",),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,3 +182,10 @@ def poisoned_memory() -> Iterator[None]:
 def offsets(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """cu_seqlens [B + 1], int32, of sentences with these lengths."""
     return torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+
+
+def cosine_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The cosine between the rows of two arrays [n, H] -> [n]; 1 for two zero rows, in fp64."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), (a == b).all(1))

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from minbert_fast.data import TokenTable, evaluation_batches
+from minbert_fast.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.packing import MultitaskBatch
+from minbert_fast.passes import PackedRows
 from minbert_fast.tasks import HeadOutput, MultitaskModel, Task
 from minbert_fast.tasks.metrics import confusion_matrix, course_score
 from minbert_fast.tasks.predictions import write_text
-from minbert_fast.training.device import Precision
+from minbert_fast.training.device import DTYPES, Precision
 
 WORST = 25  # errors listed a task
 
@@ -78,20 +80,29 @@ def evaluate(
     *,
     precision: Precision = "fp32",
     max_length: int = 128,
-    token_budget: int = 16_384,
-    progress: Callable[[int], None] | None = None,
+    token_budget: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Runs the model over `tables` (by task name), on the model's own device, dropout off.
 
     Sentences are cut to `max_length` tokens or the model's positions, batched by length, up to `token_budget` tokens a
-    batch; `progress` is told how many rows each batch had.
+    batch (None: what suits the device); `progress` is told how many rows each batch had.
     """
     training = model.training
     model.eval()
     try:
         results = {}
+        snapshot = Snapshot(model.encoder, DTYPES[precision])
         for name, table in tables.items():
-            predictions, probabilities = _predict(model, name, table, precision, max_length, token_budget, progress)
+            predictions, probabilities = predict(
+                model,
+                name,
+                table,
+                snapshot,
+                max_length=max_length,
+                token_budget=token_budget,
+                progress=progress,
+            )
             task = model.tasks[name]
             judged = table.labels is not None or not task.labelled
             results[name] = TaskResult(
@@ -107,26 +118,34 @@ def evaluate(
         model.train(training)
 
 
-def _predict(
+def predict(
     model: MultitaskModel,
     name: str,
     table: TokenTable,
-    precision: Precision,
+    snapshot: Snapshot,
+    *,
     max_length: int,
-    token_budget: int,
-    progress: Callable[[int], None] | None,
+    token_budget: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions [n] and probabilities [n, C] of one table, in the order of its rows."""
+    """Predictions [n] and probabilities [n, C] (None for a regression) of task `name`, in the order of the table's rows.
+
+    `snapshot` holds the weights of the model's encoder; the model is in evaluation mode.
+    """
     device = next(model.encoder.parameters()).device
     limit = min(max_length, model.encoder.config.max_position_embeddings)
     predictions: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     batches = evaluation_batches(
-        table, max_length=limit, task=name, token_budget=token_budget, joint=model.tasks[name].joint
+        table,
+        max_length=limit,
+        task=name,
+        token_budget=token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
+        joint=model.tasks[name].joint,
     )
     for batch in batches:
         rows = batch.rows[name]
-        values, shares = forward(model, name, batch.to(device), precision)
+        values, shares = forward(model, name, batch.to(device), snapshot)
         if predictions is None:
             predictions = np.empty(len(table), values.dtype)
             probabilities = None if shares is None else np.empty((len(table), shares.shape[1]), np.float32)
@@ -140,12 +159,10 @@ def _predict(
 
 @torch.inference_mode()
 def forward(
-    model: MultitaskModel, name: str, batch: MultitaskBatch, precision: Precision
+    model: MultitaskModel, name: str, batch: MultitaskBatch, snapshot: Snapshot
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Predictions [n] and probabilities [n, C] (None for a regression) of one task's batch, fetched to the host."""
-    device = batch.packed.tokens.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        hidden = model.encoder(batch.packed)["last_hidden_state"]
+    hidden = snapshot.hidden(PackedRows(batch.packed))
     head = model.head(name)
     output: HeadOutput = head(model.inputs(batch, hidden)[name])
     shares = head.probabilities(output)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentences to vectors on the packed path: equal to the drop-in model sentence by sentence, whatever the batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minbert_fast import BertModel
+from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.inference import SentenceRows, Snapshot, by_length, embed, encode
+from tests.tolerance import cosine_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model() -> BertModel:
+    return BertModel.from_pretrained(sample_directory().model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(sample_directory().model)
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[str]:
+    table = read_table(sample_directory().data / "ids-sst-dev.csv", "sentiment")
+    long = " ".join(table.sentences[0])  # far beyond the model's positions
+    return ["", *table.sentences[0][:60], long, table.sentences[0][3]]
+
+
+def one_by_one(model: BertModel, tokenizer: Tokenizer, sentences: list[str], pooling: str, limit: int) -> np.ndarray:
+    """Each sentence alone through `model(input_ids, attention_mask)`."""
+    vectors = []
+    for tokens in tokenizer.encode(sentences, max_length=limit):
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        with torch.no_grad():
+            out = model(ids, torch.ones_like(ids))
+        hidden = out["last_hidden_state"][0]
+        pooled = {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.amax(0), "pooler": out["pooler_output"][0]}
+        vectors.append(pooled[pooling].numpy())
+    return np.stack(vectors)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+def test_vectors_are_those_of_each_sentence_alone(model, tokenizer, sentences, pooling):
+    expected = one_by_one(model, tokenizer, sentences, pooling, 128)
+    told: list[int] = []
+    got = model.encode(sentences, tokenizer, pooling=pooling, progress=told.append)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+    assert sum(told) == len(sentences)
+    assert np.abs(got[1] - got[2]).max() > 0.01  # not one vector for all
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_batches_of_any_size_and_a_shorter_limit(model, tokenizer, sentences, budget):
+    expected = one_by_one(model, tokenizer, sentences, "mean", 9)
+    snapshot = Snapshot(model, torch.float32)
+    got = encode(snapshot, sentences, tokenizer, max_length=9, token_budget=budget, normalize=True)
+    np.testing.assert_allclose(got, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=2e-4, atol=2e-5)
+
+
+def test_bf16_products_keep_the_direction(model, tokenizer, sentences):
+    exact = model.encode(sentences, tokenizer)
+    rounded = model.encode(sentences, tokenizer, dtype=torch.bfloat16)
+    assert cosine_rows(exact, rounded).min() > 0.999
+    assert np.abs(exact - rounded).max() > 0  # products were rounded
+
+
+def test_real_weights_agree_with_transformers(minilm: Path):
+    transformers = pytest.importorskip("transformers")
+    sentences = ["A man is playing a guitar.", "x", "The 3rd question: why?  Because, naïvely, it works!" * 3]
+    stock = transformers.AutoModel.from_pretrained(minilm).eval()
+    batch = transformers.AutoTokenizer.from_pretrained(minilm)(sentences, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = stock(**batch).last_hidden_state * batch["attention_mask"][..., None]
+    expected = (hidden.sum(1) / batch["attention_mask"].sum(1, keepdim=True)).numpy()
+    model, tokenizer = BertModel.from_pretrained(minilm), Tokenizer.from_pretrained(minilm)
+    np.testing.assert_allclose(model.encode(sentences, tokenizer), expected, rtol=1e-3, atol=1e-5)
+    rounded = model.encode(sentences, tokenizer, dtype=torch.bfloat16)
+    assert cosine_rows(rounded, expected).min() > 0.999
+
+
+def test_no_sentences(model, tokenizer):
+    assert model.encode([], tokenizer).shape == (0, 64)
+
+
+def test_a_string_is_no_list_of_sentences(model, tokenizer):
+    with pytest.raises(ValueError, match="expected a list"):
+        model.encode("a film", tokenizer)
+    with pytest.raises(ValueError, match="max_length is 1"):
+        model.encode(["a film"], tokenizer, max_length=1)
+
+
+def test_training_mode_and_gradients_stay_out_of_it(model, tokenizer, sentences):
+    """No dropout and no graph, though the model trains; and the model is left as it was."""
+    expected = model.encode(sentences, tokenizer)
+    model.train()
+    try:
+        np.testing.assert_array_equal(model.encode(sentences, tokenizer), expected)
+        assert model.training
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        model.eval()
+
+
+def test_a_snapshot_in_bf16_is_of_its_moment(model, tokenizer):
+    snapshot = Snapshot(model, torch.bfloat16)
+    encoded = tokenizer.encode(["a film"])
+    before = embed(snapshot, encoded)
+    with torch.no_grad():
+        model.bert_layers[0].interm_dense.weight.add_(1.0)
+    try:
+        assert torch.equal(embed(snapshot, encoded), before)
+        assert not torch.equal(embed(Snapshot(model, torch.bfloat16), encoded), before)
+    finally:
+        with torch.no_grad():
+            model.bert_layers[0].interm_dense.weight.sub_(1.0)
+
+
+def test_batches_hold_each_sentence_once_under_the_budget():
+    lengths = np.random.default_rng(0).integers(2, 40, 200)
+    batches = list(by_length(lengths, 100))
+    assert sorted(np.concatenate(batches)) == list(range(200))
+    assert all(lengths[batch].sum() <= 100 for batch in batches)
+    assert [len(batch) for batch in by_length(np.array([500, 3, 2]), 10)] == [1, 2]
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_rows_are_cut_with_the_last_token_kept(tokenizer):
+    encoded = tokenizer.encode(["a film about a film about a film", "a"])
+    rows = SentenceRows.gather(encoded, np.array([1, 0]), 5)
+    assert rows.cu_seqlens.tolist() == [0, 3, 8]
+    assert rows.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert rows.tokens[3:8].tolist() == [*encoded[0][:4].tolist(), tokenizer.sep_id]
+    assert rows.max_seqlen == 5

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Predictor`: heads load with the model, pooling as the directory says, search, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minbert_fast import BertModel, Predictor
+from minbert_fast.config import Recipe
+from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory, tokenize_table
+from minbert_fast.schema import ConfigError, build
+from minbert_fast.sentence_modules import SentenceModules, read, write
+from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.training.evaluation import evaluate
+from tests.tolerance import cosine_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECIPE = build(
+    Recipe,
+    {
+        "model": {"pooling": "cls"},
+        "tasks": {"sentiment": {}, "paraphrase": {"joint": True}, "alike": {"kind": "similarity"}},
+    },
+    "test",
+)
+SENTENCES = ["a film", "the girl eats an apple in the park", "", "a very good film"]
+PAIRS = list(zip(SENTENCES, SENTENCES[::-1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "best"
+    model = MultitaskModel(BertModel.from_pretrained(sample_directory().model), build_tasks(RECIPE), "cls")
+    model.save(folder, RECIPE.to_toml(), Tokenizer.from_pretrained(sample_directory().model))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint: Path) -> Predictor:
+    return Predictor.from_pretrained(checkpoint, device="cpu", precision="fp32")
+
+
+def test_heads_predict_as_the_evaluation_does(predictor: Predictor, checkpoint: Path):
+    model = MultitaskModel.load(checkpoint)
+    paths = find_tables(sample_directory().data, "dev").paths
+    named = {"sentiment": "sentiment", "paraphrase": "paraphrase", "alike": "similarity"}
+    for task, dataset in named.items():
+        table = read_table(paths[dataset], dataset)
+        expected = evaluate(model, {task: tokenize_table(table, predictor.tokenizer)}).tasks[task]
+        got = predictor.predict(task, *table.sentences)
+        np.testing.assert_array_equal(got.values, expected.predictions)
+        if expected.probabilities is not None:
+            np.testing.assert_array_equal(got.probabilities, expected.probabilities)
+
+
+def test_the_three_tasks_by_name(predictor: Predictor):
+    stars, same, alike = predictor.sentiment(SENTENCES), predictor.paraphrase(PAIRS), predictor.similarity(PAIRS)
+    assert stars.shape == same.shape == alike.shape == (4,)
+    assert set(stars.tolist()) <= set(range(5))
+    assert set(same.tolist()) <= {0.0, 1.0}
+    assert (alike >= 0).all()
+    assert (alike <= 5).all()
+    assert predictor.similarity([("a film", "a film")])[0] == pytest.approx(5.0, abs=1e-3)
+    np.testing.assert_array_equal(predictor.similarity([list(pair) for pair in PAIRS]), alike)
+
+
+def test_nothing_in_gives_nothing_out(predictor: Predictor):
+    assert predictor.sentiment([]).shape == (0,)
+    assert predictor.similarity([]).shape == (0,)
+    assert predictor.encode([]).shape == (0, 64)
+    assert predictor.search("a film", []) == []
+
+
+def test_pooling_is_the_trained_models_own(predictor: Predictor):
+    expected = predictor.encoder.encode(SENTENCES, predictor.tokenizer, pooling="cls")
+    np.testing.assert_array_equal(predictor.encode(SENTENCES), expected)
+    mean = predictor.encoder.encode(SENTENCES, predictor.tokenizer, pooling="mean")
+    np.testing.assert_array_equal(predictor.encode(SENTENCES, pooling="mean"), mean)
+
+
+def test_an_encoder_alone_encodes_by_the_mean_and_has_no_heads():
+    alone = Predictor.from_pretrained(sample_directory().model, device="cpu", precision="fp32")
+    expected = alone.encoder.encode(SENTENCES, alone.tokenizer)
+    np.testing.assert_array_equal(alone.encode(SENTENCES), expected)
+    with pytest.raises(ConfigError, match="no heads"):
+        alone.sentiment(SENTENCES)
+
+
+def test_search_finds_the_sentence_itself_first(predictor: Predictor):
+    corpus = read_table(sample_directory().data / "ids-sst-dev.csv", "sentiment").sentences[0]
+    index = predictor.index(corpus)
+    hits = predictor.search(corpus[17], index, top=5)
+    assert hits[0].text == corpus[17]
+    assert hits[0].score == pytest.approx(1.0, abs=1e-5)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    scores = predictor.encode(corpus, normalize=True) @ predictor.encode([corpus[17]], normalize=True)[0]
+    assert {hit.row for hit in hits[1:]} <= set(np.argsort(-scores)[:8].tolist())
+    assert predictor.search(corpus[17], corpus[:3], top=9)[0].row in range(3)
+    assert len(predictor.search("a", corpus[:3], top=9)) == 3
+
+
+# ---- Directories in sentence-transformers' form -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_modules_survive_the_round_trip(tmp_path: Path, pooling, normalize):
+    pooler = {"weight": torch.randn(8, 8), "bias": torch.randn(8)} if pooling == "pooler" else None
+    before = SentenceModules(tmp_path, pooling, normalize, 77, "query: ", pooler)
+    write(tmp_path, before, 8)
+    after = read(tmp_path)
+    assert after is not None
+    assert (after.pooling, after.normalize, after.max_length, after.prompt) == (pooling, normalize, 77, "query: ")
+    if pooler is not None:
+        assert after.pooler is not None
+        assert all(torch.equal(after.pooler[name], tensor) for name, tensor in pooler.items())
+
+
+def test_real_sentence_transformers_give_the_same_vectors(minilm: Path, tmp_path: Path):
+    """The published directory, and one that the installed version saved."""
+    library = pytest.importorskip("sentence_transformers")
+    published = library.SentenceTransformer(str(minilm), device="cpu")
+    sentences = ["A man is playing a guitar.", "Where is the nearest station?", "word " * 400]
+    expected = published.encode(sentences)
+    published.save(str(tmp_path / "saved"), create_model_card=False)
+    for folder in (minilm, tmp_path / "saved"):
+        for precision, least in (("fp32", 0.99999), ("bf16", 0.999)):
+            ours = Predictor.from_pretrained(folder, device="cpu", precision=precision)
+            assert cosine_rows(ours.encode(sentences), expected).min() > least
+            assert np.linalg.norm(ours.encode(sentences), axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("modules.json", "{", "not readable as JSON"),
+        ("modules.json", "{}", "expected a JSON list"),
+        ("modules.json", '[{"type": "x.Transformer"}]', "expected a list of modules"),
+        ("modules.json", '[{"type": "x.Transformer", "path": ""}, {"type": "x.LSTM", "path": "1"}]', "LSTM"),
+        ("1_Pooling/config.json", '{"pooling_mode": "lasttoken"}', "pooling 'lasttoken'"),
+        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}', "pooling "),
+        ("sentence_bert_config.json", '{"max_seq_length": "long"}', "max_seq_length = 'long'"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "q", "prompts": {}}', "no prompt 'q'"),
+    ],
+)
+def test_foreign_modules_are_refused_in_one_line(tmp_path: Path, file, content, problem):
+    write(tmp_path, SentenceModules(tmp_path, "mean"), 8)
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read(tmp_path)
+    assert file in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_layer_that_is_no_pooler_is_refused(tmp_path: Path):
+    pooler = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
+    write(tmp_path, SentenceModules(tmp_path, "pooler", pooler=pooler), 8)
+    config = json.loads((tmp_path / "2_Dense" / "config.json").read_text())
+    (tmp_path / "2_Dense" / "config.json").write_text(json.dumps(config | {"activation_function": "torch.nn.ReLU"}))
+    with pytest.raises(ConfigError, match="2_Dense"):
+        read(tmp_path)
+
+
+# ---- Mistakes -----------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named(predictor: Predictor, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no polarity head \\(it has sentiment, paraphrase, alike\\)"):
+        predictor.predict("polarity", SENTENCES)
+    with pytest.raises(ValueError, match="pair 1 is"):
+        predictor.similarity([("a", "b"), ("a", "b", "c")])
+    with pytest.raises(ValueError, match="pair 0 is 'ab'"):
+        predictor.similarity(["ab"])
+    with pytest.raises(ValueError, match="not a string"):
+        predictor.sentiment("a film")
+    with pytest.raises(ValueError, match="2 lists of sentences"):
+        predictor.predict("alike", SENTENCES)
+    with pytest.raises(ValueError, match="not a string"):
+        predictor.encode("a film")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        Predictor.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no such file"):
+        Predictor.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path):
+    BertModel.from_pretrained(checkpoint, local_files_only=True).save_pretrained(tmp_path)
+    words = [*(checkpoint / "vocab.txt").read_text(encoding="utf-8").splitlines(), "onemore"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="457 words for an encoder of 456"):
+        Predictor.from_pretrained(tmp_path)
