@@ -33,6 +33,16 @@ def is_hopper_or_newer(device: torch.device) -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
+def all_registers(device: torch.device, warps: int) -> dict[str, int]:
+    """A launch's `maxnreg`: as many registers a thread as a program of so many warps can have.
+
+    Unasked, the NVIDIA assembler sets its own limit and may spill a few bytes for one more program a multiprocessor.
+    """
+    if device.type == "cpu" or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": min(255, 65536 // (32 * warps))}
+
+
 def check_probability(p: float, seed: Tensor | None) -> None:
     """Raises ValueError unless p is a dropout probability in [0, 1) and there is a seed to draw from where p > 0."""
     if not (math.isfinite(p) and 0.0 <= p < 1.0):

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import check_probability, multiprocessors
+from minbert_fast.kernels.arguments import all_registers, check_probability, multiprocessors
 from minbert_fast.kernels.attention_short import dropout_keeps, short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward_keys, tiled_backward_queries, tiled_forward
 from minbert_fast.kernels.launches import Launch
@@ -60,7 +60,7 @@ class LaunchTable:
 # them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (No fp32 product runs on
 # NVIDIA's matrix units without losing digits, hence the smaller tiles.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
-    (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(64, 4, 1), Tile(64, 4, 1)),
+    (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
     (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
     (2, 128): LaunchTable(((1, 2), (4, 4)), Tile(64, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
     (4, 32): LaunchTable(((2, 4), (4, 8)), Tile(32, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)),
@@ -105,6 +105,7 @@ def attention_forward(
         tiled_forward[(_programs(qkv, tile, table.longest_short),)](
             *tensors, rows, sentences, heads, table.longest_short, qkv.stride(0), scale, site,
             T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
+            **all_registers(qkv.device, tile.warps),
         )  # fmt: skip
     return out, lse
 
@@ -151,6 +152,7 @@ def attention_backward(
                 dout, qkv, out, lse, dqkv, cu_seqlens, mask, seed,
                 rows, sentences, heads, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
                 T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
+                **all_registers(qkv.device, tile.warps),
             )  # fmt: skip
     return dqkv
 

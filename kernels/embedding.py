@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minbert_fast.kernels.add_norm import RowTile
-from minbert_fast.kernels.arguments import check_probability
+from minbert_fast.kernels.arguments import all_registers, check_probability
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
 from minbert_fast.kernels.launches import Launch
@@ -387,6 +387,7 @@ def embedding_norm_backward(
         BLOCK=tile.block,
         num_warps=tile.num_warps,
         enable_fp_fusion=True,
+        **all_registers(dy.device, tile.num_warps),
     )
     finish(partials, bounds, partition, (dgamma, dbeta, dtype))
     return dz

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import is_hopper_or_newer, multiprocessors
+from minbert_fast.kernels.arguments import all_registers, is_hopper_or_newer, multiprocessors
 from minbert_fast.kernels.launches import Launch
 
 
@@ -252,6 +252,7 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         enable_fp_fusion=True,
+        **all_registers(dy.device, tile.num_warps),
     )
 
 

@@ -183,3 +183,7 @@ class TaskGradients:
         if self._words is None or self._words.numel() < self.tasks * rows * hidden:
             self._words = torch.empty(self.tasks * rows * hidden, dtype=self.J.dtype, device=self.J.device)
         return self._words[: self.tasks * rows * hidden].view(self.tasks, rows, hidden)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors in use at present, which later and larger batches may replace."""
+        return (self.J,) if self._words is None else (self.J, self._words)

@@ -36,7 +36,7 @@ def make_model(chosen: Recipe, encoder: type[BertModel] = BertModel) -> Multitas
     return MultitaskModel(encoder(CONFIG), build_tasks(chosen), chosen.model.pooling)
 
 
-def make_batch(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0) -> MultitaskBatch:
+def make_batch(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0, **capacities: int) -> MultitaskBatch:
     rng = np.random.default_rng(seed)
     arity = {name: model.tasks[name].arity for name in sizes}
     sentences = [
@@ -48,7 +48,7 @@ def make_batch(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0) -
         drawn = torch.from_numpy(rng.integers(0, high, n))
         labels[name] = drawn if high == 5 else drawn.float()
     rows = {name: np.arange(n) for name, n in sizes.items()}
-    return MultitaskBatch(pack(sentences), tuple(sizes), arity, labels, rows)
+    return MultitaskBatch(pack(sentences, **capacities), tuple(sizes), arity, labels, rows)
 
 
 def separate_backwards(model: MultitaskModel, batch: MultitaskBatch) -> list[dict[str, Tensor]]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data: reading and checking files, tokenizing with a cache, sampling, collating; the demonstration."""
 
+from minbert_fast.data.buckets import EXACT, Buckets, choose_buckets
 from minbert_fast.data.cache import default_cache_dir, load_tokens, tokenize_table
-from minbert_fast.data.collate import Buckets, Collator, evaluation_batches, pin, prefetch, training_batches
+from minbert_fast.data.collate import Collator, evaluation_batches, pin, prefetch, training_batches
 from minbert_fast.data.files import BadRow, Table, TableReader, read_table
 from minbert_fast.data.formats import (
     FORMATS,
@@ -20,6 +21,7 @@ from minbert_fast.data.tokens import Text, Tokens, TokenTable, cut, join
 from minbert_fast.data.vocabulary import Vocabulary
 
 __all__ = [
+    "EXACT",
     "FORMATS",
     "MAIN_TASKS",
     "SCHEMES",
@@ -40,6 +42,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Vocabulary",
+    "choose_buckets",
     "cut",
     "default_cache_dir",
     "evaluation_batches",

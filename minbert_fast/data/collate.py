@@ -13,22 +13,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable, cut, join
 from minbert_fast.packing import MultitaskBatch, pack
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """The few sizes that batches are padded to, ascending, so that graphs of few shapes serve all batches.
-
-    Each size of a batch becomes the smallest of its bucket sizes that holds it, and stays as it is where
-    none does.
-    """
-
-    tokens: tuple[int, ...] = ()
-    sentences: tuple[int, ...] = ()
-    seqlen: tuple[int, ...] = ()  # the bound on sentence length
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ class Collator:
     tables: Mapping[str, TokenTable]
     max_length: int  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
     joint: frozenset[str] = frozenset()
-    buckets: Buckets = Buckets()
+    buckets: Buckets = EXACT
 
     def __post_init__(self) -> None:
         for task in self.joint:
@@ -110,7 +98,7 @@ def evaluation_batches(
     task: str | None = None,
     token_budget: int = 16_384,
     joint: bool = False,
-    buckets: Buckets = Buckets(),
+    buckets: Buckets = EXACT,
 ) -> Iterator[MultitaskBatch]:
     """Yields each row of a table once, the longest first, in batches of up to `token_budget` tokens.
 

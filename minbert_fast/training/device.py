@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device and which precision a command runs with."""
+"""Which device and which precision a command runs with, and the memory that it took."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Literal
 
 import torch
@@ -39,3 +41,11 @@ def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device
     else:
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "fp32"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, bytes: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

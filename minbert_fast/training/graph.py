@@ -10,7 +10,7 @@ rates, seeds, task orders, `cu_seqlens`, task bounds and labels are read from de
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     batch: MultitaskBatch  # the tensors that the graph reads
     result: StepResult  # the tensors that it writes
+    held: Sequence[Tensor]  # buffers that it uses and the step may since have replaced by larger ones
 
     def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
@@ -38,7 +39,10 @@ class _Captured:
 
 
 class GraphedStep:
-    """A `OnePassStep` that replays as a graph; the same calls, the same state, the same results."""
+    """A `OnePassStep` that replays as a graph; the same calls, the same state, the same results.
+
+    `len` is the number of graphs captured so far, which share one pool of memory.
+    """
 
     def __init__(self, step: OnePassStep) -> None:
         self.step = step
@@ -46,27 +50,38 @@ class GraphedStep:
         self._seen: set[Bucket] = set()
         self._captured: dict[Bucket, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # Autograd remembers streams: whatever is captured on this one has run on it before.
+        self._stream = torch.cuda.Stream()
+
+    def __len__(self) -> int:
+        return len(self._captured)
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
-        batch = _at_capacity(batch)
+        batch = at_capacity(batch)
         bucket = _bucket(batch)
         self.step.prepare(batch, lr_scale)
-        if bucket not in self._seen:
-            self._seen.add(bucket)
-            return self.step.compute(batch)
-        if bucket not in self._captured:
+        if bucket in self._captured:
+            return self._captured[bucket].run(batch)
+        if bucket in self._seen:
             self._captured[bucket] = self._capture(batch)
-        return self._captured[bucket].run(batch)
+            return self._captured[bucket].run(batch)
+        self._seen.add(bucket)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = self.step.compute(batch)
+        current.wait_stream(self._stream)
+        return result
 
     def _capture(self, batch: MultitaskBatch) -> _Captured:
         began = time.perf_counter()
         own = batch.clone()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = self.step.compute(own)
         self.capture_seconds += time.perf_counter() - began
-        return _Captured(graph, own, result)
+        return _Captured(graph, own, result, self.step.gradients.buffers())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self.step.state_dict()
@@ -75,7 +90,7 @@ class GraphedStep:
         self.step.load_state_dict(state)
 
 
-def _at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
+def at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
     """The batch with every host-side size at its capacity, so that shapes depend on the bucket alone."""
     packed = batch.packed
     return replace(batch, packed=replace(packed, num_words=packed.word_ids.numel()))

@@ -23,10 +23,12 @@ from minbert_fast import surgery, weights
 from minbert_fast.bert import BertModel
 from minbert_fast.config import Recipe
 from minbert_fast.data import (
+    EXACT,
     Collator,
     Sampler,
     Tokenizer,
     TokenTable,
+    choose_buckets,
     pin,
     prefetch,
     read_table,
@@ -40,13 +42,14 @@ from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training import evaluation, loop
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.training.datasets import load_datasets
-from minbert_fast.training.device import choose_device, choose_precision
+from minbert_fast.training.device import choose_device, choose_precision, peak_memory
 from minbert_fast.training.errors import RunError, writing
+from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
 from minbert_fast.training.progress import progress_for
 from minbert_fast.training.report import write_report
 from minbert_fast.training.signals import StopSignals
-from minbert_fast.training.step import Backend, TrainingStep, make_step
+from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
 from minbert_fast.training.world import World
 from minbert_fast.version import __version__
 
@@ -112,6 +115,7 @@ class _Job:
         self.files = files
         self.notices: list[str] = []
         self.world = World()
+        self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
         self.device = choose_device(options.device)
         self.precision = choose_precision(recipe.training.precision, self.device)
         self.backend: Backend = "fast" if options.backend == "auto" else options.backend
@@ -180,7 +184,7 @@ class _Job:
         )  # refuses an unknown method now, not when the stage begins
         tables = {name: self.data.train[name] for name in tasks}
         training = recipe.training
-        collator = Collator(tables, recipe.data.max_length, frozenset(n for n, t in tasks.items() if t.joint))
+        joint = frozenset(name for name, task in tasks.items() if task.joint)
         sampler = Sampler.of(
             tables,
             {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
@@ -189,12 +193,21 @@ class _Job:
             fractions={name: task.options.fraction for name, task in tasks.items()},
             balanced=[name for name, task in tasks.items() if task.options.balanced],
         )
+        graphs = training.graphs and self.device.type == "cuda" and self.backend == "fast"
+        longest = recipe.data.max_length
+        buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
+        collator = Collator(tables, longest, joint, buckets)
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
 
         def begin() -> TrainingStep:
             self.model.configure(tasks)
-            return make_step(self.backend, self.model, recipe, DTYPES[self.precision])
+            step = make_step(self.backend, self.model, recipe, DTYPES[self.precision])
+            if not graphs:
+                return step
+            assert isinstance(step, OnePassStep)
+            self.graphed.append(GraphedStep(step))
+            return self.graphed[-1]
 
         def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
             made = training_batches(sampler, collator, start, steps)
@@ -336,6 +349,11 @@ class _Job:
             **environment(self.device),
             "precision": self.precision,
             "timings": state.timings,
+            "peak_memory_bytes": peak_memory(self.device),
+            "graphs": {
+                "captured": sum(len(step) for step in self.graphed),
+                "capture_seconds": sum(step.capture_seconds for step in self.graphed),
+            },
             "notices": self.notices,
             "command": self.options.command,
             "commit": commit(),

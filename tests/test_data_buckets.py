@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bucket sizes: the least padding, against every choice there is; and batches that fit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from minbert_fast.data import Collator, Sampler, Tokenizer, choose_buckets, load_tokens, sample_directory
+from minbert_fast.data.buckets import least_padding
+
+
+def padding(sizes: np.ndarray, capacities: tuple[int, ...]) -> int:
+    return sum(min(c for c in capacities if c >= size) - int(size) for size in sizes)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_choice_pads_less(seed: int, count: int) -> None:
+    sizes = np.random.default_rng(seed).integers(1, 40, 8)
+    found = least_padding(sizes, count)
+    assert found == sorted(found)
+    assert len(found) <= count
+    assert found[-1] == sizes.max()
+    distinct = sorted({int(size) for size in sizes})
+    choices = [(*rest, distinct[-1]) for n in range(count) for rest in itertools.combinations(distinct[:-1], n)]
+    assert padding(sizes, tuple(found)) == min(padding(sizes, choice) for choice in choices)
+
+
+@pytest.mark.parametrize("scheme", ["cycle", "each-once", "sequential"])
+def test_the_sample_data_need_few_sizes_and_little_padding(scheme: str) -> None:
+    sample = sample_directory()
+    tokenizer = Tokenizer.from_pretrained(sample.model)
+    files = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
+    tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
+    sampler = Sampler.of(tables, 8, scheme)
+    buckets = choose_buckets(sampler, tables, max_length=32, joint={"paraphrase"}, count=3)
+    assert buckets.seqlen == (32,)
+    assert len(buckets.tokens) <= 3
+    collator = Collator(tables, 32, frozenset({"paraphrase"}), buckets)
+    batches = [collator(sampler.rows(0, step)) for step in range(sampler.steps_per_epoch)]
+    assert {batch.packed.cu_seqlens.numel() - 1 for batch in batches} == set(buckets.sentences)
+    assert {batch.packed.tokens.numel() for batch in batches} <= set(buckets.tokens)
+    used = sum(batch.packed.num_tokens for batch in batches)
+    assert sum(batch.packed.tokens.numel() for batch in batches) < 1.5 * used

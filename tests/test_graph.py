@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What graph capture rests on: a padded batch trains as its bare self, the step asks the device nothing; and graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minbert_fast.packing import MultitaskBatch
+from minbert_fast.training.graph import GraphedStep, at_capacity
+from minbert_fast.training.step import OnePassStep
+from tests.test_step import make_batch, make_model, recipe
+
+SIZES = {"sentiment": 3, "paraphrase": 4, "similarity": 2}
+
+
+def batch_of(seed: int, sizes: Mapping[str, int] = SIZES, **capacities: int) -> MultitaskBatch:
+    return make_batch(make_model(recipe()), sizes, seed, **capacities)
+
+
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+def test_a_batch_padded_to_its_bucket_trains_as_its_bare_self(surgery: str) -> None:
+    chosen = recipe(surgery={"method": surgery})
+    bare = OnePassStep(make_model(chosen), chosen, torch.float32)
+    padded = OnePassStep(make_model(chosen), chosen, torch.float32)
+    for seed, sizes in enumerate([SIZES, SIZES | {"paraphrase": 0}, SIZES]):
+        one = bare(batch_of(seed, sizes), 1.0)
+        roomy = batch_of(seed, sizes, token_capacity=320, sentence_capacity=20, max_seqlen=24)
+        two = padded(at_capacity(roomy), 1.0)
+        torch.testing.assert_close(two.losses, one.losses, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(two.grad_norm, one.grad_norm, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(padded.flat.data, bare.flat.data, atol=1e-6, rtol=1e-5)
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Notes every operation that reads a value or touches a tensor of another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strangers: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.device.type != "meta" for leaf in tree_leaves((args, kwargs, out))):
+            self.strangers.append(str(func))
+        return out
+
+
+def computed_on_meta(chosen: Any, sizes: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    # Autocast knows no meta device; these regions only turn it off.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    model = make_model(chosen).to("meta")
+    batch = make_batch(model, sizes).to("meta")
+    step = OnePassStep(model, chosen, torch.bfloat16)
+    step(batch, 1.0)  # as under capture: the first step of a bucket runs eagerly
+    step.prepare(batch, 0.5)
+    with OnlyMeta() as watch:
+        result = step.compute(batch)
+    assert result.losses.device.type == "meta"
+    return watch.strangers
+
+
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+def test_the_step_asks_the_device_nothing(surgery: str, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the meta device have no values: whoever asks for one, as capture forbids, fails."""
+    chosen = recipe(surgery={"method": surgery}, model={"pooling": pooling})
+    assert computed_on_meta(chosen, SIZES, monkeypatch) == []
+
+
+def test_a_question_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = recipe()
+    original = OnePassStep._gram
+
+    def curious(self: OnePassStep, batch: MultitaskBatch) -> Tensor:
+        gram = original(self, batch)
+        assert float(gram.sum()) > 0
+        return gram
+
+    monkeypatch.setattr(OnePassStep, "_gram", curious)
+    with pytest.raises(RuntimeError, match="meta"):
+        computed_on_meta(chosen, SIZES, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+def test_graphs_train_as_the_eager_step_does(surgery: str) -> None:
+    chosen = recipe(surgery={"method": surgery})
+    model = make_model(chosen).cuda()
+    eager = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
+    graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))
+    capacities = [{"token_capacity": n, "sentence_capacity": 20, "max_seqlen": 24} for n in (256, 320)]
+    for step in range(12):
+        batch = batch_of(step, **capacities[step % 2]).to("cuda")
+        one, two = eager(at_capacity(batch), 1.0 - step / 20), graphed(batch, 1.0 - step / 20)
+        assert torch.equal(one.losses, two.losses)
+    assert torch.equal(eager.flat.data, graphed.step.flat.data)
+    assert len(graphed) == 2
+    assert graphed.capture_seconds > 0
+
+
+@pytest.mark.gpu
+def test_a_resumed_graph_goes_on_bit_for_bit() -> None:
+    chosen = recipe(surgery={"method": "pcgrad"}, model={"dropout": 0.1})
+    capacities = {"token_capacity": 256, "sentence_capacity": 20, "max_seqlen": 24}
+    whole = GraphedStep(OnePassStep(make_model(chosen).cuda(), chosen, torch.bfloat16))
+    for step in range(8):
+        if step == 4:
+            state = copy.deepcopy(whole.state_dict())
+            weights = whole.step.flat.data.clone()
+        whole(batch_of(step, **capacities).to("cuda"), 1.0)
+    resumed = GraphedStep(OnePassStep(make_model(chosen).cuda(), chosen, torch.bfloat16))
+    resumed.step.flat.data.copy_(weights)
+    resumed.load_state_dict(state)
+    for step in range(4, 8):
+        resumed(batch_of(step, **capacities).to("cuda"), 1.0)
+    assert torch.equal(whole.step.flat.data, resumed.step.flat.data)
