@@ -11,6 +11,7 @@ from torch import Tensor
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
 from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.functional.library import custom_op
 from minbert_fast.native import layers
 
 
@@ -57,7 +58,7 @@ def add_norm(
     return y.view(x.shape)
 
 
-@torch.library.custom_op("minbert_fast::add_norm", mutates_args=())
+@custom_op("add_norm", mutates_args=())
 def _forward(
     x: Tensor,
     bias: Tensor,
@@ -101,7 +102,7 @@ def _(
     return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("minbert_fast::add_norm_backward", mutates_args=("dgamma", "dbeta", "dbias"))
+@custom_op("add_norm_backward", mutates_args=("dgamma", "dbeta", "dbias"))
 def _backward(
     dy: Tensor,
     x: Tensor,

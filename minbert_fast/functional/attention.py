@@ -14,6 +14,7 @@ from torch import Tensor
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
 from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.functional.library import custom_op
 from minbert_fast.native import layers
 
 
@@ -73,7 +74,7 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 # ---- Packed rows ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("minbert_fast::attention", mutates_args=())
+@custom_op("attention", mutates_args=())
 def _packed(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, p: float, seed: Tensor | None, site: int
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def _(
     return qkv.new_empty(rows, heads * width), lse
 
 
-@torch.library.custom_op("minbert_fast::attention_backward", mutates_args=())
+@custom_op("attention_backward", mutates_args=())
 def _packed_backward(
     dout: Tensor,
     qkv: Tensor,
@@ -165,7 +166,7 @@ _packed.register_autograd(_packed_autograd, setup_context=_packed_context)
 # ---- Rectangles -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("minbert_fast::attention_dense", mutates_args=())
+@custom_op("attention_dense", mutates_args=())
 def _dense(qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor]:
     """out [B, S, h * d], lse [h, B * S]."""
     match implementation(qkv):
@@ -188,7 +189,7 @@ def _(qkv: Tensor, mask: Tensor, scale: float, p: float, seed: Tensor | None, si
     return qkv.new_empty(batch, length, heads * width), lse
 
 
-@torch.library.custom_op("minbert_fast::attention_dense_backward", mutates_args=())
+@custom_op("attention_dense_backward", mutates_args=())
 def _dense_backward(
     dout: Tensor,
     qkv: Tensor,

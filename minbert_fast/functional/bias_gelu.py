@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
+from minbert_fast.functional.library import custom_op
 from minbert_fast.native import layers
 
 
@@ -35,7 +36,7 @@ def bias_gelu(x: Tensor, bias: Tensor, into: BiasGeluSink | None = None) -> Tens
     return y.view(x.shape)
 
 
-@torch.library.custom_op("minbert_fast::bias_gelu", mutates_args=())
+@custom_op("bias_gelu", mutates_args=())
 def _forward(x: Tensor, bias: Tensor) -> Tensor:
     match implementation(x):
         case "triton":
@@ -54,7 +55,7 @@ def _(x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("minbert_fast::bias_gelu_backward", mutates_args=("dbias",))
+@custom_op("bias_gelu_backward", mutates_args=("dbias",))
 def _backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor | None) -> Tensor:
     """dx [N, F]; writes each task's dbias [T, F]."""
     match implementation(x):

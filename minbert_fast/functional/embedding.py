@@ -12,6 +12,7 @@ from minbert_fast.functional import segments
 from minbert_fast.functional.add_norm import norm_backward
 from minbert_fast.functional.backend import implementation
 from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.functional.library import custom_op
 from minbert_fast.native import layers
 
 
@@ -77,7 +78,7 @@ def embedding(
     return y
 
 
-@torch.library.custom_op("minbert_fast::embedding", mutates_args=())
+@custom_op("embedding", mutates_args=())
 def _forward(
     tokens: Tensor,
     positions: Tensor,
@@ -128,7 +129,7 @@ def _(
     return word.new_empty(rows, word.shape[1]), statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("minbert_fast::embedding_norm_backward", mutates_args=("dgamma", "dbeta", "dtype"))
+@custom_op("embedding_norm_backward", mutates_args=("dgamma", "dbeta", "dtype"))
 def _norm_backward(
     dy: Tensor,
     tokens: Tensor,
@@ -204,7 +205,7 @@ def _(
     return dy.new_empty(dy.shape)
 
 
-@torch.library.custom_op("minbert_fast::embedding_gather", mutates_args=("dword", "dposition"))
+@custom_op("embedding_gather", mutates_args=("dword", "dposition"))
 def _gather(
     dz: Tensor,
     bounds: Tensor,

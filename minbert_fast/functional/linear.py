@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minbert_fast.functional import segments
 from minbert_fast.functional.backend import implementation
+from minbert_fast.functional.library import custom_op
 from minbert_fast.native import layers
 
 
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, into: LinearSi
     return _LinearInto.apply(x, weight, bias, into, segments.anchor(x.device))
 
 
-@torch.library.custom_op("minbert_fast::segment_gradients", mutates_args=("dweight", "dbias"))
+@custom_op("segment_gradients", mutates_args=("dweight", "dbias"))
 def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """dy [N, O], x [N, I] of one dtype -> dweight[t] = dy[rows of t]^T x[rows of t] [T, O, I], dbias [T, O].
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minbert_fast import native
 from minbert_fast.functional.backend import implementation
+from minbert_fast.functional.library import custom_op
 from minbert_fast.native import surgery as compiled
 from minbert_fast.native.surgery import AdamWSettings
 
@@ -28,7 +29,7 @@ def _native(tensor: Tensor) -> bool:
 # ---- gram ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("minbert_fast::gram", mutates_args=("out",))
+@custom_op("gram", mutates_args=("out",))
 def _gram(J: Tensor, out: Tensor, accumulate: bool) -> None:
     if _native(J):
         compiled.gram(J, out, accumulate)
@@ -56,7 +57,7 @@ def gram(J: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tens
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("minbert_fast::pcgrad_weights", mutates_args=())
+@custom_op("pcgrad_weights", mutates_args=())
 def _pcgrad_weights(gram: Tensor, order: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     compiled.check_pcgrad(gram, order)
     if _native(gram):
@@ -97,7 +98,7 @@ def pcgrad_weights(gram: Tensor, order: Tensor, mean: bool = False) -> tuple[Ten
     return w, nonfinite
 
 
-@torch.library.custom_op("minbert_fast::clip_scale", mutates_args=("scalars",))
+@custom_op("clip_scale", mutates_args=("scalars",))
 def _clip_scale(gram: Tensor, w: Tensor, max_norm: float, extra: Tensor | None, scalars: Tensor) -> Tensor:
     compiled.check_clip(gram, w, extra, scalars)
     norm = w.new_empty(1)
@@ -141,7 +142,7 @@ def _combine_torch(J: Tensor, w: Tensor | None) -> Tensor:
     return total
 
 
-@torch.library.custom_op("minbert_fast::combine", mutates_args=("out",))
+@custom_op("combine", mutates_args=("out",))
 def _combine(J: Tensor, w: Tensor, out: Tensor) -> None:
     if _native(J):
         compiled.combine(J, w, out)
@@ -163,7 +164,7 @@ def combine(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("minbert_fast::combine_adamw", mutates_args=("p", "m", "v", "copy"))
+@custom_op("combine_adamw", mutates_args=("p", "m", "v", "copy"))
 def _combine_adamw(
     J: Tensor,
     w: Tensor | None,

@@ -61,7 +61,7 @@ def every_op(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 def test_opcheck(device: torch.device, name: str, implementation: str) -> None:
     op, arguments = every_op(device)[name]
     with force(implementation):  # type: ignore[arg-type]
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op.overload, arguments)
 
 
 def test_compiled_step_is_the_eager_step(device: torch.device) -> None:
