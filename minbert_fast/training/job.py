@@ -179,9 +179,8 @@ class _Job:
 
     def _stage(self, index: int, recipe: Recipe) -> loop.Stage:
         tasks = stage_tasks(recipe)
-        surgery.weights(
-            recipe.surgery.method, recipe.surgery.reduction
-        )  # refuses an unknown method now, not when the stage begins
+        # An unknown method is refused now, not when the stage begins.
+        method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
         tables = {name: self.data.train[name] for name in tasks}
         training = recipe.training
         joint = frozenset(name for name, task in tasks.items() if task.joint)
@@ -193,7 +192,7 @@ class _Job:
             fractions={name: task.options.fraction for name, task in tasks.items()},
             balanced=[name for name, task in tasks.items() if task.options.balanced],
         )
-        graphs = training.graphs and self.device.type == "cuda" and self.backend == "fast"
+        graphs = training.graphs and method.capturable and self.device.type == "cuda" and self.backend == "fast"
         longest = recipe.data.max_length
         buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
         collator = Collator(tables, longest, joint, buckets)
