@@ -12,7 +12,7 @@ Shapes: n sentences or pairs, H hidden, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from minbert_fast.bert import BertModel
 from minbert_fast.config import Pooling, Recipe
 from minbert_fast.data import FORMATS, Table, Tokenizer, tokenize_table
 from minbert_fast.schema import ConfigError
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks import MultitaskModel, Task
 from minbert_fast.training import evaluation
 from minbert_fast.training.device import DTYPES, Precision, choose_device, choose_precision
 
@@ -202,10 +202,9 @@ class Predictor:
 
         Raises ConfigError for a task that the model has no head for, ValueError for lists that do not fit it.
         """
-        model = self._model()
-        if task not in model.tasks:
-            raise ConfigError(f"this model has no {task} head (it has {', '.join(model.tasks)})")
-        kind = FORMATS[model.tasks[task].dataset]
+        if task not in self.tasks:
+            raise ConfigError(f"this model has no {task} head (it has {', '.join(self.tasks)})")
+        kind = FORMATS[self.tasks[task].dataset]
         if len(sentences) != kind.arity or len({len(column) for column in sentences}) > 1:
             raise ValueError(f"{task} takes {kind.arity} lists of sentences, equally long")
         if any(isinstance(column, str) for column in sentences):
@@ -233,14 +232,18 @@ class Predictor:
         )
         return Predictions(*found)
 
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks that the model has heads for, by name. Raises ConfigError where it has none."""
+        return self._model().tasks
+
     def task_of(self, kind: str) -> str:
         """The name of the model's task of this kind: the one of that name, else the first. Raises ConfigError."""
-        tasks = self._model().tasks
-        if kind in tasks:
+        if kind in self.tasks:
             return kind
-        names = [name for name, task in tasks.items() if task.kind == kind]
+        names = [name for name, task in self.tasks.items() if task.kind == kind]
         if not names:
-            raise ConfigError(f"this model has no {kind} head (it has {', '.join(tasks)})")
+            raise ConfigError(f"this model has no {kind} head (it has {', '.join(self.tasks)})")
         return names[0]
 
     def _model(self) -> MultitaskModel:

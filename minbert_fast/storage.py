@@ -8,10 +8,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,66 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     flush_directory(path.parent)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to bit by bit, seekable, folders as needed; it gets its name when the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        flush_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ArrayFile:
+    """Rows of numbers written as they come to a .npy or .safetensors file; how many there are is filled in at the end.
+
+    Use as a context manager. Arrays are fp32 [n, width]; a safetensors file calls its one tensor `name`.
+    """
+
+    HEADER = 128  # bytes reserved for either format's header
+
+    def __init__(self, file: BinaryIO, width: int, name: str | None = None) -> None:
+        self.file = file
+        self.width = width
+        self.name = name  # None: .npy
+        self.rows = 0
+        file.write(bytes(self.HEADER))
+
+    def __enter__(self) -> ArrayFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.file.seek(0)
+            self.file.write(self._header())
+
+    def write(self, rows: np.ndarray) -> None:
+        """Appends rows [n, width]."""
+        assert rows.shape[1:] == (self.width,)
+        self.file.write(np.ascontiguousarray(rows, dtype="<f4").data)
+        self.rows += len(rows)
+
+    def _header(self) -> bytes:
+        if self.name is None:  # numpy's format, version 1.0: magic, length of the text, the text ending in a line feed
+            text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({self.rows}, {self.width}), }}"
+            return (
+                b"\x93NUMPY\x01\x00"
+                + (self.HEADER - 10).to_bytes(2, "little")
+                + text.ljust(self.HEADER - 11).encode()
+                + b"\n"
+            )
+        offsets = [0, 4 * self.rows * self.width]
+        entry = {"dtype": "F32", "shape": [self.rows, self.width], "data_offsets": offsets}
+        text = json.dumps({self.name: entry}, separators=(",", ":"))
+        return (self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8).encode()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from minbert_fast.data.formats import (
     Label,
     find_tables,
 )
+from minbert_fast.data.lines import read_sentences
 from minbert_fast.data.sample import Sample, sample_directory
 from minbert_fast.data.sampling import SCHEMES, Draw, Sampler
 from minbert_fast.data.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ __all__ = [
     "load_tokens",
     "pin",
     "prefetch",
+    "read_sentences",
     "read_table",
     "sample_directory",
     "tokenize_table",

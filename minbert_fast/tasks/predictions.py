@@ -19,12 +19,23 @@ def write(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> No
     """
     if len(ids) != len(values):
         raise ValueError(f"{path}: {len(ids)} ids for {len(values)} predictions")
-    lines = [f"id \t {header} \n"]
-    for row, value in zip(ids, values.tolist(), strict=True):
-        if "\n" in row or "\r" in row:
-            raise ValueError(f"{path}: line break in id {row!r}")
-        lines.append(f"{row} , {value} \n")
+    try:
+        lines = [header_line(header), *map(row_line, ids, values.tolist())]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     write_text(path, "".join(lines))
+
+
+def header_line(header: str) -> str:
+    """The first line of a prediction file."""
+    return f"id \t {header} \n"
+
+
+def row_line(identity: str, value: float) -> str:
+    """The line of one prediction. Raises ValueError where the id holds a line break."""
+    if "\n" in identity or "\r" in identity:
+        raise ValueError(f"line break in id {identity!r}")
+    return f"{identity} , {value} \n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentences to vectors.
+
+python -m minbert_fast.encode --model DIR --input sentences.txt --output vectors.npy
+python -m minbert_fast.encode --model DIR --input questions.csv --column question1 --output vectors.safetensors --normalize
+
+One vector a line of a text file (- reads standard input), or a row of a .csv or .tsv file's column, in their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minbert_fast.cli import Parser, run
+from minbert_fast.data import read_sentences
+from minbert_fast.predictor import Predictor
+from minbert_fast.schema import ConfigError
+from minbert_fast.storage import ArrayFile, whole_file
+
+TENSOR = "embeddings"  # its name in a .safetensors file
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = Parser("encode", __doc__ or "")
+    flags.add_argument(
+        "--model", required=True, metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
+    )
+    flags.add_argument(
+        "--input", type=Path, required=True, metavar="FILE", help=".txt with a sentence a line, .csv, .tsv, -"
+    )
+    flags.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]"
+    )
+    flags.add_argument("--column", metavar="NAME", help="of a .csv or .tsv file (default: sentence, or the only one)")
+    flags.add_argument("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
+    flags.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: as the model says)"
+    )
+    flags.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
+    return flags
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command; raises ConfigError, DataError or OSError for what the user can mend."""
+    options = parser().parse_args(arguments)
+    if options.output.suffix not in (".npy", ".safetensors"):
+        raise ConfigError(f"--output {options.output}: expected a name that ends in .npy or .safetensors")
+    chunks = read_sentences(options.input, options.column)
+    first = next(chunks, [])  # complaints about the input before the model takes its time to load
+    model = Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
+    name = TENSOR if options.output.suffix == ".safetensors" else None
+    width = model.encoder.config.hidden_size
+    with (
+        whole_file(options.output) as file,
+        ArrayFile(file, width, name) as rows,
+        tqdm(unit=" sentences", file=sys.stderr, disable=None, leave=False) as bar,
+    ):
+        for sentences in itertools.chain([first], chunks):
+            rows.write(
+                model.encode(sentences, pooling=options.pooling, normalize=options.normalize, progress=bar.update)
+            )
+    print(f"{options.output}: {rows.rows:,} vectors of {width}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model's predictions for a data file.
+
+python -m minbert_fast.predict --checkpoint runs/first/best --task sentiment --input FILE --output sst-test-output.csv
+python -m minbert_fast.predict --checkpoint runs/first/best --task similarity --input FILE --output pairs.jsonl
+
+The input is a file in the course's layout (labels, if any, are not read). The output is the course's prediction format,
+or, for a name that ends in .jsonl, one JSON object a row, with the probability of each class where there are classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minbert_fast.cli import Parser, run
+from minbert_fast.data import FORMATS, Table, TableReader
+from minbert_fast.predictor import Predictions, Predictor
+from minbert_fast.storage import whole_file
+from minbert_fast.tasks import Task
+from minbert_fast.tasks.predictions import header_line, row_line
+
+MAX_BAD_ROWS = 0.01  # share of a file's rows that may be unreadable before it is refused
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = Parser("predict", __doc__ or "")
+    flags.add_argument("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
+    flags.add_argument(
+        "--task",
+        required=True,
+        metavar="NAME",
+        help="sentiment, paraphrase, similarity, or another of the model's tasks",
+    )
+    flags.add_argument("--input", type=Path, required=True, metavar="FILE", help="a data file of that task")
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the predictions go")
+    flags.add_argument(
+        "--format", choices=("course", "jsonl"), help="of the output (default: jsonl for a .jsonl file, else course)"
+    )
+    flags.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
+    return flags
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command; raises ConfigError, DataError or OSError for what the user can mend."""
+    options = parser().parse_args(arguments)
+    model = Predictor.from_pretrained(
+        options.checkpoint, device=options.device, precision=options.precision, local_files_only=True
+    )
+    name = model.task_of(options.task)
+    task = model.tasks[name]
+    layout = FORMATS[task.dataset]
+    form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "course")
+    count = left_out = 0
+    with (
+        TableReader(options.input, layout, labeled=False, max_bad_rows=MAX_BAD_ROWS) as reader,
+        whole_file(options.output) as file,
+        tqdm(unit=" examples", file=sys.stderr, disable=None, leave=False) as bar,
+    ):
+        if form == "course":
+            file.write(header_line(task.header).encode())
+        for table in reader.chunks():
+            for bad in table.bad_rows:
+                tqdm.write(f"left out: {bad}", file=sys.stderr)
+            found = model.predict_table(name, table, bar.update)
+            lines = _course(table, found) if form == "course" else _objects(table, found, task)
+            file.write("".join(lines).encode("utf-8"))
+            count += len(table)
+            left_out += len(table.bad_rows)
+    print(f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else ""))
+
+
+def _course(table: Table, found: Predictions) -> Iterator[str]:
+    return map(row_line, table.ids, found.values.tolist())
+
+
+def _objects(table: Table, found: Predictions, task: Task) -> Iterator[str]:
+    """One JSON object a row: id, prediction, and for classes the predicted one's name and every one's probability."""
+    names = task.class_names
+    for row, (identity, value) in enumerate(zip(table.ids, found.values.tolist(), strict=True)):
+        one: dict[str, object] = {"id": identity, "prediction": value}
+        if names is not None and found.probabilities is not None:
+            one["class"] = names[int(value)]
+            shares = found.probabilities[row].tolist()
+            one["probabilities"] = {name: round(share, 6) for name, share in zip(names, shares, strict=True)}
+        yield json.dumps(one, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m minbert_fast.encode` and `predict` as their users run them: files in and out, every mistake in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from minbert_fast import BertModel, Predictor, cli, encode, predict
+from minbert_fast.config import Recipe
+from minbert_fast.data import Tokenizer, lines, read_table, sample_directory
+from minbert_fast.schema import build
+from minbert_fast.storage import ArrayFile, whole_file
+from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = str(sample_directory().model)
+DATA = sample_directory().data
+SENTENCES = ["a film", "", "the girl eats an apple in the park", 'a, very "good" film', "näive"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "best"
+    recipe = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {}, "similarity": {}}}, "test")
+    model = MultitaskModel(BertModel.from_pretrained(MODEL), build_tasks(recipe))
+    model.save(folder, recipe.to_toml(), Tokenizer.from_pretrained(MODEL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return Predictor.from_pretrained(MODEL, device="cpu", precision="fp32").encode(SENTENCES)
+
+
+def run_encode(source: Path | str, output: Path, *more: str) -> int:
+    flags = [
+        "--model",
+        MODEL,
+        "--input",
+        str(source),
+        "--output",
+        str(output),
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
+    return cli.run(encode.main, [*flags, *more])
+
+
+def run_predict(checkpoint: Path, task: str, source: Path, output: Path, *more: str) -> int:
+    flags = ["--checkpoint", str(checkpoint), "--task", task, "--input", str(source), "--output", str(output)]
+    return cli.run(predict.main, [*flags, "--precision", "fp32", "--device", "cpu", *more])
+
+
+# ---- encode -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_text_lines_to_npy(
+    tmp_path: Path, vectors: np.ndarray, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.txt"
+    source.write_bytes(b"\xef\xbb\xbf" + "".join(s + ending for s in SENTENCES).encode())
+    assert run_encode(source, tmp_path / "new" / "out.npy") == 0
+    got = np.load(tmp_path / "new" / "out.npy")
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, vectors, rtol=1e-4, atol=1e-5)
+    assert "5 vectors of 64" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out.npy"]
+
+
+def test_chunks_stream_in_order(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines.read_sentences, "__defaults__", (None, 2))
+    (tmp_path / "in.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    assert run_encode(tmp_path / "in.txt", tmp_path / "out.npy") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_to_safetensors(tmp_path: Path, vectors: np.ndarray) -> None:
+    rows = ["id,text,other", *(f'{i},"{s.replace(chr(34), chr(34) * 2)}",x' for i, s in enumerate(SENTENCES))]
+    (tmp_path / "in.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert run_encode(tmp_path / "in.csv", tmp_path / "out.safetensors", "--column", "text", "--normalize") == 0
+    got = load_file(tmp_path / "out.safetensors")["embeddings"]
+    np.testing.assert_allclose(got, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+def test_a_course_file_and_cls_pooling(tmp_path: Path) -> None:
+    source = DATA / "ids-sst-dev.csv"
+    assert run_encode(source, tmp_path / "out.npy", "--pooling", "cls") == 0
+    model = Predictor.from_pretrained(MODEL, device="cpu", precision="fp32")
+    expected = model.encode(read_table(source, "sentiment").sentences[0], pooling="cls")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_standard_input_and_nothing(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(SENTENCES).encode())))
+    assert run_encode("-", tmp_path / "out.npy") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=1e-4, atol=1e-5)
+    (tmp_path / "empty.txt").touch()
+    assert run_encode(tmp_path / "empty.txt", tmp_path / "empty.npy") == 0
+    assert np.load(tmp_path / "empty.npy").shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "problem"),
+    [
+        ("in.txt", b"fine\nna\xefve\n", (), "in.txt:2: byte 0xef at offset 2 is not UTF-8"),
+        ("in.txt", b"a\n", ("--column", "text"), "a column needs a file that ends in .csv or .tsv"),
+        ("in.csv", b"id,text\n1,a\n", (), "which column?"),
+        ("in.csv", b"id,text\n1,a\n", ("--column", "txt"), "no column 'txt'"),
+        ("in.csv", b"id,sentence\n1,a\n1,a,b\n", (), "in.csv:3: 3 fields, expected 2"),
+        ("in.txt", b"a\n", ("--pooling", "median"), "invalid choice: 'median'"),
+    ],
+)
+def test_mistakes_in_the_input_are_one_line(
+    tmp_path: Path, name: str, content: bytes, more: tuple[str, ...], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert run_encode(tmp_path / name, tmp_path / "out.npy", *more) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_mistakes_in_names_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_encode(tmp_path / "none.txt", tmp_path / "out.npy") == 2
+    assert "cannot be opened: No such file" in capsys.readouterr().err
+    assert run_encode(DATA / "ids-sst-dev.csv", tmp_path / "out.csv") == 2
+    assert "ends in .npy or .safetensors" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run_encode(DATA / "ids-sst-dev.csv", tmp_path / "file" / "out.npy") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.npy"
+    np.save(path, np.ones(3))
+
+    def stopped() -> None:
+        with whole_file(path) as file, ArrayFile(file, 2) as rows:
+            rows.write(np.zeros((1, 2)))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
+    assert np.load(path).tolist() == [1, 1, 1]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- predict ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "file"), [("sentiment", "ids-sst-dev.csv"), ("paraphrase", "quora-dev.csv"), ("similarity", "sts-dev.csv")]
+)
+def test_predictions_in_both_forms(checkpoint: Path, tmp_path: Path, task: str, file: str) -> None:
+    assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.csv") == 0
+    assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.jsonl") == 0
+    model = Predictor.from_pretrained(checkpoint, device="cpu", precision="fp32")
+    table = read_table(DATA / file, task)
+    expected = model.predict(task, *table.sentences)
+    ids, values = predictions.read(tmp_path / "out.csv")
+    assert ids == table.ids
+    np.testing.assert_array_equal(values, expected.values.astype(np.float64))
+    model.tasks[task].write_predictions(tmp_path / "whole.csv", table.ids, expected.values)
+    assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "out.csv").read_bytes()
+    objects = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in objects] == ids
+    assert [one["prediction"] for one in objects] == expected.values.tolist()
+    if expected.probabilities is None:
+        assert "probabilities" not in objects[0]
+    else:
+        names = model.tasks[task].class_names
+        assert names is not None
+        for one, shares in zip(objects, expected.probabilities, strict=True):
+            assert list(one["probabilities"]) == list(names)
+            assert list(one["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-6)
+            assert one["class"] == names[int(one["prediction"])]
+
+
+def test_labels_are_not_needed_and_bad_rows_are_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["id\tsentence", *(f"r{i}\ta film of {i}" for i in range(150)), "short", "last\tthe end"]
+    (tmp_path / "test.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert run_predict(checkpoint, "sentiment", tmp_path / "test.csv", tmp_path / "out.csv") == 0
+    captured = capsys.readouterr()
+    assert "151 predictions, 1 rows left out" in captured.out
+    assert "test.csv:152: 1 fields, expected 2" in captured.err
+    assert predictions.read(tmp_path / "out.csv")[0][-1] == "last"
+
+
+def test_prediction_mistakes_are_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.csv").write_text("id\tsentence\nshort\n", encoding="utf-8")
+    cases = [
+        (
+            checkpoint,
+            "polarity",
+            DATA / "ids-sst-dev.csv",
+            "no polarity head (it has sentiment, paraphrase, similarity)",
+        ),
+        (checkpoint, "similarity", DATA / "ids-sst-dev.csv", "no column 'sentence1'"),
+        (checkpoint, "sentiment", tmp_path / "bad.csv", "1 of 1 rows are bad"),
+        (checkpoint, "sentiment", tmp_path / "none.csv", "cannot be opened"),
+        (Path(MODEL), "sentiment", DATA / "ids-sst-dev.csv", "no heads"),
+        (tmp_path / "nowhere", "sentiment", DATA / "ids-sst-dev.csv", "no such file or directory"),
+    ]
+    for folder, task, source, problem in cases:
+        assert run_predict(folder, task, source, tmp_path / "out.csv") == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert error.splitlines()[-1].startswith("error: ")
+        assert not (tmp_path / "out.csv").exists()
