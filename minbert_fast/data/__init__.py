@@ -12,6 +12,7 @@ from minbert_fast.data.formats import (
     Discovery,
     FileFormat,
     Label,
+    add_format,
     find_tables,
 )
 from minbert_fast.data.lines import read_sentences
@@ -43,6 +44,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Vocabulary",
+    "add_format",
     "choose_buckets",
     "cut",
     "default_cache_dir",

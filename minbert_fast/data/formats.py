@@ -68,19 +68,24 @@ class FileFormat:
 
 
 _PAIR = ("sentence1", "sentence2")
-FORMATS: Mapping[str, FileFormat] = MappingProxyType(
-    {
-        layout.task: layout
-        for layout in (
-            FileFormat("sentiment", "ids-sst", ("sentence",), Label("sentiment", 0, 4, True, "int64")),
-            FileFormat("paraphrase", "quora", _PAIR, Label("is_duplicate", 0, 1, True, "float32")),
-            FileFormat("similarity", "sts", _PAIR, Label("similarity", 0, 5, False, "float32")),
-            FileFormat("polarity", "ids-cfimdb", ("sentence",), Label("sentiment", 0, 1, True, "int64")),
-            FileFormat("triplets", "nli-triplets", ("sent0", "sent1", "hard_neg"), None, None, ","),
-        )
-    }
-)
+_KNOWN = {
+    layout.task: layout
+    for layout in (
+        FileFormat("sentiment", "ids-sst", ("sentence",), Label("sentiment", 0, 4, True, "int64")),
+        FileFormat("paraphrase", "quora", _PAIR, Label("is_duplicate", 0, 1, True, "float32")),
+        FileFormat("similarity", "sts", _PAIR, Label("similarity", 0, 5, False, "float32")),
+        FileFormat("polarity", "ids-cfimdb", ("sentence",), Label("sentiment", 0, 1, True, "int64")),
+        FileFormat("triplets", "nli-triplets", ("sent0", "sent1", "hard_neg"), None, None, ","),
+    )
+}
+FORMATS: Mapping[str, FileFormat] = MappingProxyType(_KNOWN)
 MAIN_TASKS = ("sentiment", "paraphrase", "similarity")
+
+
+def add_format(layout: FileFormat) -> None:
+    """Makes the files of another task known, under `layout.task`. Raises ValueError where that name is taken."""
+    if _KNOWN.setdefault(layout.task, layout) != layout:
+        raise ValueError(f"the files of {layout.task!r} have another format already")
 
 
 def format_of(task: str | FileFormat) -> FileFormat:
