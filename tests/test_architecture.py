@@ -36,8 +36,8 @@ ROOMS = (
     ("data",),
     ("tasks",),
     ("training",),
-    ("cli", "predictor"),
-    ("train", "evaluate", "predict", "encode", "export", "recipes", "report", "search", "reproduce"),
+    ("cli", "predictor", "model_card"),
+    ("train", "evaluate", "predict", "encode", "export", "recipes", "report", "search", "reproduce", "env"),
 )
 RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 

@@ -31,6 +31,12 @@ CPU = torch.device("cpu")
 #: The widest row that LayerNorm takes.
 MAX_WIDTH: int = _C.max_width
 
+
+def instruction_set() -> str:
+    """The processor's instruction set that these operations use."""
+    return _C.isa()
+
+
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bug report needs: versions, the machine, what this build holds and what runs here.
+
+python -m minbert_fast.env            a line a fact
+python -m minbert_fast.env --json     the same as one JSON object
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minbert_fast import native
+from minbert_fast.cli import Parser, run
+from minbert_fast.functional.backend import triton_available
+from minbert_fast.native.layers import instruction_set
+from minbert_fast.training.device import choose_device, choose_precision
+from minbert_fast.training.job import commit
+from minbert_fast.version import __version__
+
+PACKAGES = (
+    "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub",
+    "transformers", "sentence-transformers", "torchjd", "tensorboard", "wandb", "matplotlib",
+)  # fmt: skip
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = Parser("env", __doc__ or "")
+    flags.add_argument("--json", action="store_true", help="one JSON object")
+    return flags
+
+
+def facts() -> dict[str, Any]:
+    """Everything, by name."""
+    device = choose_device("auto")
+    found: dict[str, Any] = {
+        "minbert_fast": __version__,
+        "commit": commit(),
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction set": instruction_set(),
+        "extension": "with CUDA kernels" if native.HAS_CUDA else "CPU only",
+        "triton usable": triton_available(),
+        "CUDA of torch": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision (auto)": choose_precision("auto", device),
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {"compute capability": f"{major}.{minor}", "devices": torch.cuda.device_count()}
+        found["device memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
+    found |= {name: version(name) for name in PACKAGES}
+    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def version(name: str) -> str | None:
+    """The installed version of a package, None if there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the facts."""
+    options = parser().parse_args(arguments)
+    found = facts()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {'-' if value is None else value}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

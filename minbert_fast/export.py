@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model in the form that other libraries load, with a model card.
+
+python -m minbert_fast.export --checkpoint runs/first/best --format huggingface --output exported/
+python -m minbert_fast.export --checkpoint runs/first/best --format sentence-transformers --output exported/ --push USER/NAME
+
+huggingface: transformers' AutoModel and AutoTokenizer load it. sentence-transformers (3.4 to 6.2): `SentenceTransformer`
+loads it and gives the same embeddings. Heads and recipe come along in either form, so that `Predictor` loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import huggingface_hub
+
+from minbert_fast import sentence_modules
+from minbert_fast.cli import Parser, run
+from minbert_fast.model_card import model_card
+from minbert_fast.predictor import Predictor
+from minbert_fast.schema import ConfigError
+from minbert_fast.sentence_modules import SentenceModules
+from minbert_fast.storage import write_directory
+from minbert_fast.training.errors import RunError, writing
+
+FORMATS = ("huggingface", "sentence-transformers")
+HEADS = ("heads.safetensors", "recipe.toml")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    flags = Parser("export", __doc__ or "")
+    flags.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
+    flags.add_argument("--format", choices=FORMATS, required=True, help="whose form")
+    flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    flags.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+    flags.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="sentence-transformers: scale vectors to length 1 (default: as the model says)",
+    )
+    flags.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
+    flags.add_argument("--private", action="store_true", help="--push: make a new repository private")
+    return flags
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command; raises ConfigError, RunError or OSError for what the user can mend."""
+    options = parser().parse_args(arguments)
+    if options.normalize is not None and options.format != "sentence-transformers":
+        raise ConfigError("--normalize: only the sentence-transformers form says how vectors are scaled")
+    if options.private and not options.push:
+        raise ConfigError("--private goes with --push")
+    output: Path = options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
+        raise ConfigError(f"--output {output}: not empty; choose another folder, or --overwrite")
+    if output.resolve() == options.checkpoint.resolve():
+        raise ConfigError(f"--output {output}: is the checkpoint itself")
+    model = Predictor.from_pretrained(options.checkpoint, device="cpu", precision="fp32", local_files_only=True)
+    if options.normalize is not None:
+        model.normalize = options.normalize
+    name = options.push or output.resolve().name
+    card = model_card(model, options.checkpoint, name, options.format)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_directory(output, lambda folder: write_model(model, options.checkpoint, folder, options.format, card))
+    print(f"{output}: {options.format} model")
+    if options.push:
+        print(push(output, options.push, options.private))
+
+
+def write_model(model: Predictor, source: Path, folder: Path, form: str, card: str) -> None:
+    """Writes the model, read from directory `source`, to `folder` in `form`, with its card."""
+    model.encoder.save_pretrained(folder)
+    model.tokenizer.save(folder)
+    for name in HEADS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if form == "sentence-transformers":
+        dense = model.encoder.pooler_dense
+        pooler = {"weight": dense.weight, "bias": dense.bias} if model.pooling == "pooler" else None
+        modules = SentenceModules(folder, model.pooling, model.normalize, model.max_length, model.prompt, pooler)
+        sentence_modules.write(folder, modules, model.encoder.config.hidden_size)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Uploads a folder to the hub, making the repository if there is none; returns its address. Raises RunError."""
+    try:
+        hub = huggingface_hub.HfApi()
+        made = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message="Upload by minbert_fast")
+    except Exception as error:  # the hub's own error classes differ between its major versions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"--push {repository}: not uploaded ({reason}); the exported model is in {folder}") from error
+    return str(made)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
