@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minbert_fast import inference, weights
 from minbert_fast.config import BertConfig, Pooling
 from minbert_fast.functional import backend
 from minbert_fast.packing import PackedBatch
-from minbert_fast.passes import Attend, AutogradPass, DenseRows, PackedRows, Pass
+from minbert_fast.passes import Attend, Attention, AutogradPass, DenseRows, PackedRows, Pass
 
 
 class BertSelfAttention(nn.Module):
@@ -70,6 +71,7 @@ class BertModel(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # True: a layer's activations are computed again in the backward pass
         self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.pos_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.tk_type_embedding = nn.Embedding(config.type_vocab_size, config.hidden_size)
@@ -84,16 +86,21 @@ class BertModel(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor | PackedBatch, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The last hidden state, and for rectangular input the pooler's output.
 
-        input_ids [B, S] word ids, attention_mask [B, S] (1 attended, 0 not, anywhere; None: all attended); or one
-        PackedBatch. Positions with mask 0 give zeros and influence nothing. Sentences longer than the model's
-        positions are truncated with a warning (their outputs beyond are zeros).
+        input_ids [B, S] word ids, attention_mask [B, S] (1 attended, 0 not, anywhere; None: all attended),
+        token_type_ids [B, S] (None: all 0); or one PackedBatch. Positions with mask 0 give zeros and influence nothing.
+        Sentences longer than the model's positions are truncated with a warning (their outputs beyond are zeros).
         """
         if isinstance(input_ids, PackedBatch):
             return {"last_hidden_state": self.encode_packed(AutogradPass(self.config, self.training), input_ids)}
-        hidden = self._encode_dense(input_ids, attention_mask)
+        hidden = self.last_hidden_state(input_ids, attention_mask, token_type_ids)
         return {"last_hidden_state": hidden, "pooler_output": self.pool(hidden[:, 0])}
 
     def pool(self, first: Tensor) -> Tensor:
@@ -107,6 +114,18 @@ class BertModel(nn.Module):
         for layer in self.layers():
             hidden = layer(hidden, run, run.attend(rows))
         return hidden
+
+    def _checkpointed(self, layer: BertLayer, hidden: Tensor, run: AutogradPass, rows: Attention) -> Tensor:
+        """A layer of which only the input is kept; its second run draws the same dropout as its first."""
+        site = run.sites
+
+        def again(hidden: Tensor) -> Tensor:
+            run.sites = site
+            out: Tensor = layer(hidden, run, run.attend(rows))
+            return out
+
+        out: Tensor = checkpoint(again, hidden, use_reentrant=False)
+        return out
 
     def encode(
         self,
@@ -136,18 +155,24 @@ class BertModel(nn.Module):
             progress=progress,
         )
 
-    def _encode_dense(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def last_hidden_state(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """The last hidden state [B, S, H] of rectangular input, as `forward` has it."""
         limit = self.config.max_position_embeddings
         batch, length = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if length > limit:
             count = int((mask[:, limit:] != 0).any(1).sum())
             warnings.warn(f"{count} of {batch} sentences exceed {limit} positions and were truncated", stacklevel=3)
-        rows = DenseRows.of(input_ids[:, :limit], mask[:, :limit], drop_padding=backend.drops_padding(input_ids))
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        drop_padding = backend.drops_padding(input_ids)
+        rows = DenseRows.of(input_ids[:, :limit], mask[:, :limit], types[:, :limit], drop_padding)
         run = AutogradPass(self.config, self.training)
         hidden = run.embed(rows, self)
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers():
-            hidden = layer(hidden, run, run.attend(rows))
+            hidden = self._checkpointed(layer, hidden, run, rows) if again else layer(hidden, run, run.attend(rows))
         return rows.rectangle(hidden, length)
 
     def layers(self) -> list[BertLayer]:

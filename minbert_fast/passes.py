@@ -87,12 +87,12 @@ class DenseRows:
     max_seqlen: int
 
     @classmethod
-    def of(cls, input_ids: Tensor, mask: Tensor, drop_padding: bool) -> DenseRows:
-        """Rows of input_ids [B, S] under attention mask [B, S]."""
+    def of(cls, input_ids: Tensor, mask: Tensor, types: Tensor, drop_padding: bool) -> DenseRows:
+        """Rows of input_ids [B, S] under attention mask [B, S], with token types [B, S]."""
         length = input_ids.shape[1]
         attended = mask != 0
         positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        types = torch.zeros_like(input_ids)
+        types = types.expand_as(input_ids)
         if not drop_padding:
             tokens, places, kinds = (t.reshape(-1).int() for t in (input_ids, positions, types))
             return cls(tokens, places, kinds, attended, None, None, length)
@@ -149,11 +149,11 @@ class _Dropout:
     def __init__(self, config: BertConfig, training: bool) -> None:
         self.hidden_p = config.hidden_dropout_prob if training else 0.0
         self.attention_p = config.attention_probs_dropout_prob if training else 0.0
-        self._sites = 0
+        self.sites = 0  # how many there were so far
 
     def site(self) -> int:
-        self._sites += 1
-        return self._sites
+        self.sites += 1
+        return self.sites
 
 
 class AutogradPass(_Dropout):

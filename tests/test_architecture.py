@@ -32,7 +32,7 @@ ROOMS = (
     ("flat",),
     ("solvers",),
     ("optim", "surgery", "pcgrad"),
-    ("passes", "bert", "inference", "weights", "sentence_modules"),
+    ("passes", "bert", "inference", "weights", "sentence_modules", "patching"),
     ("data",),
     ("tasks",),
     ("training",),
