@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentences to vectors, tokenization included: ours against sentence-transformers at its best, same weights, same texts.
+
+Real sentences of the course's dev files, of every task, shuffled, each once (`MINBERT_FAST_DATA`, else ../shared/data);
+where they are absent, made-up words in lengths drawn from benchmarks/lengths.json. MiniLM-L6 by the real weights where
+`MINBERT_FAST_MINILM` names them, BERT-base's shape with random ones. sentence-transformers sorts by length too; it is timed
+at the best of several batch sizes, in fp32 and under bf16. A candidate is sound if every vector's cosine with
+sentence-transformers' fp32 is 0.999 or more.
+
+FLOPs: 2 a weight of the encoder's products and token; what attention adds (1 % at these lengths) is left out. Shares are of
+the rate of bf16 products, fp32 candidates included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Candidate, Ceilings, Row
+from minbert_fast import BertConfig, BertModel, Predictor, sentence_modules
+from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory
+from minbert_fast.sentence_modules import SentenceModules
+
+COUNT = {"cpu": {"MiniLM-L6": 2048, "BERT-base": 256}, "cuda": {"MiniLM-L6": 16_384, "BERT-base": 16_384}}
+BATCH_SIZES = {"cpu": (32, 128), "cuda": (128, 512, 2048)}  # 32 is sentence-transformers' default
+PILOT = 512  # sentences by which its best batch size is found
+COSINE = 0.999
+PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
+MAX_LENGTH = 256
+
+
+def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    """Both shapes, fp32 and bf16."""
+    with tempfile.TemporaryDirectory() as folder:
+        for shape, counts in COUNT[device.type].items():
+            directory, weights = _model(shape, Path(folder))
+            texts, source = sentences(counts, Tokenizer.from_pretrained(directory))
+            yield from _cases(f"{shape} ({weights}), {len(texts):,} {source}", directory, texts, device, ceilings)
+
+
+def _cases(name: str, directory: Path, texts: list[str], device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        yield Row("encode", name, "all", note="sentence-transformers is not installed: left out")
+        return
+    theirs: dict[str, Callable[[], np.ndarray]] = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = SentenceTransformer(str(directory), device=str(device), model_kwargs={"dtype": dtype})
+        best = _best_batch_size(model, texts[:PILOT], device)
+        theirs[f"sentence-transformers {precision}, batch {best}"] = _theirs(model, texts, best)
+    baselines = list(theirs)
+    expected = theirs[baselines[0]]()
+
+    def candidate(function: Callable[[], np.ndarray]) -> Candidate:
+        return Candidate(function, lambda: _same_direction(function(), expected), flops=flops)
+
+    fp32, bf16 = (Predictor.from_pretrained(directory, device=str(device), precision=p) for p in PRECISIONS)
+    tokenizer, config = fp32.tokenizer, fp32.encoder.config
+    lengths = tokenizer.encode(texts, max_length=MAX_LENGTH).lengths
+    products = config.num_hidden_layers * config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+    flops = 2 * products * int(lengths.sum())
+    candidates = {name: candidate(function) for name, function in theirs.items()}
+    candidates |= {
+        "ours fp32": candidate(lambda: fp32.encode(texts)),
+        "ours bf16": candidate(lambda: bf16.encode(texts)),
+    }
+    candidates["our tokenizer alone"] = Candidate(lambda: tokenizer.encode(texts))
+    case = f"{name}, {int(lengths.sum()):,} tokens"
+    yield from harness.case("encode", case, candidates, device, ceilings, baselines=baselines, product="bf16")
+
+
+def sentences(count: int, tokenizer: Tokenizer) -> tuple[list[str], str]:
+    """Up to `count` distinct sentences of all tasks in random order, and what they are."""
+    folder = Path(os.environ.get("MINBERT_FAST_DATA", harness.ROOT.parent / "shared" / "data"))
+    draw = random.Random(0)
+    if folder.is_dir():
+        paths = find_tables(folder, "dev").paths
+        tables = [read_table(path, task) for task, path in paths.items()]
+        texts = sorted({text for table in tables for column in table.sentences for text in column})
+        draw.shuffle(texts)
+        return texts[:count], "real sentences"
+    histograms = json.loads((Path(__file__).parent / "lengths.json").read_text(encoding="utf-8"))
+    words = [word for word in tokenizer.vocabulary.words if word.isalpha()]
+    made = []
+    for _ in range(count):
+        histogram = draw.choice([h for h in histograms.values() if isinstance(h, list)])
+        (length,) = draw.choices(range(len(histogram)), histogram)
+        made.append(" ".join(draw.choices(words, k=max(1, length - 2))))
+    return made, "made-up sentences of real lengths"
+
+
+def _best_batch_size(model: Any, texts: list[str], device: torch.device) -> int:
+    timed = {str(size): _theirs(model, texts, size) for size in BATCH_SIZES[device.type]}
+    times = harness.measure(timed, device, repeats=3)
+    return int(min(times, key=lambda size: min(times[size])))
+
+
+def _theirs(model: Any, texts: list[str], batch_size: int) -> Callable[[], np.ndarray]:
+    def encode() -> np.ndarray:
+        vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+        found: np.ndarray = vectors.float().cpu().numpy()
+        return found
+
+    return encode
+
+
+def _same_direction(vectors: np.ndarray, expected: np.ndarray) -> None:
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
+    least = float(((vectors * expected).sum(1) / lengths).min())
+    assert least >= COSINE, f"a vector's cosine with sentence-transformers' fp32 is {least:.5f}"
+
+
+def _model(shape: str, folder: Path) -> tuple[Path, str]:
+    """A sentence-transformers directory of the shape, and what its weights are."""
+    real = os.environ.get("MINBERT_FAST_MINILM")
+    if shape == "MiniLM-L6" and real:
+        return Path(real), "real weights"
+    config = BertConfig()
+    if shape == "MiniLM-L6":
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    directory = folder / shape
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(directory)
+    sentence_modules.write(directory, SentenceModules(directory, "mean", True, MAX_LENGTH), config.hidden_size)
+    _tokenizer(config.vocab_size).save(directory)
+    return directory, "random weights"
+
+
+def _tokenizer(size: int) -> Tokenizer:
+    """The real vocabulary where there are real weights, else the sample's with invented words up to `size`."""
+    real = os.environ.get("MINBERT_FAST_MINILM")
+    if real:
+        return Tokenizer.from_pretrained(real)
+    vocabulary = Tokenizer.from_pretrained(sample_directory().model).vocabulary
+    words = dict(vocabulary.words)
+    for index in range(len(words), size):
+        words[f"w{index}"] = index
+    return Tokenizer(replace(vocabulary, words=words))
