@@ -64,6 +64,8 @@ class Row:
     of_copy: float | None = None  # share of the copy bandwidth
     tflops: float | None = None
     of_product: float | None = None  # share of the fp32 (or bf16) product's rate
+    tokens_per_second: float | None = None  # real ones, without padding
+    working_megabytes: float | None = None  # beyond what stays in memory from step to step
     speedup: dict[str, float] = field(default_factory=dict)  # over the case's baselines
     note: str = ""
 
@@ -230,6 +232,8 @@ def table(rows: Iterable[Row]) -> str:
             facts.append(f"{row.gigabytes_per_second:7.1f} GB/s ({row.of_copy:4.0%} of a copy)")
         if row.tflops is not None and row.of_product is not None:
             facts.append(f"{row.tflops:7.2f} TFLOP/s ({row.of_product:4.0%})")
+        if row.tokens_per_second is not None:
+            facts.append(f"{row.tokens_per_second:9,.0f} tokens/s  {row.working_megabytes or 0:6.0f} MB")
         facts += [f"{x:.2f}x {other}" for other, x in row.speedup.items()]
         lines.append(f"  {row.name:<34} {'  '.join(facts)}{'  ' + row.note if row.note else ''}")
     return "\n".join(lines)

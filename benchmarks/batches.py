@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches to train and encode on: real sentences where the data and a vocabulary are at hand, else real lengths.
+
+`MINBERT_FAST_DATA` (default ../shared/data beside the checkout) is the course's data, `MINBERT_FAST_MINILM` a model
+directory whose tokenizer cuts them. Without either, lengths are drawn from `lengths.json`, which was counted there, and
+words at random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.harness import ROOT
+from minbert_fast.data import FORMATS, Tokenizer, read_table
+from minbert_fast.packing import MultitaskBatch, pack
+from minbert_fast.tasks import MultitaskModel
+
+STEMS = {"sentiment": "sst", "paraphrase": "quora", "similarity": "sts"}  # of lengths.json
+WORDS = 30_522
+
+
+@cache
+def pools() -> tuple[str, dict[str, list[list[np.ndarray]]]]:
+    """Where sentences come from, and by kind of task the sentences of many examples, one list a column."""
+    data = Path(os.environ.get("MINBERT_FAST_DATA", ROOT.parent / "shared" / "data"))
+    vocabulary = os.environ.get("MINBERT_FAST_MINILM")
+    if not (data.is_dir() and vocabulary):
+        return "words at random, lengths as in the course's data", {kind: _drawn(kind) for kind in STEMS}
+    tokenizer = Tokenizer.from_pretrained(Path(vocabulary))
+    found = {}
+    for kind in STEMS:
+        table = read_table(data / f"{FORMATS[kind].stem}-train.csv", kind)
+        encoded = [tokenizer.encode(column[:4000], 128) for column in table.sentences]
+        found[kind] = [[tokens[i] for i in range(len(tokens))] for tokens in encoded]
+    return "real sentences", found
+
+
+def _drawn(kind: str) -> list[list[np.ndarray]]:
+    counts = np.array(json.loads((ROOT / "benchmarks" / "lengths.json").read_text())[STEMS[kind]])
+    rng = np.random.default_rng(0)
+    columns = []
+    for _ in range(FORMATS[kind].arity):
+        lengths = rng.choice(len(counts), size=4000, p=counts / counts.sum())
+        columns.append([rng.integers(1000, WORDS, n, dtype=np.int32) for n in lengths])
+    return columns
+
+
+def make(
+    model: MultitaskModel, count: int, examples: int = 32, token_capacity: int | None = None
+) -> list[MultitaskBatch]:
+    """`count` batches of so many examples for each of the model's tasks, always the same ones."""
+    rng = np.random.default_rng(1)
+    return [_one(model, examples, token_capacity, rng) for _ in range(count)]
+
+
+def _one(model: MultitaskModel, examples: int, token_capacity: int | None, rng: np.random.Generator) -> MultitaskBatch:
+    sentences: list[Sequence[np.ndarray]] = []
+    labels, rows = {}, {}
+    for name, task in model.tasks.items():
+        columns = pools()[1][task.kind]
+        drawn = rng.integers(0, min(len(column) for column in columns), examples)
+        sentences.append([column[i] for column in columns for i in drawn])
+        high = {"sentiment": 5, "paraphrase": 2, "similarity": 6}[task.kind]
+        values = torch.from_numpy(rng.integers(0, high, examples))
+        labels[name] = values if task.kind == "sentiment" else values.float()
+        rows[name] = drawn
+    packed = pack(sentences, token_capacity=token_capacity)
+    return MultitaskBatch(packed, tuple(model.tasks), {n: t.arity for n, t in model.tasks.items()}, labels, rows)

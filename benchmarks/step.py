@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole training step, with and without gradient surgery: the naive one, others at their best, ours.
+
+Operations counted: 3 (forward, gradients of inputs and of weights) x 2 x real tokens x weights of the encoder's linear
+layers, and attention's 3 x 4 x hidden x sum of squared sentence lengths a layer; padding is nobody's merit.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, batches, harness
+from benchmarks.gradients import CONFIGS
+from benchmarks.harness import Candidate, Ceilings, Row
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.config import Recipe
+from minbert_fast.packing import MultitaskBatch
+from minbert_fast.schema import build
+from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.training.graph import GraphedStep
+from minbert_fast.training.step import OnePassStep, make_step
+
+KINDS = ("sentiment", "paraphrase", "similarity")
+TASKS = (1, 2, 4, 8, 16)  # of the scaling cases
+EXAMPLES = (8, 16, 32, 64, 128)  # a task
+BATCHES = 4
+GRAIN = 64  # ours on CUDA: token capacities are multiples of it
+
+Step = Callable[[MultitaskBatch], Tensor]  # takes a step and returns the losses [T]
+Maker = Callable[[MultitaskModel, Recipe], Step]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long to look: rounds of one step each, and the seconds after which a candidate sits out."""
+
+    repeats: int = 9
+    seconds: float = 30.0
+
+
+TIMING = Timing()
+
+
+def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    """Both shapes with and without surgery against every baseline; then ours over tasks and over tokens."""
+    low = lowest_precision(device, ceilings)
+    for shape, config in CONFIGS.items():
+        for method in ("pcgrad", "none"):
+            makers = everyone(method, low, device)
+            yield from _case(f"{shape}, 3 x 32 examples, {method}", makers, config, 3, 32, method, device, ceilings)
+    config = CONFIGS["MiniLM-L6"]
+    for tasks in TASKS:
+        both = {f"ours, {m}": partial(ours, method=m, dtype=low, device=device) for m in ("pcgrad", "none")}
+        examples = 96 // tasks if 96 % tasks == 0 else 6
+        name = f"MiniLM-L6, {tasks} tasks x {examples} examples"
+        yield from _case(name, both, config, tasks, examples, "pcgrad", device, ceilings)
+    for examples in EXAMPLES:
+        only = {"ours": partial(ours, method="pcgrad", dtype=low, device=device)}
+        name = f"MiniLM-L6, 3 x {examples} examples, pcgrad"
+        yield from _case(name, only, config, 3, examples, "pcgrad", device, ceilings)
+
+
+def lowest_precision(device: torch.device, ceilings: Ceilings) -> torch.dtype:
+    """bf16 where products in it are faster than in fp32."""
+    return torch.bfloat16 if device.type == "cuda" or ceilings.bf16 > 1.2 * ceilings.fp32 else torch.float32
+
+
+def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, Maker]:
+    """The candidates by name, each from a model of its own and a recipe."""
+    apart = method != "none"
+    makers: dict[str, Maker] = {"ours": partial(ours, method=method, dtype=low, device=device)}
+    if low != torch.float32:
+        makers["ours, fp32"] = partial(ours, method=method, dtype=torch.float32, device=device)
+    makers["packed, torch's kernels"] = lambda model, recipe: baselines.PackedStep(model, apart, low)
+    if harness.version("transformers") and (not apart or harness.version("torchjd")):
+        makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, apart, low)
+        makers["transformers, compiled"] = lambda model, recipe: baselines.PaddedStep(
+            model, apart, low, baselines.GRAIN, compiled=True
+        )
+    makers["naive"] = naive
+    return makers
+
+
+def ours(model: MultitaskModel, recipe: Recipe, method: str, dtype: torch.dtype, device: torch.device) -> Step:
+    step = OnePassStep(model, recipe.with_values({"surgery": {"method": method}}, "benchmark"), dtype)
+    taken = GraphedStep(step) if device.type == "cuda" else step
+    return lambda batch: taken(batch, 1.0).losses
+
+
+def naive(model: MultitaskModel, recipe: Recipe) -> Step:
+    step = make_step("reference", model, recipe, torch.float32)
+    return lambda batch: step(batch, 1.0).losses
+
+
+def make_model(config: BertConfig, tasks: int, device: torch.device) -> tuple[MultitaskModel, Recipe]:
+    """A model with random weights and so many tasks, of the three kinds in turn."""
+    kinds = itertools.islice(itertools.cycle(KINDS), tasks)
+    names = {f"{kind}{i}" if tasks > 3 else kind: {"kind": kind} for i, kind in enumerate(kinds)}
+    recipe = build(Recipe, {"tasks": names, "optimizer": {"lr": baselines.LR}}, "benchmark")
+    torch.manual_seed(0)
+    return MultitaskModel(BertModel(config), build_tasks(recipe), "mean").to(device), recipe
+
+
+def _case(
+    name: str,
+    makers: Mapping[str, Maker],
+    config: BertConfig,
+    tasks: int,
+    examples: int,
+    method: str,
+    device: torch.device,
+    ceilings: Ceilings,
+) -> list[Row]:
+    model, recipe = make_model(config, tasks, device)
+    recipe = recipe.with_values({"surgery": {"method": method}}, "benchmark")
+    made = [batch.to(device) for batch in batches.make(model, BATCHES, examples)]
+    tokens = sum(batch.packed.num_tokens for batch in made) // BATCHES
+    flops = sum(operations(config, batch) for batch in made) // BATCHES
+    steps = {key: maker(copy.deepcopy(model), recipe) for key, maker in makers.items()}
+    capacity = -(-max(batch.packed.num_tokens for batch in made) // GRAIN) * GRAIN
+    padded = [batch.to(device) for batch in batches.make(model, BATCHES, examples, capacity)]
+    candidates = {}
+    for key, step in steps.items():
+        fed = itertools.cycle(padded if key.startswith("ours") and device.type == "cuda" else made)
+        check = partial(losses_agree, makers[key], config, method, device)
+        candidates[key] = Candidate(partial(feed, step, fed), check, flops=flops)
+        warm_up(candidates[key], device)
+    timer = partial(harness.measure, repeats=TIMING.repeats, seconds=TIMING.seconds)
+    product = "bf16" if ceilings.bf16 > ceilings.fp32 else "fp32"
+    others = [key for key in candidates if not key.startswith("ours")]
+    rows = harness.case("step", name, candidates, device, ceilings, baselines=others, product=product, timer=timer)
+    for row in rows:
+        if row.median:
+            row.tokens_per_second = 1e3 * tokens / row.median
+            row.working_megabytes = working_memory(candidates[row.name].run, device) / 1e6
+        row.note = row.note or f"{tokens} tokens, {batches.pools()[0]}"
+    del steps, candidates
+    gc.collect()
+    return rows
+
+
+def feed(step: Step, batches: Iterator[MultitaskBatch]) -> Tensor:
+    return step(next(batches))
+
+
+def warm_up(candidate: Candidate, device: torch.device) -> None:
+    """A round of all batches: kernels compiled, graphs captured (a bucket's second batch is), allocators filled."""
+    for _ in range(BATCHES if device.type == "cpu" else 2 * BATCHES):
+        candidate.run()
+    harness.synchronize(device)
+
+
+def operations(config: BertConfig, batch: MultitaskBatch) -> int:
+    """Floating-point operations of one step over the real tokens."""
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = batch.packed.cu_seqlens.diff().double()
+    linear = 2 * batch.packed.num_tokens * (4 * width * width + 2 * width * inner)
+    attention = 4 * width * int(lengths.square().sum())
+    return 3 * layers * (linear + attention)
+
+
+def losses_agree(make: Maker, config: BertConfig, method: str, device: torch.device) -> None:
+    """The candidate, on two layers without dropout, against the naive step: losses now, and after three steps."""
+    small = replace(config, num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, recipe = make_model(small, 3, device)
+    off: dict[str, Any] = {name: {"dropout": 0.0} for name in recipe.tasks}
+    recipe = recipe.with_values({"tasks": off, "surgery": {"method": method}}, "benchmark")
+    model = MultitaskModel(model.encoder, build_tasks(recipe), "mean").to(device)
+    fed = [batch.to(device) for batch in batches.make(model, 4, 4)]
+    expected, found = naive(copy.deepcopy(model), recipe), make(copy.deepcopy(model), recipe)
+    for step, batch in enumerate(fed):
+        tolerance = 0.02 if step == 0 else 0.05  # bf16 products; other orders of the tasks, other AdamWs
+        torch.testing.assert_close(found(batch), expected(batch), rtol=tolerance, atol=tolerance)
+
+
+def working_memory(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one step needs for itself, beyond weights, moments and what else stays."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
+        return 0
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    peak.write_text("5")  # the peak counts anew from here
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))

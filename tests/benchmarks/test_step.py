@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step suite on a tiny shape: every candidate runs, is checked, and says what the README reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import baselines, batches, harness, step
+from minbert_fast import BertConfig
+
+CPU = torch.device("cpu")
+TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+CEILINGS = harness.Ceilings(1e10, 1e11, 1e11)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "none"])
+def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
+    makers = step.everyone(method, torch.float32, CPU)
+    makers.pop("transformers, compiled", None)  # minutes of compilation
+    rows = step._case("tiny", makers, TINY, 3, 2, method, CPU, CEILINGS)
+    assert [row.name for row in rows] == list(makers)
+    for row in rows:
+        assert row.median is not None, row.note
+        assert row.tokens_per_second
+        assert row.repeats >= 1
+    assert {"naive", "packed, torch's kernels"} <= set(rows[0].speedup)
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
+
+    def wrong(*arguments: object) -> step.Step:
+        found = step.naive(*arguments)  # type: ignore[arg-type]
+        return lambda batch: found(batch) * 1.1
+
+    (row, _) = step._case("tiny", {"wrong": wrong, "naive": step.naive}, TINY, 3, 2, "none", CPU, CEILINGS)
+    assert row.median is None
+    assert row.note.startswith("WRONG")
+
+
+def test_operations_are_those_of_a_naive_count() -> None:
+    model, _ = step.make_model(TINY, 3, CPU)
+    (batch,) = batches.make(model, 1, 4)
+    total = 0
+    for length in batch.packed.cu_seqlens.diff().tolist():
+        products = [(length, 32, 32)] * 4 + [(length, 32, 48), (length, 48, 32)] + [(length, 32, length)] * 2
+        total += 2 * sum(a * b * c for a, b, c in products)
+    assert step.operations(TINY, batch) == 3 * 2 * total  # three passes, two layers
+
+
+def test_packed_and_padded_baselines_see_every_sentence() -> None:
+    model, _ = step.make_model(TINY, 3, CPU)
+    (batch,) = batches.make(model, 1, 4)
+    parts = dict(baselines.split_tasks(batch))
+    assert sum(part.packed.num_tokens for part in parts.values()) == batch.packed.num_tokens
+    rebuilt = []
+    for part in parts.values():
+        index, mask = baselines.rectangle(part.packed, part.packed.max_seqlen)
+        rebuilt.append(part.packed.tokens[index][mask])
+    assert torch.equal(torch.cat(rebuilt), batch.packed.tokens)
