@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drop-in model among other tools: torch.compile without graph breaks, autocast, DDP, gradient checkpointing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.packing import PackedBatch, pack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model() -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=40, initializer_range=0.2,
+    )  # fmt: skip
+    return BertModel(config).eval()
+
+
+def rectangle() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[0, 6:] = 0
+    mask[1, :4] = 0
+    return torch.randint(1, 97, (3, 11), generator=generator), mask
+
+
+def packed() -> PackedBatch:
+    ids, mask = rectangle()
+    return pack([[row[attended.bool()].numpy() for row, attended in zip(ids, mask, strict=True)]])
+
+
+def gradients(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+    """Of a random-looking functional of the output, by parameter."""
+    model.zero_grad()
+    cotangent = torch.sin(torch.arange(hidden.numel(), dtype=torch.float32)).view_as(hidden)
+    (hidden.float() * cotangent).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    assert got.keys() == expected.keys()
+    assert len(expected) > 30
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(got[name], gradient, rtol=tolerance, atol=tolerance * max(scale, 1.0), msg=name)
+
+
+# ---- torch.compile ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compiles_as_one_graph(model: BertModel, train: bool) -> None:
+    """`fullgraph` raises at any graph break; forward and backward equal the eager ones, dropout's shapes included."""
+    ids, mask = rectangle()
+    if not train:
+        expected = model(ids, mask)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        got = compiled(ids, mask)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+        learned = gradients(model, got["last_hidden_state"])
+        assert not learned.pop("pooler_dense.weight").any()  # zeros: the pooler is in the graph, its output unused
+        assert not learned.pop("pooler_dense.bias").any()
+        assert_same(learned, gradients(model, expected["last_hidden_state"]))
+        return
+    compiled = torch.compile(model.train(), backend="aot_eager", fullgraph=True)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(compiled(ids, mask)["last_hidden_state"])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert all(g.isfinite().all() for g in gradients(model, draws[2]).values())
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_packed_batch_compiles_as_one_graph(model: BertModel) -> None:
+    batch = packed()
+    compiled = torch.compile(lambda b: model(b)["last_hidden_state"], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch), model(batch)["last_hidden_state"], rtol=1e-4, atol=1e-5)
+    assert_same(gradients(model, compiled(batch)), gradients(model, model(batch)["last_hidden_state"]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_inductor_computes_the_same(model: BertModel) -> None:
+    ids, mask = rectangle()
+    expected = model(ids, mask)
+    got = torch.compile(model, fullgraph=True)(ids, mask)
+    torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=1e-4, atol=1e-5)
+
+
+# ---- autocast -----------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_trains_close_to_fp32(model: BertModel) -> None:
+    """Products in bf16, parameters and gradients in fp32, in the direction of the exact ones."""
+    ids, mask = rectangle()
+    exact = gradients(model, model(ids, mask)["last_hidden_state"])
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(ids, mask)["last_hidden_state"]
+    got = gradients(model, hidden)
+    for name, gradient in exact.items():
+        assert got[name].dtype == torch.float32
+        if gradient.norm() > 1e-3:
+            cosine = nn.functional.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0)
+            assert cosine > 0.98, f"{name}: {cosine}"
+
+
+# ---- Gradient checkpointing ---------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(model: BertModel) -> None:
+    """Every gradient to the bit, with dropout; fewer saved activations; nothing at all outside training."""
+    ids, mask = rectangle()
+    model.train()
+    found, kept = [], []
+    for again in (False, True):
+        model.gradient_checkpointing = again
+        torch.manual_seed(3)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(t.numel()), t)[1], lambda t: t):
+            hidden = model(ids, mask)["last_hidden_state"]
+        kept.append(sum(saved))
+        found.append(gradients(model, hidden))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+    assert kept[1] < kept[0] / 2
+
+
+def test_checkpointing_the_whole_model_from_outside(model: BertModel) -> None:
+    ids, mask = rectangle()
+    model.train()
+    torch.manual_seed(3)
+    expected = gradients(model, model(ids, mask)["last_hidden_state"])
+    torch.manual_seed(3)
+    hidden = checkpoint(lambda: model(ids, mask)["last_hidden_state"], use_reentrant=False)
+    assert_same(gradients(model, hidden), expected)
+
+
+# ---- DistributedDataParallel --------------------------------------------------------------------------------------------
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = BertModel(BertConfig(97, 48, 2, 4, 96, 0.0, 0.0, 40, initializer_range=0.2))
+    model.load_state_dict(torch.load(f"{folder}/model.pt"))
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ids, mask = rectangle()
+    out = parallel(ids[rank::2], mask[rank::2])
+    (out["last_hidden_state"].square().sum() + out["pooler_output"].sum()).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_averages_the_gradients_of_its_processes(model: BertModel, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    ids, mask = rectangle()
+    for rank in range(2):
+        out = model(ids[rank::2], mask[rank::2])
+        ((out["last_hidden_state"].square().sum() + out["pooler_output"].sum()) / 2).backward()
+    for rank in range(2):
+        for got, (name, p) in zip(torch.load(tmp_path / f"{rank}.pt"), model.named_parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, rtol=1e-4, atol=1e-4, msg=name)
