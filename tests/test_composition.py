@@ -177,6 +177,28 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_ddp_of_one_process_changes_no_gradient(model: BertModel, tmp_path: Path) -> None:
+    """Its hooks see every parameter's gradient once, and it finds none unused."""
+    ids, mask = rectangle()
+
+    def learn(run: nn.Module) -> None:
+        out = run(ids, mask)
+        (out["last_hidden_state"].square().sum() + out["pooler_output"].sum()).backward()
+
+    learn(model)
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        learn(DistributedDataParallel(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    for gradient, p in zip(expected, model.parameters(), strict=True):
+        assert p.grad is not None
+        assert torch.equal(gradient, p.grad)
+
+
+@pytest.mark.slow
 def test_ddp_averages_the_gradients_of_its_processes(model: BertModel, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "model.pt")
     with socket.socket() as probe:
