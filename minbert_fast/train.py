@@ -76,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under --output, if any")
     run.add_argument("--overwrite", action="store_true", help="start anew where --output holds an earlier run")
     run.add_argument(
+        "--report-to",
+        default="none",
+        metavar="NAMES",
+        help="show the records elsewhere too: tensorboard, wandb, csv, with commas between (default: none)",
+    )
+    run.add_argument(
         "--set",
         action="append",
         default=[],
@@ -160,6 +166,7 @@ def options_of(chosen: argparse.Namespace, arguments: Sequence[str]) -> Options:
         resume=chosen.resume,
         overwrite=chosen.overwrite,
         copies=copies,
+        report_to=() if chosen.report_to == "none" else tuple(chosen.report_to.split(",")),
         command=shlex.join(["python", "-m", "minbert_fast.train", *arguments]),
     )
 

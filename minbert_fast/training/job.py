@@ -48,8 +48,10 @@ from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
 from minbert_fast.training.progress import progress_for
 from minbert_fast.training.report import write_report
+from minbert_fast.training.runs import flat
 from minbert_fast.training.signals import StopSignals
 from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
+from minbert_fast.training.trackers import check, tracking
 from minbert_fast.training.world import World
 from minbert_fast.version import __version__
 
@@ -87,6 +89,7 @@ class Options:
     resume: bool = False
     overwrite: bool = False
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split): predictions go here too
+    report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
     command: str = ""
 
 
@@ -111,6 +114,7 @@ def train(recipe: Recipe, options: Options) -> Path:
 
 class _Job:
     def __init__(self, recipe: Recipe, options: Options, files: RunDirectory) -> None:
+        check(options.report_to)
         self.options = options
         self.files = files
         self.notices: list[str] = []
@@ -278,7 +282,10 @@ class _Job:
             eager_fetch=self.device.type == "cpu",
             world=self.world,
         )
-        outcome = trainer.run(checkpoint)
+        first_step = 0 if checkpoint is None else checkpoint.step
+        with tracking(self.options.report_to, self.files.path, first_step, flat(plain(self.recipe))) as follow:
+            self.files.metrics.follow = follow
+            outcome = trainer.run(checkpoint)
         self.files.write_directory("last", self._save)
         if outcome.best is None:  # nothing to choose by
             self.files.write_directory("best", self._save)

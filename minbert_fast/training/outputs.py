@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minbert_fast.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory, write_json
+from minbert_fast.training import trackers
 from minbert_fast.training.errors import RunError, writing
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
 RESULTS = ("best", "last", "predictions", "plots", METRICS, SUMMARY, "report.html", CHECKPOINTS)
+COPIES = (trackers.CSV, trackers.TENSORBOARD, trackers.WANDB_ID)  # of the records, by --report-to
 
 
 def fresh_directory(base: Path) -> Path:
@@ -73,7 +75,7 @@ class RunDirectory:
     def clear(self) -> None:
         """Removes an earlier run's results, nothing else."""
         with writing(self.path):
-            for name in RESULTS:
+            for name in (*RESULTS, *COPIES):
                 remove(self.path / name)
 
     def prepare(self) -> None:
@@ -116,6 +118,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.follow: Callable[[Mapping[str, Any]], None] | None = None  # is shown every record as well
         self._file: Any = None
         self._last_step: int | None = None
         self._last_offset = 0
@@ -141,7 +144,8 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; one of the same step as the last replaces it. Values that are not finite become null."""
-        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        record = finite(record)
+        line = json.dumps(record, allow_nan=False) + "\n"
         with writing(self.path):
             if record["step"] == self._last_step:
                 self._file.truncate(self._last_offset)
@@ -149,6 +153,8 @@ class MetricsLog:
             self._last_step = record["step"]
             self._file.write(line.encode())
             self._file.flush()
+        if self.follow is not None:
+            self.follow(record)
 
     def flush(self) -> None:
         """Returns once all records are on the disk."""

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--report-to`: every record once and whole, resumed runs included; a tracker that fails costs a warning, no run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from minbert_fast import cli, train
+from minbert_fast.training import trackers
+from minbert_fast.training.trackers import Trackers, check, tracking
+from tests.small import small_data, small_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+class Recorder:
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.seen: list[Any] = []
+        self.closed = False
+        self.fail_at = fail_at
+
+    def write(self, record: Any) -> None:
+        if record["step"] == self.fail_at:
+            raise ConnectionError("no network")
+        self.seen.append(dict(record))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_replaced_record_is_handed_on_once_and_whole() -> None:
+    recorder = Recorder()
+    follow = Trackers([recorder])
+    for record in ({"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "a": 2, "dev/score": 3}):
+        follow(record)
+    follow.close()
+    assert recorder.seen == [{"step": 1, "a": 1}, {"step": 2, "a": 2, "dev/score": 3}]
+    assert recorder.closed
+
+
+def test_a_failing_tracker_is_given_up_and_the_others_go_on() -> None:
+    bad, good = Recorder(fail_at=2), Recorder()
+    follow = Trackers([bad, good])
+    follow({"step": 1})
+    follow({"step": 2})
+    with pytest.warns(UserWarning, match=r"Recorder: given up \(no network\)"):
+        follow({"step": 3})
+    follow.close()
+    assert [r["step"] for r in bad.seen] == [1]
+    assert [r["step"] for r in good.seen] == [1, 2, 3]
+
+
+def test_csv_holds_every_record_of_a_run_and_of_the_rest_of_it(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = small_run(data, output, "--report-to", "csv", "--set", "checkpoint.every=2")
+    assert cli.run(train.main, [*flags, "--max-steps", "4"]) == 0
+    assert cli.run(train.main, [*flags, "--resume"]) == 0
+    with (output / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = records(output)
+    assert [int(row["step"]) for row in rows] == [record["step"] for record in expected] == list(range(11))
+    for row, record in zip(rows, expected, strict=True):
+        for key, value in row.items():
+            assert value == ("" if record.get(key) is None else str(record[key])), key
+
+
+def test_wandb_sees_the_records_and_resumes_its_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    def init(**options: Any) -> Any:
+        started.append(options)
+        return SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+
+    fake = ModuleType("wandb")
+    fake.__dict__.update(init=init, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    output = tmp_path / "run"
+    flags = small_run(data, output, "--report-to", "wandb", "--set", "checkpoint.every=2")
+    assert cli.run(train.main, [*flags, "--max-steps", "4"]) == 0
+    assert cli.run(train.main, [*flags, "--resume"]) == 0
+    assert started[0]["id"] == started[1]["id"]
+    assert started[0]["config"]["training.batch_size"] == 8
+    assert {step for step, _ in logged} == set(range(11))
+    last = records(output)[-1]
+    assert logged[-1][1]["dev/score"] == last["dev/score"]
+    assert cli.run(train.main, [*flags, "--overwrite", "--max-steps", "1"]) == 0
+    assert started[2]["id"] != started[0]["id"]
+
+
+def test_tensorboard_event_files(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with tracking(["tensorboard"], tmp_path, 0, {}) as follow:
+        follow({"step": 1, "loss/a": 0.5, "dev/score": None, "skipped": ["a"]})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert seen.Tags()["scalars"] == ["loss/a"]
+    assert seen.Scalars("loss/a")[0].value == 0.5
+
+
+def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--report-to", "csv,mlflow")) == 2
+    error = capsys.readouterr().err
+    assert "--report-to mlflow: expected none, or some of tensorboard, wandb, csv" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed \(pip install 'minbert-fast\[wandb\]'\)"):
+        check(["wandb"])
