@@ -140,8 +140,7 @@ class FlatParameters:
     def view(self, buffer: Tensor, parameter: Tensor) -> Tensor:
         """The parameter's view [*shape] of a buffer [..., P] laid out like this one; leading dimensions are kept."""
         slot = self.slot(parameter)
-        view: Tensor = buffer[..., slot.begin : slot.end].unflatten(-1, slot.shape)
-        return view
+        return buffer[..., slot.begin : slot.end].view((*buffer.shape[:-1], *slot.shape))
 
     def adjacent(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters lie end to end without gaps, so that one view covers them."""

@@ -129,6 +129,14 @@ def test_j_with_two_data_sets_for_one_kind_of_task() -> None:
     check_j(model, chosen, batch)
 
 
+def test_j_beside_heads_with_single_numbers_for_parameters() -> None:
+    calibrated = {"head": "cosine", "calibrated": True, "scale": 4.0}
+    chosen = recipe(tasks=PLAIN | {"similarity": calibrated}, **SURGERY)
+    model = make_model(chosen)
+    step = check_j(model, chosen, make_batch(model, SIZES))
+    step(make_batch(model, SIZES), 1.0)
+
+
 def test_j_with_frozen_parameters() -> None:
     chosen = recipe(**SURGERY)
     model = make_model(chosen)
