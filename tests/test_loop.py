@@ -9,7 +9,6 @@ import os
 import signal
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,11 @@ from minbert_fast.training.checkpoint import CheckpointStore
 from minbert_fast.training.errors import InterruptError, RunError
 from minbert_fast.training.outputs import RunDirectory
 from minbert_fast.training.progress import Silent
+from minbert_fast.training.step import StepResult
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4
 TIMES = ("step_seconds", "time")
-
-
-@dataclass
-class Result:
-    losses: Tensor
-    grad_norm: Tensor
-    gram: Tensor | None
-    nonfinite: Tensor
 
 
 class Model(nn.Module):
@@ -54,7 +46,7 @@ class StandIn:
     def __init__(self, model: Model) -> None:
         self.model, self.momentum, self.count = model, torch.zeros(4), 0
 
-    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> Result:
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         self.count += 1
         noise = torch.randn(4)
         bad = torch.tensor([self.count in self.broken, False])
@@ -64,7 +56,7 @@ class StandIn:
             with torch.no_grad():
                 self.model.weight -= 0.1 * lr_scale * self.momentum
         gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
-        return Result(loss, noise.norm(), gram, bad)
+        return StepResult(loss, noise.norm(), gram, bad)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": {"momentum": self.momentum}, "scalars": {"count": self.count}}
@@ -418,7 +410,7 @@ def test_skipped_steps_with_good_ones_between_do_not_stop(tmp_path: Path) -> Non
 )
 def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path: Path, error: Exception) -> None:
     class Hungry(StandIn):
-        def __call__(self, batch: MultitaskBatch, lr_scale: float) -> Result:
+        def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
             if self.count == 4:
                 raise error
             return super().__call__(batch, lr_scale)
@@ -431,7 +423,7 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path: Path, error: 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
     class Wrong(StandIn):
-        def __call__(self, batch: MultitaskBatch, lr_scale: float) -> Result:
+        def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
             raise RuntimeError("shape mismatch")
 
     run = Run(tmp_path, RECIPE)

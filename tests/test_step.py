@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from minbert_fast.packing import MultitaskBatch, pack
 from minbert_fast.passes import Pass
 from minbert_fast.schema import build
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.training.step import OnePassStep, make_step
+from minbert_fast.training.runs import TRAINING
+from minbert_fast.training.step import Laps, OnePassStep, make_step
 
 CONFIG = BertConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -67,7 +69,7 @@ def separate_backwards(model: MultitaskModel, batch: MultitaskBatch) -> list[dic
 def check_j(model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, tolerance: float = 2e-4) -> OnePassStep:
     expected = separate_backwards(model, batch)
     step = OnePassStep(model, chosen, torch.float32)
-    step._backward(batch)
+    step._backward(batch, Laps(torch.device("cpu")))
     for name, p in model.named_parameters():
         if step.gradients.owns(p):
             found = step.gradients.view(p)
@@ -282,3 +284,17 @@ def test_dropout_streams_are_the_steps_own() -> None:
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+@pytest.mark.parametrize("method", ["none", "pcgrad"])
+def test_a_step_says_where_its_time_went(backend: Any, method: str) -> None:
+    chosen = recipe(surgery={"method": method})
+    model = make_model(chosen)
+    step, batch = make_step(backend, model, chosen, torch.float32), make_batch(model, SIZES)
+    began = time.perf_counter()
+    seconds = step(batch, 1.0).seconds
+    assert sum(seconds.values()) <= time.perf_counter() - began
+    assert {"forward", "backward", "optimizer"} <= seconds.keys() <= set(TRAINING)
+    assert ("surgery" in seconds) == (method == "pcgrad")
+    assert all(value > 0 for value in seconds.values())

@@ -94,6 +94,8 @@ def test_the_summary_says_what_was_reached(finished: Path) -> None:
     assert summary["seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["best"]["score"] == dev["score"]
+    assert {"data", "forward", "backward", "optimizer", "steps", "evaluation"} <= summary["timings"].keys()
+    assert sum(summary["timings"].values()) == pytest.approx(summary["seconds"])
 
 
 def test_each_step_has_one_record(finished: Path) -> None:

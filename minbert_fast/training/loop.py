@@ -26,6 +26,7 @@ from minbert_fast.training.errors import InterruptError, RunError
 from minbert_fast.training.observe import Observation, Observer
 from minbert_fast.training.outputs import RunDirectory
 from minbert_fast.training.progress import Progress
+from minbert_fast.training.runs import TRAINING
 from minbert_fast.training.schedule import lr_scale
 from minbert_fast.training.signals import StopSignals
 from minbert_fast.training.world import World
@@ -212,7 +213,7 @@ class Trainer:
         state.tokens += batch.packed.num_tokens
         state.record = None
         self._observer.add(state.step, batch, result)
-        self._tick("steps")
+        self._tick("steps", result.seconds)
         logged = state.step == 1 or state.step % self.recipe.logging.every == 0 or self._evaluation_due(stage)
         if logged or self.eager_fetch or self._checkpoint_due(stage):
             self._observe(stage, scale, logged)
@@ -373,15 +374,17 @@ class Trainer:
 
     def _counters(self) -> tuple[float, float, float]:
         """Steps, tokens and seconds of training so far (without evaluations and checkpoints)."""
-        timings = self.state.timings
-        return self.state.step, self.state.tokens, timings.get("data", 0.0) + timings.get("steps", 0.0)
+        seconds = sum(self.state.timings.get(part, 0.0) for part in TRAINING)
+        return self.state.step, self.state.tokens, seconds
 
-    def _tick(self, name: str) -> None:
-        """Books the time since the last call under `name`."""
+    def _tick(self, name: str, parts: Mapping[str, float] | None = None) -> None:
+        """Books the time since the last call under `parts` as far as they are known, the rest of it under `name`."""
         now = time.monotonic()
         elapsed, self._clock = now - self._clock, now
         self.state.seconds += elapsed
-        self.state.timings[name] = self.state.timings.get(name, 0.0) + elapsed
+        known = dict(parts or {})
+        for part, seconds in {**known, name: max(0.0, elapsed - sum(known.values()))}.items():
+            self.state.timings[part] = self.state.timings.get(part, 0.0) + seconds
 
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from minbert_fast.training.page import (
     scroll,
     table,
 )
-from minbert_fast.training.runs import Run, flat, read_run
+from minbert_fast.training.runs import TRAINING, Run, flat, read_run
 
 SHOWN_ERRORS = 6  # a task, before the fold
 HEADLINE = ("score", "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson")
@@ -191,11 +191,14 @@ def _conflicts(run: Run, plots: dict[str, str]) -> str:
         else f"Surgery ({method}) is what kept one task's step from undoing another's there."
     )
     head = ["tasks", "mean cosine", "lowest", "steps in conflict", ""]
-    return (
-        paragraph(text)
-        + gallery([figure("Cosine between task gradients", plots["cosine"])])
-        + table("Conflicts by pair of tasks", head, rows)
-    )
+    figures = [figure("Cosine between task gradients", plots["cosine"])]
+    steps, shares = run.column("conflicts")
+    if np.isfinite(shares).any():
+        one = charts.Series("conflicts", steps, shares, smooth=True)
+        title = "Share of task pairs in conflict"
+        plots["conflicts"] = charts.lines(f"{title} over the steps", [one], "step", (0.0, 1.0), run.stage_steps())
+        figures.append(figure(title, plots["conflicts"]))
+    return paragraph(text) + gallery(figures) + table("Conflicts by pair of tasks", head, rows)
 
 
 def _confusions(run: Run, plots: dict[str, str]) -> str:
@@ -302,8 +305,9 @@ def _time(run: Run) -> str:
     if not timings or sum(timings.values()) <= 0:
         return paragraph("The run recorded no times.")
     whole = sum(timings.values())
+    names = {"steps": "rest of the steps"} if "forward" in timings else {}
     rows = [
-        [spoken(name), duration(seconds), f"{seconds / whole:.1%}", _bar(seconds / whole)]
+        [spoken(names.get(name, name)), duration(seconds), f"{seconds / whole:.1%}", _bar(seconds / whole)]
         for name, seconds in sorted(timings.items(), key=lambda item: -item[1])
     ]
     parts = [table("Time by part", ["part", "time", "share", ""], rows)]
@@ -312,9 +316,7 @@ def _time(run: Run) -> str:
     tokens = run.summary.get("tokens")
     if len(known):
         text = f"A step took {1000 * float(np.median(known)):,.1f} ms in the median of the logged ones"
-        training = sum(
-            timings.get(k, 0.0) for k in ("data", "steps", "step", "forward", "backward", "surgery", "optimizer")
-        )
+        training = sum(timings.get(k, 0.0) for k in TRAINING)
         if isinstance(tokens, int) and training > 0:
             text += f"; {tokens / training:,.0f} tokens a second while training"
         parts.append(paragraph(text + "."))

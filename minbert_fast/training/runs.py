@@ -18,6 +18,9 @@ import numpy as np
 
 from minbert_fast.schema import ConfigError
 
+#: Timings of a run that are training; "steps" is what a step does not tell apart (on a GPU: everything).
+TRAINING = ("data", "forward", "backward", "surgery", "clipping", "optimizer", "steps")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -10,8 +10,9 @@ whose tensors stay on the device until somebody logs them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -38,6 +39,23 @@ class StepResult:
     grad_norm: Tensor  # [] norm of the combined gradient before clipping
     gram: Tensor | None  # [T, T] inner products of the tasks' encoder gradients; None where they were not kept apart
     nonfinite: Tensor  # [T] bool: tasks whose loss or gradient is not finite; the step was skipped if any
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of each part; empty on a device with a time of its own
+
+
+class Laps:
+    """Times the parts of a step on a CPU. On a GPU, where the host only queues work, it measures nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._counts = device.type == "cpu"
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Books the time since the last call under `part`."""
+        if self._counts:
+            now = time.perf_counter()
+            self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+            self._last = now
 
 
 class TrainingStep(Protocol):
@@ -207,7 +225,8 @@ class OnePassStep:
     def compute(self, batch: MultitaskBatch) -> StepResult:
         """The device's part: asks it nothing and copies nothing to it, so that it can be captured as a graph."""
         self.model.train()
-        losses = self._backward(batch)
+        laps = Laps(self.flat.data.device)
+        losses = self._backward(batch, laps)
         gram = self._gram(batch)
         w = self.weights(gram)
         nonfinite = ~torch.isfinite(losses)
@@ -218,15 +237,17 @@ class OnePassStep:
         present = [name for name in batch.tasks if batch.examples(name)]
         head_square = self.head_gradient.square().sum()[None]
         norm = self.optimizer.clip(gram, w, head_square)
+        laps.lap("surgery" if self.apart else "clipping")
         self.optimizer.advance(["shared", "words", *present], skip=nonfinite.any() | ~torch.isfinite(norm))
         self.optimizer.step_shared(self.gradients, w)
         if self.flat.words is not None:
             self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
-        return StepResult(losses, norm, gram if self.apart else None, nonfinite)
+        laps.lap("optimizer")
+        return StepResult(losses, norm, gram if self.apart else None, nonfinite, laps.seconds)
 
-    def _backward(self, batch: MultitaskBatch) -> Tensor:
+    def _backward(self, batch: MultitaskBatch, laps: Laps) -> Tensor:
         """Fills J, the word rows and the heads' gradients; returns the losses [T]."""
         packed = batch.packed
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
@@ -236,12 +257,14 @@ class OnePassStep:
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
         losses = self.model.losses(batch, hidden)
+        laps.lap("forward")
         self._others(list(losses.values()))
         torch.stack(list(losses.values())).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             p.grad = None
         if self._words_are_dense():
             self._scatter_words(packed)
+        laps.lap("backward")
         return torch.stack([loss.detach() for loss in losses.values()])
 
     def _others(self, losses: Sequence[Tensor]) -> None:
@@ -321,28 +344,33 @@ class ReferenceStep:
         _reseed(self.recipe.training.seed, self.steps)
         self.steps += 1
         self.model.train()
+        laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             losses = self.model.losses_padded(batch)
+        laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
-        self._backward(batch, list(losses.values()))
+        self._backward(batch, list(losses.values()), laps)
         values = torch.stack([loss.detach() for loss in losses.values()])
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
         nonfinite = ~torch.isfinite(values)
         if torch.isfinite(norm) and not nonfinite.any():
             self.optimizer.step()
-        return StepResult(values, norm, None, nonfinite)
+        laps.lap("optimizer")
+        return StepResult(values, norm, None, nonfinite, laps.seconds)
 
-    def _backward(self, batch: MultitaskBatch, losses: list[Tensor]) -> None:
+    def _backward(self, batch: MultitaskBatch, losses: list[Tensor], laps: Laps) -> None:
         """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
         options = self.recipe.surgery
         if options.method == "none":
             total = torch.stack(losses).sum()
             (total / len(losses) if options.reduction == "mean" else total).backward()
+            laps.lap("backward")
         else:
             gradients = reference.task_gradients(losses, self.shared)
+            laps.lap("backward")
             if options.method == "pcgrad":
                 orders = surgery.task_orders(len(losses), self.generator).tolist()
                 merged = reference.pcgrad(gradients, orders, options.reduction)
@@ -350,6 +378,7 @@ class ReferenceStep:
                 stacked = torch.stack(gradients)
                 merged = self.weights(stacked @ stacked.T) @ stacked
             reference.write_gradient(self.shared, merged)
+            laps.lap("surgery")
         for label, entry in self.entries.values():
             if label in batch.tasks and not batch.examples(label):
                 entry.parameter.grad = None
