@@ -53,8 +53,9 @@ class PairOptions(TaskOptions):
     dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)
     loss: PairLoss = "bce"
     labels: Literal["unit", "signed"] = "unit"  # range of the targets of mse and l1: [0, 1] or [-1, 1]
-    scale: float = 1.0  # factor on the cosine; with `calibrated` where it starts
-    calibrated: bool = False  # learn the cosine's factor and offset
+    scale: float = 1.0  # score = scale * cosine + offset
+    offset: float = 0.0
+    calibrated: bool = False  # learn scale and offset from where these stand
     margin: float = 0.0  # of cosine_embedding
     temperature: float = 0.05  # of cosent and ranking
     auxiliary: Mapping[VectorLoss, float] = field(default_factory=dict)  # weights of further losses on the vectors
@@ -106,7 +107,7 @@ class PairHead(Head):
             self.output = nn.Linear(inputs, classes if options.loss == "cross_entropy" else 1)
         elif options.calibrated:
             self.factor = nn.Parameter(torch.tensor(float(options.scale)))
-            self.offset = nn.Parameter(torch.tensor(0.0))
+            self.offset = nn.Parameter(torch.tensor(float(options.offset)))
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         options = self.options
@@ -114,7 +115,8 @@ class PairHead(Head):
         if options.head == "cosine":
             u, v = vectors
             score = cosine(u, v)
-            score = score * self.factor + self.offset if options.calibrated else score * options.scale
+            factor, offset = (self.factor, self.offset) if options.calibrated else (options.scale, options.offset)
+            score = score * factor + offset
             return HeadOutput(score, vectors)
         x = vectors[0] if options.joint else torch.cat([_feature(name, *vectors) for name in options.features], dim=-1)
         if "features" in options.dropout_at:
