@@ -40,6 +40,13 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
+def count(text: str) -> int:
+    """A flag's value as a whole number, 0 or more. Raises argparse.ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+    return int(text)
+
+
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Runs an entry point's `main(arguments)` (default: the command line's) and returns the exit status.
 

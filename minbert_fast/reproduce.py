@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs published experiments again: one table, published against measured.
+
+    python -m minbert_fast.reproduce --data DIR --model DIR --output DIR                    all that published scores
+    python -m minbert_fast.reproduce sbert-exp1 finetune-all --data DIR --model DIR --output DIR --max-steps 200
+
+Each recipe has a directory under --output. Called again, it goes on where it was stopped and skips what is done. Without
+--data and --model it runs on the embedded sample, which shows that the recipes run and nothing else.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minbert_fast import cli
+from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.storage import write_bytes, write_json
+from minbert_fast.training.errors import RunError
+from minbert_fast.training.experiments import Place, Trial, limited, markdown, run_or_resume, shown
+
+METRICS = {
+    "sentiment_accuracy": "sentiment",
+    "paraphrase_accuracy": "paraphrase",
+    "similarity_pearson": "similarity",
+    "score": "score",
+}
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    command = cli.Parser("reproduce", __doc__ or "")
+    command.add_argument("names", nargs="*", metavar="NAME", help="recipes (default: all with published scores)")
+    command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
+    command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
+    command.add_argument("--output", metavar="DIR", required=True, help="a directory for all runs and the table")
+    command.add_argument("--max-steps", metavar="N", type=cli.count, help="steps a recipe, or a stage of it, at most")
+    command.add_argument("--seed", metavar="N", type=cli.count)
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--backend", choices=("auto", "fast", "reference"), default="auto")
+    return command
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the recipes, one after the other, and writes table.md and table.json after each."""
+    chosen = parser().parse_args(arguments)
+    names = chosen.names or [name for name in recipe_names() if Recipe.load(name).published]
+    values: dict[str, Any] = {"data": {}, "model": {}, "training": {}}
+    if chosen.data:
+        values["data"]["directory"] = chosen.data
+    if chosen.model:
+        values["model"]["name"] = chosen.model
+    if chosen.seed is not None:
+        values["training"]["seed"] = chosen.seed
+    recipes = {name: limited(Recipe.load(name).with_values(values, "command line"), chosen.max_steps) for name in names}
+    output = Path(chosen.output)
+    output.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "minbert_fast.reproduce", *arguments])
+    trials = []
+    for index, (name, recipe) in enumerate(recipes.items(), 1):
+        print(f"\n== {index} of {len(recipes)}: {name}: {recipe.description}", flush=True)
+        trial = run_or_resume(name, recipe, output / Path(name).stem, Place(chosen.device, chosen.backend), command)
+        if trial.failure:
+            print(f"{name}: {trial.failure}", file=sys.stderr, flush=True)
+        trials.append(trial)
+        write_bytes(output / "table.md", table(recipes, trials, chosen.model, chosen.data).encode())
+        write_json(output / "table.json", [record(recipes[trial.name], trial) for trial in trials])
+    print("\n" + table(recipes, trials, chosen.model, chosen.data), end="")
+    failed = [trial.name for trial in trials if trial.failure]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(trials)} recipes did not run: {', '.join(failed)}")
+
+
+def record(recipe: Recipe, trial: Trial) -> dict[str, Any]:
+    """One recipe's line of table.json."""
+    summary = trial.summary or {}
+    return {
+        "recipe": trial.name,
+        "source": recipe.source,
+        "published": dict(recipe.published),
+        "measured": {metric: trial.score(metric) for metric in METRICS},
+        **{key: summary.get(key) for key in ("steps", "seconds", "tokens", "device", "precision", "commit")},
+        "failure": trial.failure,
+    }
+
+
+def table(recipes: dict[str, Recipe], trials: Sequence[Trial], model: str | None, data: str | None) -> str:
+    """Published against measured, in Markdown, with what was measured on."""
+    rows = []
+    for trial in trials:
+        published, pairs = recipes[trial.name].published, []
+        for metric in METRICS:
+            pairs += [shown(published.get(metric)), shown(trial.score(metric))]
+        steps = f"{trial.summary['steps']:,}" if trial.summary else "failed"
+        rows.append([trial.name, *pairs, steps])
+    head = ["recipe", *(f"{name}, {kind}" for name in METRICS.values() for kind in ("published", "measured")), "steps"]
+    weights = model or "the embedded tiny model, random weights (a demonstration)"
+    lines = [
+        f"Weights: {Path(weights).name if model else weights}. Data: {Path(data).name if data else 'the embedded sample'}.",
+        "Published scores are the reports' own, with BERT-base on the whole course data; some are on the test set.",
+    ]
+    return markdown(head, rows) + "\n" + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many runs in one go: each in a directory of its own, done ones skipped, interrupted ones resumed; tables of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from minbert_fast.config import Recipe
+from minbert_fast.schema import ConfigError, merge
+from minbert_fast.training.errors import RunError
+from minbert_fast.training.job import Options, train
+from minbert_fast.training.outputs import SUMMARY
+
+
+@dataclass(frozen=True)
+class Place:
+    """What runs of one series share: where they run, and with what."""
+
+    device: str = "auto"
+    backend: Literal["auto", "fast", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one run ended: its `summary.json`, or the line that says why there is none."""
+
+    name: str
+    directory: Path
+    summary: Mapping[str, Any] | None
+    failure: str = ""
+
+    def score(self, metric: str) -> float | None:
+        """A dev metric of the best model, or None."""
+        value = (self.summary or {}).get("dev", {}).get(metric)
+        return None if value is None else float(value)
+
+
+def run_or_resume(name: str, recipe: Recipe, directory: Path, place: Place, command: str) -> Trial:
+    """Runs `recipe` in `directory`, going on with what is there already; a finished run is only read.
+
+    A run that cannot be (its data are missing, its recipe has changed since) gives a Trial that says why.
+    """
+    done = directory / SUMMARY
+    if not done.is_file():
+        options = Options(directory, place.device, place.backend, resume=directory.is_dir(), command=command)
+        try:
+            train(recipe, options)
+        except (ConfigError, ValueError) as error:
+            return Trial(name, directory, None, str(error))
+        except RunError as error:
+            if error.status > 128:  # stopped by a signal: so is the series
+                raise
+            return Trial(name, directory, None, str(error))
+    try:
+        return Trial(name, directory, json.loads(done.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        return Trial(name, directory, None, f"{done}: cannot be read ({error})")
+
+
+def limited(recipe: Recipe, steps: int | None) -> Recipe:
+    """The recipe with at most so many steps, in each of its stages where it has any."""
+    if steps is None:
+        return recipe
+    if not recipe.stages:
+        return recipe.with_values({"training": {"max_steps": steps}}, "--max-steps")
+    stages = tuple(merge(stage, {"training": {"max_steps": steps}}) for stage in recipe.stages)
+    return replace(recipe, stages=stages)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for people and for Markdown: columns aligned, the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *others]) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
+
+
+def shown(value: float | None) -> str:
+    """A score with three places, "-" where there is none."""
+    return "-" if value is None else f"{value:.3f}"

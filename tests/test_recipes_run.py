@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe trains for a few steps, each of its stages too, on the sample data; reproduce and search run them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minbert_fast import cli, reproduce, search
+from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.data import sample_directory
+from minbert_fast.training.experiments import limited
+from minbert_fast.training.job import Options, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the sample data, with reviews and triplets made of the same sentences."""
+    folder = tmp_path_factory.mktemp("data")
+    chance = random.Random(0)
+    for path in sample_directory().data.glob("*.csv"):
+        lines = path.read_text().splitlines()
+        (folder / path.name).write_text("\n".join(lines[:33]) + "\n")
+    sentences = [line.split("\t")[1] for line in (folder / "ids-sst-train.csv").read_text().splitlines()[1:]]
+    for split in ("train", "dev"):
+        rows = [f"{i}\t{sentence}\t{i % 2}" for i, sentence in enumerate(sentences)]
+        (folder / f"ids-cfimdb-{split}.csv").write_text("\n".join(["id\tsentence\tsentiment", *rows]) + "\n")
+        triplets = [",".join(f'"{chance.choice(sentences)}"' for _ in range(3)) for _ in range(24)]
+        (folder / f"nli-triplets-{split}.csv").write_text("\n".join(["sent0,sent1,hard_neg", *triplets]) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains(name: str, data: Path, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {
+        "data": {"directory": str(data)},
+        "training": {"batch_size": 4, "evaluate_untrained": False},
+    }
+    recipe = limited(Recipe.load(name).with_values(quick, "test"), 2)
+    output = train(recipe, Options(tmp_path / "run", device="cpu"))
+    summary = json.loads((output / "summary.json").read_text())
+    stages = max(1, len(recipe.stages))
+    assert summary["steps"] == 2 * stages
+    assert summary["skipped_steps"] == 0
+    metrics = set(summary["dev"])
+    assert {"sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"} <= metrics
+    assert (output / "best" / "heads.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if Recipe.load(name).published])
+def test_a_published_recipe_says_where_it_comes_from(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.source
+    assert set(recipe.published) <= set(reproduce.METRICS)
+    if len(recipe.published) == 4:
+        a, b, c, total = (recipe.published[metric] for metric in reproduce.METRICS)
+        assert (a + b + (c + 1) / 2) / 3 == pytest.approx(total, abs=1e-3)
+
+
+def run(main: Any, *arguments: object) -> int:
+    return cli.run(main, [str(a) for a in arguments])
+
+
+def test_reproduce_makes_one_table_and_goes_on_where_it_was(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 1]
+    assert run(reproduce.main, "finetune-cycle", "bertology-baseline", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "| bertology-baseline" in printed
+    assert "0.596" in printed
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["recipe"] for row in rows] == ["finetune-cycle", "bertology-baseline"]
+    assert rows[1]["published"] == {"score": 0.596}
+    assert 0 <= rows[1]["measured"]["score"] <= 1
+    assert rows[0]["steps"] == 1
+
+    shutil.rmtree(tmp_path / "bertology-baseline")
+    kept = (tmp_path / "finetune-cycle" / "summary.json").stat().st_mtime_ns
+    assert run(reproduce.main, "finetune-cycle", "bertology-baseline", *flags) == 0
+    assert (tmp_path / "finetune-cycle" / "summary.json").stat().st_mtime_ns == kept
+    assert (tmp_path / "bertology-baseline" / "summary.json").is_file()
+
+
+def test_a_recipe_that_cannot_run_leaves_the_others_running(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lonely = tmp_path / "data"
+    lonely.mkdir()
+    for split in ("train", "dev"):
+        shutil.copy(data / f"ids-cfimdb-{split}.csv", lonely)
+    flags = ["--data", lonely, "--output", tmp_path / "runs", "--max-steps", 1]
+    assert run(reproduce.main, "finetune-cycle", "single-cfimdb", *flags) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 recipes did not run: finetune-cycle" in error
+    rows = json.loads((tmp_path / "runs" / "table.json").read_text())
+    assert "no training file" in rows[0]["failure"] or "no data files" in rows[0]["failure"]
+    assert rows[1]["steps"] == 1
+
+
+def test_search_ranks_every_combination_and_goes_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = ["--grid", "lr=1e-3,2e-3", "--grid", "surgery=none,pcgrad"]
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 1, *grid]
+    assert run(search.main, *flags) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert len(rows) == 4
+    scores = [row["dev"]["score"] for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert {(row["values"]["optimizer.lr"], row["values"]["surgery.method"]) for row in rows} == {
+        (lr, method) for lr in ("1e-3", "2e-3") for method in ("none", "pcgrad")
+    }
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    recipe = Recipe.load(str(tmp_path / "lr=2e-3,method=pcgrad" / "best" / "recipe.toml"))
+    assert (recipe.optimizer.lr, recipe.surgery.method) == (2e-3, "pcgrad")
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")}
+    capsys.readouterr()
+    assert run(search.main, *flags) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")} == times
+    assert "| 1e-3" in capsys.readouterr().out
+
+
+def test_a_random_search_draws_different_combinations() -> None:
+    grid = search.parse_grid(["lr=1,2,3", "dropout=0.1,0.2,0.3"])
+    chosen = search.drawn(search.combinations(grid), 4, seed=3)
+    assert len({tuple(c.items()) for c in chosen}) == 4
+    assert chosen == search.drawn(search.combinations(grid), 4, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--grid", "lr"], "expected KEY=A,B"),
+        (["--grid", "lr="], "expected KEY=A,B"),
+        (["--grid", "nothing=1,2"], "expected KEY=A,B"),
+        (["--grid", "optimizer.nothing=1,2"], "nothing"),
+        (["--grid", "lr=1e-3,fast"], "lr"),
+        (["--grid", "lr=1e-3", "--random", "-1"], "--random"),
+        (["--grid", "lr=1e-3", "--random", "1", "--optuna", "1"], "--optuna"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_runs(
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(search.main, *arguments, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_optuna_proposes_within_the_grid(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="Optuna is not installed")
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 1, "--grid", "lr=1e-3,2e-3"]
+    assert run(search.main, *flags, "--optuna", 2) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert {row["values"]["optimizer.lr"] for row in rows} <= {"1e-3", "2e-3"}
