@@ -50,7 +50,7 @@ def run_command(line: str) -> None:
         subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
 
 
-@pytest.mark.usefixtures("checkout")
+@pytest.mark.usefixtures("checkout", "one_thread")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_everything_on_the_page_runs(page: Path) -> None:
     names: dict[str, object] = {"__name__": "page"}
