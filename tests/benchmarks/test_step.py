@@ -60,3 +60,17 @@ def test_packed_and_padded_baselines_see_every_sentence() -> None:
         index, mask = baselines.rectangle(part.packed, part.packed.max_seqlen)
         rebuilt.append(part.packed.tokens[index][mask])
     assert torch.equal(torch.cat(rebuilt), batch.packed.tokens)
+
+
+def test_scaling_is_fitted_by_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "TIMING", step.Timing(1, 0.5))
+    monkeypatch.setattr(step, "TASKS", (1, 2))
+    monkeypatch.setattr(step, "ALL_EXAMPLES", 4)
+    monkeypatch.setattr(step, "EXAMPLES", (1, 2))
+    *timed, fit = step.scaling(TINY, torch.float32, CPU, CEILINGS)
+    assert len(timed) == 4
+    assert "a thousand tokens" in fit.note
+    exact = [(n, t, 5 + 0.25 * n + 3 * t) for n, t in ((100, 1), (200, 3), (700, 2), (400, 8))]
+    assert step.line(exact).startswith("5 ms + 250 ms a thousand tokens + 3 ms a task: off by 0.0%")
+    bent = [(n, t, time + (40 if n == 700 else 0)) for n, t, time in exact]
+    assert "off by 0.0%" not in step.line(bent)
