@@ -216,8 +216,11 @@ class BertModel(nn.Module):
         path = weights.resolve(str(name_or_path), local_files_only=local_files_only)
         found, tensors = weights.read(path)
         base = config or found or weights.infer_config(tensors, str(path))
-        model = cls(BertConfig.from_mapping({**vars(base), **overrides}, str(path)))
-        weights.check_keys(model.state_dict(), tensors, str(path), optional="pooler_dense.")
+        chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
+        with torch.device("meta"):  # whatever sizes a file declares, memory is taken for what it really holds
+            wanted = cls(chosen).state_dict()
+        weights.check_keys(wanted, tensors, str(path), optional="pooler_dense.")
+        model = cls(chosen)
         if not any(key.startswith("pooler_dense.") for key in tensors):
             warnings.warn(f"{path} has no pooler: it starts from fresh random weights", stacklevel=2)
         model.load_state_dict({k: t.float() for k, t in tensors.items()}, strict=False)

@@ -50,6 +50,7 @@ class BertConfig:
             _check(0 < getattr(self, name) < 2**31, f"{name} = {getattr(self, name)}: expected a positive size")
         _check(0 < self.max_position_embeddings <= 2**20, f"max_position_embeddings = {self.max_position_embeddings}")
         _check(0 <= self.num_hidden_layers <= 1000, f"num_hidden_layers = {self.num_hidden_layers}: expected 0 to 1000")
+        _check(0 <= self.pad_token_id < self.vocab_size, f"pad_token_id = {self.pad_token_id}: expected a word id")
         _check(self.type_vocab_size >= 1, f"type_vocab_size = {self.type_vocab_size}: expected at least 1")
         _check(
             self.hidden_size % self.num_attention_heads == 0,

@@ -50,7 +50,7 @@ def run_command(line: str) -> None:
         subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
 
 
-@pytest.mark.usefixtures("checkout")
+@pytest.mark.usefixtures("checkout", "one_thread")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_everything_on_the_page_runs(page: Path) -> None:
     names: dict[str, object] = {"__name__": "page"}
@@ -99,3 +99,10 @@ def test_the_worked_example_trains_and_is_evaluated(checkout: Path) -> None:
     evaluate = ["evaluate", "--checkpoint", "runs/cola/best", "--data", str(data)]
     done = subprocess.run([*command, *evaluate], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    for page in PAGES:
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+            assert (ROOT / path).is_file(), f"{page.name}: {path}"
+            assert not name or f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"

@@ -170,7 +170,7 @@ def test_a_dense_layer_that_is_no_pooler_is_refused(tmp_path: Path):
 # ---- Mistakes -----------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_named(predictor: Predictor, tmp_path: Path):
+def test_mistakes_are_named(predictor: Predictor, checkpoint: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="no polarity head \\(it has sentiment, paraphrase, alike\\)"):
         predictor.predict("polarity", SENTENCES)
     with pytest.raises(ValueError, match="pair 1 is"):
@@ -185,6 +185,8 @@ def test_mistakes_are_named(predictor: Predictor, tmp_path: Path):
         predictor.encode("a film")
     with pytest.raises(ConfigError, match=r"config\.json"):
         Predictor.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="output of a training run; its model is"):
+        Predictor.from_pretrained(checkpoint.parent)
     with pytest.raises(ConfigError, match="no such file"):
         Predictor.from_pretrained(tmp_path / "nothing")
 

@@ -126,3 +126,18 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed \(pip install 'minbert-fast\[wandb\]'\)"):
         check(["wandb"])
+
+
+def test_a_service_that_does_not_let_us_in_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: Any) -> Any:
+        raise PermissionError("no API key\nlong advice")
+
+    fake = ModuleType("wandb")
+    fake.__dict__.update(init=init, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--report-to", "wandb")) == 1
+    error = capsys.readouterr().err
+    assert "--report-to wandb: cannot start (no API key)" in error
+    assert "Traceback" not in error

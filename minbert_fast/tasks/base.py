@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from minbert_fast.config import BertConfig, Pooling
 from minbert_fast.schema import ConfigError, build
 from minbert_fast.tasks import predictions
+
+if TYPE_CHECKING:
+    from minbert_fast.tasks.neighbours import LabelledSentences
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class Head(nn.Module, ABC):
 
     def probabilities(self, output: HeadOutput) -> Tensor | None:
         """Class probabilities [n, C], or None for a task without classes."""
+        return None
+
+    def memory(self) -> LabelledSentences | None:
+        """Labelled training sentences that are to be embedded before the head's stage begins, if it has any."""
         return None
 
 

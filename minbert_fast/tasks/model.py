@@ -196,8 +196,12 @@ class MultitaskModel(nn.Module):
             if not (directory / name).is_file():
                 raise ConfigError(f"{directory}: no trained model, it holds no {name}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
+        try:
+            tasks = build_tasks(recipe)
+        except ConfigError as error:
+            raise ConfigError(f"{directory / 'recipe.toml'}: {error}") from None
         encoder = BertModel.from_pretrained(directory, local_files_only=True, **overrides)
-        model = cls(encoder, build_tasks(recipe), recipe.model.pooling)
+        model = cls(encoder, tasks, recipe.model.pooling)
         found = weights.read_safetensors(directory / "heads.safetensors")
         wanted = _tensors(model.heads)
         weights.check_keys(wanted, found, str(directory / "heads.safetensors"))

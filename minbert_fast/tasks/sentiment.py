@@ -25,6 +25,7 @@ from minbert_fast.tasks.base import (
     shared_stack,
 )
 from minbert_fast.tasks.layers import TokenLayers
+from minbert_fast.tasks.neighbours import LabelledSentences
 
 CLASSES = {
     "sentiment": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
@@ -40,6 +41,7 @@ class SentimentOptions(TaskOptions):
     shared_layers: str = ""  # name of a stack of linear, ReLU, dropout that every task naming it shares
     shared_depth: int = 2
     extra_layers: int = 0  # BERT layers of the task's own, between the encoder and its pooling
+    neighbours: int = 0  # labelled training sentences of each class to compare with, in place of the embedding itself
     dropout: float = 0.1
     label_smoothing: float = 0.0  # share of each target spread evenly over all classes
 
@@ -51,6 +53,11 @@ class SentimentOptions(TaskOptions):
         require(
             not (self.extra_layers and self.pooling == "pooler"),
             'pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max',
+        )
+        require(0 <= self.neighbours <= 100_000, f"neighbours = {self.neighbours}: expected 0 or more")
+        require(
+            not (self.neighbours and (self.extra_layers or self.shared_layers)),
+            "neighbours: compared by the encoder's own embeddings, without extra_layers or shared_layers",
         )
         require(0 <= self.label_smoothing < 1, f"label_smoothing = {self.label_smoothing}: expected 0 <= share < 1")
 
@@ -68,13 +75,17 @@ class SentimentHead(Head):
         self.stack: Stack | None = None
         if options.shared_layers:
             self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
-        self.output = nn.Linear(width, len(CLASSES[options.data]))
+        classes = len(CLASSES[options.data])
+        self.neighbours = LabelledSentences(width, classes, options.neighbours) if options.neighbours else None
+        self.output = nn.Linear(2 * classes * options.neighbours if options.neighbours else width, classes)
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         if self.layers is None:
             (x,) = inputs.embeddings
         else:
             x = self.layers(inputs, self.options.pooling or "mean")
+        if self.neighbours is not None:
+            x = self.neighbours(x)
         x = F.dropout(x, self.options.dropout, self.training)
         if self.stack is not None:
             x = self.stack(x)
@@ -86,6 +97,9 @@ class SentimentHead(Head):
 
     def predict(self, output: HeadOutput) -> Tensor:
         return output.scores.argmax(-1)
+
+    def memory(self) -> LabelledSentences | None:
+        return self.neighbours
 
     def probabilities(self, output: HeadOutput) -> Tensor:
         return output.scores.softmax(-1)

@@ -45,6 +45,7 @@ from minbert_fast.training.datasets import load_datasets
 from minbert_fast.training.device import choose_device, choose_precision, peak_memory
 from minbert_fast.training.errors import RunError, writing
 from minbert_fast.training.graph import GraphedStep
+from minbert_fast.training.memory import check_memories, fill_memories
 from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
 from minbert_fast.training.progress import progress_for
 from minbert_fast.training.report import write_report
@@ -186,6 +187,7 @@ class _Job:
         # An unknown method is refused now, not when the stage begins.
         method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
         tables = {name: self.data.train[name] for name in tasks}
+        check_memories(self.model, recipe)
         training = recipe.training
         joint = frozenset(name for name, task in tasks.items() if task.joint)
         sampler = Sampler.of(
@@ -205,6 +207,7 @@ class _Job:
 
         def begin() -> TrainingStep:
             self.model.configure(tasks)
+            fill_memories(self.model, recipe, tables, self.precision)
             step = make_step(self.backend, self.model, recipe, DTYPES[self.precision])
             if not graphs:
                 return step

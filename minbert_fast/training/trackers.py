@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from minbert_fast.schema import ConfigError
 from minbert_fast.storage import write_bytes
+from minbert_fast.training.errors import RunError
 
 CSV, TENSORBOARD, WANDB_ID = "metrics.csv", "tensorboard", ".wandb-id"
 Record = Mapping[str, Any]
@@ -149,22 +150,30 @@ def tracking(
 ) -> Iterator[Callable[[Record], None]]:
     """What takes a run's records and hands them to the trackers of these names, which are closed in the end.
 
-    A run goes on from `first_step` (0: a new one); `config` are the recipe's values. Raises ConfigError as `check` does.
+    A run goes on from `first_step` (0: a new one); `config` are the recipe's values. Raises ConfigError as `check`
+    does, RunError where one cannot start.
     """
     check(names)
-    made: list[Tracker] = []
-    for name in names:
-        if name == "csv":
-            made.append(CsvTracker(directory))
-        elif name == "tensorboard":
-            made.append(TensorBoardTracker(directory, first_step))
-        else:
-            made.append(WandbTracker(directory, config))
+    made = [_start(name, directory, first_step, config) for name in names]
     trackers = Trackers(made)
     try:
         yield trackers
     finally:
         trackers.close()
+
+
+def _start(name: str, directory: Path, first_step: int, config: Mapping[str, Any]) -> Tracker:
+    try:
+        match name:
+            case "csv":
+                return CsvTracker(directory)
+            case "tensorboard":
+                return TensorBoardTracker(directory, first_step)
+            case _:
+                return WandbTracker(directory, config)
+    except Exception as error:  # whatever a service's client raises: not logged in, no network, a half installation
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"--report-to {name}: cannot start ({reason})") from error
 
 
 def numbers(record: Record) -> dict[str, float]:

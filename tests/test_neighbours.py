@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentiment from similarities to labelled training sentences: the features, the choice of sentences, whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minbert_fast import cli, train
+from minbert_fast.bert import BertModel
+from minbert_fast.config import Recipe
+from minbert_fast.data import Tokenizer, load_tokens
+from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks.neighbours import LabelledSentences
+from tests.small import small_data, small_run
+
+STAGES = ("--recipe", "bertology-sst-to-sts", "--lr", "1e-3", "--set", "tasks.sentiment.neighbours=3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data(tmp_path_factory.mktemp("data"))
+
+
+def test_features_are_cosines_and_labels() -> None:
+    torch.manual_seed(0)
+    memory = LabelledSentences(width=7, classes=3, per_class=2)
+    vectors, labels, x = torch.randn(6, 7), torch.tensor([0, 0, 1, 1, 2, 2]), torch.randn(4, 7)
+    memory.remember(vectors, labels)
+    expected = torch.empty(4, 12)
+    for i in range(4):
+        for j in range(6):
+            expected[i, j] = (x[i] * vectors[j]).sum() / (x[i].square().sum().sqrt() * vectors[j].square().sum().sqrt())
+            expected[i, 6 + j] = labels[j]
+    torch.testing.assert_close(memory(x), expected)
+
+
+def test_each_class_gives_as_many_sentences() -> None:
+    memory = LabelledSentences(width=2, classes=3, per_class=4)
+    labels = np.array([0] * 50 + [1] * 2 + [2] * 9)
+    rows = memory.choose(labels, seed=5)
+    assert labels[rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(set(rows[labels[rows] == 0])) == 4
+    assert set(rows[labels[rows] == 1]) == {50, 51}, "a rare class's sentences recur"
+    np.testing.assert_array_equal(rows, memory.choose(labels, seed=5))
+    assert (rows != memory.choose(labels, seed=6)).any()
+    with pytest.raises(ValueError, match="class 1"):
+        memory.choose(np.array([0, 2]), seed=5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_remembers_what_its_own_encoder_makes_of_the_sentences(data: Path, tmp_path: Path) -> None:
+    """And the same after a stop within the stage that uses them."""
+    for name, cuts in (("whole", ()), ("cut", ("13",))):
+        for steps in (*cuts, "20"):
+            more = ("--resume",) if steps == "20" and cuts else ()
+            flags = small_run(data, tmp_path / name, *STAGES, "--max-steps", steps, *more)
+            assert cli.run(train.main, flags) == 0
+    last = [tmp_path / name / "last" for name in ("whole", "cut")]
+    for file in ("model.safetensors", "heads.safetensors"):
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes()
+
+    found = load_file(last[0] / "heads.safetensors")
+    model = MultitaskModel.load(last[0])
+    memory = model.head("sentiment").memory()
+    assert memory is not None
+    table = load_tokens(data / "ids-sst-train.csv", "sentiment", Tokenizer.from_pretrained(last[0]), cache_dir=data)
+    rows = memory.choose(table.labels, Recipe.load(str(last[0] / "recipe.toml")).training.seed)
+    encoder = BertModel.from_pretrained(last[0]).eval()
+    for row, vector in zip(rows, found["sentiment.neighbours.vectors"], strict=True):
+        ids = torch.from_numpy(np.asarray(table.columns[0][row], dtype=np.int64))[None]
+        with torch.no_grad():
+            expected = encoder(ids, torch.ones_like(ids))["pooler_output"][0]
+        torch.testing.assert_close(vector, expected / expected.norm(), rtol=1e-4, atol=1e-5)
+    assert found["sentiment.neighbours.labels"].tolist() == [label for label in range(5) for _ in range(3)]
+
+
+def test_the_encoder_must_be_frozen(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = small_run(data, tmp_path, "--recipe", "course", "--set", "tasks.sentiment.neighbours=3")
+    assert cli.run(train.main, flags) == 2
+    assert "model.freeze = true" in capsys.readouterr().err
