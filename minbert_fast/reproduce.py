@@ -13,14 +13,18 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minbert_fast import cli
-from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.config import BertConfig, Recipe, recipe_names
+from minbert_fast.data import FORMATS, DataError, find_tables, sample_directory
 from minbert_fast.storage import write_bytes, write_json
+from minbert_fast.tasks import build_tasks
 from minbert_fast.training.errors import RunError
-from minbert_fast.training.experiments import Place, Trial, limited, markdown, run_or_resume, shown
+from minbert_fast.training.experiments import Place, Trial, limited, markdown, ran, run_or_resume, shown
+from minbert_fast.weights import resolve
 
 METRICS = {
     "sentiment_accuracy": "sentiment",
@@ -66,9 +70,10 @@ def main(arguments: Sequence[str]) -> None:
         if trial.failure:
             print(f"{name}: {trial.failure}", file=sys.stderr, flush=True)
         trials.append(trial)
-        write_bytes(output / "table.md", table(recipes, trials, chosen.model, chosen.data).encode())
+        written = table(recipes, trials, conditions(trials, chosen.model, chosen.data))
+        write_bytes(output / "table.md", written.encode())
         write_json(output / "table.json", [record(recipes[trial.name], trial) for trial in trials])
-    print("\n" + table(recipes, trials, chosen.model, chosen.data), end="")
+    print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     failed = [trial.name for trial in trials if trial.failure]
     if failed:
         raise RunError(f"{len(failed)} of {len(trials)} recipes did not run: {', '.join(failed)}")
@@ -83,11 +88,49 @@ def record(recipe: Recipe, trial: Trial) -> dict[str, Any]:
         "published": dict(recipe.published),
         "measured": {metric: trial.score(metric) for metric in METRICS},
         **{key: summary.get(key) for key in ("steps", "seconds", "tokens", "device", "precision", "commit")},
+        "without": missing(recipe, trial),
         "failure": trial.failure,
     }
 
 
-def table(recipes: dict[str, Recipe], trials: Sequence[Trial], model: str | None, data: str | None) -> str:
+def missing(recipe: Recipe, trial: Trial) -> list[str]:
+    """Tasks that the run had to do without, for want of data."""
+    found = None if trial.summary is None else ran(trial.directory)
+    return [] if found is None else [name for name in build_tasks(recipe) if name not in build_tasks(found)]
+
+
+def conditions(trials: Sequence[Trial], model: str | None, data: str | None) -> list[str]:
+    """Weights, data, and where it ran: what the measured scores depend on beside the recipe."""
+    weights = "the embedded tiny model, random weights (a demonstration)"
+    if model:
+        directory = resolve(model)
+        config = directory / "config.json"
+        shape = BertConfig.from_file(config) if config.is_file() else None
+        size = f", {shape.num_hidden_layers} layers of {shape.hidden_size}" if shape else ""
+        weights = f"{Path(model).name}{size}"
+    files = []
+    folder = Path(data) if data else sample_directory().data
+    for split in ("train", "dev"):
+        with suppress(DataError):
+            found = find_tables(folder, split, tuple(FORMATS)).paths
+            counts = (f"{path.name} {count_lines(path) - 1:,}" for path in found.values())
+            files.append(f"{split}: {', '.join(counts)}")
+    lines = [f"Weights: {weights}.", f"Data: {folder.name}. Rows of {'; '.join(files)}."]
+    places = {(s["device"], s["precision"], s["backend"], s["commit"]) for t in trials if (s := t.summary)}
+    lines += [
+        f"Run on {device}, {precision}, {backend} backend{f', commit {commit[:10]}' if commit else ''}."
+        for device, precision, backend, commit in sorted(places, key=str)
+    ]
+    return lines
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def table(recipes: dict[str, Recipe], trials: Sequence[Trial], measured_with: Sequence[str]) -> str:
     """Published against measured, in Markdown, with what was measured on."""
     rows = []
     for trial in trials:
@@ -97,12 +140,14 @@ def table(recipes: dict[str, Recipe], trials: Sequence[Trial], model: str | None
         steps = f"{trial.summary['steps']:,}" if trial.summary else "failed"
         rows.append([trial.name, *pairs, steps])
     head = ["recipe", *(f"{name}, {kind}" for name in METRICS.values() for kind in ("published", "measured")), "steps"]
-    weights = model or "the embedded tiny model, random weights (a demonstration)"
     lines = [
-        f"Weights: {Path(weights).name if model else weights}. Data: {Path(data).name if data else 'the embedded sample'}.",
+        *measured_with,
         "Published scores are the reports' own, with BERT-base on the whole course data; some are on the test set.",
     ]
-    return markdown(head, rows) + "\n" + "\n".join(lines) + "\n"
+    for trial in trials:
+        if without := missing(recipes[trial.name], trial):
+            lines.append(f"{trial.name} ran without {', '.join(without)}: no data.")
+    return markdown(head, rows) + "\n" + "\n\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

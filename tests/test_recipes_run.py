@@ -93,6 +93,34 @@ def test_reproduce_makes_one_table_and_goes_on_where_it_was(
     assert (tmp_path / "bertology-baseline" / "summary.json").is_file()
 
 
+def test_a_finished_run_stands_only_for_what_was_asked(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More steps go on; another seed is another run, and never answered from the old one's results."""
+    flags = ["siamese-product", "--data", data, "--output", tmp_path]
+    for steps in (1, 2):
+        assert run(reproduce.main, *flags, "--max-steps", steps) == 0
+        assert json.loads((tmp_path / "table.json").read_text())[0]["steps"] == steps
+    capsys.readouterr()
+    assert run(reproduce.main, *flags, "--max-steps", 2, "--seed", 3) == 1
+    assert "recipe.training.seed was" in capsys.readouterr().err
+
+
+def test_the_table_says_what_it_was_measured_with(data: Path, tmp_path: Path) -> None:
+    without = tmp_path / "data"
+    shutil.copytree(data, without, ignore=shutil.ignore_patterns("nli-*", "cache"))
+    model = sample_directory().model
+    flags = ["--data", without, "--model", model, "--output", tmp_path / "runs", "--max-steps", 1]
+    assert run(reproduce.main, "bertology-nli-triplet", *flags) == 0
+    text = (tmp_path / "runs" / "table.md").read_text()
+    config = json.loads((model / "config.json").read_text())
+    assert f"{config['num_hidden_layers']} layers of {config['hidden_size']}" in text
+    assert "quora-train.csv 32" in text
+    assert "bertology-nli-triplet ran without nli: no data." in text
+    assert "Run on cpu" in text
+    assert json.loads((tmp_path / "runs" / "table.json").read_text())[0]["without"] == ["nli"]
+
+
 def test_a_recipe_that_cannot_run_leaves_the_others_running(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

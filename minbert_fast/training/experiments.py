@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minbert_fast.config import Recipe
-from minbert_fast.schema import ConfigError, merge
+from minbert_fast.schema import ConfigError, merge, plain
 from minbert_fast.training.errors import RunError
 from minbert_fast.training.job import Options, train
 from minbert_fast.training.outputs import SUMMARY
@@ -40,12 +40,12 @@ class Trial:
 
 
 def run_or_resume(name: str, recipe: Recipe, directory: Path, place: Place, command: str) -> Trial:
-    """Runs `recipe` in `directory`, going on with what is there already; a finished run is only read.
+    """Runs `recipe` in `directory`, going on with what is there already; a finished run of it is only read.
 
     A run that cannot be (its data are missing, its recipe has changed since) gives a Trial that says why.
     """
     done = directory / SUMMARY
-    if not done.is_file():
+    if not done.is_file() or not stands_for(ran(directory), recipe):
         options = Options(directory, place.device, place.backend, resume=directory.is_dir(), command=command)
         try:
             train(recipe, options)
@@ -59,6 +59,29 @@ def run_or_resume(name: str, recipe: Recipe, directory: Path, place: Place, comm
         return Trial(name, directory, json.loads(done.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         return Trial(name, directory, None, f"{done}: cannot be read ({error})")
+
+
+def ran(directory: Path) -> Recipe | None:
+    """The recipe of the run in `directory` as it was carried out, without tasks that had no data."""
+    try:
+        return Recipe.load(str(directory / "last" / "recipe.toml"))
+    except ConfigError:
+        return None
+
+
+def stands_for(found: Recipe | None, recipe: Recipe) -> bool:
+    """Whether a finished run of `found` need not be looked at again for `recipe`.
+
+    What depends on the data there were (tasks left out, a shorter length) is not compared.
+    """
+    if found is None or any(plain(recipe.tasks.get(name)) != plain(found.tasks[name]) for name in found.tasks):
+        return False
+
+    def asked(r: Recipe) -> Any:
+        stages = [{key: stage[key] for key in ("training", "optimizer") if key in stage} for stage in r.stages]
+        return r.name, r.training, r.optimizer, r.surgery, r.data.directory, r.data.scheme, r.model, stages
+
+    return bool(asked(found) == asked(recipe))
 
 
 def limited(recipe: Recipe, steps: int | None) -> Recipe:
