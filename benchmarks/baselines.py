@@ -41,6 +41,7 @@ class PaddedStep:
         self.dtype = dtype
         self.grain = grain
         encoder = as_transformers(model.encoder)
+        model.encoder.to("meta")  # only the heads are used from here on: no memory for weights that stand idle
         self.shared = [p for p in encoder.parameters() if p.requires_grad]
         mode = "reduce-overhead" if self.shared[0].is_cuda else None
         self.encode: Callable[..., object] = torch.compile(encoder, mode=mode, dynamic=False) if compiled else encoder

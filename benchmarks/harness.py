@@ -64,7 +64,8 @@ class Row:
     of_copy: float | None = None  # share of the copy bandwidth
     tflops: float | None = None
     of_product: float | None = None  # share of the fp32 (or bf16) product's rate
-    tokens_per_second: float | None = None  # real ones, without padding
+    tokens: int | None = None  # real ones, without padding
+    tokens_per_second: float | None = None
     working_megabytes: float | None = None  # beyond what stays in memory from step to step
     speedup: dict[str, float] = field(default_factory=dict)  # over the case's baselines
     note: str = ""

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's tables from the files under benchmarks/results, so that no figure is typed.
+"""Writes the README's tables and figures from the files under benchmarks/results, so that no number is typed.
 
-python -m benchmarks.readme            rewrites README.md between its `<!-- table NAME -->` marks
-python -m benchmarks.readme --check    exit status 1 if that would change anything
+python -m benchmarks.readme            rewrites README.md between its `<!-- table NAME -->` marks, and docs/figures
+python -m benchmarks.readme --check    exit status 1 if that would change the tables
+
+A suite's results are the file DEVICE-SUITE.json that `python -m benchmarks.run SUITE --json` wrote; without one its
+table says how to make it.
 """
 
 from __future__ import annotations
@@ -10,12 +13,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
+DEVICES = ("cpu", "cuda")
+SUITES = ("step", "surgery", "encode")
 
 
 def first_run(results: Path = RESULTS) -> str:
@@ -33,7 +42,92 @@ def first_run(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"first run": first_run}
+def suite(name: str, device: str, results: Path = RESULTS) -> str:
+    """A suite's table on a device, and where and when it was measured."""
+    path = results / f"{device}-{name}.json"
+    if not path.exists():
+        command = f"python -m benchmarks.run {name} --device {device} --json benchmarks/results/{path.name}"
+        return f"Not measured yet: `{command}`."
+    result = json.loads(path.read_text(encoding="utf-8"))
+    ceilings = result["ceilings"]
+    lines = [
+        *{"step": _steps, "surgery": _surgeries, "encode": _encodes}[name](result["rows"]),
+        "",
+        f"{result['device']}, {result['threads']} threads, load {result['load'][0]}, torch {result['versions']['torch']}, "
+        f"commit {result['commit']}, {result['date'][:10]}. Measured there: a copy {ceilings['copy_GB_per_s']:.0f} GB/s, "
+        f"products {ceilings['fp32_TFLOP_per_s']:.3g} TFLOP/s in fp32 and {ceilings['bf16_TFLOP_per_s']:.3g} in bf16.",
+    ]
+    return "\n".join(lines)
+
+
+def _steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    timed = [row for row in rows if row["median"]]
+    cases = [case for case in _in_order(timed) if "3 x 32 examples, " in case]
+    lines = [
+        "| shape, surgery | step | ms | real tokens/s | times naive | of the products' ceiling | working memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        shape, _, method = case.split(", ")
+        found = sorted((row for row in timed if row["case"] == case), key=lambda row: -row["median"])
+        for row in found:
+            times = row["speedup"].get("naive")
+            lines.append(
+                f"| {shape}, {method} | {row['name']} | {_milliseconds(row['median'])} | {row['tokens_per_second']:,.0f} "
+                f"| {f'{times:.1f}' if times else '1'} | {row['of_product']:.0%} | {row['working_megabytes']:,.0f} MB |"
+            )
+    fits = [row["note"] for row in rows if row["case"].endswith("scaling")]
+    return lines + [f"\nOver tokens and 1 to 16 tasks (MiniLM-L6 shape): {note}." for note in fits]
+
+
+def _surgeries(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = ["| J | op | way | ms | of a copy | ours is faster by |", "|---|---|---|---|---|---|"]
+    wanted = [row for row in rows if row["median"] and "T=3, float32, random" in row["case"]]
+    for case in _in_order(wanted):
+        found = [row for row in wanted if row["case"] == case]
+        (ours,) = (row for row in found if row["name"] == "ours")
+        size, op = case.split(", random: ")
+        for row in found:
+            times = ours["speedup"].get(row["name"])
+            share = "" if row["of_copy"] is None else f"{row['of_copy']:.0%}"
+            faster = f"{times:.1f}" if times else ""
+            lines.append(f"| {size} | {op} | {row['name']} | {_milliseconds(row['median'])} | {share} | {faster} |")
+    return lines
+
+
+def _encodes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = ["| sentences | way | ms | faster than sentence-transformers |", "|---|---|---|---|"]
+    for row in rows:
+        if row["median"]:
+            times = ", ".join(f"{x:.1f} ({name.split()[1].rstrip(',')})" for name, x in row["speedup"].items())
+            mine = row["name"].startswith("ours")
+            lines.append(
+                f"| {row['case']} | {row['name']} | {_milliseconds(row['median'])} | {times if mine else ''} |"
+            )
+    return lines
+
+
+def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["case"] for row in rows))
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"first run": first_run} | {
+    f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES
+}
+
+
+def draw(results: Path = RESULTS, folder: Path = FIGURES) -> None:
+    """The step suite's figures, of each device whose results are there."""
+    for device in DEVICES:
+        path = results / f"{device}-step.json"
+        if path.exists():
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            (folder / f"step-{device}.svg").write_text(figures.speeds(rows), encoding="utf-8")
+            (folder / f"scaling-{device}.svg").write_text(figures.scaling(rows), encoding="utf-8")
 
 
 def filled(text: str) -> str:
@@ -53,6 +147,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         return int(new != old)
     readme.write_text(new, encoding="utf-8")
+    draw()
     return 0
 
 

@@ -11,12 +11,13 @@ import copy
 import ctypes
 import gc
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,8 @@ from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.step import OnePassStep, make_step
 
 KINDS = ("sentiment", "paraphrase", "similarity")
-TASKS = (1, 2, 4, 8, 16)  # of the scaling cases
+TASKS = (1, 2, 4, 8, 16)  # of the scaling cases, among whom ALL_EXAMPLES are shared out
+ALL_EXAMPLES = 96
 EXAMPLES = (8, 16, 32, 64, 128)  # a task
 BATCHES = 4
 GRAIN = 64  # ours on CUDA: token capacities are multiples of it
@@ -59,16 +61,35 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
         for method in ("pcgrad", "none"):
             makers = everyone(method, low, device)
             yield from _case(f"{shape}, 3 x 32 examples, {method}", makers, config, 3, 32, method, device, ceilings)
-    config = CONFIGS["MiniLM-L6"]
-    for tasks in TASKS:
-        both = {f"ours, {m}": partial(ours, method=m, dtype=low, device=device) for m in ("pcgrad", "none")}
-        examples = 96 // tasks if 96 % tasks == 0 else 6
-        name = f"MiniLM-L6, {tasks} tasks x {examples} examples"
-        yield from _case(name, both, config, tasks, examples, "pcgrad", device, ceilings)
-    for examples in EXAMPLES:
-        only = {"ours": partial(ours, method="pcgrad", dtype=low, device=device)}
-        name = f"MiniLM-L6, 3 x {examples} examples, pcgrad"
-        yield from _case(name, only, config, 3, examples, "pcgrad", device, ceilings)
+    yield from scaling(CONFIGS["MiniLM-L6"], low, device, ceilings)
+
+
+def scaling(config: BertConfig, low: torch.dtype, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    """Ours over 1 to 16 tasks and over tokens, with the line through them and how far they lie from it."""
+    sizes = [("more tasks", tasks, ALL_EXAMPLES // tasks) for tasks in TASKS]
+    sizes += [("more examples", 3, examples) for examples in EXAMPLES]
+    points = []
+    for kind, tasks, examples in sizes:
+        makers = {f"ours, {kind}": partial(ours, method="pcgrad", dtype=low, device=device)}
+        name = f"MiniLM-L6, {tasks} x {examples} examples, {kind}"
+        for row in _case(name, makers, config, tasks, examples, "pcgrad", device, ceilings):
+            yield row
+            if row.median and row.tokens:
+                points.append((row.tokens, tasks, row.median))
+    if len(points) == len(sizes):
+        yield Row("step", "MiniLM-L6, scaling", "ours", note=line(points))
+
+
+def line(points: Sequence[tuple[int, int, float]]) -> str:
+    """The least-squares plane through (tokens, tasks, milliseconds), each point weighed by its own size, in words."""
+    tokens, tasks, times = np.array(points, dtype=float).T
+    columns = np.stack([np.ones_like(tokens), tokens, tasks], 1)
+    (base, each, task), *_ = np.linalg.lstsq(columns / times[:, None], np.ones_like(times))
+    off = np.abs(columns @ (base, each, task) / times - 1)
+    return (
+        f"{base:.3g} ms + {1e3 * each:.3g} ms a thousand tokens + {task:.3g} ms a task: "
+        f"off by {off.mean():.1%} on average, {off.max():.1%} at most"
+    )
 
 
 def lowest_precision(device: torch.device, ceilings: Ceilings) -> torch.dtype:
@@ -85,6 +106,8 @@ def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, M
     makers["packed, torch's kernels"] = lambda model, recipe: baselines.PackedStep(model, apart, low)
     if harness.version("transformers") and (not apart or harness.version("torchjd")):
         makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, apart, low)
+        if low != torch.float32:
+            makers["transformers, fp32"] = lambda model, recipe: baselines.PaddedStep(model, apart, torch.float32)
         makers["transformers, compiled"] = lambda model, recipe: baselines.PaddedStep(
             model, apart, low, baselines.GRAIN, compiled=True
         )
@@ -142,6 +165,7 @@ def _case(
     rows = harness.case("step", name, candidates, device, ceilings, baselines=others, product=product, timer=timer)
     for row in rows:
         if row.median:
+            row.tokens = tokens
             row.tokens_per_second = 1e3 * tokens / row.median
             row.working_megabytes = working_memory(candidates[row.name].run, device) / 1e6
         row.note = row.note or f"{tokens} tokens, {batches.pools()[0]}"

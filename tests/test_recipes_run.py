@@ -40,12 +40,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_trains(name: str, data: Path, tmp_path: Path) -> None:
     quick: dict[str, Any] = {
         "data": {"directory": str(data)},
-        "training": {"batch_size": 4, "evaluate_untrained": False},
+        "training": {"batch_size": 4, "evaluate_untrained": False, "precision": "fp32"},
     }
     recipe = limited(Recipe.load(name).with_values(quick, "test"), 2)
     output = train(recipe, Options(tmp_path / "run", device="cpu"))

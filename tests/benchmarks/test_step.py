@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -14,7 +17,15 @@ TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, in
 CEILINGS = harness.Ceilings(1e10, 1e11, 1e11)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "none"])
+@pytest.fixture(autouse=True)
+def _few_objects() -> Iterator[None]:
+    """The suite collects garbage between cases: it need not walk over all that the test run has loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("method", ["pcgrad", pytest.param("none", marks=pytest.mark.slow)])
 def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
     makers = step.everyone(method, torch.float32, CPU)
@@ -60,3 +71,21 @@ def test_packed_and_padded_baselines_see_every_sentence() -> None:
         index, mask = baselines.rectangle(part.packed, part.packed.max_seqlen)
         rebuilt.append(part.packed.tokens[index][mask])
     assert torch.equal(torch.cat(rebuilt), batch.packed.tokens)
+
+
+@pytest.mark.slow
+def test_scaling_cases_run_and_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "TIMING", step.Timing(1, 0.5))
+    monkeypatch.setattr(step, "TASKS", (1, 2))
+    monkeypatch.setattr(step, "ALL_EXAMPLES", 4)
+    monkeypatch.setattr(step, "EXAMPLES", (1, 2))
+    *timed, fit = step.scaling(TINY, torch.float32, CPU, CEILINGS)
+    assert len(timed) == 4
+    assert "a thousand tokens" in fit.note
+
+
+def test_the_fit_is_exact_on_a_plane_and_shows_a_bend() -> None:
+    exact = [(n, t, 5 + 0.25 * n + 3 * t) for n, t in ((100, 1), (200, 3), (700, 2), (400, 8))]
+    assert step.line(exact).startswith("5 ms + 250 ms a thousand tokens + 3 ms a task: off by 0.0%")
+    bent = [(n, t, time + (40 if n == 700 else 0)) for n, t, time in exact]
+    assert "off by 0.0%" not in step.line(bent)

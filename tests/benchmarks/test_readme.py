@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's tables and figures come from results files, and say so where there are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from benchmarks import harness, readme
+from benchmarks.harness import Row
+
+
+def write(folder: Path, suite: str, rows: list[Row]) -> None:
+    found = harness.report(torch.device("cpu"), harness.Ceilings(3e10, 1e11, 2e11), rows)
+    (folder / f"cpu-{suite}.json").write_text(json.dumps(found))
+
+
+def step_row(case: str, name: str, median: float, **more: Any) -> Row:
+    row = Row(
+        "step", case, name, median, median, median, 9, of_product=0.5, tokens=2770, working_megabytes=10.0, **more
+    )
+    row.tokens_per_second = 1e3 * 2770 / median
+    return row
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    case = "MiniLM-L6, 3 x 32 examples, pcgrad"
+    rows = [
+        step_row(case, "ours", 500.0, speedup={"naive": 6.4}),
+        step_row(case, "naive", 3200.0),
+        Row("step", case, "transformers", note="WRONG RESULT, not timed: off"),
+        step_row("MiniLM-L6, 3 x 8 examples, more examples", "ours, more examples", 130.0),
+        step_row("MiniLM-L6, 3 x 16 examples, more examples", "ours, more examples", 250.0),
+        Row("step", "MiniLM-L6, scaling", "ours", note="off by 2.0% on average"),
+    ]
+    write(tmp_path, "step", rows)
+    return tmp_path
+
+
+def test_step_table_has_each_timed_candidate_slowest_first(results: Path) -> None:
+    text = readme.suite("step", "cpu", results)
+    lines = text.splitlines()
+    assert lines[2] == "| MiniLM-L6, pcgrad | naive | 3,200 | 866 | 1 | 50% | 10 MB |"
+    assert lines[3] == "| MiniLM-L6, pcgrad | ours | 500 | 5,540 | 6.4 | 50% | 10 MB |"
+    assert "transformers" not in text
+    assert "off by 2.0% on average" in text
+    assert "a copy 30 GB/s" in text
+
+
+def test_surgery_and_encode_tables(tmp_path: Path) -> None:
+    case = "BERT-base, T=3, float32, random: gram"
+    ours = Row("surgery", case, "ours", 40.0, 40.0, 40.0, 9, of_copy=0.9, speedup={"J @ J.T": 5.5})
+    write(tmp_path, "surgery", [ours, Row("surgery", case, "J @ J.T", 220.0, 220.0, 220.0, 9, of_copy=0.16)])
+    assert "| BERT-base, T=3, float32 | gram | ours | 40 | 90% |  |" in readme.suite("surgery", "cpu", tmp_path)
+    assert "| BERT-base, T=3, float32 | gram | J @ J.T | 220 | 16% | 5.5 |" in readme.suite("surgery", "cpu", tmp_path)
+    mine = Row(
+        "encode", "MiniLM-L6", "ours fp32", 100.0, 1, 1, 9, speedup={"sentence-transformers fp32, batch 32": 3.2}
+    )
+    write(tmp_path, "encode", [mine])
+    assert "| MiniLM-L6 | ours fp32 | 100 | 3.2 (fp32) |" in readme.suite("encode", "cpu", tmp_path)
+
+
+def test_a_suite_without_results_says_how_to_get_them(tmp_path: Path) -> None:
+    assert "python -m benchmarks.run step --device cuda" in readme.suite("step", "cuda", tmp_path)
+
+
+def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) -> None:
+    readme.draw(results, tmp_path)
+    bars = ElementTree.parse(tmp_path / "step-cpu.svg").getroot()
+    texts = [node.text for node in bars.iter() if node.tag.endswith("text")]
+    assert {"ours", "naive", "866", "5,540"} <= set(texts)
+    assert (tmp_path / "scaling-cpu.svg").read_text().count("h0") >= 2
+
+
+def test_the_readme_is_up_to_date() -> None:
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.filled(text) == text
