@@ -239,8 +239,9 @@ class OnePassStep:
         self.model.train()
         laps = Laps(self.flat.data.device)
         losses = self._backward(batch, laps)
-        self._reduce(batch, losses)
-        laps.lap("exchange")
+        if self.world.size > 1:
+            self._reduce(batch, losses)
+            laps.lap("exchange")
         gram = self._gram(batch)
         w = self.weights(gram)
         nonfinite = ~torch.isfinite(losses)
