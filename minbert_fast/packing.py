@@ -36,7 +36,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # [B + 1] first row of each sentence, then the end
     task_tokens: Tensor  # [T + 1] first token row of each task, then the end
     task_sentences: Tensor  # [T + 1] first sentence of each task, then the end
-    word_ids: Tensor  # [U] distinct word ids, ascending (capacity N; entries from num_words on are -1)
+    word_ids: Tensor  # [U] distinct word ids, ascending (entries from num_words on are -1)
     word_order: Tensor  # [N] token rows sorted by (word id, row)
     word_offsets: Tensor  # [U + 1] where each distinct word's rows begin in word_order
     max_seqlen: int  # longest sentence, tokens (a bound, pinned under graph replay)
@@ -84,6 +84,14 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The step that a batch is one process's share of."""
+
+    examples: dict[str, int]  # of each task, in all processes
+    tokens: int
+
+
+@dataclass(frozen=True)
 class MultitaskBatch:
     """A packed batch with what each task needs beside its sentences.
 
@@ -97,6 +105,7 @@ class MultitaskBatch:
     arity: dict[str, int]
     labels: dict[str, Tensor]
     rows: dict[str, np.ndarray]
+    whole: Whole | None = None  # None: this batch is all of the step
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultitaskBatch:
         """The same batch with its tensors on `device`."""
@@ -112,6 +121,21 @@ class MultitaskBatch:
         """Number of examples of task `name`."""
         return len(self.rows[name])
 
+    def present(self) -> list[str]:
+        """Tasks that have examples in this step, in whatever process."""
+        return [name for name in self.tasks if (self.whole.examples[name] if self.whole else self.examples(name))]
+
+    def share(self, name: str) -> float:
+        """This batch's part of the step's examples of task `name`: the weight of its mean loss in the step's."""
+        if self.whole is None:
+            return 1.0
+        return self.examples(name) / max(1, self.whole.examples[name])
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the whole step."""
+        return self.whole.tokens if self.whole else self.packed.num_tokens
+
 
 def pack(
     sentences: Sequence[Sequence[Sequence[int] | np.ndarray]],
@@ -119,11 +143,14 @@ def pack(
     token_capacity: int | None = None,
     sentence_capacity: int | None = None,
     max_seqlen: int | None = None,
+    words: np.ndarray | None = None,
 ) -> PackedBatch:
     """Packs `sentences[task][sentence]`, each a sequence of word ids, into one batch.
 
     `types` gives token types in the same nesting (0 throughout when absent). Capacities pad the token rows and the
-    sentence count to fixed sizes; `max_seqlen` pins the bound on sentence length.
+    sentence count to fixed sizes; `max_seqlen` pins the bound on sentence length. `words` are the distinct word ids,
+    ascending, of all processes that train together, where this batch is one process's share of a step: the rows of their
+    word gradients then stand for the same words.
 
     Raises ValueError where the sentences exceed a capacity or the bound.
     """
@@ -155,10 +182,13 @@ def pack(
     task_sentences = np.concatenate([[0], np.cumsum([len(task) for task in sentences])]).astype(np.int32)
     order = np.zeros(capacity, dtype=np.int32)
     order[:num_tokens] = np.argsort(tokens[:num_tokens], kind="stable")
-    words, counts = np.unique(tokens[:num_tokens], return_counts=True)
-    word_ids = np.full(capacity, -1, dtype=np.int32)
+    if words is None:
+        words = np.unique(tokens[:num_tokens])
+    counts = np.bincount(np.searchsorted(words, tokens[:num_tokens]), minlength=len(words))
+    room = max(capacity, len(words))
+    word_ids = np.full(room, -1, dtype=np.int32)
     word_ids[: len(words)] = words
-    word_offsets = np.full(capacity + 1, num_tokens, dtype=np.int32)
+    word_offsets = np.full(room + 1, num_tokens, dtype=np.int32)
     word_offsets[0] = 0
     word_offsets[1 : len(words) + 1] = np.cumsum(counts)
 

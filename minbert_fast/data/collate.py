@@ -16,7 +16,7 @@ import torch
 from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable, cut, join
-from minbert_fast.packing import MultitaskBatch, pack
+from minbert_fast.packing import MultitaskBatch, Whole, pack
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Collator:
     max_length: int  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
     joint: frozenset[str] = frozenset()
     buckets: Buckets = EXACT
+    rank: int = 0  # of `ranks` processes that train together: each packs every `ranks`th row of a task
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         for task in self.joint:
@@ -51,6 +53,14 @@ class Collator:
             columns, kinds = self._sequences(task, table, rows[task])
             sentences.append(columns)
             types.append(kinds)
+        words, whole = None, None
+        if self.ranks > 1:  # every process knows the whole step, so nobody has to ask
+            every = [sentence for task in sentences for sentence in task]
+            words = np.unique(np.concatenate([np.empty(0, dtype=np.int32), *every]))
+            whole = Whole({task: len(rows[task]) for task in self.tables}, sum(map(len, every)))
+            sentences = [self._mine(s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
+            types = [self._mine(k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
+            rows = {task: drawn[self.rank :: self.ranks] for task, drawn in rows.items()}
         lengths = [len(sentence) for task in sentences for sentence in task]
         packed = pack(
             sentences,
@@ -58,6 +68,7 @@ class Collator:
             token_capacity=_fit(sum(lengths), self.buckets.tokens),
             sentence_capacity=_fit(len(lengths), self.buckets.sentences),
             max_seqlen=_fit(max(lengths, default=0), self.buckets.seqlen),
+            words=words,
         )
         return MultitaskBatch(
             packed=packed,
@@ -69,7 +80,13 @@ class Collator:
                 if table.labels is not None
             },
             rows={task: np.asarray(rows[task]) for task in self.tables},
+            whole=whole,
         )
+
+    def _mine(self, sequences: list[np.ndarray], examples: int) -> list[np.ndarray]:
+        """This process's share of a task's sequences, which stand column after column."""
+        columns = [sequences[begin : begin + examples] for begin in range(0, len(sequences), max(1, examples))]
+        return [sequence for column in columns for sequence in column[self.rank :: self.ranks]]
 
     def _sequences(self, task: str, table: TokenTable, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """A task's sequences, and their token types if any task is joint."""

@@ -9,11 +9,12 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -53,7 +54,7 @@ from minbert_fast.training.runs import flat
 from minbert_fast.training.signals import StopSignals
 from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
 from minbert_fast.training.trackers import check, tracking
-from minbert_fast.training.world import World
+from minbert_fast.training.world import World, joined
 from minbert_fast.version import __version__
 
 DEMONSTRATION = (
@@ -101,9 +102,8 @@ def train(recipe: Recipe, options: Options) -> Path:
     """
     path = options.output or fresh_directory(Path("runs") / recipe.name)
     try:
-        with RunDirectory(path) as files:
-            job = _Job(recipe, options, files)
-            job.run()
+        with joined(choose_device(options.device)) as (world, device), _directory(path, world) as files:
+            _Job(recipe, replace(options, output=path), files, world, device).run()
     except (RuntimeError, MemoryError) as error:
         if not loop.out_of_memory(error):
             raise
@@ -113,20 +113,33 @@ def train(recipe: Recipe, options: Options) -> Path:
     return path
 
 
+@contextmanager
+def _directory(path: Path, world: World) -> Iterator[RunDirectory]:
+    """The output directory for rank 0; for the others a place of their own, which nobody will look at."""
+    with ExitStack() as stack:
+        if not world.is_main:
+            path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
+        yield stack.enter_context(RunDirectory(path))
+
+
 class _Job:
-    def __init__(self, recipe: Recipe, options: Options, files: RunDirectory) -> None:
+    def __init__(
+        self, recipe: Recipe, options: Options, files: RunDirectory, world: World, device: torch.device
+    ) -> None:
         check(options.report_to)
         self.options = options
         self.files = files
         self.notices: list[str] = []
-        self.world = World()
+        self.world = world
         self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
-        self.device = choose_device(options.device)
+        self.device = device
         self.precision = choose_precision(recipe.training.precision, self.device)
         self.backend: Backend = "fast" if options.backend == "auto" else options.backend
         self.demonstration = not (recipe.model.name or recipe.data.directory or recipe.data.files)
+        if world.size > 1 and self.backend == "reference":
+            raise ConfigError(f"--backend reference trains in one process, not in {world.size}")
         self._open_directory()
-        if self.demonstration:
+        if self.demonstration and world.is_main:
             print(DEMONSTRATION, flush=True)
         with StopSignals() as signals, signals.interruptible():
             self._load(recipe)
@@ -134,7 +147,8 @@ class _Job:
     def say(self, line: str) -> None:
         """A line for the user that the summary keeps as well."""
         self.notices.append(line)
-        print(line, flush=True)
+        if self.world.is_main:
+            print(line, flush=True)
 
     # ---- Before the first step ------------------------------------------------------------------------------------
 
@@ -148,7 +162,11 @@ class _Job:
     def _load(self, recipe: Recipe) -> None:
         source = weights.resolve(recipe.model.name) if recipe.model.name else sample_directory().model
         self.tokenizer = Tokenizer.from_pretrained(source if source.is_dir() else source.parent)
+        if not self.world.is_main:  # rank 0 reads first, and leaves the others its cache
+            self.world.wait()
         self.data = load_datasets(recipe, self.tokenizer, self.say)
+        if self.world.is_main:
+            self.world.wait()
         self.recipe = self.data.recipe
         dropout = self.recipe.model.dropout
         overrides: dict[str, Any] = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
@@ -198,17 +216,18 @@ class _Job:
             fractions={name: task.options.fraction for name, task in tasks.items()},
             balanced=[name for name, task in tasks.items() if task.options.balanced],
         )
-        graphs = training.graphs and method.capturable and self.device.type == "cuda" and self.backend == "fast"
+        alone = self.world.size == 1 and self.backend == "fast"
+        graphs = training.graphs and method.capturable and self.device.type == "cuda" and alone
         longest = recipe.data.max_length
         buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
-        collator = Collator(tables, longest, joint, buckets)
+        collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size)
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
 
         def begin() -> TrainingStep:
             self.model.configure(tasks)
             fill_memories(self.model, recipe, tables, self.precision)
-            step = make_step(self.backend, self.model, recipe, DTYPES[self.precision])
+            step = make_step(self.backend, self.model, recipe, DTYPES[self.precision], self.world)
             if not graphs:
                 return step
             assert isinstance(step, OnePassStep)
@@ -252,7 +271,10 @@ class _Job:
         """What to go on from. Raises RunError where the run there was another one."""
         if not self.options.resume:
             return None
-        found = CheckpointStore(self.files.checkpoints, self.recipe.checkpoint.keep).newest(self.say)
+        assert self.options.output is not None
+        # Every process reads what rank 0 wrote.
+        checkpoints = self.options.output / self.files.checkpoints.name
+        found = CheckpointStore(checkpoints, self.recipe.checkpoint.keep).newest(self.say)
         if found is None:
             self.say(f"no checkpoint in {self.files.path}: starting from the beginning")
             return None
@@ -272,6 +294,7 @@ class _Job:
     def run(self) -> None:
         """Trains, then writes last/, predictions, summary.json and the report."""
         checkpoint = self._checkpoint()
+        self.world.wait()  # nothing is written before all have read
         self.files.prepare()
         trainer = loop.Trainer(
             recipe=self.recipe,
@@ -286,9 +309,12 @@ class _Job:
             world=self.world,
         )
         first_step = 0 if checkpoint is None else checkpoint.step
-        with tracking(self.options.report_to, self.files.path, first_step, flat(plain(self.recipe))) as follow:
+        reported = self.options.report_to if self.world.is_main else ()
+        with tracking(reported, self.files.path, first_step, flat(plain(self.recipe))) as follow:
             self.files.metrics.follow = follow
             outcome = trainer.run(checkpoint)
+        if not self.world.is_main:
+            return
         self.files.write_directory("last", self._save)
         if outcome.best is None:  # nothing to choose by
             self.files.write_directory("best", self._save)
@@ -305,13 +331,18 @@ class _Job:
     def _evaluate(self) -> loop.Evaluation | None:
         if not self.data.dev:
             return None
-        found = self._predict(self.data.dev)
+        found: list[evaluation.Evaluation] = []
+
+        def measure() -> dict[str, float | None]:
+            found.append(self._predict(self.data.dev))
+            return {name: value if math.isfinite(value) else None for name, value in found[0].metrics.items()}
 
         def write(directory: Path) -> None:
             tables = self.data.dev.items()
-            found.write(directory, {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables})
+            texts = {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables}
+            found[0].write(directory, texts)
 
-        metrics = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
+        metrics = self.world.from_main(measure)
         return loop.Evaluation(metrics, self._score(metrics), write)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:

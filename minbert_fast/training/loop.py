@@ -210,7 +210,7 @@ class Trainer:
             raise RunError(self._memory_advice(stage, batch)) from error
         state.step += 1
         state.stage_step += 1
-        state.tokens += batch.packed.num_tokens
+        state.tokens += batch.step_tokens
         state.record = None
         self._observer.add(state.step, batch, result)
         self._tick("steps", result.seconds)
@@ -230,11 +230,11 @@ class Trainer:
             pass  # its checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
-        if self._signals.received is None and self._checkpoint_due(stage):
+        stop = self.world.agreed(self._signals.received)
+        if stop is not None or self._checkpoint_due(stage):
             self._checkpoint()
-        if self._signals.received is not None:
-            self._checkpoint()
-            raise InterruptError(self._signals.received, "stopped between two steps")
+        if stop is not None:
+            raise InterruptError(stop, "stopped between two steps")
 
     # ---- What is due when -------------------------------------------------------------------------------------------
 

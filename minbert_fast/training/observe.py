@@ -67,7 +67,8 @@ def _observation(step: int, batch: MultitaskBatch, values: list[float]) -> Obser
     losses, flags, (grad_norm, *gram) = values[:count], values[count : 2 * count], values[2 * count :]
     skipped = tuple(task for task, flag in zip(tasks, flags, strict=True) if flag)
     if not skipped and not math.isfinite(grad_norm):  # each is finite, their sum is not
-        skipped = tuple(task for task in tasks if batch.examples(task))
+        skipped = tuple(batch.present())
+    present = batch.present()
     cosines = {}
     for i in range(count if gram else 0):
         for j in range(i):
@@ -76,7 +77,7 @@ def _observation(step: int, batch: MultitaskBatch, values: list[float]) -> Obser
                 cosines[f"{tasks[j]}|{tasks[i]}"] = gram[i * count + j] / norms
     return Observation(
         step=step,
-        losses={task: loss for task, loss in zip(tasks, losses, strict=True) if batch.examples(task)},
+        losses={task: loss for task, loss in zip(tasks, losses, strict=True) if task in present},
         grad_norm=grad_norm,
         cosines=cosines,
         skipped=skipped,

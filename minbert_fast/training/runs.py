@@ -19,7 +19,7 @@ import numpy as np
 from minbert_fast.schema import ConfigError
 
 #: Timings of a run that are training; "steps" is what a step does not tell apart (on a GPU: everything).
-TRAINING = ("data", "forward", "backward", "surgery", "clipping", "optimizer", "steps")
+TRAINING = ("data", "forward", "backward", "exchange", "surgery", "clipping", "optimizer", "steps")
 
 
 @dataclass(frozen=True)

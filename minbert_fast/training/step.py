@@ -27,8 +27,11 @@ from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
+from minbert_fast.training.world import World
 
 Backend = Literal["fast", "reference"]
+
+RANK_STRIDE = 7_368_787  # between the dropout seeds of ranks
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,13 @@ class TrainingStep(Protocol):
         """Restores what `state_dict` gave; ValueError where it belongs to another model."""
 
 
-def make_step(backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> TrainingStep:
+def make_step(
+    backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, world: World | None = None
+) -> TrainingStep:
     """The step for one stage (`recipe` resolved): products in `dtype` (fp32 or bf16), on the model's own device."""
-    return ReferenceStep(model, recipe, dtype) if backend == "reference" else OnePassStep(model, recipe, dtype)
+    if backend == "reference":
+        return ReferenceStep(model, recipe, dtype)
+    return OnePassStep(model, recipe, dtype, world)
 
 
 # ---- Which parameters train, and how ---------------------------------------------------------------------------
@@ -183,11 +190,15 @@ class OnePassStep:
 
     Parameters move into flat buffers when the step is made. Products run in `dtype`; master weights, moments,
     statistics and losses are fp32; J is kept in `dtype`. Without surgery J has one row: the plain sum.
+
+    Where several processes train together, each brings its share of the batch, and what a backward leaves is summed over
+    all of them before anything looks at it: surgery sees the gradients of the whole step, and all take the same step.
     """
 
-    def __init__(self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype) -> None:
+    def __init__(self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, world: World | None = None) -> None:
         self.model = model
         self.recipe = recipe
+        self.world = world or World()
         self.weights = _weights(recipe)
         self.apart = recipe.surgery.method != "none"
         parts = trainable(model, recipe)
@@ -216,8 +227,9 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
-        _reseed(self.recipe.training.seed, self.steps)
-        self.seed.fill_(_step_seed(self.recipe.training.seed, self.steps))
+        seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
+        _reseed(seed, self.steps)
+        self.seed.fill_(_step_seed(seed, self.steps))
         self.steps += 1
         self.optimizer.schedule(lr_scale)
         self.weights.prepare(len(batch.tasks), self.flat.data.device)
@@ -227,6 +239,9 @@ class OnePassStep:
         self.model.train()
         laps = Laps(self.flat.data.device)
         losses = self._backward(batch, laps)
+        if self.world.size > 1:
+            self._reduce(batch, losses)
+            laps.lap("exchange")
         gram = self._gram(batch)
         w = self.weights(gram)
         nonfinite = ~torch.isfinite(losses)
@@ -234,7 +249,7 @@ class OnePassStep:
             nonfinite |= surgery.nonfinite(gram)
         elif self.recipe.surgery.reduction == "mean":
             w = w / len(batch.tasks)
-        present = [name for name in batch.tasks if batch.examples(name)]
+        present = batch.present()
         head_square = self.head_gradient.square().sum()[None]
         norm = self.optimizer.clip(gram, w, head_square)
         laps.lap("surgery" if self.apart else "clipping")
@@ -248,24 +263,34 @@ class OnePassStep:
         return StepResult(losses, norm, gram if self.apart else None, nonfinite, laps.seconds)
 
     def _backward(self, batch: MultitaskBatch, laps: Laps) -> Tensor:
-        """Fills J, the word rows and the heads' gradients; returns the losses [T]."""
+        """Fills J, the word rows and the heads' gradients with this batch's share; returns its losses [T]."""
         packed = batch.packed
+        self.head_gradient.zero_()
+        if batch.whole is not None and packed.num_tokens == 0:  # a step too small to give this process anything
+            self.gradients.J.zero_()
+            if self.flat.words is not None:
+                self._words(batch).zero_()
+            return self.head_gradient.new_zeros(len(batch.tasks))
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
         run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
-        self.head_gradient.zero_()
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
-        losses = self.model.losses(batch, hidden)
+        losses = [loss * batch.share(name) for name, loss in self.model.losses(batch, hidden).items()]
         laps.lap("forward")
-        self._others(list(losses.values()))
-        torch.stack(list(losses.values())).sum().backward()  # last, since each backward overwrites J
+        self._others(losses)
+        torch.stack(losses).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             p.grad = None
         if self._words_are_dense():
             self._scatter_words(packed)
         laps.lap("backward")
-        return torch.stack([loss.detach() for loss in losses.values()])
+        return torch.stack([loss.detach() for loss in losses])
+
+    def _reduce(self, batch: MultitaskBatch, losses: Tensor) -> None:
+        """Sums what the backward left over all processes; word rows stand for the same words everywhere."""
+        words = [self._words(batch)] if self.flat.words is not None else []
+        self.world.reduce(self.gradients.J, *words, self.head_gradient, losses)
 
     def _others(self, losses: Sequence[Tensor]) -> None:
         """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""

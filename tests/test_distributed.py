@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes train as one does: the same losses and weights, one output, resumed with any number, ended together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minbert_fast.data import Collator, Sampler, Tokenizer, load_tokens, sample_directory
+from minbert_fast.training.world import World
+
+WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
+COMMON = [
+    "--recipe", "default", "--lr", "1e-3", "--surgery", "pcgrad", "--batch-size", "7", *WITHOUT_DROPOUT,
+    "--set", "training.evaluate_untrained=false", "--set", "logging.every=1",
+]  # fmt: skip
+
+
+def command(ranks: int, *flags: str) -> list[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, "-m", "minbert_fast.train", *COMMON, *flags]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def run(ranks: int, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(ranks, *flags), capture_output=True, text=True, timeout=240, env=environment(folder), cwd=folder
+    )
+
+
+def succeed(ranks: int, folder: Path, *flags: str) -> None:
+    done = run(ranks, folder, *flags)
+    assert done.returncode == 0, done.stderr
+
+
+def losses(output: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [[line[f"loss/{task}"] for task in ("sentiment", "paraphrase", "similarity")] for line in lines]
+
+
+def same(one: Path, other: Path) -> None:
+    for name in ("model.safetensors", "heads.safetensors"):
+        a, b = load_file(one / "last" / name), load_file(other / "last" / name)
+        for key, tensor in a.items():
+            torch.testing.assert_close(b[key], tensor, atol=2e-5, rtol=1e-4, msg=lambda text, k=key: f"{k}: {text}")
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    succeed(1, folder, "--max-steps", "12", "--precision", "fp32", "--output", "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_with_shares_train_as_one_process_does(ranks: int, alone: Path, tmp_path: Path) -> None:
+    """Seven examples a task: no number of ranks here divides it."""
+    succeed(ranks, tmp_path, "--max-steps", "12", "--precision", "fp32", "--output", "run")
+    same(alone, tmp_path / "run")
+    a, b = (json.loads((run / "summary.json").read_text()) for run in (alone, tmp_path / "run"))
+    assert a["tokens"] == b["tokens"]
+    assert a["dev"]["score"] == pytest.approx(b["dev"]["score"], abs=0.01)
+
+
+def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path) -> None:
+    flags = ["--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
+    succeed(2, tmp_path, "--max-steps", "4", *flags)
+    succeed(1, tmp_path, "--max-steps", "8", *flags, "--resume")
+    succeed(2, tmp_path, "--max-steps", "12", *flags, "--resume")
+    same(alone, tmp_path / "run")
+
+
+def test_bf16_and_plain_sums_train_too(tmp_path: Path) -> None:
+    succeed(2, tmp_path, "--max-steps", "4", "--precision", "bf16", "--surgery", "none", "--output", "run")
+    assert np.isfinite(losses(tmp_path / "run")).all()
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    flags = ["--epochs", "50", "--precision", "fp32", "--output", "run", "--set", "checkpoint.every=5"]
+    begun = subprocess.Popen(
+        command(2, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(folder),
+        cwd=folder,
+    )
+    deadline = time.monotonic() + 120
+    while not list((folder / "run" / "checkpoints").glob("*")):
+        assert begun.poll() is None, begun.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return begun
+
+
+def workers(parent: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_a_killed_rank_ends_the_run_which_goes_on_later(tmp_path: Path) -> None:
+    begun = start(tmp_path)
+    os.kill(max(workers(begun.pid)), signal.SIGKILL)
+    killed = time.monotonic()
+    _, error = begun.communicate(timeout=90)
+    assert begun.returncode != 0
+    assert time.monotonic() - killed < 60
+    assert "SIGKILL" in error or "lost another process" in error
+    succeed(1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--max-steps", "1")
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
+    begun = start(tmp_path)
+    os.kill(max(workers(begun.pid)), signal.SIGTERM)
+    _, error = begun.communicate(timeout=90)
+    assert begun.returncode != 0
+    assert "SIGTERM: stopped after step" in error
+    assert "Traceback (most recent call last):\n  File" not in error.split("stopped after step")[0]
+
+
+def test_the_reference_backend_is_for_one_process(tmp_path: Path) -> None:
+    done = run(2, tmp_path, "--backend", "reference", "--output", "run", "--max-steps", "1")
+    assert done.returncode != 0
+    assert "trains in one process, not in 2" in done.stderr
+
+
+def test_shares_make_up_the_whole_step() -> None:
+    sample = sample_directory()
+    tokenizer = Tokenizer.from_pretrained(sample.model)
+    files: dict[str, Any] = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
+    tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
+    rows = Sampler.of(tables, 5).rows(0, 0)
+    joint = frozenset({"paraphrase"})
+    for together in (frozenset[str](), joint):
+        whole = Collator(tables, 64, together)(rows)
+        parts = [Collator(tables, 64, together, rank=rank, ranks=3)(rows) for rank in range(3)]
+        assert sum(part.packed.num_tokens for part in parts) == whole.packed.num_tokens
+        for task in tables:
+            assert sum(part.share(task) for part in parts) == pytest.approx(1)
+            assert sorted(r for part in parts for r in part.rows[task]) == sorted(rows[task])
+        words = whole.packed.word_ids[: whole.packed.num_words]
+        counted = torch.zeros(len(words), dtype=torch.int64)
+        for part in parts:
+            assert torch.equal(part.packed.word_ids[: part.packed.num_words], words)
+            counted += part.packed.word_offsets.diff()[: len(words)]
+        assert torch.equal(counted, whole.packed.word_offsets.diff()[: len(words)].long())
+
+
+def test_a_world_of_one_exchanges_nothing() -> None:
+    world, tensor = World(), torch.ones(3)
+    world.reduce(tensor)
+    world.wait()
+    assert torch.equal(tensor, torch.ones(3))
+    assert world.agreed(None) is None
+    assert world.from_main(lambda: 7) == 7
