@@ -290,8 +290,6 @@ def recipe_path(name_or_file: str, beside: Path | None = None) -> Path:
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
         values = tomllib.loads(regular(path).read_bytes().decode("utf-8"))
     except OSError as error:
@@ -300,6 +298,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
+    if path.resolve() in seen:  # asked of a file that could be read: a loop of links cannot be resolved
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     parent = values.pop("extends", None)
     if parent is None:
         return values
