@@ -70,10 +70,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_with_shares_train_as_one_process_does(ranks: int, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (4, False), (2, True), (4, True)])
+def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
-    succeed(ranks, tmp_path, "--max-steps", "12", "--precision", "fp32", "--output", "run")
+    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
+    succeed(ranks, tmp_path, *flags, "--set", f"training.shard={str(shard).lower()}")
     same(alone, tmp_path / "run")
     a, b = (json.loads((run / "summary.json").read_text()) for run in (alone, tmp_path / "run"))
     assert a["tokens"] == b["tokens"]
@@ -84,6 +85,7 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path)
     flags = ["--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
     succeed(2, tmp_path, "--max-steps", "4", *flags)
     succeed(1, tmp_path, "--max-steps", "8", *flags, "--resume")
+    succeed(2, tmp_path, "--max-steps", "10", *flags, "--resume", "--set", "training.shard=true")
     succeed(2, tmp_path, "--max-steps", "12", *flags, "--resume")
     same(alone, tmp_path / "run")
 

@@ -42,6 +42,8 @@ def run_command(line: str) -> None:
     words = shlex.split(line)
     if line in MADE_BY_CI:
         assert line in (ROOT / ".ci" / "run").read_text()
+    elif words[0] == "torchrun":
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], check=True, timeout=300)
     elif words[:2] == ["python", "-m"] and words[2].startswith("minbert_fast."):
         module = importlib.import_module(words[2])
         assert cli.run(module.main, words[3:]) == 0, line

@@ -77,7 +77,7 @@ FREE = {
     "logging": None,
     "data": ("directory", "files", "cache", "max_bad_rows"),
     "model": ("name",),
-    "training": ("max_steps",),
+    "training": ("max_steps", "shard"),
 }
 
 

@@ -397,16 +397,16 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         state = self.state
-        if self._saved == state.step or self._step is None or not self.world.is_main:
+        if self._saved == state.step or self._step is None:
             return
         self._tick("other")
         self._observe(self.stages[state.stage], None, logged=False)
         if state.record is not None:
             self.files.metrics.write(state.record)
         self.files.metrics.flush()
-        tensors, scalars = gather(self.model, self._step)
-        saved = {"run": asdict(state), "step": scalars, **self.constants}
-        self.store.save(state.step, tensors, saved)
+        tensors, scalars = gather(self.model, self._step)  # by every process: each may keep a part of the moments
+        if self.world.is_main:
+            self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
         self._tick("checkpoint")
 
