@@ -93,7 +93,8 @@ class ShardedGradients(TaskGradients):
         begin, end = slots[0].begin, slots[-1].end
         span, room = next((s, room) for s, room in self._places if s.begin <= begin and end <= s.end)
         flat = room[:, begin - span.begin : end - span.begin]
-        return flat.unflatten(-1, (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]))
+        rows: Tensor = flat.unflatten(-1, (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]))
+        return rows
 
     def zero(self) -> None:
         for memory in self._memory:

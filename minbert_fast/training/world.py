@@ -52,12 +52,14 @@ class World:
     def begin_share(self, tensor: Tensor, share: Tensor) -> Work | None:
         """Begins to sum `tensor` [size * n] over all processes; each gets its own n of the sums, as `share` [n]."""
         with self._lost():
-            return distributed.reduce_scatter(share, list(tensor.chunk(self.size)), async_op=True)
+            work: Work = distributed.reduce_scatter(share, list(tensor.chunk(self.size)), async_op=True)
+        return work
 
     def begin_union(self, share: Tensor, tensor: Tensor) -> Work | None:
         """Begins to fill `tensor` [size * n] with the `share` [n] of every process in turn."""
         with self._lost():
-            return distributed.all_gather(list(tensor.chunk(self.size)), share, async_op=True)
+            work: Work = distributed.all_gather(list(tensor.chunk(self.size)), share, async_op=True)
+        return work
 
     def finish(self, begun: Iterable[Work | None]) -> None:
         """Returns when what was begun is done (on a GPU: when what follows on this stream will find it done)."""
