@@ -4,16 +4,16 @@
     python -m tests.large_data [--rows 10000000] [--folder DIR] [--steps 3]
 
 Each part is a run of `minbert_fast.train` in a process of its own, whose memory is watched from outside. Prints a line
-of JSON: seconds, and the peak of the process's own memory (RssAnon; pages of mapped files, which the kernel takes back
-as it likes, are apart). A run of the sample data, the same in all else, says what a process needs anyhow.
+of JSON a part: seconds, and the peak of the process's own memory (RssAnon; pages of mapped files, which the kernel takes
+back as it likes, are apart). A run of the sample data, the same in all else, says what a process needs anyhow.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,9 +47,15 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
             )
 
 
+def used_seconds() -> float:
+    """Processor seconds of all ended children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def watched(arguments: list[str]) -> dict[str, Any]:
-    """Runs training to its end: its seconds, and peaks of its memory in MiB."""
-    began = time.monotonic()
+    """Runs training to its end: its seconds, those of all its threads, and peaks of its memory in MiB."""
+    began, before = time.monotonic(), used_seconds()
     process = subprocess.Popen(
         [sys.executable, "-m", "minbert_fast.train", *arguments],
         stdout=subprocess.PIPE,
@@ -66,31 +72,34 @@ def watched(arguments: list[str]) -> dict[str, Any]:
     said = process.stdout.read()
     process.stdout.close()
     assert process.returncode == 0, said
-    seconds = time.monotonic() - began
-    return {"seconds": round(seconds, 1), **{name: round(peak / 1024) for name, peak in peaks.items()}}
+    seconds = {"seconds": time.monotonic() - began, "cpu_seconds": used_seconds() - before}
+    return {
+        **{name: round(value, 1) for name, value in seconds.items()},
+        **{name: round(peak / 1024) for name, peak in peaks.items()},
+    }
 
 
-def measure(folder: Path, rows: int, steps: int) -> dict[str, Any]:
+def measure(folder: Path, rows: int, steps: int) -> None:
     """All parts, on a file of `rows` rows in `folder`, which needs room for some 250 bytes a row."""
     source, cache = folder / "rows.csv", folder / "cache"
     flags = ["--device", "cpu", "--max-steps", str(steps), "--set", f"data.cache={cache}"]
 
-    def train(name: str, *more: str) -> dict[str, Any]:
-        return watched([*flags, "--output", str(folder / name), *more])
+    def train(name: str, *more: str) -> None:
+        print(json.dumps({name: watched([*flags, "--output", str(folder / name), *more])}), flush=True)
 
-    found: dict[str, Any] = {"rows": rows, "threads": os.environ.get("OMP_NUM_THREADS"), "sample": train("sample")}
+    train("sample")
     began = time.monotonic()
     write_rows(source, rows)
-    found |= {"written": round(time.monotonic() - began, 1), "bytes": source.stat().st_size}
+    written = {"rows": rows, "bytes": source.stat().st_size, "seconds": round(time.monotonic() - began, 1)}
+    print(json.dumps({"written": written}), flush=True)
     data = ["--recipe", "demonstration", "--set", f"data.files.paraphrase.train='{source}'"]
-    found["built"] = train("built", *data)
-    found["reused"] = train("reused", *data)
-    found["cache_bytes"] = sum(path.stat().st_size for path in cache.glob("rows-*/*"))
+    train("built", *data)
+    train("reused", *data)
+    print(json.dumps({"cache": {"bytes": sum(path.stat().st_size for path in cache.glob("rows-*/*"))}}), flush=True)
     with source.open("a") as file:
         file.write(f"{rows}\tlast\tone more\trow\t1.0\n")
-    found["rebuilt"] = train("rebuilt", *data)
+    train("rebuilt", *data)
     assert len(list(cache.glob("rows-*"))) == 2
-    return found
 
 
 def main() -> None:
@@ -102,7 +111,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        print(json.dumps(measure(Path(folder), options.rows, options.steps)))
+        measure(Path(folder), options.rows, options.steps)
 
 
 if __name__ == "__main__":

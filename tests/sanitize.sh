@@ -13,7 +13,7 @@ cxx=${CXX:-c++}
 kind=address
 case ${1:-} in address | thread) kind=$1 && shift ;; esac
 
-run=
+run= select=
 if [ "$kind" = address ]; then
   sanitizers=address,undefined flags=-fno-sanitize-recover=all library=libasan.so
   [ $# -gt 0 ] || set -- tests/surgery tests/layers tests/test_native_build.py tests/test_native_attention.py
@@ -22,11 +22,14 @@ else
   [ $# -gt 0 ] || set -- tests/surgery/test_gram_combine.py tests/surgery/test_adamw.py tests/layers/test_layers.py \
     tests/test_native_build.py tests/test_native_attention.py
   export OMP_NUM_THREADS=4
+  # All instruction sets share out work alike, and ThreadSanitizer sees no instructions that are named one by one.
+  select="not avx"
   # Older ThreadSanitizers refuse the memory layouts that some kernels draw.
   ! setarch "$(uname -m)" -R true 2>/dev/null || run="setarch $(uname -m) -R"
 fi
 
-MINBERT_FAST_CUDA=0 CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=$sanitizers $flags" \
+# -O2: below it the compiler fuses no multiplications with additions, and results miss their error budgets.
+MINBERT_FAST_CUDA=0 CXXFLAGS="-O2 -g -fno-omit-frame-pointer -fsanitize=$sanitizers $flags" \
   LDFLAGS="-fsanitize=$sanitizers" \
   "$python" setup.py -q build --build-lib "build/sanitized-$kind" --build-temp build/sanitized-objects
 
@@ -47,7 +50,8 @@ LD_PRELOAD="$("$cxx" -print-file-name=$library) $("$cxx" -print-file-name=libstd
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:$common UBSAN_OPTIONS=print_stacktrace=1:$common \
 TSAN_OPTIONS=ignore_noninstrumented_modules=1:$common \
 PYTHONPATH="$root/build/sanitized-$kind:$root" MINBERT_FAST_SANITIZED="$root/build/sanitized-$kind" \
-  $run "$python" -m pytest -q --import-mode=append -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "$@" \
+  $run "$python" -m pytest -q --import-mode=append -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+  ${select:+-k "$select"} "$@" \
   || status=$?
 for finding in finding.*; do
   [ ! -e "$finding" ] || { cat "$finding" && status=1; }

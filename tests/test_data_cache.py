@@ -281,4 +281,4 @@ def test_batches_come_straight_from_the_map(source: Path, tokenizer: Tokenizer) 
     assert not table.columns[0].flat.flags.owndata
     assert not table.columns[0].flat.flags.writeable
     batch = Collator({"paraphrase": table}, 16)({"paraphrase": np.array([4, 0])})
-    assert batch.packed.cu_seqlens.diff().tolist()[:2] == [16, 5]
+    assert batch.packed.cu_seqlens.diff().tolist()[:2] == [min(16, len(table.columns[0][row])) for row in (4, 0)]

@@ -119,11 +119,11 @@ def test_memory_that_runs_out_names_the_batch(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    rows = "".join(f"{row}\tid{row}\t{'good film ' * 60}\t{row % 5}\n" for row in range(12_000))
+    rows = "".join(f"{row}\tid{row}\t{'good film ' * 60}\t{row % 5}\n" for row in range(4_000))
     (data / "ids-sst-train.csv").write_text(f"\tid\tsentence\tsentiment\n{rows}")
-    error = fails(capsys, small_run(data, tmp_path / "run", "--batch-size", "12000"))
-    assert "out of memory at step 1, a batch of 12000 examples with 1,452,000 tokens" in error
-    assert "lower --batch-size (now 12000) or --set data.max_length (now 128)" in error
+    error = fails(capsys, small_run(data, tmp_path / "run", "--batch-size", "4000"))
+    assert "out of memory at step 1, a batch of 4000 examples with 512,000 tokens" in error
+    assert "lower --batch-size (now 4000) or --set data.max_length (now 128)" in error
 
 
 # ---- Texts --------------------------------------------------------------------------------------------------------------
@@ -174,17 +174,12 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", ["fifo", "directory", "loop"])
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_model_files_that_are_no_files_are_refused_at_once(model: Path, name: str, kind: str) -> None:
     """Without the check, opening the FIFO waits for a writer for ever."""
     (model / name).unlink(missing_ok=True)
-    if kind == "fifo":
-        os.mkfifo(model / name)
-    elif kind == "directory":
-        (model / name).mkdir()
-    else:
-        (model / name).symlink_to(model / name)
+    os.mkfifo(model / name) if kind == "fifo" else (model / name).mkdir()
     load = Tokenizer.from_pretrained if name.startswith("tokenizer") else BertModel.from_pretrained
     with pytest.raises(ValueError, match=re.escape(str(model))) as caught:
         load(model)

@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_bits_on_several_threads(
 ) -> None:
     """Twice with two threads, and the second time with a resume between."""
     torch.set_num_threads(2)
-    flags = ("--lr", "1e-3", "--precision", precision, "--batch-size", "16")
+    flags = ("--lr", "1e-3", "--precision", precision, "--epochs", "1")
     assert cli.run(train.main, small_run(data, tmp_path / "once", *flags)) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--max-steps", "2")) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--resume")) == 0
