@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on a generated file of millions of rows: time and memory of making the token cache, of steps, of a rebuild.
 
-    python -m tests.large_data [--rows 10000000] [--folder DIR] [--steps 3]
+    python -m tests.large_data [--rows 10000000] [--longest 20] [--folder DIR] [--steps 3]
 
 Each part is a run of `minbert_fast.train` in a process of its own, whose memory is watched from outside. Prints a line
 of JSON a part: seconds, and the peak of the process's own memory (RssAnon; pages of mapped files, which the kernel takes
@@ -30,15 +30,15 @@ HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
 BLOCK = 10_000  # rows that are written at a time
 
 
-def write_rows(path: Path, rows: int, seed: int = 0) -> None:
-    """Writes a paraphrase file of pairs of 3 to 20 words each, of the sample model's vocabulary."""
+def write_rows(path: Path, rows: int, longest: int = 20, seed: int = 0) -> None:
+    """Writes a paraphrase file of pairs of 1 to `longest` words each, of the sample model's vocabulary."""
     words = [w for w in (sample_directory().model / "vocab.txt").read_text().split() if w.isalpha()]
     draw = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file:
         file.write(HEADER)
         for begin in range(0, rows, BLOCK):
             count = min(BLOCK, rows - begin)
-            lengths = draw.integers(3, 21, (count, 2))
+            lengths = draw.integers(1, longest + 1, (count, 2))
             text = iter([words[index] for index in draw.integers(0, len(words), lengths.sum())])
             labels = draw.integers(0, 2, count)
             file.writelines(
@@ -79,7 +79,7 @@ def watched(arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, rows: int, steps: int) -> None:
+def measure(folder: Path, rows: int, longest: int, steps: int) -> None:
     """All parts, on a file of `rows` rows in `folder`, which needs room for some 250 bytes a row."""
     source, cache = folder / "rows.csv", folder / "cache"
     flags = ["--device", "cpu", "--max-steps", str(steps), "--set", f"data.cache={cache}"]
@@ -89,7 +89,7 @@ def measure(folder: Path, rows: int, steps: int) -> None:
 
     train("sample")
     began = time.monotonic()
-    write_rows(source, rows)
+    write_rows(source, rows, longest)
     written = {"rows": rows, "bytes": source.stat().st_size, "seconds": round(time.monotonic() - began, 1)}
     print(json.dumps({"written": written}), flush=True)
     data = ["--recipe", "demonstration", "--set", f"data.files.paraphrase.train='{source}'"]
@@ -105,13 +105,14 @@ def measure(folder: Path, rows: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--longest", type=int, default=20, help="words of a sentence; 1 to this many")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument(
         "--folder", type=Path, help="a place with room; default: a temporary folder, removed afterwards"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measure(Path(folder), options.rows, options.steps)
+        measure(Path(folder), options.rows, options.longest, options.steps)
 
 
 if __name__ == "__main__":

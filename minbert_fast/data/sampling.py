@@ -72,8 +72,9 @@ class Draw:
             members = members[_shuffle(len(members), philox)]
             share = self.count // len(classes) + (index < self.count % len(classes))
             parts.append(np.resize(members, share))  # a rare label's rows recur
-        rows = np.concatenate(parts)
-        return rows[_shuffle(len(rows), philox)]
+        rows: np.ndarray = np.concatenate(parts)
+        shuffled: np.ndarray = rows[_shuffle(len(rows), philox)]
+        return shuffled
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,8 @@ class Tokens:
         """[sentences] int32: tokens of each sentence."""
         lengths = np.empty(len(self), dtype=np.int32)
         # Straight into 4 bytes each: there may be millions.
-        return np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
+        np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
+        return lengths
 
     @staticmethod
     def of(sentences: Sequence[Sequence[int] | np.ndarray], truncated: int = 0) -> Tokens:
