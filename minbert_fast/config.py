@@ -178,6 +178,7 @@ class TrainingOptions:
     evaluate_untrained: bool = True  # dev scores before the first step, to compare with
     patience: int = 0  # early stopping: evaluations without a better score; 0: never
     max_skipped: int = 10  # steps in a row with losses or gradients that are not finite, before training stops
+    ema: float = 0.0  # decay of a moving average of the weights, which is what is evaluated and saved; 0: none
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, f"epochs = {self.epochs}: expected 0 or more")
@@ -187,6 +188,7 @@ class TrainingOptions:
         for name in ("evaluate_every", "patience"):
             _check(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: expected 0 or more")
         _check(self.max_skipped >= 1, f"max_skipped = {self.max_skipped}: expected at least 1")
+        _check(0 <= self.ema < 1, f"ema = {self.ema}: expected 0 <= decay < 1")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
+from minbert_fast.training.averaging import WeightAverage
 from minbert_fast.training.world import World
 
 Backend = Literal["fast", "reference"]
@@ -63,6 +64,10 @@ class Laps:
 
 class TrainingStep(Protocol):
     """A step that the loop can call, save and restore."""
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The averaged weights, where the recipe asks for them: what is evaluated and kept."""
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         """Trains on `batch` with every learning rate times `lr_scale`."""
@@ -205,6 +210,7 @@ class OnePassStep:
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
         self.gradients = TaskGradients(self.flat, len(recipe.tasks) if self.apart else 1, dtype)
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
+        self.average = WeightAverage.of_flat(recipe.training.ema, self.flat)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -253,12 +259,15 @@ class OnePassStep:
         head_square = self.head_gradient.square().sum()[None]
         norm = self.optimizer.clip(gram, w, head_square)
         laps.lap("surgery" if self.apart else "clipping")
-        self.optimizer.advance(["shared", "words", *present], skip=nonfinite.any() | ~torch.isfinite(norm))
+        skip = nonfinite.any() | ~torch.isfinite(norm)
+        self.optimizer.advance(["shared", "words", *present], skip)
         self.optimizer.step_shared(self.gradients, w)
         if self.flat.words is not None:
             self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
+        if self.average is not None:
+            self.average.update(skip)
         laps.lap("optimizer")
         return StepResult(losses, norm, gram if self.apart else None, nonfinite, laps.seconds)
 
@@ -327,11 +336,15 @@ class OnePassStep:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()
         tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
+        if self.average is not None:
+            tensors |= self.average.state_dict()
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
         self.weights.load_state_dict(_unprefixed(state["tensors"]))
+        if self.average is not None:
+            self.average.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
 
@@ -357,6 +370,7 @@ class ReferenceStep:
         for entry in parts.frozen:
             entry.parameter.requires_grad_(False)
         self.optimizer = reference.AdamW(self._groups(recipe.optimizer), **_adamw_settings(recipe.optimizer))
+        self.average = WeightAverage.of_entries(recipe.training.ema, [entry for _, entry in self.entries.values()])
         self.steps = 0
 
     def _groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
@@ -381,8 +395,11 @@ class ReferenceStep:
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
         nonfinite = ~torch.isfinite(values)
-        if torch.isfinite(norm) and not nonfinite.any():
+        skip = nonfinite.any() | ~torch.isfinite(norm)
+        if not skip:
             self.optimizer.step()
+        if self.average is not None:
+            self.average.update(skip)
         laps.lap("optimizer")
         return StepResult(values, norm, None, nonfinite, laps.seconds)
 
@@ -416,6 +433,8 @@ class ReferenceStep:
             if state:
                 tensors |= {f"{name}/exp_avg": state["exp_avg"], f"{name}/exp_avg_sq": state["exp_avg_sq"]}
                 scalars[f"{name}/step"] = state["step"]
+        if self.average is not None:
+            tensors |= self.average.state_dict()
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -427,6 +446,8 @@ class ReferenceStep:
                     "exp_avg": tensors[f"{name}/exp_avg"].clone(),
                     "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
                 }
+        if self.average is not None:
+            self.average.load_state_dict(tensors)
         self.generator.set_state(_unprefixed(tensors)["generator"])
         self.steps = int(scalars["steps"])
 
