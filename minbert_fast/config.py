@@ -2,9 +2,9 @@
 """What a model looks like and what a training run does: frozen dataclasses, checked when they are made.
 
 `BertConfig` mirrors a Hugging Face `config.json`. `Recipe` is one experiment as data: sections `model`, `data`,
-`tasks`, `optimizer`, `surgery`, `training`, `checkpoint`, `logging`, and optional `stages` (each a partial recipe laid
-over the whole, run one after the other). A TOML file may start from another (`extends = "name-or-file"`), and any
-value can be set from the command line (`section.key=value`).
+`tasks`, `optimizer`, `surgery`, `weighting`, `training`, `checkpoint`, `logging`, and optional `stages` (each a partial
+recipe laid over the whole, run one after the other). A TOML file may start from another (`extends = "name-or-file"`),
+and any value can be set from the command line (`section.key=value`).
 """
 
 from __future__ import annotations
@@ -164,6 +164,21 @@ class SurgeryOptions:
 
 
 @dataclass(frozen=True)
+class WeightingOptions:
+    """Weights of the tasks' losses that change as training goes on; they come on top of the tasks' own `weight`."""
+
+    method: Literal["none", "uncertainty", "dwa"] = "none"
+    lr: float = 0.01  # uncertainty: of the gradient descent on the log-variances
+    temperature: float = 2.0  # dwa: the higher, the more alike the weights
+    window: int = 0  # dwa: steps whose mean losses are compared; 0: an epoch
+
+    def __post_init__(self) -> None:
+        _check(math.isfinite(self.lr) and self.lr >= 0, f"lr = {self.lr}: expected 0 or more")
+        _check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
+        _check(self.window >= 0, f"window = {self.window}: expected 0 or more")
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How long, how many, how exact."""
 
@@ -230,6 +245,7 @@ class Recipe:
     tasks: Mapping[str, Any] = field(default_factory=lambda: {"sentiment": {}, "paraphrase": {}, "similarity": {}})
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
+    weighting: WeightingOptions = field(default_factory=WeightingOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -112,4 +112,5 @@ def _tensors(batch: MultitaskBatch) -> list[Tensor]:
 
 def _cloned(result: StepResult) -> StepResult:
     gram = None if result.gram is None else result.gram.clone()
-    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone())
+    weights = None if result.task_weights is None else result.task_weights.clone()
+    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone(), weights)

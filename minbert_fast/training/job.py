@@ -223,11 +223,13 @@ class _Job:
         collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size)
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
+        window = recipe.weighting.window or sampler.steps_per_epoch
+        trained = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
         def begin() -> TrainingStep:
             self.model.configure(tasks)
             fill_memories(self.model, recipe, tables, self.precision)
-            step = make_step(self.backend, self.model, recipe, DTYPES[self.precision], self.world)
+            step = make_step(self.backend, self.model, trained, DTYPES[self.precision], self.world)
             if not graphs:
                 return step
             assert isinstance(step, OnePassStep)

@@ -375,6 +375,7 @@ class Trainer:
         record |= {f"loss/{task}": loss for task, loss in seen.losses.items()}
         record |= {"grad_norm": seen.grad_norm, "conflicts": seen.conflicts}
         record |= {f"cosine/{pair}": cosine for pair, cosine in seen.cosines.items()}
+        record |= {f"weight/{task}": weight for task, weight in seen.weights.items()}
         if seen.skipped:
             record["skipped"] = list(seen.skipped)
         if scale is not None:

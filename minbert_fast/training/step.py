@@ -28,6 +28,7 @@ from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.training.averaging import WeightAverage
+from minbert_fast.training.weighting import task_weights
 from minbert_fast.training.world import World
 
 Backend = Literal["fast", "reference"]
@@ -43,6 +44,7 @@ class StepResult:
     grad_norm: Tensor  # [] norm of the combined gradient before clipping
     gram: Tensor | None  # [T, T] inner products of the tasks' encoder gradients; None where they were not kept apart
     nonfinite: Tensor  # [T] bool: tasks whose loss or gradient is not finite; the step was skipped if any
+    task_weights: Tensor | None = None  # [T] dynamic weights of the step's losses (`losses` are without them)
     seconds: Mapping[str, float] = field(default_factory=dict)  # of each part; empty on a device with a time of its own
 
 
@@ -211,6 +213,7 @@ class OnePassStep:
         self.gradients = TaskGradients(self.flat, len(recipe.tasks) if self.apart else 1, dtype)
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
         self.average = WeightAverage.of_flat(recipe.training.ema, self.flat)
+        self.weighting = task_weights(recipe.weighting, list(recipe.tasks), self.flat.data.device)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -236,6 +239,8 @@ class OnePassStep:
         seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
         _reseed(seed, self.steps)
         self.seed.fill_(_step_seed(seed, self.steps))
+        if self.weighting is not None:
+            self.weighting.prepare(self.steps)
         self.steps += 1
         self.optimizer.schedule(lr_scale)
         self.weights.prepare(len(batch.tasks), self.flat.data.device)
@@ -268,8 +273,12 @@ class OnePassStep:
             self.optimizer.step_head(name, self.head_gradient)
         if self.average is not None:
             self.average.update(skip)
+        weighted = None
+        if self.weighting is not None:
+            weighted = self.weighting.weights()
+            self.weighting.observe(losses, present, skip)
         laps.lap("optimizer")
-        return StepResult(losses, norm, gram if self.apart else None, nonfinite, laps.seconds)
+        return StepResult(losses, norm, gram if self.apart else None, nonfinite, weighted, laps.seconds)
 
     def _backward(self, batch: MultitaskBatch, laps: Laps) -> Tensor:
         """Fills J, the word rows and the heads' gradients with this batch's share; returns its losses [T]."""
@@ -287,8 +296,9 @@ class OnePassStep:
             hidden = self.model.encoder.encode_packed(run, packed)
         losses = [loss * batch.share(name) for name, loss in self.model.losses(batch, hidden).items()]
         laps.lap("forward")
-        self._others(losses)
-        torch.stack(losses).sum().backward()  # last, since each backward overwrites J
+        scaled = losses if self.weighting is None else self.weighting.scaled(losses)
+        self._others(scaled)
+        torch.stack(scaled).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             p.grad = None
         if self._words_are_dense():
@@ -336,15 +346,16 @@ class OnePassStep:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()
         tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
-        if self.average is not None:
-            tensors |= self.average.state_dict()
+        for part in (self.average, self.weighting):
+            tensors |= {} if part is None else part.state_dict()
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
         self.weights.load_state_dict(_unprefixed(state["tensors"]))
-        if self.average is not None:
-            self.average.load_state_dict(state["tensors"])
+        for part in (self.average, self.weighting):
+            if part is not None:
+                part.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
 
@@ -371,6 +382,7 @@ class ReferenceStep:
             entry.parameter.requires_grad_(False)
         self.optimizer = reference.AdamW(self._groups(recipe.optimizer), **_adamw_settings(recipe.optimizer))
         self.average = WeightAverage.of_entries(recipe.training.ema, [entry for _, entry in self.entries.values()])
+        self.weighting = task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device)
         self.steps = 0
 
     def _groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
@@ -381,6 +393,8 @@ class ReferenceStep:
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         _reseed(self.recipe.training.seed, self.steps)
+        if self.weighting is not None:
+            self.weighting.prepare(self.steps)
         self.steps += 1
         self.model.train()
         laps = Laps(batch.packed.tokens.device)
@@ -390,7 +404,8 @@ class ReferenceStep:
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
-        self._backward(batch, list(losses.values()), laps)
+        each = list(losses.values())
+        self._backward(batch, each if self.weighting is None else self.weighting.scaled(each), laps)
         values = torch.stack([loss.detach() for loss in losses.values()])
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
@@ -400,8 +415,12 @@ class ReferenceStep:
             self.optimizer.step()
         if self.average is not None:
             self.average.update(skip)
+        weighted = None
+        if self.weighting is not None:
+            weighted = self.weighting.weights()
+            self.weighting.observe(values, batch.present(), skip)
         laps.lap("optimizer")
-        return StepResult(values, norm, None, nonfinite, laps.seconds)
+        return StepResult(values, norm, None, nonfinite, weighted, laps.seconds)
 
     def _backward(self, batch: MultitaskBatch, losses: list[Tensor], laps: Laps) -> None:
         """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
@@ -433,8 +452,8 @@ class ReferenceStep:
             if state:
                 tensors |= {f"{name}/exp_avg": state["exp_avg"], f"{name}/exp_avg_sq": state["exp_avg_sq"]}
                 scalars[f"{name}/step"] = state["step"]
-        if self.average is not None:
-            tensors |= self.average.state_dict()
+        for part in (self.average, self.weighting):
+            tensors |= {} if part is None else part.state_dict()
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -446,8 +465,9 @@ class ReferenceStep:
                     "exp_avg": tensors[f"{name}/exp_avg"].clone(),
                     "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
                 }
-        if self.average is not None:
-            self.average.load_state_dict(tensors)
+        for part in (self.average, self.weighting):
+            if part is not None:
+                part.load_state_dict(tensors)
         self.generator.set_state(_unprefixed(tensors)["generator"])
         self.steps = int(scalars["steps"])
 
