@@ -2,9 +2,9 @@
 """What a model looks like and what a training run does: frozen dataclasses, checked when they are made.
 
 `BertConfig` mirrors a Hugging Face `config.json`. `Recipe` is one experiment as data: sections `model`, `data`,
-`tasks`, `optimizer`, `surgery`, `weighting`, `training`, `checkpoint`, `logging`, and optional `stages` (each a partial
-recipe laid over the whole, run one after the other). A TOML file may start from another (`extends = "name-or-file"`),
-and any value can be set from the command line (`section.key=value`).
+`tasks`, `optimizer`, `surgery`, `weighting`, `regularisation`, `training`, `checkpoint`, `logging`, and optional
+`stages` (each a partial recipe laid over the whole, run one after the other). A TOML file may start from another
+(`extends = "name-or-file"`), and any value can be set from the command line (`section.key=value`).
 """
 
 from __future__ import annotations
@@ -179,6 +179,23 @@ class WeightingOptions:
 
 
 @dataclass(frozen=True)
+class RegularisationOptions:
+    """What is asked of the model beside the labels: that it answers an example alike each time. 0 asks nothing."""
+
+    r_drop: float = 0.0  # weight of the divergence between two answers under different dropout
+
+    def __post_init__(self) -> None:
+        for name in ("r_drop",):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0, f"{name} = {value}: expected 0 or more")
+
+    @property
+    def twins(self) -> bool:
+        """Whether each example is in its batch twice."""
+        return self.r_drop > 0
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How long, how many, how exact."""
 
@@ -246,6 +263,7 @@ class Recipe:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
     weighting: WeightingOptions = field(default_factory=WeightingOptions)
+    regularisation: RegularisationOptions = field(default_factory=RegularisationOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

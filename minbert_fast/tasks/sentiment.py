@@ -98,6 +98,9 @@ class SentimentHead(Head):
     def predict(self, output: HeadOutput) -> Tensor:
         return output.scores.argmax(-1)
 
+    def logits(self, output: HeadOutput) -> Tensor:
+        return output.scores
+
     def memory(self) -> LabelledSentences | None:
         return self.neighbours
 

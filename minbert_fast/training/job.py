@@ -219,8 +219,9 @@ class _Job:
         alone = self.world.size == 1 and self.backend == "fast"
         graphs = training.graphs and method.capturable and self.device.type == "cuda" and alone
         longest = recipe.data.max_length
-        buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
-        collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size)
+        twins = frozenset(tasks if recipe.regularisation.twins else ())
+        buckets = choose_buckets(sampler, tables, longest, joint, twins) if graphs else EXACT
+        collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size, twins)
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
         window = recipe.weighting.window or sampler.steps_per_epoch

@@ -430,7 +430,7 @@ class Trainer:
 
     def _give_up(self, stage: Stage, seen: Observation) -> None:
         """Stops a run whose losses stay non-finite. Skipped steps changed nothing: the model is the last good one."""
-        places = [stage.place(task, int(row)) for task in seen.skipped for row in seen.rows[task]]
+        places = [stage.place(task, row) for task in seen.skipped for row in dict.fromkeys(seen.rows[task].tolist())]
         shown = ", ".join(places[:SHOWN_EXAMPLES])
         more = f" and {len(places) - SHOWN_EXAMPLES} more" if len(places) > SHOWN_EXAMPLES else ""
         if self.state.record is not None:

@@ -26,7 +26,7 @@ from minbert_fast.optim import FlatAdamW
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks import Agreement, MultitaskModel
 from minbert_fast.training.averaging import WeightAverage
 from minbert_fast.training.weighting import task_weights
 from minbert_fast.training.world import World
@@ -214,6 +214,7 @@ class OnePassStep:
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
         self.average = WeightAverage.of_flat(recipe.training.ema, self.flat)
         self.weighting = task_weights(recipe.weighting, list(recipe.tasks), self.flat.data.device)
+        self.agreement = Agreement(recipe.regularisation.r_drop)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -294,7 +295,8 @@ class OnePassStep:
         run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
-        losses = [loss * batch.share(name) for name, loss in self.model.losses(batch, hidden).items()]
+        found = self.model.losses(batch, hidden, agreement=self.agreement)
+        losses = [loss * batch.share(name) for name, loss in found.items()]
         laps.lap("forward")
         scaled = losses if self.weighting is None else self.weighting.scaled(losses)
         self._others(scaled)
@@ -400,7 +402,7 @@ class ReferenceStep:
         laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = self.model.losses_padded(batch)
+            losses = self.model.losses_padded(batch, Agreement(self.recipe.regularisation.r_drop))
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
