@@ -183,16 +183,24 @@ class RegularisationOptions:
     """What is asked of the model beside the labels: that it answers an example alike each time. 0 asks nothing."""
 
     r_drop: float = 0.0  # weight of the divergence between two answers under different dropout
+    smart: float = 0.0  # weight of the divergence between the answers to an example and to its perturbed twin
+    noise: float = 0.003  # smart: standard deviation of the perturbation that the ascent starts from
+    step: float = 0.1  # smart: how far it goes along a gradient whose largest element is 1
+    radius: float = 0.01  # smart: bound on each element of the perturbation
+    proximal: float = 0.0  # weight of the divergence from the answers of a teacher, the weights' moving average
+    momentum: float = 0.99  # proximal: the average's decay
 
     def __post_init__(self) -> None:
-        for name in ("r_drop",):
+        for name in ("r_drop", "smart", "noise", "step", "radius", "proximal"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, f"{name} = {value}: expected 0 or more")
+        _check(0 <= self.momentum < 1, f"momentum = {self.momentum}: expected 0 <= decay < 1")
+        _check(not (self.r_drop and self.smart), "r_drop and smart: expected one of them, each has a use for the twins")
 
     @property
     def twins(self) -> bool:
         """Whether each example is in its batch twice."""
-        return self.r_drop > 0
+        return self.r_drop > 0 or self.smart > 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,7 +88,7 @@ def unlike_twins(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0)
     sentences = []
     for part in parts:
         offsets = part.packed.cu_seqlens.tolist()
-        sentences.append([part.packed.tokens[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)])
+        sentences.append([part.packed.tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)])
     both: list[list[list[int]]] = []
     first = 0
     for name, n in sizes.items():
@@ -138,7 +140,8 @@ def test_steps_with_r_drop_equal_the_reference_path(surgery: str) -> None:
         batch, *_ = unlike_twins(fast_model, SIZES | ({"paraphrase": 0} if index == 2 else {}), seed=index)
         a, b, c = fast(batch, 1.0), slow(batch, 1.0), plain(batch, 1.0)
         torch.testing.assert_close(a.losses, b.losses, atol=2e-4, rtol=2e-4)
-        assert (a.losses >= c.losses).all() or index
+        if index == 0:  # the same weights still
+            assert (a.losses > c.losses).all()
     for (name, p), q in zip(fast_model.named_parameters(), slow_model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)
     assert not torch.equal(fast_model.encoder.word_embedding.weight, plain_model.encoder.word_embedding.weight)
@@ -147,7 +150,7 @@ def test_steps_with_r_drop_equal_the_reference_path(surgery: str) -> None:
 def twice(batch: MultitaskBatch) -> MultitaskBatch:
     """The batch with all its examples twice."""
     offsets = batch.packed.cu_seqlens.tolist()
-    every = [batch.packed.tokens[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    every = [batch.packed.tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)]
     sentences: list[list[list[int]]] = []
     for name in batch.tasks:
         sentences.append([])
@@ -176,8 +179,6 @@ def test_twins_differ_by_their_dropout_alone() -> None:
 
 
 def test_r_drop_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     chosen = recipe(regularisation={"r_drop": 1.0}, surgery={"method": "pcgrad"})
     batch = twice(make_batch(make_model(chosen), SIZES)).to("meta")
@@ -202,7 +203,7 @@ def tables() -> dict[str, TokenTable]:
 
 def sequences(batch: MultitaskBatch) -> list[tuple[int, ...]]:
     offsets = batch.packed.cu_seqlens.tolist()
-    return [tuple(batch.packed.tokens[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [tuple(batch.packed.tokens[a:b].tolist()) for a, b in itertools.pairwise(offsets)]
 
 
 @pytest.mark.parametrize("joint", [frozenset[str](), frozenset({"paraphrase"})])

@@ -151,12 +151,10 @@ class MultitaskModel(nn.Module):
         """The mean loss of task `name` times its weight, from its head's output; 0 without examples."""
         if batch.examples(name) == 0:
             return output.scores.sum()  # of nothing: 0, and part of the graph
-        head, labels = self.head(name), batch.labels.get(name)
+        head, labels, weight = self.head(name), batch.labels.get(name), self.tasks[name].weight
         if name in batch.twins:
-            loss = (agreement or Agreement()).loss(head, output, labels)
-        else:
-            loss = head.loss(output, labels)
-        return loss * self.tasks[name].weight
+            return (agreement or Agreement()).loss(head, output, labels) * weight
+        return head.loss(output, labels) * weight
 
     def head(self, name: str) -> Head:
         """The head of task `name`."""

@@ -52,6 +52,7 @@ from minbert_fast.training.progress import progress_for
 from minbert_fast.training.report import write_report
 from minbert_fast.training.runs import flat
 from minbert_fast.training.signals import StopSignals
+from minbert_fast.training.smart import check_smart
 from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
 from minbert_fast.training.trackers import check, tracking
 from minbert_fast.training.world import World, joined
@@ -206,6 +207,7 @@ class _Job:
         method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
         tables = {name: self.data.train[name] for name in tasks}
         check_memories(self.model, recipe)
+        check_smart(recipe, self.backend)
         training = recipe.training
         joint = frozenset(name for name, task in tasks.items() if task.joint)
         sampler = Sampler.of(

@@ -28,6 +28,7 @@ from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import Agreement, MultitaskModel
 from minbert_fast.training.averaging import WeightAverage
+from minbert_fast.training.smart import Adversary, Teacher
 from minbert_fast.training.weighting import task_weights
 from minbert_fast.training.world import World
 
@@ -214,7 +215,10 @@ class OnePassStep:
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
         self.average = WeightAverage.of_flat(recipe.training.ema, self.flat)
         self.weighting = task_weights(recipe.weighting, list(recipe.tasks), self.flat.data.device)
-        self.agreement = Agreement(recipe.regularisation.r_drop)
+        asked = recipe.regularisation
+        self.agreement = Agreement(asked.smart or asked.r_drop, both=not asked.smart)
+        self.adversary = Adversary(model, self.flat, asked) if asked.smart else None
+        self.teacher = Teacher(model, self.flat, asked, dtype) if asked.proximal else None
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -272,8 +276,9 @@ class OnePassStep:
             self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
-        if self.average is not None:
-            self.average.update(skip)
+        for follower in (self.average, self.teacher):
+            if follower is not None:
+                follower.update(skip)
         weighted = None
         if self.weighting is not None:
             weighted = self.weighting.weights()
@@ -292,10 +297,14 @@ class OnePassStep:
             return self.head_gradient.new_zeros(len(batch.tasks))
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
-        run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
+        noise = None if self.adversary is None else self.adversary.noise(batch, bounds, self.seed)
+        run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, noise)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
-        found = self.model.losses(batch, hidden, agreement=self.agreement)
+        if self.teacher is None:
+            found = self.model.losses(batch, hidden, agreement=self.agreement)
+        else:
+            found = self.teacher.losses(self.model, batch, hidden, self.agreement)
         losses = [loss * batch.share(name) for name, loss in found.items()]
         laps.lap("forward")
         scaled = losses if self.weighting is None else self.weighting.scaled(losses)
@@ -348,14 +357,14 @@ class OnePassStep:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()
         tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
-        for part in (self.average, self.weighting):
+        for part in (self.average, self.weighting, self.teacher):
             tensors |= {} if part is None else part.state_dict()
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
         self.weights.load_state_dict(_unprefixed(state["tensors"]))
-        for part in (self.average, self.weighting):
+        for part in (self.average, self.weighting, self.teacher):
             if part is not None:
                 part.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
