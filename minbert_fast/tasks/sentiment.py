@@ -32,7 +32,6 @@ CLASSES = {
     "sentiment": ("negative", "somewhat negative", "neutral", "somewhat positive", "positive"),
     "polarity": ("negative", "positive"),
 }
-_FEWER = "expected fewer than there are neighbours of all classes"
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class SentimentOptions(TaskOptions):
             not (self.neighbours and (self.extra_layers or self.shared_layers)),
             "neighbours: compared by the encoder's own embeddings, without extra_layers or shared_layers",
         )
-        most = self.neighbours * len(CLASSES[self.data])
-        require(0 <= self.nearest and (not self.nearest or self.nearest < most), f"nearest = {self.nearest}: {_FEWER}")
+        most = max(1, self.neighbours * len(CLASSES[self.data]))
+        require(0 <= self.nearest < most, f"nearest = {self.nearest}: expected fewer than there are neighbours in all")
         require(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
         require(0 <= self.label_smoothing < 1, f"label_smoothing = {self.label_smoothing}: expected 0 <= share < 1")
 
