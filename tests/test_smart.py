@@ -35,10 +35,10 @@ def step_of(chosen: Recipe) -> OnePassStep:
 
 
 def noise_of(step: OnePassStep, batch: MultitaskBatch, seed: int = 5) -> Tensor:
-    assert step.adversary is not None
+    assert step.extras.adversary is not None
     torch.manual_seed(seed)
     step.model.train()
-    return step.adversary.noise(batch, batch.packed.task_tokens, step.seed)
+    return step.extras.adversary.noise(batch, batch.packed.task_tokens, step.seed)
 
 
 class Perturbed(AutogradPass):
@@ -138,10 +138,10 @@ def test_a_smart_step_has_the_gradients_of_loss_and_divergence(surgery: str) -> 
     model = copy.deepcopy(step.model)
     step.prepare(batch, 1.0)
     expected_noise = noise_of(step, batch)
-    assert step.adversary is not None
-    fixed = Adversary(step.model, step.flat, step.adversary.options)
+    assert step.extras.adversary is not None
+    fixed = Adversary(step.model, step.flat, step.extras.adversary.options)
     object.__setattr__(fixed, "noise", lambda *_: expected_noise)
-    step.adversary = fixed
+    step.extras.adversary = fixed
     result = step.compute(batch)
 
     plain = twice(make_batch(model, SIZES))
@@ -183,7 +183,7 @@ def test_smoothness_is_learned() -> None:
 def test_the_teacher_is_the_moving_average_of_the_weights() -> None:
     chosen = recipe(regularisation={"proximal": 1.0, "momentum": 0.8})
     step = step_of(chosen)
-    assert step.teacher is not None
+    assert step.extras.teacher is not None
     expected = step.flat.data.double().clone()
     for index in range(5):
         batch = make_batch(step.model, SIZES, seed=index)
@@ -193,7 +193,7 @@ def test_the_teacher_is_the_moving_average_of_the_weights() -> None:
         if index != 2:
             expected = 0.8 * expected + 0.2 * step.flat.data.double()
     for entry in step.flat.trainable:
-        its = dict(step.teacher.model.named_parameters())[entry.name]
+        its = dict(step.extras.teacher.model.named_parameters())[entry.name]
         torch.testing.assert_close(its.double(), step.flat.view(expected, entry.parameter), atol=1e-6, rtol=1e-5)
 
 
@@ -204,13 +204,13 @@ def test_the_proximal_loss_is_the_divergence_from_the_teachers_answers(twins: bo
     step = step_of(chosen)
     plain_model = copy.deepcopy(step.model)
     plain = OnePassStep(plain_model, recipe(regularisation=values | {"proximal": 0.0}), torch.float32)
-    assert step.teacher is not None
+    assert step.extras.teacher is not None
     for index in range(3):
         batch = make_batch(step.model, SIZES, seed=index)
         if twins:
             batch = twice(batch)
         plain.flat.data.copy_(step.flat.data)
-        teacher = step.teacher.model
+        teacher = step.extras.teacher.model
         hidden = [m.encoder(batch.packed)["last_hidden_state"] for m in (step.model, teacher)]
         answers = [m.outputs(batch, h) for m, h in zip((step.model, teacher), hidden, strict=True)]
         if twins:

@@ -133,8 +133,8 @@ def test_weights_scale_the_rows_of_j_the_heads_and_the_gram_matrix() -> None:
     for each in (plain, chosen):
         model = make_model(each)
         step = OnePassStep(model, each, torch.float32)
-        if step.weighting is not None:
-            step.weighting.state["log_variances"].copy_(torch.tensor([0.5, -1.0, 2.0]))
+        if step.extras.weighting is not None:
+            step.extras.weighting.state["log_variances"].copy_(torch.tensor([0.5, -1.0, 2.0]))
         steps.append((step, step(make_batch(model, SIZES), 1.0)))
     (one, a), (two, b) = steps
     factors = torch.exp(-torch.tensor([0.5, -1.0, 2.0]))

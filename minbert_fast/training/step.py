@@ -26,10 +26,9 @@ from minbert_fast.optim import FlatAdamW
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
-from minbert_fast.tasks import Agreement, MultitaskModel
+from minbert_fast.tasks import MultitaskModel
 from minbert_fast.training.averaging import WeightAverage
-from minbert_fast.training.smart import Adversary, Teacher
-from minbert_fast.training.weighting import task_weights
+from minbert_fast.training.extras import Extras
 from minbert_fast.training.world import World
 
 Backend = Literal["fast", "reference"]
@@ -213,12 +212,7 @@ class OnePassStep:
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
         self.gradients = TaskGradients(self.flat, len(recipe.tasks) if self.apart else 1, dtype)
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
-        self.average = WeightAverage.of_flat(recipe.training.ema, self.flat)
-        self.weighting = task_weights(recipe.weighting, list(recipe.tasks), self.flat.data.device)
-        asked = recipe.regularisation
-        self.agreement = Agreement(asked.smart or asked.r_drop, both=not asked.smart)
-        self.adversary = Adversary(model, self.flat, asked) if asked.smart else None
-        self.teacher = Teacher(model, self.flat, asked, dtype) if asked.proximal else None
+        self.extras = Extras.of_flat(model, recipe, self.flat, dtype)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -235,6 +229,10 @@ class OnePassStep:
                 slot = self.flat.slot(p)
                 p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
 
+    @property
+    def average(self) -> WeightAverage | None:
+        return self.extras.average
+
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         self.prepare(batch, lr_scale)
         return self.compute(batch)
@@ -244,8 +242,7 @@ class OnePassStep:
         seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
         _reseed(seed, self.steps)
         self.seed.fill_(_step_seed(seed, self.steps))
-        if self.weighting is not None:
-            self.weighting.prepare(self.steps)
+        self.extras.prepare(self.steps)
         self.steps += 1
         self.optimizer.schedule(lr_scale)
         self.weights.prepare(len(batch.tasks), self.flat.data.device)
@@ -276,13 +273,7 @@ class OnePassStep:
             self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
-        for follower in (self.average, self.teacher):
-            if follower is not None:
-                follower.update(skip)
-        weighted = None
-        if self.weighting is not None:
-            weighted = self.weighting.weights()
-            self.weighting.observe(losses, present, skip)
+        weighted = self.extras.after(losses, present, skip)
         laps.lap("optimizer")
         return StepResult(losses, norm, gram if self.apart else None, nonfinite, weighted, laps.seconds)
 
@@ -297,19 +288,15 @@ class OnePassStep:
             return self.head_gradient.new_zeros(len(batch.tasks))
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
-        noise = None if self.adversary is None else self.adversary.noise(batch, bounds, self.seed)
+        noise = self.extras.noise(batch, bounds, self.seed)
         run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, noise)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
-        if self.teacher is None:
-            found = self.model.losses(batch, hidden, agreement=self.agreement)
-        else:
-            found = self.teacher.losses(self.model, batch, hidden, self.agreement)
-        losses = [loss * batch.share(name) for name, loss in found.items()]
+        losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
+        scaled = self.extras.scaled(losses)
         laps.lap("forward")
-        scaled = losses if self.weighting is None else self.weighting.scaled(losses)
         self._others(scaled)
-        torch.stack(scaled).sum().backward()  # last, since each backward overwrites J
+        torch.stack(list(scaled)).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             p.grad = None
         if self._words_are_dense():
@@ -356,17 +343,13 @@ class OnePassStep:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()
-        tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
-        for part in (self.average, self.weighting, self.teacher):
-            tensors |= {} if part is None else part.state_dict()
+        tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict()) | self.extras.state_dict()
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
         self.weights.load_state_dict(_unprefixed(state["tensors"]))
-        for part in (self.average, self.weighting, self.teacher):
-            if part is not None:
-                part.load_state_dict(state["tensors"])
+        self.extras.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
 
@@ -392,9 +375,12 @@ class ReferenceStep:
         for entry in parts.frozen:
             entry.parameter.requires_grad_(False)
         self.optimizer = reference.AdamW(self._groups(recipe.optimizer), **_adamw_settings(recipe.optimizer))
-        self.average = WeightAverage.of_entries(recipe.training.ema, [entry for _, entry in self.entries.values()])
-        self.weighting = task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device)
+        self.extras = Extras.of_entries(model, recipe, [entry for _, entry in self.entries.values()])
         self.steps = 0
+
+    @property
+    def average(self) -> WeightAverage | None:
+        return self.extras.average
 
     def _groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -404,19 +390,17 @@ class ReferenceStep:
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         _reseed(self.recipe.training.seed, self.steps)
-        if self.weighting is not None:
-            self.weighting.prepare(self.steps)
+        self.extras.prepare(self.steps)
         self.steps += 1
         self.model.train()
         laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = self.model.losses_padded(batch, Agreement(self.recipe.regularisation.r_drop))
+            losses = self.model.losses_padded(batch, self.extras.agreement)
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
-        each = list(losses.values())
-        self._backward(batch, each if self.weighting is None else self.weighting.scaled(each), laps)
+        self._backward(batch, self.extras.scaled(list(losses.values())), laps)
         values = torch.stack([loss.detach() for loss in losses.values()])
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
@@ -424,20 +408,15 @@ class ReferenceStep:
         skip = nonfinite.any() | ~torch.isfinite(norm)
         if not skip:
             self.optimizer.step()
-        if self.average is not None:
-            self.average.update(skip)
-        weighted = None
-        if self.weighting is not None:
-            weighted = self.weighting.weights()
-            self.weighting.observe(values, batch.present(), skip)
+        weighted = self.extras.after(values, batch.present(), skip)
         laps.lap("optimizer")
         return StepResult(values, norm, None, nonfinite, weighted, laps.seconds)
 
-    def _backward(self, batch: MultitaskBatch, losses: list[Tensor], laps: Laps) -> None:
+    def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor], laps: Laps) -> None:
         """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
         options = self.recipe.surgery
         if options.method == "none":
-            total = torch.stack(losses).sum()
+            total = torch.stack(list(losses)).sum()
             (total / len(losses) if options.reduction == "mean" else total).backward()
             laps.lap("backward")
         else:
@@ -463,8 +442,7 @@ class ReferenceStep:
             if state:
                 tensors |= {f"{name}/exp_avg": state["exp_avg"], f"{name}/exp_avg_sq": state["exp_avg_sq"]}
                 scalars[f"{name}/step"] = state["step"]
-        for part in (self.average, self.weighting):
-            tensors |= {} if part is None else part.state_dict()
+        tensors |= self.extras.state_dict()
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -476,9 +454,7 @@ class ReferenceStep:
                     "exp_avg": tensors[f"{name}/exp_avg"].clone(),
                     "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
                 }
-        for part in (self.average, self.weighting):
-            if part is not None:
-                part.load_state_dict(tensors)
+        self.extras.load_state_dict(tensors)
         self.generator.set_state(_unprefixed(tensors)["generator"])
         self.steps = int(scalars["steps"])
 
