@@ -142,6 +142,9 @@ class Pass(Protocol):
     def attend(self, rows: Attention) -> Attend:
         """Attention among `rows`, with its own dropout stream."""
 
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """`hidden` [N, H] is about to enter layer number `layer`."""
+
 
 class _Dropout:
     """Dropout probabilities and streams of one pass: each call site has its number, in the order of the forward."""
@@ -201,6 +204,8 @@ class AutogradPass(_Dropout):
 
         return attention
 
+    def enter(self, layer: int, hidden: Tensor) -> None: ...
+
     def _seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
@@ -212,6 +217,7 @@ class OnePass(_Dropout):
 
     `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
     `gradients` all parameters are constants. `noise` [N, H] is added to the embeddings, and may ask for a gradient.
+    `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
     """
 
     def __init__(
@@ -223,8 +229,10 @@ class OnePass(_Dropout):
         bounds: Tensor,
         seed: Tensor,
         noise: Tensor | None = None,
+        through: Callable[[int], None] = lambda layer: None,
     ) -> None:
         super().__init__(config, training=True)
+        self.through = through
         self.flat = flat
         self.gradients = gradients
         self.batch = batch
@@ -280,6 +288,10 @@ class OnePass(_Dropout):
         site = self.site()
         return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
 
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self.through(layer))
+
     def _weight(self, parameter: Tensor) -> Tensor:
         return self.flat.view(self.flat.compute, parameter)
 
@@ -293,7 +305,7 @@ class OnePass(_Dropout):
     def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
         if self.gradients is None or not self.gradients.owns(parameters[0]):
             return None
-        return self.flat.stacked(self.gradients.J, parameters)
+        return self.gradients.stacked(parameters)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
