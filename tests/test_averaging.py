@@ -22,6 +22,8 @@ from tests.test_graph import computed_on_meta
 from tests.test_loop import RECIPE, STAGED, KilledError, Run, StandIn
 from tests.test_step import SIZES, make_batch, make_model, recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKENDS = ("fast", "reference")
 
 

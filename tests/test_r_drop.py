@@ -27,6 +27,8 @@ from minbert_fast.training.step import OnePassStep, make_step
 from tests.test_graph import OnlyMeta
 from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # ---- How far two answers are apart ---------------------------------------------------------------------------------------
 
 

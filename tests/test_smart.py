@@ -27,6 +27,8 @@ from tests.test_graph import OnlyMeta
 from tests.test_r_drop import twice, unlike_twins
 from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDE = {"smart": 2.0, "noise": 0.02, "step": 0.3, "radius": 0.1}
 
 

@@ -22,6 +22,8 @@ from tests.small import small_data
 from tests.test_graph import computed_on_meta
 from tests.test_step import SIZES, make_batch, make_model, recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = ("a", "b", "c")
 CPU = torch.device("cpu")
 NO = torch.tensor(False)

@@ -43,7 +43,7 @@ def fill_memories(
         except ValueError as error:
             raise ConfigError(f"tasks.{name}.neighbours: {table.path}: {error}") from None
         collate, snapshot = Collator({name: table}, recipe.data.max_length), Snapshot(model.encoder, DTYPES[precision])
-        vectors = []
+        vectors: list[torch.Tensor] = []
         for begin in range(0, len(rows), CHUNK):
             batch = collate({name: rows[begin : begin + CHUNK]}).to(memory.vectors.device)
             vectors += model.inputs(batch, snapshot.hidden(PackedRows(batch.packed)))[name].embeddings

@@ -56,8 +56,8 @@ class Observer:
         """Everything noted since the last call, in order."""
         if not self._pending:
             return []
-        values = torch.stack([packed for *_, packed in self._pending]).tolist()
-        seen = [_observation(*noted, row) for (*noted, _), row in zip(self._pending, values, strict=True)]
+        values = torch.stack([packed for _, _, _, packed in self._pending]).tolist()
+        seen = [_observation(s, batch, w, row) for (s, batch, w, _), row in zip(self._pending, values, strict=True)]
         self._pending.clear()
         return seen
 
