@@ -174,7 +174,7 @@ def test_smoothness_is_learned() -> None:
         judge = step_of(recipe(regularisation=WIDE))
         judge.flat.data.copy_(step.flat.data)
         batch = twice(make_batch(judge.model, SIZES, seed=9))
-        return float(apart(judge.model, batch, noise_of(judge, batch)))
+        return apart(judge.model, batch, noise_of(judge, batch)).item()
 
     assert trained(WIDE | {"smart": 20.0}) < 0.7 * trained({})
 

@@ -50,7 +50,7 @@ def test_uncertainties_descend_on_the_papers_objective() -> None:
         (gradient,) = torch.autograd.grad((torch.exp(-s) * row.double() + s / 2).sum(), s)
         s = (s - 0.1 * gradient).detach().requires_grad_()
         weighting.observe(row, TASKS, NO)
-    assert weighting.weights().min() > 1
+    assert (weighting.weights() - 1).abs().min() > 0.1
 
 
 def test_uncertainties_come_to_rest_where_each_loss_weighs_one_half() -> None:
