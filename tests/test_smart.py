@@ -234,7 +234,7 @@ def test_the_teacher_holds_back() -> None:
             step(batch, 1.0)
         end = step.model.outputs(batch, step.model.encoder(batch.packed)["last_hidden_state"])
         assert not torch.equal(step.flat.data, before)
-        return sum(float(divergence(step.model.head(name), start[name], end[name])) for name in SIZES)
+        return sum(divergence(step.model.head(name), start[name], end[name]).item() for name in SIZES)
 
     assert moved({"proximal": 30.0, "momentum": 0.999}) < 0.5 * moved({})
 
