@@ -262,7 +262,7 @@ class OnePass(_Dropout):
             batch.cu_seqlens,
             batch.word_order,
             batch.word_offsets[: batch.num_words + 1],
-            self.gradients.words(batch.num_words) if self.flat.words is tables[0] else None,
+            self.gradients.words(batch.num_words, tables[0].shape[1]) if self._learns(tables[0]) else None,
             *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
         )
         word, position, kind = (self._weight(t) for t in tables)
@@ -281,6 +281,10 @@ class OnePass(_Dropout):
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients.owns(parameter) else None
+
+    def _learns(self, word: Tensor) -> bool:
+        """Whether the word embedding trains: by its touched rows alone, or in J, where a head is tied to it."""
+        return self.flat.words is word or self.gradients.owns(word)
 
     def _together(self, parameters: Sequence[Tensor]) -> bool:
         owned = {self.gradients.owns(p) for p in parameters}

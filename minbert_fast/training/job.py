@@ -175,6 +175,9 @@ class _Job:
         self.encoder_hash = tensors_digest(encoder.state_dict())
         torch.manual_seed(self.recipe.training.seed)  # heads start from it
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
+        if not all(task.dataset for task in self.data.tasks.values()):  # further pre-training
+            for name in self.model.adopt(weights.pretraining_heads(source), str(source)):
+                self.say(f"tasks.{name} starts from the model's own pre-training head")
         self.stages = [self._stage(index, stage) for index, stage in enumerate(self.recipe.resolved_stages())]
         self._check_select()
 
@@ -220,7 +223,9 @@ class _Job:
         graphs = training.graphs and method.capturable and self.device.type == "cuda" and alone
         longest = recipe.data.max_length
         buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
-        collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size)
+        made = {name: task.maker(self.tokenizer, training.seed + index) for name, task in tasks.items()}
+        makers = {name: maker for name, maker in made.items() if maker is not None}
+        collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size, makers)
         own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
         steps = training.epochs * sampler.steps_per_epoch
 

@@ -23,7 +23,7 @@ from minbert_fast.config import OptimizerOptions, Recipe
 from minbert_fast.flat import Entry, FlatParameters, TaskGradients
 from minbert_fast.functional import surgery as ops
 from minbert_fast.optim import FlatAdamW
-from minbert_fast.packing import MultitaskBatch, PackedBatch
+from minbert_fast.packing import MultitaskBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
@@ -283,7 +283,7 @@ class OnePassStep:
         for p in self.others:
             p.grad = None
         if self._words_are_dense():
-            self._scatter_words(packed)
+            self._scatter_words(batch)
         laps.lap("backward")
         return torch.stack([loss.detach() for loss in losses])
 
@@ -308,14 +308,15 @@ class OnePassStep:
         word = self.model.encoder.word_embedding.weight
         return any(p is word for p in self.others)
 
-    def _scatter_words(self, packed: PackedBatch) -> None:
+    def _scatter_words(self, batch: MultitaskBatch) -> None:
         """Adds the row-sparse gradients of a word embedding that a head uses too to its dense rows in J."""
-        rows = self.gradients.words(packed.num_words)
         dense = self.gradients.view(self.model.encoder.word_embedding.weight)
-        dense.index_add_(1, packed.word_ids[: packed.num_words], rows)
+        ids = batch.packed.word_ids[: batch.packed.num_words]
+        dense.index_add_(1, ids.clamp(min=0), self._words(batch))  # unused rows (-1) hold zeros
 
     def _words(self, batch: MultitaskBatch) -> Tensor:
-        return self.gradients.words(batch.packed.num_words)  # [T, U, H]
+        width = self.model.encoder.config.hidden_size
+        return self.gradients.words(batch.packed.num_words, width)  # [T, U, H]
 
     def _gram(self, batch: MultitaskBatch) -> Tensor:
         """G [T, T]: inner products of the tasks' gradients over the whole shared encoder."""
