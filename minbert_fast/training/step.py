@@ -278,9 +278,13 @@ class OnePassStep:
             hidden = self.model.encoder.encode_packed(run, packed)
         losses = [loss * batch.share(name) for name, loss in self.model.losses(batch, hidden).items()]
         laps.lap("forward")
-        self._others(losses)
+        if self.apart:
+            self._others(losses)
         torch.stack(losses).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
+            if not self.apart:
+                row = self.gradients.view(p)[0]
+                row.zero_() if p.grad is None else row.copy_(p.grad)
             p.grad = None
         if self._words_are_dense():
             self._scatter_words(batch)
@@ -293,7 +297,10 @@ class OnePassStep:
         self.world.reduce(self.gradients.J, *words, self.head_gradient, losses)
 
     def _others(self, losses: Sequence[Tensor]) -> None:
-        """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""
+        """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own.
+
+        For tasks that are kept apart; else the one backward has their sum.
+        """
         if not self.others:
             return
         for p in self.others:
@@ -302,7 +309,7 @@ class OnePassStep:
             found = torch.autograd.grad(loss, self.others, retain_graph=True, allow_unused=True)
             for p, gradient in zip(self.others, found, strict=True):
                 if gradient is not None:
-                    self.gradients.view(p)[row % self.gradients.tasks] += gradient
+                    self.gradients.view(p)[row] += gradient
 
     def _words_are_dense(self) -> bool:
         word = self.model.encoder.word_embedding.weight
