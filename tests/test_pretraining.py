@@ -30,7 +30,7 @@ from tests.test_step import check_j
 
 CONFIG = BertConfig(
     vocab_size=456, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-    max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=2,
 )  # fmt: skip
 FILES = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv", "similarity": "sts-train.csv"}
 TASKS: dict[str, Any] = {"sentiment": {"dropout": 0.0}, "mlm": {"text": ["sentiment", "similarity"]}, "nsp": {}}
