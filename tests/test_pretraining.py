@@ -32,6 +32,7 @@ CONFIG = BertConfig(
     vocab_size=456, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
     max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=2,
 )  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv", "similarity": "sts-train.csv"}
 TASKS: dict[str, Any] = {"sentiment": {"dropout": 0.0}, "mlm": {"text": ["sentiment", "similarity"]}, "nsp": {}}
 SIZES = {"sentiment": 4, "mlm": 6, "nsp": 3}
@@ -277,14 +278,12 @@ def small_recipe(data: Path, **training: Any) -> Recipe:
     values = {
         "data": {"directory": str(data), "cache": str(data / "cache")},
         "training": {"batch_size": 8, "precision": "fp32", "epochs": 1, **training},
-        "checkpoint": {"every": 1},
         "logging": {"every": 1},
         "optimizer": {"lr": 1e-3},
     }
     return Recipe.load("enhancing-mlm-nsp").with_values(values, "test")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Cut within the pre-training stage, and again in the one after it."""
     data = small_data(tmp_path / "data")
@@ -309,7 +308,6 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert "sentiment_accuracy" in json.loads(scores.read_text())
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_pretraining_starts_from_the_models_own_heads_and_learns(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,7 +320,7 @@ def test_pretraining_starts_from_the_models_own_heads_and_learns(
                 (model / path.name).write_bytes(path.read_bytes())
     # Nothing else trains, so there are no dev scores.
     base = small_recipe(data, epochs=12).with_values({"model": {"name": str(model)}}, "test")
-    alone = {"tasks": {"mlm": {"rate": 0.3}}, "stages": (), "checkpoint": {"every": 0}}
+    alone = {"tasks": {"mlm": {"rate": 0.3}}, "stages": ()}
     chosen = build(Recipe, {**vars(base), **alone}, "test")
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
     assert "tasks.mlm starts from the model's own pre-training head" in capsys.readouterr().out

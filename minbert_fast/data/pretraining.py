@@ -49,7 +49,7 @@ class Made:
 
         Places are padded to `room` with IGNORED answers, so that shapes can be kept to a few sizes.
         """
-        answers = np.concatenate([np.empty(0, np.int64), *self.answers])
+        answers: np.ndarray = np.concatenate([np.empty(0, np.int64), *self.answers])
         if self.places is None:
             return answers
         begins = np.cumsum([0, *map(len, self.sequences)])

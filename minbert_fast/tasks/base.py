@@ -92,7 +92,7 @@ class Head(nn.Module, ABC):
         """Class probabilities [n, C], or None for a task without classes."""
         return None
 
-    def published(self) -> dict[str, nn.Parameter]:
+    def published(self) -> dict[str, Tensor]:
         """Its parameters by their names in published BERT files, for a head that BERT itself was trained with."""
         return {}
 

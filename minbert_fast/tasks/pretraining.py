@@ -131,7 +131,7 @@ class MaskedHead(Head):
         """The likeliest word at each place [M]."""
         return output.scores.argmax(-1)
 
-    def published(self) -> dict[str, nn.Parameter]:
+    def published(self) -> dict[str, Tensor]:
         return {
             "cls.predictions.transform.dense.weight": self.dense.weight,
             "cls.predictions.transform.dense.bias": self.dense.bias,
@@ -204,7 +204,7 @@ class NextSentenceHead(Head):
     def predict(self, output: HeadOutput) -> Tensor:
         return output.scores.argmax(-1)
 
-    def published(self) -> dict[str, nn.Parameter]:
+    def published(self) -> dict[str, Tensor]:
         return {"cls.seq_relationship.weight": self.output.weight, "cls.seq_relationship.bias": self.output.bias}
 
 
