@@ -98,9 +98,10 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path)
 def test_ranks_hide_the_words_that_one_process_hides(tmp_path: Path) -> None:
     """Masked words are a mean over words, next sentences over pairs; the word embedding's gradient is dense."""
     flags = ["--recipe", "enhancing-mlm-nsp", "--max-steps", "5", "--precision", "fp32"]
-    for ranks in (1, 2):
-        succeed(ranks, tmp_path, *flags, "--output", f"run{ranks}")
-    same(tmp_path / "run1", tmp_path / "run2", ("mlm", "nsp"))
+    succeed(1, tmp_path, *flags, "--output", "alone")
+    for name, shard in (("whole", "false"), ("parts", "true")):
+        succeed(2, tmp_path, *flags, "--output", name, "--set", f"training.shard={shard}")
+        same(tmp_path / "alone", tmp_path / name, ("mlm", "nsp"))
 
 
 def test_bf16_and_plain_sums_train_too(tmp_path: Path) -> None:
