@@ -87,7 +87,7 @@ class PackedBatch:
 class Whole:
     """The step that a batch is one process's share of."""
 
-    examples: dict[str, int]  # of each task, in all processes
+    examples: dict[str, int]  # of each task, in all processes, twins included
     tokens: int
     answers: dict[str, int] = field(default_factory=dict)  # as the batch's own
 
@@ -107,6 +107,7 @@ class MultitaskBatch:
     labels: dict[str, Tensor]
     rows: dict[str, np.ndarray]
     whole: Whole | None = None  # None: this batch is all of the step
+    twins: frozenset[str] = frozenset()  # tasks whose examples are all there twice: once, then all again
     answers: dict[str, int] = field(default_factory=dict)  # what a task's loss is a mean over, if not its examples
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultitaskBatch:

@@ -328,3 +328,18 @@ def test_pretraining_starts_from_the_models_own_heads_and_learns(
     losses = [line["loss/mlm"] for line in lines if "loss/mlm" in line]
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
     assert (output / "best" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("asked", [{"r_drop": 1.0}, {"smart": 1.0, "proximal": 1.0}])
+def test_regularisation_of_labelled_tasks_leaves_the_others_alone(asked: dict[str, float], tmp_path: Path) -> None:
+    data = small_data(tmp_path / "data")
+    values = {"regularisation": asked, "training": {"max_steps": 12}, "data": {"scheme": "each-once"}}
+    chosen = small_recipe(data).with_values(values, "test")
+    together = {"sentiment": {}, "similarity": {}, "mlm": {}, "nsp": {}}
+    chosen = build(Recipe, {**vars(chosen), "tasks": together, "stages": ()}, "test")
+    output = train(chosen, Options(tmp_path / "run", device="cpu"))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [{key for key in line if key.startswith("loss/")} for line in lines if line["step"]]
+    assert losses[0] == {f"loss/{name}" for name in together}
+    assert losses[-1] == {"loss/mlm"}  # the last steps have no twins
+    assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 0

@@ -92,6 +92,10 @@ class Head(nn.Module, ABC):
         """Class probabilities [n, C], or None for a task without classes."""
         return None
 
+    def logits(self, output: HeadOutput) -> Tensor | None:
+        """Unnormalised log-probabilities [n, C] of the classes that the loss knows; None where it knows scores alone."""
+        return None
+
     def published(self) -> dict[str, Tensor]:
         """Its parameters by their names in published BERT files, for a head that BERT itself was trained with."""
         return {}
@@ -120,10 +124,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def dataset(self) -> str:
-        """Which data file belongs to it (key of `minbert_fast.data.FORMATS`).
+        """Which data file belongs to it (key of `minbert_fast.data.FORMATS`); empty for a task that has none of its own."""
 
-        Empty for a task that only trains, on what others have (`sources`): it has no dev scores and no predictions.
-        """
+    @property
+    def predicts(self) -> bool:
+        """Whether it has dev scores and predictions; else it only trains, on what others have (`sources`)."""
+        return bool(self.dataset)
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, say: Callable[[str], Non
     opened: dict[tuple[Path, str], TokenTable] = {}
 
     def load(split: str) -> dict[str, TokenTable]:
-        chosen = tasks if split == "train" else {name: task for name, task in tasks.items() if task.dataset}
+        chosen = tasks if split == "train" else {name: task for name, task in tasks.items() if task.predicts}
         wanted = tuple(dict.fromkeys(source for task in chosen.values() for source in task.sources))
         paths = find_files(recipe, split, wanted, say) if wanted else {}
         tables = {}

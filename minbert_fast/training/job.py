@@ -154,7 +154,7 @@ class _Job:
         self.encoder_hash = tensors_digest(encoder.state_dict())
         torch.manual_seed(self.recipe.training.seed)  # heads start from it
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
-        if not all(task.dataset for task in self.data.tasks.values()):  # further pre-training
+        if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
             for name in self.model.adopt(weights.pretraining_heads(source), str(source)):
                 self.say(f"tasks.{name} starts from the model's own pre-training head")
         self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
