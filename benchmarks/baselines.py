@@ -157,6 +157,8 @@ def split_tasks(batch: MultitaskBatch) -> Iterator[tuple[str, MultitaskBatch]]:
         part = replace(
             packed,
             tokens=packed.tokens[begin:end],
+            positions=packed.positions[begin:end],
+            types=packed.types[begin:end],
             cu_seqlens=cu_seqlens,
             max_seqlen=max(b - a for a, b in itertools.pairwise(offsets[first : last + 1])),
             num_tokens=end - begin,
