@@ -47,7 +47,7 @@ def real_gradients(model: str, device: torch.device) -> Tensor:
     batch = Collator(tables, max_length=128)({name: np.arange(32) for name in tables})
     step = OnePassStep(network, recipe, torch.float32)
     step(batch.to(device), 1.0)
-    flat, words = step.flat, step.gradients.words(batch.packed.num_words)
+    flat, words = step.flat, step.gradients.words(batch.packed.num_words, CONFIGS[model].hidden_size)
     J = pages.zeros(3, flat.words_end, device=device)
     J[:, : flat.shared_end] = step.gradients.J
     ids = batch.packed.word_ids[: batch.packed.num_words].to(device).long()

@@ -212,13 +212,11 @@ class TaskGradients:
         """No gradient of any shared parameter."""
         self.J.zero_()
 
-    def words(self, rows: int) -> Tensor:
-        """Room for the gradients of `rows` distinct words [T, rows, H] (reused; it grows as needed)."""
-        assert self.flat.words is not None
-        hidden = self.flat.words.shape[1]
-        if self._words is None or self._words.numel() < self.tasks * rows * hidden:
-            self._words = torch.empty(self.tasks * rows * hidden, dtype=self.J.dtype, device=self.J.device)
-        return self._words[: self.tasks * rows * hidden].view(self.tasks, rows, hidden)
+    def words(self, rows: int, width: int) -> Tensor:
+        """Room for the gradients of `rows` distinct words [T, rows, width] (reused; it grows as needed)."""
+        if self._words is None or self._words.numel() < self.tasks * rows * width:
+            self._words = torch.empty(self.tasks * rows * width, dtype=self.J.dtype, device=self.J.device)
+        return self._words[: self.tasks * rows * width].view(self.tasks, rows, width)
 
     def buffers(self) -> tuple[Tensor, ...]:
         """The tensors in use at present, which later and larger batches may replace."""
