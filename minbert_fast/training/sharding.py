@@ -108,7 +108,12 @@ class ShardedExchange(Exchange):
     gradients: ShardedGradients
 
     def __init__(
-        self, world: World, flat: FlatParameters, tasks: int, dtype: torch.dtype, layers: Sequence[nn.Module]
+        self,
+        world: World,
+        flat: FlatParameters,
+        tasks: int,
+        dtype: torch.dtype,
+        layers: Sequence[Sequence[nn.Parameter]],
     ) -> None:
         self.shares = Shares(flat, world)
         super().__init__(world, flat, tasks, dtype, layers)
