@@ -214,11 +214,12 @@ class OnePassStep:
         sharded = recipe.training.shard and self.world.size > 1
         kind = ShardedExchange if sharded else Exchange
         rows = len(recipe.tasks) if self.apart else 1
-        self.exchange = kind(self.world, self.flat, rows, dtype, model.encoder.layers())
+        own = {id(p) for p in model.encoder.one_pass_parameters()}
+        layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.layers()]
+        self.exchange = kind(self.world, self.flat, rows, dtype, layers)
         self.gradients = self.exchange.gradients
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer, self.exchange.pieces)
         self.extras = Extras.of_flat(model, recipe, self.flat, dtype)
-        own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         self.heads = {name: [e.parameter for e in entries] for name, entries in parts.heads.items()}
