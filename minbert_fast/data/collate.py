@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from minbert_fast.data.buckets import EXACT, Buckets
+from minbert_fast.data.pretraining import Made, Maker
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable, cut, join
 from minbert_fast.packing import MultitaskBatch, Whole, pack
@@ -19,7 +20,9 @@ from minbert_fast.packing import MultitaskBatch, Whole, pack
 class Collator:
     """Makes a batch of rows. Tasks stand in the order of `tables`.
 
-    Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1).
+    Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1). Tasks in
+    `twins` give each example twice: all of a batch's, then all again. Tasks in `makers` have their sequences and labels
+    made, as `data/pretraining.py` says (arity 1, no twins).
     Raises ValueError for a joint task that is unknown or has no pairs, and for too small a `max_length`.
     """
 
@@ -29,6 +32,8 @@ class Collator:
     buckets: Buckets = EXACT
     rank: int = 0  # of `ranks` processes that train together: each packs every `ranks`th row of a task
     ranks: int = 1
+    twins: frozenset[str] = frozenset()
+    makers: Mapping[str, Maker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for task in self.joint:
@@ -37,26 +42,38 @@ class Collator:
         if self.max_length < (3 if self.joint else 2):
             raise ValueError(f"max_length is {self.max_length}: no room for [CLS] and [SEP]")
 
-    def __call__(self, rows: Mapping[str, np.ndarray]) -> MultitaskBatch:
-        """The batch of `rows[task]`, which names every task; a task may have no rows.
+    def __call__(self, rows: Mapping[str, np.ndarray], step: int = 0) -> MultitaskBatch:
+        """The batch of `rows[task]`, which names every task; a task may have no rows. `step` is for the makers alone.
 
         All first sentences of a task come before all second ones. Labels are float32 or int64 as in the
-        table; a task without labels has no entry among them.
+        table, or as made; a task without labels has no entry among them.
         """
+        made = {
+            task: maker(self.tables[task], rows[task], step, self.max_length) for task, maker in self.makers.items()
+        }
         sentences: list[list[np.ndarray]] = []
         types: list[list[np.ndarray]] = []
         for task, table in self.tables.items():
-            columns, kinds = self._sequences(task, table, rows[task])
+            found = (made[task].sequences, made[task].types) if task in made else None
+            columns, kinds = found or self._sequences(task, table, rows[task])
             sentences.append(columns)
             types.append(kinds)
         words, whole = None, None
         if self.ranks > 1:  # every process knows the whole step, so nobody has to ask
             every = [sentence for task in sentences for sentence in task]
             words = np.unique(np.concatenate([np.empty(0, dtype=np.int32), *every]))
-            whole = Whole({task: len(rows[task]) for task in self.tables}, sum(map(len, every)))
+            copies = {task: 2 if task in self.twins else 1 for task in self.tables}
+            tokens = sum(copies[task] * sum(map(len, s)) for task, s in zip(self.tables, sentences, strict=True))
+            answers = {task: each.count for task, each in made.items()}
+            whole = Whole({task: copies[task] * len(rows[task]) for task in self.tables}, tokens, answers)
             sentences = [self._mine(s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
             types = [self._mine(k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
             rows = {task: drawn[self.rank :: self.ranks] for task, drawn in rows.items()}
+            made = {task: each.share(self.rank, self.ranks) for task, each in made.items()}
+        if self.twins:
+            sentences = [self._twice(task, s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
+            types = [self._twice(task, k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
+            rows = {task: np.tile(drawn, 2 if task in self.twins else 1) for task, drawn in rows.items()}
         lengths = [len(sentence) for task in sentences for sentence in task]
         packed = pack(
             sentences,
@@ -70,19 +87,33 @@ class Collator:
             packed=packed,
             tasks=tuple(self.tables),
             arity={task: 1 if task in self.joint else table.arity for task, table in self.tables.items()},
-            labels={
-                task: torch.from_numpy(table.labels[rows[task]])
-                for task, table in self.tables.items()
-                if table.labels is not None
-            },
+            labels=self._labels(rows, made, packed.tokens.numel()),
             rows={task: np.asarray(rows[task]) for task in self.tables},
             whole=whole,
+            twins=self.twins,
+            answers={task: each.count for task, each in made.items()},
         )
 
+    def _labels(self, rows: Mapping[str, np.ndarray], made: Mapping[str, Made], tokens: int) -> dict[str, torch.Tensor]:
+        labels = {}
+        for task, table in self.tables.items():
+            if task in made:
+                padded = self.buckets.tokens and len(rows[task])
+                room = self.makers[task].most(tokens, len(rows[task])) if padded else None
+                labels[task] = torch.from_numpy(made[task].labels(room))
+            elif table.labels is not None:
+                labels[task] = torch.from_numpy(table.labels[rows[task]])
+        return labels
+
     def _mine(self, sequences: list[np.ndarray], examples: int) -> list[np.ndarray]:
-        """This process's share of a task's sequences, which stand column after column."""
-        columns = [sequences[begin : begin + examples] for begin in range(0, len(sequences), max(1, examples))]
-        return [sequence for column in columns for sequence in column[self.rank :: self.ranks]]
+        """This process's share of a task's sequences."""
+        return [sequence for column in _columns(sequences, examples) for sequence in column[self.rank :: self.ranks]]
+
+    def _twice(self, task: str, sequences: list[np.ndarray], examples: int) -> list[np.ndarray]:
+        """A task's sequences, with all of a column again after it if the task has twins."""
+        if task not in self.twins:
+            return sequences
+        return [sequence for column in _columns(sequences, examples) for sequence in column + column]
 
     def _sequences(self, task: str, table: TokenTable, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """A task's sequences, and their token types if any task is joint."""
@@ -100,7 +131,7 @@ def training_batches(
     """Yields steps (counted over the whole run) and their batches, from `start` to `stop` or without end."""
     step = start
     while stop is None or step < stop:
-        yield step, collator(sampler.rows(*sampler.position(step)))
+        yield step, collator(sampler.rows(*sampler.position(step)), step)
         step += 1
 
 
@@ -135,6 +166,11 @@ def pin(batch: MultitaskBatch) -> MultitaskBatch:
     """The batch in page-locked memory, from which it is copied to a GPU beside the GPU's work."""
     labels = {task: label.pin_memory() for task, label in batch.labels.items()}
     return replace(batch, packed=batch.packed.pin_memory(), labels=labels)
+
+
+def _columns(sequences: list[np.ndarray], examples: int) -> list[list[np.ndarray]]:
+    """A task's sequences, which stand column after column, one list a column."""
+    return [sequences[begin : begin + examples] for begin in range(0, len(sequences), max(1, examples))]
 
 
 def _fit(size: int, buckets: tuple[int, ...]) -> int:
