@@ -56,9 +56,19 @@ table.matrix td, .bar { print-color-adjust: exact; -webkit-print-color-adjust: e
 .errors q { display: block; quotes: none; margin: 0.2rem 0; padding-left: 0.6rem; border-left: 3px solid var(--grid); }
 pre { background: var(--card); padding: 0.7rem 0.9rem; border-radius: 0.5rem; white-space: pre-wrap; }
 summary { cursor: pointer; padding: 0.3rem 0; color: var(--s0); }
-@media print { body { font-size: 11pt; padding: 0; max-width: none; } nav, .skip { display: none; }
+@page { margin: 15mm; }
+@media print {
+  body { font-size: 10pt; padding: 0; max-width: none; }
+  nav, .skip { display: none; }
   a { color: inherit; }
-  :root { --card: #f6f7f9; } h2, h3 { break-after: avoid; } .charts { grid-template-columns: 1fr 1fr; } }
+  h2, h3, figcaption, summary { break-after: avoid; }
+  tr, .tile, .banner, pre { break-inside: avoid; }
+  .charts { grid-template-columns: 1fr 1fr; }
+  .scroll { overflow: visible; }
+  details::details-content { display: block; content-visibility: visible; }
+  summary { list-style: none; color: inherit; font-weight: 600; }
+  :root { --card: #f6f7f9; }
+}
 """
 
 
