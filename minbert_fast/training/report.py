@@ -327,7 +327,7 @@ def _environment(run: Run) -> str:
     parts = []
     command = run.summary.get("command")
     if command:
-        parts += ["<h3>To reproduce</h3>", f'<pre tabindex="0">{escape(str(command))}</pre>']
+        parts += ["<h3>To reproduce</h3>", f'<pre>{escape(str(command))}</pre>']
     keys = ("device", "precision", "backend", "commit", "seed", "tokens")
     facts = [[key, str(run.summary[key])] for key in keys if run.summary.get(key) is not None]
     facts += [[name, str(version)] for name, version in (run.summary.get("versions") or {}).items()]
