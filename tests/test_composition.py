@@ -106,12 +106,17 @@ def test_a_packed_batch_compiles_as_one_graph(model: BertModel) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_inductor_computes_the_same(model: BertModel) -> None:
+    """Compiled to machine code, backward too."""
     ids, mask = rectangle()
-    expected = model(ids, mask)
-    got = torch.compile(model, fullgraph=True)(ids, mask)
-    torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=1e-4, atol=1e-5)
+    expected = model(ids, mask)["last_hidden_state"]
+    got = torch.compile(model, fullgraph=True)(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    learned = gradients(model, got)
+    assert not any(learned.pop(f"pooler_dense.{name}").any() for name in ("weight", "bias"))
+    assert_same(learned, gradients(model, expected))
 
 
 # ---- autocast -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ a:focus-visible, summary:focus-visible, [tabindex]:focus-visible { outline: 3px 
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; list-style: none; margin: 0.8rem 0; padding: 0; }
 nav a { display: inline-block; padding: 0.2rem 0; }
 .muted { color: var(--muted); }
-.banner { background: var(--card); border-left: 4px solid var(--s1); padding: 0.5rem 0.8rem; max-width: none; }
+.banner { background: var(--card); border-left: 4px solid var(--s1); padding: 0.4rem 0.8rem; max-width: none;
+  font-size: 0.95rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.7rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 0.5rem; padding: 0.7rem 0.9rem; }
 .tile b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
@@ -46,9 +47,11 @@ td.n, th.n { text-align: right; } td.n { white-space: nowrap; } th { vertical-al
 th { font-weight: 600; } thead th { color: var(--muted); font-weight: 500; }
 table.matrix th, table.matrix td { padding: 0.45rem 0.6rem; text-align: center; border: 1px solid var(--grid); }
 table.matrix tbody th { text-align: left; }
-@media (max-width: 30rem) { table.matrix th, table.matrix td { padding: 0.35rem; } }
+@media (max-width: 32rem) { .bar { --full: 4rem; } figure { padding: 0.5rem; } .tile { padding: 0.5rem 0.7rem; }
+  table.matrix { font-size: 0.85rem; } table.matrix th, table.matrix td { padding: 0.35rem 0.3rem; } }
 table.matrix td { background: rgb(var(--heat) / var(--share)); }
-.bar { display: block; height: 0.8rem; background: var(--s0); border-radius: 2px; min-width: 1px; }
+.bar { display: block; width: calc(var(--share) * var(--full)); min-width: 1px; height: 0.8rem; margin-top: 0.35rem;
+  background: var(--s0); border-radius: 2px; --full: 10rem; }
 table.matrix td, .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .errors { list-style: none; padding: 0; margin: 0.4rem 0; display: grid; gap: 0.6rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
