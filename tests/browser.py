@@ -106,6 +106,7 @@ class Page:
 
     def pdf(self) -> bytes:
         """The page on A4 paper."""
+        self.media(kind="print")
         data = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=False)["data"]
         return base64.b64decode(data)
 

@@ -142,7 +142,6 @@ def test_paper_is_white_whole_and_unfolded(tab: Page, pages: dict[str, Path], na
     assert tab.evaluate(cut) == 0
     hidden = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
     assert tab.evaluate(hidden) == 0
-    tab.media()
     paper = tab.pdf()
     assert paper.startswith(b"%PDF")
     assert len(re.findall(rb"/Type\s*/Page\b", paper + _streams(paper))) >= 2

@@ -44,6 +44,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top;
   overflow-wrap: break-word; }
 td.n, th.n { text-align: right; } td.n { white-space: nowrap; } th { vertical-align: bottom; }
+table.prose td { overflow-wrap: anywhere; min-width: 4.5rem; }
+@media (min-width: 32rem) { table.prose td:first-child { white-space: nowrap; } }
 th { font-weight: 600; } thead th { color: var(--muted); font-weight: 500; }
 table.matrix th, table.matrix td { padding: 0.45rem 0.6rem; text-align: center; border: 1px solid var(--grid); }
 table.matrix tbody th { text-align: left; }
@@ -66,8 +68,8 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--s0); }
   a { color: inherit; }
   h2, h3, figcaption, summary { break-after: avoid; }
   tr, .tile, .banner, pre { break-inside: avoid; }
-  .charts { grid-template-columns: 1fr 1fr; }
-  .scroll { overflow: visible; }
+  .charts, .errors { grid-template-columns: 1fr 1fr; }
+  .scroll { overflow: visible; } table { font-size: 9pt; } th, td { padding-right: 0.4rem; }
   details::details-content { display: block; content-visibility: visible; }
   summary { list-style: none; color: inherit; font-weight: 600; }
   :root { --card: #f6f7f9; }
@@ -122,7 +124,8 @@ def table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_c
 
     heads = "".join(one("th", text, i) for i, text in enumerate(head))
     lines = "".join("<tr>" + "".join(one("td", text, i) for i, text in enumerate(row)) + "</tr>" for row in rows)
-    return scroll(label, f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>")
+    prose = ' class="prose"' if text_columns > 1 else ""
+    return scroll(label, f"<table{prose}><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>")
 
 
 def scroll(label: str, body: str) -> str:

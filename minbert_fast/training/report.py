@@ -266,7 +266,9 @@ def _similarity(run: Run, plots: dict[str, str]) -> str:
                 inside = predicted[chosen]
                 rows.append([f"{low} to {low + 1}", f"{chosen.sum():,}", f"{inside.mean():.2f}", f"{inside.std():.2f}"])
         numbers = table(f"{name} in numbers", ["true label", "pairs", "mean predicted", "spread"], rows)
-        parts.append(gallery([figure(f"Predicted against true {spoken(name)}", plots[name]), figure("By true label", numbers)]))
+        parts.append(
+            gallery([figure(f"Predicted against true {spoken(name)}", plots[name]), figure("By true label", numbers)])
+        )
     return "".join(parts)
 
 
@@ -334,7 +336,7 @@ def _environment(run: Run) -> str:
     parts = []
     command = run.summary.get("command")
     if command:
-        parts += ["<h3>To reproduce</h3>", f'<pre>{escape(str(command))}</pre>']
+        parts += ["<h3>To reproduce</h3>", f"<pre>{escape(str(command))}</pre>"]
     keys = ("device", "precision", "backend", "commit", "seed", "tokens")
     facts = [[key, str(run.summary[key])] for key in keys if run.summary.get(key) is not None]
     facts += [[name, str(version)] for name, version in (run.summary.get("versions") or {}).items()]
