@@ -111,7 +111,8 @@ class BertModel(nn.Module):
         """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
         rows = PackedRows(batch)
         hidden = run.embed(rows, self)
-        for layer in self.layers():
+        for number, layer in enumerate(self.layers()):
+            run.enter(number, hidden)
             hidden = layer(hidden, run, run.attend(rows))
         return hidden
 

@@ -173,6 +173,7 @@ class TrainingOptions:
     seed: int = 11711
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     graphs: bool = True  # on CUDA: replay the step as captured graphs, one a bucket of batch sizes; false: eagerly
+    shard: bool = False  # several processes: each keeps its part of the gradients and moments only
     select: str = "score"  # dev metric by which the best model is kept
     evaluate_every: int = 0  # steps; 0: at the end of each epoch
     evaluate_untrained: bool = True  # dev scores before the first step, to compare with

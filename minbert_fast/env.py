@@ -24,7 +24,7 @@ from minbert_fast.cli import Parser, run
 from minbert_fast.functional.backend import triton_available
 from minbert_fast.native.layers import instruction_set
 from minbert_fast.training.device import choose_device, choose_precision
-from minbert_fast.training.job import commit
+from minbert_fast.training.provenance import commit
 from minbert_fast.version import __version__
 
 PACKAGES = (

@@ -58,6 +58,21 @@ class Run:
     weight_decay: float
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Elements [begin, end) of one run, and where an optimizer that need not hold the rest keeps theirs: from `at` on."""
+
+    run: Run
+    begin: int
+    end: int
+    at: int
+
+    @property
+    def kept(self) -> slice:
+        """The piece's place in the optimizer's moments (and, of the shared region, in J)."""
+        return slice(self.at, self.at + self.end - self.begin)
+
+
 @dataclass
 class _Layout:
     end: int = 0
@@ -130,9 +145,21 @@ class FlatParameters:
         if self.compute is not self.data:
             self.compute.copy_(self.data)
 
+    def pieces(self) -> tuple[Piece, ...]:
+        """Every trainable element, for an optimizer that holds all of them."""
+        return tuple(Piece(run, run.begin, self._last(run), run.begin) for run in self.runs)
+
+    def _last(self, run: Run) -> int:
+        """Where the run's elements end; of the words, whole rows only."""
+        return self.slot(self.words).end if run.label == "words" and self.words is not None else run.end
+
     def slot(self, parameter: Tensor) -> Slot:
         """Where `parameter` lies; KeyError when it is not laid out here."""
         return self._slots[id(parameter)]
+
+    def slots(self) -> list[Slot]:
+        """Every parameter's place, in the order of the buffers."""
+        return sorted(self._slots.values(), key=lambda slot: slot.begin)
 
     def __contains__(self, parameter: Tensor) -> bool:
         return id(parameter) in self._slots
@@ -174,6 +201,14 @@ class TaskGradients:
     def view(self, parameter: Tensor) -> Tensor:
         """The parameter's gradients, one a task [T, *shape]."""
         return self.flat.view(self.J, parameter)
+
+    def stacked(self, parameters: Sequence[Tensor]) -> Tensor:
+        """One view [T, rows, ...] of adjacent parameters' gradients, stacked along their first dimension."""
+        return self.flat.stacked(self.J, parameters)
+
+    def zero(self) -> None:
+        """No gradient of any shared parameter."""
+        self.J.zero_()
 
     def words(self, rows: int) -> Tensor:
         """Room for the gradients of `rows` distinct words [T, rows, H] (reused; it grows as needed)."""

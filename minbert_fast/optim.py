@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minbert_fast.config import OptimizerOptions
-from minbert_fast.flat import FlatParameters, Run, TaskGradients
+from minbert_fast.flat import FlatParameters, Piece, Run
 from minbert_fast.functional import surgery as ops
 from minbert_fast.native.surgery import GRADIENT_SCALE, LEARNING_RATE, SKIP, STEP
 
@@ -102,14 +102,18 @@ class FlatAdamW:
     What takes its step together (the shared encoder with its words; each head) has a row of `scalars` on the device:
     learning rate, step count, gradient scale, skip, as in `native.surgery`, so that a captured graph follows the
     schedule. A step whose gradient is not finite changes nothing, step counts included.
+
+    `pieces` are the elements that this optimizer moves and keeps moments of; all of them, unless processes share the work.
     """
 
-    def __init__(self, flat: FlatParameters, options: OptimizerOptions) -> None:
+    def __init__(self, flat: FlatParameters, options: OptimizerOptions, pieces: Sequence[Piece] | None = None) -> None:
         self.flat = flat
         self.options = options
+        self.pieces = flat.pieces() if pieces is None else tuple(pieces)
         device = flat.data.device
-        self.exp_avg = torch.zeros(flat.trainable_end, device=device)
-        self.exp_avg_sq = torch.zeros(flat.trainable_end, device=device)
+        kept = max((piece.kept.stop for piece in self.pieces), default=0)
+        self.exp_avg = torch.zeros(kept, device=device)
+        self.exp_avg_sq = torch.zeros(kept, device=device)
         self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
         self.scalars = torch.zeros(len(self._row_of), 4, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}
@@ -139,13 +143,15 @@ class FlatAdamW:
             self._counted[labels] = torch.tensor(taking, device=self.scalars.device)
         return self._counted[labels]
 
-    def step_shared(self, gradients: TaskGradients, w: Tensor) -> None:
-        """Updates the shared region with the combination w [T] of J [T, shared]."""
-        self._step("shared", gradients.J, 0, w)
+    def step_shared(self, J: Tensor, w: Tensor) -> None:
+        """Updates the shared region with the combination w [T] of J [T, shared], which has the moments' places."""
+        for piece in self._pieces("shared"):
+            self._step(piece, J[:, piece.kept], w)
 
     def step_head(self, label: str, gradient: Tensor) -> None:
         """Updates one head's region; `gradient` is that of all heads, end to end."""
-        self._step(label, gradient[None], self.flat.words_end, None)
+        for piece in self._pieces(label):
+            self._step(piece, gradient[None, piece.begin - self.flat.words_end : piece.end - self.flat.words_end], None)
 
     def step_words(self, rows: Tensor, ids: Tensor, w: Tensor) -> None:
         """Updates the word embedding from gradients of its touched rows: rows [T, U, H], ids [U] (-1: an unused row).
@@ -157,46 +163,56 @@ class FlatAdamW:
         slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
         flat, scalars = self.flat, self.scalars[self._row_of["words"]]
         assert flat.words is not None
-        p, m, v = (flat.view(buffer, flat.words) for buffer in (flat.data, self.exp_avg, self.exp_avg_sq))  # [V, H]
-        copy = None if flat.compute is flat.data else flat.view(flat.compute, flat.words)
-        for run in self._runs("words"):
-            ops.combine_adamw_rows(rows, w, slots[:-1], p, m, v, scalars, self._settings(run), copy)
+        width = flat.words.shape[1]
+        for piece in self._pieces("words"):  # whole rows
+            p, m, v, copy = self._buffers(piece)
+            first = (piece.begin - flat.slot(flat.words).begin) // width
+            own = slots[first : first + p.numel() // width]
+            table, first_moment, second_moment = (x.view(-1, width) for x in (p, m, v))
+            low = None if copy is None else copy.view(-1, width)
+            settings = self._settings(piece.run)
+            ops.combine_adamw_rows(rows, w, own, table, first_moment, second_moment, scalars, settings, low)
 
-    def _step(self, label: str, gradient: Tensor, offset: int, w: Tensor | None) -> None:
-        for run in self._runs(label):
-            p, m, v, copy = self._buffers(run)
-            piece = gradient[:, run.begin - offset : run.end - offset]
-            ops.combine_adamw(piece, w, p, m, v, self.scalars[self._row_of[label]], self._settings(run), copy)
+    def _step(self, piece: Piece, gradient: Tensor, w: Tensor | None) -> None:
+        scalars = self.scalars[self._row_of[piece.run.label]]
+        p, m, v, copy = self._buffers(piece)
+        ops.combine_adamw(gradient, w, p, m, v, scalars, self._settings(piece.run), copy)
 
-    def _runs(self, label: str) -> list[Run]:
-        return [run for run in self.flat.runs if run.label == label]
+    def _pieces(self, label: str) -> list[Piece]:
+        return [piece for piece in self.pieces if piece.run.label == label]
 
-    def _buffers(self, run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        flat, span = self.flat, slice(run.begin, run.end)
+    def _buffers(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        flat, span = self.flat, slice(piece.begin, piece.end)
         copy = None if flat.compute is flat.data else flat.compute[span]
-        return flat.data[span], self.exp_avg[span], self.exp_avg_sq[span], copy
+        return flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept], copy
 
     def _settings(self, run: Run) -> ops.AdamWSettings:
         o = self.options
         return ops.AdamWSettings(o.betas, o.eps, run.weight_decay, o.correct_bias, "course", run.lr_factor)
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Moments by parameter name, step counts by label: independent of where the buffer puts them."""
+    def state_dict(self, whole: Callable[[Tensor], Tensor] = lambda kept: kept) -> dict[str, dict[str, Any]]:
+        """Moments by parameter name, step counts by label: independent of where the buffer puts them.
+
+        `whole` makes the moments of every element out of those that are kept here.
+        """
         tensors = {}
-        for entry in self.flat.trainable:
-            tensors[f"{entry.name}/exp_avg"] = self.flat.view(self.exp_avg, entry.parameter)
-            tensors[f"{entry.name}/exp_avg_sq"] = self.flat.view(self.exp_avg_sq, entry.parameter)
+        for name, buffer in (("exp_avg", whole(self.exp_avg)), ("exp_avg_sq", whole(self.exp_avg_sq))):
+            for entry in self.flat.trainable:
+                tensors[f"{entry.name}/{name}"] = self.flat.view(buffer, entry.parameter)
         scalars = {f"{label}/step": float(self.scalars[row, STEP]) for label, row in self._row_of.items()}
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Restores what `state_dict` gave; ValueError names a parameter whose moments are absent or misshapen."""
-        for entry in self.flat.trainable:
-            for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+        for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            whole = torch.zeros(self.flat.trainable_end)
+            for entry in self.flat.trainable:
                 found = state["tensors"].get(f"{entry.name}/{name}")
                 if found is None or found.shape != entry.parameter.shape:
                     wanted = f"{entry.name} of shape {list(entry.parameter.shape)}"
                     raise ValueError(f"optimizer state: no {name} for {wanted}")
-                self.flat.view(buffer, entry.parameter).copy_(found)
+                self.flat.view(whole, entry.parameter).copy_(found)
+            for piece in self.pieces:
+                buffer[piece.kept].copy_(whole[piece.begin : piece.end])
         for label, row in self._row_of.items():
             self.scalars[row, STEP] = state["scalars"][f"{label}/step"]

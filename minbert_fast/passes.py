@@ -142,6 +142,9 @@ class Pass(Protocol):
     def attend(self, rows: Attention) -> Attend:
         """Attention among `rows`, with its own dropout stream."""
 
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """`hidden` [N, H] is about to enter layer number `layer`."""
+
 
 class _Dropout:
     """Dropout probabilities and streams of one pass: each call site has its number, in the order of the forward."""
@@ -201,6 +204,8 @@ class AutogradPass(_Dropout):
 
         return attention
 
+    def enter(self, layer: int, hidden: Tensor) -> None: ...
+
     def _seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
@@ -210,7 +215,8 @@ class AutogradPass(_Dropout):
 class OnePass(_Dropout):
     """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
 
-    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart).
+    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). `through`
+    is called with a layer's number when the backward has written the gradients of that layer and of those above it.
     """
 
     def __init__(
@@ -221,8 +227,10 @@ class OnePass(_Dropout):
         batch: PackedBatch,
         bounds: Tensor,
         seed: Tensor,
+        through: Callable[[int], None] = lambda layer: None,
     ) -> None:
         super().__init__(config, training=True)
+        self.through = through
         self.flat = flat
         self.gradients = gradients
         self.batch = batch
@@ -276,6 +284,10 @@ class OnePass(_Dropout):
         site = self.site()
         return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
 
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self.through(layer))
+
     def _weight(self, parameter: Tensor) -> Tensor:
         return self.flat.view(self.flat.compute, parameter)
 
@@ -287,7 +299,7 @@ class OnePass(_Dropout):
         return len(owned) == 1 and self.flat.adjacent(parameters)
 
     def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        return self.flat.stacked(self.gradients.J, parameters) if self.gradients.owns(parameters[0]) else None
+        return self.gradients.stacked(parameters) if self.gradients.owns(parameters[0]) else None
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

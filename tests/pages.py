@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 _COMMAND = r"(?:[A-Z_]+=\S+ )*(?:python3?|pip|make|torchrun|pytest|mkdocs|bash|sh|git|docker)"
 _PIECE = re.compile(
     r"^```(?P<language>\w*)[^\n]*\n(?P<block>.*?)^```$"
-    rf"|^    (?P<indented>{_COMMAND} [^\n]+)$"
+    rf"|^    (?P<indented>{_COMMAND} (?:[^\n\\]|\\\n|\\.)+)$"
     rf"|(?<!`)`(?P<inline>{_COMMAND} (?:[^`\n]|\n(?!\n))+)`(?!`)",
     re.S | re.M,
 )
@@ -45,6 +45,7 @@ def pieces(page: Path) -> Iterator[Piece]:
             yield Piece(found["language"], found["block"], line)
         else:
             command = found["indented"] or " ".join(found["inline"].split())
+            command = re.sub(r"\s*\\\n\s*", " ", command)
             yield Piece("command", re.split(r"\s{2,}", command)[0], line)  # what follows two spaces explains it
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,15 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from minbert_fast.data import Collator, Sampler, Tokenizer, load_tokens, sample_directory
+from minbert_fast.packing import MultitaskBatch
+from minbert_fast.training.step import OnePassStep
 from minbert_fast.training.world import World
+from tests.test_step import SIZES, make_batch, make_model, recipe
 
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
 COMMON = [
@@ -70,10 +75,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_with_shares_train_as_one_process_does(ranks: int, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (4, False), (2, True), (4, True)])
+def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
-    succeed(ranks, tmp_path, "--max-steps", "12", "--precision", "fp32", "--output", "run")
+    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
+    succeed(ranks, tmp_path, *flags, "--set", f"training.shard={str(shard).lower()}")
     same(alone, tmp_path / "run")
     a, b = (json.loads((run / "summary.json").read_text()) for run in (alone, tmp_path / "run"))
     assert a["tokens"] == b["tokens"]
@@ -84,6 +90,7 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path)
     flags = ["--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
     succeed(2, tmp_path, "--max-steps", "4", *flags)
     succeed(1, tmp_path, "--max-steps", "8", *flags, "--resume")
+    succeed(2, tmp_path, "--max-steps", "10", *flags, "--resume", "--set", "training.shard=true")
     succeed(2, tmp_path, "--max-steps", "12", *flags, "--resume")
     same(alone, tmp_path / "run")
 
@@ -171,3 +178,77 @@ def test_a_world_of_one_exchanges_nothing() -> None:
     assert torch.equal(tensor, torch.ones(3))
     assert world.agreed(None) is None
     assert world.from_main(lambda: 7) == 7
+
+
+# ---- One process's side of it, with nobody to talk to -----------------------------------------------------------------
+
+
+class Alone(World):
+    """One of several processes whose messages nobody answers: it notes how many elements it sent, and when."""
+
+    sent: ClassVar[list[tuple[int, bool]]] = []  # elements, and whether a backward was under way
+
+    def begin_sum(self, tensor: Tensor) -> None:
+        self.sent.append((tensor.numel(), torch._C._current_graph_task_id() >= 0))
+
+    def begin_share(self, tensor: Tensor, share: Tensor) -> None:
+        self.begin_sum(tensor)
+        share.copy_(tensor.chunk(self.size)[self.rank])
+
+    def begin_union(self, share: Tensor, tensor: Tensor) -> None:
+        tensor.copy_(share.repeat(self.size))
+
+
+def make_step_of(rank: int, ranks: int, **values: Any) -> tuple[OnePassStep, MultitaskBatch]:
+    chosen = recipe(surgery={"method": "pcgrad"}, **values)
+    model = make_model(chosen)
+    return OnePassStep(model, chosen, torch.float32, Alone(rank, ranks)), make_batch(model, SIZES)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_layers_are_sent_while_the_backward_goes_on(shard: bool) -> None:
+    step, batch = make_step_of(0, 2, training={"shard": shard})
+    Alone.sent.clear()
+    step(batch, 1.0)
+    spans = step.exchange.spans
+    layers = sum(len(group) for group in spans[:-1]) * len(batch.tasks)
+    rest = len(spans[-1]) * len(batch.tasks)
+    assert all(during for _, during in Alone.sent[:layers])
+    assert not any(during for _, during in Alone.sent[layers:])
+    _words, _heads, losses, *more = Alone.sent[layers + rest :]
+    assert losses[0] == len(batch.tasks)
+    assert (len(more) == 1) == shard  # the Gram matrix, where J is in parts
+    if not shard:
+        assert sum(n for n, _ in Alone.sent[: layers + rest]) == step.gradients.J.numel()
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_spans_cover_the_shared_region_once(decay_all: bool) -> None:
+    optimizer = {"weight_decay": 0.01, "decay_all": decay_all, "layer_decay": 0.9}
+    step, _ = make_step_of(0, 2, optimizer=optimizer)
+    cut = sorted((span.begin, span.end) for group in step.exchange.spans for span in group)
+    assert cut[0][0] == 0
+    assert cut[-1][1] == step.flat.shared_end
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
+    for group in step.exchange.spans:
+        assert all(span.run.begin <= span.begin < span.end <= span.run.end for span in group)
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_shards_are_disjoint_whole_and_small(decay_all: bool) -> None:
+    ranks = 4
+    steps = [
+        make_step_of(rank, ranks, training={"shard": True}, optimizer={"decay_all": decay_all}) for rank in range(4)
+    ]
+    owned = torch.zeros(steps[0][0].flat.trainable_end, dtype=torch.int32)
+    for step, _ in steps:
+        for piece in step.optimizer.pieces:
+            owned[piece.begin : piece.end] += 1
+    flat = steps[0][0].flat
+    words = flat.slot(flat.words).end if flat.words is not None else 0
+    assert (owned[:words] == 1).all()
+    assert (owned[flat.words_end :] == ranks).all()  # heads are everyone's
+    whole = OnePassStep(steps[0][0].model, recipe(surgery={"method": "pcgrad"}), torch.float32)
+    small = steps[0][0]
+    assert small.gradients.J.numel() < 0.35 * whole.gradients.J.numel()
+    assert small.optimizer.exp_avg.numel() < 0.4 * whole.optimizer.exp_avg.numel()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minbert_fast.packing import MultitaskBatch
+from minbert_fast.training.exchange import Exchange
 from minbert_fast.training.graph import GraphedStep, at_capacity
 from minbert_fast.training.step import OnePassStep
 from tests.test_step import make_batch, make_model, recipe
@@ -78,14 +79,14 @@ def test_the_step_asks_the_device_nothing(surgery: str, pooling: str, monkeypatc
 
 def test_a_question_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = recipe()
-    original = OnePassStep._gram
+    original = Exchange.gram
 
-    def curious(self: OnePassStep, batch: MultitaskBatch) -> Tensor:
-        gram = original(self, batch)
+    def curious(self: Exchange, words: Tensor | None) -> Tensor:
+        gram = original(self, words)
         assert float(gram.sum()) > 0
         return gram
 
-    monkeypatch.setattr(OnePassStep, "_gram", curious)
+    monkeypatch.setattr(Exchange, "gram", curious)
     with pytest.raises(RuntimeError, match="meta"):
         computed_on_meta(chosen, SIZES, monkeypatch)
 

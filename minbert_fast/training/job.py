@@ -3,66 +3,46 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import platform
 import shutil
-import subprocess
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from minbert_fast import surgery, weights
+from minbert_fast import weights
 from minbert_fast.bert import BertModel
 from minbert_fast.config import Recipe
-from minbert_fast.data import (
-    EXACT,
-    Collator,
-    Sampler,
-    Tokenizer,
-    TokenTable,
-    choose_buckets,
-    pin,
-    prefetch,
-    read_table,
-    sample_directory,
-    training_batches,
-)
-from minbert_fast.packing import MultitaskBatch
+from minbert_fast.data import Tokenizer, TokenTable, read_table, sample_directory
 from minbert_fast.schema import ConfigError, plain
-from minbert_fast.storage import raw
-from minbert_fast.tasks import MultitaskModel, stage_tasks
+from minbert_fast.tasks import MultitaskModel
 from minbert_fast.training import evaluation, loop
 from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.training.datasets import load_datasets
 from minbert_fast.training.device import choose_device, choose_precision, peak_memory
 from minbert_fast.training.errors import RunError, writing
 from minbert_fast.training.graph import GraphedStep
-from minbert_fast.training.memory import check_memories, fill_memories
 from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
 from minbert_fast.training.progress import progress_for
+from minbert_fast.training.provenance import commit, environment, tensors_digest
 from minbert_fast.training.report import write_report
 from minbert_fast.training.runs import flat
 from minbert_fast.training.signals import StopSignals
-from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
+from minbert_fast.training.stages import Means, make_stage
+from minbert_fast.training.step import Backend
 from minbert_fast.training.trackers import check, tracking
 from minbert_fast.training.world import World, joined
-from minbert_fast.version import __version__
 
 DEMONSTRATION = (
     "This is a demonstration: a tiny model, from random weights, learns the small made-up sample data that ship with "
     "the package. For something useful: --data DIR --model DIR"
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
 
@@ -77,7 +57,7 @@ FREE = {
     "logging": None,
     "data": ("directory", "files", "cache", "max_bad_rows"),
     "model": ("name",),
-    "training": ("max_steps",),
+    "training": ("max_steps", "shard"),
 }
 
 
@@ -131,7 +111,6 @@ class _Job:
         self.files = files
         self.notices: list[str] = []
         self.world = world
-        self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
         self.device = device
         self.precision = choose_precision(recipe.training.precision, self.device)
         self.backend: Backend = "fast" if options.backend == "auto" else options.backend
@@ -175,7 +154,11 @@ class _Job:
         self.encoder_hash = tensors_digest(encoder.state_dict())
         torch.manual_seed(self.recipe.training.seed)  # heads start from it
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
-        self.stages = [self._stage(index, stage) for index, stage in enumerate(self.recipe.resolved_stages())]
+        self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
+        means = Means(
+            self.model, self.data.train, self.device, self.precision, self.backend, self.world, self.graphed.append
+        )
+        self.stages = [make_stage(means, self.recipe, index) for index in range(len(self.recipe.resolved_stages()))]
         self._check_select()
 
     def _check_sizes(self, encoder: BertModel) -> None:
@@ -199,57 +182,6 @@ class _Job:
             raise ConfigError(
                 f"training.select = {select!r}: no such dev metric in this run; known: {', '.join(known)}"
             )
-
-    def _stage(self, index: int, recipe: Recipe) -> loop.Stage:
-        tasks = stage_tasks(recipe)
-        # An unknown method is refused now, not when the stage begins.
-        method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
-        tables = {name: self.data.train[name] for name in tasks}
-        check_memories(self.model, recipe)
-        training = recipe.training
-        joint = frozenset(name for name, task in tasks.items() if task.joint)
-        sampler = Sampler.of(
-            tables,
-            {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
-            recipe.data.scheme,
-            training.seed + index,  # each stage in an order of its own
-            fractions={name: task.options.fraction for name, task in tasks.items()},
-            balanced=[name for name, task in tasks.items() if task.options.balanced],
-        )
-        alone = self.world.size == 1 and self.backend == "fast"
-        graphs = training.graphs and method.capturable and self.device.type == "cuda" and alone
-        longest = recipe.data.max_length
-        buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
-        collator = Collator(tables, longest, joint, buckets, self.world.rank, self.world.size)
-        own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
-        steps = training.epochs * sampler.steps_per_epoch
-
-        def begin() -> TrainingStep:
-            self.model.configure(tasks)
-            fill_memories(self.model, recipe, tables, self.precision)
-            step = make_step(self.backend, self.model, recipe, DTYPES[self.precision], self.world)
-            if not graphs:
-                return step
-            assert isinstance(step, OnePassStep)
-            self.graphed.append(GraphedStep(step))
-            return self.graphed[-1]
-
-        def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
-            made = training_batches(sampler, collator, start, steps)
-            if self.device.type == "cuda":
-                made = ((step, pin(batch)) for step, batch in made)
-            with closing(prefetch(made)) as ahead:
-                for step, batch in ahead:
-                    yield step, batch.to(self.device, non_blocking=True)
-
-        return loop.Stage(
-            recipe=recipe,
-            steps_per_epoch=sampler.steps_per_epoch,
-            limit=own.get("max_steps"),
-            begin=begin,
-            batches=batches,
-            place=lambda task, row: tables[task].place(row),
-        )
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on with."""
@@ -398,40 +330,6 @@ class _Job:
             "command": self.options.command,
             "commit": commit(),
         }
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(raw(tensor))
-    return digest.hexdigest()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a run takes place: what its last bits depend on beside the recipe."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "minbert_fast": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
-        },
-    }
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it is one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def closing_lines(outcome: loop.Outcome, path: Path) -> str:

@@ -12,12 +12,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minbert_fast.config import Recipe
 from minbert_fast.packing import MultitaskBatch
@@ -29,6 +29,7 @@ from minbert_fast.training.progress import Progress
 from minbert_fast.training.runs import TRAINING
 from minbert_fast.training.schedule import lr_scale
 from minbert_fast.training.signals import StopSignals
+from minbert_fast.training.state import State, gather, load_parameters, restore
 from minbert_fast.training.world import World
 
 if TYPE_CHECKING:
@@ -74,27 +75,6 @@ class Stage:
     def steps(self) -> int:
         """Steps that the stage takes at most."""
         return self.schedule_steps if self.limit is None else min(self.schedule_steps, self.limit)
-
-
-@dataclass
-class State:
-    """Where a run stands. JSON-able; with the tensors, all that a checkpoint holds."""
-
-    step: int = 0  # of the whole run
-    stage: int = 0
-    stage_step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    evaluated: int = -1  # step of the last evaluation that was due
-    stage_best: float | None = None  # best score of this stage
-    stale: int = 0  # evaluations of this stage since its best one
-    best: dict[str, Any] | None = None  # {"step", "score" (None: not a number), "metrics"}
-    untrained: dict[str, float | None] | None = None
-    skipped: dict[str, int] = field(default_factory=dict)  # skipped steps by task
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    record: dict[str, Any] | None = None  # the line of metrics.jsonl of this very step
-    timings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -397,16 +377,16 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         state = self.state
-        if self._saved == state.step or self._step is None or not self.world.is_main:
+        if self._saved == state.step or self._step is None:
             return
         self._tick("other")
         self._observe(self.stages[state.stage], None, logged=False)
         if state.record is not None:
             self.files.metrics.write(state.record)
         self.files.metrics.flush()
-        tensors, scalars = gather(self.model, self._step)
-        saved = {"run": asdict(state), "step": scalars, **self.constants}
-        self.store.save(state.step, tensors, saved)
+        tensors, scalars = gather(self.model, self._step)  # by every process: each may keep a part of the moments
+        if self.world.is_main:
+            self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
         self._tick("checkpoint")
 
@@ -452,38 +432,3 @@ def _better(evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
     if best is None or best["score"] is None:
         return True
     return bool(evaluation.score > best["score"])
-
-
-# ---- A run's tensors ------------------------------------------------------------------------------------------------
-
-
-def gather(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Tensor], Any]:
-    """All tensors of a run under distinct names, and the step's scalars."""
-    state = step.state_dict()
-    tensors = {f"model/{name}": tensor for name, tensor in _parameters(model).items()}
-    tensors |= {f"step/{name}": tensor for name, tensor in state["tensors"].items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    return tensors, state["scalars"]
-
-
-def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the model's tensors out of a checkpoint's."""
-    with torch.no_grad():
-        for name, parameter in _parameters(model).items():
-            parameter.copy_(tensors[f"model/{name}"])
-
-
-def restore(step: TrainingStep, checkpoint: Checkpoint) -> None:
-    """Gives the step its state, and the random generators theirs."""
-    tensors = {n.removeprefix("step/"): t for n, t in checkpoint.tensors.items() if n.startswith("step/")}
-    step.load_state_dict({"tensors": tensors, "scalars": checkpoint.state["step"]})
-    torch.set_rng_state(checkpoint.tensors["random/cpu"])
-    if "random/cuda" in checkpoint.tensors and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(checkpoint.tensors["random/cuda"])
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from minbert_fast import reference, surgery
 from minbert_fast.config import OptimizerOptions, Recipe
-from minbert_fast.flat import Entry, FlatParameters, TaskGradients
-from minbert_fast.functional import surgery as ops
+from minbert_fast.flat import Entry, FlatParameters
 from minbert_fast.optim import FlatAdamW
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
+from minbert_fast.training.exchange import Exchange
+from minbert_fast.training.sharding import ShardedExchange
 from minbert_fast.training.world import World
 
 Backend = Literal["fast", "reference"]
@@ -203,8 +204,12 @@ class OnePassStep:
         self.apart = recipe.surgery.method != "none"
         parts = trainable(model, recipe)
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
-        self.gradients = TaskGradients(self.flat, len(recipe.tasks) if self.apart else 1, dtype)
-        self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
+        sharded = recipe.training.shard and self.world.size > 1
+        kind = ShardedExchange if sharded else Exchange
+        rows = len(recipe.tasks) if self.apart else 1
+        self.exchange = kind(self.world, self.flat, rows, dtype, model.encoder.layers())
+        self.gradients = self.exchange.gradients
+        self.optimizer = FlatAdamW(self.flat, recipe.optimizer, self.exchange.pieces)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -239,10 +244,11 @@ class OnePassStep:
         self.model.train()
         laps = Laps(self.flat.data.device)
         losses = self._backward(batch, laps)
+        words = self._words(batch) if self.flat.words is not None else None
         if self.world.size > 1:
-            self._reduce(batch, losses)
+            self.exchange.close(*([] if words is None else [words]), self.head_gradient, losses)
             laps.lap("exchange")
-        gram = self._gram(batch)
+        gram = self.exchange.gram(words)
         w = self.weights(gram)
         nonfinite = ~torch.isfinite(losses)
         if self.apart:
@@ -254,12 +260,15 @@ class OnePassStep:
         norm = self.optimizer.clip(gram, w, head_square)
         laps.lap("surgery" if self.apart else "clipping")
         self.optimizer.advance(["shared", "words", *present], skip=nonfinite.any() | ~torch.isfinite(norm))
-        self.optimizer.step_shared(self.gradients, w)
-        if self.flat.words is not None:
-            self.optimizer.step_words(self._words(batch), batch.packed.word_ids[: batch.packed.num_words], w)
+        self.optimizer.step_shared(self.gradients.J, w)
+        if words is not None:
+            self.optimizer.step_words(words, batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
         laps.lap("optimizer")
+        if self.world.size > 1:
+            self.exchange.spread()
+            laps.lap("exchange")
         return StepResult(losses, norm, gram if self.apart else None, nonfinite, laps.seconds)
 
     def _backward(self, batch: MultitaskBatch, laps: Laps) -> Tensor:
@@ -267,18 +276,22 @@ class OnePassStep:
         packed = batch.packed
         self.head_gradient.zero_()
         if batch.whole is not None and packed.num_tokens == 0:  # a step too small to give this process anything
-            self.gradients.J.zero_()
+            self.gradients.zero()
+            self.exchange.open()
             if self.flat.words is not None:
                 self._words(batch).zero_()
             return self.head_gradient.new_zeros(len(batch.tasks))
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
-        run = OnePass(self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed)
+        run = OnePass(
+            self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, self.exchange.ready
+        )
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
         losses = [loss * batch.share(name) for name, loss in self.model.losses(batch, hidden).items()]
         laps.lap("forward")
         self._others(losses)
+        self.exchange.open()
         torch.stack(losses).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             p.grad = None
@@ -286,11 +299,6 @@ class OnePassStep:
             self._scatter_words(packed)
         laps.lap("backward")
         return torch.stack([loss.detach() for loss in losses])
-
-    def _reduce(self, batch: MultitaskBatch, losses: Tensor) -> None:
-        """Sums what the backward left over all processes; word rows stand for the same words everywhere."""
-        words = [self._words(batch)] if self.flat.words is not None else []
-        self.world.reduce(self.gradients.J, *words, self.head_gradient, losses)
 
     def _others(self, losses: Sequence[Tensor]) -> None:
         """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""
@@ -317,15 +325,8 @@ class OnePassStep:
     def _words(self, batch: MultitaskBatch) -> Tensor:
         return self.gradients.words(batch.packed.num_words)  # [T, U, H]
 
-    def _gram(self, batch: MultitaskBatch) -> Tensor:
-        """G [T, T]: inner products of the tasks' gradients over the whole shared encoder."""
-        gram = ops.gram(self.gradients.J)
-        if self.flat.words is not None:
-            gram = ops.gram(self._words(batch).flatten(1), gram, accumulate=True)
-        return gram
-
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        optimizer = self.optimizer.state_dict()
+        optimizer = self.optimizer.state_dict(self.exchange.whole)
         tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 

@@ -8,17 +8,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from minbert_fast.schema import ConfigError
 from minbert_fast.training.errors import InterruptError, RunError
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
 
 Result = TypeVar("Result")
 
@@ -39,12 +42,31 @@ class World:
 
     def reduce(self, *tensors: Tensor) -> None:
         """Sums each tensor over all processes, in place; every process ends with the same bits."""
-        if self.size == 1:
-            return
+        self.finish([self.begin_sum(tensor) for tensor in tensors if self.size > 1])
+
+    def begin_sum(self, tensor: Tensor) -> Work | None:
+        """Begins to sum a contiguous tensor over all processes, in place; `finish` waits for it."""
         with self._lost():
-            pending = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors if tensor.numel()]
-            for work in pending:
-                work.wait()
+            return distributed.all_reduce(tensor, async_op=True) if tensor.numel() else None
+
+    def begin_share(self, tensor: Tensor, share: Tensor) -> Work | None:
+        """Begins to sum `tensor` [size * n] over all processes; each gets its own n of the sums, as `share` [n]."""
+        with self._lost():
+            work: Work = distributed.reduce_scatter(share, list(tensor.chunk(self.size)), async_op=True)
+        return work
+
+    def begin_union(self, share: Tensor, tensor: Tensor) -> Work | None:
+        """Begins to fill `tensor` [size * n] with the `share` [n] of every process in turn."""
+        with self._lost():
+            work: Work = distributed.all_gather(list(tensor.chunk(self.size)), share, async_op=True)
+        return work
+
+    def finish(self, begun: Iterable[Work | None]) -> None:
+        """Returns when what was begun is done (on a GPU: when what follows on this stream will find it done)."""
+        with self._lost():
+            for work in begun:
+                if work is not None:
+                    work.wait()
 
     def wait(self) -> None:
         """Returns when every process has come here."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe's stage to what the loop runs: its rows in order, batches made ahead, and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minbert_fast import surgery
+from minbert_fast.config import Recipe
+from minbert_fast.data import EXACT, Collator, Sampler, TokenTable, choose_buckets, pin, prefetch, training_batches
+from minbert_fast.packing import MultitaskBatch
+from minbert_fast.tasks import MultitaskModel, stage_tasks
+from minbert_fast.training.graph import GraphedStep
+from minbert_fast.training.loop import Stage
+from minbert_fast.training.memory import check_memories, fill_memories
+from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
+from minbert_fast.training.world import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the stages of a run share."""
+
+    model: MultitaskModel
+    train: Mapping[str, TokenTable]
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
+    backend: Backend
+    world: World
+    graphed: Callable[[GraphedStep], None]  # told of each step that is replayed as CUDA graphs
+
+
+def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
+    """Stage number `index` of the recipe. Raises ConfigError for what it asks that there is not."""
+    recipe = whole.resolved_stages()[index]
+    tasks = stage_tasks(recipe)
+    # An unknown method is refused now, not when the stage begins.
+    method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
+    tables = {name: means.train[name] for name in tasks}
+    check_memories(means.model, recipe)
+    training = recipe.training
+    joint = frozenset(name for name, task in tasks.items() if task.joint)
+    sampler = Sampler.of(
+        tables,
+        {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
+        recipe.data.scheme,
+        training.seed + index,  # each stage in an order of its own
+        fractions={name: task.options.fraction for name, task in tasks.items()},
+        balanced=[name for name, task in tasks.items() if task.options.balanced],
+    )
+    alone = means.world.size == 1 and means.backend == "fast"
+    graphs = training.graphs and method.capturable and means.device.type == "cuda" and alone
+    longest = recipe.data.max_length
+    buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
+    collator = Collator(tables, longest, joint, buckets, means.world.rank, means.world.size)
+    own = whole.stages[index].get("training", {}) if whole.stages else {}
+    steps = training.epochs * sampler.steps_per_epoch
+
+    def begin() -> TrainingStep:
+        means.model.configure(tasks)
+        fill_memories(means.model, recipe, tables, means.precision)
+        step = make_step(means.backend, means.model, recipe, DTYPES[means.precision], means.world)
+        if not graphs:
+            return step
+        assert isinstance(step, OnePassStep)
+        graphed = GraphedStep(step)
+        means.graphed(graphed)
+        return graphed
+
+    def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+        made = training_batches(sampler, collator, start, steps)
+        if means.device.type == "cuda":
+            made = ((step, pin(batch)) for step, batch in made)
+        with closing(prefetch(made)) as ahead:
+            for step, batch in ahead:
+                yield step, batch.to(means.device, non_blocking=True)
+
+    return Stage(
+        recipe=recipe,
+        steps_per_epoch=sampler.steps_per_epoch,
+        limit=own.get("max_steps"),
+        begin=begin,
+        batches=batches,
+        place=lambda task, row: tables[task].place(row),
+    )
