@@ -30,7 +30,7 @@ bench: $(READY)  ## all benchmarks on this machine
 	$(RUN) -m benchmarks.run all
 
 docs: $(READY)  ## the documentation site, in build/site
-	$(RUN) -m mkdocs build --quiet --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict --site-dir build/site
 
 wheel: $(READY)  ## dist/: the sdist and, from it, a CPU wheel, tried in a clean environment
 	PYTHON=$(RUN) tests/wheel.sh

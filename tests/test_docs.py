@@ -97,7 +97,7 @@ def test_everything_on_the_page_runs(page: Path, checkout: Path) -> None:
         else:
             assert piece.language == "toml", f"{page.name}:{piece.line}: who tries {piece.language or 'plain text'}?"
             (checkout / "page.toml").write_text(piece.text)
-            assert Recipe.load(checkout / "page.toml").resolved_stages()
+            assert Recipe.load(str(checkout / "page.toml")).resolved_stages()
 
 
 def test_no_command_escapes(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_no_command_escapes(tmp_path: Path) -> None:
     ]
     assert next(pieces(page)) == Piece("command", "pip install -e .", 1)
     for path in PAGES:
-        assert not re.search(r"^\s+```", path.read_text(), re.M), f"{path.name}: a fence that is not at a line's start"
+        assert not re.search(r"^[ \t]+```", path.read_text(), re.M), f"{path.name}: a fence that is not at a line's start"
 
 
 def test_an_unknown_command_or_blank_fails(checkout: Path) -> None:
