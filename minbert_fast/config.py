@@ -2,9 +2,9 @@
 """What a model looks like and what a training run does: frozen dataclasses, checked when they are made.
 
 `BertConfig` mirrors a Hugging Face `config.json`. `Recipe` is one experiment as data: sections `model`, `data`,
-`tasks`, `optimizer`, `surgery`, `training`, `checkpoint`, `logging`, and optional `stages` (each a partial recipe laid
-over the whole, run one after the other). A TOML file may start from another (`extends = "name-or-file"`), and any
-value can be set from the command line (`section.key=value`).
+`tasks`, `optimizer`, `surgery`, `weighting`, `regularisation`, `training`, `checkpoint`, `logging`, and optional
+`stages` (each a partial recipe laid over the whole, run one after the other). A TOML file may start from another
+(`extends = "name-or-file"`), and any value can be set from the command line (`section.key=value`).
 """
 
 from __future__ import annotations
@@ -164,6 +164,46 @@ class SurgeryOptions:
 
 
 @dataclass(frozen=True)
+class WeightingOptions:
+    """Weights of the tasks' losses that change as training goes on; they come on top of the tasks' own `weight`."""
+
+    method: Literal["none", "uncertainty", "dwa"] = "none"
+    lr: float = 0.01  # uncertainty: of the gradient descent on the log-variances
+    temperature: float = 2.0  # dwa: the higher, the more alike the weights
+    window: int = 0  # dwa: steps whose mean losses are compared; 0: an epoch
+
+    def __post_init__(self) -> None:
+        _check(math.isfinite(self.lr) and self.lr >= 0, f"lr = {self.lr}: expected 0 or more")
+        _check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
+        _check(self.window >= 0, f"window = {self.window}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class RegularisationOptions:
+    """What is asked of the model beside the labels: that it answers an example alike each time. 0 asks nothing."""
+
+    r_drop: float = 0.0  # weight of the divergence between two answers under different dropout
+    smart: float = 0.0  # weight of the divergence between the answers to an example and to its perturbed twin
+    noise: float = 0.003  # smart: standard deviation of the perturbation that the ascent starts from
+    step: float = 0.1  # smart: how far it goes along a gradient whose largest element is 1
+    radius: float = 0.01  # smart: bound on each element of the perturbation
+    proximal: float = 0.0  # weight of the divergence from the answers of a teacher, the weights' moving average
+    momentum: float = 0.99  # proximal: the average's decay
+
+    def __post_init__(self) -> None:
+        for name in ("r_drop", "smart", "noise", "step", "radius", "proximal"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value >= 0, f"{name} = {value}: expected 0 or more")
+        _check(0 <= self.momentum < 1, f"momentum = {self.momentum}: expected 0 <= decay < 1")
+        _check(not (self.r_drop and self.smart), "r_drop and smart: expected one of them, each has a use for the twins")
+
+    @property
+    def twins(self) -> bool:
+        """Whether each example is in its batch twice."""
+        return self.r_drop > 0 or self.smart > 0
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How long, how many, how exact."""
 
@@ -179,6 +219,7 @@ class TrainingOptions:
     evaluate_untrained: bool = True  # dev scores before the first step, to compare with
     patience: int = 0  # early stopping: evaluations without a better score; 0: never
     max_skipped: int = 10  # steps in a row with losses or gradients that are not finite, before training stops
+    ema: float = 0.0  # decay of a moving average of the weights, which is what is evaluated and saved; 0: none
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 0, f"epochs = {self.epochs}: expected 0 or more")
@@ -188,6 +229,7 @@ class TrainingOptions:
         for name in ("evaluate_every", "patience"):
             _check(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: expected 0 or more")
         _check(self.max_skipped >= 1, f"max_skipped = {self.max_skipped}: expected at least 1")
+        _check(0 <= self.ema < 1, f"ema = {self.ema}: expected 0 <= decay < 1")
 
 
 @dataclass(frozen=True)
@@ -229,6 +271,8 @@ class Recipe:
     tasks: Mapping[str, Any] = field(default_factory=lambda: {"sentiment": {}, "paraphrase": {}, "similarity": {}})
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
+    weighting: WeightingOptions = field(default_factory=WeightingOptions)
+    regularisation: RegularisationOptions = field(default_factory=RegularisationOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)

@@ -87,7 +87,7 @@ class PackedBatch:
 class Whole:
     """The step that a batch is one process's share of."""
 
-    examples: dict[str, int]  # of each task, in all processes
+    examples: dict[str, int]  # of each task, in all processes, twins included
     tokens: int
 
 
@@ -106,6 +106,7 @@ class MultitaskBatch:
     labels: dict[str, Tensor]
     rows: dict[str, np.ndarray]
     whole: Whole | None = None  # None: this batch is all of the step
+    twins: frozenset[str] = frozenset()  # tasks whose examples are all there twice: once, then all again
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultitaskBatch:
         """The same batch with its tensors on `device`."""

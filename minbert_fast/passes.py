@@ -215,18 +215,20 @@ class AutogradPass(_Dropout):
 class OnePass(_Dropout):
     """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
 
-    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). `through`
-    is called with a layer's number when the backward has written the gradients of that layer and of those above it.
+    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
+    `gradients` all parameters are constants. `noise` [N, H] is added to the embeddings, and may ask for a gradient.
+    `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
     """
 
     def __init__(
         self,
         config: BertConfig,
         flat: FlatParameters,
-        gradients: TaskGradients,
+        gradients: TaskGradients | None,
         batch: PackedBatch,
         bounds: Tensor,
         seed: Tensor,
+        noise: Tensor | None = None,
         through: Callable[[int], None] = lambda layer: None,
     ) -> None:
         super().__init__(config, training=True)
@@ -236,6 +238,7 @@ class OnePass(_Dropout):
         self.batch = batch
         self.bounds = bounds
         self.seed = seed
+        self.noise = noise
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weights, biases = [m.weight for m in modules], [m.bias for m in modules]
@@ -270,15 +273,16 @@ class OnePass(_Dropout):
             batch.cu_seqlens,
             batch.word_order,
             batch.word_offsets[: batch.num_words + 1],
-            self.gradients.words(batch.num_words) if self.flat.words is tables[0] else None,
+            self.gradients.words(batch.num_words) if self.gradients and self.flat.words is tables[0] else None,
             *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
         )
         word, position, kind = (self._weight(t) for t in tables)
-        return functional.embedding(
+        y = functional.embedding(
             rows.tokens, rows.positions, rows.types, word, position, kind,
             self._weight(norm.weight), self._weight(norm.bias), norm.eps,
             self.hidden_p, self.seed, self.site(), into=sink,
         )  # fmt: skip
+        return y if self.noise is None else y + self.noise.to(y.dtype)
 
     def attend(self, rows: Attention) -> Attend:
         site = self.site()
@@ -292,14 +296,16 @@ class OnePass(_Dropout):
         return self.flat.view(self.flat.compute, parameter)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
-        return self.gradients.view(parameter) if self.gradients.owns(parameter) else None
+        return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None
 
     def _together(self, parameters: Sequence[Tensor]) -> bool:
-        owned = {self.gradients.owns(p) for p in parameters}
+        owned = {self.gradients is not None and self.gradients.owns(p) for p in parameters}
         return len(owned) == 1 and self.flat.adjacent(parameters)
 
     def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        return self.gradients.stacked(parameters) if self.gradients.owns(parameters[0]) else None
+        if self.gradients is None or not self.gradients.owns(parameters[0]):
+            return None
+        return self.gradients.stacked(parameters)
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -42,6 +42,7 @@ class StandIn:
     """Momentum with noise from torch's generator and a counter of its own, all of which a checkpoint must carry."""
 
     broken: frozenset[int] = frozenset()  # steps with a loss that is not finite
+    average = None
 
     def __init__(self, model: Model) -> None:
         self.model, self.momentum, self.count = model, torch.zeros(4), 0

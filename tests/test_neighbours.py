@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 from minbert_fast import cli, train
 from minbert_fast.bert import BertModel
 from minbert_fast.config import Recipe
-from minbert_fast.data import Tokenizer, load_tokens
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.data import Tokenizer, load_tokens, read_table
+from minbert_fast.predictor import Predictor
+from minbert_fast.tasks import MultitaskModel, predictions
 from minbert_fast.tasks.neighbours import LabelledSentences
-from tests.small import small_data, small_run
+from tests.small import TRAIN_ROWS, small_data, small_run
 
 STAGES = ("--recipe", "bertology-sst-to-sts", "--lr", "1e-3", "--set", "tasks.sentiment.neighbours=3")
 
@@ -50,6 +52,47 @@ def test_each_class_gives_as_many_sentences() -> None:
     assert (rows != memory.choose(labels, seed=6)).any()
     with pytest.raises(ValueError, match="class 1"):
         memory.choose(np.array([0, 2]), seed=5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_nearest_vote_by_their_cosines(training: bool) -> None:
+    """In training the nearest is the sentence itself."""
+    torch.manual_seed(0)
+    memory = LabelledSentences(width=7, classes=3, per_class=4, nearest=3, temperature=0.2).train(training)
+    vectors, labels = torch.randn(9, 7), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    memory.remember(torch.randn(12, 7), torch.zeros(12))
+    memory.remember(vectors, labels)
+    x = vectors[[1, 5, 8]] * 2.5 if training else torch.randn(3, 7)
+    for row, votes in zip(x, memory(x), strict=True):
+        cosines = [float(row @ v / (row.norm() * v.norm())) for v in vectors]
+        order = sorted(range(9), key=lambda i: -cosines[i])
+        near = order[1:4] if training else order[:3]
+        powers = [math.exp(cosines[i] / 0.2) for i in near]
+        for label in range(3):
+            expected = sum(p for p, i in zip(powers, near, strict=True) if labels[i] == label) / sum(powers)
+            assert votes[label].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_where_the_nearest_vote_all_sentences_are_there_once() -> None:
+    memory = LabelledSentences(width=2, classes=3, per_class=20, nearest=2)
+    labels = np.array([0] * 50 + [1] * 2 + [2] * 9)
+    rows = memory.choose(labels, seed=5)
+    assert np.bincount(labels[rows]).tolist() == [20, 2, 9]
+    assert len(set(rows)) == len(rows)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_votes_of_all_of_sst_are_learned_saved_and_predicted_with(data: Path, tmp_path: Path) -> None:
+    flags = small_run(data, tmp_path / "run", "--recipe", "wish-nearest", "--lr", "1e-3", "--epochs", "1")
+    assert cli.run(train.main, flags) == 0
+    model = MultitaskModel.load(tmp_path / "run" / "best")
+    memory = model.head("sentiment").memory()
+    assert memory is not None
+    assert int((memory.labels >= 0).sum()) == TRAIN_ROWS
+    predictor = Predictor.from_pretrained(tmp_path / "run" / "best")
+    (sentences,) = read_table(data / "ids-sst-dev.csv", "sentiment").sentences
+    written = predictions.read(tmp_path / "run" / "predictions" / "sst-dev-output.csv")[1]
+    assert np.array_equal(predictor.sentiment(sentences), written)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -38,6 +38,7 @@ def choose_buckets(
     tables: Mapping[str, TokenTable],
     max_length: int,
     joint: Collection[str] = (),
+    twins: Collection[str] = (),
     count: int = 4,
 ) -> Buckets:
     """Buckets for the batches that `sampler` draws: at most `count` token capacities with the least padding in all.
@@ -49,7 +50,8 @@ def choose_buckets(
     steps = np.unique(np.linspace(0, epoch - 1, min(LOOKED_AT, epoch)).astype(np.int64))
     totals, sentences = [], []
     for step in steps:
-        drawn = [lengths[task][rows] for task, rows in sampler.rows(0, int(step)).items()]
+        rows = sampler.rows(0, int(step))
+        drawn = [np.tile(lengths[task][each], 2 if task in twins else 1) for task, each in rows.items()]
         totals.append(sum(int(each.sum()) for each in drawn))
         sentences.append(sum(each.size for each in drawn))
     sizes = least_padding(np.array(totals), count)

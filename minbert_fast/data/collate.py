@@ -23,7 +23,8 @@ from minbert_fast.packing import MultitaskBatch, Whole, pack
 class Collator:
     """Makes a batch of rows. Tasks stand in the order of `tables`.
 
-    Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1).
+    Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1). Tasks in
+    `twins` give each example twice: all of a batch's, then all again.
     Raises ValueError for a joint task that is unknown or has no pairs, and for too small a `max_length`.
     """
 
@@ -33,6 +34,7 @@ class Collator:
     buckets: Buckets = EXACT
     rank: int = 0  # of `ranks` processes that train together: each packs every `ranks`th row of a task
     ranks: int = 1
+    twins: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for task in self.joint:
@@ -57,10 +59,16 @@ class Collator:
         if self.ranks > 1:  # every process knows the whole step, so nobody has to ask
             every = [sentence for task in sentences for sentence in task]
             words = np.unique(np.concatenate([np.empty(0, dtype=np.int32), *every]))
-            whole = Whole({task: len(rows[task]) for task in self.tables}, sum(map(len, every)))
+            copies = {task: 2 if task in self.twins else 1 for task in self.tables}
+            tokens = sum(copies[task] * sum(map(len, s)) for task, s in zip(self.tables, sentences, strict=True))
+            whole = Whole({task: copies[task] * len(rows[task]) for task in self.tables}, tokens)
             sentences = [self._mine(s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
             types = [self._mine(k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
             rows = {task: drawn[self.rank :: self.ranks] for task, drawn in rows.items()}
+        if self.twins:
+            sentences = [self._twice(task, s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
+            types = [self._twice(task, k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
+            rows = {task: np.tile(drawn, 2 if task in self.twins else 1) for task, drawn in rows.items()}
         lengths = [len(sentence) for task in sentences for sentence in task]
         packed = pack(
             sentences,
@@ -81,12 +89,18 @@ class Collator:
             },
             rows={task: np.asarray(rows[task]) for task in self.tables},
             whole=whole,
+            twins=self.twins,
         )
 
     def _mine(self, sequences: list[np.ndarray], examples: int) -> list[np.ndarray]:
-        """This process's share of a task's sequences, which stand column after column."""
-        columns = [sequences[begin : begin + examples] for begin in range(0, len(sequences), max(1, examples))]
-        return [sequence for column in columns for sequence in column[self.rank :: self.ranks]]
+        """This process's share of a task's sequences."""
+        return [sequence for column in _columns(sequences, examples) for sequence in column[self.rank :: self.ranks]]
+
+    def _twice(self, task: str, sequences: list[np.ndarray], examples: int) -> list[np.ndarray]:
+        """A task's sequences, with all of a column again after it if the task has twins."""
+        if task not in self.twins:
+            return sequences
+        return [sequence for column in _columns(sequences, examples) for sequence in column + column]
 
     def _sequences(self, task: str, table: TokenTable, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """A task's sequences, and their token types if any task is joint."""
@@ -178,6 +192,11 @@ def pin(batch: MultitaskBatch) -> MultitaskBatch:
     """The batch in page-locked memory, from which it is copied to a GPU beside the GPU's work."""
     labels = {task: label.pin_memory() for task, label in batch.labels.items()}
     return replace(batch, packed=batch.packed.pin_memory(), labels=labels)
+
+
+def _columns(sequences: list[np.ndarray], examples: int) -> list[list[np.ndarray]]:
+    """A task's sequences, which stand column after column, one list a column."""
+    return [sequences[begin : begin + examples] for begin in range(0, len(sequences), max(1, examples))]
 
 
 def _fit(size: int, buckets: tuple[int, ...]) -> int:

@@ -90,6 +90,10 @@ class Head(nn.Module, ABC):
         """Class probabilities [n, C], or None for a task without classes."""
         return None
 
+    def logits(self, output: HeadOutput) -> Tensor | None:
+        """Unnormalised log-probabilities [n, C] of the classes that the loss knows; None where it knows scores alone."""
+        return None
+
     def memory(self) -> LabelledSentences | None:
         """Labelled training sentences that are to be embedded before the head's stage begins, if it has any."""
         return None

@@ -26,6 +26,12 @@ def squared(s: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(s, target)
 
 
+def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Mean of (KL(p | q) + KL(q | p)) / 2 over rows of unnormalised log-probabilities [n, C]."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean() / 2
+
+
 def absolute(s: Tensor, target: Tensor) -> Tensor:
     """Mean of |s - target|."""
     return F.l1_loss(s, target)

@@ -23,6 +23,7 @@ from minbert_fast.config import Pooling, Recipe
 from minbert_fast.functional.pooling import pool
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.schema import ConfigError
+from minbert_fast.tasks.agreement import Agreement
 from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, build_task
 
 Pooler = Callable[[Tensor], Tensor]  # first tokens' hidden state [B, H] -> [B, H]
@@ -96,16 +97,25 @@ class MultitaskModel(nn.Module):
             first += n * arity
         return divided
 
-    def losses(self, batch: MultitaskBatch, hidden: Tensor, pooler: Pooler | None = None) -> dict[str, Tensor]:
-        """Each task's mean loss times its weight, scalars in the order of `batch.tasks`.
-
-        A task without examples in this batch gives 0 with zero gradients. Asks the device nothing.
-        """
+    def outputs(self, batch: MultitaskBatch, hidden: Tensor, pooler: Pooler | None = None) -> dict[str, HeadOutput]:
+        """What the heads of the batch's tasks make of hidden [N, H], the encoder's output. Asks the device nothing."""
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = self.inputs(batch, hidden, pooler)
-            return {name: self._loss(name, inputs[name], batch) for name in batch.tasks}
+            return {name: self.head(name)(inputs[name]) for name in batch.tasks}
 
-    def losses_padded(self, batch: MultitaskBatch) -> dict[str, Tensor]:
+    def losses(
+        self, batch: MultitaskBatch, hidden: Tensor, pooler: Pooler | None = None, agreement: Agreement | None = None
+    ) -> dict[str, Tensor]:
+        """Each task's mean loss times its weight, scalars in the order of `batch.tasks`.
+
+        A task without examples in this batch gives 0 with zero gradients. `agreement` is what is asked of examples with
+        a twin (None: nothing beside the labels'). Asks the device nothing.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            outputs = self.outputs(batch, hidden, pooler)
+            return {name: self.loss(name, output, batch, agreement) for name, output in outputs.items()}
+
+    def losses_padded(self, batch: MultitaskBatch, agreement: Agreement | None = None) -> dict[str, Tensor]:
         """The same losses as a course project computes them: padded, eager, one encoder call a sentence column."""
         offsets = batch.packed.cu_seqlens.tolist()
         first = 0
@@ -126,7 +136,7 @@ class MultitaskModel(nn.Module):
                 max_seqlen=batch.packed.max_seqlen,
                 first=0,
             )
-            losses[name] = self._loss(name, inputs, batch)
+            losses[name] = self.loss(name, self.head(name)(inputs), batch, agreement)
             first += n * arity
         return losses
 
@@ -137,12 +147,14 @@ class MultitaskModel(nn.Module):
         pooled = _pool_padded(hidden, mask, mode, self.encoder)
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
-    def _loss(self, name: str, inputs: TaskInput, batch: MultitaskBatch) -> Tensor:
-        head = self.head(name)
-        output: HeadOutput = head(inputs)
+    def loss(self, name: str, output: HeadOutput, batch: MultitaskBatch, agreement: Agreement | None = None) -> Tensor:
+        """The mean loss of task `name` times its weight, from its head's output; 0 without examples."""
         if batch.examples(name) == 0:
             return output.scores.sum()  # of nothing: 0, and part of the graph
-        return head.loss(output, batch.labels.get(name)) * self.tasks[name].weight
+        head, labels, weight = self.head(name), batch.labels.get(name), self.tasks[name].weight
+        if name in batch.twins:
+            return (agreement or Agreement()).loss(head, output, labels) * weight
+        return head.loss(output, labels) * weight
 
     def head(self, name: str) -> Head:
         """The head of task `name`."""

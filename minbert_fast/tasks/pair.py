@@ -132,6 +132,13 @@ class PairHead(Head):
             total = total + weight * self._loss(name, output, degree)
         return total
 
+    def logits(self, output: HeadOutput) -> Tensor | None:
+        if self.options.loss == "cross_entropy":
+            return output.scores
+        if self.options.loss == "bce":
+            return torch.stack([torch.zeros_like(output.scores), output.scores], dim=-1)
+        return None
+
     def degree(self, output: HeadOutput) -> Tensor:
         """How much alike the sentences are, from 0 to 1 [n]."""
         scores, options = output.scores, self.options

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,8 @@ class SentimentOptions(TaskOptions):
     shared_depth: int = 2
     extra_layers: int = 0  # BERT layers of the task's own, between the encoder and its pooling
     neighbours: int = 0  # labelled training sentences of each class to compare with, in place of the embedding itself
+    nearest: int = 0  # of these, how many vote on a sentence; the votes go beside its embedding. 0: all are features
+    temperature: float = 0.05  # of the votes: the lower, the more the very nearest decide
     dropout: float = 0.1
     label_smoothing: float = 0.0  # share of each target spread evenly over all classes
 
@@ -59,6 +62,9 @@ class SentimentOptions(TaskOptions):
             not (self.neighbours and (self.extra_layers or self.shared_layers)),
             "neighbours: compared by the encoder's own embeddings, without extra_layers or shared_layers",
         )
+        most = max(1, self.neighbours * len(CLASSES[self.data]))
+        require(0 <= self.nearest < most, f"nearest = {self.nearest}: expected fewer than there are neighbours in all")
+        require(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
         require(0 <= self.label_smoothing < 1, f"label_smoothing = {self.label_smoothing}: expected 0 <= share < 1")
 
 
@@ -76,8 +82,12 @@ class SentimentHead(Head):
         if options.shared_layers:
             self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
         classes = len(CLASSES[options.data])
-        self.neighbours = LabelledSentences(width, classes, options.neighbours) if options.neighbours else None
-        self.output = nn.Linear(2 * classes * options.neighbours if options.neighbours else width, classes)
+        self.neighbours: LabelledSentences | None = None
+        if options.neighbours:
+            settings = (options.neighbours, options.nearest, options.temperature)
+            self.neighbours = LabelledSentences(width, classes, *settings)
+            width = self.neighbours.features + (width if options.nearest else 0)
+        self.output = nn.Linear(width, classes)
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         if self.layers is None:
@@ -85,7 +95,8 @@ class SentimentHead(Head):
         else:
             x = self.layers(inputs, self.options.pooling or "mean")
         if self.neighbours is not None:
-            x = self.neighbours(x)
+            found = self.neighbours(x)
+            x = torch.cat([x, found], dim=-1) if self.options.nearest else found
         x = F.dropout(x, self.options.dropout, self.training)
         if self.stack is not None:
             x = self.stack(x)
@@ -97,6 +108,9 @@ class SentimentHead(Head):
 
     def predict(self, output: HeadOutput) -> Tensor:
         return output.scores.argmax(-1)
+
+    def logits(self, output: HeadOutput) -> Tensor:
+        return output.scores
 
     def memory(self) -> LabelledSentences | None:
         return self.neighbours

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minbert_fast.packing import MultitaskBatch
+from minbert_fast.training.averaging import WeightAverage
 from minbert_fast.training.step import OnePassStep, StepResult
 
 Bucket = tuple[Any, ...]
@@ -52,6 +53,10 @@ class GraphedStep:
         self._pool = torch.cuda.graph_pool_handle()
         # Autograd remembers streams: whatever is captured on this one has run on it before.
         self._stream = torch.cuda.Stream()
+
+    @property
+    def average(self) -> WeightAverage | None:
+        return self.step.average
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -107,4 +112,5 @@ def _tensors(batch: MultitaskBatch) -> list[Tensor]:
 
 def _cloned(result: StepResult) -> StepResult:
     gram = None if result.gram is None else result.gram.clone()
-    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone())
+    weights = None if result.task_weights is None else result.task_weights.clone()
+    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone(), weights)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -138,12 +138,14 @@ class Trainer:
             with self._signals:
                 for index in range(self.state.stage, len(self.stages)):
                     if index != self.state.stage:
+                        self._adopt_average()
                         self.state = replace(self.state, stage=index, stage_step=0, stage_best=None, stale=0)
                     self._run_stage(self.stages[index], checkpoint)
                     checkpoint = None
                     if self.state.step >= self.total:
                         break
                 self._checkpoint()
+                self._adopt_average()
                 best = self._final_evaluation()
         except InterruptError as stop:
             raise InterruptError(
@@ -205,7 +207,8 @@ class Trainer:
         state = self.state
         try:
             if self._evaluation_due(stage) and state.evaluated != state.step:
-                self._evaluate(stage)
+                with self._averaged():
+                    self._evaluate(stage)
         except InterruptError:
             pass  # its checkpoint says that the evaluation is still due
         if state.record is not None:
@@ -238,6 +241,18 @@ class Trainer:
         every = self.recipe.checkpoint.every
         regular = self.state.step % every if every else self.state.stage_step % stage.steps_per_epoch
         return regular == 0 or self.state.stage_step == stage.steps
+
+    # ---- Averaged weights -------------------------------------------------------------------------------------------
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The model as it is judged and kept: with the averaged weights, if the recipe has them averaged."""
+        average = None if self._step is None else self._step.average
+        return nullcontext() if average is None else average.applied()
+
+    def _adopt_average(self) -> None:
+        """What a stage's training comes to, and the next stage starts from."""
+        if self._step is not None and self._step.average is not None:
+            self._step.average.adopt()
 
     # ---- Evaluation and records -------------------------------------------------------------------------------------
 
@@ -340,6 +355,7 @@ class Trainer:
         record |= {f"loss/{task}": loss for task, loss in seen.losses.items()}
         record |= {"grad_norm": seen.grad_norm, "conflicts": seen.conflicts}
         record |= {f"cosine/{pair}": cosine for pair, cosine in seen.cosines.items()}
+        record |= {f"weight/{task}": weight for task, weight in seen.weights.items()}
         if seen.skipped:
             record["skipped"] = list(seen.skipped)
         if scale is not None:
@@ -394,12 +410,13 @@ class Trainer:
 
     def _give_up(self, stage: Stage, seen: Observation) -> None:
         """Stops a run whose losses stay non-finite. Skipped steps changed nothing: the model is the last good one."""
-        places = [stage.place(task, int(row)) for task in seen.skipped for row in seen.rows[task]]
+        places = [stage.place(task, row) for task in seen.skipped for row in dict.fromkeys(seen.rows[task].tolist())]
         shown = ", ".join(places[:SHOWN_EXAMPLES])
         more = f" and {len(places) - SHOWN_EXAMPLES} more" if len(places) > SHOWN_EXAMPLES else ""
         if self.state.record is not None:
             self.files.metrics.write(self.state.record)
-        self.files.write_directory("last", self.save)
+        with self._averaged():
+            self.files.write_directory("last", self.save)
         raise RunError(
             f"stopped after step {seen.step}: {self.state.skipped_in_a_row} steps in a row had losses or gradients "
             f"that are not finite, the last in {', '.join(seen.skipped)} (examples {shown}{more}); the last good "

@@ -15,6 +15,8 @@ from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.training.device import DTYPES, Precision
 
+CHUNK = 256  # sentences embedded together
+
 
 def check_memories(model: MultitaskModel, recipe: Recipe) -> None:
     """Raises ConfigError where a stage would train the encoder away from the sentences that a head remembers."""
@@ -40,7 +42,9 @@ def fill_memories(
             rows = memory.choose(table.labels, recipe.training.seed)
         except ValueError as error:
             raise ConfigError(f"tasks.{name}.neighbours: {table.path}: {error}") from None
-        batch = Collator({name: table}, recipe.data.max_length)({name: rows}).to(memory.vectors.device)
-        hidden = Snapshot(model.encoder, DTYPES[precision]).hidden(PackedRows(batch.packed))
-        (vectors,) = model.inputs(batch, hidden)[name].embeddings
-        memory.remember(vectors, batch.labels[name])
+        collate, snapshot = Collator({name: table}, recipe.data.max_length), Snapshot(model.encoder, DTYPES[precision])
+        vectors: list[torch.Tensor] = []
+        for begin in range(0, len(rows), CHUNK):
+            batch = collate({name: rows[begin : begin + CHUNK]}).to(memory.vectors.device)
+            vectors += model.inputs(batch, snapshot.hidden(PackedRows(batch.packed)))[name].embeddings
+        memory.remember(torch.cat(vectors), torch.from_numpy(table.labels[rows]))

@@ -28,6 +28,7 @@ class Observation:
     cosines: dict[str, float]  # "a|b": cosine between the gradients of tasks a and b
     skipped: tuple[str, ...]
     rows: Mapping[str, np.ndarray]  # the batch's examples, by task
+    weights: dict[str, float]  # dynamic weights of the losses; empty where there are none
 
     @property
     def conflicts(self) -> float | None:
@@ -39,7 +40,7 @@ class Observer:
     """Collects the results of steps of one stage."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, MultitaskBatch, Tensor]] = []
+        self._pending: list[tuple[int, MultitaskBatch, bool, Tensor]] = []
 
     def add(self, step: int, batch: MultitaskBatch, result: StepResult) -> None:
         """Notes a step's result with one small copy on the device and no question to it.
@@ -47,24 +48,25 @@ class Observer:
         A copy, since the result may lie in a graph's buffers, which the next step overwrites.
         """
         parts = [result.losses, result.nonfinite.float(), result.grad_norm.reshape(1)]
-        if result.gram is not None:
-            parts.append(result.gram.flatten())
-        self._pending.append((step, batch, torch.cat([part.float() for part in parts])))
+        weighted = result.task_weights is not None
+        parts += [each.flatten() for each in (result.task_weights, result.gram) if each is not None]
+        self._pending.append((step, batch, weighted, torch.cat([part.float() for part in parts])))
 
     def fetch(self) -> list[Observation]:
         """Everything noted since the last call, in order."""
         if not self._pending:
             return []
-        values = torch.stack([packed for _, _, packed in self._pending]).tolist()
-        seen = [_observation(s, batch, row) for (s, batch, _), row in zip(self._pending, values, strict=True)]
+        values = torch.stack([packed for _, _, _, packed in self._pending]).tolist()
+        seen = [_observation(s, batch, w, row) for (s, batch, w, _), row in zip(self._pending, values, strict=True)]
         self._pending.clear()
         return seen
 
 
-def _observation(step: int, batch: MultitaskBatch, values: list[float]) -> Observation:
+def _observation(step: int, batch: MultitaskBatch, weighted: bool, values: list[float]) -> Observation:
     tasks = batch.tasks
     count = len(tasks)
     losses, flags, (grad_norm, *gram) = values[:count], values[count : 2 * count], values[2 * count :]
+    weights, gram = (gram[:count], gram[count:]) if weighted else ([], gram)
     skipped = tuple(task for task, flag in zip(tasks, flags, strict=True) if flag)
     if not skipped and not math.isfinite(grad_norm):  # each is finite, their sum is not
         skipped = tuple(batch.present())
@@ -82,4 +84,5 @@ def _observation(step: int, batch: MultitaskBatch, values: list[float]) -> Obser
         cosines=cosines,
         skipped=skipped,
         rows=batch.rows,
+        weights=dict(zip(tasks, weights, strict=False)),
     )

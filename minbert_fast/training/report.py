@@ -143,6 +143,11 @@ def _curves(run: Run, plots: dict[str, str]) -> str:
             rows.append(
                 [spoken(name), f"{known[:tenth].mean():.4g}", f"{known[-tenth:].mean():.4g}", f"{known.min():.4g}"]
             )
+    weights = run.keys("weight/")
+    if weights:
+        series = [charts.Series(spoken(key.removeprefix("weight/")), *run.column(key)) for key in weights]
+        plots["weights"] = charts.lines("Dynamic weights of the tasks' losses", series, "step", marks=marks)
+        figures.append(figure("Dynamic weights of the losses", plots["weights"]))
     for key, caption in (("lr", "Learning rate"), ("grad_norm", "Gradient norm before clipping")):
         steps, values = run.column(key)
         if np.isfinite(values).any():

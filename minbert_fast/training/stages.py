@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.loop import Stage
 from minbert_fast.training.memory import check_memories, fill_memories
+from minbert_fast.training.smart import check_smart
 from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
 from minbert_fast.training.world import World
 
@@ -45,6 +46,7 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
     tables = {name: means.train[name] for name in tasks}
     check_memories(means.model, recipe)
+    check_smart(recipe, means.backend)
     training = recipe.training
     joint = frozenset(name for name, task in tasks.items() if task.joint)
     sampler = Sampler.of(
@@ -58,15 +60,18 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     alone = means.world.size == 1 and means.backend == "fast"
     graphs = training.graphs and method.capturable and means.device.type == "cuda" and alone
     longest = recipe.data.max_length
-    buckets = choose_buckets(sampler, tables, longest, joint) if graphs else EXACT
-    collator = Collator(tables, longest, joint, buckets, means.world.rank, means.world.size)
+    twins = frozenset(tasks if recipe.regularisation.twins else ())
+    buckets = choose_buckets(sampler, tables, longest, joint, twins) if graphs else EXACT
+    collator = Collator(tables, longest, joint, buckets, means.world.rank, means.world.size, twins)
     own = whole.stages[index].get("training", {}) if whole.stages else {}
     steps = training.epochs * sampler.steps_per_epoch
+    window = recipe.weighting.window or sampler.steps_per_epoch
+    trained = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
     def begin() -> TrainingStep:
         means.model.configure(tasks)
         fill_memories(means.model, recipe, tables, means.precision)
-        step = make_step(means.backend, means.model, recipe, DTYPES[means.precision], means.world)
+        step = make_step(means.backend, means.model, trained, DTYPES[means.precision], means.world)
         if not graphs:
             return step
         assert isinstance(step, OnePassStep)

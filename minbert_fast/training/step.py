@@ -26,7 +26,9 @@ from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
+from minbert_fast.training.averaging import WeightAverage
 from minbert_fast.training.exchange import Exchange
+from minbert_fast.training.extras import Extras
 from minbert_fast.training.sharding import ShardedExchange
 from minbert_fast.training.world import World
 
@@ -43,6 +45,7 @@ class StepResult:
     grad_norm: Tensor  # [] norm of the combined gradient before clipping
     gram: Tensor | None  # [T, T] inner products of the tasks' encoder gradients; None where they were not kept apart
     nonfinite: Tensor  # [T] bool: tasks whose loss or gradient is not finite; the step was skipped if any
+    task_weights: Tensor | None = None  # [T] dynamic weights of the step's losses (`losses` are without them)
     seconds: Mapping[str, float] = field(default_factory=dict)  # of each part; empty on a device with a time of its own
 
 
@@ -64,6 +67,10 @@ class Laps:
 
 class TrainingStep(Protocol):
     """A step that the loop can call, save and restore."""
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The averaged weights, where the recipe asks for them: what is evaluated and kept."""
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         """Trains on `batch` with every learning rate times `lr_scale`."""
@@ -210,6 +217,7 @@ class OnePassStep:
         self.exchange = kind(self.world, self.flat, rows, dtype, model.encoder.layers())
         self.gradients = self.exchange.gradients
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer, self.exchange.pieces)
+        self.extras = Extras.of_flat(model, recipe, self.flat, dtype)
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
@@ -226,6 +234,10 @@ class OnePassStep:
                 slot = self.flat.slot(p)
                 p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
 
+    @property
+    def average(self) -> WeightAverage | None:
+        return self.extras.average
+
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         self.prepare(batch, lr_scale)
         return self.compute(batch)
@@ -235,6 +247,7 @@ class OnePassStep:
         seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
         _reseed(seed, self.steps)
         self.seed.fill_(_step_seed(seed, self.steps))
+        self.extras.prepare(self.steps)
         self.steps += 1
         self.optimizer.schedule(lr_scale)
         self.weights.prepare(len(batch.tasks), self.flat.data.device)
@@ -259,7 +272,8 @@ class OnePassStep:
         head_square = self.head_gradient.square().sum()[None]
         norm = self.optimizer.clip(gram, w, head_square)
         laps.lap("surgery" if self.apart else "clipping")
-        self.optimizer.advance(["shared", "words", *present], skip=nonfinite.any() | ~torch.isfinite(norm))
+        skip = nonfinite.any() | ~torch.isfinite(norm)
+        self.optimizer.advance(["shared", "words", *present], skip)
         self.optimizer.step_shared(self.gradients.J, w)
         if words is not None:
             self.optimizer.step_words(words, batch.packed.word_ids[: batch.packed.num_words], w)
@@ -269,7 +283,9 @@ class OnePassStep:
         if self.world.size > 1:
             self.exchange.spread()
             laps.lap("exchange")
-        return StepResult(losses, norm, gram if self.apart else None, nonfinite, laps.seconds)
+        weighted = self.extras.after(losses, present, skip)
+        laps.lap("optimizer")
+        return StepResult(losses, norm, gram if self.apart else None, nonfinite, weighted, laps.seconds)
 
     def _backward(self, batch: MultitaskBatch, laps: Laps) -> Tensor:
         """Fills J, the word rows and the heads' gradients with this batch's share; returns its losses [T]."""
@@ -283,16 +299,18 @@ class OnePassStep:
             return self.head_gradient.new_zeros(len(batch.tasks))
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
+        noise = self.extras.noise(batch, bounds, self.seed)
         run = OnePass(
-            self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, self.exchange.ready
+            self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready
         )
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
-        losses = [loss * batch.share(name) for name, loss in self.model.losses(batch, hidden).items()]
+        losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
+        scaled = self.extras.scaled(losses)
         laps.lap("forward")
-        self._others(losses)
+        self._others(scaled)
         self.exchange.open()
-        torch.stack(losses).sum().backward()  # last, since each backward overwrites J
+        torch.stack(list(scaled)).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             p.grad = None
         if self._words_are_dense():
@@ -327,12 +345,13 @@ class OnePassStep:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict(self.exchange.whole)
-        tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict())
+        tensors = optimizer["tensors"] | _prefixed(self.weights.state_dict()) | self.extras.state_dict()
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
         self.weights.load_state_dict(_unprefixed(state["tensors"]))
+        self.extras.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
 
@@ -358,7 +377,12 @@ class ReferenceStep:
         for entry in parts.frozen:
             entry.parameter.requires_grad_(False)
         self.optimizer = reference.AdamW(self._groups(recipe.optimizer), **_adamw_settings(recipe.optimizer))
+        self.extras = Extras.of_entries(model, recipe, [entry for _, entry in self.entries.values()])
         self.steps = 0
+
+    @property
+    def average(self) -> WeightAverage | None:
+        return self.extras.average
 
     def _groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -368,30 +392,33 @@ class ReferenceStep:
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         _reseed(self.recipe.training.seed, self.steps)
+        self.extras.prepare(self.steps)
         self.steps += 1
         self.model.train()
         laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = self.model.losses_padded(batch)
+            losses = self.model.losses_padded(batch, self.extras.agreement)
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
-        self._backward(batch, list(losses.values()), laps)
+        self._backward(batch, self.extras.scaled(list(losses.values())), laps)
         values = torch.stack([loss.detach() for loss in losses.values()])
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
         nonfinite = ~torch.isfinite(values)
-        if torch.isfinite(norm) and not nonfinite.any():
+        skip = nonfinite.any() | ~torch.isfinite(norm)
+        if not skip:
             self.optimizer.step()
+        weighted = self.extras.after(values, batch.present(), skip)
         laps.lap("optimizer")
-        return StepResult(values, norm, None, nonfinite, laps.seconds)
+        return StepResult(values, norm, None, nonfinite, weighted, laps.seconds)
 
-    def _backward(self, batch: MultitaskBatch, losses: list[Tensor], laps: Laps) -> None:
+    def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor], laps: Laps) -> None:
         """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
         options = self.recipe.surgery
         if options.method == "none":
-            total = torch.stack(losses).sum()
+            total = torch.stack(list(losses)).sum()
             (total / len(losses) if options.reduction == "mean" else total).backward()
             laps.lap("backward")
         else:
@@ -417,6 +444,7 @@ class ReferenceStep:
             if state:
                 tensors |= {f"{name}/exp_avg": state["exp_avg"], f"{name}/exp_avg_sq": state["exp_avg_sq"]}
                 scalars[f"{name}/step"] = state["step"]
+        tensors |= self.extras.state_dict()
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -428,6 +456,7 @@ class ReferenceStep:
                     "exp_avg": tensors[f"{name}/exp_avg"].clone(),
                     "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
                 }
+        self.extras.load_state_dict(tensors)
         self.generator.set_state(_unprefixed(tensors)["generator"])
         self.steps = int(scalars["steps"])
 

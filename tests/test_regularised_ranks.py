@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averaged weights, dynamic task weights, R-Drop and SMART where several processes train together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tests.test_distributed import losses, same, succeed
+
+FLAGS = ["--max-steps", "6", "--precision", "fp32", "--output", "run", "--set", "training.ema=0.8"]
+
+
+def weights(output: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [[line[f"weight/{task}"] for task in ("sentiment", "paraphrase", "similarity")] for line in lines]
+
+
+def test_two_processes_average_and_weigh_as_one_does(tmp_path: Path) -> None:
+    more = ["--set", "weighting.method=dwa", "--set", "weighting.window=2", "--set", "regularisation.r_drop=0.5"]
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        succeed(ranks, tmp_path / str(ranks), *FLAGS, *more)
+    one, two = tmp_path / "1" / "run", tmp_path / "2" / "run"
+    same(one, two)
+    np.testing.assert_allclose(weights(one), weights(two), rtol=1e-4)
+    assert weights(one)[-1] != [1.0, 1.0, 1.0]
+
+
+def test_two_processes_train_smart(tmp_path: Path) -> None:
+    """Each perturbs its own share; both end with the same weights, which uncertainties keep track of."""
+    smart = ["--set", "regularisation.smart=1.0", "--set", "regularisation.proximal=1.0"]
+    succeed(2, tmp_path, *FLAGS, *smart, "--set", "weighting.method=uncertainty")
+    assert np.isfinite(losses(tmp_path / "run")).all()
+    assert np.isfinite(weights(tmp_path / "run")).all()

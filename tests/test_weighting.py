@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic task weights: against the papers' formulas written out, in either step, restored, and without a question."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minbert_fast.config import Recipe, WeightingOptions
+from minbert_fast.schema import ConfigError
+from minbert_fast.training.job import Options, train
+from minbert_fast.training.step import OnePassStep, make_step
+from minbert_fast.training.weighting import DynamicAverage, Uncertainty, task_weights
+from tests.small import small_data
+from tests.test_graph import computed_on_meta
+from tests.test_step import SIZES, make_batch, make_model, recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TASKS = ("a", "b", "c")
+CPU = torch.device("cpu")
+NO = torch.tensor(False)
+METHODS: dict[str, dict[str, Any]] = {
+    "uncertainty": {"method": "uncertainty", "lr": 0.3},
+    "dwa": {"method": "dwa", "window": 2, "temperature": 0.7},
+}
+
+
+def draw(steps: int) -> Tensor:
+    return 0.2 + torch.rand(steps, len(TASKS), generator=torch.Generator().manual_seed(1))
+
+
+# ---- The formulas --------------------------------------------------------------------------------------------------------
+
+
+def test_uncertainties_descend_on_the_papers_objective() -> None:
+    """Autograd on sum of exp(-s) L + s / 2, in fp64."""
+    losses = draw(20)
+    weighting = Uncertainty(WeightingOptions("uncertainty", lr=0.1), TASKS, CPU)
+    s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for row in losses:
+        torch.testing.assert_close(weighting.weights().double(), torch.exp(-s.detach()), rtol=1e-5, atol=1e-6)
+        (gradient,) = torch.autograd.grad((torch.exp(-s) * row.double() + s / 2).sum(), s)
+        s = (s - 0.1 * gradient).detach().requires_grad_()
+        weighting.observe(row, TASKS, NO)
+    assert (weighting.weights() - 1).abs().min() > 0.1
+
+
+def test_uncertainties_come_to_rest_where_each_loss_weighs_one_half() -> None:
+    losses = torch.tensor([0.05, 1.5, 4.0])
+    weighting = Uncertainty(WeightingOptions("uncertainty", lr=0.5), TASKS, CPU)
+    for _ in range(200):
+        weighting.observe(losses, TASKS, NO)
+    torch.testing.assert_close(weighting.weights() * losses, torch.full((3,), 0.5))
+
+
+def test_weights_average_dynamically_as_the_paper_has_it() -> None:
+    window, temperature = 3, 2.0
+    losses = draw(5 * window)
+    weighting = DynamicAverage(WeightingOptions("dwa", window=window, temperature=temperature), TASKS, CPU)
+    for step, row in enumerate(losses):
+        weighting.prepare(step)
+        n = step // window
+        expected = [1.0, 1.0, 1.0]
+        if n >= 2:
+            means = [losses[i * window : (i + 1) * window].double().mean(0).tolist() for i in (n - 1, n - 2)]
+            powers = [math.exp(now / then / temperature) for now, then in zip(*means, strict=True)]
+            expected = [3 * power / sum(powers) for power in powers]
+        torch.testing.assert_close(weighting.weights(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+        weighting.observe(row, TASKS, NO)
+    assert weighting.weights().std() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_absent_tasks_and_skipped_steps_do_not_count(method: str) -> None:
+    weighting = task_weights(WeightingOptions(**METHODS[method]), TASKS, CPU)
+    only = task_weights(WeightingOptions(**METHODS[method]), TASKS, CPU)
+    assert weighting is not None
+    assert only is not None
+    for step, row in enumerate(draw(8)):
+        for each in (weighting, only):
+            each.prepare(step)
+        if step % 2:
+            weighting.observe(torch.full((3,), torch.nan), TASKS, torch.tensor(True))
+            continue
+        present = TASKS[:2]
+        for each, last in ((weighting, 0.0), (only, 123.0)):
+            losses = row.clone()
+            losses[2] = last
+            each.observe(losses, present, NO)
+    assert torch.equal(weighting.weights(), only.weights())
+    assert weighting.weights().isfinite().all()
+    if method == "uncertainty":
+        assert weighting.weights()[2] == 1
+
+
+# ---- In the step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_with_dynamic_weights_equal_the_reference_path(method: str, surgery: str) -> None:
+    chosen = recipe(surgery={"method": surgery}, weighting=METHODS[method])
+    fast_model = make_model(chosen)
+    slow_model, plain_model = copy.deepcopy(fast_model), copy.deepcopy(fast_model)
+    fast = make_step("fast", fast_model, chosen, torch.float32)
+    slow = make_step("reference", slow_model, chosen, torch.float32)
+    plain = make_step("fast", plain_model, recipe(surgery={"method": surgery}), torch.float32)
+    for index in range(7):
+        sizes = SIZES | {"paraphrase": 0} if index == 1 else SIZES
+        batch = make_batch(fast_model, sizes, seed=index)
+        a, b = fast(batch, 1.0), slow(batch, 1.0)
+        plain(batch, 1.0)
+        assert a.task_weights is not None
+        assert b.task_weights is not None
+        torch.testing.assert_close(a.losses, b.losses, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(a.task_weights, b.task_weights, atol=1e-4, rtol=1e-4)
+    assert (a.task_weights - 1).abs().min() > 1e-3
+    for (name, p), q in zip(fast_model.named_parameters(), slow_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)
+    assert not torch.equal(fast_model.encoder.word_embedding.weight, plain_model.encoder.word_embedding.weight)
+
+
+def test_weights_scale_the_rows_of_j_the_heads_and_the_gram_matrix() -> None:
+    chosen = recipe(surgery={"method": "pcgrad"}, weighting={"method": "uncertainty"}, model={"pooling": "pooler"})
+    plain = recipe(surgery={"method": "pcgrad"}, model={"pooling": "pooler"})
+    steps = []
+    for each in (plain, chosen):
+        model = make_model(each)
+        step = OnePassStep(model, each, torch.float32)
+        if step.extras.weighting is not None:
+            step.extras.weighting.state["log_variances"].copy_(torch.tensor([0.5, -1.0, 2.0]))
+        steps.append((step, step(make_batch(model, SIZES), 1.0)))
+    (one, a), (two, b) = steps
+    factors = torch.exp(-torch.tensor([0.5, -1.0, 2.0]))
+    assert torch.equal(a.losses, b.losses)
+    torch.testing.assert_close(two.gradients.J, one.gradients.J * factors[:, None], rtol=1e-4, atol=1e-6)
+    assert a.gram is not None
+    assert b.gram is not None
+    torch.testing.assert_close(b.gram, a.gram * factors * factors[:, None], rtol=1e-3, atol=1e-6)
+    for task, factor in zip(SIZES, factors, strict=True):
+        for p, q in zip(one.heads[task], two.heads[task], strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(q.grad, p.grad * factor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+@pytest.mark.parametrize("method", METHODS)
+def test_restored_weights_go_on_bit_for_bit(method: str, backend: Any) -> None:
+    """Cut within a window, and between two."""
+    chosen = recipe(weighting=METHODS[method])
+
+    def run(cut: int | None) -> tuple[list[Tensor], list[Tensor]]:
+        model = make_model(chosen)
+        step = make_step(backend, model, chosen, torch.float32)
+        seen = []
+        for index in range(8):
+            if index == cut:
+                saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
+                model = make_model(chosen)
+                model.load_state_dict(weights)
+                step = make_step(backend, model, chosen, torch.float32)
+                step.load_state_dict(saved)
+            found = step(make_batch(model, SIZES, seed=index), 1.0).task_weights
+            assert found is not None
+            seen.append(found.clone())
+        return seen, [p.detach() for p in model.parameters()]
+
+    weights, parameters = run(None)
+    for cut in (3, 4):
+        again, others = run(cut)
+        assert all(torch.equal(x, y) for x, y in zip(weights, again, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(parameters, others, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weighting_asks_the_device_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert computed_on_meta(recipe(weighting=METHODS[method]), SIZES, monkeypatch) == []
+
+
+# ---- Recipes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_logs_its_weights_and_the_report_draws_them(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {
+        "data": {"directory": str(small_data(tmp_path / "data")), "cache": str(tmp_path / "cache")},
+        "training": {"batch_size": 20, "epochs": 3, "evaluate_untrained": False, "precision": "fp32"},
+        "logging": {"every": 1},
+        "weighting": {"window": 0},
+    }
+    chosen = Recipe.load("wish-weight-averaging").with_values(quick, "test")
+    output = train(chosen, Options(tmp_path / "run", device="cpu"))
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    weights = [[record[f"weight/{task}"] for task in chosen.tasks] for record in records]
+    assert weights[:4] == [[1.0] * 3] * 4  # two epochs of two steps
+    assert weights[4] != [1.0] * 3
+    assert sum(weights[4]) == pytest.approx(3)
+    assert (output / "plots" / "weights.svg").is_file()
+
+
+def test_the_wished_for_recipes_weigh_dynamically() -> None:
+    methods = {name: Recipe.load(f"wish-{name}").weighting.method for name in ("uncertainty", "weight-averaging")}
+    assert methods == {"uncertainty": "uncertainty", "weight-averaging": "dwa"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "kendall"}, "weighting.method"),
+        ({"lr": -1.0}, "lr = -1.0: expected 0 or more"),
+        ({"temperature": 0.0}, "temperature = 0.0: expected above 0"),
+        ({"window": -1}, "window = -1: expected 0 or more"),
+    ],
+)
+def test_mistakes_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Recipe().with_values({"weighting": values}, "test")
+    assert message in str(raised.value)
