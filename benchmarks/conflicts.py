@@ -2,8 +2,8 @@
 """Keeps what a training run measured of its tasks' conflicts, for docs/surgery.md.
 
 python -m minbert_fast.train --data DIR --model DIR --output runs/conflicts --epochs 1 --set logging.every=1
-python -m benchmarks.conflicts runs/conflicts          writes benchmarks/results/conflicts.json
-python -m benchmarks.readme                            the table and the figure
+python -m benchmarks.conflicts runs/conflicts MiniLM-L6     writes benchmarks/results/conflicts.json
+python -m benchmarks.readme                                 the table and the figure
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ RESULTS = Path(__file__).parent / "results" / "conflicts.json"
 PREFIX = "cosine/"
 
 
-def measured(run: Run) -> dict[str, Any]:
-    """A run's cosines by pair of tasks, a value a logged step (null where a task had no gradient), and what they are of."""
+def measured(run: Run, model: str) -> dict[str, Any]:
+    """A run's cosines by pair of tasks, a value a logged step (null where a task had no gradient), and what they are of.
+
+    `model` is what people call its weights. Raises SystemExit where no cosines were logged.
+    """
     pairs = {key.removeprefix(PREFIX): run.column(key) for key in run.keys(PREFIX)}
     if not pairs:
         raise SystemExit(f"{run.directory}: no cosines were logged; train with surgery on two tasks or more")
     facts = ("recipe", "precision", "device", "steps", "tokens", "commit", "versions")
     return {key: run.summary.get(key) for key in facts} | {
-        "model": Path(str(run.recipe.get("model", {}).get("name", ""))).name,
+        "model": model,
         "method": run.recipe.get("surgery", {}).get("method"),
         "cosines": {
             pair: {
@@ -56,22 +59,21 @@ def series(result: Mapping[str, Any]) -> list[charts.Series]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: how far each pair of tasks pulled apart, at the beginning and at the end."""
-    lines = [
-        "| tasks | mean cosine | first tenth | last tenth | lowest | steps in conflict |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in series(result):
+    """Markdown: how far each pair of tasks pulled apart, and how often any did."""
+    lines = ["| tasks | mean cosine | mean size | lowest | steps in conflict |", "|---|---|---|---|---|"]
+    found = series(result)
+    for one in found:
         known = one.y[np.isfinite(one.y)]
-        tenth = max(1, len(known) // 10)
-        numbers = (known.mean(), known[:tenth].mean(), known[-tenth:].mean(), known.min())
-        cells = " | ".join(f"{number:+.3f}" for number in numbers)
-        lines.append(f"| {one.name} | {cells} | {(known < 0).mean():.0%} |")
+        numbers = f"{known.mean():+.3f} | {np.abs(known).mean():.3f} | {known.min():+.3f} | {(known < 0).mean():.0%}"
+        lines.append(f"| {one.name} | {numbers} |")
+    apart = set().union(*(one.x[one.y < 0].tolist() for one in found))
+    logged = set().union(*(one.x.tolist() for one in found))
     torch = (result["versions"] or {}).get("torch")
     lines += [
         "",
-        f"Recipe `{result['recipe']}`, {result['model']}, {result['method']}, {result['steps']} steps, "
-        f"{result['precision']} products on a {result['device']}, torch {torch}, commit {result['commit']}.",
+        f"Some pair was in conflict in {len(apart) / len(logged):.0%} of the steps. Recipe `{result['recipe']}`, "
+        f"{result['model']}, {result['method']}, {result['steps']} steps, {result['precision']} products on a "
+        f"{result['device']}, torch {torch}, commit {str(result['commit'])[:7]}.",
     ]
     return "\n".join(lines)
 
@@ -83,9 +85,9 @@ def figure(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the results file of one run."""
-    if len(arguments) != 1:
-        raise SystemExit("python -m benchmarks.conflicts RUN")
-    RESULTS.write_text(json.dumps(measured(read_run(Path(arguments[0]))), indent=None) + "\n", encoding="utf-8")
+    if len(arguments) != 2:
+        raise SystemExit("python -m benchmarks.conflicts RUN MODEL")
+    RESULTS.write_text(json.dumps(measured(read_run(Path(arguments[0])), arguments[1])) + "\n", encoding="utf-8")
     return 0
 
 

@@ -117,7 +117,9 @@ def test_no_command_escapes(tmp_path: Path) -> None:
     ]
     assert next(pieces(page)) == Piece("command", "pip install -e .", 1)
     for path in PAGES:
-        assert not re.search(r"^[ \t]+```", path.read_text(), re.M), f"{path.name}: a fence that is not at a line's start"
+        assert not re.search(r"^[ \t]+```", path.read_text(), re.M), (
+            f"{path.name}: a fence that is not at a line's start"
+        )
 
 
 def test_an_unknown_command_or_blank_fails(checkout: Path) -> None:

@@ -82,15 +82,16 @@ def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) ->
 def test_conflicts_of_a_run_become_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run")  # every fourth of its 40 steps has cosine -0.25, the others 0.5
     monkeypatch.setattr(conflicts, "RESULTS", tmp_path / "conflicts.json")
-    assert conflicts.main([str(run)]) == 0
+    assert conflicts.main([str(run), "tiny"]) == 0
     text = readme.measured_conflicts(tmp_path)
-    assert "| sentiment · similarity | +0.312 | +0.312 | +0.312 | -0.250 | 25% |" in text
-    assert "pcgrad, 40 steps, fp32 products on a cpu, torch 2.99" in text
+    assert "| sentiment · similarity | +0.312 | 0.438 | -0.250 | 25% |" in text
+    assert "in 25% of the steps" in text
+    assert "tiny, pcgrad, 40 steps, fp32 products on a cpu, torch 2.99" in text
     readme.draw(tmp_path, tmp_path)
     ElementTree.parse(tmp_path / "conflicts.svg")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss/a": 1.0}\n')
     with pytest.raises(SystemExit, match="no cosines"):
-        conflicts.main([str(run)])
+        conflicts.main([str(run), "tiny"])
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
