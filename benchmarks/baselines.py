@@ -30,86 +30,99 @@ LR = 1e-5
 GRAIN = 32  # compiled: sentences are padded to multiples of it
 
 
-class PaddedStep:
-    """transformers' encoder over one rectangle a task; `grain` rounds its width up. bf16 through autocast."""
+class _TaskByTask:
+    """A forward a task, so that each task's gradient is the backward of its own graph and no longer one."""
+
+    def __init__(self, model: MultitaskModel, shared: list[nn.Parameter], apart: bool, dtype: torch.dtype) -> None:
+        self.model = model
+        self.shared = shared
+        self.heads = model.head_parameters()
+        self.apart = apart
+        self.dtype = dtype
+        self.optimizer = torch.optim.AdamW([*shared, *self.heads], lr=LR, weight_decay=0.0, fused=True)
+
+    def __call__(self, batch: MultitaskBatch) -> Tensor:
+        """One step; returns the losses [T]."""
+        self.model.train()
+        self.optimizer.zero_grad()
+        losses, rows = [], []
+        for name, one in split_tasks(batch):
+            loss = self._loss(name, one)
+            losses.append(loss.detach())
+            if self.apart:
+                torch.autograd.backward(loss, inputs=[*self.shared, *self._own(name)])
+                rows.append(torch.cat([_gradient(p).flatten() for p in self.shared]))
+                for p in self.shared:
+                    p.grad = None
+            else:
+                loss.backward()
+        if self.apart:
+            reference.write_gradient(self.shared, self._combine(torch.stack(rows)))
+        self.optimizer.step()
+        return torch.stack(losses)
+
+    def _own(self, name: str) -> list[nn.Parameter]:
+        return self.model.head_parameters([name])
+
+    def _loss(self, name: str, batch: MultitaskBatch) -> Tensor:
+        with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            hidden = self._hidden(batch.packed)
+        return self.model.losses(batch, hidden.float())[name]
+
+    def _hidden(self, packed: PackedBatch) -> Tensor:
+        """The encoder's output [N, H] for the rows of a packed batch."""
+        raise NotImplementedError
+
+    def _combine(self, J: Tensor) -> Tensor:
+        """PCGrad of J [T, P]."""
+        raise NotImplementedError
+
+
+class PaddedStep(_TaskByTask):
+    """transformers' encoder over one rectangle a task; `grain` rounds its width up. TorchJD's PCGrad."""
 
     def __init__(
         self, model: MultitaskModel, apart: bool, dtype: torch.dtype, grain: int = 1, compiled: bool = False
     ) -> None:
-        self.model = model
-        self.apart = apart
-        self.dtype = dtype
-        self.grain = grain
         encoder = as_transformers(model.encoder)
         model.encoder.to("meta")  # only the heads are used from here on: no memory for weights that stand idle
-        self.shared = [p for p in encoder.parameters() if p.requires_grad]
+        super().__init__(model, [p for p in encoder.parameters() if p.requires_grad], apart, dtype)
+        self.grain = grain
         mode = "reduce-overhead" if self.shared[0].is_cuda else None
         self.encode: Callable[..., object] = torch.compile(encoder, mode=mode, dynamic=False) if compiled else encoder
-        self.heads = model.head_parameters()
-        self.optimizer = torch.optim.AdamW([*self.shared, *self.heads], lr=LR, weight_decay=0.0, fused=True)
 
-    def __call__(self, batch: MultitaskBatch) -> Tensor:
-        """One step; returns the losses [T]."""
-        self.model.train()
-        losses = [self._loss(name, one) for name, one in split_tasks(batch)]
-        self.optimizer.zero_grad()
-        if self.apart:
-            self._operate(losses)
-        else:
-            torch.stack(losses).sum().backward()
-        self.optimizer.step()
-        return torch.stack([loss.detach() for loss in losses])
-
-    def _loss(self, name: str, batch: MultitaskBatch) -> Tensor:
-        packed = batch.packed
+    def _hidden(self, packed: PackedBatch) -> Tensor:
         width = -(-packed.max_seqlen // self.grain) * self.grain
         index, mask = rectangle(packed, width)
         ids = torch.where(mask, packed.tokens.long()[index], 0)
-        device = packed.tokens.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden = self.encode(input_ids=ids, attention_mask=mask.long())[0]  # type: ignore[index]
-        return self.model.losses(batch, hidden[mask].float())[name]
+        hidden: Tensor = self.encode(input_ids=ids, attention_mask=mask.long())[0]  # type: ignore[index]
+        return hidden[mask]
 
-    def _operate(self, losses: list[Tensor]) -> None:
+    def _combine(self, J: Tensor) -> Tensor:
         from torchjd.aggregation import PCGrad
-        from torchjd.autojac import backward, jac_to_grad
 
-        torch.autograd.backward(losses, inputs=self.heads, retain_graph=True)
-        backward(losses, inputs=self.shared, parallel_chunk_size=1)
-        jac_to_grad(self.shared, PCGrad())
+        combined: Tensor = PCGrad()(J)
+        return combined
 
 
-class PackedStep:
-    """Packed tokens through torch's own linear, layer_norm, gelu and SDPA; one backward a task; G = J @ J.T."""
+class PackedStep(_TaskByTask):
+    """Packed tokens through torch's own linear, layer_norm, gelu and SDPA; G = J @ J.T."""
 
     def __init__(self, model: MultitaskModel, apart: bool, dtype: torch.dtype) -> None:
-        self.model = model
-        self.apart = apart
-        self.dtype = dtype
-        self.heads = model.head_parameters()
-        self.shared = [p for n, p in model.encoder.named_parameters() if not n.startswith("pooler")]
+        shared = [p for n, p in model.encoder.named_parameters() if not n.startswith("pooler")]
+        super().__init__(model, shared, apart, dtype)
         self.method = surgery.weights("pcgrad", "sum", torch.Generator().manual_seed(0))
-        self.optimizer = torch.optim.AdamW([*self.shared, *self.heads], lr=LR, weight_decay=0.0, fused=True)
 
-    def __call__(self, batch: MultitaskBatch) -> Tensor:
-        """One step; returns the losses [T]."""
-        self.model.train()
-        device = batch.packed.tokens.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden = packed_encoder(self.model.encoder, batch.packed)
-        losses = list(self.model.losses(batch, hidden.float()).values())
-        self.optimizer.zero_grad()
-        if self.apart:
-            self._operate(losses, device)
-        else:
-            torch.stack(losses).sum().backward()
-        self.optimizer.step()
-        return torch.stack([loss.detach() for loss in losses])
+    def _hidden(self, packed: PackedBatch) -> Tensor:
+        return packed_encoder(self.model.encoder, packed)
 
-    def _operate(self, losses: list[Tensor], device: torch.device) -> None:
-        J = torch.stack(reference.task_gradients(losses, self.shared))
-        self.method.prepare(len(losses), device)
-        reference.write_gradient(self.shared, self.method(J @ J.T) @ J)
+    def _combine(self, J: Tensor) -> Tensor:
+        self.method.prepare(len(J), J.device)
+        return self.method(J @ J.T) @ J
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def as_transformers(encoder: BertModel) -> nn.Module:
@@ -144,6 +157,8 @@ def split_tasks(batch: MultitaskBatch) -> Iterator[tuple[str, MultitaskBatch]]:
         part = replace(
             packed,
             tokens=packed.tokens[begin:end],
+            positions=packed.positions[begin:end],
+            types=packed.types[begin:end],
             cu_seqlens=cu_seqlens,
             max_seqlen=max(b - a for a, b in itertools.pairwise(offsets[first : last + 1])),
             num_tokens=end - begin,

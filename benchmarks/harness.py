@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from minbert_fast import pages
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -154,8 +156,7 @@ def _fill(row: Row, candidate: Candidate, times: list[float], ceilings: Ceilings
 def ceilings(device: torch.device) -> Ceilings:
     """Measured now, on this machine, with torch's own copy and product."""
     elements = 1 << (28 if device.type == "cuda" else 26)
-    source = torch.ones(elements, device=device)
-    target = torch.empty_like(source)
+    source, target = (pages.zeros(elements, device=device) for _ in range(2))
     size = 8192 if device.type == "cuda" else 1536
     functions: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import gradients, harness
 from benchmarks.harness import Candidate, Ceilings, Row
-from minbert_fast import reference, surgery
+from minbert_fast import pages, reference, surgery
 from minbert_fast.functional import surgery as ops
 from minbert_fast.functional.surgery import AdamWSettings
 
@@ -76,7 +76,7 @@ def _gram(J: Tensor) -> dict[str, Candidate]:
 
 def _combine(J: Tensor) -> dict[str, Candidate]:
     w = torch.linspace(0.5, 1.5, len(J), device=J.device)
-    out = torch.empty(J.shape[1], device=J.device)
+    out = pages.zeros(J.shape[1], device=J.device)
     moved = J.numel() * J.element_size() + 4 * J.shape[1]
     low = w.to(J.dtype)
 
@@ -95,7 +95,7 @@ def _surgery(J: Tensor) -> tuple[dict[str, Candidate], list[str]]:
     tasks, device = len(J), J.device
     order = surgery.task_orders(tasks, torch.Generator().manual_seed(0))
     on_device, orders = order.to(device), order.tolist()
-    out = torch.empty(J.shape[1], device=device)
+    out = pages.zeros(J.shape[1], device=device)
     exact: dict[str, Tensor] = {}
 
     def ours() -> Tensor:
@@ -135,10 +135,10 @@ def _step(J: Tensor) -> dict[str, Candidate]:
     """From J and w to new parameters. The baseline's fused AdamW is timed alone too, on a gradient that lies ready."""
     device, parameters = J.device, J.shape[1]
     w = torch.ones(len(J), device=device)
-    p, m, v = (torch.zeros(parameters, device=device) for _ in range(3))
+    p, m, v = (pages.zeros(parameters, device=device) for _ in range(3))
     scalars = torch.tensor([1e-5, 10.0, 1.0, 0.0], device=device)
-    theirs = torch.nn.Parameter(torch.zeros(parameters, device=device))
-    theirs.grad = torch.ones_like(theirs)
+    theirs = torch.nn.Parameter(pages.zeros(parameters, device=device))
+    theirs.grad = pages.zeros(parameters, device=device).fill_(1)
     fused = torch.optim.AdamW([theirs], lr=1e-5, fused=True)
     low = w.to(J.dtype)
 

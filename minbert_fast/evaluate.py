@@ -98,7 +98,7 @@ def _table(model: MultitaskModel, name: str, path: Path, tokenizer: Tokenizer, b
 
 def _paths_in(directory: Path, split: str, model: MultitaskModel) -> dict[str, Path]:
     """The files of the model's tasks in a data directory, by task name."""
-    datasets = tuple(dict.fromkeys(task.dataset for task in model.tasks.values()))
+    datasets = tuple(dict.fromkeys(task.dataset for task in model.tasks.values() if task.predicts))
     found = find_tables(directory, split, datasets)
     for notice in found.notices:
         print(notice, file=sys.stderr)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minbert_fast import pages
+
 ALIGNMENT = 64  # elements; a cache line of fp32 is 16, of bf16 32: every parameter starts on one in both buffers
 
 
@@ -132,8 +134,8 @@ class FlatParameters:
         self.words = words.parameter if words else None
         self.trainable = tuple(e for e in everything if e not in frozen)
 
-        self.data = torch.zeros(layout.end, dtype=torch.float32, device=device)
-        self.compute = self.data if dtype == torch.float32 else torch.zeros_like(self.data, dtype=dtype)
+        self.data = pages.zeros(layout.end, device=device)
+        self.compute = self.data if dtype == torch.float32 else pages.zeros(layout.end, dtype=dtype, device=device)
         for entry in everything:
             view = self.view(self.data, entry.parameter)
             view.copy_(entry.parameter.detach())
@@ -191,7 +193,7 @@ class TaskGradients:
     def __init__(self, flat: FlatParameters, tasks: int, dtype: torch.dtype) -> None:
         self.flat = flat
         self.tasks = tasks
-        self.J = torch.zeros(tasks, flat.shared_end, dtype=dtype, device=flat.data.device)
+        self.J = pages.zeros(tasks, flat.shared_end, dtype=dtype, device=flat.data.device)
         self._words: Tensor | None = None
 
     def owns(self, parameter: Tensor) -> bool:
@@ -210,13 +212,11 @@ class TaskGradients:
         """No gradient of any shared parameter."""
         self.J.zero_()
 
-    def words(self, rows: int) -> Tensor:
-        """Room for the gradients of `rows` distinct words [T, rows, H] (reused; it grows as needed)."""
-        assert self.flat.words is not None
-        hidden = self.flat.words.shape[1]
-        if self._words is None or self._words.numel() < self.tasks * rows * hidden:
-            self._words = torch.empty(self.tasks * rows * hidden, dtype=self.J.dtype, device=self.J.device)
-        return self._words[: self.tasks * rows * hidden].view(self.tasks, rows, hidden)
+    def words(self, rows: int, width: int) -> Tensor:
+        """Room for the gradients of `rows` distinct words [T, rows, width] (reused; it grows as needed)."""
+        if self._words is None or self._words.numel() < self.tasks * rows * width:
+            self._words = torch.empty(self.tasks * rows * width, dtype=self.J.dtype, device=self.J.device)
+        return self._words[: self.tasks * rows * width].view(self.tasks, rows, width)
 
     def buffers(self) -> tuple[Tensor, ...]:
         """The tensors in use at present, which later and larger batches may replace."""

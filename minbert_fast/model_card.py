@@ -84,7 +84,8 @@ def _head_calls(model: Predictor) -> str:
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
-    rows = [f"| {name} | {task.kind} | {FORMATS[task.dataset].stem} files |" for name, task in tasks.items()]
+    stems = {name: ", ".join(FORMATS[source].stem for source in task.sources) for name, task in tasks.items()}
+    rows = [f"| {name} | {task.kind} | {stems[name]} files |" for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minbert_fast import pages
 from minbert_fast.config import OptimizerOptions
 from minbert_fast.flat import FlatParameters, Piece, Run
 from minbert_fast.functional import surgery as ops
@@ -112,8 +113,8 @@ class FlatAdamW:
         self.pieces = flat.pieces() if pieces is None else tuple(pieces)
         device = flat.data.device
         kept = max((piece.kept.stop for piece in self.pieces), default=0)
-        self.exp_avg = torch.zeros(kept, device=device)
-        self.exp_avg_sq = torch.zeros(kept, device=device)
+        self.exp_avg = pages.zeros(kept, device=device)
+        self.exp_avg_sq = pages.zeros(kept, device=device)
         self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
         self.scalars = torch.zeros(len(self._row_of), 4, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}

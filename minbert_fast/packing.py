@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ class Whole:
 
     examples: dict[str, int]  # of each task, in all processes, twins included
     tokens: int
+    answers: dict[str, int] = field(default_factory=dict)  # as the batch's own
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class MultitaskBatch:
     rows: dict[str, np.ndarray]
     whole: Whole | None = None  # None: this batch is all of the step
     twins: frozenset[str] = frozenset()  # tasks whose examples are all there twice: once, then all again
+    answers: dict[str, int] = field(default_factory=dict)  # what a task's loss is a mean over, if not its examples
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultitaskBatch:
         """The same batch with its tensors on `device`."""
@@ -127,10 +129,11 @@ class MultitaskBatch:
         return [name for name in self.tasks if (self.whole.examples[name] if self.whole else self.examples(name))]
 
     def share(self, name: str) -> float:
-        """This batch's part of the step's examples of task `name`: the weight of its mean loss in the step's."""
+        """This batch's part of what the loss of task `name` is a mean over: the weight of its own mean in the step's."""
         if self.whole is None:
             return 1.0
-        return self.examples(name) / max(1, self.whole.examples[name])
+        mine = self.answers.get(name, self.examples(name))
+        return mine / max(1, self.whole.answers.get(name, self.whole.examples[name]))
 
     @property
     def step_tokens(self) -> int:

@@ -267,13 +267,15 @@ class OnePass(_Dropout):
     def embed(self, rows: Rows, model: BertModel) -> Tensor:
         tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
         norm = model.embed_layer_norm
-        batch = self.batch
+        batch, words = self.batch, None
+        if self.gradients and (self.flat.words is tables[0] or self.gradients.owns(tables[0])):
+            words = self.gradients.words(batch.num_words, tables[0].shape[1])
         sink = EmbeddingSink(
             self.bounds,
             batch.cu_seqlens,
             batch.word_order,
             batch.word_offsets[: batch.num_words + 1],
-            self.gradients.words(batch.num_words) if self.gradients and self.flat.words is tables[0] else None,
+            words,
             *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
         )
         word, position, kind = (self._weight(t) for t in tables)

@@ -236,8 +236,8 @@ class Predictor:
 
     @property
     def tasks(self) -> Mapping[str, Task]:
-        """The tasks that the model has heads for, by name. Raises ConfigError where it has none."""
-        return self._model().tasks
+        """The tasks that the model has heads for and can predict, by name. Raises ConfigError where it has no heads."""
+        return {name: task for name, task in self._model().tasks.items() if task.predicts}
 
     def task_of(self, kind: str) -> str:
         """The name of the model's task of this kind: the one of that name, else the first. Raises ConfigError."""

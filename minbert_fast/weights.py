@@ -116,14 +116,27 @@ def read(path: Path) -> tuple[BertConfig | None, dict[str, Tensor]]:
     if path.is_file():
         return None, _encoder_of_course_file(path)
     config = BertConfig.from_file(path / "config.json")
-    stock = path / "model.safetensors"
-    if stock.is_file():
-        tensors = read_safetensors(stock)
-    elif (path / "pytorch_model.bin").is_file():
-        tensors = _tensors_only(_read_pickle(path / "pytorch_model.bin"), path / "pytorch_model.bin")
-    else:
-        raise WeightsError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
+    tensors = _stock_tensors(path)
     return config, {from_stock_name(k): t for k, t in tensors.items() if not _BESIDE_THE_ENCODER.fullmatch(k)}
+
+
+def pretraining_heads(path: Path) -> dict[str, Tensor]:
+    """Tensors of BERT's own pre-training heads, `cls.predictions.*` and `cls.seq_relationship.*`, as far as they are there.
+
+    `path` is a model directory or a course `.pt` file (which has none). Raises WeightsError.
+    """
+    if path.is_file():
+        return {}
+    return {from_stock_name(k): t for k, t in _stock_tensors(path).items() if k.startswith("cls.")}
+
+
+def _stock_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a model directory, under the names they have there. Raises WeightsError."""
+    if (path / "model.safetensors").is_file():
+        return read_safetensors(path / "model.safetensors")
+    if (path / "pytorch_model.bin").is_file():
+        return _tensors_only(_read_pickle(path / "pytorch_model.bin"), path / "pytorch_model.bin")
+    raise WeightsError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
 
 
 def check_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, optional: str = "") -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
-from minbert_fast.inference import SentenceRows, Snapshot, by_length, embed, encode
+from minbert_fast.inference import SentenceRows, Snapshot, by_length, embed, encode, side_by_side
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,3 +143,37 @@ def test_rows_are_cut_with_the_last_token_kept(tokenizer):
     assert rows.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert rows.tokens[3:8].tolist() == [*encoded[0][:4].tolist(), tokenizer.sep_id]
     assert rows.max_seqlen == 5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
+def test_a_batch_a_thread_gives_the_vectors_of_one_thread(model, tokenizer, sentences, pooling):
+    encoded = tokenizer.encode(sentences, max_length=64)
+    snapshot = Snapshot(model, torch.float32)
+    expected = embed(snapshot, encoded, pooling=pooling, token_budget=40)
+    told: list[int] = []
+    torch.set_num_threads(3)  # `one_thread` takes it back
+    got = embed(snapshot, encoded, pooling=pooling, token_budget=40, progress=told.append)
+    assert torch.get_num_threads() == 3
+    assert torch.equal(got, expected)
+    assert told == [len(chosen) for chosen in by_length(encoded.lengths, 40)]
+
+
+def test_side_by_side_keeps_order_and_hands_on_errors():
+    cpu = torch.device("cpu")
+    torch.set_num_threads(2)
+    threads: set[tuple[int, int]] = set()
+
+    def work(item: int) -> int:
+        threads.add((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.002)
+        if item == 29:
+            raise ValueError("the last one")
+        return item
+
+    assert list(side_by_side(work, range(20), cpu)) == list(range(20))
+    assert {count for _, count in threads} == {1}
+    assert len(threads) == 2
+    with pytest.raises(ValueError, match="the last one"):
+        list(side_by_side(work, range(30), cpu))
+    assert list(side_by_side(work, range(3), cpu)) == [0, 1, 2]
+    assert (threading.get_ident(), 2) in threads  # too few to share out

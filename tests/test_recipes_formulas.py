@@ -242,6 +242,39 @@ def test_enhancing_classes_are_whole_similarities() -> None:
     torch.testing.assert_close(head.predict(run(head, *vectors(2))), expected)
 
 
+def test_enhancing_mlm_guesses_words_by_the_word_embedding() -> None:
+    head = head_of("enhancing-mlm", "mlm")
+    (hidden,) = vectors(1)
+    labels = torch.tensor([[0, 3], [2, 17], [4, 0], [0, -100]])  # the last asks for nothing
+    offsets = torch.arange(ROWS + 1, dtype=torch.int32)
+    loss = head.loss(head(TaskInput((hidden,), hidden, offsets, max_seqlen=1, first=0, labels=labels)), labels)
+    x = linear(head.dense, hidden[[0, 2, 4]])
+    x = x * (1 + torch.erf(x / 2**0.5)) / 2
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + CONFIG.layer_norm_eps).sqrt()
+    scores = (x * head.norm.weight + head.norm.bias) @ head.words.weight.T + head.bias
+    assert scores.shape == (3, CONFIG.vocab_size)
+    assert loss.item() == pytest.approx(softmax_loss(scores, torch.tensor([3, 17, 0])), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["enhancing-mlm-nsp", "wish-nsp"])
+def test_next_sentences_are_told_by_a_linear_layer_on_the_pooler(recipe: str) -> None:
+    head = head_of(recipe, "nsp")
+    assert build_tasks(Recipe.load(recipe))["nsp"].pooling == "pooler"
+    answers = torch.tensor([0, 1, 1, 0, 1])
+    loss = head.loss(run(head, *vectors(1)), answers).item()
+    assert loss == pytest.approx(softmax_loss(linear(head.output, vectors(1)[0]), answers), rel=1e-5)
+
+
+def test_enhancing_mlm_pretrains_before_the_cosine_embedding_loss() -> None:
+    for recipe, first in (("enhancing-mlm", {"mlm"}), ("enhancing-mlm-nsp", {"mlm", "nsp"})):
+        pretraining, main = Recipe.load(recipe).resolved_stages()
+        assert set(pretraining.tasks) == first
+        assert set(main.tasks) == {"sentiment", "paraphrase", "similarity"}
+        assert main.tasks["paraphrase"]["loss"] == "cosine_embedding"
+        assert (main.optimizer.schedule, main.optimizer.gamma, main.training.epochs) == ("exponential", 0.96, 10)
+        assert build_tasks(Recipe.load(recipe))["mlm"].options.rate == 0.15
+
+
 # ---- What the reports asked for ------------------------------------------------------------------------------------------
 
 

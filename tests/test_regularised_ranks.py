@@ -19,10 +19,11 @@ def weights(output: Path) -> list[list[float]]:
 
 
 def test_two_processes_average_and_weigh_as_one_does(tmp_path: Path) -> None:
+    """Also where each of them takes a part of the optimizer's step."""
     more = ["--set", "weighting.method=dwa", "--set", "weighting.window=2", "--set", "regularisation.r_drop=0.5"]
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        succeed(ranks, tmp_path / str(ranks), *FLAGS, *more)
+        succeed(ranks, tmp_path / str(ranks), *FLAGS, *more, "--set", "training.shard=true")
     one, two = tmp_path / "1" / "run", tmp_path / "2" / "run"
     same(one, two)
     np.testing.assert_allclose(weights(one), weights(two), rtol=1e-4)

@@ -20,6 +20,7 @@ from minbert_fast.passes import AutogradPass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import Agreement, MultitaskModel, build_tasks
 from minbert_fast.tasks.agreement import divergence, halves
+from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.smart import Adversary, second_copies
 from minbert_fast.training.step import OnePassStep
 from tests.small import small_data, small_run
@@ -298,6 +299,31 @@ def test_smart_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with OnlyMeta() as watch:
         step.compute(batch)
     assert watch.strangers == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asked", [{"r_drop": 1.0, "proximal": 1.0}, WIDE | {"proximal": 1.0}], ids=["r_drop", "smart"])
+def test_graphs_train_with_all_extras_as_the_eager_step_does(asked: dict[str, float]) -> None:
+    chosen = recipe(
+        surgery={"method": "pcgrad"},
+        training={"ema": 0.9},
+        weighting={"method": "dwa", "window": 2},
+        regularisation=asked,
+    )
+    model = make_model(chosen).cuda()
+    eager = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
+    graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))
+    batch = twice(make_batch(model, SIZES)).to("cuda")
+    for _ in range(8):
+        one, two = eager(batch, 1.0), graphed(batch, 1.0)
+        torch.testing.assert_close(one.losses, two.losses, rtol=1e-3, atol=1e-5)
+    assert len(graphed) == 1
+    torch.testing.assert_close(eager.flat.data, graphed.step.flat.data, rtol=1e-3, atol=1e-4)
+    assert eager.average is not None
+    assert graphed.average is not None
+    averages = [step.average.state_dict() for step in (eager, graphed)]
+    for name, tensor in averages[0].items():
+        torch.testing.assert_close(averages[1][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 # ---- Recipes -------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from minbert_fast.data.formats import (
     find_tables,
 )
 from minbert_fast.data.lines import read_sentences
+from minbert_fast.data.pretraining import Corpus, Made, Maker, Masking, Pairing, all_pairs, all_sentences
 from minbert_fast.data.sample import Sample, sample_directory
 from minbert_fast.data.sampling import SCHEMES, Draw, Sampler
 from minbert_fast.data.tokenizer import Tokenizer
@@ -30,11 +31,16 @@ __all__ = [
     "BadRow",
     "Buckets",
     "Collator",
+    "Corpus",
     "DataError",
     "Discovery",
     "Draw",
     "FileFormat",
     "Label",
+    "Made",
+    "Maker",
+    "Masking",
+    "Pairing",
     "Sample",
     "Sampler",
     "Table",
@@ -45,6 +51,8 @@ __all__ = [
     "Tokens",
     "Vocabulary",
     "add_format",
+    "all_pairs",
+    "all_sentences",
     "choose_buckets",
     "cut",
     "default_cache_dir",

@@ -7,13 +7,14 @@ import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from minbert_fast.data.buckets import EXACT, Buckets
+from minbert_fast.data.pretraining import Made, Maker
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable, cut, join
 from minbert_fast.packing import MultitaskBatch, Whole, pack
@@ -24,7 +25,8 @@ class Collator:
     """Makes a batch of rows. Tasks stand in the order of `tables`.
 
     Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1). Tasks in
-    `twins` give each example twice: all of a batch's, then all again.
+    `twins` give each example twice: all of a batch's, then all again. Tasks in `makers` have their sequences and labels
+    made, as `data/pretraining.py` says (arity 1, no twins).
     Raises ValueError for a joint task that is unknown or has no pairs, and for too small a `max_length`.
     """
 
@@ -35,6 +37,7 @@ class Collator:
     rank: int = 0  # of `ranks` processes that train together: each packs every `ranks`th row of a task
     ranks: int = 1
     twins: frozenset[str] = frozenset()
+    makers: Mapping[str, Maker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for task in self.joint:
@@ -43,16 +46,20 @@ class Collator:
         if self.max_length < (3 if self.joint else 2):
             raise ValueError(f"max_length is {self.max_length}: no room for [CLS] and [SEP]")
 
-    def __call__(self, rows: Mapping[str, np.ndarray]) -> MultitaskBatch:
-        """The batch of `rows[task]`, which names every task; a task may have no rows.
+    def __call__(self, rows: Mapping[str, np.ndarray], step: int = 0) -> MultitaskBatch:
+        """The batch of `rows[task]`, which names every task; a task may have no rows. `step` is for the makers alone.
 
         All first sentences of a task come before all second ones. Labels are float32 or int64 as in the
-        table; a task without labels has no entry among them.
+        table, or as made; a task without labels has no entry among them.
         """
+        made = {
+            task: maker(self.tables[task], rows[task], step, self.max_length) for task, maker in self.makers.items()
+        }
         sentences: list[list[np.ndarray]] = []
         types: list[list[np.ndarray]] = []
         for task, table in self.tables.items():
-            columns, kinds = self._sequences(task, table, rows[task])
+            found = (made[task].sequences, made[task].types) if task in made else None
+            columns, kinds = found or self._sequences(task, table, rows[task])
             sentences.append(columns)
             types.append(kinds)
         words, whole = None, None
@@ -61,10 +68,12 @@ class Collator:
             words = np.unique(np.concatenate([np.empty(0, dtype=np.int32), *every]))
             copies = {task: 2 if task in self.twins else 1 for task in self.tables}
             tokens = sum(copies[task] * sum(map(len, s)) for task, s in zip(self.tables, sentences, strict=True))
-            whole = Whole({task: copies[task] * len(rows[task]) for task in self.tables}, tokens)
+            answers = {task: each.count for task, each in made.items()}
+            whole = Whole({task: copies[task] * len(rows[task]) for task in self.tables}, tokens, answers)
             sentences = [self._mine(s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
             types = [self._mine(k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
             rows = {task: drawn[self.rank :: self.ranks] for task, drawn in rows.items()}
+            made = {task: each.share(self.rank, self.ranks) for task, each in made.items()}
         if self.twins:
             sentences = [self._twice(task, s, len(rows[task])) for task, s in zip(self.tables, sentences, strict=True)]
             types = [self._twice(task, k, len(rows[task])) for task, k in zip(self.tables, types, strict=True)]
@@ -82,15 +91,23 @@ class Collator:
             packed=packed,
             tasks=tuple(self.tables),
             arity={task: 1 if task in self.joint else table.arity for task, table in self.tables.items()},
-            labels={
-                task: torch.from_numpy(table.labels[rows[task]])
-                for task, table in self.tables.items()
-                if table.labels is not None
-            },
+            labels=self._labels(rows, made, packed.tokens.numel()),
             rows={task: np.asarray(rows[task]) for task in self.tables},
             whole=whole,
             twins=self.twins,
+            answers={task: each.count for task, each in made.items()},
         )
+
+    def _labels(self, rows: Mapping[str, np.ndarray], made: Mapping[str, Made], tokens: int) -> dict[str, torch.Tensor]:
+        labels = {}
+        for task, table in self.tables.items():
+            if task in made:
+                padded = self.buckets.tokens and len(rows[task])
+                room = self.makers[task].most(tokens, len(rows[task])) if padded else None
+                labels[task] = torch.from_numpy(made[task].labels(room))
+            elif table.labels is not None:
+                labels[task] = torch.from_numpy(table.labels[rows[task]])
+        return labels
 
     def _mine(self, sequences: list[np.ndarray], examples: int) -> list[np.ndarray]:
         """This process's share of a task's sequences."""
@@ -118,7 +135,7 @@ def training_batches(
     """Yields steps (counted over the whole run) and their batches, from `start` to `stop` or without end."""
     step = start
     while stop is None or step < stop:
-        yield step, collator(sampler.rows(*sampler.position(step)))
+        yield step, collator(sampler.rows(*sampler.position(step)), step)
         step += 1
 
 

@@ -4,7 +4,7 @@
 To add a kind, add a file like `sentiment.py` and import it here.
 """
 
-from minbert_fast.tasks import nli, paraphrase, sentiment, similarity  # noqa: F401  (each registers its kind)
+from minbert_fast.tasks import nli, paraphrase, pretraining, sentiment, similarity  # noqa: F401  (each registers its kind)
 from minbert_fast.tasks.agreement import Agreement
 from minbert_fast.tasks.base import KINDS, Head, HeadOutput, Task, TaskInput, TaskOptions, build_task, register
 from minbert_fast.tasks.metrics import course_score

@@ -28,6 +28,7 @@ from minbert_fast.schema import ConfigError, build
 from minbert_fast.tasks import predictions
 
 if TYPE_CHECKING:
+    from minbert_fast.data import Maker, Tokenizer, TokenTable
     from minbert_fast.tasks.neighbours import LabelledSentences
 
 
@@ -40,6 +41,7 @@ class TaskInput:
     cu_seqlens: Tensor  # [B + 1] where the sentences of the whole batch lie in hidden
     max_seqlen: int
     first: int  # this task's first sentence; it has n * arity: all first ones of the examples, then all second ones
+    labels: Tensor | None = None  # the batch's own for this task, for heads that look only where there is an answer
 
 
 class HeadOutput(NamedTuple):
@@ -94,6 +96,10 @@ class Head(nn.Module, ABC):
         """Unnormalised log-probabilities [n, C] of the classes that the loss knows; None where it knows scores alone."""
         return None
 
+    def published(self) -> dict[str, Tensor]:
+        """Its parameters by their names in published BERT files, for a head that BERT itself was trained with."""
+        return {}
+
     def memory(self) -> LabelledSentences | None:
         """Labelled training sentences that are to be embedded before the head's stage begins, if it has any."""
         return None
@@ -118,7 +124,26 @@ class Task(ABC):
     @property
     @abstractmethod
     def dataset(self) -> str:
-        """Which data file belongs to it (key of `minbert_fast.data.FORMATS`)."""
+        """Which data file belongs to it (key of `minbert_fast.data.FORMATS`); empty for a task that has none of its own."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has dev scores and predictions; else it only trains, on what others have (`sources`)."""
+        return bool(self.dataset)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Whose training files it learns from (keys of `minbert_fast.data.FORMATS`)."""
+        return (self.dataset,)
+
+    def table(self, tables: Sequence[TokenTable]) -> TokenTable:
+        """Its rows, of those of its sources that are there (one or more)."""
+        (table,) = tables
+        return table
+
+    def maker(self, tokenizer: Tokenizer, seed: int) -> Maker | None:
+        """What makes its examples of its rows, step by step; None where the rows are the examples."""
+        return None
 
     @property
     @abstractmethod
@@ -211,6 +236,8 @@ def require(condition: bool, message: str) -> None:
 
 # ---- Pieces that several heads use ---------------------------------------------------------------------------------
 
+WORDS = "encoder.word_embedding"  # under which the tied modules of a model's heads hold the encoder's own
+
 
 def check_dropout(p: float) -> None:
     """Raises ConfigError unless p is a probability below 1."""
@@ -234,7 +261,8 @@ class Stack(nn.Module):
 def shared_stack(name: str, width: int, depth: int, dropout: float, shared: dict[str, nn.Module]) -> Stack:
     """The stack that all heads of a model know as `name`, made by the first of them. Raises ConfigError on a misfit."""
     stack = shared.setdefault(name, Stack(width, depth, dropout))
-    assert isinstance(stack, Stack)
+    if not isinstance(stack, Stack):
+        raise ConfigError(f"shared_layers = {name!r}: expected another name, this one is taken")
     if len(stack.layers) != depth or stack.dropout != dropout:
         raise ConfigError(
             f"shared_layers = {name!r}: {depth} layers with dropout {dropout} here, "

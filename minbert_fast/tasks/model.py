@@ -24,7 +24,7 @@ from minbert_fast.functional.pooling import pool
 from minbert_fast.packing import MultitaskBatch, PackedBatch
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks.agreement import Agreement
-from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, build_task
+from minbert_fast.tasks.base import WORDS, Head, HeadOutput, Task, TaskInput, build_task
 
 Pooler = Callable[[Tensor], Tensor]  # first tokens' hidden state [B, H] -> [B, H]
 
@@ -93,6 +93,7 @@ class MultitaskModel(nn.Module):
                 cu_seqlens=batch.packed.cu_seqlens,
                 max_seqlen=batch.packed.max_seqlen,
                 first=first,
+                labels=batch.labels.get(name),
             )
             first += n * arity
         return divided
@@ -135,6 +136,7 @@ class MultitaskModel(nn.Module):
                 cu_seqlens=batch.packed.cu_seqlens[first : first + n * arity + 1] - ends[0],
                 max_seqlen=batch.packed.max_seqlen,
                 first=0,
+                labels=batch.labels.get(name),
             )
             losses[name] = self.loss(name, self.head(name)(inputs), batch, agreement)
             first += n * arity
@@ -174,8 +176,8 @@ class MultitaskModel(nn.Module):
             if name not in self.heads:
                 raise ConfigError(f"tasks.{name}: the model has no head of this name (it has {', '.join(self.heads)})")
         with torch.device("meta"):  # shapes alone: no memory, and no draw from the random generator
-            wanted = {key: tuple(t.shape) for key, t in _tensors(_build_heads(merged, self.encoder)).items()}
-        if wanted != {key: tuple(t.shape) for key, t in _tensors(self.heads).items()}:
+            wanted = {key: tuple(t.shape) for key, t in self._own(_build_heads(merged, self.encoder)).items()}
+        if wanted != {key: tuple(t.shape) for key, t in self._own(self.heads).items()}:
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
         self.tasks = merged
         for name, task in tasks.items():
@@ -186,6 +188,30 @@ class MultitaskModel(nn.Module):
         wanted = self.heads if names is None else nn.ModuleList([self.heads[name] for name in names])
         return list(wanted.parameters())
 
+    @torch.no_grad()
+    def adopt(self, tensors: Mapping[str, Tensor], where: str) -> list[str]:
+        """Lets heads start from BERT's own pre-training heads, as far as they are among `tensors` of file `where`.
+
+        Returns the names of the tasks whose did. Raises WeightsError for a part of a head, or one of another shape.
+        """
+        adopted = []
+        for name in self.tasks:
+            own = self.head(name).published()
+            found = {key: tensors[key] for key in own if key in tensors}
+            if not found:
+                continue
+            weights.check_keys(own, found, where)
+            for key, parameter in own.items():
+                parameter.copy_(found[key])
+            adopted.append(name)
+        return adopted
+
+    def _own(self, heads: nn.Module) -> dict[str, Tensor]:
+        """Parameters and buffers of heads by name: what is tied once, under its first name; the encoder's not at all."""
+        encoder = {id(p) for p in self.encoder.parameters()}
+        tensors = itertools.chain(heads.named_parameters(), heads.named_buffers())
+        return {key: t for key, t in tensors if id(t) not in encoder}
+
     # ---- Files -------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path, recipe_toml: str, tokenizer: SavesTokenizer | None = None) -> None:
@@ -193,7 +219,7 @@ class MultitaskModel(nn.Module):
         self.encoder.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save(directory)
-        heads = {key: t.detach().contiguous().cpu() for key, t in _tensors(self.heads).items()}
+        heads = {key: t.detach().contiguous().cpu() for key, t in self._own(self.heads).items()}
         weights.write_atomically(directory / "heads.safetensors", safetensors_bytes(heads))
         weights.write_atomically(directory / "recipe.toml", recipe_toml.encode("utf-8"))
 
@@ -215,7 +241,7 @@ class MultitaskModel(nn.Module):
         encoder = BertModel.from_pretrained(directory, local_files_only=True, **overrides)
         model = cls(encoder, tasks, recipe.model.pooling)
         found = weights.read_safetensors(directory / "heads.safetensors")
-        wanted = _tensors(model.heads)
+        wanted = model._own(model.heads)
         weights.check_keys(wanted, found, str(directory / "heads.safetensors"))
         with torch.no_grad():
             for key, tensor in wanted.items():
@@ -224,13 +250,8 @@ class MultitaskModel(nn.Module):
 
 
 def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict:
-    shared: dict[str, nn.Module] = {}
+    shared: dict[str, nn.Module] = {WORDS: encoder.word_embedding}
     return nn.ModuleDict({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, what is tied once, under its first name."""
-    return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
 def _rectangle(packed: PackedBatch, offsets: list[int]) -> tuple[Tensor, Tensor, Tensor]:

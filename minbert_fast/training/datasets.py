@@ -48,19 +48,20 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, say: Callable[[str], Non
     DataError or ConfigError.
     """
     tasks = build_tasks(recipe)
-    wanted = tuple(dict.fromkeys(task.dataset for task in tasks.values()))
     opened: dict[tuple[Path, str], TokenTable] = {}
 
     def load(split: str) -> dict[str, TokenTable]:
-        paths = find_files(recipe, split, wanted, say)
+        chosen = tasks if split == "train" else {name: task for name, task in tasks.items() if task.predicts}
+        wanted = tuple(dict.fromkeys(source for task in chosen.values() for source in task.sources))
+        paths = find_files(recipe, split, wanted, say) if wanted else {}
         tables = {}
-        for name, task in tasks.items():
-            path = paths.get(task.dataset)
-            if path is None:
-                continue
-            if (path, task.dataset) not in opened:
-                opened[path, task.dataset] = _load(recipe, path, task.dataset, split, tokenizer, say)
-            tables[name] = opened[path, task.dataset]
+        for name, task in chosen.items():
+            there = [(paths[source], source) for source in task.sources if source in paths]
+            for path, source in there:
+                if (path, source) not in opened:
+                    opened[path, source] = _load(recipe, path, source, split, tokenizer, say)
+            if there:
+                tables[name] = task.table([opened[key] for key in there])
         return tables
 
     train, dev, test = load("train"), load("dev"), load("test")

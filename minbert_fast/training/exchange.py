@@ -36,11 +36,11 @@ class Span:
     end: int
 
 
-def spans(flat: FlatParameters, layers: Sequence[nn.Module]) -> list[list[Span]]:
-    """The shared region cut up: the spans of each layer, and, last, those of everything else."""
+def spans(flat: FlatParameters, layers: Sequence[Sequence[nn.Parameter]]) -> list[list[Span]]:
+    """The shared region cut up: the spans of each layer's parameters, and, last, those of everything else."""
     layer_of: dict[int, int] = {}  # by where a slot begins
     for number, layer in enumerate(layers):
-        layer_of |= {flat.slot(p).begin: number for p in layer.parameters() if p in flat}
+        layer_of |= {flat.slot(p).begin: number for p in layer if p in flat}
     cut: list[list[Span]] = [[] for _ in range(len(layers) + 1)]
     for run in flat.runs:
         if run.label == "shared":
@@ -56,7 +56,12 @@ class Exchange:
     """J whole in every process. With a world of one, nothing is exchanged."""
 
     def __init__(
-        self, world: World, flat: FlatParameters, tasks: int, dtype: torch.dtype, layers: Sequence[nn.Module]
+        self,
+        world: World,
+        flat: FlatParameters,
+        tasks: int,
+        dtype: torch.dtype,
+        layers: Sequence[Sequence[nn.Parameter]],  # those whose gradients are there when the backward leaves the layer
     ) -> None:
         self.world = world
         self.flat = flat

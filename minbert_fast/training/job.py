@@ -154,9 +154,19 @@ class _Job:
         self.encoder_hash = tensors_digest(encoder.state_dict())
         torch.manual_seed(self.recipe.training.seed)  # heads start from it
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
+        if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
+            for name in self.model.adopt(weights.pretraining_heads(source), str(source)):
+                self.say(f"tasks.{name} starts from the model's own pre-training head")
         self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
         means = Means(
-            self.model, self.data.train, self.device, self.precision, self.backend, self.world, self.graphed.append
+            self.model,
+            self.tokenizer,
+            self.data.train,
+            self.device,
+            self.precision,
+            self.backend,
+            self.world,
+            self.graphed.append,
         )
         self.stages = [make_stage(means, self.recipe, index) for index in range(len(self.recipe.resolved_stages()))]
         self._check_select()

@@ -54,14 +54,17 @@ class Adversary:
     flat: FlatParameters
     options: RegularisationOptions
 
-    def noise(self, batch: MultitaskBatch, bounds: Tensor, seed: Tensor) -> Tensor:
+    def noise(self, batch: MultitaskBatch, bounds: Tensor, seed: Tensor) -> Tensor | None:
         """What to add to the embeddings [N, H]: 0 for first copies, between -radius and radius for second ones.
 
+        None for a batch without twins, as one has of tasks that only train.
         With d the sum of the tasks' divergences and g its gradient, each token's scaled to a largest element of 1:
         delta = clamp(start + step * g, -radius, radius), where start is normal noise.
         """
         packed, options = batch.packed, self.options
         twins = [name for name in batch.tasks if name in batch.twins and batch.examples(name)]
+        if not twins:
+            return None
         second = second_copies(batch)  # [N, 1]
         start = torch.randn(packed.tokens.numel(), self.model.encoder.config.hidden_size, device=second.device)
         start = ((options.noise * start).clamp(-options.radius, options.radius) * second).requires_grad_()
@@ -123,7 +126,7 @@ class Teacher:
         found = {}
         for name, output in outputs.items():
             found[name] = model.loss(name, output, batch, agreement)
-            if batch.examples(name):
+            if batch.examples(name) and model.tasks[name].predicts:
                 mine, its = output, taught[name]
                 if name in batch.twins:
                     mine, its = halves(mine)[0], halves(its)[0]

@@ -12,7 +12,17 @@ import torch
 
 from minbert_fast import surgery
 from minbert_fast.config import Recipe
-from minbert_fast.data import EXACT, Collator, Sampler, TokenTable, choose_buckets, pin, prefetch, training_batches
+from minbert_fast.data import (
+    EXACT,
+    Collator,
+    Sampler,
+    Tokenizer,
+    TokenTable,
+    choose_buckets,
+    pin,
+    prefetch,
+    training_batches,
+)
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.training.graph import GraphedStep
@@ -30,6 +40,7 @@ class Means:
     """What the stages of a run share."""
 
     model: MultitaskModel
+    tokenizer: Tokenizer
     train: Mapping[str, TokenTable]
     device: torch.device
     precision: Literal["fp32", "bf16"]
@@ -60,9 +71,11 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     alone = means.world.size == 1 and means.backend == "fast"
     graphs = training.graphs and method.capturable and means.device.type == "cuda" and alone
     longest = recipe.data.max_length
-    twins = frozenset(tasks if recipe.regularisation.twins else ())
+    made = {name: task.maker(means.tokenizer, training.seed + index) for name, task in tasks.items()}
+    makers = {name: maker for name, maker in made.items() if maker is not None}
+    twins = frozenset(name for name, task in tasks.items() if recipe.regularisation.twins and task.predicts)
     buckets = choose_buckets(sampler, tables, longest, joint, twins) if graphs else EXACT
-    collator = Collator(tables, longest, joint, buckets, means.world.rank, means.world.size, twins)
+    collator = Collator(tables, longest, joint, buckets, means.world.rank, means.world.size, twins, makers)
     own = whole.stages[index].get("training", {}) if whole.stages else {}
     steps = training.epochs * sampler.steps_per_epoch
     window = recipe.weighting.window or sampler.steps_per_epoch

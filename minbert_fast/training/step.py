@@ -22,7 +22,7 @@ from minbert_fast import reference, surgery
 from minbert_fast.config import OptimizerOptions, Recipe
 from minbert_fast.flat import Entry, FlatParameters
 from minbert_fast.optim import FlatAdamW
-from minbert_fast.packing import MultitaskBatch, PackedBatch
+from minbert_fast.packing import MultitaskBatch
 from minbert_fast.passes import OnePass
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import MultitaskModel
@@ -214,11 +214,12 @@ class OnePassStep:
         sharded = recipe.training.shard and self.world.size > 1
         kind = ShardedExchange if sharded else Exchange
         rows = len(recipe.tasks) if self.apart else 1
-        self.exchange = kind(self.world, self.flat, rows, dtype, model.encoder.layers())
+        own = {id(p) for p in model.encoder.one_pass_parameters()}
+        layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.layers()]
+        self.exchange = kind(self.world, self.flat, rows, dtype, layers)
         self.gradients = self.exchange.gradients
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer, self.exchange.pieces)
         self.extras = Extras.of_flat(model, recipe, self.flat, dtype)
-        own = {id(p) for p in model.encoder.one_pass_parameters()}
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         self.heads = {name: [e.parameter for e in entries] for name, entries in parts.heads.items()}
@@ -308,18 +309,25 @@ class OnePassStep:
         losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
         scaled = self.extras.scaled(losses)
         laps.lap("forward")
-        self._others(scaled)
+        if self.apart:
+            self._others(scaled)
         self.exchange.open()
         torch.stack(list(scaled)).sum().backward()  # last, since each backward overwrites J
         for p in self.others:
+            if not self.apart:
+                row = self.gradients.view(p)[0]
+                row.zero_() if p.grad is None else row.copy_(p.grad)
             p.grad = None
         if self._words_are_dense():
-            self._scatter_words(packed)
+            self._scatter_words(batch)
         laps.lap("backward")
         return torch.stack([loss.detach() for loss in losses])
 
     def _others(self, losses: Sequence[Tensor]) -> None:
-        """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""
+        """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own.
+
+        For tasks that are kept apart; else the one backward has their sum.
+        """
         if not self.others:
             return
         for p in self.others:
@@ -328,20 +336,21 @@ class OnePassStep:
             found = torch.autograd.grad(loss, self.others, retain_graph=True, allow_unused=True)
             for p, gradient in zip(self.others, found, strict=True):
                 if gradient is not None:
-                    self.gradients.view(p)[row % self.gradients.tasks] += gradient
+                    self.gradients.view(p)[row] += gradient
 
     def _words_are_dense(self) -> bool:
         word = self.model.encoder.word_embedding.weight
         return any(p is word for p in self.others)
 
-    def _scatter_words(self, packed: PackedBatch) -> None:
+    def _scatter_words(self, batch: MultitaskBatch) -> None:
         """Adds the row-sparse gradients of a word embedding that a head uses too to its dense rows in J."""
-        rows = self.gradients.words(packed.num_words)
         dense = self.gradients.view(self.model.encoder.word_embedding.weight)
-        dense.index_add_(1, packed.word_ids[: packed.num_words], rows)
+        ids = batch.packed.word_ids[: batch.packed.num_words]
+        dense.index_add_(1, ids.clamp(min=0), self._words(batch))  # unused rows (-1) hold zeros
 
     def _words(self, batch: MultitaskBatch) -> Tensor:
-        return self.gradients.words(batch.packed.num_words)  # [T, U, H]
+        width = self.model.encoder.config.hidden_size
+        return self.gradients.words(batch.packed.num_words, width)  # [T, U, H]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict(self.exchange.whole)
