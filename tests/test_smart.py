@@ -209,9 +209,7 @@ def test_the_proximal_loss_is_the_divergence_from_the_teachers_answers(twins: bo
     plain = OnePassStep(plain_model, recipe(regularisation=values | {"proximal": 0.0}), torch.float32)
     assert step.extras.teacher is not None
     for index in range(3):
-        batch = make_batch(step.model, SIZES, seed=index)
-        if twins:
-            batch = twice(batch)
+        batch = unlike_twins(step.model, SIZES, seed=index)[0] if twins else make_batch(step.model, SIZES, seed=index)
         plain.flat.data.copy_(step.flat.data)
         teacher = step.extras.teacher.model
         hidden = [m.encoder(batch.packed)["last_hidden_state"] for m in (step.model, teacher)]
