@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minbert_fast import pages
 from minbert_fast.config import Recipe, RegularisationOptions
 from minbert_fast.flat import FlatParameters
 from minbert_fast.inference import Snapshot
@@ -110,7 +111,8 @@ class Teacher:
         self.options = options
         self.dtype = dtype
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._weights = flat.data[: flat.trainable_end].clone()
+        values = flat.data[: flat.trainable_end]
+        self._weights = pages.empty(len(values), device=values.device).copy_(values)
         own = dict(self.model.named_parameters())
         for entry in flat.trainable:
             own[entry.name].data = flat.view(self._weights, entry.parameter)
