@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.c*' -o -name '*.h') setup.py pyproject.toml constraints.txt
 RESULTS ?= benchmarks/results
 
-.PHONY: train test lint types kernels bench gpu clean
+.PHONY: train test lint types kernels bench docs wheel gpu clean
 
 train: $(READY)  ## the main job on the embedded sample: a demonstration of about a minute
 	$(RUN) -m minbert_fast.train --output runs/demo --overwrite
@@ -29,12 +29,18 @@ kernels: $(READY)  ## every Triton kernel compiled for sm_80, sm_90, sm_100 and 
 bench: $(READY)  ## all benchmarks on this machine
 	$(RUN) -m benchmarks.run all
 
+docs: $(READY)  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict --site-dir build/site
+
+wheel: $(READY)  ## dist/: the sdist and, from it, a CPU wheel, tried in a clean environment
+	PYTHON=$(RUN) tests/wheel.sh
+
 # torch first, from the constraints file, so that nothing else pulls in another build of it.
 $(READY): $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,dev,plots]'
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,dev,plots,docs]'
 	touch $@
 
 # On a CUDA machine that has torch and a compiler already, and perhaps no network: build, test, sanitize, measure.
@@ -42,4 +48,4 @@ gpu:
 	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash benchmarks/gpu.sh
 
 clean:
-	rm -rf $(VENV) build *.egg-info minbert_fast/_C*.so
+	rm -rf $(VENV) build dist *.egg-info minbert_fast/_C*.so

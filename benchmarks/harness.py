@@ -177,7 +177,8 @@ def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "torchjd", "numpy")},
+        "versions": {"torch": str(torch.__version__)}
+        | {name: version(name) for name in ("triton", "transformers", "torchjd", "numpy")},
         "ceilings": {
             "copy_GB_per_s": measured.copy / 1e9,
             "fp32_TFLOP_per_s": measured.fp32 / 1e12,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's tables and figures from the files under benchmarks/results, so that no number is typed.
+"""Writes the tables and figures of README and docs from the files under benchmarks/results, so that no number is typed.
 
-python -m benchmarks.readme            rewrites README.md between its `<!-- table NAME -->` marks, and docs/figures
+python -m benchmarks.readme            rewrites pages between their `<!-- table NAME -->` marks, and docs/figures
 python -m benchmarks.readme --check    exit status 1 if that would change the tables
 
 A suite's results are the file DEVICE-SUITE.json that `python -m benchmarks.run SUITE --json` wrote; without one its
@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures
+from benchmarks import conflicts, figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md")
 DEVICES = ("cpu", "cuda")
 SUITES = ("step", "surgery", "encode")
 
@@ -107,6 +108,11 @@ def _encodes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def measured_conflicts(results: Path = RESULTS) -> str:
+    """How far the tasks' gradients pulled apart in a real run."""
+    return conflicts.table(json.loads((results / "conflicts.json").read_text(encoding="utf-8")))
+
+
 def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["case"] for row in rows))
 
@@ -115,13 +121,16 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"first run": first_run} | {
+TABLES: Mapping[str, Callable[[], str]] = {"first run": first_run, "conflicts": measured_conflicts} | {
     f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES
 }
 
 
 def draw(results: Path = RESULTS, folder: Path = FIGURES) -> None:
-    """The step suite's figures, of each device whose results are there."""
+    """The step suite's figures, of each device whose results are there, and the measured conflicts."""
+    if (results / "conflicts.json").exists():
+        found = json.loads((results / "conflicts.json").read_text(encoding="utf-8"))
+        (folder / "conflicts.svg").write_text(conflicts.figure(found), encoding="utf-8")
     for device in DEVICES:
         path = results / f"{device}-step.json"
         if path.exists():
@@ -140,13 +149,13 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrites or checks README.md; returns the exit status."""
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
+    """Rewrites or checks the pages; returns the exit status."""
+    old = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    new = {page: filled(text) for page, text in old.items()}
     if "--check" in sys.argv[1:]:
         return int(new != old)
-    readme.write_text(new, encoding="utf-8")
+    for page, text in new.items():
+        page.write_text(text, encoding="utf-8")
     draw()
     return 0
 

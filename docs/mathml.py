@@ -15,4 +15,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _formula(found: re.Match[str]) -> str:
-    return f"\n\n{convert(found[1].strip(), display='block')}\n\n"
+    return f'\n\n<div class="formula">{convert(found[1].strip(), display="block")}</div>\n\n'

@@ -64,6 +64,7 @@ def facts() -> dict[str, Any]:
         found |= {"compute capability": f"{major}.{minor}", "devices": torch.cuda.device_count()}
         found["device memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
     found |= {name: version(name) for name in PACKAGES}
+    found["torch"] = str(torch.__version__)  # with the build (+cu130), which the package's metadata may lack
     return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drop-in model among other tools: torch.compile without graph breaks, autocast, DDP, gradient checkpointing."""
+"""The drop-in model among other tools: torch.compile without graph breaks, autocast, gradient checkpointing, DDP,
+Accelerate and Lightning."""
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from minbert_fast import BertConfig, BertModel
+from minbert_fast import AdamW, BertConfig, BertModel
 from minbert_fast.packing import PackedBatch, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,12 +106,17 @@ def test_a_packed_batch_compiles_as_one_graph(model: BertModel) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_inductor_computes_the_same(model: BertModel) -> None:
+    """Compiled to machine code, backward too."""
     ids, mask = rectangle()
-    expected = model(ids, mask)
-    got = torch.compile(model, fullgraph=True)(ids, mask)
-    torch.testing.assert_close(got["last_hidden_state"], expected["last_hidden_state"], rtol=1e-4, atol=1e-5)
+    expected = model(ids, mask)["last_hidden_state"]
+    got = torch.compile(model, fullgraph=True)(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    learned = gradients(model, got)
+    assert not any(learned.pop(f"pooler_dense.{name}").any() for name in ("weight", "bias"))
+    assert_same(learned, gradients(model, expected))
 
 
 # ---- autocast -----------------------------------------------------------------------------------------------------------
@@ -212,3 +219,76 @@ def test_ddp_averages_the_gradients_of_its_processes(model: BertModel, tmp_path:
     for rank in range(2):
         for got, (name, p) in zip(torch.load(tmp_path / f"{rank}.pt"), model.named_parameters(), strict=True):
             torch.testing.assert_close(got, p.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+# ---- Accelerate and Lightning -------------------------------------------------------------------------------------------
+
+
+def squared_error(model: nn.Module) -> Tensor:
+    ids, mask = rectangle()
+    return (model(ids, mask)["pooler_output"].float() - 0.5).square().mean()
+
+
+def trained_by_hand(model: BertModel, steps: int, lr: float) -> list[Tensor]:
+    """Parameters after plain steps of our AdamW, gradients clipped to norm 1."""
+    optimizer = AdamW(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        squared_error(model).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_trains_what_it_prepares(model: BertModel, precision: str) -> None:
+    """In fp32 to the bits of a plain loop; in mixed precision the loss falls."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    expected = trained_by_hand(copy.deepcopy(model), 3, 1e-3)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    prepared, optimizer = accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3))
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = squared_error(prepared)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    accelerate.state.AcceleratorState._reset_state(True)
+    assert losses[-1] < losses[0]
+    got = list(accelerator.unwrap_model(prepared).parameters())
+    if precision == "no":
+        assert all(torch.equal(p, q) for p, q in zip(got, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about loaders and hardware
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_trains_it(model: BertModel, precision: str, tmp_path: Path) -> None:
+    """In fp32 to the bits of a plain loop; in mixed precision the loss falls."""
+    lightning = pytest.importorskip("pytorch_lightning")
+    expected = trained_by_hand(copy.deepcopy(model), 3, 1e-3)
+    losses: list[float] = []
+
+    class Regression(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = model
+
+        def training_step(self, _batch: object) -> Tensor:
+            loss = squared_error(self.encoder)
+            losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> AdamW:
+            return AdamW(self.parameters(), lr=1e-3)
+
+    trainer = lightning.Trainer(
+        max_steps=3, precision=precision, gradient_clip_val=1.0, accelerator="cpu", devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Regression(), torch.utils.data.DataLoader([0, 1, 2]))
+    assert losses[-1] < losses[0]
+    if precision == "32-true":
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected, strict=True))

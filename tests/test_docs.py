@@ -11,21 +11,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed.run
 
-from minbert_fast import cli
+import benchmarks.run
+from benchmarks import harness
+from minbert_fast import cli, reproduce, train
+from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
+from tests.pages import PAGES, ROOT, UNTRIED, Piece, elsewhere, filled, pieces
+from tests.small import small_data
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.S | re.M)
-#: What continuous integration itself calls, from nothing.
-MADE_BY_CI = {"make train", "make test"}
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    return [(found[1], found[2]) for found in BLOCK.finditer(page.read_text())]
+#: Trials of what a reader would run for longer.
+FEW_STEPS = "2"
 
 
 @pytest.fixture
@@ -34,37 +34,105 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "minbert_fast" / "data").mkdir(parents=True)
     (tmp_path / "minbert_fast" / "data" / "sample").symlink_to(sample_directory().data)
+    (tmp_path / "filled").mkdir()
+    small_data(tmp_path / "course")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # A benchmark's command line is tried here; tests/benchmarks tries what it would then measure.
+    monkeypatch.setattr(harness, "ceilings", lambda device: harness.Ceilings(1e9, 1e9, 1e9))
+    nothing = SimpleNamespace(run=lambda device, ceilings: [])
+    monkeypatch.setattr(benchmarks.run, "importlib", SimpleNamespace(import_module=lambda name: nothing))
+    # Without names it runs every recipe that published scores; tests/test_recipes_run.py trains each of them.
+    monkeypatch.setattr(reproduce, "recipe_names", lambda: ["sbert-exp1", "default"])
     return tmp_path
 
 
-def run_command(line: str) -> None:
+def run_command(line: str, checkout: Path) -> None:
+    if elsewhere(line):
+        return
     words = shlex.split(line)
-    if line in MADE_BY_CI:
-        assert line in (ROOT / ".ci" / "run").read_text()
-    elif words[0] == "torchrun":
+    while "=" in words[0]:
+        words = words[1:]  # how many threads there may be is this process's own business
+    if words[0] == "make" and words[1] in UNTRIED:
+        subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
+        return
+    words = filled(words, checkout / "course")
+    if "--max-steps" in words and int(words[words.index("--max-steps") + 1]) > 50:
+        words[words.index("--max-steps") + 1] = FEW_STEPS
+    elif "--max-steps" not in words and {f"minbert_fast.{name}" for name in ("train", "search", "reproduce")} & {
+        *words
+    }:
+        words += ["--max-steps", FEW_STEPS]
+    if words[:2] == ["python", "-c"]:
+        exec(words[2], {})
+    elif words[:3] == ["python", "-m", "benchmarks.run"]:
+        assert benchmarks.run.main(words[3:]) == 0, line
+    elif words[:2] == ["python", "-m"] and words[2].startswith("minbert_fast."):
+        if "tensorboard,csv" in words:
+            pytest.importorskip("tensorboard")
+        assert cli.run(importlib.import_module(words[2]).main, words[3:]) == 0, line
+    elif words[0] == "torchrun" and "--max-steps" in line:
         command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
         # The fixture's folder is not the package.
-        subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONSAFEPATH": "1"})
-    elif words[:2] == ["python", "-m"] and words[2].startswith("minbert_fast."):
-        module = importlib.import_module(words[2])
-        assert cli.run(module.main, words[3:]) == 0, line
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        subprocess.run(command, env=environment, check=True, timeout=300)
+    elif words[0] == "torchrun":  # for more devices or machines than there are: its flags, and what one process does
+        parsed = torch.distributed.run.get_args_parser().parse_args(words[1:])
+        assert parsed.training_script == "minbert_fast.train"
+        assert cli.run(train.main, parsed.training_script_args) == 0, line
     else:
-        assert words[0] == "python", f"no way to try: {line}"
-        subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
+        pytest.fail(f"no way to try: {line}")
 
 
-@pytest.mark.usefixtures("checkout", "one_thread")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_everything_on_the_page_runs(page: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", [page for page in PAGES if list(pieces(page))], ids=lambda page: page.name)
+def test_everything_on_the_page_runs(page: Path, checkout: Path) -> None:
     names: dict[str, object] = {"__name__": "page"}
-    for language, text in blocks(page):
-        if language == "bash":
-            for line in text.replace("\\\n", " ").splitlines():
-                run_command(line.split("  #")[0].strip())
-        elif language == "python" and "--8<--" not in text:
-            exec(compile(text, page.name, "exec"), names)
+    for piece in pieces(page):
+        print(f"{page.name}:{piece.line}: {piece.text.splitlines()[0]}")
+        if piece.language == "command":
+            run_command(piece.text, checkout)
+        elif "--8<--" in piece.text:  # a file of docs/examples, which has a test of its own
+            continue
+        elif piece.language == "python":
+            exec(compile(piece.text, page.name, "exec"), names)
+        else:
+            assert piece.language == "toml", f"{page.name}:{piece.line}: who tries {piece.language or 'plain text'}?"
+            (checkout / "page.toml").write_text(piece.text)
+            assert Recipe.load(str(checkout / "page.toml")).resolved_stages()
+
+
+def test_no_command_escapes(tmp_path: Path) -> None:
+    """Fenced, indented and inline ones are seen, in order; a fence where none is looked for is an error."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Set up: `pip install\n-e .` and `make train`.\n\n    python -m a --b   what it does\n    not a command\n\n"
+        "```bash\nOMP_NUM_THREADS=1 torchrun \\\n  x  # why\n\nls\n```\n\n```python\n`make no`\n```\n"
+    )
+    assert [(piece.language, piece.text) for piece in pieces(page)] == [
+        ("command", "pip install -e ."),
+        ("command", "make train"),
+        ("command", "python -m a --b"),
+        ("command", "OMP_NUM_THREADS=1 torchrun    x"),
+        ("command", "ls"),
+        ("python", "`make no`\n"),
+    ]
+    assert next(pieces(page)) == Piece("command", "pip install -e .", 1)
+    for path in PAGES:
+        assert not re.search(r"^[ \t]+```", path.read_text(), re.M), (
+            f"{path.name}: a fence that is not at a line's start"
+        )
+
+
+def test_an_unknown_command_or_blank_fails(checkout: Path) -> None:
+    for line, problem in (
+        ("make nothing", "only"),
+        ("python -m minbert_fast.train --data HOST", "nothing to fill HOST"),
+    ):
+        with pytest.raises((AssertionError, ValueError), match=problem):
+            run_command(line, checkout)
+    with pytest.raises(pytest.fail.Exception, match="no way to try"):
+        run_command("bash -c ls", checkout)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -25,7 +25,7 @@ from minbert_fast.training.checkpoint import CheckpointStore
 from minbert_fast.training.errors import InterruptError, RunError
 from minbert_fast.training.outputs import RunDirectory
 from minbert_fast.training.progress import Silent
-from minbert_fast.training.step import StepResult
+from minbert_fast.training.stepping import StepResult
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4

@@ -236,6 +236,16 @@ def test_ticks_are_round_and_within():
         assert all(low - 1e-6 * (high - low) <= v <= high + 1e-6 * (high - low) for v in values)
 
 
+def test_neighbouring_ticks_have_different_names():
+    for values, names in (
+        ([0.0, 5e-4, 1e-3, 1.5e-3, 2e-3], ["0", "5e-4", "1e-3", "1.5e-3", "2e-3"]),
+        ([1e-4, 1.5e-4], ["1e-4", "1.5e-4"]),
+        ([0.05, 0.1], ["0.05", "0.1"]),
+        ([1500.0, 2e6, 2.5e11], ["1,500", "2e6", "2.5e11"]),
+    ):
+        assert [charts.number(value) for value in values] == names
+
+
 def test_thinning_keeps_means_and_gaps():
     x = np.arange(4000.0)
     y = np.where((x >= 1000) & (x < 2000), np.nan, x)

@@ -20,7 +20,8 @@ from minbert_fast.passes import Pass
 from minbert_fast.schema import build
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.training.runs import TRAINING
-from minbert_fast.training.step import Laps, OnePassStep, make_step
+from minbert_fast.training.step import OnePassStep, make_step
+from minbert_fast.training.stepping import Laps
 
 CONFIG = BertConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,

@@ -15,8 +15,8 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 18, 10, 40
-LINE, CHARACTER = 18, 6.6  # height of a legend row and typical width of a letter at 12 units
+LEFT, RIGHT, TOP, BOTTOM = 54, 18, 10, 40
+LINE, CHARACTER = 18, 7.1  # height of a legend row and typical width of a letter at 13 units
 COLOURS = 6
 MAX_POINTS = 400  # a line; more are averaged in bins
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 5")
@@ -30,6 +30,7 @@ STYLE = """
   --s0: #1d5fd1; --s1: #b8500a; --s2: #0b7a55; --s3: #7a3fc4; --s4: #b3264a; --s5: #0e7490; } }
 svg.chart text { font: 12px system-ui, sans-serif; fill: var(--muted); }
 svg.chart text.strong { fill: var(--ink); }
+@media (max-width: 32rem) { svg.chart text { font-size: 14px; } svg.chart text.strong { font-size: 13px; } }
 svg.chart .grid { stroke: var(--grid); stroke-width: 1; }
 svg.chart .zero { stroke: var(--muted); stroke-width: 1; }
 svg.chart .mark { stroke: var(--muted); stroke-dasharray: 2 4; }
@@ -182,8 +183,8 @@ def number(value: float) -> str:
     """A value as an axis shows it."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    if abs(value) >= 1e6 or abs(value) < 1e-2:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

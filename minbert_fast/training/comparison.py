@@ -115,7 +115,7 @@ def _settings(runs: dict[str, Run]) -> str:
 
 def _commands(runs: dict[str, Run]) -> str:
     parts = [
-        f'<h3>{escape(name)}</h3><pre tabindex="0">{escape(str(run.summary["command"]))}</pre>'
+        f"<h3>{escape(name)}</h3><pre>{escape(str(run.summary['command']))}</pre>"
         for name, run in runs.items()
         if run.summary.get("command")
     ]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.training.averaging import WeightAverage
-from minbert_fast.training.step import OnePassStep, StepResult
+from minbert_fast.training.step import OnePassStep
+from minbert_fast.training.stepping import StepResult
 
 Bucket = tuple[Any, ...]
 

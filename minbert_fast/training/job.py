@@ -34,7 +34,7 @@ from minbert_fast.training.report import write_report
 from minbert_fast.training.runs import flat
 from minbert_fast.training.signals import StopSignals
 from minbert_fast.training.stages import Means, make_stage
-from minbert_fast.training.step import Backend
+from minbert_fast.training.stepping import Backend
 from minbert_fast.training.trackers import check, tracking
 from minbert_fast.training.world import World, joined
 

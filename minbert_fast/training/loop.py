@@ -33,7 +33,7 @@ from minbert_fast.training.state import State, gather, load_parameters, restore
 from minbert_fast.training.world import World
 
 if TYPE_CHECKING:
-    from minbert_fast.training.step import TrainingStep
+    from minbert_fast.training.stepping import TrainingStep
 
 SHOWN_EXAMPLES = 8  # places named when training stops for non-finite losses
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from minbert_fast.packing import MultitaskBatch
 
 if TYPE_CHECKING:
-    from minbert_fast.training.step import StepResult
+    from minbert_fast.training.stepping import StepResult
 
 
 @dataclass(frozen=True)

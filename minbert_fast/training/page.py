@@ -28,7 +28,8 @@ a:focus-visible, summary:focus-visible, [tabindex]:focus-visible { outline: 3px 
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; list-style: none; margin: 0.8rem 0; padding: 0; }
 nav a { display: inline-block; padding: 0.2rem 0; }
 .muted { color: var(--muted); }
-.banner { background: var(--card); border-left: 4px solid var(--s1); padding: 0.5rem 0.8rem; max-width: none; }
+.banner { background: var(--card); border-left: 4px solid var(--s1); padding: 0.4rem 0.8rem; max-width: none;
+  font-size: 0.95rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.7rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 0.5rem; padding: 0.7rem 0.9rem; }
 .tile b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
@@ -43,12 +44,16 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0
 th, td { text-align: left; padding: 0.3rem 0.7rem 0.3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top;
   overflow-wrap: break-word; }
 td.n, th.n { text-align: right; } td.n { white-space: nowrap; } th { vertical-align: bottom; }
+table.prose td { overflow-wrap: anywhere; min-width: 4.5rem; }
+@media (min-width: 32rem) { table.prose td:first-child { white-space: nowrap; } }
 th { font-weight: 600; } thead th { color: var(--muted); font-weight: 500; }
 table.matrix th, table.matrix td { padding: 0.45rem 0.6rem; text-align: center; border: 1px solid var(--grid); }
 table.matrix tbody th { text-align: left; }
-@media (max-width: 30rem) { table.matrix th, table.matrix td { padding: 0.35rem; } }
+@media (max-width: 32rem) { .bar { --full: 4rem; } figure { padding: 0.5rem; } .tile { padding: 0.5rem 0.7rem; }
+  table.matrix { font-size: 0.85rem; } table.matrix th, table.matrix td { padding: 0.35rem 0.3rem; } }
 table.matrix td { background: rgb(var(--heat) / var(--share)); }
-.bar { display: block; height: 0.8rem; background: var(--s0); border-radius: 2px; min-width: 1px; }
+.bar { display: block; width: calc(var(--share) * var(--full)); min-width: 1px; height: 0.8rem; margin-top: 0.35rem;
+  background: var(--s0); border-radius: 2px; --full: 10rem; }
 table.matrix td, .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .errors { list-style: none; padding: 0; margin: 0.4rem 0; display: grid; gap: 0.6rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
@@ -56,9 +61,19 @@ table.matrix td, .bar { print-color-adjust: exact; -webkit-print-color-adjust: e
 .errors q { display: block; quotes: none; margin: 0.2rem 0; padding-left: 0.6rem; border-left: 3px solid var(--grid); }
 pre { background: var(--card); padding: 0.7rem 0.9rem; border-radius: 0.5rem; white-space: pre-wrap; }
 summary { cursor: pointer; padding: 0.3rem 0; color: var(--s0); }
-@media print { body { font-size: 11pt; padding: 0; max-width: none; } nav, .skip { display: none; }
+@page { margin: 15mm; }
+@media print {
+  body { font-size: 10pt; padding: 0; max-width: none; }
+  nav, .skip { display: none; }
   a { color: inherit; }
-  :root { --card: #f6f7f9; } h2, h3 { break-after: avoid; } .charts { grid-template-columns: 1fr 1fr; } }
+  h2, h3, figcaption, summary { break-after: avoid; }
+  tr, .tile, .banner, pre { break-inside: avoid; }
+  .charts, .errors { grid-template-columns: 1fr 1fr; }
+  .scroll { overflow: visible; } table { font-size: 9pt; } th, td { padding-right: 0.4rem; }
+  details::details-content { display: block; content-visibility: visible; }
+  summary { list-style: none; color: inherit; font-weight: 600; }
+  :root { --card: #f6f7f9; }
+}
 """
 
 
@@ -109,7 +124,8 @@ def table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_c
 
     heads = "".join(one("th", text, i) for i, text in enumerate(head))
     lines = "".join("<tr>" + "".join(one("td", text, i) for i, text in enumerate(row)) + "</tr>" for row in rows)
-    return scroll(label, f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>")
+    prose = ' class="prose"' if text_columns > 1 else ""
+    return scroll(label, f"<table{prose}><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>")
 
 
 def scroll(label: str, body: str) -> str:

@@ -35,7 +35,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {
             "minbert_fast": __version__,
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
+            "torch": str(torch.__version__),  # with the build (+cu130), which the package's metadata may lack
+            **{name: metadata.version(name) for name in ("numpy", "tokenizers", "safetensors")},
         },
     }
 

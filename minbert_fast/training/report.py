@@ -59,7 +59,14 @@ def write_report(directory: Path) -> Path:
 
 def spoken(name: str) -> str:
     """A metric's or a task's name in words."""
-    return name.replace("_", " ").replace("macro f1", "macro-F1")
+    words = name.replace("_", " ").replace("macro f1", "macro-F1")
+    return words.replace("pearson", "Pearson").replace("spearman", "Spearman").replace("matthews", "Matthews")
+
+
+def titled(name: str) -> str:
+    """The same at the beginning of a line."""
+    words = spoken(name)
+    return words[:1].upper() + words[1:]
 
 
 # ---- The page from top to bottom -----------------------------------------------------------------------------------
@@ -87,7 +94,7 @@ def _header(run: Run) -> str:
                 f"<span class='muted'>{untrained[name]:.3f} untrained</span>" if _is_number(untrained, name) else ""
             )
             tiles.append(
-                f"<div class='tile'><span>{escape(spoken(name))}</span><b>{run.dev[name]:.3f}</b>{before}</div>"
+                f"<div class='tile'><span>{escape(titled(name))}</span><b>{run.dev[name]:.3f}</b>{before}</div>"
             )
     parts.append(f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "")
     parts += [paragraph(notice, "banner") for notice in [*run.notices, *map(str, summary.get("notices") or ())]]
@@ -220,7 +227,7 @@ def _confusions(run: Run, plots: dict[str, str]) -> str:
         plots[f"confusion-{name}-normalised"] = charts.matrix(
             f"Confusion matrix of {spoken(name)}, shares of the truth", shares, classes, lambda v: f"{v:.2f}"
         )
-        parts.append(f"<h3>{escape(spoken(name).capitalize())}</h3>")
+        parts.append(f"<h3>{escape(titled(name))}</h3>")
         tables = [
             figure("Examples", _matrix(f"{name}: counts", raw, shares, classes, "{:,.0f}")),
             figure("Shares of each true class", _matrix(f"{name}: shares", shares, shares, classes, "{:.2f}")),
@@ -264,7 +271,9 @@ def _similarity(run: Run, plots: dict[str, str]) -> str:
                 inside = predicted[chosen]
                 rows.append([f"{low} to {low + 1}", f"{chosen.sum():,}", f"{inside.mean():.2f}", f"{inside.std():.2f}"])
         numbers = table(f"{name} in numbers", ["true label", "pairs", "mean predicted", "spread"], rows)
-        parts.append(gallery([figure(f"Predicted against true {spoken(name)}", plots[name]), f"<div>{numbers}</div>"]))
+        parts.append(
+            gallery([figure(f"Predicted against true {spoken(name)}", plots[name]), figure("By true label", numbers)])
+        )
     return "".join(parts)
 
 
@@ -275,7 +284,7 @@ def _errors(run: Run) -> str:
         if not worst:
             continue
         items = [_error(one, task.get("classes")) for one in worst]
-        parts.append(f"<h3>{escape(spoken(name).capitalize())}</h3>{_list(items[:SHOWN_ERRORS])}")
+        parts.append(f"<h3>{escape(titled(name))}</h3>{_list(items[:SHOWN_ERRORS])}")
         if len(items) > SHOWN_ERRORS:
             parts.append(fold(f"{len(items) - SHOWN_ERRORS} more", _list(items[SHOWN_ERRORS:])))
     if not parts:
@@ -332,7 +341,7 @@ def _environment(run: Run) -> str:
     parts = []
     command = run.summary.get("command")
     if command:
-        parts += ["<h3>To reproduce</h3>", f'<pre tabindex="0">{escape(str(command))}</pre>']
+        parts += ["<h3>To reproduce</h3>", f"<pre>{escape(str(command))}</pre>"]
     keys = ("device", "precision", "backend", "commit", "seed", "tokens")
     facts = [[key, str(run.summary[key])] for key in keys if run.summary.get(key) is not None]
     facts += [[name, str(version)] for name, version in (run.summary.get("versions") or {}).items()]
@@ -359,7 +368,7 @@ def _primary(run: Run) -> set[str]:
 
 
 def _bar(share: float) -> str:
-    return Html(f'<span class="bar" style="width: {8 * min(max(share, 0.0), 1.0):.2f}rem"></span>')
+    return Html(f'<span class="bar" style="--share: {min(max(share, 0.0), 1.0):.3f}"></span>')
 
 
 def _is_number(values: Any, key: str) -> bool:

@@ -29,7 +29,8 @@ from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.loop import Stage
 from minbert_fast.training.memory import check_memories, fill_memories
 from minbert_fast.training.smart import check_smart
-from minbert_fast.training.step import Backend, OnePassStep, TrainingStep, make_step
+from minbert_fast.training.step import OnePassStep, make_step
+from minbert_fast.training.stepping import Backend, TrainingStep
 from minbert_fast.training.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

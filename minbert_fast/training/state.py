@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minbert_fast.training.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from minbert_fast.training.step import TrainingStep
+    from minbert_fast.training.stepping import TrainingStep
 
 
 @dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables and figures come from results files, and say so where there are none."""
+"""The tables and figures of README and docs come from results files, and say so where there are none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import harness, readme
+from benchmarks import conflicts, harness, readme
 from benchmarks.harness import Row
+from tests.test_report import make_run
 
 
 def write(folder: Path, suite: str, rows: list[Row]) -> None:
@@ -78,6 +79,22 @@ def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) ->
     assert (tmp_path / "scaling-cpu.svg").read_text().count("h0") >= 2
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+def test_conflicts_of_a_run_become_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")  # every fourth of its 40 steps has cosine -0.25, the others 0.5
+    monkeypatch.setattr(conflicts, "RESULTS", tmp_path / "conflicts.json")
+    assert conflicts.main([str(run), "tiny"]) == 0
+    text = readme.measured_conflicts(tmp_path)
+    assert "| sentiment · similarity | +0.312 | 0.438 | -0.250 | 25% |" in text
+    assert "in 25% of the steps" in text
+    assert "tiny, pcgrad, 40 steps, fp32 products on a cpu, torch 2.99" in text
+    readme.draw(tmp_path, tmp_path)
+    ElementTree.parse(tmp_path / "conflicts.svg")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss/a": 1.0}\n')
+    with pytest.raises(SystemExit, match="no cosines"):
+        conflicts.main([str(run), "tiny"])
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_pages_are_up_to_date(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert readme.filled(text) == text

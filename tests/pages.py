@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and docs tell a reader to type: every piece in order, and who runs what cannot run inside a test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from minbert_fast.data import sample_directory
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_COMMAND = r"(?:[A-Z_]+=\S+ )*(?:python3?|pip|make|torchrun|pytest|mkdocs|bash|sh|git|docker)"
+_PIECE = re.compile(
+    r"^```(?P<language>\w*)[^\n]*\n(?P<block>.*?)^```$"
+    rf"|^    (?P<indented>{_COMMAND} (?:[^\n\\]|\\\n|\\.)+)$"
+    rf"|(?<!`)`(?P<inline>{_COMMAND} (?:[^`\n]|\n(?!\n))+)`(?!`)",
+    re.S | re.M,
+)
+
+
+class Piece(NamedTuple):
+    """A fenced block in a language, or a command (language `command`), and where on its page it stands."""
+
+    language: str
+    text: str
+    line: int
+
+
+def pieces(page: Path) -> Iterator[Piece]:
+    """Fenced blocks as they are, but for `bash`, whose lines come one by one; indented and inline commands."""
+    source = page.read_text(encoding="utf-8")
+    for found in _PIECE.finditer(source):
+        line = source.count("\n", 0, found.start()) + 1
+        if found["language"] == "bash":
+            for command in found["block"].replace("\\\n", " ").splitlines():
+                if command.strip():
+                    yield Piece("command", command.split("  #")[0].strip(), line)
+        elif found["block"] is not None:
+            yield Piece(found["language"], found["block"], line)
+        else:
+            command = found["indented"] or " ".join(found["inline"].split())
+            command = re.sub(r"\s*\\\n\s*", " ", command)
+            yield Piece("command", re.split(r"\s{2,}", command)[0], line)  # what follows two spaces explains it
+
+
+# ---- Commands with blanks that a reader fills in -----------------------------------------------------------------------
+
+_FORMS = {"--model": "DIR|HUB_NAME", "--checkpoint": "DIR", "--data": "DIR", "--output": "DIR"}
+_BLANK = re.compile(r".*\b(?:DIR|FILE|NAME|HUB_NAME|HOST|PORT)\b.*|\[.*|\.\.\.")
+
+
+def filled(words: Sequence[str], data: Path) -> list[str]:
+    """The words of a command with the sample in their blanks. Raises ValueError for a blank it knows nothing for."""
+    sample = sample_directory()
+    values: Mapping[tuple[str, str], object] = {
+        ("--data", "DIR"): data,
+        ("--model", "DIR"): sample.model,
+        ("--model", "DIR|HUB_NAME"): sample.model,
+        ("--output", "DIR"): "filled/directory",
+        ("--output", "FILE"): "filled/predictions.csv",
+        ("--output", "FILE.npy"): "filled/vectors.npy",
+        ("--input", "FILE"): sample.data / "ids-sst-dev.csv",
+        ("--input", "FILE.txt"): sample.data / "ids-sst-dev.csv",
+    }
+    result: list[str] = []
+    for word in words:
+        value = values.get((result[-1] if result else "", word), word)
+        if value is word and _BLANK.fullmatch(word):
+            raise ValueError(f"nothing to fill {word} of {shlex.join(words)} with")
+        result.append(str(value))
+    return result
+
+
+# ---- Commands that run elsewhere, or nowhere but on a machine of the reader's ------------------------------------------
+
+#: Commands that something else runs, and where its words are to be found.
+_ELSEWHERE = {
+    r"pip install -e \.": ("Makefile", r"pip install .*-e '\."),
+    r"pip install --no-build-isolation --no-deps -e \.": (".ci/run", r"--run-slow tests/test_packaging\.py"),
+    r"pytest --run-slow": ("tests/conftest.py", r'addoption\("--run-slow"'),
+    r"python -m minbert_fast\.kernels\.ahead_of_time --target sm_90": (".ci/run", r"ahead_of_time --target .*sm_90"),
+    r"python docs/examples/trainer\.py .*": ("tests/test_patching.py", r'"examples" / "trainer\.py"'),
+    r"python -m benchmarks\.readme.*": ("tests/benchmarks/test_readme.py", r"readme"),
+}
+#: Targets of the Makefile that continuous integration cannot run (no GPU, or hours of measuring): at least they parse.
+UNTRIED = {"gpu", "bench"}
+
+
+def elsewhere(line: str) -> bool:
+    """Whether something else runs the command; asserts that it still does."""
+    if made := re.fullmatch(r"make (\w+)", line):
+        runs = re.findall(r"^(?:\w+=\S+ )*make (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
+        known = {target for targets in runs for target in targets.split()}
+        assert made[1] in known | UNTRIED, f"{line}: continuous integration runs only {sorted(known)}"
+        return made[1] in known
+    if extra := re.fullmatch(r"pip install '(?:minbert[-_]fast|\.)\[([\w,]+)\]'", line):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(extra[1].split(",")) <= set(project["optional-dependencies"]), line
+        return True
+    for pattern, (file, words) in _ELSEWHERE.items():
+        if re.fullmatch(pattern, line):
+            assert re.search(words, (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file} no longer has {line}"
+            return True
+    return False

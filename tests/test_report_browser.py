@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report in a real browser: with a keyboard alone, on a phone, in the dark and on paper."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minbert_fast.training.comparison import write_comparison
+from minbert_fast.training.report import write_report
+from tests.browser import Page, browser, chromium
+from tests.test_report import make_run
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium")
+PAGES = ("report", "comparison")
+A4 = 718  # CSS pixels between the margins
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [make_run(folder / "a-run-with-a-rather-long-name-of-its-own"), make_run(folder / "second", lr=2e-3)]
+    return {"report": write_report(runs[0]), "comparison": write_comparison(runs, folder / "comparison.html")}
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+#: Everything visible that a pointer could act on, or that scrolls by itself.
+STOPS = """[...document.querySelectorAll('a[href], summary, button, input, [tabindex], .scroll')]
+  .filter(e => !e.closest('details:not([open]) > :not(summary)'))"""
+
+#: The focused element's place in STOPS, whether its outline shows, and whether it is in sight.
+FOCUS = f"""(() => {{
+  const e = document.activeElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
+  return [{STOPS}.indexOf(e), style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2,
+    box.bottom > 0 && box.top < innerHeight && box.right > 0];
+}})()"""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_tab_key_reaches_everything_and_shows_where_it_is(tab: Page, pages: dict[str, Path], name: str) -> None:
+    tab.size(1280)
+    tab.media()
+    tab.open(pages[name])
+    count = tab.evaluate(f"{STOPS}.length")
+    assert count > 8
+    seen = []
+    for _ in range(count):
+        tab.press("Tab")
+        place, outlined, in_sight = tab.evaluate(FOCUS)
+        seen.append(place)
+        assert outlined, place
+        assert in_sight, place
+    assert seen == list(range(count)), "each once, in the order of the page"
+
+
+def test_folds_open_and_close_by_key(tab: Page, pages: dict[str, Path]) -> None:
+    tab.open(pages["report"])
+    folds = tab.evaluate("document.querySelectorAll('details').length")
+    assert folds >= 2
+    for fold in range(folds):
+        tab.evaluate(f"document.querySelectorAll('summary')[{fold}].focus()")
+        for key, expected in (("Enter", True), (" ", False)):
+            tab.press(key)
+            assert tab.evaluate(f"document.querySelectorAll('details')[{fold}].open") is expected
+
+
+#: What sticks out of the window, but for what scrolls inside a box of its own.
+OUTSIDE = """(() => {
+  document.querySelectorAll('details').forEach(d => d.open = true);
+  const width = document.documentElement.clientWidth;
+  return [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll > *') && !e.matches('.skip')
+    && (e.getBoundingClientRect().right > width + 1 || e.getBoundingClientRect().left < -1))
+    .map(e => e.tagName + '.' + e.className);
+})()"""
+
+#: Sizes of text as it is drawn, inside charts too.
+SMALLEST = """Math.min(...[...document.querySelectorAll('text, p, td, th, li, a, figcaption, summary, pre, span')].map(e => {
+  const svg = e.closest('svg'), scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
+  return parseFloat(getComputedStyle(e).fontSize) * scale; }))"""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_sticks_out_and_text_stays_readable(tab: Page, pages: dict[str, Path], name: str) -> None:
+    tab.media()
+    for width in (320, 390, 768, 1280):
+        tab.size(width)
+        tab.open(pages[name])
+        assert tab.evaluate(OUTSIDE) == [], width
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(SMALLEST) >= (9 if width >= 390 else 7.5), width
+
+
+#: The lowest contrast between a text and what it stands on (WCAG 2), and that text.
+CONTRAST = """(() => {
+  const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+  const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const under = e => e ? over(parse(getComputedStyle(e).backgroundColor), under(e.parentElement)) : [255, 255, 255, 1];
+  let worst = [99, ''];
+  for (const e of document.querySelectorAll('body *')) {
+    if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) || e.matches('.skip')) continue;
+    const style = getComputedStyle(e), back = under(e);
+    const front = over(parse(e.closest('svg') ? style.fill : style.color), back);
+    const [a, b] = [light(front), light(back)].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < worst[0]) worst = [ratio, e.tagName + ' ' + e.textContent.trim().slice(0, 40)];
+  }
+  return worst;
+})()"""
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_is_enough_in_either_scheme(tab: Page, pages: dict[str, Path], name: str, scheme: str) -> None:
+    tab.size(1280)
+    tab.media(scheme)
+    tab.open(pages[name])
+    ratio, text = tab.evaluate(CONTRAST)
+    assert ratio >= 4.5, text
+    brightness = tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (max(brightness) < 60) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paper_is_white_whole_and_unfolded(tab: Page, pages: dict[str, Path], name: str) -> None:
+    """Also when the screen is dark; what is folded away on a screen is there, and nothing is cut off."""
+    tab.size(A4)
+    tab.media("dark", "print")
+    tab.open(pages[name])
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") in ("rgb(255, 255, 255)", "rgba(0, 0, 0, 0)")
+    assert tab.evaluate(CONTRAST)[0] >= 4.5
+    cut = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert tab.evaluate(cut) == 0
+    hidden = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
+    assert tab.evaluate(hidden) == 0
+    paper = tab.pdf()
+    assert paper.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", paper + _streams(paper))) >= 2
+
+
+def _streams(paper: bytes) -> bytes:
+    """A PDF's compressed parts, where its objects may be."""
+    found = []
+    for part in re.findall(rb"stream\r?\n(.*?)endstream", paper, re.S):
+        try:
+            found.append(zlib.decompress(part))
+        except zlib.error:
+            continue
+    return b"".join(found)
