@@ -21,7 +21,7 @@ else
   sanitizers=thread flags=-DMINBERT_PLAIN_THREADS library=libtsan.so
   [ $# -gt 0 ] || set -- tests/surgery/test_gram_combine.py tests/surgery/test_adamw.py tests/layers/test_layers.py \
     tests/test_native_build.py tests/test_native_attention.py
-  export OMP_NUM_THREADS=4
+  export OMP_NUM_THREADS=4 MKL_NUM_THREADS=4  # torch goes by the smaller one
   # All instruction sets share out work alike, and ThreadSanitizer sees no instructions that are named one by one.
   select="not avx"
   # Older ThreadSanitizers refuse the memory layouts that some kernels draw.

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minbert_fast import _C, native
 
@@ -29,6 +30,8 @@ def test_the_tests_run_the_build_they_mean_to() -> None:
     """tests/sanitize.sh puts its own build first on the path; a run that missed it would prove nothing."""
     folder = os.environ.get("MINBERT_FAST_SANITIZED")
     assert folder is None or EXTENSION.is_relative_to(folder)
+    if folder is not None and folder.endswith("thread"):
+        assert torch.get_num_threads() > 1, "with one thread there is nothing to find"
 
 
 # What each of tests/sanitize.sh's builds must complain of, past the checks that stand before the extension.
