@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minbert_fast.schema import ConfigError, build, merge, plain, to_toml
+from minbert_fast.storage import inside, regular
 
 Pooling = Literal["mean", "cls", "max", "pooler"]
 
@@ -75,7 +76,7 @@ class BertConfig:
     def from_file(cls, path: Path) -> BertConfig:
         """From a `config.json`; raises ConfigError naming the file, the key and what was expected."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(regular(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
@@ -322,31 +323,38 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name_or_file: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path as given (relative to the extending file), or a name that ships with the package."""
+    """The file of a recipe: a path as given, or a name that ships with the package.
+
+    `beside` is the folder of a recipe that extends this one; a path then stays within it. Raises ValueError.
+    """
     if name_or_file.endswith(".toml"):
-        return (beside or Path()) / name_or_file
+        return Path(name_or_file) if beside is None else inside(beside, name_or_file)
     if name_or_file in recipe_names():
         return Path(str(resources.files("minbert_fast") / "recipes" / f"{name_or_file}.toml"))
     raise ConfigError(f"recipe {name_or_file!r}: no such recipe; known: {', '.join(recipe_names())}, or a .toml file")
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8"))
+        values = tomllib.loads(regular(path).read_bytes().decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
+    if path.resolve() in seen:  # asked of a file that could be read: a loop of links cannot be resolved
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     parent = values.pop("extends", None)
     if parent is None:
         return values
     if not isinstance(parent, str):
         raise ConfigError(f"{path}.extends = {parent!r}: expected text")
-    inherited = _read_chain(recipe_path(parent, path.parent), (*seen, path.resolve()))
+    try:
+        following = recipe_path(parent, path.parent)
+    except ValueError as error:
+        raise ConfigError(f"{path}.extends: {error}") from None
+    inherited = _read_chain(following, (*seen, path.resolve()))
     for own in ("name", "description", "source", "published"):
         inherited.pop(own, None)
     return merge(inherited, values)

@@ -19,6 +19,7 @@ from torch import Tensor
 from minbert_fast import weights
 from minbert_fast.config import Pooling
 from minbert_fast.schema import ConfigError
+from minbert_fast.storage import inside, regular
 
 MODULES = "modules.json"
 
@@ -54,9 +55,11 @@ def read(directory: Path) -> SentenceModules | None:
         return None
     listed = _json(path)
     try:
-        modules = [(str(entry["type"]).rpartition(".")[2], directory / entry["path"]) for entry in listed]
+        modules = [(str(entry["type"]).rpartition(".")[2], inside(directory, entry["path"])) for entry in listed]
     except (TypeError, KeyError):
         raise ConfigError(f"{path}: expected a list of modules with type and path") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     kinds = [kind for kind, _ in modules if kind != "Dropout"]  # does nothing outside training
     folders = dict(modules)
     if kinds not in (_chain(dense, scaled) for dense in (False, True) for scaled in (False, True)):
@@ -148,7 +151,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, list if path.name == MODULES else dict):

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +34,22 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def regular(path: Path) -> Path:
+    """`path`, for reading. Raises OSError for a FIFO or a device, whose opening or reading might never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of directories, open() complains itself
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
+def inside(directory: Path, name: str) -> Path:
+    """`directory / name`, where `name` comes from a file. Raises ValueError if it leads out of the directory."""
+    parts = PurePath(name).parts
+    if PurePath(name).is_absolute() or ".." in parts:
+        raise ValueError(f"{name!r} leads out of the directory")
+    return directory / name
 
 
 def flush_file(path: Path) -> None:

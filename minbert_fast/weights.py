@@ -27,6 +27,7 @@ from torch import Tensor
 
 from minbert_fast.config import BertConfig
 from minbert_fast.schema import ConfigError
+from minbert_fast.storage import regular
 
 
 class WeightsError(ConfigError):
@@ -155,7 +156,7 @@ def check_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file; raises WeightsError when it cannot be read or is damaged."""
     try:
-        return load_file(path)
+        return load_file(regular(path))
     except (SafetensorError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
 
@@ -187,7 +188,7 @@ def _read_pickle(path: Path) -> Any:
     reconstruct: Any = np.zeros(1).__reduce__()[0]
     try:
         with torch.serialization.safe_globals([*allowed, reconstruct]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(regular(path), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: not a file of plain tensors ({reason[:200]})") from None

@@ -1,17 +1,38 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Builds the CPU code with AddressSanitizer and UndefinedBehaviorSanitizer beside the ordinary build (build/sanitized),
-# and runs the tests that exercise it, or those given as arguments. Any finding ends the run with its report.
+# Builds the CPU code under sanitizers beside the ordinary build (build/sanitized-*), and runs the tests that exercise it,
+# or those given. Any finding fails the run and is printed at its end.
+#
+#   tests/sanitize.sh [address] [TEST ...]    AddressSanitizer and UndefinedBehaviorSanitizer
+#   tests/sanitize.sh thread [TEST ...]       ThreadSanitizer, on four threads (csrc/threads.cpp)
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
 python=${PYTHON:-python}
-flags="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+cxx=${CXX:-c++}
+kind=address
+case ${1:-} in address | thread) kind=$1 && shift ;; esac
 
-MINBERT_FAST_CUDA=0 CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" \
-  "$python" setup.py -q build --build-lib build/sanitized --build-temp build/sanitized-objects
+run= select=
+if [ "$kind" = address ]; then
+  sanitizers=address,undefined flags=-fno-sanitize-recover=all library=libasan.so
+  [ $# -gt 0 ] || set -- tests/surgery tests/layers tests/test_native_build.py tests/test_native_attention.py
+else
+  sanitizers=thread flags=-DMINBERT_PLAIN_THREADS library=libtsan.so
+  [ $# -gt 0 ] || set -- tests/surgery/test_gram_combine.py tests/surgery/test_adamw.py tests/layers/test_layers.py \
+    tests/test_native_build.py tests/test_native_attention.py
+  export OMP_NUM_THREADS=4
+  # All instruction sets share out work alike, and ThreadSanitizer sees no instructions that are named one by one.
+  select="not avx"
+  # Older ThreadSanitizers refuse the memory layouts that some kernels draw.
+  ! setarch "$(uname -m)" -R true 2>/dev/null || run="setarch $(uname -m) -R"
+fi
 
-[ $# -gt 0 ] || set -- tests/surgery tests/test_native_build.py tests/test_native_attention.py
+# -O2: below it the compiler fuses no multiplications with additions, and results miss their error budgets.
+MINBERT_FAST_CUDA=0 CXXFLAGS="-O2 -g -fno-omit-frame-pointer -fsanitize=$sanitizers $flags" \
+  LDFLAGS="-fsanitize=$sanitizers" \
+  "$python" setup.py -q build --build-lib "build/sanitized-$kind" --build-temp build/sanitized-objects
+
 for test in "$@"; do
   shift
   set -- "$@" "$root/$test"
@@ -19,10 +40,20 @@ done
 
 # The sanitized copy of the package goes first on the path, so the tests run from a folder that is not the checkout.
 # (--import-mode: nor may pytest put the checkout first). An interpreter keeps objects alive on purpose, so leaks are
-# not looked for.
-mkdir -p build/sanitized-run
-cd build/sanitized-run
-LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so.6)" \
-ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-PYTHONPATH="$root/build/sanitized:$root" MINBERT_FAST_SANITIZED="$root/build/sanitized" \
-  "$python" -m pytest -q --import-mode=append -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "$@"
+# not looked for. torch and the interpreter are not instrumented, and what they do is not judged.
+rm -rf "build/sanitized-run-$kind"
+mkdir -p "build/sanitized-run-$kind"
+cd "build/sanitized-run-$kind"
+common=log_path=$PWD/finding
+status=0
+LD_PRELOAD="$("$cxx" -print-file-name=$library) $("$cxx" -print-file-name=libstdc++.so.6)" \
+ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:$common UBSAN_OPTIONS=print_stacktrace=1:$common \
+TSAN_OPTIONS=ignore_noninstrumented_modules=1:$common \
+PYTHONPATH="$root/build/sanitized-$kind:$root" MINBERT_FAST_SANITIZED="$root/build/sanitized-$kind" \
+  $run "$python" -m pytest -q --import-mode=append -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+  ${select:+-k "$select"} "$@" \
+  || status=$?
+for finding in finding.*; do
+  [ ! -e "$finding" ] || { cat "$finding" && status=1; }
+done
+exit $status

@@ -129,13 +129,16 @@ def check(path: Path, task: str) -> bool:
     return True
 
 
-def fuzz(folder: Path, count: int, seed: int) -> None:
+Source = Callable[[str, random.Random], bytes]
+
+
+def fuzz(folder: Path, count: int, seed: int, source: Source = base_file) -> None:
     random_ = random.Random(seed)
     path = folder / "mutated.csv"
     used = 0
     for number in range(count):
         task = TASKS[number % len(TASKS)]
-        data = base_file(task, random_)
+        data = source(task, random_)
         for _ in range(random_.randrange(1, 4)):
             data = random_.choice(MUTATIONS)(data, random_)
         path.write_bytes(data)
@@ -161,6 +164,18 @@ def test_mutated_data_files(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_mutated_data_files_by_the_thousand(tmp_path: Path) -> None:
     fuzz(tmp_path, 10_000, seed=2)
+
+
+@pytest.mark.slow
+def test_mutated_real_data_files_by_the_thousand(tmp_path: Path, shared_data: Path) -> None:
+    lines = {t: (shared_data / f"{FORMATS[t].stem}-train.csv").read_bytes().splitlines(keepends=True) for t in TASKS}
+
+    def real(task: str, random_: random.Random) -> bytes:
+        """The header and some rows of the task's real file."""
+        header, *rows = lines[task]
+        return b"".join([header, *random_.sample(rows, ROWS)])
+
+    fuzz(tmp_path, 10_000, seed=3, source=real)
 
 
 def mutate_json(value: object, random_: random.Random) -> object:

@@ -31,16 +31,31 @@ def test_the_tests_run_the_build_they_mean_to() -> None:
     assert folder is None or EXTENSION.is_relative_to(folder)
 
 
+# What each of tests/sanitize.sh's builds must complain of, past the checks that stand before the extension.
+PROVOCATIONS = {
+    # A J one element shorter than it claims is read beyond its end.
+    "sanitized-address": (
+        "AddressSanitizer: heap-buffer-overflow",
+        "J, out = torch.zeros(2, 1000), torch.zeros(2, 2)\n"
+        "C.gram(C.Matrix(J.data_ptr(), 0, 2, 1001, 1000), out.data_ptr(), False, 1)",
+    ),
+    # Two tasks whose sums go to one place are summed by two threads.
+    "sanitized-thread": (
+        "ThreadSanitizer: data race",
+        "x, out, bounds = torch.ones(64, 256), torch.zeros(256), torch.tensor([0, 32, 64], dtype=torch.int32)\n"
+        "sums, segments = C.ColumnSums(0, 64, 256, 256, x.data_ptr()), C.Segments(bounds.data_ptr(), 2)\n"
+        "C.column_sums(sums, segments, C.TaskGradient(out.data_ptr(), 0, 0), 2)",
+    ),
+}
+
+
 @pytest.mark.skipif("MINBERT_FAST_SANITIZED" not in os.environ, reason="an ordinary build, not tests/sanitize.sh's")
-def test_the_sanitizer_would_speak() -> None:
-    """Past the checks, a J one element shorter than it claims is read beyond its end."""
-    code = """
-import torch
-from minbert_fast import native
-J, out = torch.zeros(2, 1000), torch.zeros(2, 2)
-native._C.gram(native._C.Matrix(J.data_ptr(), 0, 2, 1001, 1000), out.data_ptr(), False, 1)
-"""
-    assert "AddressSanitizer: heap-buffer-overflow" in in_new_process(code).stderr
+@pytest.mark.parametrize("isa", _C.isas().split())
+def test_the_sanitizer_would_speak(isa: str) -> None:
+    finding, code = PROVOCATIONS[Path(os.environ["MINBERT_FAST_SANITIZED"]).name]
+    code = "import torch; from minbert_fast import native; C = native._C\n" + code
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "ignore_noninstrumented_modules=1"}
+    assert finding in in_new_process(code, MINBERT_FAST_ISA=isa, **options).stderr
 
 
 def test_instruction_set_can_be_chosen_by_the_environment() -> None:
@@ -116,9 +131,11 @@ def test_cuda_compiles_without_a_warning(architecture: int, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_sanitizers_find_nothing() -> None:
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_sanitizers_find_nothing(kind: str) -> None:
     if sys.platform != "linux" or not shutil.which("c++"):
         pytest.skip("needs Linux and a C++ compiler")
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
-    run = subprocess.run([ROOT / "tests" / "sanitize.sh"], env=environment, capture_output=True, text=True, check=False)
+    command = [ROOT / "tests" / "sanitize.sh", kind]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]

@@ -149,6 +149,20 @@ def test_the_same_seed_gives_the_same_bits(data: Path, finished: Path, tmp_path:
         assert (tmp_path / "other" / name).read_bytes() != (finished / name).read_bytes()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_bits_on_several_threads(
+    data: Path, tmp_path: Path, threads: None, precision: str
+) -> None:
+    """Twice with two threads, and the second time with a resume between."""
+    torch.set_num_threads(2)
+    flags = ("--lr", "1e-3", "--precision", precision, "--epochs", "1")
+    assert cli.run(train.main, small_run(data, tmp_path / "once", *flags)) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--max-steps", "2")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--resume")) == 0
+    for name in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
 # ---- Flags -------------------------------------------------------------------------------------------------
 
 

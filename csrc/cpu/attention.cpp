@@ -7,9 +7,6 @@
 // n rows of the sentence, d head width; N and D the same rounded up to whole registers; W words of a row of d elements,
 // rounded up too; M queries of a block.
 #include <math.h>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "cpu/layer_kernels.h"
 #include "cpu/matmul.h"
@@ -116,14 +113,6 @@ Softmax softmax(float* scores, int64_t n, float scale) {
 
 void multiply(float* values, const float* factors, int64_t n) {
   for_columns(n, [&](int64_t i, auto, int) { store(values + i, load(values + i) * load(factors + i)); });
-}
-
-int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
 }
 
 template <class T>

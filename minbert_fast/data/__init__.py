@@ -3,7 +3,7 @@
 
 from minbert_fast.data.buckets import EXACT, Buckets, choose_buckets
 from minbert_fast.data.cache import default_cache_dir, load_tokens, tokenize_table
-from minbert_fast.data.collate import Collator, evaluation_batches, pin, prefetch, training_batches
+from minbert_fast.data.collate import Collator, evaluation_batches, pin, training_batches
 from minbert_fast.data.files import BadRow, Table, TableReader, read_table
 from minbert_fast.data.formats import (
     FORMATS,
@@ -16,6 +16,7 @@ from minbert_fast.data.formats import (
     find_tables,
 )
 from minbert_fast.data.lines import read_sentences
+from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.pretraining import Corpus, Made, Maker, Masking, Pairing, all_pairs, all_sentences
 from minbert_fast.data.sample import Sample, sample_directory
 from minbert_fast.data.sampling import SCHEMES, Draw, Sampler

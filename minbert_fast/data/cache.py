@@ -16,7 +16,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ import tokenizers
 
 from minbert_fast.data.files import BadRow, Table, TableReader, check_bad_rows, open_regular
 from minbert_fast.data.formats import DataError, FileFormat, format_of, show_path
+from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Text, Tokens, TokenTable
 
 VERSION = 1  # of the layout below; entries of another version are not found
+BLOCK = 1 << 20  # bytes of a file that are in memory at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age belongs to no living process
 
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
@@ -194,12 +196,18 @@ def _build(
     progress: Progress | None,
     folder: Path | None,
 ) -> _Entry:
-    """Reads and tokenizes a file; with a folder, writes a whole entry there."""
+    """Reads and tokenizes a file; with a folder, writes a whole entry there.
+
+    The tokenizer works on all cores (the tokenizers library's own threads), beside the thread that reads ahead.
+    """
     builder = _Builder(layout, tokenizer, labeled, folder)
     bad_rows: list[tuple[int, str]] = []
     rows = 0
-    with TableReader(path, layout, labeled=labeled, max_bad_rows=max_bad_rows) as reader:
-        for part in reader.chunks():
+    with (
+        TableReader(path, layout, labeled=labeled, max_bad_rows=max_bad_rows) as reader,
+        closing(prefetch(reader.chunks())) as parts,
+    ):
+        for part in parts:
             builder.add(part)
             bad_rows += [(bad.line, bad.reason) for bad in part.bad_rows]
             rows += part.rows_read
@@ -231,12 +239,21 @@ def _open(entry: Path) -> _Entry | None:
             path = entry / name
             if path.stat().st_size != count * np.dtype(dtype).itemsize:
                 return None
-            arrays[name] = _map(path, np.dtype(dtype), count)
-            if zlib.crc32(arrays[name].data) != checksum:
+            if _file_checksum(path) != checksum:
                 return None
+            arrays[name] = _map(path, np.dtype(dtype), count)
         return arrays, [(line, reason) for line, reason in body["bad_rows"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _file_checksum(path: Path) -> int:
+    """Read block by block: pages of a map would count as the process's memory from then on."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -288,7 +305,7 @@ def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:
     with open_regular(path) as file:
         signature = _signature(os.fstat(file.fileno()))
         try:
-            while block := file.read(1 << 20):
+            while block := file.read(BLOCK):
                 digest.update(block)
         except OSError as error:
             raise DataError(f"{show_path(path)}: cannot be read: {error.strerror or error}") from error

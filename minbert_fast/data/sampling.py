@@ -62,16 +62,19 @@ class Draw:
         return -(-self.count // self.batch)
 
     def order(self, philox: np.random.Philox) -> np.ndarray:
-        """[count] int64: the rows of one pass in their order."""
+        """[count]: the rows of one pass in their order."""
         if self.labels is None:
-            return _shuffled(np.arange(self.rows), philox)[: self.count]
+            return _shuffle(self.rows, philox)[: self.count]
         classes = np.unique(self.labels)
         parts = []
         for index, label in enumerate(classes):
-            members = _shuffled(np.flatnonzero(self.labels == label), philox)
+            members = np.flatnonzero(self.labels == label)
+            members = members[_shuffle(len(members), philox)]
             share = self.count // len(classes) + (index < self.count % len(classes))
             parts.append(np.resize(members, share))  # a rare label's rows recur
-        return _shuffled(np.concatenate(parts), philox)
+        rows: np.ndarray = np.concatenate(parts)
+        shuffled: np.ndarray = rows[_shuffle(len(rows), philox)]
+        return shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +164,7 @@ class Sampler:
         while begin < end:
             turn, first = divmod(begin, draw.count)
             last = min(draw.count, first + end - begin)
-            parts.append(self._order(task, draw, epoch, turn)[first:last])
+            parts.append(self._order(task, draw, epoch, turn)[first:last].astype(np.int64))
             begin += last - first
         return np.concatenate(parts)
 
@@ -178,6 +181,7 @@ class Sampler:
         return kept[1]
 
 
-def _shuffled(rows: np.ndarray, philox: np.random.Philox) -> np.ndarray:
-    shuffled: np.ndarray = rows[np.argsort(philox.random_raw(len(rows)), kind="stable")]
-    return shuffled
+def _shuffle(count: int, philox: np.random.Philox) -> np.ndarray:
+    """[count] a random order of the numbers from 0 on, in 4 bytes each where they fit: sets have millions of rows."""
+    order = np.argsort(philox.random_raw(count), kind="stable")
+    return order.astype(np.int32) if count <= np.iinfo(np.int32).max else order

@@ -9,8 +9,9 @@ transformers' BertTokenizerFast.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,13 +68,20 @@ class Tokenizer:
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
         truncated = 0
-        sentences: list[list[int] | np.ndarray] = []
-        for ids in self._encode(texts):
-            if max_length is not None and len(ids) > max_length:
-                truncated += 1
-                ids = [*ids[: max_length - 1], self.sep_id]
-            sentences.append(np.asarray(ids, dtype=np.int32))
-        return Tokens.of(sentences, truncated)
+        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+        parts = [np.empty(0, dtype=np.int32)]
+        for begin in range(0, len(texts), BATCH):
+            encodings = self._rust.encode_batch_fast(list(texts[begin : begin + BATCH]))
+            sentences = [encoding.ids for encoding in encodings]
+            if max_length is not None:
+                for index, ids in enumerate(sentences):
+                    if len(ids) > max_length:
+                        truncated += 1
+                        sentences[index] = [*ids[: max_length - 1], self.sep_id]
+            lengths = [len(ids) for ids in sentences]
+            offsets[begin + 1 : begin + 1 + len(lengths)] = lengths
+            parts.append(np.fromiter(itertools.chain.from_iterable(sentences), np.int32, sum(lengths)))
+        return Tokens(np.concatenate(parts), np.cumsum(offsets), truncated)
 
     def encode_pairs(
         self, first: Sequence[str], second: Sequence[str], max_length: int | None = None
@@ -119,11 +127,6 @@ class Tokenizer:
         if index is None:
             raise ValueError(f"the vocabulary has no {token}")
         return index
-
-    def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        for begin in range(0, len(texts), BATCH):
-            for encoding in self._rust.encode_batch_fast(list(texts[begin : begin + BATCH])):
-                yield encoding.ids
 
 
 def _build(vocabulary: Vocabulary) -> RustTokenizer:

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minbert_fast.config import Recipe
 from minbert_fast.data import FORMATS, DataError, Tokenizer, TokenTable, find_tables, load_tokens, sample_directory
 from minbert_fast.schema import plain
 from minbert_fast.tasks import Task, build_tasks
+from minbert_fast.training.progress import FileProgress
 
 SHOWN_ROWS = 3  # bad rows named one by one, per file
 
@@ -110,26 +108,17 @@ def find_files(recipe: Recipe, split: str, wanted: tuple[str, ...], say: Callabl
 def _load(
     recipe: Recipe, path: Path, dataset: str, split: str, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> TokenTable:
-    bar: tqdm | None = None
-
-    def progress(rows: int, done: int, size: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None)
-        bar.update(done - bar.n)
-
-    table = load_tokens(
-        path,
-        dataset,
-        tokenizer,
-        labeled=split != "test",
-        max_bad_rows=recipe.data.max_bad_rows,
-        cache_dir=recipe.data.cache or None,
-        progress=progress if sys.stderr.isatty() else None,
-        notify=say,
-    )
-    if bar is not None:
-        bar.close()
+    with FileProgress(path.name) as progress:
+        table = load_tokens(
+            path,
+            dataset,
+            tokenizer,
+            labeled=split != "test",
+            max_bad_rows=recipe.data.max_bad_rows,
+            cache_dir=recipe.data.cache or None,
+            progress=progress,
+            notify=say,
+        )
     for bad in table.bad_rows[:SHOWN_ROWS]:
         say(str(bad))
     if len(table.bad_rows) > SHOWN_ROWS:

@@ -82,6 +82,37 @@ class Silent:
         pass
 
 
+class FileProgress:
+    """How far a file has been tokenized: a bar on a terminal, elsewhere a line every `LINE_SECONDS`.
+
+    Call it with the rows done, the bytes done and the file's bytes. Use as a context manager.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: tqdm | None = None
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, rows: int, done: int, size: int) -> None:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=size, unit="B", unit_scale=True, desc=self.name, leave=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last >= LINE_SECONDS:
+            self._last = now
+            left = (now - self._start) / max(done, 1) * (size - done)
+            print(f"{self.name}: {rows:,} rows tokenized, {done / max(size, 1):.0%}, {left:.0f} s left", flush=True)
+
+    def __enter__(self) -> FileProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def progress_for(done: int, total: int, visible: bool) -> Progress:
     """The display that fits where standard error goes."""
     if not visible:

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token cache: the same rows as the file, made anew when anything changed, whole or absent, in bounded memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minbert_fast.data import (
+    Collator,
+    DataError,
+    Sampler,
+    TableReader,
+    Tokenizer,
+    TokenTable,
+    load_tokens,
+    read_table,
+    sample_directory,
+    tokenize_table,
+)
+from minbert_fast.data import cache as cache_module
+from minbert_fast.data.cache import BLOCK
+from tests.large_data import write_rows
+
+TEXTS = ("a good film", "", "😀 bad", 'he said "no"', "word " * 300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(sample_directory().model)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Pairs, one row of them bad."""
+    rows = [f"{i}\tid{i}\t{TEXTS[i % 5].replace(chr(34), '')}\t{TEXTS[i % 3]}\t{i % 2}\n" for i in range(40)]
+    path = tmp_path / "quora-train.csv"
+    path.write_text("\tid\tsentence1\tsentence2\tis_duplicate\n" + "".join(rows) + "40\tid40\ta\tb\t7\n")
+    return path
+
+
+def load(source: Path, tokenizer: Tokenizer, **more: Any) -> tuple[TokenTable, bool]:
+    """The table, and whether it had to be built."""
+    built: list[int] = []
+    folder = more.pop("cache_dir", source.parent / "cache")
+    table = load_tokens(
+        source,
+        "paraphrase",
+        tokenizer,
+        max_bad_rows=0.1,
+        cache_dir=folder,
+        progress=lambda *n: built.append(n[0]),
+        **more,
+    )
+    return table, bool(built)
+
+
+def contents(table: TokenTable) -> list[Any]:
+    columns = [array.tolist() for column in table.columns for array in (column.flat, column.offsets)]
+    labels = None if table.labels is None else table.labels.tolist()
+    ids = [table.ids[row] for row in range(len(table))]
+    return [*columns, labels, ids, table.lines.tolist(), [str(bad) for bad in table.bad_rows]]
+
+
+def entries(source: Path) -> list[Path]:
+    return sorted((source.parent / "cache").iterdir())
+
+
+# ---- The same rows as the file ------------------------------------------------------------------------------------------
+
+
+def test_built_read_back_and_in_memory_are_one(source: Path, tokenizer: Tokenizer) -> None:
+    built, was_built = load(source, tokenizer)
+    cached, again = load(source, tokenizer)
+    assert (was_built, again) == (True, False)
+    direct = tokenize_table(read_table(source, "paraphrase", max_bad_rows=0.1), tokenizer)
+    assert contents(built) == contents(cached) == contents(direct)
+    assert len(built) == 40
+    assert [bad.line for bad in built.bad_rows] == [42]
+    assert built.place(3) == f"{source}:5"
+    for row, text in enumerate(read_table(source, "paraphrase", max_bad_rows=0.1).sentences[0]):
+        assert cached.columns[0][row].tolist() == tokenizer.encode([text])[0].tolist()
+
+
+def test_lengths_count_the_tokens_of_both_forms(source: Path, tokenizer: Tokenizer) -> None:
+    table, _ = load(source, tokenizer)
+    first, second = ([len(sentence) for sentence in column] for column in table.columns)
+    assert table.lengths().tolist() == [list(pair) for pair in zip(first, second, strict=True)]
+    assert table.lengths(joint=True).tolist() == [[a + b - 1] for a, b in zip(first, second, strict=True)]
+    assert table.count_truncated(4) == sum(a > 4 or b > 4 for a, b in zip(first, second, strict=True))
+
+
+def test_chunks_of_any_size_give_the_same_entry(
+    source: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = load(source, tokenizer)
+    monkeypatch.setattr(TableReader.chunks, "__defaults__", (3,))
+    pieces, built = load(source, tokenizer, cache_dir=source.parent / "other")
+    assert built
+    assert contents(pieces) == contents(whole)
+
+
+# ---- Made anew when anything changed ------------------------------------------------------------------------------------
+
+
+def test_a_changed_source_is_read_anew(source: Path, tokenizer: Tokenizer) -> None:
+    before, _ = load(source, tokenizer)
+    status = source.stat()
+    text = source.read_text().replace("bad", "odd", 1)
+    source.write_text(text)
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))  # the content counts, not the clock
+    after, built = load(source, tokenizer)
+    assert built
+    assert contents(after) != contents(before)
+    assert after.source_hash != before.source_hash
+
+
+def test_another_tokenizer_is_another_entry(source: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    load(source, tokenizer)
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    tokenizer.save(other)
+    words = (other / "vocab.txt").read_text().splitlines()
+    (other / "tokenizer.json").unlink()
+    (other / "vocab.txt").write_text("\n".join([*words, "good"]) + "\n")
+    assert load(source, Tokenizer.from_pretrained(other))[1]
+    assert len(entries(source)) == 2
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tokenizer: Tokenizer) -> None:
+    def touch(rows: int, done: int, size: int) -> None:
+        source.write_text(source.read_text() + "41\tid41\ta\tb\t1\n")
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        load_tokens(source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=source.parent / "c", progress=touch)
+
+
+# ---- Whole or absent ----------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_damage_is_found_and_made_good(source: Path, tokenizer: Tokenizer) -> None:
+    whole, _ = load(source, tokenizer)
+    expected = contents(whole)
+    (entry,) = entries(source)
+    for path in sorted(entry.iterdir()):
+        content = path.read_bytes()
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        for damaged in (None, b"", content[:-1], flipped, content + b"\0"):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            if path.name == "meta.json" and damaged in (content[:-1], content + b"\0"):
+                path.write_bytes(b"[" * 100_000)
+            found, built = load(source, tokenizer)
+            assert built, (path.name, damaged)
+            assert contents(found) == expected
+            assert entries(source) == [entry]
+            assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["absent permission", "full disk"])
+def test_without_room_for_a_cache_the_tokens_stay_in_memory(
+    source: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    whole, _ = load(source, tokenizer, cache_dir=source.parent / "other")
+    said: list[str] = []
+    if kind == "full disk":
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        (source.parent / "cache").write_text("a file where the folder should be")
+    table, _ = load(source, tokenizer, notify=said.append)
+    assert contents(table) == contents(whole)
+    assert [line for line in said if "the tokens stay in memory" in line] == said != []
+    if kind == "full disk":
+        assert entries(source) == []
+
+
+def test_leftovers_of_killed_processes_go_away(source: Path, tokenizer: Tokenizer) -> None:
+    load(source, tokenizer)
+    (entry,) = entries(source)
+    old, new = (entry.with_name(f".{entry.name}.{pid}.tmp") for pid in ("1", "2"))
+    for left in (old, new):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    (entry / "lines").unlink()
+    load(source, tokenizer)
+    assert entries(source) == [new, entry]
+
+
+def test_two_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None:
+    """Threads stand in for processes: each builds in a folder of its own, and the last one finds the entry there."""
+    expected = contents(load(source, tokenizer, cache_dir=source.parent / "other")[0])
+    both = threading.Barrier(2)
+    found: list[list[Any]] = []
+
+    def work(number: int) -> None:
+        table = load_tokens(
+            source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=source.parent / "cache", progress=wait
+        )
+        found.append(contents(table))
+
+    def wait(rows: int, done: int, size: int) -> None:
+        both.wait(timeout=30)
+
+    real = os.getpid
+    try:
+        os.getpid = threading.get_native_id
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        os.getpid = real
+    assert found == [expected] * 2
+    assert len(entries(source)) == 1
+
+
+# ---- In bounded memory --------------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building and reading back; tests/large_data.py measures a whole run on millions of rows."""
+    monkeypatch.setattr(TableReader.chunks, "__defaults__", (128,))
+    monkeypatch.setattr(cache_module, "BLOCK", BLOCK // 256)
+    peaks = {}
+    for rows in (2_000, 16_000):
+        path = tmp_path / f"{rows}.csv"
+        write_rows(path, rows)
+        for stage in ("build", "open"):
+            tracemalloc.start()
+            try:
+                table = load_tokens(path, "paraphrase", tokenizer, cache_dir=tmp_path / "cache")
+                peaks[stage, rows] = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert len(table) == rows
+    for stage in ("build", "open"):
+        assert peaks[stage, 16_000] < 1.2 * peaks[stage, 2_000] + 20_000, peaks
+
+
+def test_progress_reaches_the_end_of_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, 20_000)
+    seen: list[tuple[int, int, int]] = []
+    load_tokens(path, "paraphrase", tokenizer, cache_dir=tmp_path / "cache", progress=lambda *n: seen.append(n))
+    assert seen == sorted(seen)
+    assert seen[-1] == (20_000, path.stat().st_size, path.stat().st_size)
+    assert len(seen) == 3
+
+
+def test_a_sampler_keeps_four_bytes_a_row_and_loses_none() -> None:
+    rows = 50_000
+    table = TokenTable("x", Path(), (), None, None, np.arange(rows), (), "")  # type: ignore[arg-type]
+    sampler = Sampler.of({"x": table}, 1_000, seed=3)
+    tracemalloc.start()
+    try:
+        drawn = np.concatenate([sampler.rows(0, step)["x"] for step in range(sampler.steps_per_epoch)])
+        kept = tracemalloc.get_traced_memory()[0] - drawn.nbytes
+    finally:
+        tracemalloc.stop()
+    assert sorted(drawn.tolist()) == list(range(rows))
+    assert drawn.dtype == np.int64
+    assert kept < 5 * rows
+
+
+def test_batches_come_straight_from_the_map(source: Path, tokenizer: Tokenizer) -> None:
+    load(source, tokenizer)
+    table, _ = load(source, tokenizer)
+    assert not table.columns[0].flat.flags.owndata
+    assert not table.columns[0].flat.flags.writeable
+    batch = Collator({"paraphrase": table}, 16)({"paraphrase": np.array([4, 0])})
+    assert batch.packed.cu_seqlens.diff().tolist()[:2] == [min(16, len(table.columns[0][row])) for row in (4, 0)]

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training meets real faults: disks, permissions, memory, numbers and texts; one clear line, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minbert_fast import BertModel, Predictor, cli, train
+from minbert_fast.config import Recipe
+from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.schema import ConfigError
+from minbert_fast.sentence_modules import read
+from minbert_fast.tasks import MultitaskModel
+from tests.small import small_data, small_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 1) -> str:
+    """The one line on standard error of a run that must fail."""
+    capsys.readouterr()
+    assert cli.run(train.main, arguments) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error.strip()
+
+
+# ---- Disks --------------------------------------------------------------------------------------------------------------
+
+
+def own_mounts() -> list[str]:
+    """A command prefix under which a process may mount file systems that nobody else sees; skips where there is none."""
+    prefix = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    try:
+        subprocess.run([*prefix, "mount", "-t", "tmpfs", "none", "/mnt"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here ({error})")
+    return prefix
+
+
+def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_path: Path) -> None:
+    prefix = own_mounts()
+    data = small_data(tmp_path / "data")
+    (tmp_path / "disk").mkdir()
+    command = [*prefix, sys.executable, "-m", "tests.small_disk"]
+    folders = [data, tmp_path / "disk", tmp_path / "copy"]
+    done = subprocess.run(
+        [*command, *map(str, folders)], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    attempts = {name: (status, error) for name, status, error in map(json.loads, done.stdout.splitlines())}
+    reasons = {
+        "read-only": "Read-only file system",
+        "forbidden": "Permission denied",
+        "full": "No space left on device",
+    }
+    for name, reason in reasons.items():
+        status, error = attempts[name]
+        assert status == 1
+        assert error.count("\n") == 1, error
+        assert error.startswith(f"error: {tmp_path / 'disk' / 'run'}"), error
+        assert f"cannot be written ({reason})" in error
+    assert "the checkpoint of step" in attempts["full"][1]
+    assert attempts["begun"] == attempts["in the end"] == (0, "")
+    flags = ("--lr", "1e-3", "--set", "training.evaluate_untrained=false")
+    assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags)) == 0
+    for name in RESULTS:
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+# ---- Numbers ------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_that_stay_non_finite_stop_with_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate without measure: the first step throws the weights so far that every later loss overflows."""
+    data = small_data(tmp_path / "data")
+    flags = ("--lr", "1e30", "--epochs", "9", "--set", "training.max_skipped=4", "--set", "optimizer.warmup=0.0")
+    error = fails(capsys, small_run(data, tmp_path / "run", *flags))
+    assert "4 steps in a row had losses or gradients that are not finite" in error
+    assert "a lower --lr may help" in error
+    place = re.search(rf"examples ({re.escape(str(data))}/[\w.-]+):(\d+)", error)
+    assert place, error
+    assert 2 <= int(place[2]) <= len(Path(place[1]).read_text().splitlines())
+    assert MultitaskModel.load(tmp_path / "run" / "last") is not None
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [record for record in records if "skipped" in record]
+    assert len(skipped) == 4
+    assert set(skipped[-1]["skipped"]) <= {"sentiment", "paraphrase", "similarity"}
+
+
+# ---- Memory -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Half a gigabyte of addresses more than now."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (512 << 20), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits addresses as Linux does")
+def test_memory_that_runs_out_names_the_batch(
+    tmp_path: Path, little_memory: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = "".join(f"{row}\tid{row}\t{'good film ' * 60}\t{row % 5}\n" for row in range(4_000))
+    (data / "ids-sst-train.csv").write_text(f"\tid\tsentence\tsentiment\n{rows}")
+    error = fails(capsys, small_run(data, tmp_path / "run", "--batch-size", "4000"))
+    assert "out of memory at step 1, a batch of 4000 examples with 512,000 tokens" in error
+    assert "lower --batch-size (now 4000) or --set data.max_length (now 128)" in error
+
+
+# ---- Texts --------------------------------------------------------------------------------------------------------------
+
+TEXTS = (
+    "",
+    " ",
+    "word " * 10_000,
+    "😀 👩‍👩‍👧",
+    "שלום עולם",
+    "مرحبا",
+    "\x01\x1b[31m\x7f",
+    "a\u2028b\x85c",
+    "\ufeff",
+    "a" * 50_000,
+)
+
+
+def test_texts_of_every_kind_train_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = small_data(tmp_path / "data")
+    for split in ("train", "dev"):
+        with (data / f"ids-sst-{split}.csv").open("a", encoding="utf-8") as file:
+            file.writelines(f"{row}\tid{row}\t{text}\t{row % 5}\n" for row, text in enumerate(TEXTS))
+        with (data / f"sts-{split}.csv").open("a", encoding="utf-8") as file:
+            file.writelines(f"{row}\tid{row}\t{text}\t{TEXTS[-row]}\t2.5\n" for row, text in enumerate(TEXTS))
+    output = tmp_path / "run"
+    assert cli.run(train.main, small_run(data, output, "--lr", "1e-3", "--set", "data.max_bad_rows=0.0")) == 0
+    assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 0
+    predictions = (output / "predictions" / "sst-dev-output.csv").read_text().splitlines()
+    assert len(predictions) == len((data / "ids-sst-dev.csv").read_text(encoding="utf-8").split("\n")) - 1
+    predictor = Predictor.from_pretrained(output / "best")
+    assert abs(predictor.encode(TEXTS)).max() < float("inf")
+    assert len(predictor.similarity([(text, text) for text in TEXTS])) == len(TEXTS)
+
+
+# ---- Files that are none, and names that lead elsewhere -----------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the sample model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in sample_directory().model.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_model_files_that_are_no_files_are_refused_at_once(model: Path, name: str, kind: str) -> None:
+    """Without the check, opening the FIFO waits for a writer for ever."""
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name) if kind == "fifo" else (model / name).mkdir()
+    load = Tokenizer.from_pretrained if name.startswith("tokenizer") else BertModel.from_pretrained
+    with pytest.raises(ValueError, match=re.escape(str(model))) as caught:
+        load(model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_recipes_that_are_no_files_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.toml")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    reasons = {"fifo": "not a regular file", "folder": "Is a directory", "loop": "Too many levels of symbolic links"}
+    for name, reason in reasons.items():
+        with pytest.raises(ConfigError, match=rf"{name}.toml: cannot be read \({reason}\)"):
+            Recipe.load(str(tmp_path / f"{name}.toml"))
+
+
+@pytest.mark.parametrize("path", ["../other", "a/../../other", "/etc", "..", "1_Pooling/../../other"])
+def test_modules_that_lead_out_of_their_directory_are_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "modules.json").write_text(
+        json.dumps([{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": path}])
+    )
+    with pytest.raises(ConfigError, match=r"modules.json: .* leads out of the directory"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../secret.toml", "/etc/secret.toml", "a/../../secret.toml"])
+def test_a_recipe_extends_files_of_its_own_folder_only(tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret.toml").write_text("[training]\nepochs = 3\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "recipe.toml").write_text(f'extends = "{path}"\n')
+    with pytest.raises(ConfigError, match=r"recipe.toml.extends: .* leads out of the directory"):
+        Recipe.load(str(tmp_path / "model" / "recipe.toml"))
+    (tmp_path / "model" / "base.toml").write_text("[training]\nepochs = 3\n")
+    (tmp_path / "model" / "recipe.toml").write_text('extends = "base.toml"\n')
+    assert Recipe.load(str(tmp_path / "model" / "recipe.toml")).training.epochs == 3
