@@ -83,7 +83,10 @@ def filled(words: Sequence[str], data: Path) -> list[str]:
 _ELSEWHERE = {
     r"pip install -e \.": ("Makefile", r"pip install .*-e '\."),
     r"pip install --no-build-isolation --no-deps -e \.": (".ci/run", r"--run-slow tests/test_packaging\.py"),
-    r"pip install --upgrade setuptools pybind11 ninja": ("pyproject.toml", r'requires = \["setuptools.*pybind11.*ninja'),
+    r"pip install --upgrade setuptools pybind11 ninja": (
+        "pyproject.toml",
+        r'requires = \["setuptools.*pybind11.*ninja',
+    ),
     r"pytest --run-slow": ("tests/conftest.py", r'addoption\("--run-slow"'),
     r"python -m minbert_fast\.kernels\.ahead_of_time --target sm_90": (".ci/run", r"ahead_of_time --target .*sm_90"),
     r"python docs/examples/trainer\.py .*": ("tests/test_patching.py", r'"examples" / "trainer\.py"'),
