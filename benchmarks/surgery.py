@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ TASKS = (2, 3, 8, 32)
 # take minutes, and is left out.
 CLASSIC_LIMIT = 64 * 120e6
 SETTINGS = AdamWSettings(weight_decay=0.01)
+timed = partial(harness.measure, seconds=4.0)  # there are many cases
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
@@ -48,14 +50,18 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
 
 
 def _cases(name: str, J: Tensor, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    yield from harness.case("surgery", f"{name}: gram", _gram(J), device, ceilings, baselines=["J @ J.T"])
-    combine = harness.case("surgery", f"{name}: combine", _combine(J), device, ceilings, baselines=["torch.mv"])
+    yield from harness.case("surgery", f"{name}: gram", _gram(J), device, ceilings, timer=timed, baselines=["J @ J.T"])
+    combine = harness.case(
+        "surgery", f"{name}: combine", _combine(J), device, ceilings, timer=timed, baselines=["torch.mv"]
+    )
     yield from combine
     whole, baselines = _surgery(J)
-    yield from harness.case("surgery", f"{name}: surgery", whole, device, ceilings, baselines=baselines)
+    yield from harness.case("surgery", f"{name}: surgery", whole, device, ceilings, timer=timed, baselines=baselines)
     steps = _step(J)
     baselines = [key for key in steps if key != "ours"]
-    yield from harness.case("surgery", f"{name}: combine + AdamW", steps, device, ceilings, baselines=baselines)
+    yield from harness.case(
+        "surgery", f"{name}: combine + AdamW", steps, device, ceilings, timer=timed, baselines=baselines
+    )
 
 
 def _gram(J: Tensor) -> dict[str, Candidate]:
