@@ -99,7 +99,7 @@ UNTRIED = {"gpu", "bench"}
 def elsewhere(line: str) -> bool:
     """Whether something else runs the command; asserts that it still does."""
     if made := re.fullmatch(r"make (\w+)", line):
-        runs = re.findall(r"^(?:\w+=\S+ )*make (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
+        runs = re.findall(r"^\s*(?:\w+=\S+ )*make (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
         known = {target for targets in runs for target in targets.split()}
         assert made[1] in known | UNTRIED, f"{line}: continuous integration runs only {sorted(known)}"
         return made[1] in known

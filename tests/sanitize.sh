@@ -31,7 +31,7 @@ fi
 # -O2: below it the compiler fuses no multiplications with additions, and results miss their error budgets.
 MINBERT_FAST_CUDA=0 CXXFLAGS="-O2 -g -fno-omit-frame-pointer -fsanitize=$sanitizers $flags" \
   LDFLAGS="-fsanitize=$sanitizers" \
-  "$python" setup.py -q build --build-lib "build/sanitized-$kind" --build-temp build/sanitized-objects
+  "$python" setup.py -q build --build-lib "build/sanitized-$kind" --build-temp "build/sanitized-objects-$kind"
 
 for test in "$@"; do
   shift
