@@ -19,7 +19,7 @@ from minbert_fast.training import loop
 from minbert_fast.training.averaging import WeightAverage
 from minbert_fast.training.step import make_step
 from tests.test_graph import computed_on_meta
-from tests.test_loop import RECIPE, STAGED, KilledError, Run, StandIn
+from tests.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
 from tests.test_step import SIZES, make_batch, make_model, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,22 +186,7 @@ def test_a_run_judges_and_keeps_the_average_and_the_next_stage_starts_from_it(tm
 
 
 def test_an_averaged_run_killed_anywhere_ends_as_if_never_killed(tmp_path: Path) -> None:
-    whole = AveragingRun(tmp_path / "whole", STAGED)
-    whole.go()
-    moments = [("step", step) for step in range(1, 11)] + [("evaluation", step) for step in whole.evaluations]
-    for kind, moment in moments:
-
-        def die(step: int, moment: int = moment) -> None:
-            if step == moment:
-                raise KilledError
-
-        path = tmp_path / f"{kind}{moment}"
-        with pytest.raises(KilledError):
-            AveragingRun(path, STAGED, **{f"at_{kind}": die}).go()
-        resumed = AveragingRun(path, STAGED)
-        resumed.go(resume=True)
-        assert resumed.files() == whole.files(), (kind, moment)
-        assert resumed.records() == whole.records(), (kind, moment)
+    killed_anywhere(AveragingRun, tmp_path, STAGED)
 
 
 @pytest.mark.parametrize("cut", [2, 5])

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minbert_fast.config import Recipe
 from minbert_fast.packing import MultitaskBatch
+from minbert_fast.tasks import MultitaskModel
 from minbert_fast.training.exchange import Exchange
 from minbert_fast.training.graph import GraphedStep, at_capacity
 from minbert_fast.training.step import OnePassStep
@@ -56,11 +58,17 @@ class OnlyMeta(TorchDispatchMode):
 
 
 def computed_on_meta(chosen: Any, sizes: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    model = make_model(chosen)
+    return strangers(model, chosen, make_batch(model, sizes), monkeypatch)
+
+
+def strangers(
+    model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """What a step on `batch` asks the device, by the names of operations; tensors on the meta device have no values."""
     # Autocast knows no meta device; these regions only turn it off.
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    model = make_model(chosen).to("meta")
-    batch = make_batch(model, sizes).to("meta")
-    step = OnePassStep(model, chosen, torch.bfloat16)
+    step, batch = OnePassStep(model.to("meta"), chosen, torch.bfloat16), batch.to("meta")
     step(batch, 1.0)  # as under capture: the first step of a bucket runs eagerly
     step.prepare(batch, 0.5)
     with OnlyMeta() as watch:

@@ -263,7 +263,12 @@ def test_nothing_to_do_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [RECIPE, STAGED], ids=["plain", "staged"])
 def test_killed_anywhere_and_resumed_is_as_never_killed(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    whole = Run(tmp_path / "whole", recipe)
+    killed_anywhere(Run, tmp_path, recipe)
+
+
+def killed_anywhere(kind_of_run: type[Run], tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """Kills a run after each step and at each evaluation; resumed, it has to end with the files of one never killed."""
+    whole = kind_of_run(tmp_path / "whole", recipe)
     whole.go()
     moments = [("step", step) for step in range(1, whole.trainer.total + 1)]
     moments += [("evaluation", step) for step in whole.evaluations]
@@ -275,8 +280,8 @@ def test_killed_anywhere_and_resumed_is_as_never_killed(tmp_path: Path, recipe: 
 
         path = tmp_path / f"{kind}{moment}"
         with pytest.raises(KilledError):
-            Run(path, recipe, **{f"at_{kind}": die}).go()
-        resumed = Run(path, recipe)
+            kind_of_run(path, recipe, **{f"at_{kind}": die}).go()
+        resumed = kind_of_run(path, recipe)
         resumed.go(resume=True)
         assert resumed.files() == whole.files(), (kind, moment)
         assert resumed.records() == whole.records(), (kind, moment)

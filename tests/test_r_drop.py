@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
@@ -24,7 +23,7 @@ from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import Agreement, HeadOutput, MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.agreement import divergence
 from minbert_fast.training.step import OnePassStep, make_step
-from tests.test_graph import OnlyMeta
+from tests.test_graph import strangers
 from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,15 +180,9 @@ def test_twins_differ_by_their_dropout_alone() -> None:
 
 
 def test_r_drop_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     chosen = recipe(regularisation={"r_drop": 1.0}, surgery={"method": "pcgrad"})
-    batch = twice(make_batch(make_model(chosen), SIZES)).to("meta")
-    step = OnePassStep(make_model(chosen).to("meta"), chosen, torch.bfloat16)
-    step(batch, 1.0)
-    step.prepare(batch, 0.5)
-    with OnlyMeta() as watch:
-        step.compute(batch)
-    assert watch.strangers == []
+    model = make_model(chosen)
+    assert strangers(model, chosen, twice(make_batch(model, SIZES)), monkeypatch) == []
 
 
 # ---- Batches of twins ----------------------------------------------------------------------------------------------------

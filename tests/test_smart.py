@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from minbert_fast.training.graph import GraphedStep
 from minbert_fast.training.smart import Adversary, second_copies
 from minbert_fast.training.step import OnePassStep
 from tests.small import small_data, small_run
-from tests.test_graph import OnlyMeta
+from tests.test_graph import strangers
 from tests.test_r_drop import twice, unlike_twins
 from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
@@ -288,15 +287,9 @@ def test_bf16_sees_the_perturbation() -> None:
 
 
 def test_smart_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     chosen = recipe(surgery={"method": "pcgrad"}, **BOTH)
-    batch = twice(make_batch(make_model(chosen), SIZES)).to("meta")
-    step = OnePassStep(make_model(chosen).to("meta"), chosen, torch.bfloat16)
-    step(batch, 1.0)
-    step.prepare(batch, 0.5)
-    with OnlyMeta() as watch:
-        step.compute(batch)
-    assert watch.strangers == []
+    model = make_model(chosen)
+    assert strangers(model, chosen, twice(make_batch(model, SIZES)), monkeypatch) == []
 
 
 @pytest.mark.gpu

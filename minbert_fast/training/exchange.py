@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.flat import FlatParameters, Run, TaskGradients
+from minbert_fast.flat import FlatParameters, Piece, Run, TaskGradients
 from minbert_fast.functional import surgery as ops
 from minbert_fast.training.world import World
 
@@ -67,13 +67,17 @@ class Exchange:
         self.flat = flat
         self.spans = spans(flat, layers)
         self.gradients = self._room(tasks, dtype)
-        self.pieces = flat.pieces()
+        self.pieces = self._pieces()
         self._order: Iterator[int] = iter(())  # numbers of the spans still to be sent
         self._next: int | None = None
         self._begun: list[Work | None] = []
 
     def _room(self, tasks: int, dtype: torch.dtype) -> TaskGradients:
         return TaskGradients(self.flat, tasks, dtype)
+
+    def _pieces(self) -> tuple[Piece, ...]:
+        """The elements that this process's optimizer moves."""
+        return self.flat.pieces()
 
     def open(self) -> None:
         """A backward that fills J is about to begin."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minbert_fast import pages
 from minbert_fast.flat import ALIGNMENT, FlatParameters, Piece, TaskGradients
@@ -107,37 +107,29 @@ class ShardedExchange(Exchange):
 
     gradients: ShardedGradients
 
-    def __init__(
-        self,
-        world: World,
-        flat: FlatParameters,
-        tasks: int,
-        dtype: torch.dtype,
-        layers: Sequence[Sequence[nn.Parameter]],
-    ) -> None:
-        self.shares = Shares(flat, world)
-        super().__init__(world, flat, tasks, dtype, layers)
+    def _room(self, tasks: int, dtype: torch.dtype) -> ShardedGradients:
+        self.shares = Shares(self.flat, self.world)
+        return ShardedGradients(self.flat, tasks, dtype, self.spans, self.shares)
+
+    def _pieces(self) -> tuple[Piece, ...]:
+        whole = self.flat.pieces()
         shared = list(itertools.chain.from_iterable(self.spans))
-        words = [Span(p.run, p.begin, p.end) for p in flat.pieces() if p.run.label == "words"]
+        words = [Span(piece.run, piece.begin, piece.end) for piece in whole if piece.run.label == "words"]
         self._divided = shared + words
         pieces = [self.shares.own(span, self.gradients.offsets[span]) for span in shared]
         at = self.gradients.J.shape[1]
         for span in words:
             pieces.append(self.shares.own(span, at))
             at += self.shares.size(span)
-        for piece in flat.pieces():
+        for piece in whole:
             if piece.run.label not in ("shared", "words"):
                 pieces.append(Piece(piece.run, piece.begin, piece.end, at))
                 at += piece.end - piece.begin
-        self.pieces = tuple(pieces)
-        self._sent: dict[int, list[Work | None]] = {}
-
-    def _room(self, tasks: int, dtype: torch.dtype) -> ShardedGradients:
-        return ShardedGradients(self.flat, tasks, dtype, self.spans, self.shares)
+        return tuple(pieces)
 
     def open(self) -> None:
         super().open()
-        self._sent = {}
+        self._sent: dict[int, list[Work | None]] = {}
 
     def gram(self, words: Tensor | None) -> Tensor:
         gram = super().gram(words if self.world.is_main else None)  # every process has the words' rows: one counts them
