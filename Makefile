@@ -23,7 +23,7 @@ lint: $(READY)
 types: $(READY)
 	$(RUN) -m mypy
 
-kernels: $(READY)  ## every Triton kernel compiled for sm_80, sm_90, sm_100 and gfx942, without a GPU
+kernels: $(READY)  ## every Triton kernel compiled for sm_75, sm_80, sm_90, sm_100 and gfx942, without a GPU
 	$(RUN) -m minbert_fast.kernels.ahead_of_time
 
 bench: $(READY)  ## all benchmarks on this machine

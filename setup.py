@@ -42,7 +42,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 # Code for these GPUs, and PTX of the last one known, which later GPUs compile for themselves.
-CUDA_ARCHITECTURES = [80, 90, 100]
+CUDA_ARCHITECTURES = [75, 80, 90, 100]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", "--threads=0"]
 
 

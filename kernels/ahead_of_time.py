@@ -42,10 +42,15 @@ class Chip:
     name: str
     target: GPUTarget
     shared_bytes: int  # most shared memory of one block
+    without: tuple[str, ...] = ()  # dtypes, by name, that nothing is launched with there
+
+    def takes(self, launch: Launch) -> bool:
+        return not any(dtype in launch.label for dtype in self.without)
 
 
-CHIPS = (
-    Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),  # CUDA C++ Programming Guide, "Technical Specifications"
+CHIPS = (  # CUDA C++ Programming Guide, "Technical Specifications"
+    Chip("sm_75", GPUTarget("cuda", 75, 32), 64 * 1024, without=("bfloat16", "float16")),  # trains in fp32
+    Chip("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
     Chip("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
     Chip("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
     Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),  # AMD CDNA 3 ISA, "Local data share"
@@ -161,7 +166,8 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
 
 def _check_one(module: str, label: str, chips: Sequence[str]) -> list[Report]:
     launch = next(each for each in modules()[module].launches() if each.label == label)
-    return [report for chip in CHIPS if chip.name in chips for report in check(launch, chip)]
+    wanted = [chip for chip in CHIPS if chip.name in chips and chip.takes(launch)]
+    return [report for chip in wanted for report in check(launch, chip)]
 
 
 def check_all(chips: Sequence[str], only: Sequence[str] = (), processes: int | None = None) -> Iterator[Report]:

@@ -269,7 +269,7 @@ def launches() -> Iterator[Launch]:
     """Every row of the launch tables, with dropout (the larger kernels): 2,816 rows of 12 heads, bf16 and fp32."""
     offsets = torch.empty(161, dtype=torch.int32, device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
         for width in (32, 64, 128):
             qkv = torch.empty(2816, 3, 12, width, dtype=dtype, device="meta")
             out = torch.empty(2816, 12 * width, dtype=dtype, device="meta")
@@ -282,8 +282,8 @@ def launches() -> Iterator[Launch]:
                 yield Launch(f"backward {shape}", partial(attention_backward, out, qkv, out, lse, *rest))
     dense = torch.empty(32, 128, 3, 12, 64, dtype=torch.bfloat16, device="meta")
     mask = torch.empty(32, 128, dtype=torch.bool, device="meta")
-    yield Launch("dense forward bf16 head_dim 64", partial(attention_dense_forward, dense, mask, 0.125))
+    yield Launch("dense forward bfloat16 head_dim 64", partial(attention_dense_forward, dense, mask, 0.125))
     out, lse = torch.empty(32, 128, 768, dtype=torch.bfloat16, device="meta"), torch.empty(12, 4096, device="meta")
     yield Launch(
-        "dense backward bf16 head_dim 64", partial(attention_dense_backward, out, dense, out, lse, mask, 0.125)
+        "dense backward bfloat16 head_dim 64", partial(attention_dense_backward, out, dense, out, lse, mask, 0.125)
     )

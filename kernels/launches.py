@@ -5,7 +5,7 @@ Each file of kernels defines
 
     def launches() -> Iterator[Launch]:
         x = torch.empty(2816, 768, dtype=torch.bfloat16, device="meta")
-        yield Launch("add_norm_forward bf16 768", partial(add_norm_forward, x, ...))
+        yield Launch("forward bfloat16 768", partial(add_norm_forward, x, ...))
 
 with one entry for each row of its launch tables and each dtype that compiles differently. The check (ahead_of_time.py)
 runs each call with Triton's launch replaced by compilation, so what it compiles can never differ from what runs:
@@ -23,5 +23,5 @@ from dataclasses import dataclass
 class Launch:
     """One call of a launcher at a real size, on meta tensors."""
 
-    label: str  # op, dtype and shape, unique in its file
+    label: str  # op, dtypes by their names in torch, and shape; unique in its file
     call: Callable[[], object]

@@ -188,6 +188,27 @@ def test_devices_and_precisions():
             choose_device(name)
 
 
+@pytest.mark.parametrize(
+    ("capability", "device", "precision"), [((6, 0), "cpu", None), ((7, 5), "cuda", "fp32"), ((9, 0), "cuda", "bf16")]
+)
+def test_old_gpus(
+    capability: tuple[int, int], device: str, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 trains in fp32; what came before it is refused by name, and `auto` passes it over."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert choose_device("auto").type == device
+    if precision is None:
+        with pytest.raises(ConfigError, match=r"device 'cuda': compute capability 6\.0, expected 7\.5"):
+            choose_device("cuda")
+        return
+    assert choose_precision("auto", choose_device("cuda")) == precision
+    if precision == "fp32":
+        with pytest.raises(ConfigError, match=r"precision 'bf16': expected fp32 or auto, compute capability 7\.5"):
+            choose_precision("bf16", torch.device("cuda"))
+
+
 @pytest.mark.slow
 def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
