@@ -36,10 +36,10 @@ def test_the_sample_data_need_few_sizes_and_little_padding(scheme: str) -> None:
     files = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
     tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
     sampler = Sampler.of(tables, 8, scheme)
-    buckets = choose_buckets(sampler, tables, max_length=32, joint={"paraphrase"}, count=3)
+    buckets = choose_buckets(sampler, tables, max_length=32, encoders={"paraphrase": "both"}, count=3)
     assert buckets.seqlen == (32,)
     assert len(buckets.tokens) <= 3
-    collator = Collator(tables, 32, frozenset({"paraphrase"}), buckets)
+    collator = Collator(tables, 32, {"paraphrase": "both"}, buckets)
     batches = [collator(sampler.rows(0, step)) for step in range(sampler.steps_per_epoch)]
     assert {batch.packed.cu_seqlens.numel() - 1 for batch in batches} == set(buckets.sentences)
     assert {batch.packed.tokens.numel() for batch in batches} <= set(buckets.tokens)

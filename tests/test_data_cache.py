@@ -93,7 +93,8 @@ def test_lengths_count_the_tokens_of_both_forms(source: Path, tokenizer: Tokeniz
     table, _ = load(source, tokenizer)
     first, second = ([len(sentence) for sentence in column] for column in table.columns)
     assert table.lengths().tolist() == [list(pair) for pair in zip(first, second, strict=True)]
-    assert table.lengths(joint=True).tolist() == [[a + b - 1] for a, b in zip(first, second, strict=True)]
+    assert table.lengths("cross").tolist() == [[a + b - 1] for a, b in zip(first, second, strict=True)]
+    assert table.lengths("both").tolist() == [[a, b, a + b - 1] for a, b in zip(first, second, strict=True)]
     assert table.count_truncated(4) == sum(a > 4 or b > 4 for a, b in zip(first, second, strict=True))
 
 

@@ -212,7 +212,7 @@ def test_a_single_pair_has_no_strangers() -> None:
 def collator(corpus: Corpus, pairs: Corpus, tables: dict[str, TokenTable], tokenizer: Tokenizer) -> Collator:
     makers = {"mlm": Masking(tokenizer, 0.15, 5, "mlm"), "nsp": Pairing(5, "nsp")}
     rows = {"sentiment": tables["sentiment"], "mlm": corpus, "nsp": pairs}
-    return Collator(rows, 24, frozenset({"nsp"}), makers=makers)
+    return Collator(rows, 24, {"nsp": "cross"}, makers=makers)
 
 
 def test_labels_find_their_words_in_the_packed_batch(collator: Collator) -> None:
@@ -251,7 +251,7 @@ def test_ranks_see_the_masks_of_one_process(collator: Collator) -> None:
     rows = {"sentiment": np.arange(5), "mlm": np.arange(100, 113), "nsp": np.arange(7)}
     whole = collator(rows, 6)
     parts = [
-        Collator(collator.tables, 24, collator.joint, rank=rank, ranks=3, makers=collator.makers)(rows, 6)
+        Collator(collator.tables, 24, collator.encoders, rank=rank, ranks=3, makers=collator.makers)(rows, 6)
         for rank in range(3)
     ]
     for task in ("mlm", "nsp"):
@@ -280,8 +280,8 @@ def test_ranks_see_the_masks_of_one_process(collator: Collator) -> None:
 def test_padded_labels_ask_for_nothing(collator: Collator) -> None:
     """Under graphs the number of labels follows from the bucket, and the rest of them are ignored."""
     sampler = Sampler.of(collator.tables, 16, "cycle", 0)
-    buckets = choose_buckets(sampler, collator.tables, 24, collator.joint, count=2)
-    roomy = Collator(collator.tables, 24, collator.joint, buckets, makers=collator.makers)
+    buckets = choose_buckets(sampler, collator.tables, 24, collator.encoders, count=2)
+    roomy = Collator(collator.tables, 24, collator.encoders, buckets, makers=collator.makers)
     shapes = set()
     for step in range(20):
         rows = sampler.rows(0, step)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minbert_fast.data import Collator, Sampler, Tokenizer, load_tokens, sample_directory
+from minbert_fast.data import Collator, Encoder, Sampler, Tokenizer, load_tokens, sample_directory
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.training.step import OnePassStep
 from minbert_fast.training.world import World
@@ -164,8 +164,8 @@ def test_shares_make_up_the_whole_step() -> None:
     files: dict[str, Any] = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
     tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
     rows = Sampler.of(tables, 5).rows(0, 0)
-    joint = frozenset({"paraphrase"})
-    for together in (frozenset[str](), joint):
+    kinds: tuple[Encoder, ...] = ("bi", "cross", "both")
+    for together in ({"paraphrase": kind} for kind in kinds):
         whole = Collator(tables, 64, together)(rows)
         parts = [Collator(tables, 64, together, rank=rank, ranks=3)(rows) for rank in range(3)]
         assert sum(part.packed.num_tokens for part in parts) == whole.packed.num_tokens

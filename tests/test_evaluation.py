@@ -21,7 +21,7 @@ from minbert_fast.training.device import choose_device, choose_precision
 from minbert_fast.training.evaluation import evaluate
 
 ROWS = 40
-RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"joint": True}, "similarity": {}}}, "test")
+RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"encoder": "cross"}, "similarity": {}}}, "test")
 
 
 @pytest.fixture(scope="module")

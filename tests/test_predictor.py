@@ -24,7 +24,11 @@ RECIPE = build(
     Recipe,
     {
         "model": {"pooling": "cls"},
-        "tasks": {"sentiment": {}, "paraphrase": {"joint": True}, "alike": {"kind": "similarity"}},
+        "tasks": {
+            "sentiment": {},
+            "paraphrase": {"encoder": "cross"},
+            "alike": {"kind": "similarity", "encoder": "both"},
+        },
     },
     "test",
 )

@@ -59,7 +59,7 @@ def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
     tables = {name: task.table([found[source] for source in task.sources]) for name, task in tasks.items()}
     made = {name: task.maker(tokenizer, 5) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
-    return Collator(tables, 32, frozenset({"nsp"}), makers=makers)
+    return Collator(tables, 32, {"nsp": "cross"}, makers=makers)
 
 
 def batch_of(collator: Collator, step: int = 0, **sizes: int) -> MultitaskBatch:
@@ -200,7 +200,7 @@ def test_ten_steps_follow_the_naive_steps(method: str, collator: Collator) -> No
 @pytest.mark.parametrize("method", ["none", "pcgrad"])
 def test_a_batch_at_capacity_trains_as_its_bare_self(method: str, collator: Collator) -> None:
     chosen = recipe(method)
-    room = Collator(collator.tables, 32, collator.joint, BUCKETS, makers=collator.makers)
+    room = Collator(collator.tables, 32, collator.encoders, BUCKETS, makers=collator.makers)
     bare, padded = (OnePassStep(make_model(chosen), chosen, torch.float32) for _ in range(2))
     for index in range(3):
         one = bare(batch_of(collator, index), 1.0)
@@ -212,14 +212,14 @@ def test_a_batch_at_capacity_trains_as_its_bare_self(method: str, collator: Coll
 def test_the_step_asks_the_device_nothing(collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("none", "pcgrad"):
         chosen = recipe(method)
-        room = Collator(collator.tables, 32, collator.joint, BUCKETS, makers=collator.makers)
+        room = Collator(collator.tables, 32, collator.encoders, BUCKETS, makers=collator.makers)
         assert strangers(make_model(chosen), chosen, at_capacity(batch_of(room)), monkeypatch) == []
 
 
 @pytest.mark.gpu
 def test_graphs_train_as_the_eager_step_does(collator: Collator) -> None:
     chosen = recipe()
-    room = Collator(collator.tables, 32, collator.joint, BUCKETS, makers=collator.makers)
+    room = Collator(collator.tables, 32, collator.encoders, BUCKETS, makers=collator.makers)
     model = make_model(chosen).cuda()
     eager = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
     graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))

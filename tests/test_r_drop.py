@@ -17,7 +17,16 @@ from torch import Tensor
 
 from minbert_fast.bert import BertModel
 from minbert_fast.config import BertConfig, Recipe
-from minbert_fast.data import Collator, Sampler, Tokenizer, TokenTable, choose_buckets, load_tokens, sample_directory
+from minbert_fast.data import (
+    Collator,
+    Encoder,
+    Sampler,
+    Tokenizer,
+    TokenTable,
+    choose_buckets,
+    load_tokens,
+    sample_directory,
+)
 from minbert_fast.packing import MultitaskBatch, pack
 from minbert_fast.schema import ConfigError
 from minbert_fast.tasks import Agreement, HeadOutput, MultitaskModel, build_task, build_tasks
@@ -201,10 +210,12 @@ def sequences(batch: MultitaskBatch) -> list[tuple[int, ...]]:
     return [tuple(batch.packed.tokens[a:b].tolist()) for a, b in itertools.pairwise(offsets)]
 
 
-@pytest.mark.parametrize("joint", [frozenset[str](), frozenset({"paraphrase"})])
-def test_a_collator_packs_all_examples_then_all_again(tables: dict[str, TokenTable], joint: frozenset[str]) -> None:
+@pytest.mark.parametrize("encoder", ["bi", "cross", "both"])
+def test_a_collator_packs_all_examples_then_all_again(tables: dict[str, TokenTable], encoder: Encoder) -> None:
     rows = Sampler.of(tables, 3).rows(0, 0)
-    plain, twins = Collator(tables, 64, joint)(rows), Collator(tables, 64, joint, twins=frozenset(tables))(rows)
+    encoders: dict[str, Encoder] = {"paraphrase": encoder}
+    plain = Collator(tables, 64, encoders)(rows)
+    twins = Collator(tables, 64, encoders, twins=frozenset(tables))(rows)
     once, found = sequences(plain), sequences(twins)
     columns = [once[i : i + 3] for i in range(0, len(once), 3)]
     assert found == [sentence for column in columns for sentence in column + column]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert_fast.config import BertConfig
 from minbert_fast.schema import ConfigError
@@ -45,7 +45,9 @@ def test_every_mistake_is_one_line_that_names_its_place():
         ("paraphrase", {"head": "cosine", "loss": "cross_entropy"}, 'needs head = "linear"'),
         ("paraphrase", {"auxiliary": {"cosin": 1.0}}, "auxiliary.cosin: expected one of"),
         ("paraphrase", {"project": 0}, "project = 0"),
-        ("similarity", {"joint": True}, 'joint = true needs head = "linear"'),
+        ("similarity", {"encoder": "cross"}, 'encoder = "cross" needs head = "linear"'),
+        ("paraphrase", {"encoder": "cross", "auxiliary": {"cosent": 1.0}}, "no two vectors to compare"),
+        ("paraphrase", {"encoder": "tri"}, "tasks.paraphrase.encoder = 'tri': expected one of bi, cross, both"),
         ("similarity", {"balanced": True}, "no classes to balance"),
         ("nli", {"objectives": {"contrastive": -1.0}}, "expected 0 or more"),
         ("nli", {"objectives": {}}, "expected at least one"),
@@ -173,14 +175,37 @@ def test_every_loss_of_the_cosine_head_falls_when_followed_downhill(name, loss):
     assert ((degrees >= 0) & (degrees <= 1)).all()
 
 
-def test_joint_pairs_have_one_embedding():
-    task = build_task("paraphrase", {"joint": True, "dropout": 0.0})
-    assert (task.arity, task.joint) == (1, True)
+def test_pairs_read_together_have_one_embedding():
+    task = build_task("paraphrase", {"encoder": "cross", "dropout": 0.0})
+    assert (task.arity, task.encoder) == (1, "cross")
     head = task.build_head(CONFIG, {})
     inputs = make_input(1)
     torch.testing.assert_close(
         head(inputs).scores, (inputs.embeddings[0] @ head.output.weight.T + head.output.bias)[:, 0]
     )
+
+
+def test_pairs_read_both_ways_add_what_reading_together_says():
+    """score = factor cos(u, v) + offset + a . x + b, where x reads the pair as one; at first a and b are nothing."""
+    task = build_task(
+        "similarity", {"encoder": "both", "calibrated": True, "scale": 0.8, "offset": 0.1, "dropout": 0.0}
+    )
+    assert task.arity == 3
+    head = task.build_head(CONFIG, {})
+    inputs = make_input(3)
+    u, v, x = inputs.embeddings
+    cosines = (u * v).sum(-1) / u.norm(dim=-1) / v.norm(dim=-1)
+    torch.testing.assert_close(head(inputs).scores, 0.8 * cosines + 0.1)
+    nn.init.normal_(head.together.weight)
+    nn.init.normal_(head.together.bias)
+    expected = 0.8 * cosines + 0.1 + x @ head.together.weight[0] + head.together.bias
+    torch.testing.assert_close(head(inputs).scores, expected)
+    linear = build_task(
+        "paraphrase", {"encoder": "both", "features": ["cosine", "product"], "dropout": 0.0}
+    ).build_head(CONFIG, {})
+    features = torch.cat([cosines[:, None], u * v, x], dim=-1)
+    torch.testing.assert_close(linear(inputs).scores, linear.output(features)[:, 0])
+    assert [vector is given for vector, given in zip(linear(inputs).vectors, (u, v), strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize(("placement", "changes"), [(["embedding"], True), (["features"], True), ([], False)])

@@ -21,7 +21,7 @@ from minbert_fast.data.pretraining import Corpus, Made, Maker, Masking, Pairing,
 from minbert_fast.data.sample import Sample, sample_directory
 from minbert_fast.data.sampling import SCHEMES, Draw, Sampler
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, cut, join
+from minbert_fast.data.tokens import Encoder, Text, Tokens, TokenTable, cut, join
 from minbert_fast.data.vocabulary import Vocabulary
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "DataError",
     "Discovery",
     "Draw",
+    "Encoder",
     "FileFormat",
     "Label",
     "Made",

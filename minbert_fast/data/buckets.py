@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from minbert_fast.data.sampling import Sampler
-from minbert_fast.data.tokens import TokenTable
+from minbert_fast.data.tokens import Encoder, TokenTable
 
 LOOKED_AT = 256  # steps whose sizes the buckets are chosen from
 GRAIN = 64  # token capacities are multiples of it: whole tiles, and few distinct sizes
@@ -37,7 +38,7 @@ def choose_buckets(
     sampler: Sampler,
     tables: Mapping[str, TokenTable],
     max_length: int,
-    joint: Collection[str] = (),
+    encoders: Mapping[str, Encoder] = MappingProxyType({}),
     twins: Collection[str] = (),
     count: int = 4,
 ) -> Buckets:
@@ -45,7 +46,7 @@ def choose_buckets(
 
     Looks at the sizes of up to 256 steps spread over the first epoch.
     """
-    lengths = {task: np.minimum(table.lengths(task in joint), max_length) for task, table in tables.items()}
+    lengths = {task: np.minimum(table.lengths(encoders.get(task, "bi")), max_length) for task, table in tables.items()}
     epoch = sampler.steps_per_epoch
     steps = np.unique(np.linspace(0, epoch - 1, min(LOOKED_AT, epoch)).astype(np.int64))
     totals, sentences = [], []

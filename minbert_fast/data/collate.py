@@ -12,7 +12,7 @@ import torch
 from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.pretraining import Made, Maker
 from minbert_fast.data.sampling import Sampler
-from minbert_fast.data.tokens import TokenTable, cut, join
+from minbert_fast.data.tokens import Encoder, TokenTable, cut, join
 from minbert_fast.packing import MultitaskBatch, Whole, pack
 
 
@@ -20,15 +20,16 @@ from minbert_fast.packing import MultitaskBatch, Whole, pack
 class Collator:
     """Makes a batch of rows. Tasks stand in the order of `tables`.
 
-    Tasks in `joint` give their pairs as single sequences [CLS] a [SEP] b [SEP] with token types (arity 1). Tasks in
+    `encoders` says of tasks with pairs what becomes of them: sequences of their own ("bi", the default, arity 2), a single
+    sequence [CLS] a [SEP] b [SEP] with token types ("cross", arity 1), or one after the other ("both", arity 3). Tasks in
     `twins` give each example twice: all of a batch's, then all again. Tasks in `makers` have their sequences and labels
     made, as `data/pretraining.py` says (arity 1, no twins).
-    Raises ValueError for a joint task that is unknown or has no pairs, and for too small a `max_length`.
+    Raises ValueError for a task to join that is unknown or has no pairs, and for too small a `max_length`.
     """
 
     tables: Mapping[str, TokenTable]
     max_length: int  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
-    joint: frozenset[str] = frozenset()
+    encoders: Mapping[str, Encoder] = field(default_factory=dict)
     buckets: Buckets = EXACT
     rank: int = 0  # of `ranks` processes that train together: each packs every `ranks`th row of a task
     ranks: int = 1
@@ -36,16 +37,16 @@ class Collator:
     makers: Mapping[str, Maker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for task in self.joint:
+        for task in self._joining:
             if task not in self.tables or self.tables[task].arity != 2:
                 raise ValueError(f"task {task!r} has no pairs of sentences to join")
-        if self.max_length < (3 if self.joint else 2):
+        if self.max_length < (3 if self._joining else 2):
             raise ValueError(f"max_length is {self.max_length}: no room for [CLS] and [SEP]")
 
     def __call__(self, rows: Mapping[str, np.ndarray], step: int = 0) -> MultitaskBatch:
         """The batch of `rows[task]`, which names every task; a task may have no rows. `step` is for the makers alone.
 
-        All first sentences of a task come before all second ones. Labels are float32 or int64 as in the
+        All first sequences of a task come before all second ones. Labels are float32 or int64 as in the
         table, or as made; a task without labels has no entry among them.
         """
         made = {
@@ -77,7 +78,7 @@ class Collator:
         lengths = [len(sentence) for task in sentences for sentence in task]
         packed = pack(
             sentences,
-            types if self.joint else None,
+            types if self._joining else None,
             token_capacity=_fit(sum(lengths), self.buckets.tokens),
             sentence_capacity=_fit(len(lengths), self.buckets.sentences),
             max_seqlen=_fit(max(lengths, default=0), self.buckets.seqlen),
@@ -86,13 +87,24 @@ class Collator:
         return MultitaskBatch(
             packed=packed,
             tasks=tuple(self.tables),
-            arity={task: 1 if task in self.joint else table.arity for task, table in self.tables.items()},
+            arity={task: self._arity(task, table) for task, table in self.tables.items()},
             labels=self._labels(rows, made, packed.tokens.numel()),
             rows={task: np.asarray(rows[task]) for task in self.tables},
             whole=whole,
             twins=self.twins,
             answers={task: each.count for task, each in made.items()},
         )
+
+    @property
+    def _joining(self) -> list[str]:
+        """Tasks with sequences of two sentences."""
+        return [task for task, encoder in self.encoders.items() if encoder != "bi"]
+
+    def _arity(self, task: str, table: TokenTable) -> int:
+        """Sequences an example."""
+        if task in self.makers:
+            return 1
+        return {"bi": table.arity, "cross": 1, "both": table.arity + 1}[self.encoders.get(task, "bi")]
 
     def _labels(self, rows: Mapping[str, np.ndarray], made: Mapping[str, Made], tokens: int) -> dict[str, torch.Tensor]:
         labels = {}
@@ -116,13 +128,18 @@ class Collator:
         return [sequence for column in _columns(sequences, examples) for sequence in column + column]
 
     def _sequences(self, task: str, table: TokenTable, rows: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """A task's sequences, and their token types if any task is joint."""
-        if task in self.joint:
+        """A task's sequences, and their token types if any task joins pairs."""
+        encoder = self.encoders.get(task, "bi")
+        sequences, types = [], []
+        if encoder != "cross":
+            sequences = [cut(column[row], self.max_length) for column in table.columns for row in rows]
+            types = [np.zeros(len(s), dtype=np.int32) for s in sequences] if self._joining else []
+        if encoder != "bi":
             first, second = table.columns
             joined = [join(first[row], second[row], self.max_length) for row in rows]
-            return [ids for ids, _ in joined], [kinds for _, kinds in joined]
-        sequences = [cut(column[row], self.max_length) for column in table.columns for row in rows]
-        return sequences, [np.zeros(len(s), dtype=np.int32) for s in sequences] if self.joint else []
+            sequences += [ids for ids, _ in joined]
+            types += [kinds for _, kinds in joined]
+        return sequences, types
 
 
 def training_batches(
@@ -141,7 +158,7 @@ def evaluation_batches(
     max_length: int,
     task: str | None = None,
     token_budget: int = 16_384,
-    joint: bool = False,
+    encoder: Encoder = "bi",
     buckets: Buckets = EXACT,
 ) -> Iterator[MultitaskBatch]:
     """Yields each row of a table once, the longest first, in batches of up to `token_budget` tokens.
@@ -150,8 +167,8 @@ def evaluation_batches(
     scatter what comes out by them to restore the order.
     """
     task = task or table.task
-    collator = Collator({task: table}, max_length, frozenset({task} if joint else ()), buckets)
-    tokens = np.minimum(table.lengths(joint), max_length).sum(axis=1)
+    collator = Collator({task: table}, max_length, {task: encoder}, buckets)
+    tokens = np.minimum(table.lengths(encoder), max_length).sum(axis=1)
     order = np.argsort(-tokens, kind="stable")
     begin = 0
     while begin < len(order):

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from minbert_fast.data.files import BadRow
 from minbert_fast.data.formats import show_path
+
+#: How the sentences of an example become sequences: each for itself, all as one, or each and then all as one.
+Encoder = Literal["bi", "cross", "both"]
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,15 @@ class TokenTable:
         """`file:line` of a row."""
         return f"{show_path(self.path)}:{self.lines[row]}"
 
-    def lengths(self, joint: bool = False) -> np.ndarray:
-        """[n, arity] int32 tokens of each sentence, uncut; `joint`: [n, 1], of the sentences as one sequence."""
-        columns = [column.lengths for column in self.columns]
-        return np.stack([sum(columns, 1 - self.arity)] if joint else columns, axis=1)
+    def lengths(self, encoder: Encoder = "bi") -> np.ndarray:
+        """[n, sequences] int32: tokens of each sequence that a row becomes, uncut."""
+        apart = [column.lengths for column in self.columns]
+        together = [] if encoder == "bi" else [sum(apart, 1 - self.arity)]
+        return np.stack([*([] if encoder == "cross" else apart), *together], axis=1)
 
-    def count_truncated(self, max_length: int, joint: bool = False) -> int:
+    def count_truncated(self, max_length: int, encoder: Encoder = "bi") -> int:
         """How many rows lose tokens when sequences are cut to `max_length`."""
-        return int((self.lengths(joint) > max_length).any(axis=1).sum())
+        return int((self.lengths(encoder) > max_length).any(axis=1).sum())
 
 
 def cut(sentence: np.ndarray, max_length: int) -> np.ndarray:

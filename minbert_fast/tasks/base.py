@@ -28,7 +28,7 @@ from minbert_fast.schema import ConfigError, build
 from minbert_fast.tasks import predictions
 
 if TYPE_CHECKING:
-    from minbert_fast.data import Maker, Tokenizer, TokenTable
+    from minbert_fast.data import Encoder, Maker, Tokenizer, TokenTable
     from minbert_fast.tasks.neighbours import LabelledSentences
 
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 class TaskInput:
     """What a head sees: one task's part of the encoded batch."""
 
-    embeddings: tuple[Tensor, ...]  # one [n, H] per sentence of an example, pooled, fp32
+    embeddings: tuple[Tensor, ...]  # one [n, H] per sequence of an example, pooled, fp32
     hidden: Tensor  # [N, H] token rows of the whole packed batch
     cu_seqlens: Tensor  # [B + 1] where the sentences of the whole batch lie in hidden
     max_seqlen: int
-    first: int  # this task's first sentence; it has n * arity: all first ones of the examples, then all second ones
+    first: int  # this task's first sequence; it has n * arity: all first ones of the examples, then all second ones
     labels: Tensor | None = None  # the batch's own for this task, for heads that look only where there is an answer
 
 
@@ -148,12 +148,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def arity(self) -> int:
-        """Sentences an example has in the packed batch."""
+        """Sequences an example has in the packed batch."""
 
     @property
-    def joint(self) -> bool:
-        """Whether a pair is encoded as one sequence, [CLS] a [SEP] b [SEP]."""
-        return False
+    def encoder(self) -> Encoder:
+        """Whether sentences of a pair are encoded apart, as one sequence [CLS] a [SEP] b [SEP], or both."""
+        return "bi"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -4,6 +4,10 @@
     embeddings u, v -> [dropout] -> [tied stack] -> [projection] -> cosine                        -> score
                                                                  -> features, [dropout], linear   -> score or classes
 
+With `encoder = "cross"` the pair has one embedding, of both sentences read as one sequence, and that is the only feature;
+with "both" it is a further feature of the linear head, and the cosine head adds a linear function of it to its score: what
+reading the sentences together says beyond the cosine, nothing at first.
+
 A label enters as a degree t from 0 (different) to 1 (the same): the paraphrase label itself, or similarity / 5. The
 head gives the degree back; the two tasks differ in what they make of it.
 
@@ -20,11 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minbert_fast.data import Encoder
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import (
     Head,
     HeadOutput,
     Stack,
+    Task,
     TaskInput,
     TaskOptions,
     check_dropout,
@@ -43,7 +49,8 @@ VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # act on the vectors,
 class PairOptions(TaskOptions):
     """Options of a task on pairs, besides those of every task."""
 
-    joint: bool = False  # encode the pair as one sequence; the head is then a linear layer on its embedding
+    data: str = ""  # key of the data file's format
+    encoder: Encoder = "bi"  # encode the sentences apart, as one sequence ("cross"), or both
     head: Literal["linear", "cosine"] = "linear"
     features: tuple[Feature, ...] = ("u", "v")  # what the linear head sees, side by side
     project: bool | int = False  # a linear layer on each vector first: true keeps the width, a number sets it
@@ -79,9 +86,9 @@ class PairOptions(TaskOptions):
         else:
             require(self.loss not in VECTOR_LOSSES, f'loss = "{self.loss}" needs head = "cosine"')
             require(not self.calibrated, 'calibrated = true needs head = "cosine"')
-        if self.joint:
-            require(self.head == "linear", 'joint = true needs head = "linear", there is no second vector')
-            require(not self.auxiliary, "auxiliary: joint = true has no two vectors to compare")
+        if self.encoder == "cross":
+            require(self.head == "linear", 'encoder = "cross" needs head = "linear", there is no second vector')
+            require(not self.auxiliary, 'auxiliary: encoder = "cross" has no two vectors to compare')
 
 
 class PairHead(Head):
@@ -103,22 +110,31 @@ class PairHead(Head):
             self.projection = nn.Linear(width, wanted)
             width = wanted
         if options.head == "linear":
-            inputs = width if options.joint else sum(1 if f == "cosine" else width for f in options.features)
+            inputs = sum(1 if f == "cosine" else width for f in options.features)
+            inputs = {"bi": inputs, "cross": width, "both": inputs + width}[options.encoder]
             self.output = nn.Linear(inputs, classes if options.loss == "cross_entropy" else 1)
-        elif options.calibrated:
+            return
+        if options.calibrated:
             self.factor = nn.Parameter(torch.tensor(float(options.scale)))
             self.offset = nn.Parameter(torch.tensor(float(options.offset)))
+        if options.encoder == "both":
+            self.together = nn.Linear(width, 1)
+            nn.init.zeros_(self.together.weight)
+            nn.init.zeros_(self.together.bias)
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         options = self.options
-        vectors = tuple(self._vector(x) for x in inputs.embeddings)  # each [n, D]
+        found = tuple(self._vector(x) for x in inputs.embeddings)  # each [n, D]
+        vectors = () if options.encoder == "cross" else found[:2]
+        together = () if options.encoder == "bi" else found[-1:]
         if options.head == "cosine":
-            u, v = vectors
-            score = cosine(u, v)
             factor, offset = (self.factor, self.offset) if options.calibrated else (options.scale, options.offset)
-            score = score * factor + offset
+            score = cosine(*vectors) * factor + offset
+            for x in together:
+                score = score + self.together(x).squeeze(-1)
             return HeadOutput(score, vectors)
-        x = vectors[0] if options.joint else torch.cat([_feature(name, *vectors) for name in options.features], dim=-1)
+        features = [_feature(name, *vectors) for name in options.features] if vectors else []
+        x = torch.cat([*features, *together], dim=-1)
         if "features" in options.dropout_at:
             x = F.dropout(x, options.dropout, self.training)
         return HeadOutput(self.output(x).squeeze(-1), vectors)  # [n], or [n, C]
@@ -177,6 +193,25 @@ class PairHead(Head):
             return losses.cosent(u, v, t, options.temperature)
         assert name == "ranking"
         return losses.ranking(u, v, t, options.temperature)
+
+
+@dataclass(frozen=True)
+class PairTask(Task):
+    """What tasks on pairs have in common."""
+
+    options: PairOptions
+
+    @property
+    def dataset(self) -> str:
+        return self.options.data
+
+    @property
+    def arity(self) -> int:
+        return {"bi": 2, "cross": 1, "both": 3}[self.options.encoder]
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.options.encoder
 
 
 def _feature(name: Feature, u: Tensor, v: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minbert_fast.config import BertConfig
 from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import HeadOutput, Task, register, require
-from minbert_fast.tasks.pair import PairHead, PairOptions
+from minbert_fast.tasks.base import HeadOutput, register, require
+from minbert_fast.tasks.pair import PairHead, PairOptions, PairTask
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,12 @@ class ParaphraseHead(PairHead):
 
 @register("paraphrase")
 @dataclass(frozen=True)
-class ParaphraseTask(Task):
+class ParaphraseTask(PairTask):
     options: ParaphraseOptions
 
     Options: ClassVar[type] = ParaphraseOptions
     stem: ClassVar[str] = "para"
     header: ClassVar[str] = "Predicted_Is_Paraphrase"
-
-    @property
-    def dataset(self) -> str:
-        return self.options.data
-
-    @property
-    def arity(self) -> int:
-        return 1 if self.joint else 2
-
-    @property
-    def joint(self) -> bool:
-        return self.options.joint
 
     @property
     def class_names(self) -> tuple[str, ...]:

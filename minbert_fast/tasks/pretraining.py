@@ -23,6 +23,7 @@ from minbert_fast.config import BertConfig, Pooling
 from minbert_fast.data import (
     FORMATS,
     MAIN_TASKS,
+    Encoder,
     Maker,
     Masking,
     Pairing,
@@ -216,8 +217,8 @@ class NextSentenceTask(TextTask):
     Options: ClassVar[type] = NextSentenceOptions
 
     @property
-    def joint(self) -> bool:
-        return True
+    def encoder(self) -> Encoder:
+        return "cross"
 
     def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> NextSentenceHead:
         return NextSentenceHead(self.options, config)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from minbert_fast.config import BertConfig
 from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import HeadOutput, Task, register, require
-from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions
+from minbert_fast.tasks.base import HeadOutput, register, require
+from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask
 
 TOP = 5  # highest label
 
@@ -45,24 +45,12 @@ class SimilarityHead(PairHead):
 
 @register("similarity")
 @dataclass(frozen=True)
-class SimilarityTask(Task):
+class SimilarityTask(PairTask):
     options: SimilarityOptions
 
     Options: ClassVar[type] = SimilarityOptions
     stem: ClassVar[str] = "sts"
     header: ClassVar[str] = "Predicted_Similiary"  # sic: part of the format
-
-    @property
-    def dataset(self) -> str:
-        return self.options.data
-
-    @property
-    def arity(self) -> int:
-        return 1 if self.joint else 2
-
-    @property
-    def joint(self) -> bool:
-        return self.options.joint
 
     @property
     def primary(self) -> str:

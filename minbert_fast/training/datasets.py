@@ -67,7 +67,7 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, say: Callable[[str], Non
     if not kept:
         raise DataError(f"no training file for any task of recipe {recipe.name} ({', '.join(tasks)})")
     for name in kept:
-        cut = train[name].count_truncated(recipe.data.max_length, tasks[name].joint)
+        cut = train[name].count_truncated(recipe.data.max_length, tasks[name].encoder)
         if cut:
             say(f"{train[name].path}: {cut:,} rows are cut to {recipe.data.max_length} tokens (data.max_length)")
     return Datasets(

@@ -141,7 +141,7 @@ def predict(
         max_length=limit,
         task=name,
         token_budget=token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
-        joint=model.tasks[name].joint,
+        encoder=model.tasks[name].encoder,
     )
     for batch in batches:
         rows = batch.rows[name]

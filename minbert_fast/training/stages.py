@@ -60,7 +60,7 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     check_memories(means.model, recipe)
     check_smart(recipe, means.backend)
     training = recipe.training
-    joint = frozenset(name for name, task in tasks.items() if task.joint)
+    encoders = {name: task.encoder for name, task in tasks.items()}
     sampler = Sampler.of(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
@@ -75,8 +75,8 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     made = {name: task.maker(means.tokenizer, training.seed + index) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
     twins = frozenset(name for name, task in tasks.items() if recipe.regularisation.twins and task.predicts)
-    buckets = choose_buckets(sampler, tables, longest, joint, twins) if graphs else EXACT
-    collator = Collator(tables, longest, joint, buckets, means.world.rank, means.world.size, twins, makers)
+    buckets = choose_buckets(sampler, tables, longest, encoders, twins) if graphs else EXACT
+    collator = Collator(tables, longest, encoders, buckets, means.world.rank, means.world.size, twins, makers)
     own = whole.stages[index].get("training", {}) if whole.stages else {}
     steps = training.epochs * sampler.steps_per_epoch
     window = recipe.weighting.window or sampler.steps_per_epoch
