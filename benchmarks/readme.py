@@ -77,6 +77,9 @@ def _steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
                 f"| {shape}, {method} | {row['name']} | {_milliseconds(row['median'])} | {row['tokens_per_second']:,.0f} "
                 f"| {f'{times:.1f}' if times else '1'} | {row['of_product']:.0%} | {row['working_megabytes']:,.0f} MB |"
             )
+    costs = [f"{row['note']} ({row['case'].split(',')[0]})" for row in rows if row["name"] == "share"]
+    if costs:
+        lines.append(f"\nOur step with PCGrad, measured in turn with itself without: {', '.join(costs)}.")
     fits = [row["note"] for row in rows if row["case"].endswith("scaling")]
     return lines + [f"\nOver tokens and 1 to 16 tasks (MiniLM-L6 shape): {note}." for note in fits]
 

@@ -55,13 +55,28 @@ TIMING = Timing()
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    """Both shapes with and without surgery against every baseline; then ours over tasks and over tokens."""
+    """What surgery costs; both shapes against every baseline, with it and without; then ours over tasks and over tokens."""
     low = lowest_precision(device, ceilings)
     for shape, config in CONFIGS.items():
+        yield from cost_of_surgery(shape, config, low, device, ceilings)
+    for shape, config in CONFIGS.items():
         for method in ("pcgrad", "none"):
-            makers = everyone(method, low, device)
-            yield from _case(f"{shape}, 3 x 32 examples, {method}", makers, config, 3, 32, method, device, ceilings)
+            name = f"{shape}, 3 x 32 examples, {method}"
+            yield from _case(name, everyone(method, low, device), config, 3, 32, device, ceilings, method)
     yield from scaling(CONFIGS["MiniLM-L6"], low, device, ceilings)
+
+
+def cost_of_surgery(
+    shape: str, config: BertConfig, low: torch.dtype, device: torch.device, ceilings: Ceilings
+) -> Iterator[Row]:
+    """Our step without and with PCGrad in turn, in one case, so that the machine's noise falls on both."""
+    methods = {"ours, summed losses": "none", "ours, PCGrad": "pcgrad"}
+    makers = {key: partial(ours, dtype=low, device=device) for key in methods}
+    rows = _case(f"{shape}, cost of surgery", makers, config, 3, 32, device, ceilings, methods)
+    yield from rows
+    without, surgical = (row.median for row in rows)
+    if without and surgical:
+        yield Row("step", f"{shape}, cost of surgery", "share", note=f"{surgical / without - 1:.1%} over summed losses")
 
 
 def scaling(config: BertConfig, low: torch.dtype, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
@@ -70,9 +85,9 @@ def scaling(config: BertConfig, low: torch.dtype, device: torch.device, ceilings
     sizes += [("more examples", 3, examples) for examples in EXAMPLES]
     points = []
     for kind, tasks, examples in sizes:
-        makers = {f"ours, {kind}": partial(ours, method="pcgrad", dtype=low, device=device)}
+        makers = {f"ours, {kind}": partial(ours, dtype=low, device=device)}
         name = f"MiniLM-L6, {tasks} x {examples} examples, {kind}"
-        for row in _case(name, makers, config, tasks, examples, "pcgrad", device, ceilings):
+        for row in _case(name, makers, config, tasks, examples, device, ceilings):
             yield row
             if row.median and row.tokens:
                 points.append((row.tokens, tasks, row.median))
@@ -100,9 +115,9 @@ def lowest_precision(device: torch.device, ceilings: Ceilings) -> torch.dtype:
 def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, Maker]:
     """The candidates by name, each from a model of its own and a recipe."""
     apart = method != "none"
-    makers: dict[str, Maker] = {"ours": partial(ours, method=method, dtype=low, device=device)}
+    makers: dict[str, Maker] = {"ours": partial(ours, dtype=low, device=device)}
     if low != torch.float32:
-        makers["ours, fp32"] = partial(ours, method=method, dtype=torch.float32, device=device)
+        makers["ours, fp32"] = partial(ours, dtype=torch.float32, device=device)
     makers["packed, torch's kernels"] = lambda model, recipe: baselines.PackedStep(model, apart, low)
     if harness.version("transformers") and (not apart or harness.version("torchjd")):
         makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, apart, low)
@@ -115,10 +130,14 @@ def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, M
     return makers
 
 
-def ours(model: MultitaskModel, recipe: Recipe, method: str, dtype: torch.dtype, device: torch.device) -> Step:
-    step = OnePassStep(model, recipe.with_values({"surgery": {"method": method}}, "benchmark"), dtype)
+def ours(model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> Step:
+    step = OnePassStep(model, recipe, dtype)
     taken = GraphedStep(step) if device.type == "cuda" else step
     return lambda batch: taken(batch, 1.0).losses
+
+
+def with_surgery(recipe: Recipe, method: str) -> Recipe:
+    return recipe.with_values({"surgery": {"method": method}}, "benchmark")
 
 
 def naive(model: MultitaskModel, recipe: Recipe) -> Step:
@@ -141,22 +160,23 @@ def _case(
     config: BertConfig,
     tasks: int,
     examples: int,
-    method: str,
     device: torch.device,
     ceilings: Ceilings,
+    method: str | Mapping[str, str] = "pcgrad",
 ) -> list[Row]:
+    """Rows of one case; `method` is the candidates' surgery, or that of each."""
     model, recipe = make_model(config, tasks, device)
-    recipe = recipe.with_values({"surgery": {"method": method}}, "benchmark")
+    methods = {key: method if isinstance(method, str) else method[key] for key in makers}
     made = [batch.to(device) for batch in batches.make(model, BATCHES, examples)]
     tokens = sum(batch.packed.num_tokens for batch in made) // BATCHES
     flops = sum(operations(config, batch) for batch in made) // BATCHES
-    steps = {key: maker(copy.deepcopy(model), recipe) for key, maker in makers.items()}
+    steps = {key: maker(copy.deepcopy(model), with_surgery(recipe, methods[key])) for key, maker in makers.items()}
     capacity = -(-max(batch.packed.num_tokens for batch in made) // GRAIN) * GRAIN
     padded = [batch.to(device) for batch in batches.make(model, BATCHES, examples, capacity)]
     candidates = {}
     for key, step in steps.items():
         fed = itertools.cycle(padded if key.startswith("ours") and device.type == "cuda" else made)
-        check = partial(losses_agree, makers[key], config, method, device)
+        check = partial(losses_agree, makers[key], config, methods[key], device)
         candidates[key] = Candidate(partial(feed, step, fed), check, flops=flops)
         warm_up(candidates[key], device, key)
     timer = partial(harness.measure, repeats=TIMING.repeats, seconds=TIMING.seconds)
@@ -203,7 +223,7 @@ def losses_agree(make: Maker, config: BertConfig, method: str, device: torch.dev
     small = replace(config, num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, recipe = make_model(small, 3, device)
     off: dict[str, Any] = {name: {"dropout": 0.0} for name in recipe.tasks}
-    recipe = recipe.with_values({"tasks": off, "surgery": {"method": method}}, "benchmark")
+    recipe = with_surgery(recipe.with_values({"tasks": off}, "benchmark"), method)
     model = MultitaskModel(model.encoder, build_tasks(recipe), "mean").to(device)
     fed = [batch.to(device) for batch in batches.make(model, 4, 4)]
     expected, found = naive(copy.deepcopy(model), recipe), make(copy.deepcopy(model), recipe)

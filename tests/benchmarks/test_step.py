@@ -30,7 +30,7 @@ def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
     makers = step.everyone(method, torch.float32, CPU)
     makers.pop("transformers, compiled", None)  # minutes of compilation
-    rows = step._case("tiny", makers, TINY, 3, 2, method, CPU, CEILINGS)
+    rows = step._case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, method)
     assert [row.name for row in rows] == list(makers)
     for row in rows:
         assert row.median is not None, row.note
@@ -46,7 +46,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         found = step.naive(*arguments)  # type: ignore[arg-type]
         return lambda batch: found(batch) * 1.1
 
-    (row, _) = step._case("tiny", {"wrong": wrong, "naive": step.naive}, TINY, 3, 2, "none", CPU, CEILINGS)
+    (row, _) = step._case("tiny", {"wrong": wrong, "naive": step.naive}, TINY, 3, 2, CPU, CEILINGS, "none")
     assert row.median is None
     assert row.note.startswith("WRONG")
 
@@ -71,6 +71,16 @@ def test_packed_and_padded_baselines_see_every_sentence() -> None:
         index, mask = baselines.rectangle(part.packed, part.packed.max_seqlen)
         rebuilt.append(part.packed.tokens[index][mask])
     assert torch.equal(torch.cat(rebuilt), batch.packed.tokens)
+
+
+def test_surgery_is_measured_against_the_step_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
+    *rows, share = step.cost_of_surgery("tiny", TINY, torch.float32, CPU, CEILINGS)
+    assert [row.name for row in rows] == ["ours, summed losses", "ours, PCGrad"]
+    without, surgical = (row.median for row in rows)
+    assert without
+    assert surgical
+    assert share.note == f"{surgical / without - 1:.1%} over summed losses"
 
 
 @pytest.mark.slow
