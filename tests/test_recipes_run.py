@@ -14,7 +14,7 @@ import pytest
 from minbert_fast import cli, reproduce, search
 from minbert_fast.config import Recipe, recipe_names
 from minbert_fast.data import sample_directory
-from minbert_fast.training.experiments import limited
+from minbert_fast.training.experiments import limited, stands_for
 from minbert_fast.training.job import Options, train
 
 
@@ -196,3 +196,20 @@ def test_optuna_proposes_within_the_grid(data: Path, tmp_path: Path) -> None:
     assert run(search.main, *flags, "--optuna", 2) == 0
     rows = json.loads((tmp_path / "table.json").read_text())
     assert {row["values"]["optimizer.lr"] for row in rows} <= {"1e-3", "2e-3"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": {"lr": 3e-5}},
+        {"surgery": {"method": "upgrad"}},
+        {"weighting": {"method": "uncertainty"}},
+        {"regularisation": {"r_drop": 0.5}},
+        {"training": {"ema": 0.99}},
+        {"tasks": {"paraphrase": {"encoder": "both"}}},
+    ],
+)
+def test_a_finished_run_stands_for_no_other_recipe(change: dict[str, Any]) -> None:
+    recipe = Recipe.load("default")
+    assert stands_for(recipe, recipe.with_values({}, "test"))
+    assert not stands_for(recipe, recipe.with_values(change, "test"))

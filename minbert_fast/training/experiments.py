@@ -79,7 +79,8 @@ def stands_for(found: Recipe | None, recipe: Recipe) -> bool:
 
     def asked(r: Recipe) -> Any:
         stages = [{key: stage[key] for key in ("training", "optimizer") if key in stage} for stage in r.stages]
-        return r.name, r.training, r.optimizer, r.surgery, r.data.directory, r.data.scheme, r.model, stages
+        data = r.data.directory, r.data.scheme
+        return r.name, r.training, r.optimizer, r.surgery, r.weighting, r.regularisation, data, r.model, stages
 
     return bool(asked(found) == asked(recipe))
 

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each choice in recipe `best` is worth, on a tenth of the training files that the runs do not see; dev is not touched.
+
+    python -m benchmarks.ablation --data DIR --model DIR --output DIR [--seeds 1 2 3] [--json FILE]
+
+One epoch a variant and seed, four variants. Called again, it goes on where it was stopped. Writes the scores of every run
+to the file, and prints the table of means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from minbert_fast.config import Recipe
+from minbert_fast.data import MAIN_TASKS, find_tables
+from minbert_fast.storage import write_json
+from minbert_fast.training.experiments import Place, Trial, markdown, run_or_resume
+
+SHARE = 10  # one row of so many is held out
+SEED = 7  # of the split
+METRICS = ("sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson", "score")
+HEAD = ("one epoch", "sentiment", "paraphrase", "similarity", "score")
+
+# Values over those of `best`. The first three build on each other; R-Drop is measured on top of the second.
+PLAIN: Mapping[str, Any] = {
+    "regularisation": {"r_drop": 0.0},
+    "tasks": {"paraphrase": {"encoder": "bi"}, "similarity": {"encoder": "bi"}},
+}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "embeddings alone": {},
+    "+ questions read as one sequence": {"tasks": {"paraphrase": {"encoder": "cross"}}},
+    "+ similarity read both ways": {"tasks": {"paraphrase": {"encoder": "cross"}, "similarity": {"encoder": "both"}}},
+    "questions read as one sequence, R-Drop": {
+        "tasks": {"paraphrase": {"encoder": "cross"}},
+        "regularisation": {"r_drop": 1.0},
+    },
+}
+
+
+def recipe_of(variant: str, seed: int, data: Path, model: Path | None) -> Recipe:
+    """What a variant trains."""
+    where: dict[str, Any] = {"data": {"directory": str(data)}, "model": {"name": str(model)} if model else {}}
+    training = {"epochs": 1, "seed": seed, "evaluate_untrained": False}
+    recipe = Recipe.load("best").with_values({**where, "training": training}, "ablation")
+    return recipe.with_values(PLAIN, "ablation").with_values(VARIANTS[variant], variant)
+
+
+def hold_out(data: Path, folder: Path) -> None:
+    """Copies the training files of `data`, each split at random: nine tenths to train on, one to judge by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in find_tables(data, "train", MAIN_TASKS).paths.values():
+        with path.open(encoding="utf-8", newline="") as file:
+            head, *rows = csv.reader(file, delimiter="\t")
+        order = list(range(len(rows)))
+        random.Random(SEED).shuffle(order)
+        count = len(rows) // SHARE
+        for split, chosen in (("dev", order[:count]), ("train", order[count:])):
+            with (folder / path.name.replace("train", split)).open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+                writer.writerows([head, *(rows[i] for i in sorted(chosen))])
+
+
+def record(variant: str, seed: int, trial: Trial) -> dict[str, Any]:
+    """A run's scores, and what they were had with."""
+    facts = ("steps", "tokens", "seconds", "precision", "device", "commit")
+    summary = trial.summary or {}
+    return {"variant": variant, "seed": seed, "scores": {metric: trial.score(metric) for metric in METRICS}} | {
+        key: summary.get(key) for key in facts
+    }
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> str:
+    """Means over seeds and, after the plus-minus sign, standard deviations, in Markdown."""
+    found: dict[str, list[Mapping[str, float]]] = {}
+    for result in results:
+        found.setdefault(result["variant"], []).append(result["scores"])
+    rows = []
+    for variant, scores in found.items():
+        columns = [[float(each[metric]) for each in scores] for metric in METRICS]
+        cells = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
+        rows.append((f"{variant} ({len(scores)} seeds)", *cells))
+    return markdown(HEAD, rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", type=Path, required=True, help="data files in the course's layout")
+    parser.add_argument("--model", type=Path, help="encoder weights (default: the embedded tiny model)")
+    parser.add_argument("--output", type=Path, required=True, help="a directory for the split and all runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--json", type=Path, help="also write the scores of every run to this file")
+    options = parser.parse_args(arguments)
+    split = options.output / "data"
+    if not split.exists():
+        hold_out(options.data, split)
+    results = []
+    for seed in options.seeds:
+        for index, variant in enumerate(VARIANTS):
+            print(f"\n== {variant}, seed {seed}", flush=True)
+            recipe = recipe_of(variant, seed, split, options.model)
+            trial = run_or_resume(variant, recipe, options.output / f"{index}-{seed}", Place(), "benchmarks.ablation")
+            if trial.failure:
+                print(trial.failure, file=sys.stderr)
+                return 1
+            results.append(record(variant, seed, trial))
+            if options.json:
+                write_json(options.json, {"processor": harness.processor(), "runs": results})
+    print("\n" + table(results), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ablation: what is held out is not trained on, a variant differs in what it says, the table has what runs scored."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ablation
+from minbert_fast.data import sample_directory
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file, delimiter="\t"))
+
+
+def test_the_split_shares_out_every_training_row(tmp_path: Path) -> None:
+    source = sample_directory().data
+    ablation.hold_out(source, tmp_path)
+    for name in ("ids-sst", "quora", "sts"):
+        head, *every = rows(source / f"{name}-train.csv")
+        parts = [rows(tmp_path / f"{name}-{split}.csv") for split in ("train", "dev")]
+        assert [part[0] for part in parts] == [head, head]
+        assert sorted(parts[0][1:] + parts[1][1:]) == sorted(every)
+        assert len(parts[1]) - 1 == len(every) // 10
+
+
+def test_variants_differ_in_what_they_name() -> None:
+    seen = {}
+    for variant in ablation.VARIANTS:
+        recipe = ablation.recipe_of(variant, 1, Path("data"), None)
+        encoders = tuple(recipe.tasks[name]["encoder"] for name in ("paraphrase", "similarity"))
+        seen[variant] = (*encoders, recipe.regularisation.r_drop)
+        assert (recipe.training.epochs, recipe.training.seed, recipe.optimizer.lr) == (1, 1, 1e-4)
+    assert list(seen.values()) == [("bi", "bi", 0), ("cross", "bi", 0), ("cross", "both", 0), ("cross", "bi", 1)]
+
+
+def test_runs_become_a_table_and_a_second_call_only_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    few = {name: ablation.VARIANTS[name] for name in list(ablation.VARIANTS)[1:3]}
+    monkeypatch.setattr(ablation, "VARIANTS", few)
+    whole = ablation.recipe_of
+    monkeypatch.setattr(ablation, "recipe_of", lambda *a: whole(*a).with_values({"training": {"max_steps": 2}}, "test"))
+    arguments = ["--data", str(sample_directory().data), "--output", str(tmp_path / "runs"), "--seeds", "1", "2"]
+    assert ablation.main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["runs"]
+    assert [(run["variant"], run["seed"]) for run in found] == [(name, seed) for seed in (1, 2) for name in few]
+    for run in found:
+        summary = json.loads(
+            (tmp_path / "runs" / f"{list(few).index(run['variant'])}-{run['seed']}" / "summary.json").read_text()
+        )
+        assert run["scores"] == {metric: summary["dev"][metric] for metric in ablation.METRICS}
+        assert run["steps"] == 2
+    printed = capsys.readouterr().out
+    assert ablation.table(found) in printed
+    written = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("summary.json"))]
+    assert ablation.main(arguments) == 0
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").rglob("summary.json"))] == written
+
+
+def test_the_table_has_means_and_deviations() -> None:
+    def run(variant: str, value: float) -> dict[str, object]:
+        return {"variant": variant, "scores": dict.fromkeys(ablation.METRICS, value)}
+
+    text = ablation.table([run("a", 0.5), run("b", 0.25), run("a", 0.7)])
+    assert "| a (2 seeds)" in text
+    assert "0.600 ± 0.141" in text
+    assert "0.250 |" in text
