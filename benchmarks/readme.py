@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conflicts, figures
+from benchmarks import ablation, conflicts, figures
+from minbert_fast.config import Recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,19 +29,35 @@ DEVICES = ("cpu", "cuda")
 SUITES = ("step", "surgery", "encode")
 
 
-def first_run(results: Path = RESULTS) -> str:
-    """Dev scores before and after one epoch, from a run's `summary.json`."""
-    run: dict[str, Any] = json.loads((results / "first-run-cpu.json").read_text(encoding="utf-8"))
+def dev_scores(results: Path = RESULTS) -> str:
+    """Dev scores on real data: untrained, after an epoch of `default`, and of `best`; beside them the best published."""
+    first, best = (
+        json.loads((results / f"{run}-cpu.json").read_text(encoding="utf-8")) for run in ("first-run", "best")
+    )
+    recipes = [Recipe.load(name) for name in recipe_names()]
+    rival = max(recipes, key=lambda recipe: recipe.published.get("score", 0.0))
     names = {
         "sentiment_accuracy": "sentiment, accuracy",
         "paraphrase_accuracy": "paraphrase, accuracy",
         "similarity_pearson": "similarity, Pearson",
         "score": "score",
     }
-    lines = ["| dev | untrained | after one epoch |", "|---|---|---|"]
-    lines += [f"| {label} | {run['untrained'][key]:.3f} | {run['dev'][key]:.3f} |" for key, label in names.items()]
-    lines += ["", f"{run['steps']} steps, {run['tokens']:,} tokens, PCGrad, {run['precision']} products on a CPU."]
+    runs = [f"`{run['recipe']}`, {run['steps']:,} steps" for run in (first, best)]
+    lines = [
+        f"| dev | untrained | {runs[0]} | {runs[1]} | `{rival.name}`, as published, BERT-base |",
+        "|---|---|---|---|---|",
+    ]
+    for key, label in names.items():
+        scores = (first["untrained"][key], first["dev"][key], best["dev"][key], rival.published[key])
+        lines.append(f"| {label} | {' | '.join(f'{score:.3f}' for score in scores)} |")
+    precision = f"{best['precision']} products on a CPU"
+    lines += ["", f"{first['tokens']:,} and {best['tokens']:,} tokens, {precision}, commit {best['commit'][:12]}."]
     return "\n".join(lines)
+
+
+def ablated(results: Path = RESULTS) -> str:
+    """What the choices of recipe `best` are worth."""
+    return ablation.table(json.loads((results / "ablation.json").read_text(encoding="utf-8"))["runs"]).rstrip()
 
 
 def suite(name: str, device: str, results: Path = RESULTS) -> str:
@@ -124,9 +141,11 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"first run": first_run, "conflicts": measured_conflicts} | {
-    f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES
-}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "dev scores": dev_scores,
+    "ablation": ablated,
+    "conflicts": measured_conflicts,
+} | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
 
 
 def draw(results: Path = RESULTS, folder: Path = FIGURES) -> None:

@@ -92,6 +92,7 @@ def check_j(model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, tolera
 
 SIZES = {"sentiment": 5, "paraphrase": 4, "similarity": 3}
 SURGERY = {"surgery": {"method": "pcgrad"}}
+BOTH = {"encoder": "both", "calibrated": True}
 
 
 def test_j_equals_separate_fp64_backwards() -> None:
@@ -138,6 +139,14 @@ def test_j_beside_heads_with_single_numbers_for_parameters() -> None:
     model = make_model(chosen)
     step = check_j(model, chosen, make_batch(model, SIZES))
     step(make_batch(model, SIZES), 1.0)
+
+
+@pytest.mark.parametrize("encoder", ["cross", "both"])
+def test_j_of_pairs_read_as_one_sequence(encoder: str) -> None:
+    chosen = recipe(tasks=PLAIN | {"paraphrase": {"encoder": encoder, "dropout": 0.0}, "similarity": BOTH}, **SURGERY)
+    model = make_model(chosen)
+    torch.nn.init.normal_(model.heads["similarity"].together.weight)
+    check_j(model, chosen, make_batch(model, SIZES))
 
 
 def test_j_with_frozen_parameters() -> None:
