@@ -55,15 +55,15 @@ TIMING = Timing()
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    """What surgery costs; both shapes against every baseline, with it and without; then ours over tasks and over tokens."""
+    """What surgery costs, ours over tasks and over tokens; then both shapes against every baseline, which takes longest."""
     low = lowest_precision(device, ceilings)
     for shape, config in CONFIGS.items():
         yield from cost_of_surgery(shape, config, low, device, ceilings)
+    yield from scaling(CONFIGS["MiniLM-L6"], low, device, ceilings)
     for shape, config in CONFIGS.items():
         for method in ("pcgrad", "none"):
             name = f"{shape}, 3 x 32 examples, {method}"
             yield from _case(name, everyone(method, low, device), config, 3, 32, device, ceilings, method)
-    yield from scaling(CONFIGS["MiniLM-L6"], low, device, ceilings)
 
 
 def cost_of_surgery(
