@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from minbert_fast import native
+from minbert_fast import native, products
 from minbert_fast.cli import Parser, run
 from minbert_fast.functional.backend import triton_available
 from minbert_fast.native.layers import instruction_set
@@ -31,7 +31,10 @@ PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub",
     "transformers", "sentence-transformers", "torchjd", "tensorboard", "wandb", "matplotlib",
 )  # fmt: skip
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE")
+VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE"),
+    *products.VARIABLES,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "minbert_fast"
 
 # From the bottom up: a module imports from its own room and from those above it in this list.
 ROOMS = (
-    ("version", "schema", "storage", "pages"),
+    ("version", "schema", "storage", "pages", "products"),
     ("kernels",),
     ("reference",),
     ("config",),

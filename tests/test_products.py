@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of ever new sizes do not make a process grow: oneDNN's caches of compiled products are bounded."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minbert_fast import products
+
+MANY = """
+import ctypes, torch{first}
+class Heap(ctypes.Structure):  # glibc's mallinfo2
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f used free keep".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Heap
+weight = torch.ones(256, 128, dtype=torch.bfloat16)
+used = []
+for shapes in (range(1, 200), range(200, 500)):
+    for rows in shapes:
+        torch.mm(torch.ones(rows, 128, dtype=torch.bfloat16), weight.T)
+    used.append(libc.mallinfo2().used)
+print(used[1] - used[0])
+"""
+
+
+def growth(first: str = "") -> int:
+    """Bytes by which the heap of a process grows over 300 products of new shapes."""
+    environment = {key: value for key, value in os.environ.items() if key not in products.VARIABLES}
+    command = [sys.executable, "-c", MANY.format(first=first)]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc says how much of its heap is in use"
+)
+def test_products_of_new_shapes_are_forgotten() -> None:
+    unbounded = growth()
+    if unbounded < 20e6:
+        pytest.skip(f"this processor's products keep little: {unbounded / 1e6:.0f} MB of 300 shapes")
+    assert growth(", minbert_fast") < unbounded / 10
+
+
+def test_what_the_user_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = products.VARIABLES
+    monkeypatch.setenv(first, "7")
+    monkeypatch.delenv(second, raising=False)
+    products.bound_caches()
+    assert (os.environ[first], os.environ[second]) == ("7", str(products.KEPT))
