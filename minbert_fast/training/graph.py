@@ -83,8 +83,12 @@ class GraphedStep:
         began = time.perf_counter()
         own = batch.clone()
         torch.cuda.synchronize()
+        # Products then take their workspaces from the graph's own pool. Those of before may be freed by anybody who
+        # clears them (torch.compile's CUDA graphs do), and the graph would go on writing there.
+        torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # The thread that makes batches goes on pinning memory meanwhile, which "global" would count as an error here.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self.step.compute(own)
         self.capture_seconds += time.perf_counter() - began
         return _Captured(graph, own, result, self.step.gradients.buffers())
