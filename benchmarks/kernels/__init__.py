@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 
 from benchmarks import device_time, harness
 from benchmarks.harness import Ceilings, Row
+from benchmarks.kernels.case import Case
 
 #: Each is a module of this folder with `cases(device) -> Iterator[Case]`.
 OPS = ("attention", "add_norm", "bias_gelu", "embedding", "segment_gradients", "adamw")
@@ -18,11 +21,14 @@ OPS = ("attention", "add_norm", "bias_gelu", "embedding", "segment_gradients", "
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
     """Every case of every op."""
-    for op in OPS:
-        for case in importlib.import_module(f"benchmarks.kernels.{op}").cases(device):
-            timers: dict[str, harness.Timer] = {"": harness.measure}
-            if device.type == "cuda":
-                timers = {f"{how} L2": partial(device_time.measure, cold=how == "cold") for how in ("cold", "warm")}
+    timers: dict[str, harness.Timer] = {"": harness.measure}
+    stream: AbstractContextManager[object] = nullcontext()
+    if device.type == "cuda":
+        timers = {f"{how} L2": partial(device_time.measure, cold=how == "cold") for how in ("cold", "warm")}
+        # Cases are made where they are captured: a backward runs on its forward's stream.
+        stream = torch.cuda.stream(torch.cuda.Stream(device))
+    with stream:
+        for case in itertools.chain.from_iterable(_cases(op, device) for op in OPS):
             for how, timer in timers.items():
                 name = ", ".join(filter(None, (case.name, how)))
                 yield from harness.case(
@@ -35,3 +41,8 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
                     product=case.product,
                     timer=timer,
                 )
+
+
+def _cases(op: str, device: torch.device) -> Iterator[Case]:
+    cases: Iterator[Case] = importlib.import_module(f"benchmarks.kernels.{op}").cases(device)
+    return cases

@@ -64,4 +64,11 @@ def backward_of(y: Tensor, inputs: list[Tensor], dy: Tensor) -> Callable[[], obj
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any] | None:
     """torch.compile's version, where there is a GPU for it to compile for."""
-    return torch.compile(function, dynamic=False) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    from torch._dynamo import config
+    from torch._functorch import config as autograd
+
+    config.recompile_limit = 256  # all sizes share the function's code: after 8 the rest would run eagerly
+    autograd.donated_buffer = False  # `backward_of` walks through a graph more than once
+    return torch.compile(function, dynamic=False)
