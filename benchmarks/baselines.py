@@ -33,6 +33,8 @@ GRAIN = 32  # compiled: sentences are padded to multiples of it
 class _TaskByTask:
     """A forward a task, so that each task's gradient is the backward of its own graph and no longer one."""
 
+    own_gradients = False  # whether sums over tasks go into memory of our own, not into the first task's gradient
+
     def __init__(self, model: MultitaskModel, shared: list[nn.Parameter], apart: bool, dtype: torch.dtype) -> None:
         self.model = model
         self.shared = shared
@@ -44,7 +46,7 @@ class _TaskByTask:
     def __call__(self, batch: MultitaskBatch) -> Tensor:
         """One step; returns the losses [T]."""
         self.model.train()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.own_gradients)
         losses, rows = [], []
         for name, one in split_tasks(batch):
             loss = self._loss(name, one)
@@ -88,8 +90,17 @@ class PaddedStep(_TaskByTask):
         model.encoder.to("meta")  # only the heads are used from here on: no memory for weights that stand idle
         super().__init__(model, [p for p in encoder.parameters() if p.requires_grad], apart, dtype)
         self.grain = grain
-        mode = "reduce-overhead" if self.shared[0].is_cuda else None
-        self.encode: Callable[..., object] = torch.compile(encoder, mode=mode, dynamic=False) if compiled else encoder
+        self.encode: Callable[..., object] = encoder
+        if compiled:
+            from torch._dynamo import config
+
+            config.recompile_limit = 256  # all sizes and models share the code: after 8 the rest would run eagerly
+            cuda = self.shared[0].is_cuda
+            self.encode = torch.compile(encoder, mode="reduce-overhead" if cuda else None, dynamic=False)
+            # A gradient that lies in a CUDA graph's memory is gone at the next task (pytorch/pytorch issue 169545).
+            self.own_gradients = cuda and not apart
+            for p in self.shared if self.own_gradients else ():
+                p.grad = torch.zeros_like(p)
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         width = -(-packed.max_seqlen // self.grain) * self.grain

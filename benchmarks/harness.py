@@ -3,7 +3,7 @@
 
 A suite is a function `run(device) -> Iterable[Row]` (see benchmarks/run.py). It builds cases; each case is a set of
 candidates that compute the same thing in different ways, timed in turns in one process, so that whatever else the
-machine does falls on all of them alike. A candidate whose check fails is reported and not timed.
+machine does falls on all of them alike. A candidate whose check fails, or that raises, is reported and not timed.
 """
 
 from __future__ import annotations
@@ -124,10 +124,11 @@ def case(
     rows = {key: Row(suite, name, key) for key in candidates}
     for key, candidate in candidates.items():
         try:
-            if candidate.check is not None:
-                candidate.check()
+            (candidate.check or candidate.run)()
         except AssertionError as error:
-            rows[key].note = f"WRONG RESULT, not timed: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            rows[key].note = f"WRONG RESULT, not timed: {_first_line(error)}"
+        except Exception as error:  # another library's candidate must not end a suite of ours
+            rows[key].note = f"FAILED, not timed: {type(error).__name__}: {_first_line(error)}"
     sound = {key: c.run for key, c in candidates.items() if not rows[key].note}
     for key, times in timer(sound, device).items():
         _fill(rows[key], candidates[key], times, ceilings, product)
@@ -137,6 +138,10 @@ def case(
             if row.name != baseline and row.median and other:
                 row.speedup[baseline] = round(other / row.median, 2)
     return list(rows.values())
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _fill(row: Row, candidate: Candidate, times: list[float], ceilings: Ceilings, product: str) -> None:
@@ -188,9 +193,12 @@ def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" when it has been changed since; "unknown" outside a checkout."""
+    """The checkout's commit, "-dirty" when it has been changed since; "unknown" outside a checkout or without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return run.stdout.strip() or "unknown"
 
 

@@ -2,7 +2,7 @@
 """Benchmarks: `python -m benchmarks.run {kernels,surgery,step,encode,all} [--device D] [--json FILE]`.
 
 Prints a table while it goes, and as its last line one JSON object (what --json writes): commit, device, versions, the
-machine's measured ceilings, and a row for each candidate. Exit status 1 when a candidate computed something wrong.
+machine's measured ceilings, and a row for each candidate. Exit status 1 when a candidate computed something wrong or failed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.json:  # whatever ends a long run, what it has measured is kept
                 harness.write_json(options.json, harness.report(device, measured, rows))
     print(json.dumps(harness.report(device, measured, rows)))
-    return int(any(row.note.startswith("WRONG") for row in rows))
+    return int(any(row.note.startswith(("WRONG", "FAILED")) for row in rows))
 
 
 if __name__ == "__main__":

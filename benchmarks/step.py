@@ -176,9 +176,9 @@ def _case(
     candidates = {}
     for key, step in steps.items():
         fed = itertools.cycle(padded if key.startswith("ours") and device.type == "cuda" else made)
-        check = partial(losses_agree, makers[key], config, methods[key], device)
-        candidates[key] = Candidate(partial(feed, step, fed), check, flops=flops)
-        warm_up(candidates[key], device, key)
+        run = partial(feed, step, fed)
+        check = partial(sound, run, key, makers[key], config, methods[key], device)
+        candidates[key] = Candidate(run, check, flops=flops)
     timer = partial(harness.measure, repeats=TIMING.repeats, seconds=TIMING.seconds)
     product = "bf16" if ceilings.bf16 > ceilings.fp32 else "fp32"
     others = [key for key in candidates if not key.startswith("ours")]
@@ -198,14 +198,22 @@ def feed(step: Step, batches: Iterator[MultitaskBatch]) -> Tensor:
     return step(next(batches))
 
 
-def warm_up(candidate: Candidate, device: torch.device, name: str) -> None:
+def sound(
+    run: Callable[[], object], name: str, make: Maker, config: BertConfig, method: str, device: torch.device
+) -> None:
+    """Warms the candidate up, so that it is ready to be timed, and checks another one of its kind."""
+    warm_up(run, device, name)
+    losses_agree(make, config, method, device)
+
+
+def warm_up(run: Callable[[], object], device: torch.device, name: str) -> None:
     """Rounds of all batches: kernels compiled, graphs captured (a bucket's second batch is), allocators filled.
 
     On a CPU, what is not compiled needs a step to be warm.
     """
     rounds = 2 * BATCHES if device.type == "cuda" else BATCHES if "compiled" in name else 1
     for _ in range(rounds):
-        candidate.run()
+        run()
     harness.synchronize(device)
 
 

@@ -52,3 +52,14 @@ def test_close_sees_a_wrong_result() -> None:
         case.close("off", exact + 1e-3, exact, torch.float32)
     with pytest.raises(AssertionError):
         case.close("nan", exact * torch.nan, exact, torch.bfloat16)
+
+
+def test_a_candidate_that_raises_ends_no_suite() -> None:
+    def broken() -> None:
+        raise RuntimeError("graph was overwritten\nand more")
+
+    candidates = {"ours": harness.Candidate(lambda: None), "theirs": harness.Candidate(broken)}
+    ours, theirs = harness.case("kernels", "a case", candidates, CPU, harness.Ceilings(1, 1, 1), baselines=["theirs"])
+    assert ours.median is not None
+    assert not ours.speedup
+    assert (theirs.median, theirs.note) == (None, "FAILED, not timed: RuntimeError: graph was overwritten")
