@@ -7,6 +7,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.c*' -o -name '*.h') setup.py pyproject.toml constraints.txt
 RESULTS ?= benchmarks/results
+PARTS ?=
 
 .PHONY: train test lint types kernels bench docs wheel gpu clean
 
@@ -45,7 +46,7 @@ $(READY): $(SOURCES)
 
 # On a CUDA machine that has torch and a compiler already, and perhaps no network: build, test, sanitize, measure.
 gpu:
-	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash benchmarks/gpu.sh
+	PYTHON=$(PYTHON) RESULTS=$(RESULTS) bash benchmarks/gpu.sh $(PARTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info minbert_fast/_C*.so
