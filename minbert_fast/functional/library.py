@@ -24,7 +24,7 @@ class Op:
     def __init__(self, name: str, function: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _counting(function, mutates_args), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _on_its_device(_counting(function, mutates_args)), "CompositeExplicitAutograd")
         self.name = f"{NAMESPACE}::{name}"
         self.__doc__ = function.__doc__
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -40,6 +40,17 @@ class Op:
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """The op's backward, `backward(ctx, *gradients)`, and what it keeps of the forward."""
         torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run with the device of its first argument, a tensor, as the current one: Triton launches there."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Any:
+        with torch.cuda.device_of(arguments[0]):
+            return function(*arguments)
+
+    return called
 
 
 def _counting(function: Callable[..., Any], mutates_args: tuple[str, ...]) -> Callable[..., Any]:

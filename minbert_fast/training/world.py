@@ -123,6 +123,8 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # graphs are captured on streams of the current device
         yield World(), device
         return
     rank, local = _number("RANK", 0), _number("LOCAL_RANK", 0)
