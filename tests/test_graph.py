@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,3 +133,34 @@ def test_a_resumed_graph_goes_on_bit_for_bit() -> None:
     for step in range(4, 8):
         resumed(batch_of(step, **capacities).to("cuda"), 1.0)
     assert torch.equal(whole.step.flat.data, resumed.step.flat.data)
+
+
+@pytest.mark.gpu
+def test_graphs_bear_with_a_thread_that_pins_memory_and_with_workspaces_cleared() -> None:
+    """The thread is the one that makes batches; torch.compile's CUDA graphs clear what products work in."""
+    chosen = recipe()
+    model = make_model(chosen).cuda()
+    eager = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
+    graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))
+    stop, pinned = threading.Event(), []
+
+    def pin() -> None:
+        while not stop.is_set():
+            pinned.append(torch.zeros(1 << (12 + len(pinned) % 10)).pin_memory().numel())
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        for step in range(6):
+            capacities = {"token_capacity": (256, 320)[step % 2], "sentence_capacity": 20, "max_seqlen": 24}
+            batch = batch_of(step, **capacities).to("cuda")
+            assert torch.equal(eager(at_capacity(batch), 1.0).losses, graphed(batch, 1.0).losses)
+            torch.cuda.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+            assert thread.is_alive(), "pinning failed"
+    finally:
+        stop.set()
+        thread.join()
+    assert len(graphed) == 2
+    assert torch.equal(eager.flat.data, graphed.step.flat.data)
