@@ -55,6 +55,10 @@ run() { # run PART
                     compute-sanitizer --tool $tool --target-processes all --error-exitcode 9 "${own[@]}" \
                     "$PYTHON" "${sanitized[@]}"
                 own=()
+                part "sanitizer $tool, training" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+                    compute-sanitizer --tool $tool --target-processes all --error-exitcode 9 \
+                    "$PYTHON" -m minbert_fast.train --device cuda --output runs/sanitized --overwrite \
+                    --max-steps 2 --batch-size 4 --set training.graphs=false --set training.evaluate_untrained=false
             done
             ;;
         *)

@@ -40,15 +40,23 @@ class _Captured:
         return _cloned(self.result)
 
 
+@dataclass
+class Captures:
+    """How many graphs a run has captured, and the seconds that it took."""
+
+    captured: int = 0
+    capture_seconds: float = 0.0
+
+
 class GraphedStep:
     """A `OnePassStep` that replays as a graph; the same calls, the same state, the same results.
 
     `len` is the number of graphs captured so far, which share one pool of memory.
     """
 
-    def __init__(self, step: OnePassStep) -> None:
+    def __init__(self, step: OnePassStep, captures: Captures | None = None) -> None:
         self.step = step
-        self.capture_seconds = 0.0  # time spent capturing so far
+        self.captures = captures or Captures()
         self._seen: set[Bucket] = set()
         self._captured: dict[Bucket, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -90,7 +98,8 @@ class GraphedStep:
         # The thread that makes batches goes on pinning memory meanwhile, which "global" would count as an error here.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self.step.compute(own)
-        self.capture_seconds += time.perf_counter() - began
+        self.captures.captured += 1
+        self.captures.capture_seconds += time.perf_counter() - began
         return _Captured(graph, own, result, self.step.gradients.buffers())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from minbert_fast.training.checkpoint import Checkpoint, CheckpointStore, differ
 from minbert_fast.training.datasets import load_datasets
 from minbert_fast.training.device import choose_device, choose_precision, peak_memory
 from minbert_fast.training.errors import RunError, writing
-from minbert_fast.training.graph import GraphedStep
+from minbert_fast.training.graph import Captures
 from minbert_fast.training.outputs import SUMMARY, RunDirectory, fresh_directory
 from minbert_fast.training.progress import progress_for
 from minbert_fast.training.provenance import commit, environment, tensors_digest
@@ -157,7 +157,7 @@ class _Job:
         if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
             for name in self.model.adopt(weights.pretraining_heads(source), str(source)):
                 self.say(f"tasks.{name} starts from the model's own pre-training head")
-        self.graphed: list[GraphedStep] = []  # on CUDA, one a stage
+        self.captures = Captures()
         means = Means(
             self.model,
             self.tokenizer,
@@ -166,7 +166,7 @@ class _Job:
             self.precision,
             self.backend,
             self.world,
-            self.graphed.append,
+            self.captures,
         )
         self.stages = [make_stage(means, self.recipe, index) for index in range(len(self.recipe.resolved_stages()))]
         self._check_select()
@@ -332,10 +332,7 @@ class _Job:
             "precision": self.precision,
             "timings": state.timings,
             "peak_memory_bytes": peak_memory(self.device),
-            "graphs": {
-                "captured": sum(len(step) for step in self.graphed),
-                "capture_seconds": sum(step.capture_seconds for step in self.graphed),
-            },
+            "graphs": asdict(self.captures),
             "notices": self.notices,
             "command": self.options.command,
             "commit": commit(),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,7 +25,7 @@ from minbert_fast.data import (
 )
 from minbert_fast.packing import MultitaskBatch
 from minbert_fast.tasks import MultitaskModel, stage_tasks
-from minbert_fast.training.graph import GraphedStep
+from minbert_fast.training.graph import Captures, GraphedStep
 from minbert_fast.training.loop import Stage
 from minbert_fast.training.memory import check_memories, fill_memories
 from minbert_fast.training.smart import check_smart
@@ -47,7 +47,7 @@ class Means:
     precision: Literal["fp32", "bf16"]
     backend: Backend
     world: World
-    graphed: Callable[[GraphedStep], None]  # told of each step that is replayed as CUDA graphs
+    captures: Captures  # on CUDA, of all stages
 
 
 def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
@@ -89,9 +89,7 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
         if not graphs:
             return step
         assert isinstance(step, OnePassStep)
-        graphed = GraphedStep(step)
-        means.graphed(graphed)
-        return graphed
+        return GraphedStep(step, means.captures)
 
     def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
         made = training_batches(sampler, collator, start, steps)
