@@ -252,7 +252,10 @@ def test_a_missing_task_file_drops_the_task_and_says_so(
     assert "paraphrase" in capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "score"}
-    assert any("quora-train.csv" in line for line in summary["notices"])
+    assert summary["notices"][1:] == [
+        f"no quora-train.csv in {tmp_path / 'data'}: task paraphrase is left out",
+        "no dev file for similarity: trained, not evaluated",
+    ]
     assert set(Recipe.load(str(output / "best" / "recipe.toml")).tasks) == {"sentiment", "similarity"}
     assert "loss/paraphrase" not in records(output)[-1]
 
@@ -264,7 +267,29 @@ def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) ->
     output = tmp_path / "run"
     assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
     assert (output / "best" / "model.safetensors").read_bytes() == (output / "last" / "model.safetensors").read_bytes()
-    assert json.loads((output / "summary.json").read_text())["dev"] == {}
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["dev"] == {}
+    assert any("not evaluated; best/ will be the last model" in line for line in summary["notices"])
+
+
+def test_tasks_without_a_named_file_are_left_out_aloud(data: Path, tmp_path: Path) -> None:
+    flags = small_run(data, tmp_path / "run", "--max-steps", "1", "--sst_train", str(data / "ids-sst-train.csv"))
+    del flags[flags.index("--data") : flags.index("--data") + 2]
+    assert cli.run(train.main, flags) == 0
+    notices = json.loads((tmp_path / "run" / "summary.json").read_text())["notices"]
+    assert "no train file named for paraphrase, similarity: left out" in notices
+    assert any("no dev file for sentiment" in line for line in notices)
+
+
+def test_a_run_opens_with_what_it_will_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("no --model: the embedded tiny model")
+    assert lines[1] == (
+        "recipe demonstration: 1 steps on cpu in fp32, fast backend; training rows: sentiment 40, paraphrase 40, "
+        f"similarity 40; results in {tmp_path / 'run'}"
+    )
+    assert lines[2].startswith("step 0: ")
 
 
 def test_bad_rows_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +337,8 @@ def test_resuming_another_run_says_what_differs(
 ) -> None:
     same = small_run(data, finished, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert "recipe.optimizer.lr was 0.001, now 0.5" in fails(capsys, *same, "--lr", "0.5")
+    error = fails(capsys, *same, "--lr", "0.5")
+    assert "recipe.optimizer.lr was 0.001, now 0.5; --resume goes with the flags that the run was started with" in error
     assert "recipe.training.seed was 11711, now 4" in fails(capsys, *same, "--seed", "4")
     assert 'backend was "fast", now "reference"' in fails(capsys, *same, "--backend", "reference")
     changed = small_data(tmp_path / "changed")
