@@ -376,15 +376,20 @@ def test_resuming_nothing_starts_and_says_so(data: Path, tmp_path: Path, capsys:
     ("arguments", "expected"),
     [
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
-        (["--epochs", "-1"], "epochs = -1: expected 0 or more"),
+        (["--epochs", "-1"], "command line: training.epochs = -1: expected 0 or more"),
         (["--batch-size", "0"], "batch_size = 0: expected at least 1"),
         (["--lr", "nan"], "lr = nan: expected 0 or more"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--max-step", "3"], "unrecognized arguments: --max-step 3; did you mean --max-steps?"),
         (["--recipe", "nonsense"], "recipe 'nonsense': no such recipe; known: "),
+        (["--recipe", "bset"], "recipe 'bset': no such recipe; did you mean best?"),
         (["--recipe", "absent.toml"], "absent.toml: cannot be read (No such file or directory)"),
         (["--set", "nonsense"], "--set 'nonsense': expected section.key=value"),
         (["--set", "training.epoch=3"], "unknown key 'epoch'; did you mean 'epochs'?"),
+        (["--set", "seed=3"], "command line: unknown key 'seed'; did you mean 'training.seed'?"),
+        (["--set", "lr=1"], "did you mean 'optimizer.lr' or 'weighting.lr'?"),
+        (["--set", "training.seed=x"], "command line: training.seed = 'x': expected a whole number"),
         (["--set", "optimizer.schedule=sawtooth"], "expected one of linear, cosine, exponential, constant"),
         (["--set", "tasks.sentiment.dropout=2"], "dropout"),
         (["--set", "tasks.parafrase.weight=1"], "parafrase"),
@@ -404,6 +409,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
     error = fails(capsys, *output, "--max-steps", "1", "--set", f"data.cache={tmp_path}", *arguments)
     assert expected in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_course_checkpoint_without_its_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({}, tmp_path / "course.pt")
+    error = fails(capsys, "--model", str(tmp_path / "course.pt"), "--output", str(tmp_path / "run"))
+    assert f"{tmp_path / 'course.pt'}: no vocab.txt beside it" in error
 
 
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

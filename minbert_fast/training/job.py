@@ -141,7 +141,7 @@ class _Job:
     def _load(self, recipe: Recipe) -> None:
         self._say_what_is_embedded(recipe)
         source = weights.resolve(recipe.model.name) if recipe.model.name else sample_directory().model
-        self.tokenizer = Tokenizer.from_pretrained(source if source.is_dir() else source.parent)
+        self.tokenizer = Tokenizer.from_pretrained(_vocabulary_of(source))
         if not self.world.is_main:  # rank 0 reads first, and leaves the others its cache
             self.world.wait()
         self.data = load_datasets(recipe, self.tokenizer, self.say)
@@ -363,6 +363,15 @@ class _Job:
             "command": self.options.command,
             "commit": commit(),
         }
+
+
+def _vocabulary_of(source: Path) -> Path:
+    """Where a model's tokenizer files are. Raises ConfigError for a course `.pt` file without any beside it."""
+    if source.is_dir():
+        return source
+    if not any((source.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise ConfigError(f"{source}: no vocab.txt beside it; expected that of the weights it was trained from")
+    return source.parent
 
 
 def closing_lines(outcome: loop.Outcome, path: Path) -> str:
