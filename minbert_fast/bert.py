@@ -210,9 +210,9 @@ class BertModel(nn.Module):
     ) -> BertModel:
         """The encoder of a Hugging Face directory, a hub name or a course `.pt` file.
 
-        `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`); `config` serves a `.pt` file
-        whose heads are not 64 wide. Raises WeightsError or ConfigError naming the file and what is wrong with it; a
-        missing pooler alone is no error: it is drawn afresh, with a warning.
+        `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`); `config`, or a `config.json` beside
+        it, serves a `.pt` file whose heads are not 64 wide. Raises WeightsError or ConfigError naming the file and what is
+        wrong with it; a missing pooler alone is no error: it is drawn afresh, with a warning.
         """
         path = weights.resolve(str(name_or_path), local_files_only=local_files_only)
         found, tensors = weights.read(path)

@@ -8,6 +8,7 @@ Exit status: 0 done; 1 the run failed (disk, memory, ...); 2 a mistake in flags,
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -34,6 +35,18 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("--version", action="version", version=f"minbert_fast {__version__}")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse overloads it
+        """As argparse does it, but a flag that does not exist brings the nearest one to mind."""
+        found, unknown = self.parse_known_args(args, namespace)
+        flags = [flag for flag in unknown if flag.startswith("--")]
+        for flag in flags[:1]:
+            close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, n=1)
+            if close:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}; did you mean {close[0]}?")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError instead of printing the usage and leaving."""

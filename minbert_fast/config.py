@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import tomllib
@@ -298,7 +299,7 @@ class Recipe:
             values = merge(base, stage)
             if "tasks" in stage:
                 values["tasks"] = {name: merge(base["tasks"].get(name, {}), o) for name, o in stage["tasks"].items()}
-            resolved.append(build(Recipe, values, f"stages[{index}]"))
+            resolved.append(build(Recipe, values, f"stages[{index}]", "."))
         return tuple(resolved)
 
     def to_toml(self) -> str:
@@ -331,7 +332,9 @@ def recipe_path(name_or_file: str, beside: Path | None = None) -> Path:
         return Path(name_or_file) if beside is None else inside(beside, name_or_file)
     if name_or_file in recipe_names():
         return Path(str(resources.files("minbert_fast") / "recipes" / f"{name_or_file}.toml"))
-    raise ConfigError(f"recipe {name_or_file!r}: no such recipe; known: {', '.join(recipe_names())}, or a .toml file")
+    close = difflib.get_close_matches(name_or_file, recipe_names(), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(recipe_names())}, or a .toml file"
+    raise ConfigError(f"recipe {name_or_file!r}: no such recipe; {hint}")
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -349,11 +352,11 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return values
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}.extends = {parent!r}: expected text")
+        raise ConfigError(f"{path}: extends = {parent!r}: expected text")
     try:
         following = recipe_path(parent, path.parent)
     except ValueError as error:
-        raise ConfigError(f"{path}.extends: {error}") from None
+        raise ConfigError(f"{path}: extends: {error}") from None
     inherited = _read_chain(following, (*seen, path.resolve()))
     for own in ("name", "description", "source", "published"):
         inherited.pop(own, None)

@@ -85,7 +85,9 @@ def shown(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:
         for key, value in result.metrics.items():
             lines.append(f"{key:<{width}}  {value:7.4f}{where}")
             where = ""
-    lines.append(f"{'score':<{width}}  {evaluation.score:7.4f}")
+    kinds = {result.task.dataset for result in evaluation.tasks.values()}
+    part = "" if set(MAIN_TASKS) <= kinds else f"  of {', '.join(evaluation.tasks)} alone"
+    lines.append(f"{'score':<{width}}  {evaluation.score:7.4f}{part}")
     return "\n".join(lines)
 
 

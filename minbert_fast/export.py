@@ -20,7 +20,7 @@ import huggingface_hub
 
 from minbert_fast import sentence_modules
 from minbert_fast.cli import Parser, run
-from minbert_fast.model_card import model_card
+from minbert_fast.model_card import model_card, shared_recipe
 from minbert_fast.predictor import Predictor
 from minbert_fast.schema import ConfigError
 from minbert_fast.sentence_modules import SentenceModules
@@ -28,7 +28,7 @@ from minbert_fast.storage import write_directory
 from minbert_fast.training.errors import RunError, writing
 
 FORMATS = ("huggingface", "sentence-transformers")
-HEADS = ("heads.safetensors", "recipe.toml")
+HEADS = "heads.safetensors"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,9 +77,11 @@ def write_model(model: Predictor, source: Path, folder: Path, form: str, card: s
     """Writes the model, read from directory `source`, to `folder` in `form`, with its card."""
     model.encoder.save_pretrained(folder)
     model.tokenizer.save(folder)
-    for name in HEADS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    if (source / HEADS).is_file():
+        shutil.copyfile(source / HEADS, folder / HEADS)
+    recipe = shared_recipe(source)
+    if recipe is not None:
+        (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     if form == "sentence-transformers":
         dense = model.encoder.pooler_dense
         pooler = {"weight": dense.weight, "bias": dense.bias} if model.pooling == "pooler" else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,23 @@ embeddings = model.encode(["A sentence.", "Another one."])
 _CALLS = {"sentiment": '(["A sentence."])', "paraphrase": '([("One?", "Two?")])', "similarity": '([("One.", "Two.")])'}
 
 
+def shared_recipe(source: Path) -> Recipe | None:
+    """The recipe of a model's directory as others may see it: of folders on this machine only the last name is left."""
+    if not (source / "recipe.toml").is_file():
+        return None
+    recipe = Recipe.load(str(source / "recipe.toml"))
+    name, data = recipe.model.name, recipe.data
+    files = {task: {split: Path(path).name for split, path in paths.items()} for task, paths in data.files.items()}
+    return replace(
+        recipe,
+        model=replace(recipe.model, name=Path(name).name if Path(name).is_absolute() or Path(name).exists() else name),
+        data=replace(data, directory=Path(data.directory).name, files=files, cache=""),
+    )
+
+
 def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
     """The card of the model in directory `source`, to be called `name`, exported in `form`."""
-    recipe = Recipe.load(str(source / "recipe.toml")) if (source / "recipe.toml").is_file() else None
+    recipe = shared_recipe(source)
     summary = _summary(source.parent / "summary.json")
     library = "sentence-transformers" if form == "sentence-transformers" else "transformers"
     head = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "tags:", "- bert", "- minbert_fast"]
@@ -90,7 +105,7 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]
     if recipe.model.name:
-        sentences.append(f"It began from the weights `{Path(recipe.model.name).name}`.")
+        sentences.append(f"It began from the weights `{recipe.model.name}`.")
     if isinstance(summary.get("steps"), int):
         sentences.append(f"{summary['steps']:,} steps, {summary.get('tokens', 0):,} tokens.")
     if summary.get("demonstration"):

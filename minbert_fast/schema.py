@@ -23,23 +23,25 @@ class ConfigError(ValueError):
     """A configuration value, key or file is not as expected; the message is one line for the user."""
 
 
-def build(cls: type[D], values: Mapping[str, Any], where: str) -> D:
+def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = ": ") -> D:
     """An instance of dataclass `cls` from `values`; nested dataclasses from nested mappings.
 
-    Raises ConfigError for an unknown key, a value of the wrong type or one that `cls` itself refuses.
+    `separator` stands between `where` and a key in messages: a colon after a file, a dot after a section. Raises
+    ConfigError for an unknown key, a value of the wrong type or one that `cls` itself refuses.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(fields)}"
+            inner = [f"{name}.{key}" for name in fields if key in getattr(hints[name], "__dataclass_fields__", ())]
+            close = inner or difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; known: {', '.join(fields)}"
             raise ConfigError(f"{where}: unknown key {key!r}{hint}")
-    arguments = {key: convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    arguments = {key: convert(value, hints[key], f"{where}{separator}{key}") for key, value in values.items()}
     try:
         return cls(**arguments)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}{separator}{error}") from None
     except TypeError as error:  # a field without a default is missing
         raise ConfigError(f"{where}: {error}") from None
 
@@ -68,7 +70,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} = {_shown(value)}: expected a table of keys")
-        return build(typing.cast(type, hint), value, where)
+        return build(typing.cast(type, hint), value, where, ".")
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} = {_shown(value)}: expected a list")

@@ -81,6 +81,9 @@ def main(arguments: Sequence[str]) -> None:
             trial = run_or_resume(name, recipe_of(base, combination), output / name, place, command)
             if trial.failure:
                 print(f"{name}: {trial.failure}", file=sys.stderr, flush=True)
+            dev = (trial.summary or {}).get("dev")
+            if dev and chosen.metric not in dev:
+                raise ConfigError(f"--metric {chosen.metric}: no such dev metric; known: {', '.join(dev)}")
             trials[name] = combination, trial
             write_results(output, grid, list(trials.values()), chosen.metric)
         return trials[name][1].score(chosen.metric)

@@ -3,7 +3,7 @@
 
     python -m minbert_fast.train                                          the demonstration: sample data, a tiny model
     python -m minbert_fast.train --data DIR --model DIR --output DIR      your data, your weights
-    python -m minbert_fast.train --output DIR --resume                    go on where a run was stopped
+    ... --resume                                                          the same command again goes on where it stopped
     python -m minbert_fast.train --recipe NAME --set optimizer.lr=1e-5    an experiment, with one value changed
 
 Values come from the recipe, then from flags, then from --set. The course's own spellings work as well.
@@ -73,7 +73,11 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="reference: padded, eager, one backward a task, as a course project has it",
     )
-    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under --output, if any")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint under --output, if any; the other flags as they were",
+    )
     run.add_argument("--overwrite", action="store_true", help="start anew where --output holds an earlier run")
     run.add_argument(
         "--report-to",

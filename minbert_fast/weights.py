@@ -112,10 +112,11 @@ def resolve(name: str, *, local_files_only: bool = False) -> Path:
 def read(path: Path) -> tuple[BertConfig | None, dict[str, Tensor]]:
     """Configuration and encoder tensors (under our names) of a model directory or a course `.pt` file.
 
-    The configuration is None for a `.pt` file. Raises WeightsError or ConfigError.
+    A `.pt` file's configuration is that of a `config.json` beside it, else None. Raises WeightsError or ConfigError.
     """
     if path.is_file():
-        return None, _encoder_of_course_file(path)
+        beside = path.parent / "config.json"
+        return BertConfig.from_file(beside) if beside.is_file() else None, _encoder_of_course_file(path)
     config = BertConfig.from_file(path / "config.json")
     tensors = _stock_tensors(path)
     return config, {from_stock_name(k): t for k, t in tensors.items() if not _BESIDE_THE_ENCODER.fullmatch(k)}
@@ -190,8 +191,10 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([*allowed, reconstruct]):
             return torch.load(regular(path), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+        # torch's own words advise to load it with weights_only=False, which runs what the file says.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path}: not a file of plain tensors ({reason[:200]})") from None
+        reason = "" if "weights_only" in reason else f" ({reason[:200]})"
+        raise WeightsError(f"{path}: no PyTorch file, or one of more than plain tensors{reason}") from None
 
 
 def _tensors_only(values: Any, path: Path) -> dict[str, Tensor]:

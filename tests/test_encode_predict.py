@@ -116,7 +116,7 @@ def test_standard_input_and_nothing(tmp_path: Path, vectors: np.ndarray, monkeyp
     [
         ("in.txt", b"fine\nna\xefve\n", (), "in.txt:2: byte 0xef at offset 2 is not UTF-8"),
         ("in.txt", b"a\n", ("--column", "text"), "a column needs a file that ends in .csv or .tsv"),
-        ("in.csv", b"id,text\n1,a\n", (), "which column?"),
+        ("in.csv", b",id,text\n0,1,a\n", (), "which column? --column names one of 'id, text'"),
         ("in.csv", b"id,text\n1,a\n", ("--column", "txt"), "no column 'txt'"),
         ("in.csv", b"id,sentence\n1,a\n1,a,b\n", (), "in.csv:3: 3 fields, expected 2"),
         ("in.txt", b"a\n", ("--pooling", "median"), "invalid choice: 'median'"),

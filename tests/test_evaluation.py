@@ -138,11 +138,13 @@ def test_command_on_a_directory(checkpoint, files, tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_path):
+def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_path, capsys):
     both = tmp_path / "both.json", tmp_path / "one.json"
     common = ["--checkpoint", str(checkpoint), "--precision", "fp32"]
     assert run(main, [*common, "--data", str(files), "--json", str(both[0])]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "score"
     assert run(main, [*common, "--similarity", str(files / "sts-dev.csv"), "--json", str(both[1])]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("of similarity alone")  # not to be read as the course's
     whole, one = (json.loads(path.read_text()) for path in both)
     assert set(one) == {"similarity_pearson", "similarity_spearman", "score"}
     assert one["similarity_pearson"] == pytest.approx(whole["similarity_pearson"])
@@ -156,6 +158,7 @@ def test_mistakes_are_one_line_and_no_traceback(checkpoint, files, tmp_path, cap
         (["--checkpoint", checkpoint], "expected either --data DIR or files"),
         (["--checkpoint", checkpoint, "--data", files, "--similarity", files / "sts-dev.csv"], "expected either"),
         (["--checkpoint", tmp_path / "empty", "--data", files], "holds no recipe.toml"),
+        (["--checkpoint", checkpoint.parent, "--data", files], f"its model is {checkpoint}"),
         (["--checkpoint", tmp_path / "nowhere", "--data", files], "nowhere"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "empty"], "no data files"),
         (["--checkpoint", checkpoint, "--sentiment", tmp_path / "bad.csv"], "bad.csv"),

@@ -35,7 +35,7 @@ def checkpoint(folder: Path, pooling: str = "mean", **summary: Any) -> Path:
     torch.manual_seed(0)
     values = {
         "model": {"pooling": pooling, "name": "/somewhere/weights"},
-        "data": {"max_length": 40},
+        "data": {"max_length": 40, "directory": "/somewhere/data", "files": {"sts": {"dev": "/somewhere/sts.csv"}}},
         "surgery": {"method": "pcgrad"},
     }
     recipe = build(Recipe, values, "test")
@@ -129,7 +129,12 @@ def test_the_card_tells_data_scores_recipe_and_versions(tmp_path: Path) -> None:
         "model.similarity(",
     ):
         assert text in card, text
-    assert "/somewhere" not in card.split("## Recipe")[0]  # no path of the machine it was trained on
+    assert "`weights`" in card
+    for name in ("README.md", "recipe.toml"):  # --push shows them to everybody
+        assert "/somewhere" not in (tmp_path / "my-model" / name).read_text()
+    recipe = Recipe.load(str(tmp_path / "my-model" / "recipe.toml"))
+    assert (recipe.model.name, recipe.data.directory, recipe.data.max_length) == ("weights", "data", 40)
+    assert recipe.data.files == {"sts": {"dev": "sts.csv"}}
     metadata = card.split("---")[1]
     assert "tags:\n- bert" in metadata
 

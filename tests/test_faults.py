@@ -211,7 +211,7 @@ def test_a_recipe_extends_files_of_its_own_folder_only(tmp_path: Path, path: str
     (tmp_path / "secret.toml").write_text("[training]\nepochs = 3\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "recipe.toml").write_text(f'extends = "{path}"\n')
-    with pytest.raises(ConfigError, match=r"recipe.toml.extends: .* leads out of the directory"):
+    with pytest.raises(ConfigError, match=r"recipe.toml: extends: .* leads out of the directory"):
         Recipe.load(str(tmp_path / "model" / "recipe.toml"))
     (tmp_path / "model" / "base.toml").write_text("[training]\nepochs = 3\n")
     (tmp_path / "model" / "recipe.toml").write_text('extends = "base.toml"\n')

@@ -96,6 +96,12 @@ def test_an_encoder_alone_encodes_by_the_mean_and_has_no_heads():
         alone.sentiment(SENTENCES)
 
 
+def test_what_is_no_string_is_named(predictor: Predictor):
+    for ask in (predictor.encode, predictor.sentiment):
+        with pytest.raises(ValueError, match="sentence 1 is None, expected a string"):
+            ask(["a film", None])
+
+
 def test_search_finds_the_sentence_itself_first(predictor: Predictor):
     corpus = read_table(sample_directory().data / "ids-sst-dev.csv", "sentiment").sentences[0]
     index = predictor.index(corpus)

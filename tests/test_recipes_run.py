@@ -160,6 +160,9 @@ def test_search_ranks_every_combination_and_goes_on(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")} == times
     assert "| 1e-3" in capsys.readouterr().out
 
+    assert run(search.main, *flags, "--metric", "beauty") == 2
+    assert "--metric beauty: no such dev metric; known: sentiment_accuracy, " in capsys.readouterr().err
+
 
 def test_a_random_search_draws_different_combinations() -> None:
     grid = search.parse_grid(["lr=1,2,3", "dropout=0.1,0.2,0.3"])

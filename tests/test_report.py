@@ -278,3 +278,21 @@ def test_one_point_and_no_point_are_charts_too():
         svg = charts.lines("test", [charts.Series("a", np.arange(float(len(values))), np.array(values))], "step")
         ElementTree.fromstring(svg)
         assert "nan" not in svg
+
+
+def test_a_point_without_neighbours_is_seen():
+    """A short run logs one step: its losses were empty charts."""
+    y = np.array([1.0, 2.0, np.nan, 4.0, np.nan])
+    svg = charts.lines("test", [charts.Series("a", np.arange(5.0), y)], "step")
+    (dots,) = re.findall(r'class="points s0" d="([^"]+)"', svg)
+    assert dots.count("h0") == 1
+    assert "points" in charts.lines("test", [charts.Series("a", np.arange(1.0), np.ones(1))], "step")
+    assert "points" not in charts.lines("test", [charts.Series("a", np.arange(2.0), np.ones(2))], "step")
+
+
+def test_the_names_of_a_matrix_fit():
+    names = ["negative", "somewhat negative", "neutral", "somewhat positive", "a class of the longest name there is"]
+    for chosen in (names, names[-2:]):
+        svg = charts.matrix("test", np.eye(len(chosen)), chosen, "{:.2f}".format)
+        for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', svg):
+            assert float(x) >= charts.CHARACTER * len(text)

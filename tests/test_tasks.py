@@ -33,7 +33,7 @@ def make_head(name: str, **options):
 def test_every_mistake_is_one_line_that_names_its_place():
     wrong = [
         ("sentiment", {"dropuot": 0.1}, "tasks.sentiment: unknown key 'dropuot'; did you mean 'dropout'"),
-        ("sentiment", {"dropout": 1.0}, "tasks.sentiment: dropout = 1.0"),
+        ("sentiment", {"dropout": 1.0}, "tasks.sentiment.dropout = 1.0"),
         ("sentiment", {"pooling": "median"}, "tasks.sentiment.pooling"),
         ("sentiment", {"data": "quora"}, "tasks.sentiment.data = 'quora': expected one of sentiment, polarity"),
         ("mood", {}, "tasks.mood.kind = 'mood': expected one of"),

@@ -252,7 +252,10 @@ def test_a_missing_task_file_drops_the_task_and_says_so(
     assert "paraphrase" in capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "score"}
-    assert any("quora-train.csv" in line for line in summary["notices"])
+    assert summary["notices"][1:] == [
+        f"no quora-train.csv in {tmp_path / 'data'}: task paraphrase is left out",
+        "no dev file for similarity: trained, not evaluated",
+    ]
     assert set(Recipe.load(str(output / "best" / "recipe.toml")).tasks) == {"sentiment", "similarity"}
     assert "loss/paraphrase" not in records(output)[-1]
 
@@ -264,7 +267,29 @@ def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) ->
     output = tmp_path / "run"
     assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
     assert (output / "best" / "model.safetensors").read_bytes() == (output / "last" / "model.safetensors").read_bytes()
-    assert json.loads((output / "summary.json").read_text())["dev"] == {}
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["dev"] == {}
+    assert any("not evaluated; best/ will be the last model" in line for line in summary["notices"])
+
+
+def test_tasks_without_a_named_file_are_left_out_aloud(data: Path, tmp_path: Path) -> None:
+    flags = small_run(data, tmp_path / "run", "--max-steps", "1", "--sst_train", str(data / "ids-sst-train.csv"))
+    del flags[flags.index("--data") : flags.index("--data") + 2]
+    assert cli.run(train.main, flags) == 0
+    notices = json.loads((tmp_path / "run" / "summary.json").read_text())["notices"]
+    assert "no train file named for paraphrase, similarity: left out" in notices
+    assert any("no dev file for sentiment" in line for line in notices)
+
+
+def test_a_run_opens_with_what_it_will_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("no --model: the embedded tiny model")
+    assert lines[1] == (
+        "recipe demonstration: 1 steps on cpu in fp32, fast backend; training rows: sentiment 40, paraphrase 40, "
+        f"similarity 40; results in {tmp_path / 'run'}"
+    )
+    assert lines[2].startswith("step 0: ")
 
 
 def test_bad_rows_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +337,8 @@ def test_resuming_another_run_says_what_differs(
 ) -> None:
     same = small_run(data, finished, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert "recipe.optimizer.lr was 0.001, now 0.5" in fails(capsys, *same, "--lr", "0.5")
+    error = fails(capsys, *same, "--lr", "0.5")
+    assert "recipe.optimizer.lr was 0.001, now 0.5; --resume goes with the flags that the run was started with" in error
     assert "recipe.training.seed was 11711, now 4" in fails(capsys, *same, "--seed", "4")
     assert 'backend was "fast", now "reference"' in fails(capsys, *same, "--backend", "reference")
     changed = small_data(tmp_path / "changed")
@@ -350,15 +376,20 @@ def test_resuming_nothing_starts_and_says_so(data: Path, tmp_path: Path, capsys:
     ("arguments", "expected"),
     [
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
-        (["--epochs", "-1"], "epochs = -1: expected 0 or more"),
+        (["--epochs", "-1"], "command line: training.epochs = -1: expected 0 or more"),
         (["--batch-size", "0"], "batch_size = 0: expected at least 1"),
         (["--lr", "nan"], "lr = nan: expected 0 or more"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--max-step", "3"], "unrecognized arguments: --max-step 3; did you mean --max-steps?"),
         (["--recipe", "nonsense"], "recipe 'nonsense': no such recipe; known: "),
+        (["--recipe", "bset"], "recipe 'bset': no such recipe; did you mean best?"),
         (["--recipe", "absent.toml"], "absent.toml: cannot be read (No such file or directory)"),
         (["--set", "nonsense"], "--set 'nonsense': expected section.key=value"),
         (["--set", "training.epoch=3"], "unknown key 'epoch'; did you mean 'epochs'?"),
+        (["--set", "seed=3"], "command line: unknown key 'seed'; did you mean 'training.seed'?"),
+        (["--set", "lr=1"], "did you mean 'optimizer.lr' or 'weighting.lr'?"),
+        (["--set", "training.seed=x"], "command line: training.seed = 'x': expected a whole number"),
         (["--set", "optimizer.schedule=sawtooth"], "expected one of linear, cosine, exponential, constant"),
         (["--set", "tasks.sentiment.dropout=2"], "dropout"),
         (["--set", "tasks.parafrase.weight=1"], "parafrase"),
@@ -378,6 +409,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
     error = fails(capsys, *output, "--max-steps", "1", "--set", f"data.cache={tmp_path}", *arguments)
     assert expected in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_course_checkpoint_without_its_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({}, tmp_path / "course.pt")
+    error = fails(capsys, "--model", str(tmp_path / "course.pt"), "--output", str(tmp_path / "run"))
+    assert f"{tmp_path / 'course.pt'}: no vocab.txt beside it" in error
 
 
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,7 +444,7 @@ def test_two_runs_in_one_directory(data: Path, tmp_path: Path, capsys: pytest.Ca
 def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     error = fails(capsys, *small_run(data, tmp_path / "file"), status=1)
-    assert str(tmp_path / "file") in error
+    assert f"{tmp_path / 'file'}: cannot be written (it is a file, expected a directory)" in error
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
         assert "Permission denied" in fails(capsys, *small_run(data, tmp_path / "locked" / "run"), status=1)

@@ -82,6 +82,25 @@ def test_reads_a_course_checkpoint(model: BertModel, tmp_path: Path) -> None:
     assert loaded.config.num_attention_heads == 2
 
 
+def test_a_configuration_beside_a_course_checkpoint_says_how_wide_its_heads_are(
+    model: BertModel, tmp_path: Path
+) -> None:
+    """Shapes cannot: MiniLM's heads of 32 were taken for heads of 64 without a word."""
+    torch.save(model.state_dict(), tmp_path / "course.pt")
+    assert BertModel.from_pretrained(tmp_path / "course.pt").config.num_attention_heads == 1
+    (tmp_path / "config.json").write_text(model.config.to_json())
+    loaded = BertModel.from_pretrained(tmp_path / "course.pt")
+    assert loaded.config == model.config
+    assert same(model, loaded)
+
+
+def test_what_is_no_pytorch_file_is_not_answered_with_advice_to_unpickle_it(model: BertModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"config\.json: no PyTorch file") as caught:
+        BertModel.from_pretrained(tmp_path / "config.json")
+    assert "weights_only" not in str(caught.value)
+
+
 def test_missing_and_unexpected_keys_are_named(model: BertModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -58,7 +58,9 @@ def _column(path: Path, column: str | None, chunk: int) -> Iterator[list[str]]:
     if column is None:
         column = names[0] if len(names) == 1 else "sentence"
         if column not in names:
-            raise DataError(f"{show_path(path)}: which column? --column names one of {show(', '.join(names), 200)}")
+            raise DataError(
+                f"{show_path(path)}: which column? --column names one of {show(', '.join(filter(None, names)), 200)}"
+            )
     layout = FileFormat(
         task="sentences", stem="", text_columns=(column,), label=None, id_column=None, separator=separator
     )

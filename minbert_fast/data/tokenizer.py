@@ -63,7 +63,7 @@ class Tokenizer:
         """Word ids of each text as [CLS] .. [SEP], cut to `max_length` tokens, [SEP] kept.
 
         `truncated` of the result counts the texts that were cut. Raises ValueError for `max_length` below
-        2.
+        2 and what is no string.
         """
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
@@ -71,7 +71,11 @@ class Tokenizer:
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         parts = [np.empty(0, dtype=np.int32)]
         for begin in range(0, len(texts), BATCH):
-            encodings = self._rust.encode_batch_fast(list(texts[begin : begin + BATCH]))
+            batch = list(texts[begin : begin + BATCH])
+            for index, text in enumerate(batch, start=begin):
+                if not isinstance(text, str):
+                    raise ValueError(f"sentence {index} is {text!r:.60}, expected a string")
+            encodings = self._rust.encode_batch_fast(batch)
             sentences = [encoding.ids for encoding in encodings]
             if max_length is not None:
                 for index, ids in enumerate(sentences):

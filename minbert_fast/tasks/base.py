@@ -225,7 +225,7 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if kind not in KINDS:
         raise ConfigError(f"{where}.kind = {kind!r}: expected one of {', '.join(KINDS)}")
     cls = KINDS[kind]
-    return cls(name, build(cls.Options, values, where))
+    return cls(name, build(cls.Options, values, where, "."))
 
 
 def require(condition: bool, message: str) -> None:

@@ -97,8 +97,9 @@ def lines(
             y = running_mean(y)
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
         parts.append(f'<path class="line {colour}"{dashes} d="{_path(frame, x, y)}"/>')
-        if one.marked:
-            parts.append(f'<path class="points {colour}" d="{_dots(frame, x, y)}"/>')
+        dots = np.isfinite(y) if one.marked else _alone(y)
+        if dots.any():
+            parts.append(f'<path class="points {colour}" d="{_dots(frame, x[dots], y[dots])}"/>')
     return _svg(label, "".join(parts))
 
 
@@ -123,14 +124,15 @@ def cloud(
 def matrix(label: str, values: np.ndarray, names: Sequence[str], form: Callable[[float], str]) -> str:
     """A confusion matrix [C, C], rows the truth, each cell shaded by its share of the row and labelled by `form`."""
     count = len(names)
-    left, top = 120.0, 44.0
+    rows = list(names) if count <= 2 else [f"{i} {name}" for i, name in enumerate(names)]
+    left, top = max(120.0, 12 + 1.1 * CHARACTER * max(map(len, rows), default=0)), 44.0
     width, height = (WIDTH - left - RIGHT) / count, (HEIGHT - top - 8) / count
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-12)
     parts = [f'<text x="{left}" y="14">predicted</text>', '<text x="4" y="32">truth</text>']
     for i, name in enumerate(names):
         short = name if count <= 2 else str(i)
         parts.append(_text(left + (i + 0.5) * width, 32, short, "middle"))
-        parts.append(_text(left - 8, top + (i + 0.5) * height + 4, name if count <= 2 else f"{i} {name}", "end"))
+        parts.append(_text(left - 8, top + (i + 0.5) * height + 4, rows[i], "end"))
         for j in range(count):
             fill = f"fill: rgb(var(--heat) / {0.6 * shares[i, j]:.3f})"
             x, y = left + j * width, top + i * height
@@ -235,6 +237,13 @@ def _path(frame: _Frame, x: np.ndarray, y: np.ndarray) -> str:
         parts.append(f"{pen}{frame.px(a):.1f} {frame.py(b):.1f}")
         pen = "L"
     return "".join(parts)
+
+
+def _alone(y: np.ndarray) -> np.ndarray:
+    """Which values have a gap or an end on either side: no line shows them [n]."""
+    known = np.concatenate([[False], np.isfinite(y), [False]])
+    alone: np.ndarray = known[1:-1] & ~known[:-2] & ~known[2:]
+    return alone
 
 
 def _dots(frame: _Frame, x: np.ndarray, y: np.ndarray) -> str:

@@ -66,6 +66,11 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, say: Callable[[str], Non
     kept = [name for name in tasks if name in train]
     if not kept:
         raise DataError(f"no training file for any task of recipe {recipe.name} ({', '.join(tasks)})")
+    judged = [name for name in kept if name in dev and dev[name].labels is not None]
+    unjudged = [name for name in kept if tasks[name].predicts and name not in judged]
+    if unjudged:
+        best = "" if judged else "; best/ will be the last model"
+        say(f"no dev file for {', '.join(unjudged)}: trained, not evaluated{best}")
     for name in kept:
         cut = train[name].count_truncated(recipe.data.max_length, tasks[name].encoder)
         if cut:
@@ -74,7 +79,7 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, say: Callable[[str], Non
         recipe=without_tasks(recipe, [name for name in tasks if name not in train], say),
         tasks={name: tasks[name] for name in kept},
         train={name: train[name] for name in kept},
-        dev={name: dev[name] for name in kept if name in dev and dev[name].labels is not None},
+        dev={name: dev[name] for name in judged},
         test={name: test[name] for name in kept if name in test},
     )
 
@@ -87,18 +92,20 @@ def find_files(recipe: Recipe, split: str, wanted: tuple[str, ...], say: Callabl
     named = {d: Path(s[split]) for d, s in recipe.data.files.items() if split in s and d in wanted}
     others = tuple(dataset for dataset in wanted if dataset not in named)
     if not others or (recipe.data.files and not recipe.data.directory):
+        if others and split == "train":
+            say(f"no train file named for {', '.join(others)}: left out")
         return named
     directory = Path(recipe.data.directory) if recipe.data.directory else sample_directory().data
-    if split == "test":  # never there to train with: its absence is no news
+    if split != "train":  # a test file that is not there is no news, and a dev file is the caller's to miss
         with suppress(DataError):
             return find_tables(directory, split, others).paths | named
         return named
     try:
         found = find_tables(directory, split, others)
     except DataError:
-        if split == "train" and not named:
+        if not named:
             raise
-        say(f"{directory}: no {split} files of {', '.join(others)}")
+        say(f"{directory}: no train files of {', '.join(others)}")
         return named
     for notice in found.notices:
         say(notice)

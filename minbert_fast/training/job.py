@@ -139,8 +139,9 @@ class _Job:
             raise RunError(f"{files.path} holds a run already: --resume goes on with it, --overwrite starts anew")
 
     def _load(self, recipe: Recipe) -> None:
+        self._say_what_is_embedded(recipe)
         source = weights.resolve(recipe.model.name) if recipe.model.name else sample_directory().model
-        self.tokenizer = Tokenizer.from_pretrained(source if source.is_dir() else source.parent)
+        self.tokenizer = Tokenizer.from_pretrained(_vocabulary_of(source))
         if not self.world.is_main:  # rank 0 reads first, and leaves the others its cache
             self.world.wait()
         self.data = load_datasets(recipe, self.tokenizer, self.say)
@@ -170,6 +171,17 @@ class _Job:
         )
         self.stages = [make_stage(means, self.recipe, index) for index in range(len(self.recipe.resolved_stages()))]
         self._check_select()
+
+    def _say_what_is_embedded(self, recipe: Recipe) -> None:
+        """Half a demonstration is rarely meant."""
+        if self.demonstration:
+            return
+        if not recipe.model.name:
+            self.say(
+                "no --model: the embedded tiny model, from random weights, is trained; it has little to learn with"
+            )
+        if not (recipe.data.directory or recipe.data.files):
+            self.say("no --data: the embedded sample, made-up sentences, is trained on")
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
@@ -225,7 +237,10 @@ class _Job:
         if changed:
             more = f" (and {len(changed) - SHOWN_CHANGES} more differences)" if len(changed) > SHOWN_CHANGES else ""
             shown = "; ".join(changed[:SHOWN_CHANGES])
-            raise ConfigError(f"{self.files.path}: cannot go on with another run: {shown}{more}")
+            raise ConfigError(
+                f"{self.files.path}: cannot go on with another run: {shown}{more}; --resume goes with the flags that "
+                "the run was started with"
+            )
         for line in differences(found.state["environment"], environment(self.device)):
             self.say(f"{line}: what follows may differ in the last bits from an uninterrupted run")
         self.say(f"going on after step {found.step}")
@@ -250,6 +265,8 @@ class _Job:
             eager_fetch=self.device.type == "cpu",
             world=self.world,
         )
+        if self.world.is_main:
+            print(self._opening_line(trainer.total), flush=True)
         first_step = 0 if checkpoint is None else checkpoint.step
         reported = self.options.report_to if self.world.is_main else ()
         with tracking(reported, self.files.path, first_step, flat(plain(self.recipe))) as follow:
@@ -266,6 +283,12 @@ class _Job:
         with writing(self.files.path / "report.html"):
             write_report(self.files.path)
         print(closing_lines(outcome, self.files.path), flush=True)
+
+    def _opening_line(self, steps: int) -> str:
+        """What is about to happen, before an evaluation that may take minutes."""
+        rows = ", ".join(f"{name} {len(table):,}" for name, table in self.data.train.items())
+        how = f"on {self.device.type} in {self.precision}, {self.backend} backend"
+        return f"recipe {self.recipe.name}: {steps:,} steps {how}; training rows: {rows}; results in {self.files.path}"
 
     def _save(self, directory: Path) -> None:
         self.model.save(directory, self.recipe.to_toml(), self.tokenizer)
@@ -337,6 +360,15 @@ class _Job:
             "command": self.options.command,
             "commit": commit(),
         }
+
+
+def _vocabulary_of(source: Path) -> Path:
+    """Where a model's tokenizer files are. Raises ConfigError for a course `.pt` file without any beside it."""
+    if source.is_dir():
+        return source
+    if not any((source.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise ConfigError(f"{source}: no vocab.txt beside it; expected that of the weights it was trained from")
+    return source.parent
 
 
 def closing_lines(outcome: loop.Outcome, path: Path) -> str:

@@ -151,7 +151,7 @@ class Trainer:
             raise InterruptError(
                 stop.number,
                 f"{stop.signal_name}: stopped after step {self.state.step}, which is saved in {self.files.path}; "
-                "go on with --resume",
+                "the same command with --resume goes on",
             ) from None
         except RunError as error:
             kept = f"; the checkpoint of step {self._saved} is whole" if self._saved >= 0 else ""

@@ -41,6 +41,8 @@ class RunDirectory:
         self._new = False
 
     def __enter__(self) -> RunDirectory:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: cannot be written (it is a file, expected a directory)")
         with writing(self.path):
             self._new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)

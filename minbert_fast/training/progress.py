@@ -14,7 +14,7 @@ LINE_SECONDS = 15.0  # between progress lines where there is no terminal
 
 
 class Progress(Protocol):
-    """Follows a run step by step."""
+    """Follows a run step by step. What comes before the first step (an evaluation) counts for no step's time."""
 
     def advance(self, steps: int, losses: Mapping[str, float] | None, tokens_per_second: float) -> None:
         """After `steps` more steps; `losses` are new ones, if any were fetched."""
@@ -40,6 +40,8 @@ class Bar:
     def say(self, line: str) -> None:
         self._bar.write(line, file=sys.stdout)
         sys.stdout.flush()
+        if self._bar.n == self._bar.initial:
+            self._bar.unpause()
 
     def close(self) -> None:
         self._bar.close()
@@ -64,6 +66,8 @@ class Lines:
 
     def say(self, line: str) -> None:
         print(line, flush=True)
+        if self._done == self._begun:
+            self._start = self._last = time.monotonic()
 
     def close(self) -> None:
         pass

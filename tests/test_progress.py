@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time left is that of the steps: an evaluation before the first of them says nothing about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from minbert_fast.training import progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_lines_do_not_count_the_first_evaluation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    shown = progress.Lines(0, 101)
+    clock.now += 600
+    shown.say("step 0: score 0.5")
+    clock.now += 20
+    shown.advance(1, {"sentiment": 1.5}, 100.0)
+    clock.now += 20
+    shown.say("step 1: score 0.5")  # a later evaluation counts: there will be more of them
+    shown.advance(1, None, 100.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0: score 0.5",
+        "step 1/101, 2000 s left: sentiment 1.500, 100 tokens/s",
+        "step 1: score 0.5",
+        "step 2/101, 1980 s left: sentiment 1.500, 100 tokens/s",
+    ]
+
+
+def test_a_bar_does_not_count_the_first_evaluation() -> None:
+    shown = progress.Bar(5, 100)  # a resumed run
+    start = shown._bar.start_t
+    shown._bar.last_print_t = start = start - 600
+    shown._bar.start_t = start
+    shown.say("step 5: score 0.5")
+    assert shown._bar.format_dict["elapsed"] < 60
+    shown.advance(1, None, 100.0)
+    start = shown._bar.start_t
+    shown.say("step 6: score 0.5")
+    assert shown._bar.start_t == start
+    shown.close()
