@@ -110,6 +110,7 @@ class _Job:
         self.options = options
         self.files = files
         self.notices: list[str] = []
+        self.commit = commit()  # now: the checkout may move on while a long run goes on
         self.world = world
         self.device = device
         self.precision = choose_precision(recipe.training.precision, self.device)
@@ -358,7 +359,7 @@ class _Job:
             "graphs": asdict(self.captures),
             "notices": self.notices,
             "command": self.options.command,
-            "commit": commit(),
+            "commit": self.commit,
         }
 
 
