@@ -86,7 +86,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     for variant, scores in found.items():
         columns = [[float(each[metric]) for each in scores] for metric in METRICS]
         cells = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
-        rows.append((f"{variant} ({len(scores)} seeds)", *cells))
+        rows.append((f"{variant} ({len(scores)} {'seed' if len(scores) == 1 else 'seeds'})", *cells))
     return markdown(HEAD, rows)
 
 

@@ -70,5 +70,6 @@ def test_the_table_has_means_and_deviations() -> None:
 
     text = ablation.table([run("a", 0.5), run("b", 0.25), run("a", 0.7)])
     assert "| a (2 seeds)" in text
+    assert "| b (1 seed) " in text
     assert "0.600 ± 0.141" in text
     assert "0.250 |" in text
