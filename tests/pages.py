@@ -91,6 +91,7 @@ _ELSEWHERE = {
     r"python -m minbert_fast\.kernels\.ahead_of_time --target sm_90": (".ci/run", r"ahead_of_time --target .*sm_90"),
     r"python docs/examples/trainer\.py .*": ("tests/test_patching.py", r'"examples" / "trainer\.py"'),
     r"python -m benchmarks\.readme.*": ("tests/benchmarks/test_readme.py", r"readme"),
+    r"python -m benchmarks\.ablation": ("tests/benchmarks/test_ablation.py", r"ablation\.main"),
 }
 #: Targets of the Makefile that continuous integration does not run (no GPU, hours of measuring, an environment of its own):
 #: at least they parse.
