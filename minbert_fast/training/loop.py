@@ -9,10 +9,9 @@ checkpoint if due, leave if a signal asked for it.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +25,7 @@ from minbert_fast.training.errors import InterruptError, RunError
 from minbert_fast.training.observe import Observation, Observer
 from minbert_fast.training.outputs import RunDirectory
 from minbert_fast.training.progress import Progress
-from minbert_fast.training.runs import TRAINING
+from minbert_fast.training.records import Clock, Records
 from minbert_fast.training.schedule import lr_scale
 from minbert_fast.training.signals import StopSignals
 from minbert_fast.training.state import State, gather, load_parameters, restore
@@ -130,8 +129,8 @@ class Trainer:
         self.state = State() if checkpoint is None else State(**checkpoint.state["run"])
         self._saved = -1 if checkpoint is None else checkpoint.step
         self._step: TrainingStep | None = None
-        self._clock = time.monotonic()
-        self._recorded = self._counters()
+        self._clock = Clock(self.state)
+        self._records = Records(self.state, self.stages, self._clock)
         self._start_records(checkpoint)
         self.progress = self._progress(self.state.step, self.total)
         try:
@@ -139,7 +138,7 @@ class Trainer:
                 for index in range(self.state.stage, len(self.stages)):
                     if index != self.state.stage:
                         self._adopt_average()
-                        self.state = replace(self.state, stage=index, stage_step=0, stage_best=None, stale=0)
+                        self.state.begin_stage(index)
                     self._run_stage(self.stages[index], checkpoint)
                     checkpoint = None
                     if self.state.step >= self.total:
@@ -158,7 +157,7 @@ class Trainer:
             raise RunError(f"{error}{kept}") from error
         finally:
             self.progress.close()
-        self._tick("other")
+        self._clock.tick("other")
         early = self.state.step < self.total
         return Outcome(self.state, best, "no better score for a while" if early else "all steps taken")
 
@@ -172,9 +171,9 @@ class Trainer:
         if self._over(stage):
             return
         with closing(stage.batches(self.state.stage_step)) as batches:
-            self._tick("other")
+            self._clock.tick("other")
             for _, batch in batches:
-                self._tick("data")
+                self._clock.tick("data")
                 self._take_step(stage, batch)
                 self._settle(stage)
                 if self._over(stage):
@@ -195,12 +194,12 @@ class Trainer:
         state.tokens += batch.step_tokens
         state.record = None
         self._observer.add(state.step, batch, result)
-        self._tick("steps", result.seconds)
+        self._clock.tick("steps", result.seconds)
         logged = state.step == 1 or state.step % self.recipe.logging.every == 0 or self._evaluation_due(stage)
         if logged or self.eager_fetch or self._checkpoint_due(stage):
             self._observe(stage, scale, logged)
         if not logged:
-            self.progress.advance(1, None, self._tokens_per_second())
+            self.progress.advance(1, None, self._clock.tokens_per_second)
 
     def _settle(self, stage: Stage) -> None:
         """What is due after a step (or at a resumed run's first look at its state)."""
@@ -258,10 +257,10 @@ class Trainer:
 
     def _evaluate(self, stage: Stage) -> None:
         state = self.state
-        self._tick("other")
+        self._clock.tick("other")
         with self._signals.interruptible():
             evaluation = self.evaluate()
-        self._tick("evaluation")
+        self._clock.tick("evaluation")
         if evaluation is not None:
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
@@ -273,7 +272,7 @@ class Trainer:
                 state.stale = 0 if improved else state.stale + 1
                 if improved and math.isfinite(evaluation.score):
                     state.stage_best = evaluation.score
-            state.record = self._base_record(stage) | (state.record or {}) | self._dev_record(evaluation)
+            state.record = self._record_dev(evaluation)
         state.evaluated = state.step
 
     def _final_evaluation(self) -> dict[str, Any] | None:
@@ -285,14 +284,13 @@ class Trainer:
         state = self.state
         if state.evaluated == state.step:
             return state.best
-        self._tick("other")
+        self._clock.tick("other")
         with self._signals.interruptible():
             evaluation = self.evaluate()
-        self._tick("evaluation")
+        self._clock.tick("evaluation")
         if evaluation is None:
             return state.best
-        stage = self.stages[min(state.stage, len(self.stages) - 1)]
-        self.files.metrics.write(self._base_record(stage) | (state.record or {}) | self._dev_record(evaluation))
+        self.files.metrics.write(self._record_dev(evaluation))
         if not _better(evaluation, state.best):
             return state.best
         if state.best is not None:
@@ -309,16 +307,9 @@ class Trainer:
         score = evaluation.score if math.isfinite(evaluation.score) else None
         return {"step": self.state.step, "score": score, "metrics": dict(evaluation.metrics)}
 
-    def _base_record(self, stage: Stage) -> dict[str, Any]:
-        state = self.state
-        before = sum(s.recipe.training.epochs for s in self.stages[: state.stage])
-        epoch = before + state.stage_step / max(stage.steps_per_epoch, 1)
-        return {"step": state.step, "epoch": round(epoch, 6), "stage": state.stage}
-
-    def _dev_record(self, evaluation: Evaluation) -> dict[str, Any]:
-        scores = {f"dev/{name}": value for name, value in evaluation.metrics.items()}
+    def _record_dev(self, evaluation: Evaluation) -> dict[str, Any]:
         self.progress.say(f"step {self.state.step}: {shown_metrics(evaluation.metrics)}")
-        return scores
+        return self._records.dev(evaluation.metrics)
 
     def _observe(self, stage: Stage, scale: float | None, logged: bool) -> None:
         """Looks at the results since the last look; records the last one if `logged`, and every skipped step."""
@@ -333,54 +324,16 @@ class Trainer:
                 state.skipped_in_a_row = 0
             last = seen.step == state.step
             if seen.skipped or (logged and last):
-                record = self._training_record(stage, seen, scale if last else None)
+                record = self._records.training(seen, scale if last else None)
                 if last:
                     state.record = record | (state.record or {})
                 else:
                     self.files.metrics.write(record)
                 if logged and last:
-                    self.progress.advance(1, seen.losses, self._tokens_per_second())
-                    self._recorded = self._counters()
+                    self.progress.advance(1, seen.losses, self._clock.tokens_per_second)
+                    self._clock.look()
             if state.skipped_in_a_row >= self.recipe.training.max_skipped:
                 self._give_up(stage, seen)
-
-    def _training_record(self, stage: Stage, seen: Observation, scale: float | None) -> dict[str, Any]:
-        state = self.state
-        offset = seen.step - state.step  # skipped steps may be seen late
-        record = self._base_record(stage)
-        record["step"] = seen.step
-        record["epoch"] = round(record["epoch"] + offset / max(stage.steps_per_epoch, 1), 6)
-        if scale is not None:
-            record["lr"] = stage.recipe.optimizer.lr * scale
-        record |= {f"loss/{task}": loss for task, loss in seen.losses.items()}
-        record |= {"grad_norm": seen.grad_norm, "conflicts": seen.conflicts}
-        record |= {f"cosine/{pair}": cosine for pair, cosine in seen.cosines.items()}
-        record |= {f"weight/{task}": weight for task, weight in seen.weights.items()}
-        if seen.skipped:
-            record["skipped"] = list(seen.skipped)
-        if scale is not None:
-            steps, _, seconds = (now - then for now, then in zip(self._counters(), self._recorded, strict=True))
-            record |= {"tokens": state.tokens, "skipped_steps": state.skipped_steps}
-            record |= {"step_seconds": seconds / max(steps, 1), "time": state.seconds}
-        return record
-
-    def _tokens_per_second(self) -> float:
-        _, tokens, seconds = (now - then for now, then in zip(self._counters(), self._recorded, strict=True))
-        return tokens / max(seconds, 1e-9)
-
-    def _counters(self) -> tuple[float, float, float]:
-        """Steps, tokens and seconds of training so far (without evaluations and checkpoints)."""
-        seconds = sum(self.state.timings.get(part, 0.0) for part in TRAINING)
-        return self.state.step, self.state.tokens, seconds
-
-    def _tick(self, name: str, parts: Mapping[str, float] | None = None) -> None:
-        """Books the time since the last call under `parts` as far as they are known, the rest of it under `name`."""
-        now = time.monotonic()
-        elapsed, self._clock = now - self._clock, now
-        self.state.seconds += elapsed
-        known = dict(parts or {})
-        for part, seconds in {**known, name: max(0.0, elapsed - sum(known.values()))}.items():
-            self.state.timings[part] = self.state.timings.get(part, 0.0) + seconds
 
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -395,7 +348,7 @@ class Trainer:
         state = self.state
         if self._saved == state.step or self._step is None:
             return
-        self._tick("other")
+        self._clock.tick("other")
         self._observe(self.stages[state.stage], None, logged=False)
         if state.record is not None:
             self.files.metrics.write(state.record)
@@ -404,7 +357,7 @@ class Trainer:
         if self.world.is_main:
             self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
-        self._tick("checkpoint")
+        self._clock.tick("checkpoint")
 
     # ---- When things go wrong ---------------------------------------------------------------------------------------
 

@@ -36,6 +36,10 @@ class State:
     record: dict[str, Any] | None = None  # the line of metrics.jsonl of this very step
     timings: dict[str, float] = field(default_factory=dict)
 
+    def begin_stage(self, index: int) -> None:
+        """Counts from the start of another stage."""
+        self.stage, self.stage_step, self.stage_best, self.stale = index, 0, None, 0
+
 
 def gather(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Tensor], Any]:
     """All tensors of a run under distinct names, and the step's scalars."""
