@@ -46,7 +46,6 @@ class _TaskByTask:
     def __call__(self, batch: MultitaskBatch) -> Tensor:
         """One step; returns the losses [T]."""
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=not self.own_gradients)
         losses, rows = [], []
         for name, one in split_tasks(batch):
             loss = self._loss(name, one)
@@ -61,6 +60,7 @@ class _TaskByTask:
         if self.apart:
             reference.write_gradient(self.shared, self._combine(torch.stack(rows)))
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self.own_gradients)  # now, not later: others need the memory meanwhile
         return torch.stack(losses)
 
     def _own(self, name: str) -> list[nn.Parameter]:
