@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from minbert_fast.config import Recipe, recipe_names
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "surgery.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "surgery.md")
 DEVICES = ("cpu", "cuda")
-SUITES = ("step", "surgery", "encode")
+
+Table = Callable[[Sequence[Mapping[str, Any]]], list[str]]  # a suite's rows, in the lines of a page
 
 
 def dev_scores(results: Path = RESULTS) -> str:
@@ -60,7 +61,7 @@ def ablated(results: Path = RESULTS) -> str:
     return ablation.table(json.loads((results / "ablation.json").read_text(encoding="utf-8"))["runs"]).rstrip()
 
 
-def suite(name: str, device: str, results: Path = RESULTS) -> str:
+def suite(name: str, device: str, results: Path = RESULTS, table: Table | None = None) -> str:
     """A suite's table on a device, and where and when it was measured."""
     path = results / f"{device}-{name}.json"
     if not path.exists():
@@ -69,7 +70,7 @@ def suite(name: str, device: str, results: Path = RESULTS) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     ceilings = result["ceilings"]
     lines = [
-        *{"step": _steps, "surgery": _surgeries, "encode": _encodes}[name](result["rows"]),
+        *(table or SUITES[name])(result["rows"]),
         "",
         f"{result['device']}, {result['threads']} threads, load {result['load'][0]}, torch {result['versions']['torch']}, "
         f"commit {result['commit']}, {result['date'][:10]}. Measured there: a copy {ceilings['copy_GB_per_s']:.0f} GB/s, "
@@ -78,30 +79,37 @@ def suite(name: str, device: str, results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def _steps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    timed = [row for row in rows if row["median"]]
-    cases = [case for case in _in_order(timed) if "3 x 32 examples, " in case]
-    lines = [
-        "| shape, surgery | step | ms | real tokens/s | times naive | of the products' ceiling | working memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in cases:
-        shape, _, method = case.split(", ")
-        found = sorted((row for row in timed if row["case"] == case), key=lambda row: -row["median"])
-        for row in found:
-            times = row["speedup"].get("naive")
-            lines.append(
-                f"| {shape}, {method} | {row['name']} | {_milliseconds(row['median'])} | {row['tokens_per_second']:,.0f} "
-                f"| {f'{times:.1f}' if times else '1'} | {row['of_product']:.0%} | {row['working_megabytes']:,.0f} MB |"
-            )
+def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     costs = [f"{row['note']} ({row['case'].split(',')[0]})" for row in rows if row["name"] == "share"]
+    fits = [row["note"] for row in rows if row["case"].endswith("scaling")]
+    lines = ways(rows, "pcgrad")
     if costs:
         lines.append(f"\nOur step with PCGrad, measured in turn with itself without: {', '.join(costs)}.")
-    fits = [row["note"] for row in rows if row["case"].endswith("scaling")]
     return lines + [f"\nOver tokens and 1 to 16 tasks (MiniLM-L6 shape): {note}." for note in fits]
 
 
-def _surgeries(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def ways(rows: Sequence[Mapping[str, Any]], method: str) -> list[str]:
+    """Every way to take a step under a method of surgery, slowest first."""
+    wanted = [row for row in rows if row["median"] and row["case"].endswith(f"3 x 32 examples, {method}")]
+    lines = [
+        "| shape | step | ms | real tokens/s | times naive | times transformers | of products alone | working memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in _in_order(wanted):
+        found = [row for row in wanted if row["case"] == case]
+        for row in sorted(found, key=lambda row: -row["median"]):
+            naive, rival = (
+                "1" if row["name"] == other else f"{row['speedup'][other]:.1f}" if other in row["speedup"] else ""
+                for other in ("naive", "transformers")
+            )
+            lines.append(
+                f"| {case.split(',')[0]} | {row['name']} | {_milliseconds(row['median'])} | {row['tokens_per_second']:,.0f} "
+                f"| {naive} | {rival} | {row['of_product']:.0%} | {row['working_megabytes']:,.0f} MB |"
+            )
+    return lines
+
+
+def _surgeries(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| J | op | way | ms | of a copy | ours is faster by |", "|---|---|---|---|---|---|"]
     wanted = [row for row in rows if row["median"] and "T=3, float32, random" in row["case"]]
     for case in _in_order(wanted):
@@ -116,7 +124,7 @@ def _surgeries(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _encodes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _encodes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| sentences | way | ms | faster than sentence-transformers |", "|---|---|---|---|"]
     for row in rows:
         if row["median"]:
@@ -141,11 +149,12 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {
-    "dev scores": dev_scores,
-    "ablation": ablated,
-    "conflicts": measured_conflicts,
-} | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
+SUITES: Mapping[str, Table] = {"step": _steps, "surgery": _surgeries, "encode": _encodes}
+TABLES: Mapping[str, Callable[[], str]] = (
+    {"dev scores": dev_scores, "ablation": ablated, "conflicts": measured_conflicts}
+    | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
+    | {f"summed {device}": partial(suite, "step", device, table=partial(ways, method="none")) for device in DEVICES}
+)
 
 
 def draw(results: Path = RESULTS, folder: Path = FIGURES) -> None:

@@ -37,6 +37,7 @@ TASKS = (1, 2, 4, 8, 16)  # of the scaling cases, among whom ALL_EXAMPLES are sh
 ALL_EXAMPLES = 96
 EXAMPLES = (8, 16, 32, 64, 128)  # a task
 BATCHES = 4
+COMPILED = "transformers, compiled"
 WIDEST_COMPILED_ON_CPU = 384
 LEFT_OUT = "left out on a CPU: beside the others it compiles for longer than they run, and 24 GB are too few"
 GRAIN = 64  # ours on CUDA: token capacities are multiples of it
@@ -66,13 +67,10 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
         for shape, config in CONFIGS.items():
             name = f"{shape}, 3 x 32 examples, {method}"
             makers = everyone(method, low, device)
-            if (
-                "transformers, compiled" in makers
-                and device.type == "cpu"
-                and config.hidden_size > WIDEST_COMPILED_ON_CPU
-            ):
-                del makers["transformers, compiled"]
-                yield Row("step", name, "transformers, compiled", note=LEFT_OUT)
+            wide = device.type == "cpu" and config.hidden_size > WIDEST_COMPILED_ON_CPU
+            if wide and COMPILED in makers:
+                del makers[COMPILED]
+                yield Row("step", name, COMPILED, note=LEFT_OUT)
             yield from _case(name, makers, config, 3, 32, device, ceilings, method)
 
 
@@ -133,9 +131,7 @@ def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, M
         makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, apart, low)
         if low != torch.float32:
             makers["transformers, fp32"] = lambda model, recipe: baselines.PaddedStep(model, apart, torch.float32)
-        makers["transformers, compiled"] = lambda model, recipe: baselines.PaddedStep(
-            model, apart, low, baselines.GRAIN, compiled=True
-        )
+        makers[COMPILED] = lambda model, recipe: baselines.PaddedStep(model, apart, low, baselines.GRAIN, compiled=True)
     makers["naive"] = naive
     return makers
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,9 +34,12 @@ def step_row(case: str, name: str, median: float, **more: Any) -> Row:
 def results(tmp_path: Path) -> Path:
     case = "MiniLM-L6, 3 x 32 examples, pcgrad"
     rows = [
-        step_row(case, "ours", 500.0, speedup={"naive": 6.4}),
-        step_row(case, "naive", 3200.0),
-        Row("step", case, "transformers", note="WRONG RESULT, not timed: off"),
+        step_row(case, "ours", 500.0, speedup={"naive": 6.4, "transformers": 3.0}),
+        step_row(case, "naive", 3200.0, speedup={"transformers": 0.47}),
+        step_row(case, "transformers", 1500.0, speedup={"naive": 2.13}),
+        Row("step", case, "transformers, compiled", note="WRONG RESULT, not timed: off"),
+        step_row("MiniLM-L6, 3 x 32 examples, none", "ours", 400.0),
+        step_row("MiniLM-L6, 3 x 32 examples, more examples", "ours, more examples", 450.0),
         step_row("MiniLM-L6, 3 x 8 examples, more examples", "ours, more examples", 130.0),
         step_row("MiniLM-L6, 3 x 16 examples, more examples", "ours, more examples", 250.0),
         Row("step", "MiniLM-L6, scaling", "ours", note="off by 2.0% on average"),
@@ -47,11 +51,19 @@ def results(tmp_path: Path) -> Path:
 def test_step_table_has_each_timed_candidate_slowest_first(results: Path) -> None:
     text = readme.suite("step", "cpu", results)
     lines = text.splitlines()
-    assert lines[2] == "| MiniLM-L6, pcgrad | naive | 3,200 | 866 | 1 | 50% | 10 MB |"
-    assert lines[3] == "| MiniLM-L6, pcgrad | ours | 500 | 5,540 | 6.4 | 50% | 10 MB |"
-    assert "transformers" not in text
+    assert lines[2] == "| MiniLM-L6 | naive | 3,200 | 866 | 1 | 0.5 | 50% | 10 MB |"
+    assert lines[3] == "| MiniLM-L6 | transformers | 1,500 | 1,847 | 2.1 | 1 | 50% | 10 MB |"
+    assert lines[4] == "| MiniLM-L6 | ours | 500 | 5,540 | 6.4 | 3.0 | 50% | 10 MB |"
+    assert not lines[5]
+    assert "compiled" not in text
     assert "off by 2.0% on average" in text
     assert "a copy 30 GB/s" in text
+
+
+def test_steps_without_surgery_have_a_table_of_their_own(results: Path) -> None:
+    lines = readme.suite("step", "cpu", results, table=partial(readme.ways, method="none")).splitlines()
+    assert lines[2] == "| MiniLM-L6 | ours | 400 | 6,925 |  |  | 50% | 10 MB |"
+    assert not lines[3]
 
 
 def test_surgery_and_encode_tables(tmp_path: Path) -> None:
