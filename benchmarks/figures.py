@@ -18,11 +18,13 @@ ROW, NAMES, WIDTH = 22, 190, 640  # a bar's height, the names' column and the dr
 
 
 def bars(label: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    """Horizontal bars from zero, by group: a heading, then (name, value) each; those that begin with "ours" stand out."""
-    most = max(value for bars in groups.values() for _, value in bars)
-    scale = (WIDTH - NAMES - 80) / most
+    """Horizontal bars from zero: a heading and (name, value) each for every group, whose longest bar fills the width.
+
+    Names that begin with "ours" stand out.
+    """
     parts, y = [], 8.0
     for heading, entries in groups.items():
+        scale = (WIDTH - NAMES - 80) / max(value for _, value in entries)
         y += ROW
         parts.append(f'<text class="strong" x="8" y="{y - 6:.0f}" font-weight="600">{escape(heading)}</text>')
         for name, value in entries:
@@ -53,10 +55,15 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Milliseconds of our step over the tokens in a batch of three tasks."""
+    """Milliseconds of our step over the tokens in a batch of three tasks, and the straight line nearest to them."""
     found = sorted((row["tokens"], row["median"]) for row in rows if row["name"] == "ours, more examples")
     x, y = (np.array(column, dtype=float) for column in zip(*found, strict=True))
-    series = [charts.Series("milliseconds a step", x, y, marked=True)]
+    each, base = np.polyfit(x, y, 1, w=1 / y)  # each point weighed by its own size
+    ends = np.array([0.0, x[-1]])
+    series = [
+        charts.Series("milliseconds a step", x, y, marked=True),
+        charts.Series(f"{base:.0f} + {each:.3f} x tokens", ends, base + each * ends),
+    ]
     return charts.standalone(
         charts.lines("Milliseconds a step over tokens a batch", series, "tokens a batch", (0.0, max(y)))
     )
