@@ -3,7 +3,7 @@
 
     python -m minbert_fast.train                                          the demonstration: sample data, a tiny model
     python -m minbert_fast.train --data DIR --model DIR --output DIR      your data, your weights
-    ... --resume                                                          the same command again goes on where it stopped
+    python -m minbert_fast.train --resume --output DIR                    goes on where the run there stopped
     python -m minbert_fast.train --recipe NAME --set optimizer.lr=1e-5    an experiment, with one value changed
 
 Values come from the recipe, then from flags, then from --set. The course's own spellings work as well.
@@ -25,6 +25,8 @@ from minbert_fast import cli
 from minbert_fast.config import Recipe, parse_assignments
 from minbert_fast.schema import ConfigError, merge
 from minbert_fast.training.job import Options, train
+from minbert_fast.training.outputs import own_recipe
+from minbert_fast.training.runs import flat
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint under --output, if any; the other flags as they were",
+        help="go on from the newest checkpoint under --output, if any; no other flags are needed, except --backend",
     )
     run.add_argument("--overwrite", action="store_true", help="start anew where --output holds an earlier run")
     run.add_argument(
@@ -131,7 +133,10 @@ def field_type(key: str) -> Any:
 
 
 def recipe_of(chosen: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line changes: the course's option, then flags, then --set."""
+    """The recipe with what the command line changes: the course's option, then flags, then --set.
+
+    A run that is resumed brings its own, unless the command line names one or changes more than how far it goes.
+    """
     values: dict[str, Any] = dict(COURSE_OPTIONS[chosen.option]) if chosen.option else {}
     for flag in RECIPE_FLAGS:
         value = getattr(chosen, flag.key)
@@ -144,6 +149,10 @@ def recipe_of(chosen: argparse.Namespace) -> Recipe:
             if path is not None:
                 values = merge(values, {"data": {"files": {dataset: {split: path}}}})
     values = merge(values, parse_assignments(chosen.assignments))
+    if chosen.resume and chosen.recipe is None and flat(values).keys() <= {"training.max_steps"}:
+        own = own_recipe(Path(chosen.output or ""))
+        if own.is_file():
+            return Recipe.load(str(own)).with_values(values, "command line")
     # The tiny model has random weights, and learns nothing at the rates that suit pre-trained ones.
     usual = "default" if values.get("model", {}).get("name") else "demonstration"
     return Recipe.load(chosen.recipe or usual).with_values(values, "command line")

@@ -21,7 +21,7 @@ import transformers
 from minbert_fast import cli, train
 from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
-from minbert_fast.training.outputs import RunDirectory
+from minbert_fast.training.outputs import RunDirectory, own_recipe
 from tests.small import DEV_ROWS, small_data, small_run
 
 TIMES = ("step_seconds", "time")
@@ -332,13 +332,36 @@ def test_a_cut_run_resumes_to_the_same_bytes(data: Path, tmp_path: Path, backend
         assert summaries[0][key] == summaries[1][key]
 
 
+def test_a_run_remembers_its_settings(data: Path, tmp_path: Path) -> None:
+    flags = ("--recipe", "wish-ema", "--lr", "1e-3", "--seed", "3", "--set", "training.evaluate_untrained=false")
+    assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags, "--max-steps", "6")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "2")) == 0
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut"), "--max-steps", "6"]) == 0
+    whole, cut = ((tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "cut"))
+    assert whole == cut
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut")]) == 0  # as far as it went last
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 6
+
+
+def test_settings_alone_are_no_run(data: Path, tmp_path: Path) -> None:
+    """A run that ended before its first checkpoint leaves nothing that another one would have to overwrite."""
+    own = own_recipe(tmp_path / "run")
+    own.parent.mkdir(parents=True)
+    own.write_text("")
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
+    assert Recipe.load(str(own)).data.directory == str(data)
+
+
 def test_resuming_another_run_says_what_differs(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = small_run(data, finished, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     error = fails(capsys, *same, "--lr", "0.5")
-    assert "recipe.optimizer.lr was 0.001, now 0.5; --resume goes with the flags that the run was started with" in error
+    assert (
+        "recipe.optimizer.lr was 0.001, now 0.5; --resume goes alone, or with the flags that the run was started with"
+        in error
+    )
     assert "recipe.training.seed was 11711, now 4" in fails(capsys, *same, "--seed", "4")
     assert 'backend was "fast", now "reference"' in fails(capsys, *same, "--backend", "reference")
     changed = small_data(tmp_path / "changed")

@@ -239,8 +239,8 @@ class _Job:
             more = f" (and {len(changed) - SHOWN_CHANGES} more differences)" if len(changed) > SHOWN_CHANGES else ""
             shown = "; ".join(changed[:SHOWN_CHANGES])
             raise ConfigError(
-                f"{self.files.path}: cannot go on with another run: {shown}{more}; --resume goes with the flags that "
-                "the run was started with"
+                f"{self.files.path}: cannot go on with another run: {shown}{more}; --resume goes alone, or with the "
+                "flags that the run was started with"
             )
         for line in differences(found.state["environment"], environment(self.device)):
             self.say(f"{line}: what follows may differ in the last bits from an uninterrupted run")
@@ -254,6 +254,7 @@ class _Job:
         checkpoint = self._checkpoint()
         self.world.wait()  # nothing is written before all have read
         self.files.prepare()
+        self.files.write_recipe(self.recipe.to_toml())
         trainer = loop.Trainer(
             recipe=self.recipe,
             stages=self.stages,

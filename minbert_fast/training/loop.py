@@ -9,6 +9,7 @@ checkpoint if due, leave if a signal asked for it.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -149,8 +150,8 @@ class Trainer:
         except InterruptError as stop:
             raise InterruptError(
                 stop.number,
-                f"{stop.signal_name}: stopped after step {self.state.step}, which is saved in {self.files.path}; "
-                "the same command with --resume goes on",
+                f"{stop.signal_name}: stopped after step {self.state.step}, which is saved; "
+                f"minbert_fast.train --resume --output {shlex.quote(str(self.files.path))} goes on",
             ) from None
         except RunError as error:
             kept = f"; the checkpoint of step {self._saved} is whole" if self._saved >= 0 else ""

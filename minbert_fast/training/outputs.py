@@ -30,6 +30,11 @@ def fresh_directory(base: Path) -> Path:
     return candidate
 
 
+def own_recipe(output: Path) -> Path:
+    """Where a run under `output` keeps its recipe."""
+    return output / CHECKPOINTS / "recipe.toml"
+
+
 class RunDirectory:
     """An output directory held under a lock. Use as a context manager; raises RunError where it cannot be had."""
 
@@ -71,8 +76,10 @@ class RunDirectory:
     @property
     def used(self) -> bool:
         """Whether a run has left something here that another one must not overwrite unasked."""
-        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
-        return saved or any((self.path / name).exists() for name in (SUMMARY, "best", "last"))
+        kept = set(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else set()
+        return bool(kept - {own_recipe(self.path)}) or any(
+            (self.path / name).exists() for name in (SUMMARY, "best", "last")
+        )
 
     def clear(self) -> None:
         """Removes an earlier run's results, nothing else."""
@@ -92,6 +99,12 @@ class RunDirectory:
         """Replaces the directory `name` whole by what `fill` writes."""
         with writing(self.path / name):
             write_directory(self.path / name, fill)
+
+    def write_recipe(self, toml: str) -> None:
+        """Keeps the run's recipe beside its checkpoints, for those who go on with it."""
+        path = own_recipe(self.path)
+        with writing(path):
+            write_bytes(path, toml.encode("utf-8"))
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file whole."""
