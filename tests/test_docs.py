@@ -17,7 +17,7 @@ import pytest
 import torch.distributed.run
 
 import benchmarks.run
-from benchmarks import harness
+from benchmarks import harness, precision
 from minbert_fast import cli, reproduce, train
 from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
@@ -67,6 +67,8 @@ def run_command(line: str, checkout: Path) -> None:
         exec(words[2], {})
     elif words[:3] == ["python", "-m", "benchmarks.run"]:
         assert benchmarks.run.main(words[3:]) == 0, line
+    elif words[:3] == ["python", "-m", "benchmarks.precision"]:
+        assert precision.main([*words[3:], "--steps", FEW_STEPS, "--batch-size", "4"]) == 0, line
     elif words[:2] == ["python", "-m"] and words[2].startswith("minbert_fast."):
         if "tensorboard,csv" in words:
             pytest.importorskip("tensorboard")
