@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 import tracemalloc
 from pathlib import Path
@@ -224,6 +225,27 @@ def test_two_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None
         os.getpid = real
     assert found == [expected] * 2
     assert len(entries(source)) == 1
+
+
+def test_another_process_is_quicker_by_a_moment(
+    source: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its entry appears just before ours gets its name: nothing fails, and nobody hears of it."""
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        if not target.exists():
+            shutil.copytree(path, target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    notices: list[str] = []
+    folder = source.parent / "cache"
+    table = load_tokens(source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=folder, notify=notices.append)
+    monkeypatch.undo()
+    assert contents(table) == contents(load(source, tokenizer, cache_dir=source.parent / "other")[0])
+    assert not notices
+    assert [path.name.startswith(".") for path in folder.iterdir()] == [False]
 
 
 # ---- In bounded memory --------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def load_tokens(
         try:
             _prepare(folder, name, temporary)
             found = _build(path, layout, tokenizer, labeled, max_bad_rows, progress, temporary)
-            _publish(temporary, entry, found)
+            _publish(temporary, entry)
         except OSError as error:
             if notify:
                 reason = error.strerror or str(error)
@@ -271,15 +271,23 @@ def _prepare(folder: Path, name: str, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def _publish(temporary: Path, entry: Path, found: _Entry) -> None:
-    """Gives a whole entry its final name, in place of a damaged one."""
+def _publish(temporary: Path, entry: Path) -> None:
+    """Gives a whole entry its final name, in place of a damaged one.
+
+    Asks only after the renaming failed: between a question and the renaming another process may do the same.
+    """
     _sync_directory(temporary)
-    if entry.exists() or entry.is_symlink():
-        if _open(entry) is not None:
-            return  # another process was quicker; its arrays are the same
-        damaged = temporary / "damaged"
-        entry.rename(damaged)
-    temporary.rename(entry)
+    while True:
+        try:
+            temporary.rename(entry)
+            break
+        except OSError:
+            if _open(entry) is not None:
+                return  # another process was quicker; its arrays are the same
+            if not os.path.lexists(entry):
+                raise
+        with suppress(FileNotFoundError):
+            entry.rename(temporary / "damaged")
     shutil.rmtree(entry / "damaged", ignore_errors=True)
     _sync_directory(entry.parent)
 
