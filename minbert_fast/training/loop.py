@@ -151,7 +151,7 @@ class Trainer:
             raise InterruptError(
                 stop.number,
                 f"{stop.signal_name}: stopped after step {self.state.step}, which is saved; "
-                f"minbert_fast.train --resume --output {shlex.quote(str(self.files.path))} goes on",
+                f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))} goes on",
             ) from None
         except RunError as error:
             kept = f"; the checkpoint of step {self._saved} is whole" if self._saved >= 0 else ""
