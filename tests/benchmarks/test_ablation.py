@@ -36,7 +36,17 @@ def test_variants_differ_in_what_they_name() -> None:
         encoders = tuple(recipe.tasks[name]["encoder"] for name in ("paraphrase", "similarity"))
         seen[variant] = (*encoders, recipe.regularisation.r_drop)
         assert (recipe.training.epochs, recipe.training.seed, recipe.optimizer.lr) == (1, 1, 1e-4)
-    assert list(seen.values()) == [("bi", "bi", 0), ("cross", "bi", 0), ("cross", "both", 0), ("cross", "bi", 1)]
+        assert set(recipe.tasks) - {"sentiment", "paraphrase", "similarity"} == (
+            {"cfimdb"} if "reviews" in variant else set()
+        )
+    assert list(seen.values()) == [
+        ("bi", "bi", 0),
+        ("cross", "bi", 0),
+        ("cross", "both", 0),
+        ("cross", "both", 0),
+        ("cross", "bi", 1),
+    ]
+    assert "reviews" in list(seen)[3]
 
 
 def test_runs_become_a_table_and_a_second_call_only_reads_them(
