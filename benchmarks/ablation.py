@@ -34,7 +34,8 @@ HEAD = ("one epoch", "sentiment", "paraphrase", "similarity", "score")
 BEST = Recipe.load("best")
 REVIEWS = "cfimdb"  # the task that only the last of the variants on top of each other has
 
-# Values over those of `best`, without its fourth task. R-Drop is measured on top of the second, the others build on each other.
+# Values over those of `best`, without its fourth task. R-Drop is measured on top of the second; the others build on each
+# other.
 PLAIN: Mapping[str, Any] = {
     "regularisation": {"r_drop": 0.0},
     "tasks": {"paraphrase": {"encoder": "bi"}, "similarity": {"encoder": "bi"}},

@@ -104,6 +104,7 @@ class Run:
                     recipe=recipe,
                     steps_per_epoch=STEPS_PER_EPOCH,
                     limit=own.get("max_steps"),
+                    patience=recipe.training.patience,
                     begin=self.begin,
                     batches=lambda start, index=index, n=recipe.training.epochs: self.batches(index, start, n),
                     place=lambda task, row: f"{task}.csv:{row + 2}",

@@ -300,6 +300,19 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert "sentiment_accuracy" in json.loads(scores.read_text())
 
 
+def test_early_stopping_waits_for_the_stage_whose_heads_are_judged(tmp_path: Path) -> None:
+    data = small_data(tmp_path / "data")
+    chosen = small_recipe(data, patience=1, evaluate_every=1)
+    output = train(chosen, Options(tmp_path / "run", device="cpu"))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [sum(1 for line in lines if line["step"] and line["stage"] == stage) for stage in range(2)]
+    whole = train(small_recipe(data), Options(tmp_path / "whole", device="cpu"))
+    steps = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    every = [sum(1 for line in steps if line["step"] and line["stage"] == stage) for stage in range(2)]
+    assert evaluated[0] == every[0]
+    assert evaluated[1] < every[1]
+
+
 def test_pretraining_starts_from_the_models_own_heads_and_learns(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

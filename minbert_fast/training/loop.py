@@ -62,6 +62,7 @@ class Stage:
     recipe: Recipe
     steps_per_epoch: int
     limit: int | None  # steps at most, if the stage sets its own max_steps
+    patience: int  # evaluations without a better score that end it; 0: never
     begin: Callable[[], TrainingStep]  # sets the model up for this stage
     batches: Callable[[int], Batches]  # from the given step of the stage on, on the step's device
     place: Callable[[str, int], str]  # (task, row) -> "file:line"
@@ -222,8 +223,7 @@ class Trainer:
     # ---- What is due when -------------------------------------------------------------------------------------------
 
     def _over(self, stage: Stage) -> bool:
-        patience = stage.recipe.training.patience
-        tired = 0 < patience <= self.state.stale
+        tired = 0 < stage.patience <= self.state.stale
         return self.state.step >= self.total or self.state.stage_step >= stage.steps or tired
 
     def _evaluation_due(self, stage: Stage) -> bool:

@@ -103,6 +103,8 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
         recipe=recipe,
         steps_per_epoch=sampler.steps_per_epoch,
         limit=own.get("max_steps"),
+        # Further pre-training is not judged by heads that it does not train.
+        patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         begin=begin,
         batches=batches,
         place=lambda task, row: tables[task].place(row),
