@@ -108,6 +108,7 @@ def test_mutated_model_files(name: str, whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LOADERS)
 def test_mutated_model_files_by_the_thousand(name: str, whole: Path, tmp_path: Path) -> None:
