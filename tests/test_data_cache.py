@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,29 @@ def test_leftovers_of_killed_processes_go_away(source: Path, tokenizer: Tokenize
     (entry / "lines").unlink()
     load(source, tokenizer)
     assert entries(source) == [new, entry]
+
+
+def test_entries_that_nobody_opens_go_after_a_month(source: Path, tokenizer: Tokenizer) -> None:
+    """Those of files that have changed, or are gone; what else lies in the folder stays."""
+    before, now = (time.time() - days * 86_400 for days in (31, 29))
+    load(source, tokenizer)
+    (used,) = entries(source)
+    foreign = used.with_name("notes")
+    unused, recent = (used.with_name(f"{stem}-{'0' * 31}{digit}") for digit, stem in enumerate(("sts_train", "")))
+    left = used.with_name(f".gone-{'1' * 32}.7.tmp")
+    for path, age in ((foreign, before), (unused, before), (recent, now), (left, before), (used, before)):
+        path.mkdir(exist_ok=True)
+        os.utime(path, (age, age))
+    _, built = load(source, tokenizer)  # opened: in use from now on
+    assert not built
+    assert {unused, left} <= set(used.parent.iterdir())
+    source.write_text(source.read_text().replace("a good film", "a bad film"))
+    _, built = load(source, tokenizer)
+    assert built
+    names = set(used.parent.iterdir())
+    assert names > {foreign, recent, used}
+    assert not names & {unused, left}
+    assert len(names) == 4
 
 
 def test_two_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None:

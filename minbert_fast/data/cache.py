@@ -4,7 +4,8 @@
 An entry is a directory named after what decides its content (the file's bytes, the tokenizer, the format),
 with one raw array a file and a meta.json that gives each array's type, size and checksum. Entries are
 written under a temporary name, flushed and renamed, so that whatever carries a final name is whole; a
-damaged one is found by its checksums and rebuilt. Where nothing can be written, the arrays stay in memory.
+damaged one is found by its checksums and rebuilt. Whoever makes an entry removes those that nobody has opened
+for a month. Where nothing can be written, the arrays stay in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import zlib
@@ -32,6 +34,9 @@ from minbert_fast.data.tokens import Text, Tokens, TokenTable
 VERSION = 1  # of the layout below; entries of another version are not found
 BLOCK = 1 << 20  # bytes of a file that are in memory at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age belongs to no living process
+UNUSED_SECONDS = 30 * 86_400  # since an entry was last opened, of a file that has changed or gone
+ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{32}")
+UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
 
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
 
@@ -68,10 +73,13 @@ def load_tokens(
     name = _entry_name(path, layout, labeled, source_hash, tokenizer)
     entry = folder / name
     found = _open(entry)
-    if found is None:
+    if found is not None:
+        with suppress(OSError):
+            os.utime(entry)  # in use
+    else:
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
-            _prepare(folder, name, temporary)
+            _prepare(folder, temporary)
             found = _build(path, layout, tokenizer, labeled, max_bad_rows, progress, temporary)
             _publish(temporary, entry)
         except OSError as error:
@@ -261,12 +269,16 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,))) if count else np.empty(0, dtype)
 
 
-def _prepare(folder: Path, name: str, temporary: Path) -> None:
-    """Makes the temporary directory, and removes those that killed processes left."""
+def _prepare(folder: Path, temporary: Path) -> None:
+    """Makes the temporary directory, and removes those that killed processes left and entries long unused."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f".{name}.*.tmp"):
+    for old in folder.iterdir():
+        unfinished = UNFINISHED.fullmatch(old.name)
+        if not unfinished and not ENTRY.fullmatch(old.name):
+            continue  # not ours
         with suppress(OSError):
-            if old == temporary or time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+            age = time.time() - old.stat().st_mtime
+            if old == temporary or age > (ABANDONED_SECONDS if unfinished else UNUSED_SECONDS):
                 shutil.rmtree(old)
     temporary.mkdir()
 
