@@ -6,10 +6,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +97,62 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path)
     succeed(2, tmp_path, "--max-steps", "10", *flags, "--resume", "--set", "training.shard=true")
     succeed(2, tmp_path, "--max-steps", "12", *flags, "--resume")
     same(alone, tmp_path / "run")
+
+
+def on_two_machines(folders: Sequence[Path], *flags: str) -> list[subprocess.CompletedProcess[str]]:
+    """A rank on each of two machines that share nothing: folders, caches and torchruns of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number, folder in enumerate(folders):
+        where = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        line = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "minbert_fast.train", *COMMON, *flags]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(line, env=environment(folder), cwd=folder, **pipes))
+    results = [process.communicate(timeout=240) for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *result)
+        for process, result in zip(started, results, strict=True)
+    ]
+
+
+def refused_together(ended: Sequence[subprocess.CompletedProcess[str]], reason: str) -> None:
+    """Each of the processes ended, and at least one said why (another may have seen only that it went)."""
+    assert all(done.returncode for done in ended)
+    lines = [line for done in ended for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any(re.match(f"error: cannot train together: {reason}", line) for line in lines), lines
+
+
+def test_two_machines_train_as_one_process_and_go_on_from_the_same_checkpoint(alone: Path, tmp_path: Path) -> None:
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        machine.mkdir()
+    flags = ["--precision", "fp32", "--output", "run"]
+    begun = on_two_machines(machines, "--max-steps", "4", *flags)
+    assert [done.returncode for done in begun] == [0, 0], begun
+    assert not (machines[1] / "run").exists()
+    refused_together(
+        on_two_machines(machines, "--max-steps", "12", *flags, "--resume"),
+        r'starts from "step 4, [0-9a-f]{8}" on rank 0, "the beginning" on rank 1; every machine needs',
+    )
+    shutil.copytree(machines[0] / "run" / "checkpoints", machines[1] / "run" / "checkpoints")
+    ended = on_two_machines(machines, "--max-steps", "12", *flags, "--resume")
+    assert [done.returncode for done in ended] == [0, 0], ended
+    same(alone, machines[0] / "run")
+
+
+def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        shutil.copytree(sample_directory().data, machine / "data")
+    path = machines[1] / "data" / "ids-sst-train.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    refused_together(
+        on_two_machines(machines, "--max-steps", "2", "--data", "data", "--output", "run"),
+        r"data\.train\.sentiment\.rows 2000 on rank 0, 1999 on rank 1; ",
+    )
+    assert not (machines[0] / "run" / "metrics.jsonl").exists()
 
 
 def test_ranks_hide_the_words_that_one_process_hides(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,22 +113,25 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint | str:
         return f"{type(error).__name__}: {error}"
 
 
-def differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """What differs between two fingerprints (nested mappings of plain values), a line a value."""
+def differences(then: Any, now: Any, says: str = "{name} was {then}, now {now}") -> list[str]:
+    """What differs between two fingerprints (nested mappings of plain values), a line a value, each as `says` puts it."""
+    return [says.format(name=name, then=_shown(a), now=_shown(b)) for name, a, b in _different(then, now, "")]
+
+
+_ABSENT = object()
+
+
+def _different(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        lines = []
         for key in [*then, *(key for key in now if key not in then)]:
             name = f"{where}.{key}" if where else str(key)
-            if key not in now:
-                lines.append(f"{name} was {_shown(then[key])}, now absent")
-            elif key not in then:
-                lines.append(f"{name} was absent, now {_shown(now[key])}")
-            else:
-                lines += differences(then[key], now[key], name)
-        return lines
-    return [] if then == now else [f"{where} was {_shown(then)}, now {_shown(now)}"]
+            yield from _different(then.get(key, _ABSENT), now.get(key, _ABSENT), name)
+    elif then != now:
+        yield where, then, now
 
 
 def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -247,12 +248,27 @@ class _Job:
         self.say(f"going on after step {found.step}")
         return found
 
+    def _check_others(self, checkpoint: Checkpoint | None) -> None:
+        """Raises ConfigError where processes, perhaps on other machines, are about to train anything else together."""
+        begins = "the beginning"
+        if checkpoint is not None:
+            state = json.dumps(checkpoint.state, sort_keys=True).encode()
+            begins = f"step {checkpoint.step}, {hashlib.blake2b(state, digest_size=4).hexdigest()}"
+        first, *others = self.world.every({"starts from": begins, **self.fingerprint()})
+        for rank, other in enumerate(others, start=1):
+            unlike = differences(first, other, f"{{name}} {{then}} on rank 0, {{now}} on rank {rank}")
+            if unlike:
+                raise ConfigError(
+                    f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same data and "
+                    f"model, and to go on the same checkpoints in {self.options.output}"
+                )
+
     # ---- The run, and what is left of it ----------------------------------------------------------------------------
 
     def run(self) -> None:
         """Trains, then writes last/, predictions, summary.json and the report."""
         checkpoint = self._checkpoint()
-        self.world.wait()  # nothing is written before all have read
+        self._check_others(checkpoint)  # and nothing is written before all have read
         self.files.prepare()
         self.files.write_recipe(self.recipe.to_toml())
         trainer = loop.Trainer(

@@ -83,6 +83,14 @@ class World:
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return int(found) or None
 
+    def every(self, value: Any) -> list[Any]:
+        """What each process gives, in the order of their ranks, in every process. Plain data only."""
+        found = [value] * self.size
+        if self.size > 1:
+            with self._lost():
+                distributed.all_gather_object(found, value)
+        return found
+
     def from_main(self, make: Callable[[], Result]) -> Result:
         """What `make` gives on rank 0, in every process; the others do not call it. Plain data only.
 
