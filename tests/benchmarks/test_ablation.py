@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
+from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
 
 
@@ -34,19 +35,24 @@ def test_variants_differ_in_what_they_name() -> None:
     for variant in ablation.VARIANTS:
         recipe = ablation.recipe_of(variant, 1, Path("data"), None)
         encoders = tuple(recipe.tasks[name]["encoder"] for name in ("paraphrase", "similarity"))
-        seen[variant] = (*encoders, recipe.regularisation.r_drop)
-        assert (recipe.training.epochs, recipe.training.seed, recipe.optimizer.lr) == (1, 1, 1e-4)
-        assert set(recipe.tasks) - {"sentiment", "paraphrase", "similarity"} == (
-            {"cfimdb"} if "reviews" in variant else set()
-        )
+        batches = tuple(task.get("batch_size") for task in recipe.tasks.values())
+        weights = tuple(task.get("weight", 1) for task in recipe.tasks.values())
+        seen[variant] = (recipe.training.epochs, *encoders, recipe.regularisation.r_drop, batches, weights)
+        assert (recipe.training.seed, recipe.optimizer.lr) == (1, 1e-4)
+        assert list(recipe.tasks)[:3] == ["sentiment", "paraphrase", "similarity"]
+    best = Recipe.load("best").tasks
+    batches = tuple(task.get("batch_size", 32) for task in best.values())
+    weights = tuple(task.get("weight", 1) for task in best.values())
+    equal, even = (32, 32, 32), (1, 1, 1)
     assert list(seen.values()) == [
-        ("bi", "bi", 0),
-        ("cross", "bi", 0),
-        ("cross", "both", 0),
-        ("cross", "both", 0),
-        ("cross", "bi", 1),
+        (1, "bi", "bi", 0, equal, even),
+        (1, "cross", "bi", 0, equal, even),
+        (1, "cross", "both", 0, equal, even),
+        (1, "cross", "both", 0, (*equal, 8), (*even, 0.5)),
+        (2, "cross", "both", 0, batches, (*even, 0.5)),
+        (2, "cross", "both", 0, batches, weights),
+        (1, "cross", "bi", 1, equal, even),
     ]
-    assert "reviews" in list(seen)[3]
 
 
 def test_runs_become_a_table_and_a_second_call_only_reads_them(
