@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from minbert_fast.config import Recipe
+from minbert_fast.common.schema import merge
+from minbert_fast.common.storage import write_json
 from minbert_fast.data import find_tables
-from minbert_fast.schema import merge
-from minbert_fast.storage import write_json
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import build_tasks
-from minbert_fast.training.experiments import Place, Trial, markdown, run_or_resume
+from minbert_fast.trainer.experiments import Place, Trial, markdown, run_or_resume
 
 SHARE = 10  # one row of so many is held out
 SEED = 7  # of the split

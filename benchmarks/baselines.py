@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast import reference, surgery
-from minbert_fast.bert import BertModel
-from minbert_fast.packing import MultitaskBatch, PackedBatch
+from minbert_fast import surgery
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.bert import BertModel
+from minbert_fast.model.packing import PackedBatch
+from minbert_fast.ops import reference
 from minbert_fast.tasks import MultitaskModel
 
 LR = 1e-5

@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.harness import ROOT
 from minbert_fast.data import FORMATS, Tokenizer, read_table
-from minbert_fast.packing import MultitaskBatch, pack
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.packing import pack
 from minbert_fast.tasks import MultitaskModel
 
 STEMS = {"sentiment": "sst", "paraphrase": "quora", "similarity": "sts"}  # of lengths.json

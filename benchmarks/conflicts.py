@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from minbert_fast.training import charts
-from minbert_fast.training.runs import Run, read_run
+from minbert_fast.reporting import charts
+from minbert_fast.reporting.runs import Run, read_run
 
 RESULTS = Path(__file__).parent / "results" / "conflicts.json"
 PREFIX = "cosine/"

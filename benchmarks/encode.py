@@ -27,9 +27,10 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Candidate, Ceilings, Row
-from minbert_fast import BertConfig, BertModel, Predictor, sentence_modules
+from minbert_fast import BertConfig, BertModel, Predictor
 from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory
-from minbert_fast.sentence_modules import SentenceModules
+from minbert_fast.model import sentence_modules
+from minbert_fast.model.sentence_modules import SentenceModules
 
 COUNT = {"cpu": {"MiniLM-L6": 2048, "BERT-base": 256}, "cuda": {"MiniLM-L6": 16_384, "BERT-base": 16_384}}
 BATCH_SIZES = {"cpu": (32, 128), "cuda": (128, 512, 2048)}  # 32 is sentence-transformers' default

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minbert_fast.training import charts
+from minbert_fast.reporting import charts
 
 ROW, NAMES, WIDTH = 22, 190, 640  # a bar's height, the names' column and the drawing's width
 

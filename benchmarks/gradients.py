@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert_fast import BertConfig, BertModel, pages
-from minbert_fast.config import Recipe
+from minbert_fast import BertConfig, BertModel
+from minbert_fast.common import pages
+from minbert_fast.common.schema import build
 from minbert_fast.data import Collator, Tokenizer, find_tables, read_table, sample_directory, tokenize_table
-from minbert_fast.schema import build
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.training.step import OnePassStep
 
 #: The encoders that the issue names, and their parameters (pooler included).
 CONFIGS = {

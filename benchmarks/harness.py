@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from minbert_fast import pages
+from minbert_fast.common import pages
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,18 +23,10 @@ import torch
 
 from benchmarks import harness
 from minbert_fast import BertModel
-from minbert_fast.config import Recipe
-from minbert_fast.data import (
-    Collator,
-    Sampler,
-    Tokenizer,
-    find_tables,
-    load_tokens,
-    sample_directory,
-    training_batches,
-)
+from minbert_fast.data import Collator, Sampler, Tokenizer, find_tables, load_tokens, sample_directory, training_batches
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.training.step import OnePassStep
 
 RUNS = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 0), "fp32, another seed": (torch.float32, 1)}
 

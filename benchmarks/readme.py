@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation, conflicts, figures
-from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,12 +25,12 @@ from benchmarks import baselines, batches, harness
 from benchmarks.gradients import CONFIGS
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import BertConfig, BertModel
-from minbert_fast.config import Recipe
-from minbert_fast.packing import MultitaskBatch
-from minbert_fast.schema import build
+from minbert_fast.common.schema import build
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.captured import GraphedStep
+from minbert_fast.step.one_pass import OnePassStep, make_step
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.training.graph import GraphedStep
-from minbert_fast.training.step import OnePassStep, make_step
 
 KINDS = ("sentiment", "paraphrase", "similarity")
 TASKS = (1, 2, 4, 8, 16)  # of the scaling cases, among whom ALL_EXAMPLES are shared out

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from benchmarks import gradients, harness
 from benchmarks.harness import Candidate, Ceilings, Row
-from minbert_fast import pages, reference, surgery
-from minbert_fast.functional import surgery as ops
-from minbert_fast.functional.surgery import AdamWSettings
+from minbert_fast import surgery
+from minbert_fast.common import pages
+from minbert_fast.ops import reference
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.surgery import AdamWSettings
 
 TASKS = (2, 3, 8, 32)
 # The classic loop walks over P twice for each pair of tasks: beyond this many products of pairs and parameters it would

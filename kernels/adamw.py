@@ -2,7 +2,7 @@
 """One AdamW step over flat parameters, joined with surgery's combination: g = w J lives in registers only.
 
 Everything that changes from step to step is read from the device, so that a captured graph follows a schedule:
-`scalars` is fp32 [4] = (learning rate, step from 1, gradient scale, skip), as minbert_fast/native/surgery.py lays
+`scalars` is fp32 [4] = (learning rate, step from 1, gradient scale, skip), as minbert_fast/ops/native/surgery.py lays
 it out. Where skip is not 0 (a gradient that is not finite), nothing changes.
 
     g = scale sum_t w[t] J[t],  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2

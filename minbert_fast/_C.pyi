@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The compiled extension (csrc/). Pointers are integers, 0 for an absent tensor; minbert_fast.native checks before it
+# The compiled extension (csrc/). Pointers are integers, 0 for an absent tensor; minbert_fast.ops.native checks before it
 # calls. The names that begin with cuda_, and Queue, are there when has_cuda is.
 
 has_cuda: bool

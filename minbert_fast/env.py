@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from minbert_fast import native, products
-from minbert_fast.cli import Parser, run
-from minbert_fast.functional.backend import triton_available
-from minbert_fast.native.layers import instruction_set
-from minbert_fast.training.device import choose_device, choose_precision
-from minbert_fast.training.provenance import commit
-from minbert_fast.version import __version__
+from minbert_fast.common import products
+from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.device import choose_device, choose_precision
+from minbert_fast.common.provenance import commit
+from minbert_fast.common.version import __version__
+from minbert_fast.ops import native
+from minbert_fast.ops.backend import triton_available
+from minbert_fast.ops.native.layers import instruction_set
 
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub",

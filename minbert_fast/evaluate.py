@@ -16,14 +16,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.cli import Parser, run
-from minbert_fast.config import Recipe
+from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.device import choose_device, choose_precision
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import MAIN_TASKS, Tokenizer, TokenTable, find_tables, load_tokens, read_table
-from minbert_fast.schema import ConfigError
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks.evaluation import Evaluation, evaluate
 from minbert_fast.tasks.predictions import write_text
-from minbert_fast.training.device import choose_device, choose_precision
-from minbert_fast.training.evaluation import Evaluation, evaluate
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import huggingface_hub
 
-from minbert_fast import sentence_modules
-from minbert_fast.cli import Parser, run
-from minbert_fast.model_card import model_card, shared_recipe
-from minbert_fast.predictor import Predictor
-from minbert_fast.schema import ConfigError
-from minbert_fast.sentence_modules import SentenceModules
-from minbert_fast.storage import write_directory
-from minbert_fast.training.errors import RunError, writing
+from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.errors import RunError, writing
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.storage import write_directory
+from minbert_fast.model import sentence_modules
+from minbert_fast.model.sentence_modules import SentenceModules
+from minbert_fast.reporting.model_card import model_card, shared_recipe
+from minbert_fast.tasks.predictor import Predictor
 
 FORMATS = ("huggingface", "sentence-transformers")
 HEADS = "heads.safetensors"

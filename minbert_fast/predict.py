@@ -18,12 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.cli import Parser, run
+from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.storage import whole_file
 from minbert_fast.data import FORMATS, Table, TableReader
-from minbert_fast.predictor import Predictions, Predictor
-from minbert_fast.storage import whole_file
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
+from minbert_fast.tasks.predictor import Predictions, Predictor
 
 MAX_BAD_ROWS = 0.01  # share of a file's rows that may be unreadable before it is refused
 

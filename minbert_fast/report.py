@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minbert_fast.cli import Parser, run
-from minbert_fast.schema import ConfigError
-from minbert_fast.training.comparison import write_comparison
-from minbert_fast.training.report import write_report
+from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.reporting.comparison import write_comparison
+from minbert_fast.reporting.report import write_report
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,14 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minbert_fast import cli
-from minbert_fast.config import BertConfig, Recipe, recipe_names
+from minbert_fast.common import cli
+from minbert_fast.common.errors import RunError
+from minbert_fast.common.storage import write_bytes, write_json
 from minbert_fast.data import FORMATS, DataError, find_tables, sample_directory
-from minbert_fast.storage import write_bytes, write_json
+from minbert_fast.model.config import BertConfig
+from minbert_fast.model.weights import resolve
+from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
-from minbert_fast.training.errors import RunError
-from minbert_fast.training.experiments import Place, Trial, limited, markdown, ran, run_or_resume, shown
-from minbert_fast.weights import resolve
+from minbert_fast.trainer.experiments import Place, Trial, limited, markdown, ran, run_or_resume, shown
 
 METRICS = {
     "sentiment_accuracy": "sentiment",

@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from minbert_fast import cli
-from minbert_fast.config import Recipe, parse_assignments
-from minbert_fast.schema import ConfigError
-from minbert_fast.storage import write_bytes, write_json
+from minbert_fast.common import cli
+from minbert_fast.common.errors import RunError
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.storage import write_bytes, write_json
+from minbert_fast.recipes.recipe import Recipe, parse_assignments
+from minbert_fast.reporting import charts
 from minbert_fast.train import RECIPE_FLAGS
-from minbert_fast.training import charts
-from minbert_fast.training.errors import RunError
-from minbert_fast.training.experiments import Place, Trial, limited, markdown, run_or_resume, shown
+from minbert_fast.trainer.experiments import Place, Trial, limited, markdown, run_or_resume, shown
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in flag.names}

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minbert_fast import cli
-from minbert_fast.config import Recipe, parse_assignments
-from minbert_fast.schema import ConfigError, merge
-from minbert_fast.training.job import Options, train
-from minbert_fast.training.outputs import own_recipe
-from minbert_fast.training.runs import flat
+from minbert_fast.common import cli
+from minbert_fast.common.schema import ConfigError, merge
+from minbert_fast.recipes.recipe import Recipe, parse_assignments
+from minbert_fast.reporting.runs import flat
+from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.outputs import own_recipe
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from minbert_fast import cli, train
+from minbert_fast import train
+from minbert_fast.common import cli
 from tests.small import small_run
 
 MEGABYTES = 64

@@ -4,62 +4,68 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from minbert_fast import train
-from minbert_fast.config import Recipe, recipe_names
+from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minbert_fast"
 
-# From the bottom up: a module imports from its own room and from those above it in this list.
+# From the bottom up: a module imports from its own room and from those before it in this list.
 ROOMS = (
-    ("version", "schema", "storage", "pages", "products"),
-    ("kernels",),
-    ("reference",),
-    ("config",),
-    ("packing",),
-    ("native",),
-    ("functional",),
-    ("flat",),
-    ("solvers",),
-    ("optim", "surgery", "pcgrad"),
-    ("passes", "bert", "inference", "weights", "sentence_modules", "patching"),
-    ("data",),
-    ("tasks",),
-    ("training",),
-    ("cli", "predictor", "model_card"),
-    ("train", "evaluate", "predict", "encode", "export", "recipes", "report", "search", "reproduce", "env"),
+    "common",
+    "kernels",
+    "ops",
+    "surgery",
+    "model",
+    "data",
+    "recipes",
+    "tasks",
+    "step",
+    "parallel",
+    "reporting",
+    "trainer",
 )
-RANK = {name: rank for rank, room in enumerate(ROOMS) for name in room}
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
+# The package's top level: the public face, and one thin file a command (`recipes` is a room with a `__main__`).
+COMMANDS = ("encode", "env", "evaluate", "export", "predict", "report", "reproduce", "search", "train")
+FACE = len(ROOMS)  # the rank of the top level: it may import from every room
 
 # Only here may code ask which device there is, or of what kind a tensor is: where implementations are chosen, where the
 # command line's device is, and where the extension's entry point for a tensor is.
-DEVICE_ASKERS = {"functional/backend.py", "functional/surgery.py", "training/device.py", "native/surgery.py"}
+DEVICE_ASKERS = {"ops/backend.py", "ops/surgery.py", "common/device.py", "ops/native/surgery.py"}
 DEVICE_QUESTIONS = {"is_available", "is_cuda"}
 
 
 def sources() -> list[Path]:
-    found = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-    return sorted(path for path in found if path.name != "__init__.py" or path.parent != PACKAGE)
+    return sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
-def room_of(path: Path) -> str:
-    if path.is_relative_to(ROOT / "kernels"):
-        return "kernels"
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """The dotted name that `path` is imported by."""
+    inside = path.relative_to(ROOT).with_suffix("")
+    parts = ["minbert_fast", *inside.parts] if inside.parts[0] == "kernels" else list(inside.parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Rooms of this package that a module imports when it runs; `if TYPE_CHECKING` blocks are for types alone."""
+def rank_of(module: str) -> int:
+    """Where a module's room stands in ROOMS; the top level (`minbert_fast` and the commands) comes last."""
+    parts = module.split(".")
+    return RANK.get(parts[1], FACE) if len(parts) > 1 else FACE
+
+
+def imports(tree: ast.AST, modules: Collection[str]) -> Iterator[tuple[int, str]]:
+    """(line, module of this package) for each import that runs; `if TYPE_CHECKING` blocks are for types alone."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -67,33 +73,78 @@ def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else str(node.module) for name in inner]
         else:
-            yield from imported_rooms(node)
+            yield from imports(node, modules)
             continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "minbert_fast" and len(parts) > 1:
-                yield node.lineno, parts[1]
+        yield from ((node.lineno, name) for name in names if name.split(".")[0] == "minbert_fast")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Each module of the package with those it imports."""
+    paths = {module_of(path): path for path in sources()}
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in paths.items()}
+    known = {*paths, "minbert_fast._C"}
+    return {module: {name for _, name in imports(tree, known)} - {module} for module, tree in trees.items()}
+
+
+def circle(graph: Mapping[str, Collection[str]]) -> list[str] | None:
+    """Modules that import each other in a ring, if any do."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return None
+        found = next((ring for name in graph.get(module, ()) if (ring := visit(name, [*path, module]))), None)
+        done.add(module)
+        return found
+
+    return next((ring for module in graph if (ring := visit(module, []))), None)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
-    room = room_of(path)
-    assert room in RANK, f"{path}: give the new room {room!r} its place in ROOMS"
-    for line, other in imported_rooms(ast.parse(path.read_text(encoding="utf-8"))):
-        if other == "_C":
-            assert room == "native", f"{path}:{line}: only native/ talks to the extension"
-        elif other != "__version__":
-            assert other in RANK, f"{path}:{line}: imports {other!r}, which has no place in ROOMS"
-            assert RANK[other] <= RANK[room], f"{path}:{line}: {room} may not import {other}"
+    module = module_of(path)
+    for line, other in imports(ast.parse(path.read_text(encoding="utf-8")), known_modules()):
+        if other == "minbert_fast._C":
+            assert module.startswith("minbert_fast.ops.native"), (
+                f"{path}:{line}: only ops/native talks to the extension"
+            )
+        else:
+            assert rank_of(other) <= rank_of(module), f"{path}:{line}: {module} may not import {other}"
 
 
-def test_the_order_catches_an_upward_import() -> None:
-    """The test above can fail."""
-    tree = ast.parse("def f():\n    from minbert_fast.training import loop\nimport minbert_fast.data.files")
-    assert [room for _, room in imported_rooms(tree)] == ["training", "data"]
-    assert RANK["training"] > RANK["data"] > RANK["bert"]
+@functools.cache
+def known_modules() -> frozenset[str]:
+    return frozenset({*map(module_of, sources()), "minbert_fast._C"})
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle(import_graph()) is None
+
+
+def test_every_room_has_its_place_and_its_purpose() -> None:
+    """Each folder is in ROOMS and says in one sentence what it holds; beside them only the face and the commands."""
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders | {"kernels"} == set(ROOMS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *COMMANDS}
+    for room in folders:
+        purpose = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
+        assert purpose, room
+        assert purpose.splitlines()[0].endswith("."), f"{room}: {purpose.splitlines()[0]!r} is no whole sentence"
+
+
+def test_the_rules_above_can_fail() -> None:
+    known = {"minbert_fast.trainer.loop", "minbert_fast.data.files"}
+    tree = ast.parse("def f():\n    from minbert_fast.trainer import loop\nimport minbert_fast.data.files")
+    assert [name for _, name in imports(tree, known)] == ["minbert_fast.trainer.loop", "minbert_fast.data.files"]
+    assert (
+        rank_of("minbert_fast.trainer.loop") > rank_of("minbert_fast.data.files") > rank_of("minbert_fast.model.bert")
+    )
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
 def test_benchmarks_and_tests_are_imported_by_nothing() -> None:
@@ -172,7 +223,20 @@ def test_commands_in_the_readme_exist() -> None:
 
 def test_nothing_runs_at_import() -> None:
     """Importing every entry point neither parses arguments nor prints."""
-    names = [p.stem for p in PACKAGE.glob("*.py") if RANK.get(p.stem) == RANK["train"] and p.stem != "report"]
+    names = [*COMMANDS, "recipes.__main__"]
     code = "import sys; sys.argv[1:] = ['--nonsense']\n" + "\n".join(f"import minbert_fast.{name}" for name in names)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_import_paths_of_earlier_versions() -> None:
+    """README and docs showed these before the rooms had their present names."""
+    code = """
+from minbert_fast import AdamW, BertConfig, BertModel, PCGrad, Predictor, patch, surgery
+from minbert_fast import cli, evaluate, train
+from minbert_fast.config import BertConfig, Recipe, OptimizerOptions
+from minbert_fast.data import FileFormat, Label, add_format, read_table, sample_directory
+from minbert_fast.packing import PackedBatch, pack
+from minbert_fast.tasks import Head, HeadOutput, Task, TaskInput, TaskOptions, register
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.config import Recipe, TrainingOptions
-from minbert_fast.flat import Entry
-from minbert_fast.schema import ConfigError
-from minbert_fast.training import loop
-from minbert_fast.training.averaging import WeightAverage
-from minbert_fast.training.step import make_step
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.recipes.recipe import Recipe, TrainingOptions
+from minbert_fast.step.extras.averaging import WeightAverage
+from minbert_fast.step.flat import Entry
+from minbert_fast.step.one_pass import make_step
+from minbert_fast.trainer import loop
 from tests.test_graph import computed_on_meta
 from tests.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
 from tests.test_step import SIZES, make_batch, make_model, recipe

@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from minbert_fast import AdamW, BertConfig, BertModel, reference
-from minbert_fast.packing import pack
+from minbert_fast import AdamW, BertConfig, BertModel
+from minbert_fast.model.packing import pack
+from minbert_fast.ops import reference
 
 SMALL = BertConfig(
     vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
@@ -69,7 +70,7 @@ def test_real_weights_equal_transformers(minilm: Path) -> None:
 def test_static_rectangle_equals_dropping_padding(small: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
     packed = small(ids, mask)["last_hidden_state"]
-    monkeypatch.setattr("minbert_fast.functional.backend.drops_padding", lambda _: False)
+    monkeypatch.setattr("minbert_fast.ops.backend.drops_padding", lambda _: False)
     torch.testing.assert_close(small(ids, mask)["last_hidden_state"], packed, atol=1e-5, rtol=0)
 
 

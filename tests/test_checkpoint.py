@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minbert_fast import storage
-from minbert_fast.training.checkpoint import CheckpointStore, differences
-from minbert_fast.training.errors import RunError
+from minbert_fast.common import storage
+from minbert_fast.common.errors import RunError
+from minbert_fast.trainer.checkpoint import CheckpointStore, differences
 
 DTYPES = [
     torch.float64,

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from minbert_fast import AdamW, BertConfig, BertModel
-from minbert_fast.packing import PackedBatch, pack
+from minbert_fast.model.packing import PackedBatch, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,8 +25,8 @@ from minbert_fast.data import (
     sample_directory,
     training_batches,
 )
+from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.pretraining import IGNORED, Corpus
-from minbert_fast.packing import MultitaskBatch
 
 FILES = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv", "similarity": "sts-train.csv"}
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minbert_fast.data import Collator, Encoder, Sampler, Tokenizer, load_tokens, sample_directory
-from minbert_fast.packing import MultitaskBatch
-from minbert_fast.training.step import OnePassStep
-from minbert_fast.training.world import World
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.parallel.world import World
+from minbert_fast.step.one_pass import OnePassStep
 from tests.test_step import SIZES, make_batch, make_model, recipe
 
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]

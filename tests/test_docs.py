@@ -18,9 +18,10 @@ import torch.distributed.run
 
 import benchmarks.run
 from benchmarks import harness, precision
-from minbert_fast import cli, reproduce, train
-from minbert_fast.config import Recipe
+from minbert_fast import reproduce, train
+from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
+from minbert_fast.recipes.recipe import Recipe
 from tests.pages import PAGES, ROOT, UNTRIED, Piece, elsewhere, filled, pieces
 from tests.small import small_data
 

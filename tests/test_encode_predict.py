@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from minbert_fast import BertModel, Predictor, cli, encode, predict
-from minbert_fast.config import Recipe
+from minbert_fast import BertModel, Predictor, encode, predict
+from minbert_fast.common import cli
+from minbert_fast.common.schema import build
+from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data import Tokenizer, lines, read_table, sample_directory
-from minbert_fast.schema import build
-from minbert_fast.storage import ArrayFile, whole_file
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

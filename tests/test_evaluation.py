@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from minbert_fast import BertModel
-from minbert_fast.cli import run
-from minbert_fast.config import Recipe
+from minbert_fast.common.cli import run
+from minbert_fast.common.device import choose_device, choose_precision
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory, tokenize_table
 from minbert_fast.evaluate import main
-from minbert_fast.schema import ConfigError, build
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
-from minbert_fast.training.device import choose_device, choose_precision
-from minbert_fast.training.evaluation import evaluate
+from minbert_fast.tasks.evaluation import evaluate
 
 ROWS = 40
 RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"encoder": "cross"}, "similarity": {}}}, "test")

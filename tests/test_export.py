@@ -14,10 +14,11 @@ import pytest
 import torch
 import transformers
 
-from minbert_fast import BertModel, Predictor, cli, env, export
-from minbert_fast.config import Recipe
+from minbert_fast import BertModel, Predictor, env, export
+from minbert_fast.common import cli
+from minbert_fast.common.schema import build
 from minbert_fast.data import Tokenizer, sample_directory
-from minbert_fast.schema import build
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
 pytestmark = pytest.mark.usefixtures("one_thread")

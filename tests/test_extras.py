@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from minbert_fast import cli, train
+from minbert_fast import train
+from minbert_fast.common import cli
 from tests.small import small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

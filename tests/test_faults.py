@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from minbert_fast import BertModel, Predictor, cli, train
-from minbert_fast.config import Recipe
+from minbert_fast import BertModel, Predictor, train
+from minbert_fast.common import cli
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import Tokenizer, sample_directory
-from minbert_fast.schema import ConfigError
-from minbert_fast.sentence_modules import read
+from minbert_fast.model.sentence_modules import read
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from tests.small import small_data, small_run
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minbert_fast.config import Recipe
-from minbert_fast.packing import MultitaskBatch
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.parallel.exchange import Exchange
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.captured import GraphedStep, at_capacity
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel
-from minbert_fast.training.exchange import Exchange
-from minbert_fast.training.graph import GraphedStep, at_capacity
-from minbert_fast.training.step import OnePassStep
 from tests.test_step import make_batch, make_model, recipe
 
 SIZES = {"sentiment": 3, "paraphrase": 4, "similarity": 2}

@@ -13,7 +13,7 @@ import torch
 
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
-from minbert_fast.inference import SentenceRows, Snapshot, by_length, embed, encode, side_by_side
+from minbert_fast.model.inference import SentenceRows, Snapshot, by_length, embed, encode, side_by_side
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,15 +17,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.config import Recipe
-from minbert_fast.packing import MultitaskBatch, pack
-from minbert_fast.schema import build
-from minbert_fast.training import loop
-from minbert_fast.training.checkpoint import CheckpointStore
-from minbert_fast.training.errors import InterruptError, RunError
-from minbert_fast.training.outputs import RunDirectory
-from minbert_fast.training.progress import Silent
-from minbert_fast.training.stepping import StepResult
+from minbert_fast.common.errors import InterruptError, RunError
+from minbert_fast.common.schema import build
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.packing import pack
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.stepping import StepResult
+from minbert_fast.trainer import loop
+from minbert_fast.trainer.checkpoint import CheckpointStore
+from minbert_fast.trainer.outputs import RunDirectory
+from minbert_fast.trainer.progress import Silent
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4

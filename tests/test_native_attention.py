@@ -13,9 +13,9 @@ import random
 import pytest
 import torch
 
-from minbert_fast import reference
-from minbert_fast.functional.dropout import keep_mask
-from minbert_fast.native import layers
+from minbert_fast.ops import reference
+from minbert_fast.ops.dropout import keep_mask
+from minbert_fast.ops.native import layers
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 100, 128)
 LONGEST = (1, 3, 17, 33, 48, 65, 130)

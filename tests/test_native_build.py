@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minbert_fast import _C, native
+from minbert_fast import _C
+from minbert_fast.ops import native
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = Path(_C.__file__ or "")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minbert_fast import cli, train
-from minbert_fast.bert import BertModel
-from minbert_fast.config import Recipe
+from minbert_fast import train
+from minbert_fast.common import cli
 from minbert_fast.data import Tokenizer, load_tokens, read_table
-from minbert_fast.predictor import Predictor
+from minbert_fast.model.bert import BertModel
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, predictions
 from minbert_fast.tasks.neighbours import LabelledSentences
+from minbert_fast.tasks.predictor import Predictor
 from tests.small import TRAIN_ROWS, small_data, small_run
 
 STAGES = ("--recipe", "bertology-sst-to-sts", "--lr", "1e-3", "--set", "tasks.sentiment.neighbours=3")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import AdamW, reference
+from minbert_fast import AdamW
+from minbert_fast.ops import reference
 
 
 def trained(optimizer: type[torch.optim.Optimizer], steps: int, dtype: torch.dtype, **settings: float) -> nn.Module:

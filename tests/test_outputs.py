@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from minbert_fast.training.errors import RunError
-from minbert_fast.training.outputs import MetricsLog, RunDirectory, fresh_directory
+from minbert_fast.common.errors import RunError
+from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, fresh_directory
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from minbert_fast.training.outputs import RunDirectory\n"
+        "import sys, time; from pathlib import Path; from minbert_fast.trainer.outputs import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)

@@ -60,7 +60,7 @@ def test_the_sdist_holds_the_checkout(tmp_path: Path) -> None:
 
 
 def test_the_version_comes_from_one_place() -> None:
-    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "minbert_fast.version.__version__"}
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "minbert_fast.common.version.__version__"}
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(minbert_fast.__version__)}\b", changes, re.M)
 
@@ -83,7 +83,7 @@ def test_the_supported_ranges_are_the_same_everywhere() -> None:
 def test_one_openmp_runtime_serves_torch_and_the_extension() -> None:
     """Two would each keep a team of threads, and fight for the same cores."""
     code = """
-import re, torch, minbert_fast.native
+import re, torch, minbert_fast.ops.native
 torch.ones(1000, 1000).sum()
 print(len(set(re.findall(r"/\\S*libgomp[^/\\s]*", open("/proc/self/maps").read()))))
 """
@@ -109,9 +109,7 @@ def test_an_install_without_isolation_works_from_any_directory(tmp_path: Path) -
         [python, "-m", "pip", *install], cwd=tree, env=os.environ | flags, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    code = (
-        "import minbert_fast.native, minbert_fast.kernels, minbert_fast as m; print(m.__file__, m.native._C.__file__)"
-    )
+    code = "import minbert_fast.ops.native, minbert_fast.kernels, minbert_fast as m; print(m.__file__, m.native._C.__file__)"
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(path.startswith(str(tree)) for path in done.stdout.split())

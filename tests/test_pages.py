@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minbert_fast import pages
+from minbert_fast.common import pages
 
 MAPS = Path("/proc/self/smaps")
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 
 import minbert_fast
-from minbert_fast.bert import BertModel
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
-from minbert_fast.schema import ConfigError
+from minbert_fast.model.bert import BertModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

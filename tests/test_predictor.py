@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from minbert_fast import BertModel, Predictor
-from minbert_fast.config import Recipe
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory, tokenize_table
-from minbert_fast.schema import ConfigError, build
-from minbert_fast.sentence_modules import SentenceModules, read, write
+from minbert_fast.model.sentence_modules import SentenceModules, read, write
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.training.evaluation import evaluate
+from minbert_fast.tasks.evaluation import evaluate
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import BertConfig, BertModel, cli, evaluate, weights
-from minbert_fast.config import Recipe
+from minbert_fast import BertConfig, BertModel, evaluate
+from minbert_fast.common import cli
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Buckets, Collator, Tokenizer, load_tokens, sample_directory
-from minbert_fast.packing import MultitaskBatch
-from minbert_fast.predictor import Predictor
-from minbert_fast.schema import ConfigError, build
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model import weights
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.captured import GraphedStep, at_capacity
+from minbert_fast.step.one_pass import OnePassStep, make_step
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
-from minbert_fast.training.graph import GraphedStep, at_capacity
-from minbert_fast.training.job import Options, train
-from minbert_fast.training.step import OnePassStep, make_step
+from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.trainer.job import Options, train
 from tests.small import small_data
 from tests.test_graph import strangers
 from tests.test_step import check_j

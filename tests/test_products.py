@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from minbert_fast import products
+from minbert_fast.common import products
 
 MANY = """
 import ctypes, torch{first}

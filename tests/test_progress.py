@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from minbert_fast.training import progress
+from minbert_fast.trainer import progress
 
 
 class Clock:

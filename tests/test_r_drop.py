@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast.bert import BertModel
-from minbert_fast.config import BertConfig, Recipe
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import (
     Collator,
     Encoder,
@@ -27,11 +26,14 @@ from minbert_fast.data import (
     load_tokens,
     sample_directory,
 )
-from minbert_fast.packing import MultitaskBatch, pack
-from minbert_fast.schema import ConfigError
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.bert import BertModel
+from minbert_fast.model.config import BertConfig
+from minbert_fast.model.packing import pack
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.one_pass import OnePassStep, make_step
 from minbert_fast.tasks import Agreement, HeadOutput, MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.agreement import divergence
-from minbert_fast.training.step import OnePassStep, make_step
 from tests.test_graph import strangers
 from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 

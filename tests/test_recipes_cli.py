@@ -7,9 +7,10 @@ import tomllib
 
 import pytest
 
-from minbert_fast import cli, recipes
-from minbert_fast.config import Recipe, recipe_names
-from minbert_fast.schema import build
+from minbert_fast.common import cli
+from minbert_fast.common.schema import build
+from minbert_fast.recipes import __main__ as recipes
+from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 
 def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.config import BertConfig, Recipe
+from minbert_fast.model.config import BertConfig
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Head, HeadOutput, TaskInput, build_tasks
 
 WIDTH, ROWS = 6, 5

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from minbert_fast import cli, reproduce, search
-from minbert_fast.config import Recipe, recipe_names
+from minbert_fast import reproduce, search
+from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
-from minbert_fast.training.experiments import limited, stands_for
-from minbert_fast.training.job import Options, train
+from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.trainer.experiments import limited, stands_for
+from minbert_fast.trainer.job import Options, train
 
 
 @pytest.fixture(scope="module")

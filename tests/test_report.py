@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from minbert_fast.cli import run
-from minbert_fast.config import Recipe
+from minbert_fast.common.cli import run
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.report import main
-from minbert_fast.training import charts
-from minbert_fast.training.comparison import write_comparison
-from minbert_fast.training.report import write_report
-from minbert_fast.training.runs import read_run
+from minbert_fast.reporting import charts
+from minbert_fast.reporting.comparison import write_comparison
+from minbert_fast.reporting.report import write_report
+from minbert_fast.reporting.runs import read_run
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil/>'
 VOID = {"meta", "img", "br", "hr", "input", "link"}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from minbert_fast.training.comparison import write_comparison
-from minbert_fast.training.report import write_report
+from minbert_fast.reporting.comparison import write_comparison
+from minbert_fast.reporting.report import write_report
 from tests.browser import Page, browser, chromium
 from tests.test_report import make_run
 

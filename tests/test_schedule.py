@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from minbert_fast.config import OptimizerOptions
-from minbert_fast.training.schedule import lr_scale
+from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.trainer.schedule import lr_scale
 
 
 def scales(steps: int, per_epoch: int, **options: object) -> list[float]:

@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import cli, train
-from minbert_fast.bert import BertModel
-from minbert_fast.config import BertConfig, Recipe
-from minbert_fast.packing import MultitaskBatch
-from minbert_fast.passes import AutogradPass
-from minbert_fast.schema import ConfigError
+from minbert_fast import train
+from minbert_fast.common import cli
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.bert import BertModel
+from minbert_fast.model.config import BertConfig
+from minbert_fast.model.passes import AutogradPass
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.captured import GraphedStep
+from minbert_fast.step.extras.smart import Adversary, second_copies
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import Agreement, MultitaskModel, build_tasks
 from minbert_fast.tasks.agreement import divergence, halves
-from minbert_fast.training.graph import GraphedStep
-from minbert_fast.training.smart import Adversary, second_copies
-from minbert_fast.training.step import OnePassStep
 from tests.small import small_data, small_run
 from tests.test_graph import strangers
 from tests.test_r_drop import twice, unlike_twins

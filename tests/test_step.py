@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import BertConfig, BertModel
-from minbert_fast.config import Recipe
-from minbert_fast.packing import MultitaskBatch, pack
-from minbert_fast.passes import Pass
-from minbert_fast.schema import build
+from minbert_fast.common.schema import build
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.packing import pack
+from minbert_fast.model.passes import Pass
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting.runs import TRAINING
+from minbert_fast.step.one_pass import OnePassStep, make_step
+from minbert_fast.step.stepping import Laps
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.training.runs import TRAINING
-from minbert_fast.training.step import OnePassStep, make_step
-from minbert_fast.training.stepping import Laps
 
 CONFIG = BertConfig(
     vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -176,7 +177,7 @@ class WithAdapter(BertModel):
 
 
 def test_an_unknown_module_falls_back_to_autograd_task_by_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minbert_fast import reference
+    from minbert_fast.ops import reference
 
     plain = reference.encoder
 

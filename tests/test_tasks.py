@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.config import BertConfig
-from minbert_fast.schema import ConfigError
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import HeadOutput, TaskInput, build_task, predictions
 
 CONFIG = BertConfig(vocab_size=20, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)

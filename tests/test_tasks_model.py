@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from minbert_fast import BertConfig, BertModel
-from minbert_fast.config import Recipe
-from minbert_fast.packing import MultitaskBatch, pack
-from minbert_fast.schema import ConfigError, build
+from minbert_fast.common.schema import ConfigError, build
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model.packing import pack
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks, stage_tasks
 
 CONFIG = BertConfig(

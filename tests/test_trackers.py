@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from minbert_fast import cli, train
-from minbert_fast.training import trackers
-from minbert_fast.training.trackers import Trackers, check, tracking
+from minbert_fast import train
+from minbert_fast.common import cli
+from minbert_fast.trainer import trackers
+from minbert_fast.trainer.trackers import Trackers, check, tracking
 from tests.small import small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,10 +18,11 @@ import pytest
 import torch
 import transformers
 
-from minbert_fast import cli, train
-from minbert_fast.config import Recipe
+from minbert_fast import train
+from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
-from minbert_fast.training.outputs import RunDirectory, own_recipe
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.trainer.outputs import RunDirectory, own_recipe
 from tests.small import DEV_ROWS, small_data, small_run
 
 TIMES = ("step_seconds", "time")

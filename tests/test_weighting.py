@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast.config import Recipe, WeightingOptions
-from minbert_fast.schema import ConfigError
-from minbert_fast.training.job import Options, train
-from minbert_fast.training.step import OnePassStep, make_step
-from minbert_fast.training.weighting import DynamicAverage, Uncertainty, task_weights
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.recipes.recipe import Recipe, WeightingOptions
+from minbert_fast.step.extras.weighting import DynamicAverage, Uncertainty, task_weights
+from minbert_fast.step.one_pass import OnePassStep, make_step
+from minbert_fast.trainer.job import Options, train
 from tests.small import small_data
 from tests.test_graph import computed_on_meta
 from tests.test_step import SIZES, make_batch, make_model, recipe

@@ -33,7 +33,7 @@ trap 'rm -rf "$elsewhere"' EXIT
 cd "$elsewhere"
 run() { PATH=$elsewhere/venv/bin:$PATH python "$@"; }
 run -c "
-import minbert_fast, minbert_fast.kernels, minbert_fast.native
+import minbert_fast, minbert_fast.kernels, minbert_fast.ops.native
 assert minbert_fast.__file__.startswith('$elsewhere'), minbert_fast.__file__
 "
 sample=$(run -c "from minbert_fast.data import sample_directory; print(sample_directory().data)")

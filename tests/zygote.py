@@ -14,7 +14,8 @@ import tempfile
 
 import torch
 
-from minbert_fast import cli, train
+from minbert_fast import train
+from minbert_fast.common import cli
 
 
 def warm_up() -> None:

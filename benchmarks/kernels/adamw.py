@@ -14,8 +14,8 @@ from torch import nn
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import TASKS, Case, close, draw, label
-from minbert_fast.functional import surgery as ops
-from minbert_fast.functional.surgery import AdamWSettings
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.surgery import AdamWSettings
 
 PARAMETERS = {"MiniLM-L6": 22_713_216, "BERT-base": 109_482_240}
 VOCABULARY, TOUCHED = 30522, 1000

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import EPS, TASKS, Case, P, backward_of, bounds, close, compiled, draw, dtypes, label
-from minbert_fast import reference
-from minbert_fast.functional.dropout import keep_mask
+from minbert_fast.ops import reference
+from minbert_fast.ops.dropout import keep_mask
 
 SIZES = {"cpu": [(2770, 384), (2770, 768)], "cuda": [(2770, 384), (2770, 768), (8192, 768), (32768, 768), (8192, 1024)]}
 

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import Case, P, close, draw, dtypes
-from minbert_fast.functional import backend
-from minbert_fast.functional.attention import attention
+from minbert_fast.ops import backend
+from minbert_fast.ops.attention import attention
 
 LENGTHS = Path(__file__).parents[1] / "lengths.json"
 MODELS = {"MiniLM-L6": (12, 32), "BERT-base": (12, 64)}  # heads, head_dim

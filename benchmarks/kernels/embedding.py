@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import EPS, TASKS, Case, P, backward_of, close, draw, dtypes, label
-from minbert_fast import functional, reference
-from minbert_fast.functional.dropout import keep_mask
-from minbert_fast.packing import PackedBatch, pack
+from minbert_fast.model.packing import PackedBatch, pack
+from minbert_fast.ops import reference
+from minbert_fast.ops.dropout import keep_mask
 
 VOCABULARY, POSITIONS, TYPES = 30522, 512, 2
 SIZES = {"cpu": [(160, 384), (160, 768)], "cuda": [(160, 384), (160, 768), (1900, 768)]}  # sentences, hidden size
@@ -79,8 +79,8 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
     small = torch.empty(2, TASKS, width, device=device)
     dtype_, dposition, dword = (torch.empty(TASKS, n, width, device=device) for n in (TYPES, POSITIONS, distinct))
     rows_of = (batch.task_tokens, batch.cu_seqlens, batch.word_order, batch.word_offsets[: distinct + 1])
-    sink = functional.EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
-    output = functional.embedding(*index, *parameters, EPS, P, seed, 0, sink)  # type: ignore[arg-type, call-arg]
+    sink = ops.EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
+    output = ops.embedding(*index, *parameters, EPS, P, seed, 0, sink)
 
     def ours_backward() -> None:
         output.backward(dy, retain_graph=True)

@@ -17,9 +17,10 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast import cli, evaluate, train
-from minbert_fast.config import BertConfig
+from minbert_fast import evaluate, train
+from minbert_fast.common import cli
 from minbert_fast.data import FileFormat, Label, add_format
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import Head, HeadOutput, Task, TaskInput, TaskOptions, register
 
 # 1. What its files look like: {stem}-train.csv, {stem}-dev.csv.

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from minbert_fast.data.batch import MultitaskBatch, Whole
 from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.pretraining import Made, Maker
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder, TokenTable, cut, join
-from minbert_fast.packing import MultitaskBatch, Whole, pack
+from minbert_fast.model.packing import pack
 
 
 @dataclass(frozen=True)

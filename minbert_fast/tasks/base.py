@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.config import BertConfig, Pooling
-from minbert_fast.schema import ConfigError, build
+from minbert_fast.common.schema import ConfigError, build
+from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks import predictions
 
 if TYPE_CHECKING:

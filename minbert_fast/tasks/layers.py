@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import functional
-from minbert_fast.bert import BertLayer
-from minbert_fast.config import BertConfig
-from minbert_fast.functional.pooling import Mode, pool
-from minbert_fast.passes import AutogradPass
+from minbert_fast import ops
+from minbert_fast.model.bert import BertLayer
+from minbert_fast.model.config import BertConfig
+from minbert_fast.model.passes import AutogradPass
+from minbert_fast.ops.pooling import Mode, pool
 from minbert_fast.tasks.base import TaskInput
 
 
@@ -25,7 +25,7 @@ class _Sentences:
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         scale = 1.0 / math.sqrt(qkv.shape[-1])
-        return functional.attention(qkv, self.inputs.cu_seqlens, self.inputs.max_seqlen, scale, p, seed, site)
+        return ops.attention(qkv, self.inputs.cu_seqlens, self.inputs.max_seqlen, scale, p, seed, site)
 
 
 class TokenLayers(nn.Module):

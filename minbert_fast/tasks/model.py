@@ -17,12 +17,15 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from minbert_fast import reference, weights
-from minbert_fast.bert import BertModel
-from minbert_fast.config import Pooling, Recipe
-from minbert_fast.functional.pooling import pool
-from minbert_fast.packing import MultitaskBatch, PackedBatch
-from minbert_fast.schema import ConfigError
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.model import weights
+from minbert_fast.model.bert import BertModel
+from minbert_fast.model.config import Pooling
+from minbert_fast.model.packing import PackedBatch
+from minbert_fast.ops import reference
+from minbert_fast.ops.pooling import pool
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.agreement import Agreement
 from minbert_fast.tasks.base import WORDS, Head, HeadOutput, Task, TaskInput, build_task
 

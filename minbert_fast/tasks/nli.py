@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.config import BertConfig
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses, metrics
 from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, register, require
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.config import BertConfig
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import metrics
 from minbert_fast.tasks.base import HeadOutput, register, require
 from minbert_fast.tasks.pair import PairHead, PairOptions, PairTask

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minbert_fast.weights import write_atomically
+from minbert_fast.model.weights import write_atomically
 
 
 def write(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.config import BertConfig, Pooling
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import (
     FORMATS,
     MAIN_TASKS,
@@ -33,7 +33,7 @@ from minbert_fast.data import (
     all_sentences,
 )
 from minbert_fast.data.pretraining import IGNORED
-from minbert_fast.schema import ConfigError
+from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.base import WORDS, Head, HeadOutput, Task, TaskInput, TaskOptions, register, require
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.config import BertConfig
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import metrics
 from minbert_fast.tasks.base import (
     Head,

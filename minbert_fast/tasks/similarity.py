@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from minbert_fast.config import BertConfig
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import metrics
 from minbert_fast.tasks.base import HeadOutput, register, require
 from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
-from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
+from minbert_fast.recipes.recipe import Recipe
 
 
 def rows(path: Path) -> list[list[str]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import precision
-from minbert_fast.config import Recipe
 from minbert_fast.data import sample_directory
+from minbert_fast.recipes.recipe import Recipe
 
 
 @pytest.mark.usefixtures("threads")

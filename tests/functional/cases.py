@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of minbert_fast.functional on small inputs, each with its reference, for tests that treat them alike."""
+"""The ops of minbert_fast.ops on small inputs, each with its reference, for tests that treat them alike."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert_fast import functional
-from minbert_fast import reference as plain
-from minbert_fast.functional.dropout import keep_mask
-from minbert_fast.packing import PackedBatch, pack
+from minbert_fast import ops
+from minbert_fast.model.packing import PackedBatch, pack
+from minbert_fast.ops import reference as plain
+from minbert_fast.ops.dropout import keep_mask
 
 WIDTH, INNER, EPS, SITE = 24, 20, 1e-12, 3
 LENGTHS = [[4, 2], [], [3, 5, 1]]  # sentences of three tasks, the second without any
@@ -62,27 +62,27 @@ def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
                 ((rows, WIDTH), (WIDTH,), (rows, WIDTH), (WIDTH,), (WIDTH,)), strict=True,
             )},
             ("x", "residual"),
-            lambda *t, into=None: functional.add_norm(*t, EPS, p, seed, SITE, into),
+            lambda *t, into=None: ops.add_norm(*t, EPS, p, seed, SITE, into),
             lambda *t: plain.add_norm(*t, EPS, keep),
-            lambda bounds, **g: functional.AddNormSink(bounds, g.get("gamma"), g.get("beta"), g.get("bias")),
+            lambda bounds, **g: ops.AddNormSink(bounds, g.get("gamma"), g.get("beta"), g.get("bias")),
             dict.fromkeys(("bias", "gamma", "beta"), (WIDTH,)),
         )  # fmt: skip
     if name == "bias_gelu":
         return Case(
             {"x": draw(rows, WIDTH), "bias": draw(WIDTH)},
             ("x",),
-            lambda *t, into=None: functional.bias_gelu(*t, into=into),
+            lambda *t, into=None: ops.bias_gelu(*t, into=into),
             plain.bias_gelu,
-            lambda bounds, **g: functional.BiasGeluSink(bounds, g.get("bias")),
+            lambda bounds, **g: ops.BiasGeluSink(bounds, g.get("bias")),
             {"bias": (WIDTH,)},
         )
     if name == "linear":
         return Case(
             {"x": draw(rows, INNER), "weight": draw(WIDTH, INNER), "bias": draw(WIDTH)},
             ("x",),
-            lambda *t, into=None: functional.linear(*t, into=into),
+            lambda *t, into=None: ops.linear(*t, into=into),
             torch.nn.functional.linear,
-            lambda bounds, **g: functional.LinearSink(bounds, g.get("weight"), g.get("bias")),
+            lambda bounds, **g: ops.LinearSink(bounds, g.get("weight"), g.get("bias")),
             {"weight": (WIDTH, INNER), "bias": (WIDTH,)},
         )
     assert name == "embedding"
@@ -92,9 +92,9 @@ def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
     return Case(
         tables,
         (),
-        lambda *t, into=None: functional.embedding(*indices, *t, EPS, p, seed, SITE, into),
+        lambda *t, into=None: ops.embedding(*indices, *t, EPS, p, seed, SITE, into),
         lambda *t: plain.embedding(*indices, *t, EPS, keep),
-        lambda bounds, **g: functional.EmbeddingSink(
+        lambda bounds, **g: ops.EmbeddingSink(
             bounds, batch.cu_seqlens, batch.word_order, batch.word_offsets,
             *(g.get(n) for n in ("word", "position", "type_", "gamma", "beta")),
         ),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import functional
-from minbert_fast import reference as plain
-from minbert_fast.functional import backend
-from minbert_fast.functional.dropout import keep_mask
+from minbert_fast import ops
+from minbert_fast.ops import backend
+from minbert_fast.ops import reference as plain
+from minbert_fast.ops.dropout import keep_mask
 from tests.tolerance import offsets
 
 LENGTHS, TAIL, HEADS, WIDTH, SCALE, SITE = (5, 0, 7, 1), 2, 2, 8, 0.3, 4
@@ -30,11 +30,11 @@ def rectangle(dtype: torch.dtype) -> Tensor:
 
 
 def packed(qkv: Tensor, p: float = 0.0) -> Tensor:
-    return functional.attention(qkv, offsets(LENGTHS), 9, SCALE, p, SEED, SITE)
+    return ops.attention(qkv, offsets(LENGTHS), 9, SCALE, p, SEED, SITE)
 
 
 def dense(qkv: Tensor, p: float = 0.0) -> Tensor:
-    return functional.attention_dense(qkv, MASK, SCALE, p, SEED, SITE)
+    return ops.attention_dense(qkv, MASK, SCALE, p, SEED, SITE)
 
 
 OPS = {"packed": (packed_rows, packed), "dense": (rectangle, dense)}
@@ -118,7 +118,7 @@ def test_nothing_to_attend_to(choice: Any) -> None:
     with backend.force(choice):
         for rows, lengths in ((3, ()), (0, (0, 0)), (2, (0,))):
             qkv = torch.randn(rows, 3, HEADS, WIDTH, requires_grad=True)
-            out = functional.attention(qkv, offsets(lengths), 0, SCALE)
+            out = ops.attention(qkv, offsets(lengths), 0, SCALE)
             assert out.shape == (rows, HEADS * WIDTH)
             assert not out.any()
             assert not torch.autograd.grad(out, qkv, torch.ones_like(out))[0].any()
@@ -127,11 +127,11 @@ def test_nothing_to_attend_to(choice: Any) -> None:
 def test_refusals_name_what_is_wrong() -> None:
     qkv, cu_seqlens = packed_rows(torch.float32), offsets(LENGTHS)
     with pytest.raises(ValueError, match=r"qkv must have shape \[N, 3, heads, head_dim\]"):
-        functional.attention(qkv[:, :2], cu_seqlens, 9, SCALE)
+        ops.attention(qkv[:, :2], cu_seqlens, 9, SCALE)
     with pytest.raises(ValueError, match=r"cu_seqlens must be int32"):
-        functional.attention(qkv, cu_seqlens.long(), 9, SCALE)
+        ops.attention(qkv, cu_seqlens.long(), 9, SCALE)
     with pytest.raises(ValueError, match=r"mask must have shape \[3, 5\]"):
-        functional.attention_dense(rectangle(torch.float32), MASK[:2], SCALE)
+        ops.attention_dense(rectangle(torch.float32), MASK[:2], SCALE)
     for p, seed in ((1.0, SEED), (-0.5, SEED), (0.1, None)):
         with pytest.raises(ValueError, match="dropout needs"):
-            functional.attention(qkv, cu_seqlens, 9, SCALE, p, seed)
+            ops.attention(qkv, cu_seqlens, 9, SCALE, p, seed)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from minbert_fast.functional.linear import segment_gradients
+from minbert_fast.ops.linear import segment_gradients
 
 _BOTH_WAYS = """
 import sys

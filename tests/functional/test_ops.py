@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import functional
-from minbert_fast.functional import backend
+from minbert_fast import ops
+from minbert_fast.ops import backend
 from tests.functional.cases import EPS, NAMES, SITE, WITH_DROPOUT, make
 
 VARIANTS = [(name, 0.0) for name in NAMES] + [(name, 0.25) for name in WITH_DROPOUT]
@@ -107,23 +107,23 @@ def _schema_calls() -> list[Any]:
 @pytest.mark.parametrize(("op", "arguments"), _schema_calls())
 def test_opcheck(op: str, arguments: tuple[Any, ...]) -> None:
     """Schemas tell the truth about mutation and aliasing, fakes about shapes, and autograd is registered."""
-    import_module("minbert_fast.functional")
+    import_module("minbert_fast.ops")
     torch.library.opcheck(getattr(torch.ops.minbert_fast, op).default, arguments)
 
 
 def test_refusals_name_what_is_wrong() -> None:
     x, vector, seed = torch.zeros(4, 8), torch.zeros(8), torch.tensor([1])
     with pytest.raises(ValueError, match=r"residual .* does not match x"):
-        functional.add_norm(x, vector, torch.zeros(3, 8), vector, vector, EPS)
+        ops.add_norm(x, vector, torch.zeros(3, 8), vector, vector, EPS)
     with pytest.raises(ValueError, match=r"gamma must have shape \[8\], not \[7\]"):
-        functional.add_norm(x, vector, x, torch.zeros(7), vector, EPS)
+        ops.add_norm(x, vector, x, torch.zeros(7), vector, EPS)
     for p, given in ((1.0, seed), (-0.5, seed), (0.1, None)):
         with pytest.raises(ValueError, match="dropout"):
-            functional.add_norm(x, vector, x, vector, vector, EPS, p, given)
+            ops.add_norm(x, vector, x, vector, vector, EPS, p, given)
     with pytest.raises(ValueError, match=r"bias must have shape \[8\]"):
-        functional.bias_gelu(x, torch.zeros(3))
+        ops.bias_gelu(x, torch.zeros(3))
     index = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"position .* does not match word"):
-        functional.embedding(index, index, index, x, torch.zeros(3, 7), x, vector, vector, EPS)
+        ops.embedding(index, index, index, x, torch.zeros(3, 7), x, vector, vector, EPS)
     with pytest.raises(ValueError, match=r"tokens must be int32 \[4\]"):
-        functional.embedding(index.long(), index, index, x, x, x, vector, vector, EPS)
+        ops.embedding(index.long(), index, index, x, x, x, vector, vector, EPS)

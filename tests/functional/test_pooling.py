@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast.functional.pooling import pool
+from minbert_fast.ops.pooling import pool
 
 # First sentence begins at row 2; lengths 1, 3, 0, 4, 0; three rows of padding behind them.
 OFFSETS = [2, 3, 6, 6, 10, 10]

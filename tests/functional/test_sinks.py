@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import functional
-from minbert_fast.functional import backend
+from minbert_fast import ops
+from minbert_fast.ops import backend
 from tests.functional.cases import NAMES, WITH_DROPOUT, Case, make, packed
 from tests.kernels.task_gradients import Slices
 
@@ -138,9 +138,9 @@ def test_a_stack_of_ops_shares_one_buffer() -> None:
     x, weight, bias = case.inputs.values()
     square = weight @ weight.T
     views = Slices(TASKS, {"a": (24, 20), "b": (24, 24), "c": (24,), "d": (24,)}, torch.float32, x.device).views
-    y = functional.linear(x, weight, into=functional.LinearSink(batch.task_tokens, views["a"]))
-    y = functional.bias_gelu(y, bias, functional.BiasGeluSink(batch.task_tokens, views["c"]))
-    y = functional.linear(y, square, bias, functional.LinearSink(batch.task_tokens, views["b"], views["d"]))
+    y = ops.linear(x, weight, into=ops.LinearSink(batch.task_tokens, views["a"]))
+    y = ops.bias_gelu(y, bias, ops.BiasGeluSink(batch.task_tokens, views["c"]))
+    y = ops.linear(y, square, bias, ops.LinearSink(batch.task_tokens, views["b"], views["d"]))
     y.square().sum().backward()
     assert all(torch.isfinite(view).all() for view in views.values())
     assert all(view[1].count_nonzero() == 0 for view in views.values())  # the task without sentences

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import reference as plain
 from minbert_fast.kernels.adamw import Options, adamw, adamw_rows
+from minbert_fast.ops import reference as plain
 
 COUNT = 1500  # more than one program, and a tail
 

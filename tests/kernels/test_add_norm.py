@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import reference as plain
-from minbert_fast.functional.dropout import keep_mask
 from minbert_fast.kernels.add_norm import add_norm_backward, add_norm_forward
+from minbert_fast.ops import reference as plain
+from minbert_fast.ops.dropout import keep_mask
 from tests.kernels.task_gradients import DTYPES, ROWS, Slices, check_by_task, random
 from tests.tolerance import AWKWARD_BOUNDS, assert_within_budget, reference
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import reference as plain
-from minbert_fast.functional.dropout import keep_mask
 from minbert_fast.kernels import attention as kernels
+from minbert_fast.ops import reference as plain
+from minbert_fast.ops.dropout import keep_mask
 from tests.tolerance import AWKWARD_LENGTHS, offsets, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import reference as plain
 from minbert_fast.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
+from minbert_fast.ops import reference as plain
 from tests.kernels.task_gradients import DTYPES, ROWS, Slices, check_by_task, random
 from tests.tolerance import AWKWARD_BOUNDS, reference
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.functional.dropout import keep_mask, philox
 from minbert_fast.kernels.dropout import keep_scale, keep_scale_quads
+from minbert_fast.ops.dropout import keep_mask, philox
 
 # Known answers for philox4x32-7 from the Random123 distribution (kat_vectors): counter, key, result.
 KNOWN_ANSWERS = [

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import reference as plain
-from minbert_fast.functional.dropout import keep_mask
 from minbert_fast.kernels.embedding import embedding_forward, embedding_gather, embedding_norm_backward
-from minbert_fast.packing import PackedBatch, pack
+from minbert_fast.model.packing import PackedBatch, pack
+from minbert_fast.ops import reference as plain
+from minbert_fast.ops.dropout import keep_mask
 from tests.kernels.task_gradients import DTYPES, Slices, check_by_task, random
 from tests.tolerance import reference
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert_fast import reference
-from minbert_fast.functional.dropout import keep_mask
-from minbert_fast.native import layers
+from minbert_fast.ops import reference
+from minbert_fast.ops.dropout import keep_mask
+from minbert_fast.ops.native import layers
 from tests.tolerance import Expected
 from tests.tolerance import reference as run_reference
 

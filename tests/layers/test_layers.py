@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import reference
-from minbert_fast.functional.dropout import keep_mask
-from minbert_fast.native import layers
+from minbert_fast.ops import reference
+from minbert_fast.ops.dropout import keep_mask
+from minbert_fast.ops.native import layers
 from tests.layers import cases
 from tests.layers.cases import SEED, SITE, int32
 from tests.tolerance import AWKWARD_BOUNDS, AWKWARD_LENGTHS, poisoned_memory

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minbert_fast.native import layers
+from minbert_fast.ops.native import layers
 from tests.layers.cases import int32
 
 ROWS, WIDTH, TASKS = 6, 8, 2

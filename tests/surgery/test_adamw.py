@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minbert_fast import reference
-from minbert_fast.functional import surgery as ops
-from minbert_fast.functional.backend import Implementation, force
-from minbert_fast.functional.surgery import AdamWSettings
+from minbert_fast.ops import reference
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.backend import Implementation, force
+from minbert_fast.ops.surgery import AdamWSettings
 from tests.surgery import oracles
 from tests.tolerance import assert_within_budget
 

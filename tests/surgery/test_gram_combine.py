@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minbert_fast.functional import surgery as ops
-from minbert_fast.functional.backend import force
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.backend import force
 from tests.surgery.oracles import random_rows
 from tests.tolerance import assert_within_budget
 

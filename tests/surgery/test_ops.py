@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from minbert_fast import surgery
-from minbert_fast.functional import surgery as ops
-from minbert_fast.functional.backend import force
-from minbert_fast.functional.surgery import AdamWSettings
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.backend import force
+from minbert_fast.ops.surgery import AdamWSettings
 from tests.surgery import oracles
 
 SETTINGS = AdamWSettings(weight_decay=0.01)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import pcgrad, surgery
-from minbert_fast.pcgrad import PCGrad
+from minbert_fast import surgery
+from minbert_fast.surgery import course as pcgrad
+from minbert_fast.surgery.course import PCGrad
 from tests.surgery import oracles
 
 

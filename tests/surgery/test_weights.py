@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minbert_fast import solvers, surgery
-from minbert_fast.functional import surgery as ops
-from minbert_fast.functional.backend import Implementation, force
+from minbert_fast import surgery
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.backend import Implementation, force
+from minbert_fast.surgery import solvers
 from tests.surgery import oracles
 
 IMPLEMENTATIONS: list[Implementation] = ["native", "torch"]

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentences to vectors on the packed path: sorted by length, packed under a token budget, no padding, no gradients.
+
+`Snapshot` is a pass (passes.py) over weights that no longer change: query, key and value made one matrix
+and everything converted to the precision of the products once, instead of in every batch.
+
+Shapes: N token rows, B sentences of a batch, n sentences in all, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minbert_fast import ops
+from minbert_fast.model.config import Pooling
+from minbert_fast.model.passes import Attend, Attention, Rows
+from minbert_fast.ops.pooling import pool
+
+if TYPE_CHECKING:
+    from minbert_fast.model.bert import BertModel
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: Tokens of a batch. A CPU's is small enough that activations stay in its caches; a GPU's large enough to fill it.
+TOKEN_BUDGET = {"cpu": 3072, "cuda": 65_536}
+#: Sentences that are tokenized, sorted and encoded together, so that memory stays bounded however many there are.
+CHUNK = 16_384
+
+
+class Encoded(Protocol):
+    """Sentences of word ids end to end, each [CLS] .. [SEP] (`minbert_fast.data.Tokens`)."""
+
+    @property
+    def flat(self) -> np.ndarray: ...
+
+    @property
+    def offsets(self) -> np.ndarray: ...
+
+
+class Encodes(Protocol):
+    """A tokenizer (`minbert_fast.data.Tokenizer`)."""
+
+    def encode(self, texts: Sequence[str]) -> Encoded: ...
+
+
+# ---- The encoder with its weights made ready -----------------------------------------------------------------------
+
+
+class Snapshot:
+    """The weights of an encoder as they are now, in `dtype`, for passes without gradients and dropout.
+
+    LayerNorms, and the biases that join them, stay as they are, for statistics and sums are fp32. Weights that have
+    `dtype` already are not copied, so make a new one after the model has changed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: BertModel, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        norms = {id(m) for m in model.modules() if isinstance(m, nn.LayerNorm)}
+        self._weights: dict[int, Tensor] = {}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fixed = id(module) in norms or name == "bias"
+                ready = parameter.detach() if fixed else parameter.detach().to(dtype)
+                self._weights[id(parameter)] = ready
+        self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.inference_mode()
+    def hidden(self, rows: Rows) -> Tensor:
+        """The last hidden state [N, H] of packed rows."""
+        hidden = self.embed(rows, self.model)
+        for layer in self.model.layers():
+            hidden = layer(hidden, self, self.attend(rows))
+        return hidden
+
+    # ---- What the encoder asks of a pass ---------------------------------------------------------------------------
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        key = id(modules[0])
+        if key not in self._stacked:
+            weight = torch.cat([self._ready(m.weight) for m in modules])
+            self._stacked[key] = weight, torch.cat([self._ready(m.bias) for m in modules]).to(self.dtype)
+        return F.linear(x, *self._stacked[key])
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        return F.linear(x, self._ready(module.weight))
+
+    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        bias, gamma, beta = (self._ready(p) for p in (module.bias, norm.weight, norm.bias))
+        return ops.add_norm(x, bias, residual, gamma, beta, norm.eps)
+
+    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
+        return ops.bias_gelu(x, self._ready(module.bias))
+
+    def embed(self, rows: Rows, model: BertModel) -> Tensor:
+        tables = (model.word_embedding, model.pos_embedding, model.tk_type_embedding)
+        word, position, kind = (self._ready(table.weight) for table in tables)
+        norm = model.embed_layer_norm
+        return ops.embedding(
+            rows.tokens, rows.positions, rows.types, word, position, kind,
+            self._ready(norm.weight), self._ready(norm.bias), norm.eps,
+        )  # fmt: skip
+
+    def attend(self, rows: Attention) -> Attend:
+        return lambda qkv: rows.attention(qkv, 0.0, None, 0)
+
+    def _ready(self, parameter: Tensor) -> Tensor:
+        return self._weights[id(parameter)]
+
+
+# ---- Batches of sentences alone --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SentenceRows:
+    """Token rows of sentences end to end: what of a PackedBatch an encoder without gradients needs."""
+
+    tokens: Tensor  # [N] int32, as the two below
+    positions: Tensor
+    types: Tensor
+    cu_seqlens: Tensor  # [B + 1] int32
+    max_seqlen: int
+
+    @classmethod
+    def gather(cls, encoded: Encoded, chosen: np.ndarray, max_length: int) -> SentenceRows:
+        """The sentences `chosen` of `encoded`, cut to `max_length` tokens with their last one, [SEP], kept."""
+        begins, ends = encoded.offsets[chosen], encoded.offsets[chosen + 1]
+        lengths = np.minimum(ends - begins, max_length)
+        cu_seqlens = np.zeros(len(chosen) + 1, np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+        source = np.repeat(begins, lengths) + positions
+        source[cu_seqlens[1:][lengths > 0] - 1] = ends[lengths > 0] - 1
+        return cls(
+            tokens=torch.from_numpy(encoded.flat[source].astype(np.int32, copy=False)),
+            positions=torch.from_numpy(positions),
+            types=torch.zeros(len(positions), dtype=torch.int32),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=int(lengths.max(initial=0)),
+        )
+
+    def to(self, device: torch.device) -> SentenceRows:
+        """The same rows on `device`."""
+        tensors = (self.tokens, self.positions, self.types, self.cu_seqlens)
+        tokens, positions, types, cu_seqlens = (t.to(device, non_blocking=True) for t in tensors)
+        return SentenceRows(tokens, positions, types, cu_seqlens, self.max_seqlen)
+
+    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        scale = 1.0 / math.sqrt(qkv.shape[-1])
+        return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
+
+
+def by_length(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
+    """Batches of sentence numbers, the longest first, each of up to `token_budget` tokens (or a single sentence)."""
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    begin = 0
+    while begin < len(order):
+        before = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, before + token_budget, side="right")))
+        yield order[begin:end]
+        begin = end
+
+
+# ---- Sentences to vectors --------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def embed(
+    snapshot: Snapshot,
+    encoded: Encoded,
+    *,
+    pooling: Pooling = "mean",
+    normalize: bool = False,
+    max_length: int | None = None,
+    token_budget: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """One vector a sentence [n, H], fp32 on the model's device, in the order of `encoded`.
+
+    Sentences are cut to `max_length` tokens (None: the model's positions). `normalize` scales vectors to length 1.
+    `progress` is told how many sentences each batch had. Asks the device for nothing. Raises ValueError for a `max_length`
+    below 2.
+    """
+    model = snapshot.model
+    limit = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    if limit < 2:
+        raise ValueError(f"max_length is {limit}, expected at least 2 ([CLS] and [SEP])")
+    device = model.word_embedding.weight.device
+    budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
+    lengths = np.minimum(np.diff(encoded.offsets), limit)
+    out = torch.empty(len(lengths), model.config.hidden_size, device=device)
+
+    @torch.inference_mode()
+    def fill(chosen: np.ndarray) -> int:
+        rows = SentenceRows.gather(encoded, chosen, limit).to(device)
+        hidden = snapshot.hidden(rows)
+        first_or_all = "cls" if pooling == "pooler" else pooling
+        vectors = pool(hidden, rows.cu_seqlens, first_or_all)
+        if pooling == "pooler":
+            vectors = model.pool(vectors).float()
+        if normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        out[torch.from_numpy(chosen).to(device)] = vectors
+        return len(chosen)
+
+    for count in side_by_side(fill, list(by_length(lengths, budget)), device):
+        if progress is not None:
+            progress(count)
+    return out
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+    """work(item) of each, in order. On a CPU, given enough items, each of torch's threads takes items of its own.
+
+    Threads that share no product wait for nobody: with two, 1.15 times as fast as one batch after another in both.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1 or len(items) < 2 * threads:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+        try:
+            yield from workers.map(work, items)
+        finally:  # whoever stops early has no use for the rest
+            workers.shutdown(wait=False, cancel_futures=True)
+
+
+def encode(
+    snapshot: Snapshot,
+    sentences: Sequence[str],
+    tokenizer: Encodes,
+    *,
+    pooling: Pooling = "mean",
+    normalize: bool = False,
+    max_length: int | None = None,
+    token_budget: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """One vector a sentence [n, H], fp32 in main memory; arguments as for `embed`."""
+    if isinstance(sentences, str):
+        raise ValueError("sentences is a string, expected a list of them")
+    out = np.empty((len(sentences), snapshot.model.config.hidden_size), np.float32)
+    for begin in range(0, len(sentences), CHUNK):
+        encoded = tokenizer.encode(sentences[begin : begin + CHUNK])
+        vectors = embed(
+            snapshot,
+            encoded,
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            token_budget=token_budget,
+            progress=progress,
+        )
+        out[begin : begin + CHUNK] = vectors.cpu().numpy()
+    return out

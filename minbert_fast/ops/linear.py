@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = x W^T (+ b), whose weight gradient can be kept apart by task: J[t] = dY[rows of t]^T X[rows of t]."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minbert_fast.ops import segments
+from minbert_fast.ops.backend import implementation
+from minbert_fast.ops.library import custom_op
+from minbert_fast.ops.native import layers
+
+
+class LinearSink(NamedTuple):
+    """Where the backward writes each task's parameter gradients; None for a frozen parameter."""
+
+    bounds: Tensor  # [T + 1] int32, token rows of the tasks
+    dweight: Tensor | None = None  # [T, O, I], any task stride; overwritten, as the one below
+    dbias: Tensor | None = None  # [T, O]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, into: LinearSink | None = None) -> Tensor:
+    """x [..., I] W^T (+ bias) -> [..., O]; weight [O, I].
+
+    With `into` (x [N, I]), weight and bias count as constants and their gradients go into the sink apart by task; rows
+    from bounds[T] on add to none. Without it, this is torch.nn.functional.linear.
+    """
+    if into is None:
+        return F.linear(x, weight, bias)
+    return _LinearInto.apply(x, weight, bias, into, segments.anchor(x.device))
+
+
+@custom_op("segment_gradients", mutates_args=("dweight", "dbias"))
+def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
+    """dy [N, O], x [N, I] of one dtype -> dweight[t] = dy[rows of t]^T x[rows of t] [T, O, I], dbias [T, O].
+
+    Sums are fp32 whatever the inputs. Outputs are overwritten, with zeros for an empty task.
+    """
+    choice = implementation(dy)
+    match choice:
+        case "triton":
+            from minbert_fast.kernels import segment_gradients as kernels
+
+            kernels.segment_gradients(dy.contiguous(), x.contiguous(), bounds, dweight, dbias)
+        case "native" | "torch":
+            for task, (begin, end) in enumerate(segments.segments(bounds)):
+                rows = dy[begin:end]
+                if dweight is not None:
+                    _product(rows.T, x[begin:end], dweight[task])
+                if dbias is not None and choice == "torch":
+                    dbias[task] = rows.sum(0, dtype=segments.statistics_dtype(dy.dtype))
+            if dbias is not None and choice == "native":
+                layers.column_sums(dy.contiguous(), bounds, dbias)
+
+
+@segment_gradients.register_fake
+def _(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
+    return None
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b; where their dtypes differ, a CPU rounds to the operands' first, as plain PyTorch's gradient is."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cuda" and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+class _LinearInto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, into: LinearSink, anchor: Tensor) -> Tensor:
+        ctx.into = into
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        segment_gradients(dy, x, *ctx.into)
+        return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None, None

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes that train together: which of them this one is, and what they tell each other.
+
+`torchrun` starts them and says through the environment who is who. They exchange gradients through gloo (CPU) or NCCL
+(GPU). A process that loses the others ends with one line; torchrun then ends the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from minbert_fast.common.errors import InterruptError, RunError
+from minbert_fast.common.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
+
+Result = TypeVar("Result")
+
+PATIENCE = timedelta(hours=2)  # others wait so long while rank 0 evaluates
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank of this process among `size`. Rank 0 alone writes files and shows progress. Of size 1 unless started."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def reduce(self, *tensors: Tensor) -> None:
+        """Sums each tensor over all processes, in place; every process ends with the same bits."""
+        self.finish([self.begin_sum(tensor) for tensor in tensors if self.size > 1])
+
+    def begin_sum(self, tensor: Tensor) -> Work | None:
+        """Begins to sum a contiguous tensor over all processes, in place; `finish` waits for it."""
+        with self._lost():
+            return distributed.all_reduce(tensor, async_op=True) if tensor.numel() else None
+
+    def begin_share(self, tensor: Tensor, share: Tensor) -> Work | None:
+        """Begins to sum `tensor` [size * n] over all processes; each gets its own n of the sums, as `share` [n]."""
+        with self._lost():
+            work: Work = distributed.reduce_scatter(share, list(tensor.chunk(self.size)), async_op=True)
+        return work
+
+    def begin_union(self, share: Tensor, tensor: Tensor) -> Work | None:
+        """Begins to fill `tensor` [size * n] with the `share` [n] of every process in turn."""
+        with self._lost():
+            work: Work = distributed.all_gather(list(tensor.chunk(self.size)), share, async_op=True)
+        return work
+
+    def finish(self, begun: Iterable[Work | None]) -> None:
+        """Returns when what was begun is done (on a GPU: when what follows on this stream will find it done)."""
+        with self._lost():
+            for work in begun:
+                if work is not None:
+                    work.wait()
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.size > 1:
+            with self._lost():
+                distributed.barrier()
+
+    def agreed(self, number: int | None) -> int | None:
+        """The largest number that any process has; None where none has one."""
+        if self.size == 1:
+            return number
+        found = torch.tensor([number or 0], device=_exchange_device())
+        with self._lost():
+            distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found) or None
+
+    def every(self, value: Any) -> list[Any]:
+        """What each process gives, in the order of their ranks, in every process. Plain data only."""
+        found = [value] * self.size
+        if self.size > 1:
+            with self._lost():
+                distributed.all_gather_object(found, value)
+        return found
+
+    def from_main(self, make: Callable[[], Result]) -> Result:
+        """What `make` gives on rank 0, in every process; the others do not call it. Plain data only.
+
+        An InterruptError there is raised everywhere.
+        """
+        if self.size == 1:
+            return make()
+        stopped: InterruptError | None = None
+        message: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                message[0] = make()
+            except InterruptError as error:
+                stopped, message[1] = error, error.number
+        with self._lost():
+            distributed.broadcast_object_list(message, src=0)
+        if stopped is not None:
+            raise stopped
+        if message[1] is not None:
+            raise InterruptError(message[1], "rank 0 was stopped")
+        result: Result = message[0]
+        return result
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"rank {self.rank} of {self.size} lost another process ({reason})") from error
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
+    """The world that torchrun started this process in, and the device that is its own there.
+
+    Without torchrun, a world of one. Raises ConfigError for an environment that makes no sense.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # graphs are captured on streams of the current device
+        yield World(), device
+        return
+    rank, local = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} has no GPU of its own: {torch.cuda.device_count()} here, it needs number {local}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    world = World(rank, size)
+    with world._lost():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield world, device
+    finally:
+        distributed.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"{name} = {text!r} in the environment: expected a number, as torchrun sets it")
+    return int(text)
+
+
+def _exchange_device() -> torch.device:
+    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of an exported model: how to use it, what it was trained on, its scores, its recipe, with what versions.
+
+Everything said comes from files: the recipe in the model's directory and the `summary.json` of the run that made it (one
+directory up). What neither knows is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minbert_fast.common.version import __version__
+from minbert_fast.data import FORMATS
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.tasks import build_tasks
+from minbert_fast.tasks.predictor import Predictor
+
+_SNIPPETS = {
+    "huggingface": """from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}")
+""",
+    "sentence-transformers": """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+embeddings = model.encode(["A sentence.", "Another one."])
+""",
+}
+_OWN = """from minbert_fast import Predictor
+
+model = Predictor.from_pretrained("{name}")
+embeddings = model.encode(["A sentence.", "Another one."])
+"""
+_CALLS = {"sentiment": '(["A sentence."])', "paraphrase": '([("One?", "Two?")])', "similarity": '([("One.", "Two.")])'}
+
+
+def shared_recipe(source: Path) -> Recipe | None:
+    """The recipe of a model's directory as others may see it: of folders on this machine only the last name is left."""
+    if not (source / "recipe.toml").is_file():
+        return None
+    recipe = Recipe.load(str(source / "recipe.toml"))
+    name, data = recipe.model.name, recipe.data
+    files = {task: {split: Path(path).name for split, path in paths.items()} for task, paths in data.files.items()}
+    return replace(
+        recipe,
+        model=replace(recipe.model, name=Path(name).name if Path(name).is_absolute() or Path(name).exists() else name),
+        data=replace(data, directory=Path(data.directory).name, files=files, cache=""),
+    )
+
+
+def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
+    """The card of the model in directory `source`, to be called `name`, exported in `form`."""
+    recipe = shared_recipe(source)
+    summary = _summary(source.parent / "summary.json")
+    library = "sentence-transformers" if form == "sentence-transformers" else "transformers"
+    head = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "tags:", "- bert", "- minbert_fast"]
+    head += ["- sentence-similarity", *(["- sentence-transformers"] if library != "transformers" else []), "---", ""]
+    config = model.encoder.config
+    parts = [
+        "\n".join([*head, f"# {name}"]),
+        f"A BERT encoder of {config.num_hidden_layers} layers, {config.hidden_size} wide, with "
+        f"{config.vocab_size:,} word pieces. A sentence's vector is {_pooled(model)} of up to {model.max_length} tokens.",
+        "## Use",
+        _code(_SNIPPETS[form].format(name=name)),
+        _code(_OWN.format(name=name) + _head_calls(model)),
+    ]
+    if recipe is not None:
+        parts += _training(recipe, summary)
+    if isinstance(summary.get("dev"), Mapping):
+        parts += _scores(summary)
+    versions = {"minbert_fast": __version__, **dict(summary.get("versions") or {})}
+    parts += ["## Versions", ", ".join(f"{package} {version}" for package, version in versions.items())]
+    if recipe is not None:
+        parts += [
+            "## Recipe",
+            f"<details><summary>Every value</summary>\n\n{_code(recipe.to_toml(), 'toml')}\n\n</details>",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pooled(model: Predictor) -> str:
+    what = {"mean": "the mean", "cls": "the first", "max": "the maximum", "pooler": "the pooler's output"}[
+        model.pooling
+    ]
+    return f"{what} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
+
+
+def _head_calls(model: Predictor) -> str:
+    if model.heads is None:
+        return ""
+    kinds = dict.fromkeys(task.kind for task in model.tasks.values() if task.kind in _CALLS)
+    return "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
+
+
+def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
+    tasks = build_tasks(recipe)
+    stems = {name: ", ".join(FORMATS[source].stem for source in task.sources) for name, task in tasks.items()}
+    rows = [f"| {name} | {task.kind} | {stems[name]} files |" for name, task in tasks.items()]
+    surgery = recipe.surgery.method
+    method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
+    sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]
+    if recipe.model.name:
+        sentences.append(f"It began from the weights `{recipe.model.name}`.")
+    if isinstance(summary.get("steps"), int):
+        sentences.append(f"{summary['steps']:,} steps, {summary.get('tokens', 0):,} tokens.")
+    if summary.get("demonstration"):
+        sentences.append("**A demonstration on made-up sample data: good for nothing else.**")
+    return ["## Training", " ".join(sentences), "\n".join(["| task | kind | data |", "|---|---|---|", *rows])]
+
+
+def _scores(summary: Mapping[str, Any]) -> list[str]:
+    untrained = summary.get("untrained") or {}
+    rows = [
+        f"| {key.replace('_', ' ')} | {_number(untrained.get(key))} | {_number(value)} |"
+        for key, value in summary["dev"].items()
+    ]
+    return [
+        "## Scores",
+        "On the dev files.",
+        "\n".join(["| metric | untrained | this model |", "|---|---|---|", *rows]),
+    ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _code(text: str, language: str = "python") -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """A run's summary.json; empty where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-pass step as CUDA graphs: one launch a step, whatever the number of kernels in it.
+
+A graph is captured for each *bucket*: the capacities that a batch was packed to, and which tasks have examples in it.
+The first batch of a bucket runs eagerly (that loads kernels and sizes workspaces, and is an ordinary training step);
+the second is captured; from then on a batch is copied into the bucket's own tensors and the graph replays. Learning
+rates, seeds, task orders, `cu_seqlens`, task bounds and labels are read from device memory, so the graph follows them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.step.extras.averaging import WeightAverage
+from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.step.stepping import StepResult
+
+Bucket = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    batch: MultitaskBatch  # the tensors that the graph reads
+    result: StepResult  # the tensors that it writes
+    held: Sequence[Tensor]  # buffers that it uses and the step may since have replaced by larger ones
+
+    def run(self, batch: MultitaskBatch) -> StepResult:
+        """Copies a batch in, replays, and copies the result out of the graph's own memory."""
+        for target, source in zip(_tensors(self.batch), _tensors(batch), strict=True):
+            target.copy_(source, non_blocking=True)
+        self.graph.replay()
+        return _cloned(self.result)
+
+
+@dataclass
+class Captures:
+    """How many graphs a run has captured, and the seconds that it took."""
+
+    captured: int = 0
+    capture_seconds: float = 0.0
+
+
+class GraphedStep:
+    """A `OnePassStep` that replays as a graph; the same calls, the same state, the same results.
+
+    `len` is the number of graphs captured so far, which share one pool of memory.
+    """
+
+    def __init__(self, step: OnePassStep, captures: Captures | None = None) -> None:
+        self.step = step
+        self.captures = captures or Captures()
+        self._seen: set[Bucket] = set()
+        self._captured: dict[Bucket, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        # Autograd remembers streams: whatever is captured on this one has run on it before.
+        self._stream = torch.cuda.Stream()
+
+    @property
+    def average(self) -> WeightAverage | None:
+        return self.step.average
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        batch = at_capacity(batch)
+        bucket = _bucket(batch)
+        self.step.prepare(batch, lr_scale)
+        if bucket in self._captured:
+            return self._captured[bucket].run(batch)
+        if bucket in self._seen:
+            self._captured[bucket] = self._capture(batch)
+            return self._captured[bucket].run(batch)
+        self._seen.add(bucket)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = self.step.compute(batch)
+        current.wait_stream(self._stream)
+        return result
+
+    def _capture(self, batch: MultitaskBatch) -> _Captured:
+        began = time.perf_counter()
+        own = batch.clone()
+        torch.cuda.synchronize()
+        # Products then take their workspaces from the graph's own pool. Those of before may be freed by anybody who
+        # clears them (torch.compile's CUDA graphs do), and the graph would go on writing there.
+        torch._C._cuda_clearCublasWorkspaces()
+        graph = torch.cuda.CUDAGraph()
+        # The thread that makes batches goes on pinning memory meanwhile, which "global" would count as an error here.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = self.step.compute(own)
+        self.captures.captured += 1
+        self.captures.capture_seconds += time.perf_counter() - began
+        return _Captured(graph, own, result, self.step.gradients.buffers())
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        return self.step.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        self.step.load_state_dict(state)
+
+
+def at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
+    """The batch with every host-side size at its capacity, so that shapes depend on the bucket alone."""
+    packed = batch.packed
+    return replace(batch, packed=replace(packed, num_words=packed.word_ids.numel()))
+
+
+def _bucket(batch: MultitaskBatch) -> Bucket:
+    shapes = tuple(tuple(t.shape) for t in _tensors(batch))
+    return (*shapes, batch.packed.max_seqlen, *(batch.examples(name) for name in batch.tasks))
+
+
+def _tensors(batch: MultitaskBatch) -> list[Tensor]:
+    return [*batch.packed.tensors().values(), *batch.labels.values()]
+
+
+def _cloned(result: StepResult) -> StepResult:
+    gram = None if result.gram is None else result.gram.clone()
+    weights = None if result.task_weights is None else result.task_weights.clone()
+    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone(), weights)

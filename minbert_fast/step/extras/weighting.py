@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic task weights: factors on the tasks' losses that follow the losses themselves.
+
+    method        weight of task t                               changes
+    uncertainty   exp(-s_t), with s_t a learned log-variance     every step
+    dwa           T softmax over t of (r_t / temperature)        every window of steps
+
+They scale the rows of J, so they act before surgery and without it alike. All numbers live on the device; what they follow
+are the losses of the whole step, so several processes keep the same weights without telling each other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minbert_fast.recipes.recipe import WeightingOptions
+
+PREFIX = "weighting/"
+
+
+class TaskWeights(ABC):
+    """Weights [T] of the tasks' losses, in the order of `tasks`. `state` holds all that changes, by name."""
+
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
+        self.options = options
+        self.tasks = tuple(tasks)
+        self.state: dict[str, Tensor] = {}
+        self._device = device
+        self._masks: dict[frozenset[str], Tensor] = {}
+
+    @abstractmethod
+    def prepare(self, step: int) -> None:
+        """The host's part before step number `step` (from 0), outside a captured graph."""
+
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """The weights [T] of the present step."""
+
+    @abstractmethod
+    def observe(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        """Takes in a step's losses [T] before weighting: those of tasks `present`, unless it was `skipped` ([] bool)."""
+
+    def scaled(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Each loss times its weight."""
+        return list((torch.stack(list(losses)) * self.weights()).unbind())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint."""
+        return {f"{PREFIX}{name}": tensor for name, tensor in self.state.items()}
+
+    def load_state_dict(self, tensors: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave; other tensors are passed over. Raises ValueError where one is missing."""
+        for name, tensor in self.state.items():
+            found = tensors.get(f"{PREFIX}{name}")
+            if found is None or found.shape != tensor.shape:
+                raise ValueError(f"no {PREFIX}{name} for {len(self.tasks)} tasks")
+            tensor.copy_(found)
+
+    def _numbers(self, name: str, value: float = 0.0) -> Tensor:
+        """A part of the state: one number a task."""
+        self.state[name] = torch.full((len(self.tasks),), value, device=self._device)
+        return self.state[name]
+
+    def _taken(self, present: Sequence[str], skipped: Tensor) -> Tensor:
+        """bool [T]: whose loss counts. The mask is made once a set of tasks, so that a captured graph copies nothing."""
+        key = frozenset(present)
+        if key not in self._masks:
+            self._masks[key] = torch.tensor([task in key for task in self.tasks], device=self._device)
+        return self._masks[key] & ~skipped
+
+
+class Uncertainty(TaskWeights):
+    """Homoscedastic uncertainty (Kendall, Gal & Cipolla 2018, arXiv:1705.07115, section 3): minimises over s too
+
+        sum over t of  exp(-s_t) L_t + s_t / 2,    s_t = log of the task's variance, 0 at first
+
+    by plain gradient descent on s, whose rest is exp(-s_t) L_t = 1/2. The 1/2 that the paper has before a squared error
+    shifts s_t by log 2 and changes nothing else.
+    """
+
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
+        super().__init__(options, tasks, device)
+        self.log_variances = self._numbers("log_variances")
+
+    def prepare(self, step: int) -> None:
+        pass
+
+    def weights(self) -> Tensor:
+        return torch.exp(-self.log_variances)
+
+    def observe(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        gradient = 0.5 - self.weights() * losses
+        self.log_variances -= self.options.lr * torch.where(self._taken(present, skipped), gradient, 0.0)
+
+
+class DynamicAverage(TaskWeights):
+    """Dynamic weight averaging (Liu, Johns & Davison 2019, arXiv:1803.10704, section 3.2): slow tasks weigh more.
+
+    With L_t(n) the mean loss in window n (the paper's epoch), window n has the weights
+
+        T exp(r_t / temperature) / sum over i of exp(r_i / temperature),    r_t = L_t(n - 1) / L_t(n - 2)
+
+    and the first two have 1. A task without examples in a window keeps its mean; one without any yet has r = 1.
+    """
+
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
+        super().__init__(options, tasks, device)
+        if options.window < 1:
+            raise ValueError(f"window = {options.window}: expected the steps of an epoch, or fewer")
+        self.current = self._numbers("weights", 1.0)
+        self.sums, self.counts = self._numbers("sums"), self._numbers("counts")
+        self.last, self.before = self._numbers("last"), self._numbers("before")
+
+    def prepare(self, step: int) -> None:
+        windows, into = divmod(step, self.options.window)
+        if into or not windows:
+            return
+        self.before.copy_(self.last)
+        self.last.copy_(torch.where(self.counts > 0, self.sums / self.counts, self.last))
+        self.sums.zero_()
+        self.counts.zero_()
+        if windows > 1:
+            ratios = torch.where(self.before > 0, self.last / self.before, 1.0)
+            self.current.copy_(len(self.tasks) * torch.softmax(ratios / self.options.temperature, 0))
+
+    def weights(self) -> Tensor:
+        return self.current
+
+    def observe(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        taken = self._taken(present, skipped)
+        self.sums += torch.where(taken, losses, 0.0)
+        self.counts += taken
+
+
+def task_weights(options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> TaskWeights | None:
+    """What the recipe's `[weighting]` asks for; None for method "none"."""
+    if options.method == "none":
+        return None
+    return {"uncertainty": Uncertainty, "dwa": DynamicAverage}[options.method](options, tasks, device)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step's pass through the encoder: weights from the flat buffers, per-task gradients into J."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minbert_fast import ops
+from minbert_fast.model.bert import BertModel
+from minbert_fast.model.config import BertConfig
+from minbert_fast.model.packing import PackedBatch
+from minbert_fast.model.passes import Attend, Attention, Dropout, Rows
+from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, LinearSink
+from minbert_fast.step.flat import FlatParameters, TaskGradients
+
+
+class OnePass(Dropout):
+    """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
+
+    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
+    `gradients` all parameters are constants. `noise` [N, H] is added to the embeddings, and may ask for a gradient.
+    `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        flat: FlatParameters,
+        gradients: TaskGradients | None,
+        batch: PackedBatch,
+        bounds: Tensor,
+        seed: Tensor,
+        noise: Tensor | None = None,
+        through: Callable[[int], None] = lambda layer: None,
+    ) -> None:
+        super().__init__(config, training=True)
+        self.through = through
+        self.flat = flat
+        self.gradients = gradients
+        self.batch = batch
+        self.bounds = bounds
+        self.seed = seed
+        self.noise = noise
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+        if not (self._together(weights) and self._together(biases)):
+            return torch.cat([self.linear(x, module) for module in modules], -1)
+        compute = self.flat.compute
+        sink = LinearSink(self.bounds, self._stacked_gradient(weights), self._stacked_gradient(biases))
+        return ops.linear(x, self.flat.stacked(compute, weights), self.flat.stacked(compute, biases), into=sink)
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        sink = LinearSink(self.bounds, self._gradient(module.weight), None)
+        return ops.linear(x, self._weight(module.weight), into=sink)
+
+    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        gradients = (self._gradient(p) for p in (norm.weight, norm.bias, module.bias))
+        return ops.add_norm(
+            x, self._weight(module.bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
+            self.hidden_p, self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
+        )  # fmt: skip
+
+    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
+        return ops.bias_gelu(x, self._weight(module.bias), into=BiasGeluSink(self.bounds, self._gradient(module.bias)))
+
+    def embed(self, rows: Rows, model: BertModel) -> Tensor:
+        tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
+        norm = model.embed_layer_norm
+        batch, words = self.batch, None
+        if self.gradients and (self.flat.words is tables[0] or self.gradients.owns(tables[0])):
+            words = self.gradients.words(batch.num_words, tables[0].shape[1])
+        sink = EmbeddingSink(
+            self.bounds,
+            batch.cu_seqlens,
+            batch.word_order,
+            batch.word_offsets[: batch.num_words + 1],
+            words,
+            *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
+        )
+        word, position, kind = (self._weight(t) for t in tables)
+        y = ops.embedding(
+            rows.tokens, rows.positions, rows.types, word, position, kind,
+            self._weight(norm.weight), self._weight(norm.bias), norm.eps,
+            self.hidden_p, self.seed, self.site(), into=sink,
+        )  # fmt: skip
+        return y if self.noise is None else y + self.noise.to(y.dtype)
+
+    def attend(self, rows: Attention) -> Attend:
+        site = self.site()
+        return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self.through(layer))
+
+    def _weight(self, parameter: Tensor) -> Tensor:
+        return self.flat.view(self.flat.compute, parameter)
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None
+
+    def _together(self, parameters: Sequence[Tensor]) -> bool:
+        owned = {self.gradients is not None and self.gradients.owns(p) for p in parameters}
+        return len(owned) == 1 and self.flat.adjacent(parameters)
+
+    def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        if self.gradients is None or not self.gradients.owns(parameters[0]):
+            return None
+        return self.gradients.stacked(parameters)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with the course's signature and semantics for course code, and as one pass over the flat buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minbert_fast.common import pages
+from minbert_fast.ops import surgery as ops
+from minbert_fast.ops.native.surgery import GRADIENT_SCALE, LEARNING_RATE, SKIP, STEP
+from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.step.flat import FlatParameters, Piece, Run
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, as the CS224N default project defines it.
+
+    The bias correction is the "efficient" form of Kingma & Ba 2014 (end of section 2: both corrections in the step
+    size, epsilon outside them); the decay of Loshchilov & Hutter 2019 comes after the update, with the learning rate
+    in it. Parameter groups, `state_dict`, schedulers, closures and `GradScaler` work as with any torch optimizer.
+
+    Raises ValueError for hyperparameters out of range, and RuntimeError for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+    ) -> None:
+        if lr < 0.0:
+            raise ValueError(f"lr = {lr}: expected 0 or more")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas = {betas}: expected 0 <= beta < 1")
+        if eps < 0.0:
+            raise ValueError(f"eps = {eps}: expected 0 or more")
+        if weight_decay < 0.0:
+            raise ValueError(f"weight_decay = {weight_decay}: expected 0 or more")
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for steps, parameters in self._by_step(group["params"]).items():
+                self._update(group, steps, parameters)
+        return loss
+
+    def _by_step(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
+        """Parameters with a gradient, by the number of the step they are about to take."""
+        groups: dict[int, list[nn.Parameter]] = {}
+        for p in parameters:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("AdamW takes dense gradients; use SparseAdam for sparse ones")
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] += 1
+            groups.setdefault(state["step"], []).append(p)
+        return groups
+
+    def _update(self, group: dict[str, Any], steps: int, parameters: list[nn.Parameter]) -> None:
+        beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        values: list[Tensor] = list(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        first = [self.state[p]["exp_avg"] for p in parameters]
+        second = [self.state[p]["exp_avg_sq"] for p in parameters]
+        torch._foreach_mul_(first, beta1)
+        torch._foreach_add_(first, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        size = lr
+        if group["correct_bias"]:
+            size = lr * math.sqrt(1 - beta2**steps) / (1 - beta1**steps)
+        denominators = torch._foreach_sqrt(second)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(values, first, denominators, -size)
+        if group["weight_decay"]:
+            torch._foreach_add_(values, values, alpha=-lr * group["weight_decay"])
+
+
+class FlatAdamW:
+    """The same AdamW over `FlatParameters`: J, w, p, m, v -> p, m, v and the product copy, one pass over memory.
+
+    What takes its step together (the shared encoder with its words; each head) has a row of `scalars` on the device:
+    learning rate, step count, gradient scale, skip, as in `native.surgery`, so that a captured graph follows the
+    schedule. A step whose gradient is not finite changes nothing, step counts included.
+
+    `pieces` are the elements that this optimizer moves and keeps moments of; all of them, unless processes share the work.
+    """
+
+    def __init__(self, flat: FlatParameters, options: OptimizerOptions, pieces: Sequence[Piece] | None = None) -> None:
+        self.flat = flat
+        self.options = options
+        self.pieces = flat.pieces() if pieces is None else tuple(pieces)
+        device = flat.data.device
+        kept = max((piece.kept.stop for piece in self.pieces), default=0)
+        self.exp_avg = pages.zeros(kept, device=device)
+        self.exp_avg_sq = pages.zeros(kept, device=device)
+        self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
+        self.scalars = torch.zeros(len(self._row_of), 4, device=device)
+        self._counted: dict[frozenset[str], Tensor] = {}
+        slots = 0 if flat.words is None else flat.words.shape[0] + 1
+        self._row_slot = torch.empty(slots, dtype=torch.int32, device=device)
+
+    def schedule(self, lr_scale: float) -> None:
+        """Sets the learning rate of the next step: the base rate times `lr_scale`, times each run's own factor."""
+        self.scalars[:, LEARNING_RATE].fill_(self.options.lr * lr_scale)
+
+    def clip(self, gram: Tensor, w: Tensor, head_square: Tensor) -> Tensor:
+        """The norm [] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
+        norm = ops.clip_scale(gram, w, self.options.clip, self.scalars[0], head_square)
+        self.scalars[1:, GRADIENT_SCALE] = self.scalars[0, GRADIENT_SCALE]
+        return norm[0]
+
+    def advance(self, labels: Iterable[str], skip: Tensor) -> None:
+        """Counts a step for those of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
+        skipped = skip.to(self.scalars.dtype)
+        self.scalars[:, STEP] += self._counts(frozenset(labels)) * (1.0 - skipped)
+        self.scalars[:, SKIP] = skipped
+
+    def _counts(self, labels: frozenset[str]) -> Tensor:
+        """1 in the rows of `labels`, else 0; made once a set of labels, so that a captured graph copies nothing."""
+        if labels not in self._counted:
+            taking = [float(label in labels) for label in self._row_of]
+            self._counted[labels] = torch.tensor(taking, device=self.scalars.device)
+        return self._counted[labels]
+
+    def step_shared(self, J: Tensor, w: Tensor) -> None:
+        """Updates the shared region with the combination w [T] of J [T, shared], which has the moments' places."""
+        for piece in self._pieces("shared"):
+            self._step(piece, J[:, piece.kept], w)
+
+    def step_head(self, label: str, gradient: Tensor) -> None:
+        """Updates one head's region; `gradient` is that of all heads, end to end."""
+        for piece in self._pieces(label):
+            self._step(piece, gradient[None, piece.begin - self.flat.words_end : piece.end - self.flat.words_end], None)
+
+    def step_words(self, rows: Tensor, ids: Tensor, w: Tensor) -> None:
+        """Updates the word embedding from gradients of its touched rows: rows [T, U, H], ids [U] (-1: an unused row).
+
+        Untouched rows have gradient zero: their moments decay and move them all the same, as in dense AdamW.
+        """
+        slots = self._row_slot
+        slots.fill_(-1)
+        slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
+        flat, scalars = self.flat, self.scalars[self._row_of["words"]]
+        assert flat.words is not None
+        width = flat.words.shape[1]
+        for piece in self._pieces("words"):  # whole rows
+            p, m, v, copy = self._buffers(piece)
+            first = (piece.begin - flat.slot(flat.words).begin) // width
+            own = slots[first : first + p.numel() // width]
+            table, first_moment, second_moment = (x.view(-1, width) for x in (p, m, v))
+            low = None if copy is None else copy.view(-1, width)
+            settings = self._settings(piece.run)
+            ops.combine_adamw_rows(rows, w, own, table, first_moment, second_moment, scalars, settings, low)
+
+    def _step(self, piece: Piece, gradient: Tensor, w: Tensor | None) -> None:
+        scalars = self.scalars[self._row_of[piece.run.label]]
+        p, m, v, copy = self._buffers(piece)
+        ops.combine_adamw(gradient, w, p, m, v, scalars, self._settings(piece.run), copy)
+
+    def _pieces(self, label: str) -> list[Piece]:
+        return [piece for piece in self.pieces if piece.run.label == label]
+
+    def _buffers(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        flat, span = self.flat, slice(piece.begin, piece.end)
+        copy = None if flat.compute is flat.data else flat.compute[span]
+        return flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept], copy
+
+    def _settings(self, run: Run) -> ops.AdamWSettings:
+        o = self.options
+        return ops.AdamWSettings(o.betas, o.eps, run.weight_decay, o.correct_bias, "course", run.lr_factor)
+
+    def state_dict(self, whole: Callable[[Tensor], Tensor] = lambda kept: kept) -> dict[str, dict[str, Any]]:
+        """Moments by parameter name, step counts by label: independent of where the buffer puts them.
+
+        `whole` makes the moments of every element out of those that are kept here.
+        """
+        tensors = {}
+        for name, buffer in (("exp_avg", whole(self.exp_avg)), ("exp_avg_sq", whole(self.exp_avg_sq))):
+            for entry in self.flat.trainable:
+                tensors[f"{entry.name}/{name}"] = self.flat.view(buffer, entry.parameter)
+        scalars = {f"{label}/step": float(self.scalars[row, STEP]) for label, row in self._row_of.items()}
+        return {"tensors": tensors, "scalars": scalars}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restores what `state_dict` gave; ValueError names a parameter whose moments are absent or misshapen."""
+        for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            whole = torch.zeros(self.flat.trainable_end)
+            for entry in self.flat.trainable:
+                found = state["tensors"].get(f"{entry.name}/{name}")
+                if found is None or found.shape != entry.parameter.shape:
+                    wanted = f"{entry.name} of shape {list(entry.parameter.shape)}"
+                    raise ValueError(f"optimizer state: no {name} for {wanted}")
+                self.flat.view(whole, entry.parameter).copy_(found)
+            for piece in self.pieces:
+                buffer[piece.kept].copy_(whole[piece.begin : piece.end])
+        for label, row in self._row_of.items():
+            self.scalars[row, STEP] = state["scalars"][f"{label}/step"]

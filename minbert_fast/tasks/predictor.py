@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model in use: vectors, predictions of its heads, search.
+
+    from minbert_fast import Predictor
+
+    model = Predictor.from_pretrained("runs/first/best")
+    model.sentiment(["A gripping film."]), model.similarity([("A man sings.", "Someone is singing.")])
+
+Shapes: n sentences or pairs, H hidden, C classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.data import FORMATS, Table, Tokenizer, tokenize_table
+from minbert_fast.model import inference, sentence_modules, weights
+from minbert_fast.model.bert import BertModel
+from minbert_fast.model.config import Pooling
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.tasks import MultitaskModel, Task, evaluation
+
+Pair = tuple[str, str] | Sequence[str]
+Progress = Callable[[int], object]  # is told how many sentences or examples each batch had
+
+
+class Hit(NamedTuple):
+    """A sentence that a search has found."""
+
+    row: int  # in the corpus, from 0
+    score: float  # cosine
+    text: str
+
+
+class Predictions(NamedTuple):
+    """What a head says of n examples."""
+
+    values: np.ndarray  # [n] on the scale of the task's labels
+    probabilities: np.ndarray | None  # [n, C]; None for a regression
+
+
+@dataclass(frozen=True)
+class Index:
+    """Sentences with their vectors, to be searched any number of times."""
+
+    texts: Sequence[str]
+    vectors: np.ndarray  # [n, H] fp32, of length 1
+
+    def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
+        """For each of `vectors` [q, H] (of length 1) the `top` sentences of the highest cosine, best first."""
+        found = []
+        top = min(top, len(self.texts))
+        for begin in range(0, len(vectors), 256):  # so many rows of scores at a time
+            scores = vectors[begin : begin + 256] @ self.vectors.T
+            for row in scores:
+                best = np.argpartition(-row, top - 1)[:top] if top else np.empty(0, np.int64)
+                order = best[np.lexsort((best, -row[best]))]  # of equal scores the earlier sentence first
+                found.append([Hit(int(i), float(row[i]), self.texts[i]) for i in order])
+        return found
+
+
+class Predictor:
+    """A model directory in use, on one device, in evaluation mode. Its weights are taken as they are when it is made."""
+
+    def __init__(
+        self,
+        encoder: BertModel,
+        tokenizer: Tokenizer,
+        *,
+        heads: MultitaskModel | None = None,
+        pooling: Pooling = "mean",
+        normalize: bool = False,
+        max_length: int | None = None,
+        prompt: str = "",
+        precision: Precision = "fp32",
+    ) -> None:
+        self.encoder = encoder.eval()
+        self.tokenizer = tokenizer
+        self.heads = None if heads is None else heads.eval()
+        self.pooling: Pooling = pooling
+        self.normalize = normalize
+        self.max_length = min(
+            max_length or encoder.config.max_position_embeddings, encoder.config.max_position_embeddings
+        )
+        self.prompt = prompt
+        self.precision = precision
+        self._snapshot = inference.Snapshot(self.encoder, DTYPES[precision])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        local_files_only: bool = False,
+    ) -> Predictor:
+        """A trained model (`best/`, `last/`), a sentence-transformers or Hugging Face directory, or a hub name.
+
+        Heads come along where there are any. Sentences are pooled as `modules.json` says, else as the model was trained,
+        else by the mean. `auto` precision is bf16 products where the hardware has them. Raises ConfigError, WeightsError
+        or DataError, one line each.
+        """
+        target = choose_device(device)
+        directory = weights.resolve(str(name_or_path), local_files_only=local_files_only)
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: expected the directory of a model")
+        if not (directory / "config.json").exists() and (directory / "best" / "config.json").exists():
+            raise ConfigError(f"{directory}: the output of a training run; its model is {directory / 'best'}")
+        modules = sentence_modules.read(directory)
+        source = directory if modules is None else modules.encoder
+        recipe, heads = None, None
+        with _no_word_about_the_pooler():
+            if (directory / "heads.safetensors").is_file():
+                recipe = Recipe.load(str(directory / "recipe.toml"))
+                heads = MultitaskModel.load(directory).to(target)
+            encoder = BertModel.from_pretrained(source, local_files_only=True) if heads is None else heads.encoder
+        tokenizer = Tokenizer.from_pretrained(source)
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            words = f"{tokenizer.vocab_size} words for an encoder of {encoder.config.vocab_size}"
+            raise ConfigError(f"{source}: the tokenizer has {words}")
+        pooling, normalize, prompt = recipe.model.pooling if recipe else "mean", False, ""
+        max_length = recipe.data.max_length if recipe else tokenizer.model_max_length
+        if modules is not None:
+            pooling, normalize, prompt = modules.pooling, modules.normalize, modules.prompt
+            max_length = modules.max_length or max_length
+            if modules.pooler is not None:
+                encoder.pooler_dense.load_state_dict(modules.pooler)
+        return cls(
+            encoder.to(target),
+            tokenizer,
+            heads=heads,
+            pooling=pooling,
+            normalize=normalize,
+            max_length=max_length,
+            prompt=prompt,
+            precision=choose_precision(precision, target),
+        )
+
+    # ---- Vectors ---------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        sentences: Sequence[str],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """One vector a sentence, fp32 [n, H]; `pooling` and `normalize` stand in for the model's own.
+
+        Raises ValueError for a single string.
+        """
+        if isinstance(sentences, str):
+            raise ValueError("encode expects a list of sentences, not a string")
+        texts = [self.prompt + sentence for sentence in sentences] if self.prompt else sentences
+        return inference.encode(
+            self._snapshot,
+            texts,
+            self.tokenizer,
+            pooling=pooling or self.pooling,
+            normalize=self.normalize if normalize is None else normalize,
+            max_length=self.max_length,
+            progress=progress,
+        )
+
+    def index(self, corpus: Sequence[str], progress: Progress | None = None) -> Index:
+        """Makes a corpus ready for `search`."""
+        return Index(corpus, self.encode(corpus, normalize=True, progress=progress))
+
+    def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
+        """The `top` sentences of the corpus most like `query` by the cosine of their vectors, best first.
+
+        For several queries make the corpus an `index` first; else it is encoded in each call.
+        """
+        ready = corpus if isinstance(corpus, Index) else self.index(corpus)
+        return ready.nearest(self.encode([query], normalize=True), top)[0]
+
+    # ---- Heads -----------------------------------------------------------------------------------------------------
+
+    def sentiment(self, sentences: Sequence[str]) -> np.ndarray:
+        """Sentiment classes [n], 0 (most negative) to 4. Raises ConfigError for a model without such a head."""
+        return self.predict(self.task_of("sentiment"), sentences).values
+
+    def paraphrase(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """1.0 where the sentences of a pair mean the same, else 0.0 [n]. Raises ConfigError without such a head."""
+        return self.predict(self.task_of("paraphrase"), *columns(pairs)).values
+
+    def similarity(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """How alike the sentences of a pair are, 0 to 5 [n]. Raises ConfigError without such a head."""
+        return self.predict(self.task_of("similarity"), *columns(pairs)).values
+
+    def predict(self, task: str, *sentences: Sequence[str], progress: Progress | None = None) -> Predictions:
+        """What the head of `task` says of examples, given as one list of texts for each sentence of an example.
+
+        Raises ConfigError for a task that the model has no head for, ValueError for lists that do not fit it.
+        """
+        if task not in self.tasks:
+            raise ConfigError(f"this model has no {task} head (it has {', '.join(self.tasks)})")
+        kind = FORMATS[self.tasks[task].dataset]
+        if len(sentences) != kind.arity or len({len(column) for column in sentences}) > 1:
+            raise ValueError(f"{task} takes {kind.arity} lists of sentences, equally long")
+        if any(isinstance(column, str) for column in sentences):
+            raise ValueError(f"{task} takes lists of sentences, not a string")
+        count = len(sentences[0])
+        table = Table(
+            task=kind.task,
+            path=Path(),
+            sentences=tuple(list(column) for column in sentences),
+            labels=None,
+            ids=[""] * count,
+            lines=np.arange(count),
+        )
+        return self.predict_table(task, table, progress)
+
+    def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
+        """The same for the rows of a data file."""
+        found = evaluation.predict(
+            self._model(),
+            task,
+            tokenize_table(table, self.tokenizer),
+            self._snapshot,
+            max_length=self.max_length,
+            progress=progress,
+        )
+        return Predictions(*found)
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks that the model has heads for and can predict, by name. Raises ConfigError where it has no heads."""
+        return {name: task for name, task in self._model().tasks.items() if task.predicts}
+
+    def task_of(self, kind: str) -> str:
+        """The name of the model's task of this kind: the one of that name, else the first. Raises ConfigError."""
+        if kind in self.tasks:
+            return kind
+        names = [name for name, task in self.tasks.items() if task.kind == kind]
+        if not names:
+            raise ConfigError(f"this model has no {kind} head (it has {', '.join(self.tasks)})")
+        return names[0]
+
+    def _model(self) -> MultitaskModel:
+        if self.heads is None:
+            raise ConfigError("this model has no heads: it is an encoder alone, and only encode and search work")
+        return self.heads
+
+
+def columns(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
+    """Pairs as a list of first and a list of second sentences. Raises ValueError naming the first that is no pair."""
+    for number, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"pair {number} is {pair!r:.60}, expected two sentences")
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+@contextmanager
+def _no_word_about_the_pooler() -> Iterator[None]:
+    """Many published encoders lack the pooler; it matters only to models that pool with it, which all have one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* has no pooler")
+        yield
+
+
+__all__ = ["Hit", "Index", "Predictions", "Predictor"]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate as a pure function of the step: linear warm-up, then one of four courses.
+
+With w warm-up steps of n in all, step s = 0, 1, ... has the factor (s + 1) / (w + 1) while s < w; from there on, with
+x = (s - w) / (n - w) going from 0 to just under 1:
+
+    linear       1 - x                          (the course's and transformers' usual one)
+    cosine       (1 + cos(pi x)) / 2            (Loshchilov & Hutter 2017, one cycle)
+    exponential  gamma ** (finished epochs)     (torch's ExponentialLR stepped once an epoch)
+    constant     1
+"""
+
+from __future__ import annotations
+
+import math
+
+from minbert_fast.recipes.recipe import OptimizerOptions
+
+
+def lr_scale(step: int, total_steps: int, steps_per_epoch: int, options: OptimizerOptions) -> float:
+    """What the base learning rates are multiplied with at `step`, 0-based, of a stage of `total_steps`.
+
+    `total_steps` are the steps that the stage's epochs hold, whether or not the run is cut short before: a run that
+    stops early and is resumed goes on as if it had never stopped.
+    """
+    assert step >= 0, f"step {step}"
+    warmup = round(options.warmup * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    if options.schedule == "linear":
+        return 1.0 - progress
+    if options.schedule == "cosine":
+        return (1.0 + math.cos(math.pi * progress)) / 2.0
+    if options.schedule == "exponential":
+        return options.gamma ** (step // max(steps_per_epoch, 1))
+    return 1.0
