@@ -28,8 +28,9 @@ from minbert_fast import BertConfig, BertModel
 from minbert_fast.common.schema import build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep
-from minbert_fast.step.one_pass import OnePassStep, make_step
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
 KINDS = ("sentiment", "paraphrase", "similarity")

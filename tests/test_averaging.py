@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.recipes.recipe import Recipe, TrainingOptions
+from minbert_fast.step.backends import make_step
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import Entry
-from minbert_fast.step.one_pass import make_step
 from minbert_fast.trainer import loop
 from tests.test_graph import computed_on_meta
 from tests.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
@@ -48,7 +48,7 @@ def test_the_average_is_its_formula_and_skipped_steps_do_not_count(decay: float)
         with torch.no_grad():
             p += torch.randn(33)
         skipped = step in (0, 4)
-        average.update(torch.tensor(skipped))
+        average.after_update(torch.zeros(0), [], torch.tensor(skipped))
         if not skipped:
             after.append(p.detach().clone())
             expected = written_out(decay, after)
@@ -142,7 +142,7 @@ class Averaging(StandIn):
 
     def __call__(self, batch: Any, lr_scale: float) -> Any:
         result = super().__call__(batch, lr_scale)
-        self.average.update(result.nonfinite.any())
+        self.average.after_update(result.losses, [], result.nonfinite.any())
         self.run.after[self.run.trainer.state.step + 1] = self.model.weight.detach().clone()
         return result
 

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from minbert_fast.data import Collator, Encoder, Sampler, Tokenizer, load_tokens, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.parallel.connect import connect
+from minbert_fast.parallel.exchange import AllReduce
 from minbert_fast.parallel.world import World
 from minbert_fast.step.one_pass import OnePassStep
 from tests.test_step import SIZES, make_batch, make_model, recipe
@@ -271,7 +273,12 @@ class Alone(World):
 def make_step_of(rank: int, ranks: int, **values: Any) -> tuple[OnePassStep, MultitaskBatch]:
     chosen = recipe(surgery={"method": "pcgrad"}, **values)
     model = make_model(chosen)
-    return OnePassStep(model, chosen, torch.float32, Alone(rank, ranks)), make_batch(model, SIZES)
+    connected = connect(Alone(rank, ranks), chosen.training.shard)
+    return OnePassStep(model, chosen, torch.float32, connected), make_batch(model, SIZES)
+
+
+def exchange_of(step: OnePassStep) -> AllReduce:
+    return next(hook for hook in step.hooks if isinstance(hook, AllReduce))
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -279,7 +286,7 @@ def test_layers_are_sent_while_the_backward_goes_on(shard: bool) -> None:
     step, batch = make_step_of(0, 2, training={"shard": shard})
     Alone.sent.clear()
     step(batch, 1.0)
-    spans = step.exchange.spans
+    spans = exchange_of(step).spans
     layers = sum(len(group) for group in spans[:-1]) * len(batch.tasks)
     rest = len(spans[-1]) * len(batch.tasks)
     assert all(during for _, during in Alone.sent[:layers])
@@ -295,11 +302,11 @@ def test_layers_are_sent_while_the_backward_goes_on(shard: bool) -> None:
 def test_spans_cover_the_shared_region_once(decay_all: bool) -> None:
     optimizer = {"weight_decay": 0.01, "decay_all": decay_all, "layer_decay": 0.9}
     step, _ = make_step_of(0, 2, optimizer=optimizer)
-    cut = sorted((span.begin, span.end) for group in step.exchange.spans for span in group)
+    cut = sorted((span.begin, span.end) for group in exchange_of(step).spans for span in group)
     assert cut[0][0] == 0
     assert cut[-1][1] == step.flat.shared_end
     assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
-    for group in step.exchange.spans:
+    for group in exchange_of(step).spans:
         assert all(span.run.begin <= span.begin < span.end <= span.run.end for span in group)
 
 

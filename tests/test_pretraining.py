@@ -20,8 +20,9 @@ from minbert_fast.data import Buckets, Collator, Tokenizer, load_tokens, sample_
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model import weights
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep, at_capacity
-from minbert_fast.step.one_pass import OnePassStep, make_step
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.predictor import Predictor
 from minbert_fast.trainer.job import Options, train

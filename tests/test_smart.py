@@ -20,6 +20,7 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.model.passes import AutogradPass
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep
+from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.extras.smart import Adversary, second_copies
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import Agreement, MultitaskModel, build_tasks
@@ -38,11 +39,15 @@ def step_of(chosen: Recipe) -> OnePassStep:
     return OnePassStep(make_model(chosen), chosen, torch.float32)
 
 
+def consistency_of(step: OnePassStep) -> Consistency:
+    return next(hook for hook in step.hooks if isinstance(hook, Consistency))
+
+
 def noise_of(step: OnePassStep, batch: MultitaskBatch, seed: int = 5) -> Tensor:
-    assert step.extras.adversary is not None
+    assert consistency_of(step).adversary is not None
     torch.manual_seed(seed)
     step.model.train()
-    return step.extras.adversary.noise(batch, batch.packed.task_tokens, step.seed)
+    return consistency_of(step).adversary.noise(batch, batch.packed.task_tokens, step.seed)
 
 
 class Perturbed(AutogradPass):
@@ -142,10 +147,10 @@ def test_a_smart_step_has_the_gradients_of_loss_and_divergence(surgery: str) -> 
     model = copy.deepcopy(step.model)
     step.prepare(batch, 1.0)
     expected_noise = noise_of(step, batch)
-    assert step.extras.adversary is not None
-    fixed = Adversary(step.model, step.flat, step.extras.adversary.options)
+    assert consistency_of(step).adversary is not None
+    fixed = Adversary(step.model, step.flat, consistency_of(step).adversary.options)
     object.__setattr__(fixed, "noise", lambda *_: expected_noise)
-    step.extras.adversary = fixed
+    consistency_of(step).adversary = fixed
     result = step.compute(batch)
 
     plain = twice(make_batch(model, SIZES))
@@ -187,7 +192,7 @@ def test_smoothness_is_learned() -> None:
 def test_the_teacher_is_the_moving_average_of_the_weights() -> None:
     chosen = recipe(regularisation={"proximal": 1.0, "momentum": 0.8})
     step = step_of(chosen)
-    assert step.extras.teacher is not None
+    assert consistency_of(step).teacher is not None
     expected = step.flat.data.double().clone()
     for index in range(5):
         batch = make_batch(step.model, SIZES, seed=index)
@@ -197,7 +202,7 @@ def test_the_teacher_is_the_moving_average_of_the_weights() -> None:
         if index != 2:
             expected = 0.8 * expected + 0.2 * step.flat.data.double()
     for entry in step.flat.trainable:
-        its = dict(step.extras.teacher.model.named_parameters())[entry.name]
+        its = dict(consistency_of(step).teacher.model.named_parameters())[entry.name]
         torch.testing.assert_close(its.double(), step.flat.view(expected, entry.parameter), atol=1e-6, rtol=1e-5)
 
 
@@ -208,11 +213,11 @@ def test_the_proximal_loss_is_the_divergence_from_the_teachers_answers(twins: bo
     step = step_of(chosen)
     plain_model = copy.deepcopy(step.model)
     plain = OnePassStep(plain_model, recipe(regularisation=values | {"proximal": 0.0}), torch.float32)
-    assert step.extras.teacher is not None
+    assert consistency_of(step).teacher is not None
     for index in range(3):
         batch = unlike_twins(step.model, SIZES, seed=index)[0] if twins else make_batch(step.model, SIZES, seed=index)
         plain.flat.data.copy_(step.flat.data)
-        teacher = step.extras.teacher.model
+        teacher = consistency_of(step).teacher.model
         hidden = [m.encoder(batch.packed)["last_hidden_state"] for m in (step.model, teacher)]
         answers = [m.outputs(batch, h) for m, h in zip((step.model, teacher), hidden, strict=True)]
         if twins:

@@ -20,8 +20,8 @@ from minbert_fast.model.packing import pack
 from minbert_fast.model.passes import Pass
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import TRAINING
-from minbert_fast.step.one_pass import OnePassStep, make_step
-from minbert_fast.step.stepping import Laps
+from minbert_fast.step.backends import make_step
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
 CONFIG = BertConfig(
@@ -71,7 +71,8 @@ def separate_backwards(model: MultitaskModel, batch: MultitaskBatch) -> list[dic
 def check_j(model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, tolerance: float = 2e-4) -> OnePassStep:
     expected = separate_backwards(model, batch)
     step = OnePassStep(model, chosen, torch.float32)
-    step._backward(batch, Laps(torch.device("cpu")))
+    step.model.train()
+    step._backward(batch, step._losses(batch, step._encode(batch)))
     for name, p in model.named_parameters():
         if step.gradients.owns(p):
             found = step.gradients.view(p)
@@ -80,7 +81,7 @@ def check_j(model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, tolera
                     found[row].double(), expected[row][name], atol=tolerance, rtol=tolerance, msg=f"{name}, task {row}"
                 )
         elif p is step.flat.words:
-            rows, ids = step._words(batch), batch.packed.word_ids[: batch.packed.num_words].long()
+            rows, ids = step._word_rows(batch), batch.packed.word_ids[: batch.packed.num_words].long()
             for row in range(len(expected)):
                 dense = torch.zeros_like(p).index_add(0, ids, rows[row])
                 torch.testing.assert_close(dense.double(), expected[row][name], atol=tolerance, rtol=tolerance)
@@ -214,6 +215,19 @@ def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, f
         torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)
         moved = max(moved, float((p - s).detach().abs().max()))
     assert moved > 3e-3
+
+
+@pytest.mark.parametrize("method", ["none", "pcgrad"])
+def test_the_mean_over_tasks_leaves_heads_alone_on_both_backends(method: str) -> None:
+    """The reference step divided the heads' gradients too, where tasks were added without surgery."""
+    chosen = recipe(surgery={"method": method, "reduction": "mean"}, optimizer={"lr": 1e-3, "clip": 0.1})
+    models = [make_model(chosen), make_model(chosen)]
+    for backend, model in zip(("fast", "reference"), models, strict=True):
+        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+        norms = [float(step(make_batch(model, SIZES, seed=index), 1.0).grad_norm) for index in range(3)]
+        assert all(norm > 0.1 for norm in norms)  # so that clipping tells lengths apart
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
 
 
 def test_bf16_follows_fp32() -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.recipes.recipe import Recipe, WeightingOptions
-from minbert_fast.step.extras.weighting import DynamicAverage, Uncertainty, task_weights
-from minbert_fast.step.one_pass import OnePassStep, make_step
+from minbert_fast.step.backends import make_step
+from minbert_fast.step.extras.weighting import DynamicAverage, TaskWeights, Uncertainty, task_weights
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.job import Options, train
 from tests.small import small_data
 from tests.test_graph import computed_on_meta
@@ -46,19 +47,19 @@ def test_uncertainties_descend_on_the_papers_objective() -> None:
     weighting = Uncertainty(WeightingOptions("uncertainty", lr=0.1), TASKS, CPU)
     s = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     for row in losses:
-        torch.testing.assert_close(weighting.weights().double(), torch.exp(-s.detach()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weighting.loss_weights().double(), torch.exp(-s.detach()), rtol=1e-5, atol=1e-6)
         (gradient,) = torch.autograd.grad((torch.exp(-s) * row.double() + s / 2).sum(), s)
         s = (s - 0.1 * gradient).detach().requires_grad_()
-        weighting.observe(row, TASKS, NO)
-    assert (weighting.weights() - 1).abs().min() > 0.1
+        weighting.after_update(row, TASKS, NO)
+    assert (weighting.loss_weights() - 1).abs().min() > 0.1
 
 
 def test_uncertainties_come_to_rest_where_each_loss_weighs_one_half() -> None:
     losses = torch.tensor([0.05, 1.5, 4.0])
     weighting = Uncertainty(WeightingOptions("uncertainty", lr=0.5), TASKS, CPU)
     for _ in range(200):
-        weighting.observe(losses, TASKS, NO)
-    torch.testing.assert_close(weighting.weights() * losses, torch.full((3,), 0.5))
+        weighting.after_update(losses, TASKS, NO)
+    torch.testing.assert_close(weighting.loss_weights() * losses, torch.full((3,), 0.5))
 
 
 def test_weights_average_dynamically_as_the_paper_has_it() -> None:
@@ -66,16 +67,16 @@ def test_weights_average_dynamically_as_the_paper_has_it() -> None:
     losses = draw(5 * window)
     weighting = DynamicAverage(WeightingOptions("dwa", window=window, temperature=temperature), TASKS, CPU)
     for step, row in enumerate(losses):
-        weighting.prepare(step)
+        weighting.before_step(step)
         n = step // window
         expected = [1.0, 1.0, 1.0]
         if n >= 2:
             means = [losses[i * window : (i + 1) * window].double().mean(0).tolist() for i in (n - 1, n - 2)]
             powers = [math.exp(now / then / temperature) for now, then in zip(*means, strict=True)]
             expected = [3 * power / sum(powers) for power in powers]
-        torch.testing.assert_close(weighting.weights(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
-        weighting.observe(row, TASKS, NO)
-    assert weighting.weights().std() > 0
+        torch.testing.assert_close(weighting.loss_weights(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+        weighting.after_update(row, TASKS, NO)
+    assert weighting.loss_weights().std() > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,19 +87,19 @@ def test_absent_tasks_and_skipped_steps_do_not_count(method: str) -> None:
     assert only is not None
     for step, row in enumerate(draw(8)):
         for each in (weighting, only):
-            each.prepare(step)
+            each.before_step(step)
         if step % 2:
-            weighting.observe(torch.full((3,), torch.nan), TASKS, torch.tensor(True))
+            weighting.after_update(torch.full((3,), torch.nan), TASKS, torch.tensor(True))
             continue
         present = TASKS[:2]
         for each, last in ((weighting, 0.0), (only, 123.0)):
             losses = row.clone()
             losses[2] = last
-            each.observe(losses, present, NO)
-    assert torch.equal(weighting.weights(), only.weights())
-    assert weighting.weights().isfinite().all()
+            each.after_update(losses, present, NO)
+    assert torch.equal(weighting.loss_weights(), only.loss_weights())
+    assert weighting.loss_weights().isfinite().all()
     if method == "uncertainty":
-        assert weighting.weights()[2] == 1
+        assert weighting.loss_weights()[2] == 1
 
 
 # ---- In the step ---------------------------------------------------------------------------------------------------------
@@ -135,8 +136,8 @@ def test_weights_scale_the_rows_of_j_the_heads_and_the_gram_matrix() -> None:
     for each in (plain, chosen):
         model = make_model(each)
         step = OnePassStep(model, each, torch.float32)
-        if step.extras.weighting is not None:
-            step.extras.weighting.state["log_variances"].copy_(torch.tensor([0.5, -1.0, 2.0]))
+        for weighting in (hook for hook in step.hooks if isinstance(hook, TaskWeights)):
+            weighting.state["log_variances"].copy_(torch.tensor([0.5, -1.0, 2.0]))
         steps.append((step, step(make_batch(model, SIZES), 1.0)))
     (one, a), (two, b) = steps
     factors = torch.exp(-torch.tensor([0.5, -1.0, 2.0]))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes that train together tell each other of a step: the gradients, and, where they share the work, parameters.
+"""Sums the gradients of one step over the processes that share it.
 
 A backward leaves each process with the gradients of its own share of the batch. They are summed a layer at a time, as soon
-as the backward is through with it, while it goes on with the layer below: last layer first, then the rest of the shared
-region, then words, heads and losses. Every process begins the same sums in the same order, whatever its share is.
+as the backward has written that layer and while it works on the layer below: the last layer first, then the rest of the
+shared region, then words, heads and losses. Every process starts the same sums in the same order, whatever its share is.
 
-Here J is whole in every process afterwards, and every process takes the whole optimizer step; `sharding.py` leaves each
-process a part of both.
+Here every process ends with all of J and takes the whole optimizer step; `sharding.py` leaves each process a part of both.
 """
 
 from __future__ import annotations
@@ -19,12 +18,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.ops import surgery as ops
 from minbert_fast.parallel.world import World
-from minbert_fast.step.flat import FlatParameters, Piece, Run, TaskGradients
+from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.step.flat import FlatParameters, Run, TaskGradients
+from minbert_fast.step.hooks import Exchange
+from minbert_fast.step.optim import FlatAdamW
 
 if TYPE_CHECKING:
     from torch.distributed import Work
+
+RANK_STRIDE = 7_368_787  # between the dropout seeds of ranks
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Span:
 
 
 def spans(flat: FlatParameters, layers: Sequence[Sequence[nn.Parameter]]) -> list[list[Span]]:
-    """The shared region cut up: the spans of each layer's parameters, and, last, those of everything else."""
+    """Divides the shared region: the spans of each layer's parameters, and last those of everything else."""
     layer_of: dict[int, int] = {}  # by where a slot begins
     for number, layer in enumerate(layers):
         layer_of |= {flat.slot(p).begin: number for p in layer if p in flat}
@@ -52,67 +55,54 @@ def spans(flat: FlatParameters, layers: Sequence[Sequence[nn.Parameter]]) -> lis
     return cut
 
 
-class Exchange:
-    """J whole in every process. With a world of one, nothing is exchanged."""
+class AllReduce(Exchange):
+    """Sums J over all processes (all-reduce), so that each of them has all of it."""
+
+    lap = "exchange"
 
     def __init__(
         self,
         world: World,
         flat: FlatParameters,
-        tasks: int,
+        rows: int,
         dtype: torch.dtype,
-        layers: Sequence[Sequence[nn.Parameter]],  # those whose gradients are there when the backward leaves the layer
+        layers: Sequence[
+            Sequence[nn.Parameter]
+        ],  # parameters whose gradients are complete when `after_layer` is called
     ) -> None:
         self.world = world
         self.flat = flat
+        self.seed_offset = world.rank * RANK_STRIDE
         self.spans = spans(flat, layers)
-        self.gradients = self._room(tasks, dtype)
-        self.pieces = self._pieces()
-        self._order: Iterator[int] = iter(())  # numbers of the spans still to be sent
+        self.gradients = self._allocate(rows, dtype)
+        self._order: Iterator[int] = iter(())  # numbers of the span groups still to be sent
         self._next: int | None = None
         self._begun: list[Work | None] = []
 
-    def _room(self, tasks: int, dtype: torch.dtype) -> TaskGradients:
-        return TaskGradients(self.flat, tasks, dtype)
+    def _allocate(self, rows: int, dtype: torch.dtype) -> TaskGradients:
+        return TaskGradients(self.flat, rows, dtype)
 
-    def _pieces(self) -> tuple[Piece, ...]:
-        """The elements that this process's optimizer moves."""
-        return self.flat.pieces()
+    def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
+        return FlatAdamW(self.flat, options)
 
-    def open(self) -> None:
-        """A backward that fills J is about to begin."""
-        if self.world.size > 1:
-            self._begun = []
-            self._order = itertools.chain(reversed(range(len(self.spans) - 1)), [len(self.spans) - 1])
-            self._next = next(self._order)
+    def before_backward(self) -> None:
+        self._begun = []
+        self._order = itertools.chain(reversed(range(len(self.spans) - 1)), [len(self.spans) - 1])
+        self._next = next(self._order)
 
-    def ready(self, layer: int) -> None:
-        """The backward is through with `layer` and those above. Without an `open` before it, this means nothing."""
+    def after_layer(self, layer: int) -> None:
+        """Starts the sums of `layer` and of those above it. A no-op unless `before_backward` was called."""
         while self._next is not None and layer <= self._next < len(self.spans) - 1:
             self._send(self._next)
             self._next = next(self._order)
 
-    def close(self, *others: Tensor) -> None:
-        """Returns when J and `others` are summed."""
-        if self.world.size == 1:
-            return
+    def after_backward(self, tensors: Sequence[Tensor]) -> None:
+        """Starts the remaining sums, and returns when J and `tensors` are summed."""
         while self._next is not None:
             self._send(self._next)
             self._next = next(self._order, None)
-        self._begun += [self.world.begin_sum(tensor) for tensor in others]
+        self._begun += [self.world.begin_sum(tensor) for tensor in tensors]
         self.world.finish(self._begun)
-
-    def gram(self, words: Tensor | None) -> Tensor:
-        """G [T, T]: inner products of the tasks' gradients over the shared region and the words' rows [T, U, H]."""
-        gram = ops.gram(self.gradients.J)
-        return gram if words is None else ops.gram(words.flatten(1), gram, accumulate=True)
-
-    def spread(self) -> None:
-        """Tells the others the parameters that only this process has moved."""
-
-    def whole(self, kept: Tensor) -> Tensor:
-        """What all processes keep of the moments [trainable], for a checkpoint. All of them have to ask."""
-        return kept
 
     def _send(self, number: int) -> None:
         for span in self.spans[number]:

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""J, the moments and the optimizer step shared out among processes, so that what each keeps of them falls with their number.
+"""Shards J, the moments and the optimizer step, so that each of R processes keeps 1/R of them.
 
-Of every layer each of R processes keeps 1/R of J: a backward writes a layer's gradients into scratch memory, from which
-each gets the sums of its own part (reduce-scatter), while the layer below is written into a second scratch; the layer
-after that may have the first one again. Inner products over the parts add up to the Gram matrix (all-reduce of T x T
-numbers), so surgery sees what it would see in one process. Then each process moves its part of the parameters and tells
-the others (all-gather): ZeRO's second stage (Rajbhandari et al. 2020), with surgery in the middle.
+The backward writes a layer's gradients into scratch memory; a reduce-scatter gives each process the sums of its own part,
+while the backward writes the layer below into a second scratch. The two scratches alternate. Inner products over the parts
+add up to the Gram matrix (an all-reduce of T x T numbers), so surgery sees what it would see in one process. Then each
+process updates its part of the parameters and sends it to the others (all-gather). This is ZeRO's second stage
+(Rajbhandari et al. 2020) with surgery in the middle.
 
-The words' gradients are few rows, which every process has; their moments are shared out by rows. Heads are small: whole.
+Every process has the words' few gradient rows; their moments are sharded by rows. Heads are small and kept whole.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minbert_fast.common import pages
-from minbert_fast.parallel.exchange import Exchange, Span
+from minbert_fast.parallel.exchange import AllReduce, Span
 from minbert_fast.parallel.world import World
+from minbert_fast.recipes.recipe import OptimizerOptions
 from minbert_fast.step.flat import ALIGNMENT, FlatParameters, Piece, TaskGradients
+from minbert_fast.step.optim import FlatAdamW
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -60,6 +62,7 @@ class ShardedGradients(TaskGradients):
     ) -> None:
         super().__init__(flat, 0, dtype)
         self.tasks = tasks
+        self._world = shares.world
         self.offsets: dict[Span, int] = {}  # of each span's part in J
         self._places: list[tuple[Span, Tensor]] = []  # each span's room in scratch
         kept = 0
@@ -82,8 +85,8 @@ class ShardedGradients(TaskGradients):
         """The scratch memory of layer `number` (after the last layer: of the rest)."""
         return self._scratch[number]
 
-    def room(self, span: Span) -> Tensor:
-        """Where a backward writes the gradients of `span`: [T, the length of all parts]."""
+    def scratch_of(self, span: Span) -> Tensor:
+        """The scratch memory that a backward writes the gradients of `span` to: [T, length of all parts]."""
         return next(room for place, room in self._places if place == span)
 
     def view(self, parameter: Tensor) -> Tensor:
@@ -97,60 +100,53 @@ class ShardedGradients(TaskGradients):
         rows: Tensor = flat.unflatten(-1, (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]))
         return rows
 
-    def zero(self) -> None:
-        for memory in self._memory:
-            memory.zero_()
+    def gram(self, words: Tensor | None) -> Tensor:
+        # Every process has the words' rows: one of them counts these.
+        gram = super().gram(words if self._world.is_main else None)
+        self._world.reduce(gram)
+        return gram
 
 
-class ShardedExchange(Exchange):
-    """Of every span, and of the words' rows, one part in each process."""
+class ReduceScatter(AllReduce):
+    """Leaves each process its part of every span's sums (reduce-scatter), of the words' rows and of the moments."""
 
     gradients: ShardedGradients
 
-    def _room(self, tasks: int, dtype: torch.dtype) -> ShardedGradients:
+    def _allocate(self, rows: int, dtype: torch.dtype) -> ShardedGradients:
         self.shares = Shares(self.flat, self.world)
-        return ShardedGradients(self.flat, tasks, dtype, self.spans, self.shares)
+        return ShardedGradients(self.flat, rows, dtype, self.spans, self.shares)
 
-    def _pieces(self) -> tuple[Piece, ...]:
-        whole = self.flat.pieces()
+    def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
+        pieces = self.flat.pieces()
         shared = list(itertools.chain.from_iterable(self.spans))
-        words = [Span(piece.run, piece.begin, piece.end) for piece in whole if piece.run.label == "words"]
+        words = [Span(piece.run, piece.begin, piece.end) for piece in pieces if piece.run.label == "words"]
         self._divided = shared + words
-        pieces = [self.shares.own(span, self.gradients.offsets[span]) for span in shared]
+        own = [self.shares.own(span, self.gradients.offsets[span]) for span in shared]
         at = self.gradients.J.shape[1]
         for span in words:
-            pieces.append(self.shares.own(span, at))
+            own.append(self.shares.own(span, at))
             at += self.shares.size(span)
-        for piece in whole:
+        for piece in pieces:
             if piece.run.label not in ("shared", "words"):
-                pieces.append(Piece(piece.run, piece.begin, piece.end, at))
+                own.append(Piece(piece.run, piece.begin, piece.end, at))
                 at += piece.end - piece.begin
-        return tuple(pieces)
+        return ShardedAdamW(self.flat, options, own, self._unite_all)
 
-    def open(self) -> None:
-        super().open()
+    def before_backward(self) -> None:
+        super().before_backward()
         self._sent: dict[int, list[Work | None]] = {}
 
-    def gram(self, words: Tensor | None) -> Tensor:
-        gram = super().gram(words if self.world.is_main else None)  # every process has the words' rows: one counts them
-        self.world.reduce(gram)
-        return gram
-
-    def spread(self) -> None:
-        for span in self._divided:
-            self._unite(self.flat.data, span)
+    def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        """Sends the parameters that this process has updated, and receives the others'."""
+        self._unite_all(self.flat.data)
         self.flat.refresh()
 
-    def whole(self, kept: Tensor) -> Tensor:
-        full = torch.zeros(self.flat.trainable_end, device=kept.device)
-        for piece in self.pieces:
-            full[piece.begin : piece.end] = kept[piece.kept]
+    def _unite_all(self, buffer: Tensor) -> None:
+        """Fills the divided regions of `buffer` [trainable or more] in every process with each process's part."""
         for span in self._divided:
-            self._unite(full, span)
-        return full
+            self._unite(buffer, span)
 
     def _unite(self, buffer: Tensor, span: Span) -> None:
-        """Fills buffer[span] in every process with everyone's part of it."""
         size, own = self.shares.size(span), self.shares.own(span, 0)
         part = buffer.new_zeros(size)
         part[own.kept] = buffer[own.begin : own.end]
@@ -162,12 +158,34 @@ class ShardedExchange(Exchange):
         works = []
         for span in self.spans[number]:
             at, size = self.gradients.offsets[span], self.shares.size(span)
-            for total, kept in zip(self.gradients.room(span), self.gradients.J, strict=True):
+            for total, kept in zip(self.gradients.scratch_of(span), self.gradients.J, strict=True):
                 works.append(self.world.begin_share(total, kept[at : at + size]))
         self._sent[number] = works
         self._begun += works
-        # The layer that the backward comes to after the next one takes this one's scratch memory; the next one, that of
-        # the one above. Gaps between parameters have to be zero there.
+        # The backward writes layer number - 1 next, into the scratch memory of layer number + 1: wait for that one's sums
+        # and clear the scratch, because gaps between parameters must be zero.
         if 0 < number < len(self.spans) - 1:
             self.world.finish(self._sent.get(number + 1, []) if number + 1 < len(self.spans) - 1 else [])
             self.gradients.scratch(number - 1).zero_()
+
+
+class ShardedAdamW(FlatAdamW):
+    """`FlatAdamW` over the pieces of one process; `unite` fills a buffer with every process's part."""
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        options: OptimizerOptions,
+        pieces: Sequence[Piece],
+        unite: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(flat, options, pieces)
+        self._unite = unite
+
+    def whole(self, kept: Tensor) -> Tensor:
+        """The moments of all processes. A collective: every process must call it."""
+        full = torch.zeros(self.flat.trainable_end, device=kept.device)
+        for piece in self.pieces:
+            full[piece.begin : piece.end] = kept[piece.kept]
+        self._unite(full)
+        return full

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast.common import pages
+from minbert_fast.ops import surgery as ops
 
 ALIGNMENT = 64  # elements; a cache line of fp32 is 16, of bf16 32: every parameter starts on one in both buffers
 
@@ -211,6 +212,11 @@ class TaskGradients:
     def zero(self) -> None:
         """No gradient of any shared parameter."""
         self.J.zero_()
+
+    def gram(self, words: Tensor | None) -> Tensor:
+        """G [T, T]: inner products of the tasks' gradients over the shared region and the words' rows [T, U, H]."""
+        gram = ops.gram(self.J)
+        return gram if words is None else ops.gram(words.flatten(1), gram, accumulate=True)
 
     def words(self, rows: int, width: int) -> Tensor:
         """Room for the gradients of `rows` distinct words [T, rows, width] (reused; it grows as needed)."""

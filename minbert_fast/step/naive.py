@@ -16,10 +16,11 @@ from minbert_fast import surgery
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.ops import reference
 from minbert_fast.recipes.recipe import OptimizerOptions, Recipe
-from minbert_fast.step.extras import Extras
+from minbert_fast.step.extras import separate_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
+from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.stepping import Laps, StepResult, generator_of, prefixed, reseed, surgery_of, unprefixed
-from minbert_fast.step.trainable import trainable
+from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
 
 
@@ -38,15 +39,16 @@ class ReferenceStep:
         parts = trainable(model, recipe)
         self.entries = {e.name: (label, e) for label, e in parts.entries()}
         self.shared = [e.parameter for label, e in self.entries.values() if label in ("shared", "words")]
-        for entry in parts.frozen:
-            entry.parameter.requires_grad_(False)
+        self.frozen = [entry.parameter for entry in parts.frozen]
         self.optimizer = reference.AdamW(self._groups(recipe.optimizer), **_adamw_settings(recipe.optimizer))
-        self.extras = Extras.of_entries(model, recipe, [entry for _, entry in self.entries.values()])
+        self.hooks = separate_hooks(model, recipe, [entry for _, entry in self.entries.values()])
+        for p in model.parameters():  # of earlier stages
+            p.grad = None
         self.steps = 0
 
     @property
     def average(self) -> WeightAverage | None:
-        return self.extras.average
+        return next((hook for hook in self.hooks if isinstance(hook, WeightAverage)), None)
 
     def _groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -56,35 +58,42 @@ class ReferenceStep:
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         reseed(self.recipe.training.seed, self.steps)
-        self.extras.prepare(self.steps)
+        for hook in self.hooks:
+            hook.before_step(self.steps)
         self.steps += 1
         self.model.train()
         laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
-        with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = self.model.losses_padded(batch, self.extras.agreement)
+        agreement = next((hook.agreement for hook in self.hooks if isinstance(hook, Consistency)), None)
+        device = batch.packed.tokens.device.type
+        with constant(self.frozen), torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            losses = torch.stack(list(self.model.losses_padded(batch, agreement).values()))
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
-        self._backward(batch, self.extras.scaled(list(losses.values())), laps)
-        values = torch.stack([loss.detach() for loss in losses.values()])
+        weights = next((w for hook in self.hooks if (w := hook.loss_weights()) is not None), None)
+        self._backward(batch, (losses if weights is None else losses * weights).unbind(), laps)
+        values = losses.detach()
         parameters = [e.parameter for _, e in self.entries.values() if e.parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
         nonfinite = ~torch.isfinite(values)
         skip = nonfinite.any() | ~torch.isfinite(norm)
         if not skip:
             self.optimizer.step()
-        weighted = self.extras.after(values, batch.present(), skip)
+        for hook in self.hooks:
+            hook.after_update(values, batch.present(), skip)
         laps.lap("optimizer")
-        return StepResult(values, norm, None, nonfinite, weighted, laps.seconds)
+        return StepResult(values, norm, None, nonfinite, weights, laps.seconds)
 
     def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor], laps: Laps) -> None:
         """Leaves the merged gradient in `.grad`; heads of tasks without examples have none."""
         options = self.recipe.surgery
-        if options.method == "none":
-            total = torch.stack(list(losses)).sum()
-            (total / len(losses) if options.reduction == "mean" else total).backward()
+        if options.method == "none" or not self.shared:
+            torch.stack(list(losses)).sum().backward()
             laps.lap("backward")
+            if options.reduction == "mean":
+                for p in self.shared:
+                    p.grad = None if p.grad is None else p.grad / len(losses)
         else:
             gradients = reference.task_gradients(losses, self.shared)
             laps.lap("backward")
@@ -108,7 +117,8 @@ class ReferenceStep:
             if state:
                 tensors |= {f"{name}/exp_avg": state["exp_avg"], f"{name}/exp_avg_sq": state["exp_avg_sq"]}
                 scalars[f"{name}/step"] = state["step"]
-        tensors |= self.extras.state_dict()
+        for hook in self.hooks:
+            tensors |= hook.state_dict()
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -120,7 +130,8 @@ class ReferenceStep:
                     "exp_avg": tensors[f"{name}/exp_avg"].clone(),
                     "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].clone(),
                 }
-        self.extras.load_state_dict(tensors)
+        for hook in self.hooks:
+            hook.load_state_dict(tensors)
         self.generator.set_state(unprefixed(tensors)["generator"])
         self.steps = int(scalars["steps"])
 

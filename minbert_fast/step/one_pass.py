@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one-pass step: packed batch -> one forward -> heads -> one backward, J [T, P] -> G = J Jt -> w -> combine + AdamW.
+"""The one-pass step, in the order data flows:
 
-Dropout and task orders are drawn from (seed, step) or from a saved generator. The tensors of a `StepResult` stay on the
-device until somebody logs them.
+    packed batch -> encoder -> heads -> one backward into J [T, P] -> G = J Jt [T, T] -> w [T] -> combine + AdamW
+
+`OnePassStep.compute` is that line in Python; docs/one_pass.md has the mathematics. Dropout and task orders are drawn from
+(seed, step) or from a saved generator, so a resumed run draws what an uninterrupted one would.
+
+Shapes: N token rows, T tasks, U distinct words, H hidden, P parameters that tasks share.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,87 +20,57 @@ from torch import Tensor
 
 from minbert_fast import surgery
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.parallel.exchange import Exchange
-from minbert_fast.parallel.sharding import ShardedExchange
-from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.step.extras import Extras
+from minbert_fast.step.extras import flat_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
-from minbert_fast.step.flat import FlatParameters
+from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.flat_pass import OnePass
-from minbert_fast.step.naive import ReferenceStep
+from minbert_fast.step.hooks import Connect, StepHook
 from minbert_fast.step.optim import FlatAdamW
-from minbert_fast.step.stepping import (
-    Backend,
-    Laps,
-    StepResult,
-    TrainingStep,
-    prefixed,
-    reseed,
-    step_seed,
-    surgery_of,
-    unprefixed,
-)
-from minbert_fast.step.trainable import trainable
+from minbert_fast.step.stepping import Laps, StepResult, prefixed, reseed, step_seed, surgery_of, unprefixed
+from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
-
-RANK_STRIDE = 7_368_787  # between the dropout seeds of ranks
-
-
-def make_step(
-    backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, world: World | None = None
-) -> TrainingStep:
-    """The step for one stage (`recipe` resolved): products in `dtype` (fp32 or bf16), on the model's own device."""
-    if backend == "reference":
-        return ReferenceStep(model, recipe, dtype)
-    return OnePassStep(model, recipe, dtype, world)
 
 
 class OnePassStep:
-    """Packed batch, one forward, one backward with per-task gradients, surgery on G, combine + AdamW in one pass.
+    """One forward and one backward over a packed batch, per-task gradients, surgery on G, combine + AdamW in one pass.
 
-    Parameters move into flat buffers when the step is made. Products run in `dtype`; master weights, moments,
-    statistics and losses are fp32; J is kept in `dtype`. Without surgery J has one row: the plain sum.
-
-    Where several processes train together, each brings its share of the batch, and what a backward leaves is summed over
-    all of them before anything looks at it: surgery sees the gradients of the whole step, and all take the same step.
+    Parameters move into flat buffers when the step is made. Matrix products run in `dtype` (fp32 or bf16), and J is kept
+    in it; master weights, moments, statistics and losses are fp32. Without surgery J has one row: the plain sum.
+    `connect` is given where several processes train together.
     """
 
-    def __init__(self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, world: World | None = None) -> None:
+    def __init__(
+        self, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, connect: Connect | None = None
+    ) -> None:
         self.model = model
         self.recipe = recipe
-        self.world = world or World()
+        self.seed_base = recipe.training.seed
         self.weights = surgery_of(recipe)
         self.apart = recipe.surgery.method != "none"
         parts = trainable(model, recipe)
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
-        sharded = recipe.training.shard and self.world.size > 1
-        kind = ShardedExchange if sharded else Exchange
-        rows = len(recipe.tasks) if self.apart else 1
+        self.frozen = [entry.parameter for entry in parts.frozen]
         own = {id(p) for p in model.encoder.one_pass_parameters()}
-        layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.layers()]
-        self.exchange = kind(self.world, self.flat, rows, dtype, layers)
-        self.gradients = self.exchange.gradients
-        self.optimizer = FlatAdamW(self.flat, recipe.optimizer, self.exchange.pieces)
-        self.extras = Extras.of_flat(model, recipe, self.flat, dtype)
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
-        self.heads = {name: [e.parameter for e in entries] for name, entries in parts.heads.items()}
+        rows = len(recipe.tasks) if self.apart else 1
+        self.hooks: list[StepHook] = flat_hooks(model, recipe, self.flat, dtype)
+        if connect is None:
+            self.gradients = TaskGradients(self.flat, rows, dtype)
+            self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
+        else:
+            layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.layers()]
+            exchange = connect(self.flat, rows, dtype, layers)
+            self.gradients = exchange.gradients
+            self.optimizer = exchange.optimizer(recipe.optimizer)
+            self.seed_base += exchange.seed_offset
+            self.hooks.insert(0, exchange)
         self.head_gradient = torch.zeros(self.flat.trainable_end - self.flat.words_end, device=self.flat.data.device)
+        self.heads = {name: [entry.parameter for entry in entries] for name, entries in parts.heads.items()}
         self._attach_head_gradients()
         self.seed = torch.zeros(1, dtype=torch.int64, device=self.flat.data.device)
         self.steps = 0
-
-    def _attach_head_gradients(self) -> None:
-        offset = self.flat.words_end
-        for parameters in self.heads.values():
-            for p in parameters:
-                slot = self.flat.slot(p)
-                p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
-
-    @property
-    def average(self) -> WeightAverage | None:
-        return self.extras.average
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         self.prepare(batch, lr_scale)
@@ -103,35 +78,47 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
-        seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
-        reseed(seed, self.steps)
-        self.seed.fill_(step_seed(seed, self.steps))
-        self.extras.prepare(self.steps)
+        reseed(self.seed_base, self.steps)
+        self.seed.fill_(step_seed(self.seed_base, self.steps))
+        for hook in self.hooks:
+            hook.before_step(self.steps)
         self.steps += 1
         self.optimizer.schedule(lr_scale)
         self.weights.prepare(len(batch.tasks), self.flat.data.device)
 
     def compute(self, batch: MultitaskBatch) -> StepResult:
-        """The device's part: asks it nothing and copies nothing to it, so that it can be captured as a graph."""
+        """The device's part: never waits for the device and copies nothing to it, so that a graph can capture it."""
         self.model.train()
         laps = Laps(self.flat.data.device)
-        losses = self._backward(batch, laps)
-        words = self._words(batch) if self.flat.words is not None else None
-        if self.world.size > 1:
-            self.exchange.close(*([] if words is None else [words]), self.head_gradient, losses)
-            laps.lap("exchange")
-        gram = self.exchange.gram(words)
+        present = batch.present()
+
+        # Packed batch -> hidden [N, H] -> one loss a task.
+        with constant(self.frozen):
+            losses = self._losses(batch, self._encode(batch))
+        laps.lap("forward")
+
+        # One backward writes J [T, P], the words' rows [T, U, H] and the heads' gradients.
+        self._backward(batch, losses)
+        values = torch.stack([loss.detach() for loss in losses])
+        words = self._words(batch)
+        laps.lap("backward")
+        for hook in self.hooks:
+            hook.after_backward([*([] if words is None else [words]), self.head_gradient, values])
+            laps.lap(hook.lap)
+
+        # G [T, T] -> w [T]: gradient surgery is arithmetic on the tasks' inner products.
+        gram = self.gradients.gram(words)
         w = self.weights(gram)
-        nonfinite = ~torch.isfinite(losses)
+        nonfinite = ~torch.isfinite(values)
         if self.apart:
             nonfinite |= surgery.nonfinite(gram)
         elif self.recipe.surgery.reduction == "mean":
             w = w / len(batch.tasks)
-        present = batch.present()
-        head_square = self.head_gradient.square().sum()[None]
-        norm = self.optimizer.clip(gram, w, head_square)
-        laps.lap("surgery" if self.apart else "clipping")
+        norm = self.optimizer.clip(gram, w, self.head_gradient.square().sum()[None])
         skip = nonfinite.any() | ~torch.isfinite(norm)
+        laps.lap("surgery" if self.apart else "clipping")
+
+        # w J and AdamW in one pass over memory: J, w, p, m, v -> p, m, v and the bf16 copy.
         self.optimizer.advance(["shared", "words", *present], skip)
         self.optimizer.step_shared(self.gradients.J, w)
         if words is not None:
@@ -139,53 +126,62 @@ class OnePassStep:
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
         laps.lap("optimizer")
-        if self.world.size > 1:
-            self.exchange.spread()
-            laps.lap("exchange")
-        weighted = self.extras.after(losses, present, skip)
-        laps.lap("optimizer")
-        return StepResult(losses, norm, gram if self.apart else None, nonfinite, weighted, laps.seconds)
+        weights = self._loss_weights()
+        for hook in self.hooks:
+            hook.after_update(values, present, skip)
+            laps.lap(hook.lap)
+        return StepResult(values, norm, gram if self.apart else None, nonfinite, weights, laps.seconds)
 
-    def _backward(self, batch: MultitaskBatch, laps: Laps) -> Tensor:
-        """Fills J, the word rows and the heads' gradients with this batch's share; returns its losses [T]."""
+    # ---- Forward ---------------------------------------------------------------------------------------------------
+
+    def _encode(self, batch: MultitaskBatch) -> Tensor:
+        """The last hidden state [N, H] of the packed batch, with a graph whose backward writes J."""
         packed = batch.packed
-        self.head_gradient.zero_()
-        if batch.whole is not None and packed.num_tokens == 0:  # a step too small to give this process anything
-            self.gradients.zero()
-            self.exchange.open()
-            if self.flat.words is not None:
-                self._words(batch).zero_()
-            return self.head_gradient.new_zeros(len(batch.tasks))
-        # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
-        bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
-        noise = self.extras.noise(batch, bounds, self.seed)
-        run = OnePass(
-            self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready
-        )
+        # Rows of J are token ranges: one a task, or from the first task's row to the last's where one row takes them all.
+        ends = packed.task_tokens
+        bounds = ends if self.apart else torch.stack((ends[0], ends[-1]))
+        noises = (hook.embedding_noise(batch, bounds, self.seed) for hook in self.hooks)
+        noise = next((noise for noise in noises if noise is not None), None)
+        config = self.model.encoder.config
+        run = OnePass(config, self.flat, self.gradients, packed, bounds, self.seed, noise, self._after_layer)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
-            hidden = self.model.encoder.encode_packed(run, packed)
-        losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
-        scaled = self.extras.scaled(losses)
-        laps.lap("forward")
+            return self.model.encoder.encode_packed(run, packed)
+
+    def _losses(self, batch: MultitaskBatch, hidden: Tensor) -> list[Tensor]:
+        """One scalar a task, in the order of the batch; 0 for a task without examples in it."""
+        others = (hook.losses(batch, hidden) for hook in self.hooks)
+        found = next((losses for losses in others if losses is not None), None)
+        return list((self.model.losses(batch, hidden) if found is None else found).values())
+
+    def _loss_weights(self) -> Tensor | None:
+        weights = (hook.loss_weights() for hook in self.hooks)
+        return next((w for w in weights if w is not None), None)
+
+    # ---- Backward --------------------------------------------------------------------------------------------------
+
+    def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor]) -> None:
+        """Fills J, the words' rows and the heads' gradients with the gradients of `losses`."""
+        self.head_gradient.zero_()
+        weights, total = self._loss_weights(), torch.stack(list(losses))
+        if weights is not None:
+            total = total * weights
         if self.apart:
-            self._others(scaled)
-        self.exchange.open()
-        torch.stack(list(scaled)).sum().backward()  # last, since each backward overwrites J
+            self._write_others(total.unbind())
+        for hook in self.hooks:
+            hook.before_backward()
+        total.sum().backward()  # last, since each backward overwrites J
         for p in self.others:
             if not self.apart:
                 row = self.gradients.view(p)[0]
                 row.zero_() if p.grad is None else row.copy_(p.grad)
             p.grad = None
-        if self._words_are_dense():
-            self._scatter_words(batch)
-        laps.lap("backward")
-        return torch.stack([loss.detach() for loss in losses])
+        word = self.model.encoder.word_embedding.weight
+        if any(p is word for p in self.others):  # a head uses the words too: its dense gradient, and the sparse rows
+            ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
+            self.gradients.view(word).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
 
-    def _others(self, losses: Sequence[Tensor]) -> None:
-        """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own.
-
-        For tasks that are kept apart; else the one backward has their sum.
-        """
+    def _write_others(self, losses: Sequence[Tensor]) -> None:
+        """Writes per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""
         if not self.others:
             return
         for p in self.others:
@@ -196,28 +192,44 @@ class OnePassStep:
                 if gradient is not None:
                     self.gradients.view(p)[row] += gradient
 
-    def _words_are_dense(self) -> bool:
-        word = self.model.encoder.word_embedding.weight
-        return any(p is word for p in self.others)
+    def _after_layer(self, layer: int) -> None:
+        for hook in self.hooks:
+            hook.after_layer(layer)
 
-    def _scatter_words(self, batch: MultitaskBatch) -> None:
-        """Adds the row-sparse gradients of a word embedding that a head uses too to its dense rows in J."""
-        dense = self.gradients.view(self.model.encoder.word_embedding.weight)
-        ids = batch.packed.word_ids[: batch.packed.num_words]
-        dense.index_add_(1, ids.clamp(min=0), self._words(batch))  # unused rows (-1) hold zeros
+    def _words(self, batch: MultitaskBatch) -> Tensor | None:
+        """The gradients of the words that the batch touches [T, U, H]; None where J has none of its own for them."""
+        return None if self.flat.words is None else self._word_rows(batch)
 
-    def _words(self, batch: MultitaskBatch) -> Tensor:
-        width = self.model.encoder.config.hidden_size
-        return self.gradients.words(batch.packed.num_words, width)  # [T, U, H]
+    def _word_rows(self, batch: MultitaskBatch) -> Tensor:
+        return self.gradients.words(batch.packed.num_words, self.model.encoder.config.hidden_size)
+
+    def _attach_head_gradients(self) -> None:
+        """Makes each head parameter's `.grad` a view of one buffer, and clears the gradients of earlier stages."""
+        for p in self.model.parameters():
+            p.grad = None
+        offset = self.flat.words_end
+        for p in itertools.chain.from_iterable(self.heads.values()):
+            slot = self.flat.slot(p)
+            p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
+
+    # ---- State -----------------------------------------------------------------------------------------------------
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The averaged weights, where the recipe asks for them: what is evaluated and kept."""
+        return next((hook for hook in self.hooks if isinstance(hook, WeightAverage)), None)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        optimizer = self.optimizer.state_dict(self.exchange.whole)
-        tensors = optimizer["tensors"] | prefixed(self.weights.state_dict()) | self.extras.state_dict()
+        optimizer = self.optimizer.state_dict()
+        tensors = optimizer["tensors"] | prefixed(self.weights.state_dict())
+        for hook in self.hooks:
+            tensors |= hook.state_dict()
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
         self.weights.load_state_dict(unprefixed(state["tensors"]))
-        self.extras.load_state_dict(state["tensors"])
+        for hook in self.hooks:
+            hook.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()

@@ -191,13 +191,14 @@ class FlatAdamW:
         o = self.options
         return ops.AdamWSettings(o.betas, o.eps, run.weight_decay, o.correct_bias, "course", run.lr_factor)
 
-    def state_dict(self, whole: Callable[[Tensor], Tensor] = lambda kept: kept) -> dict[str, dict[str, Any]]:
-        """Moments by parameter name, step counts by label: independent of where the buffer puts them.
+    def whole(self, kept: Tensor) -> Tensor:
+        """The moments of every trainable element, from `kept`, those of this optimizer's pieces."""
+        return kept
 
-        `whole` makes the moments of every element out of those that are kept here.
-        """
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Moments by parameter name, step counts by label: independent of where the buffer puts them."""
         tensors = {}
-        for name, buffer in (("exp_avg", whole(self.exp_avg)), ("exp_avg_sq", whole(self.exp_avg_sq))):
+        for name, buffer in (("exp_avg", self.whole(self.exp_avg)), ("exp_avg_sq", self.whole(self.exp_avg_sq))):
             for entry in self.flat.trainable:
                 tensors[f"{entry.name}/{name}"] = self.flat.view(buffer, entry.parameter)
         scalars = {f"{label}/step": float(self.scalars[row, STEP]) for label, row in self._row_of.items()}

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -78,3 +79,19 @@ def _depth(name: str, layers: int) -> int:
     if "bert_layers" in parts:
         return layers - 1 - int(parts[parts.index("bert_layers") + 1])
     return 0 if "pooler_dense" in parts else layers
+
+
+@contextmanager
+def constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block, a forward treats `parameters` as constants: its backward leaves no gradient in them.
+
+    A stage's frozen parameters train again in the next stage, so `requires_grad` is restored afterwards.
+    """
+    changed = [p for p in parameters if p.requires_grad]
+    try:
+        for p in changed:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in changed:
+            p.requires_grad_(True)

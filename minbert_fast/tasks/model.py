@@ -153,10 +153,14 @@ class MultitaskModel(nn.Module):
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
     def loss(self, name: str, output: HeadOutput, batch: MultitaskBatch, agreement: Agreement | None = None) -> Tensor:
-        """The mean loss of task `name` times its weight, from its head's output; 0 without examples."""
+        """The mean loss of task `name` times its weight, from its head's output; 0 without examples.
+
+        Of a batch that is one process's share of a step: its part of the step's mean (the parts add up to the mean).
+        """
         if batch.examples(name) == 0:
             return output.scores.sum()  # of nothing: 0, and part of the graph
-        head, labels, weight = self.head(name), batch.labels.get(name), self.tasks[name].weight
+        head, labels = self.head(name), batch.labels.get(name)
+        weight = self.tasks[name].weight * batch.share(name)
         if name in batch.twins:
             return (agreement or Agreement()).loss(head, output, labels) * weight
         return head.loss(output, labels) * weight

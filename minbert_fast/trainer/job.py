@@ -27,8 +27,8 @@ from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flat
+from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
-from minbert_fast.step.stepping import Backend
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import loop
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences

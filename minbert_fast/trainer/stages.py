@@ -23,12 +23,14 @@ from minbert_fast.data import (
     training_batches,
 )
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.parallel.connect import connect
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.backends import Backend, make_step
 from minbert_fast.step.captured import Captures, GraphedStep
 from minbert_fast.step.extras.smart import check_smart
-from minbert_fast.step.one_pass import OnePassStep, make_step
-from minbert_fast.step.stepping import Backend, TrainingStep
+from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.tasks.memory import check_memories, fill_memories
 from minbert_fast.trainer.loop import Stage
@@ -85,7 +87,8 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     def begin() -> TrainingStep:
         means.model.configure(tasks)
         fill_memories(means.model, recipe, tables, means.precision)
-        step = make_step(means.backend, means.model, trained, DTYPES[means.precision], means.world)
+        connected = connect(means.world, training.shard)
+        step = make_step(means.backend, means.model, trained, DTYPES[means.precision], connected)
         if not graphs:
             return step
         assert isinstance(step, OnePassStep)

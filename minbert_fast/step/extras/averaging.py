@@ -21,11 +21,12 @@ from torch import Tensor
 
 from minbert_fast.common import pages
 from minbert_fast.step.flat import Entry, FlatParameters
+from minbert_fast.step.hooks import StepHook
 
 SUFFIX = "average"
 
 
-class WeightAverage:
+class WeightAverage(StepHook):
     """The average of `values`, tensors that the optimizer changes in place; nothing here waits for the device.
 
     `averages` start as copies of them; `named` are views of the averages by parameter name, which is how a checkpoint
@@ -59,8 +60,8 @@ class WeightAverage:
         return cls(decay, [e.parameter for e in entries], list(averages.values()), averages)
 
     @torch.no_grad()
-    def update(self, skipped: Tensor) -> None:
-        """Takes the weights in after a step, unless it was skipped ([] bool, on the device)."""
+    def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        """Adds the weights to the average, unless the step was skipped ([] bool, on the device)."""
         self._count += ~skipped
         share = (1.0 - self.decay) / -torch.expm1(self._count * math.log(self.decay))
         share = torch.where(skipped, 0.0, share)

@@ -133,7 +133,7 @@ class Teacher:
                 mine, its = output, taught[name]
                 if name in batch.twins:
                     mine, its = halves(mine)[0], halves(its)[0]
-                weight = model.tasks[name].weight * self.options.proximal
+                weight = model.tasks[name].weight * self.options.proximal * batch.share(name)
                 found[name] = found[name] + weight * divergence(model.head(name), mine, its)
         return found
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from minbert_fast.recipes.recipe import WeightingOptions
+from minbert_fast.step.hooks import StepHook
 
 PREFIX = "weighting/"
 
 
-class TaskWeights(ABC):
+class TaskWeights(StepHook, ABC):
     """Weights [T] of the tasks' losses, in the order of `tasks`. `state` holds all that changes, by name."""
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
@@ -34,20 +35,8 @@ class TaskWeights(ABC):
         self._masks: dict[frozenset[str], Tensor] = {}
 
     @abstractmethod
-    def prepare(self, step: int) -> None:
-        """The host's part before step number `step` (from 0), outside a captured graph."""
-
-    @abstractmethod
-    def weights(self) -> Tensor:
+    def loss_weights(self) -> Tensor:
         """The weights [T] of the present step."""
-
-    @abstractmethod
-    def observe(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
-        """Takes in a step's losses [T] before weighting: those of tasks `present`, unless it was `skipped` ([] bool)."""
-
-    def scaled(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Each loss times its weight."""
-        return list((torch.stack(list(losses)) * self.weights()).unbind())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint."""
@@ -87,14 +76,11 @@ class Uncertainty(TaskWeights):
         super().__init__(options, tasks, device)
         self.log_variances = self._numbers("log_variances")
 
-    def prepare(self, step: int) -> None:
-        pass
-
-    def weights(self) -> Tensor:
+    def loss_weights(self) -> Tensor:
         return torch.exp(-self.log_variances)
 
-    def observe(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
-        gradient = 0.5 - self.weights() * losses
+    def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        gradient = 0.5 - self.loss_weights() * losses
         self.log_variances -= self.options.lr * torch.where(self._taken(present, skipped), gradient, 0.0)
 
 
@@ -116,7 +102,7 @@ class DynamicAverage(TaskWeights):
         self.sums, self.counts = self._numbers("sums"), self._numbers("counts")
         self.last, self.before = self._numbers("last"), self._numbers("before")
 
-    def prepare(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         windows, into = divmod(step, self.options.window)
         if into or not windows:
             return
@@ -128,10 +114,10 @@ class DynamicAverage(TaskWeights):
             ratios = torch.where(self.before > 0, self.last / self.before, 1.0)
             self.current.copy_(len(self.tasks) * torch.softmax(ratios / self.options.temperature, 0))
 
-    def weights(self) -> Tensor:
+    def loss_weights(self) -> Tensor:
         return self.current
 
-    def observe(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+    def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         taken = self._taken(present, skipped)
         self.sums += torch.where(taken, losses, 0.0)
         self.counts += taken

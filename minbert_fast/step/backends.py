@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ways to take a step, by the names of `--backend`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.hooks import Connect
+from minbert_fast.step.naive import ReferenceStep
+from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.step.stepping import TrainingStep
+from minbert_fast.tasks import MultitaskModel
+
+Backend = Literal["fast", "reference"]
+
+
+def make_step(
+    backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, connect: Connect | None = None
+) -> TrainingStep:
+    """The step of one stage (`recipe` resolved), with matrix products in `dtype` (fp32 or bf16), on the model's device.
+
+    `connect` is given where several processes train together, which the reference backend does not do.
+    """
+    if backend == "reference":
+        return ReferenceStep(model, recipe, dtype)
+    return OnePassStep(model, recipe, dtype, connect)

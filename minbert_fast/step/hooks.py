@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named places of a one-pass step where other code may act.
+
+A step calls its hooks in this order:
+
+    before_step        host work, before anything runs on the device
+    embedding_noise    [N, H] to add to the embeddings
+    losses             other losses than the labels' own
+    loss_weights       [T] factors on the losses
+    before_backward    the backward is about to write J
+    after_layer        the backward has written the gradients of one layer
+    after_backward     J, the words' rows, the heads' gradients and the losses are complete
+    after_update       the parameters have moved
+
+A plain recipe in one process has no hooks. `step/extras` holds those that a recipe may ask for; `parallel` holds the one
+that sums gradients over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.step.flat import FlatParameters, TaskGradients
+from minbert_fast.step.optim import FlatAdamW
+
+
+class StepHook:
+    """Does nothing; a hook overrides the places that it needs. T is the number of tasks, in the order of the batch."""
+
+    lap = "optimizer"  # the name under which a step books the hook's time in `StepResult.seconds`
+
+    def before_step(self, step: int) -> None:
+        """Prepares step number `step` (from 0) on the host, outside a captured graph."""
+
+    def embedding_noise(self, batch: MultitaskBatch, bounds: Tensor, seed: Tensor) -> Tensor | None:
+        """Returns what to add to the embeddings [N, H], or None. bounds [T + 1], seed [1] are those of the step."""
+        return None
+
+    def losses(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, Tensor] | None:
+        """Returns the loss of each task of the batch from hidden [N, H], or None for the model's own losses."""
+        return None
+
+    def loss_weights(self) -> Tensor | None:
+        """Returns factors [T] on the losses, or None."""
+        return None
+
+    def before_backward(self) -> None:
+        """The backward is about to begin."""
+
+    def after_layer(self, layer: int) -> None:
+        """The backward has written the gradients of layer number `layer` and of those above it."""
+
+    def after_backward(self, tensors: Sequence[Tensor]) -> None:
+        """J is complete, and so are `tensors`: the words' rows [T, U, H] (if any), the heads' gradients, losses [T]."""
+
+    def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        """The step is done. losses [T] are unweighted; tasks `present` have examples; skipped [] bool is on the device."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns tensors for a checkpoint, by a name that no other part of the step uses."""
+        return {}
+
+    def load_state_dict(self, tensors: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned and ignores other tensors. Raises ValueError where one is missing."""
+
+
+class Exchange(StepHook):
+    """The hook of a step that several processes share. It also says where J is kept and who updates which parameters."""
+
+    seed_offset: int  # added to the recipe's seed, so that each process draws its own dropout
+    gradients: TaskGradients
+
+    def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
+        """Returns the optimizer of the parameters that this process updates."""
+        raise NotImplementedError
+
+
+# Makes the exchange of a step: its flat parameters, rows of J, dtype of J, and the parameters of each encoder layer.
+Connect = Callable[[FlatParameters, int, torch.dtype, Sequence[Sequence[nn.Parameter]]], Exchange]
