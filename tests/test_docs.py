@@ -73,7 +73,10 @@ def run_command(line: str, checkout: Path) -> None:
     elif words[:2] == ["python", "-m"] and words[2].startswith("minbert_fast."):
         if "tensorboard,csv" in words:
             pytest.importorskip("tensorboard")
-        assert cli.run(importlib.import_module(words[2]).main, words[3:]) == 0, line
+        command = importlib.import_module(words[2])
+        if hasattr(command, "__path__"):  # a room with a command of its name
+            command = importlib.import_module(f"{words[2]}.__main__")
+        assert cli.run(command.main, words[3:]) == 0, line
     elif words[0] == "torchrun" and "--max-steps" in line:
         command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
         # The fixture's folder is not the package.
