@@ -85,8 +85,10 @@ def write_model(model: Predictor, source: Path, folder: Path, form: str, card: s
     if form == "sentence-transformers":
         dense = model.encoder.pooler_dense
         pooler = {"weight": dense.weight, "bias": dense.bias} if model.pooling == "pooler" else None
-        modules = SentenceModules(folder, model.pooling, model.normalize, model.max_length, model.prompt, pooler)
-        sentence_modules.write(folder, modules, model.encoder.config.hidden_size)
+        hidden = model.encoder.config.hidden_size
+        cut = model.width if model.width < hidden else None
+        modules = SentenceModules(folder, model.pooling, model.normalize, model.max_length, model.prompt, pooler, cut)
+        sentence_modules.write(folder, modules, hidden)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
