@@ -74,8 +74,10 @@ POSITIONS = "position_ids"  # a buffer of old and new models; files in the Huggi
 # Module names that wrappers add: DataParallel and its kin, torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _WORDS = ("word_embedding.weight", "embeddings.word_embeddings.weight")  # every encoder has one of the two
-# Modules whose functions act on the machine: a file that names one of them is answered without advice to trust it.
-_RUNS = {"builtins", "ctypes", "importlib", "nt", "os", "posix", "runpy", "shutil", "socket", "subprocess", "sys"}
+# What acts on the machine: a file that names one of these gets no advice to trust it.
+_RUNS = re.compile(
+    r"(ctypes|importlib|nt|os|posix|runpy|shutil|socket|subprocess|sys)\..+|builtins\.(__import__|compile|eval|exec|open)"
+)
 _STATES = ("model_state_dict", "state_dict", "model")  # the keys under which training scripts save their weights
 
 
@@ -298,7 +300,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _conversion(path: Path, names: list[str], place: str) -> str:
     """What to write about a file whose weights lie, at `place`, inside objects of the classes or functions `names`."""
-    running = sorted(name for name in names if name.split(".")[0] in _RUNS)
+    running = sorted(filter(_RUNS.fullmatch, names))
     if running:
         return f"{path}: refers to {some(running)}, which would run commands; it is no file of weights"
     written = path.with_name(f"{path.stem}-tensors.pt")
