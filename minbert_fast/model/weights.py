@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ _OUTER_NAMES = {
 _LAYER_NAMES_BACK = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
 _OUTER_NAMES_BACK = {ours: theirs for theirs, ours in _OUTER_NAMES.items()}
 
-# Tensors that published files hold beside the encoder: index buffers, and the heads of BERT's own pre-training.
+# Tensors of published files that are no part of the encoder: index buffers, and the heads of BERT's own pre-training.
 _BESIDE_THE_ENCODER = re.compile(r"(.+\.)?position_ids|cls\.(predictions|seq_relationship)\..+")
 POSITIONS = "position_ids"  # a buffer of old and new models; files in the Hugging Face layout have no need of it
 # Module names that wrappers add: DataParallel and its kin, torch.compile, activation checkpointing, FSDP.
@@ -140,12 +140,13 @@ def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
 def read(path: Path, state: Mapping[str, Tensor] | None = None) -> Checkpoint:
     """Configuration and encoder of a model directory, a course `.pt` file or a `.safetensors` file.
 
-    A file's configuration is that of a `config.json` beside it, else None. The tensors of `state` replace the stored
-    ones. Raises WeightsError or ConfigError.
+    The configuration of a file comes from a `config.json` in the same folder, else it is None. The tensors of `state`
+    replace the stored ones. Raises WeightsError or ConfigError.
     """
     folder = path.parent if path.is_file() else path
     config = None if path.is_file() and not (folder / CONFIG).is_file() else BertConfig.from_file(folder / CONFIG)
-    return Checkpoint(config, *encoder_of(_stored(path) if state is None else state, str(path)))
+    tensors, left = encoder_of(_stored(path), str(path)) if state is None else encoder_of(state, "state_dict")
+    return Checkpoint(config, tensors, left)
 
 
 def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -155,6 +156,10 @@ def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tens
     Raises WeightsError where `stored` holds two encoders or anything but floating-point tensors.
     """
     plain = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in stored}
+    if len(plain) < len(stored):
+        raise WeightsError(
+            f"{where}: holds a tensor twice, wrapped and not: {some(sorted(set(stored) - set(plain.values())))}"
+        )
     prefixes = {key.removesuffix(word) for key in plain for word in _WORDS if f".{key}".endswith(f".{word}")}
     if len(prefixes) > 1:
         raise WeightsError(f"{where}: holds {len(prefixes)} encoders: {some(sorted(prefixes))}; expected one")
@@ -263,7 +268,7 @@ class _Foreign:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """The weights in a file of `torch.save`: a state dict, alone or under one of the usual keys.
 
-    Whatever else the file holds (arguments, paths, NumPy scalars, random states) becomes a `_Foreign`; no class or
+    Every other object in the file (arguments, paths, NumPy scalars, random states) becomes a `_Foreign`; no class or
     function that the file names is looked up. Raises WeightsError.
     """
     names: list[str] = []
@@ -299,8 +304,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _conversion(path: Path, names: list[str], place: str) -> str:
-    """What to write about a file whose weights lie, at `place`, inside objects of the classes or functions `names`."""
-    running = sorted(filter(_RUNS.fullmatch, names))
+    """The message for a file whose weights are, at `place`, inside objects of the classes or functions `names`."""
+    running = list(filter(_RUNS.fullmatch, names))
     if running:
         return f"{path}: refers to {some(running)}, which would run commands; it is no file of weights"
     written = path.with_name(f"{path.stem}-tensors.pt")
@@ -359,7 +364,9 @@ def infer_config(tensors: Mapping[str, Tensor], where: str, num_attention_heads:
         raise WeightsError(f"{where}: holds no BERT encoder ({error})") from None
 
 
-def some(keys: list[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """The first four names, and how many there are beyond."""
+    keys = list(names)
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 

@@ -165,7 +165,7 @@ class Predictor:
         normalize: bool | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """One vector a sentence, fp32 [n, width]; `pooling` and `normalize` stand in for the model's own.
+        """One vector a sentence, fp32 [n, width]; `pooling` and `normalize` replace the model's own.
 
         A model that truncates its vectors (`truncate_dim`) does so after its own scaling, as sentence-transformers
         does; `normalize=True` gives length 1 in any case. Raises ValueError for a single string.

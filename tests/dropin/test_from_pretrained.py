@@ -7,10 +7,12 @@ import argparse
 import collections
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -410,6 +412,9 @@ def test_two_encoders_in_one_file_are_named(model: BertModel, tmp_path: Path) ->
     torch.save(content, tmp_path / "course.pt")
     with pytest.raises(WeightsError, match=r"holds 2 encoders: student\., teacher\.; expected one"):
         BertModel.from_pretrained(tmp_path / "course.pt")
+    torch.save({**model.state_dict(), "module.pooler_dense.bias": torch.ones(16)}, tmp_path / "course.pt")
+    with pytest.raises(WeightsError, match=r"holds a tensor twice, wrapped and not: pooler_dense\.bias"):
+        BertModel.from_pretrained(tmp_path / "course.pt", num_attention_heads=2)
 
 
 def test_a_file_of_no_weights_says_where_they_are_looked_for(tmp_path: Path) -> None:
@@ -425,3 +430,23 @@ def test_a_safetensors_file_by_its_name(model: BertModel, folder: Path, tmp_path
     assert same(BertModel.from_pretrained(folder / "model.safetensors"), model)
     shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
     assert same(BertModel.from_pretrained(tmp_path / "alone.safetensors", num_attention_heads=2), model)
+
+
+def test_the_line_that_mends_the_course_s_own_load(model: BertModel, tmp_path: Path) -> None:
+    """docs/troubleshooting.md: what torch refuses since 2.6, the line that the page gives, and no line at all here."""
+    info = {
+        "model": model.state_dict(),
+        "args": argparse.Namespace(lr=1e-5),
+        "model_config": types.SimpleNamespace(hidden_size=16),
+        "numpy_rng": np.random.get_state(),
+    }
+    torch.save(info, tmp_path / "course.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "course.pt")
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    line = re.search(r"^    (saved = torch\.load.+)$", page, re.MULTILINE)
+    assert line is not None
+    names: dict[str, Any] = {"torch": torch, "args": argparse.Namespace(filepath=tmp_path / "course.pt")}
+    exec(line[1], names)
+    assert names["saved"]["model_config"].hidden_size == 16
+    assert same(BertModel.from_pretrained(tmp_path / "course.pt", num_attention_heads=2), model)
