@@ -77,7 +77,9 @@ def test_reads_a_course_checkpoint(model: BertModel, tmp_path: Path) -> None:
         "torch_rng": torch.random.get_rng_state(),
     }
     torch.save(info, tmp_path / "finetune-10-1e-05-multitask.pt")
-    with pytest.warns(UserWarning, match=r"multitask\.pt: the encoder alone is loaded; left out: sentiment_head.weight$"):
+    with pytest.warns(
+        UserWarning, match=r"multitask\.pt: the encoder alone is loaded; left out: sentiment_head.weight$"
+    ):
         loaded = BertModel.from_pretrained(tmp_path / "finetune-10-1e-05-multitask.pt", num_attention_heads=2)
     assert same(model, loaded)
     assert loaded.config.num_attention_heads == 2

@@ -8,7 +8,6 @@ file is accounted for: one that is missing or unexpected is an error that names 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -25,22 +24,12 @@ from minbert_fast.common.storage import inside, read_json, regular, write_bytes,
 from minbert_fast.model.config import FIXED, BertConfig
 
 CONFIG = "config.json"
-# The files of a hub repository that may matter here.
+# The files of a hub repository that may matter here; the last, and heads.safetensors, are this package's own.
 _WANTED = [
-    CONFIG,
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "*.index.json",
-    "tokenizer*",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "modules.json",
-    "*_Pooling/*",
-    "*_Dense/*",
-    "*sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "recipe.toml",  # of a model that this package exported; the second pattern takes its heads.safetensors
-]
+    CONFIG, "*.safetensors", "pytorch_model*.bin", "*.index.json", "tokenizer*", "vocab.txt", "special_tokens_map.json",
+    "modules.json", "*_Pooling/*", "*_Dense/*", "*sentence_bert_config.json", "config_sentence_transformers.json",
+    "recipe.toml",
+]  # fmt: skip
 
 
 class WeightsError(ConfigError):
@@ -239,7 +228,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file; raises WeightsError when it cannot be read or is damaged."""
     try:
         return load_file(regular(path))
-    except (SafetensorError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)})") from None
 
 
