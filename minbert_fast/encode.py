@@ -57,17 +57,16 @@ def main(arguments: Sequence[str]) -> None:
     first = next(chunks, [])  # complaints about the input before the model takes its time to load
     model = Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
     name = TENSOR if options.output.suffix == ".safetensors" else None
-    width = model.encoder.config.hidden_size
     with (
         whole_file(options.output) as file,
-        ArrayFile(file, width, name) as rows,
+        ArrayFile(file, model.width, name) as rows,
         tqdm(unit=" sentences", file=sys.stderr, disable=None, leave=False) as bar,
     ):
         for sentences in itertools.chain([first], chunks):
             rows.write(
                 model.encode(sentences, pooling=options.pooling, normalize=options.normalize, progress=bar.update)
             )
-    print(f"{options.output}: {rows.rows:,} vectors of {width}")
+    print(f"{options.output}: {rows.rows:,} vectors of {model.width}")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from minbert_fast.common.cli import Parser, run
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.storage import write_text
 from minbert_fast.data import MAIN_TASKS, Tokenizer, TokenTable, find_tables, load_tokens, read_table
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.evaluation import Evaluation, evaluate
-from minbert_fast.tasks.predictions import write_text
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ import huggingface_hub
 from minbert_fast.common.cli import Parser, run
 from minbert_fast.common.errors import RunError, writing
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import write_directory
+from minbert_fast.common.storage import write_directory, write_text
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.reporting.model_card import model_card, shared_recipe
@@ -81,13 +81,15 @@ def write_model(model: Predictor, source: Path, folder: Path, form: str, card: s
         shutil.copyfile(source / HEADS, folder / HEADS)
     recipe = shared_recipe(source)
     if recipe is not None:
-        (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+        write_text(folder / "recipe.toml", recipe.to_toml())
     if form == "sentence-transformers":
         dense = model.encoder.pooler_dense
         pooler = {"weight": dense.weight, "bias": dense.bias} if model.pooling == "pooler" else None
-        modules = SentenceModules(folder, model.pooling, model.normalize, model.max_length, model.prompt, pooler)
-        sentence_modules.write(folder, modules, model.encoder.config.hidden_size)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        hidden = model.encoder.config.hidden_size
+        cut = model.width if model.width < hidden else None
+        modules = SentenceModules(folder, model.pooling, model.normalize, model.max_length, model.prompt, pooler, cut)
+        sentence_modules.write(folder, modules, hidden)
+    write_text(folder / "README.md", card)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minbert_fast.common.cli import Parser, run
-from minbert_fast.common.storage import whole_file
+from minbert_fast.common.storage import is_stream, whole_file
 from minbert_fast.data import FORMATS, Table, TableReader
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> None:
             file.write("".join(lines).encode("utf-8"))
             count += len(table)
             left_out += len(table.bad_rows)
-    print(f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else ""))
+    total = f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else "")
+    print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
 
 
 def _course(table: Table, found: Predictions) -> Iterator[str]:

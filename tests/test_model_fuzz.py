@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minbert_fast import BertModel
 from minbert_fast.common.schema import ConfigError
@@ -39,7 +41,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     encoder = BertModel.from_pretrained(sample_directory().model)
     MultitaskModel(encoder, build_tasks(recipe), "mean").save(folder, recipe.to_toml())
-    torch.save(encoder.state_dict(), folder / "course.pt")
+    torch.save({"model": encoder.state_dict(), "path": Path("x"), "best": np.float64(0.5)}, folder / "course.pt")
+    encoder.save_pretrained(folder / "shards")
+    (folder / "shards" / "model.safetensors").rename(folder / "shards" / "one.safetensors")
+    places = dict.fromkeys(load_file(folder / "shards" / "one.safetensors"), "one.safetensors")
+    (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return folder
 
 
@@ -75,6 +81,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "config.json": BertModel.from_pretrained,
     "model.safetensors": BertModel.from_pretrained,
     "course.pt": lambda folder: BertModel.from_pretrained(folder / "course.pt", num_attention_heads=2),
+    "shards/model.safetensors.index.json": lambda folder: BertModel.from_pretrained(folder, subfolder="shards"),
     "heads.safetensors": MultitaskModel.load,
     "recipe.toml": MultitaskModel.load,
 }

@@ -149,7 +149,7 @@ def test_real_sentence_transformers_give_the_same_vectors(minilm: Path, tmp_path
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("modules.json", "{", "not readable as JSON"),
+        ("modules.json", "{", "not JSON"),
         ("modules.json", "{}", "expected a JSON list"),
         ("modules.json", '[{"type": "x.Transformer"}]', "expected a list of modules"),
         ("modules.json", '[{"type": "x.Transformer", "path": ""}, {"type": "x.LSTM", "path": "1"}]', "LSTM"),

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or absent: temporary name, flush to the disk, rename."""
+"""The one room through which the package writes files.
+
+A file or directory is either whole or absent: temporary name, flush to the disk, rename. Symbolic links are followed.
+A stream (`-`, a pipe, a device, the file that the shell opened as standard output) is written to, never replaced.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ import math
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -19,6 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minbert_fast.common.schema import ConfigError
+
+STDOUT = Path("-")  # as an output: standard output
 TEMPORARY = ".writing-"  # prefix of names that a crash may leave behind; `sweep` removes them
 
 # The names that the safetensors format gives to torch's dtypes (its specification, "Format").
@@ -67,31 +75,71 @@ def flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole: whoever opens `path` finds the old content or the new one."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush_directory(path.parent)
-
-
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to bit by bit, seekable, folders as needed; it gets its name when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    """A seekable file to write to, folders as needed; it gets its name when the block ends without error.
+
+    A stream (see `is_stream`) is yielded as it is: what the block writes goes out at once. Raises OSError.
+    """
+    if is_stream(path):
+        with _open_stream(path) as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        flush_directory(path.parent)
+        temporary.replace(target)
+        flush_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is `-`, a pipe, a device or this process's standard output: what must not be replaced."""
+    if path == STDOUT or _standard(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _standard(path: Path) -> int | None:
+    """The descriptor of standard output or error, where `path` names the same open file, pipe or device."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _open_stream(path: Path) -> BinaryIO:
+    """A stream, open for writing. Standard output keeps its place in the file: opening its name would start at 0."""
+    descriptor = 1 if path == STDOUT else _standard(path)
+    if descriptor is None:
+        return path.open("wb")
+    for text in (sys.stdout, sys.stderr):
+        text.flush()  # what was printed before stands before
+    return os.fdopen(os.dup(descriptor), "wb")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole: a reader finds the old content or the new one. Folders are made as needed."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file whole."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 class ArrayFile:
@@ -107,6 +155,8 @@ class ArrayFile:
         self.width = width
         self.name = name  # None: .npy
         self.rows = 0
+        if not file.seekable():
+            raise OSError(errno.ESPIPE, "a pipe cannot hold this format: its header is written last")
         file.write(bytes(self.HEADER))
 
     def __enter__(self) -> ArrayFile:
@@ -140,8 +190,20 @@ class ArrayFile:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, whole; numbers that are not finite become null."""
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content of a JSON file, of type `kind` (dict or list). Raises ConfigError naming the file."""
+    try:
+        value = json.loads(regular(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    return value
 
 
 def finite(value: Any) -> Any:
@@ -166,7 +228,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with whole_file(path) as file:
 
         def put(content: bytes | memoryview) -> None:
             file.write(content)
@@ -175,8 +237,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         put(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
             put(raw(tensor))
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -193,11 +253,12 @@ def file_digest(path: Path) -> str:
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes or replaces directory `path` by what `fill(directory)` writes.
+    """Makes or replaces directory `path` (a link's target) by what `fill(directory)` writes.
 
     A crash leaves the old directory or the new one, under its own name or (for the moment between two renames) under
     the name that `sweep` brings it back from.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     old = path.with_name(f"{TEMPORARY}{path.name}.old")
     remove(temporary)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from minbert_fast.common.storage import flush_directory, flush_file, write_text
 from minbert_fast.data.files import BadRow, Table, TableReader, check_bad_rows, open_regular
 from minbert_fast.data.formats import DataError, FileFormat, format_of, show_path
 from minbert_fast.data.prefetch import prefetch
@@ -190,8 +191,8 @@ class _Growing:
     def finish(self) -> np.ndarray:
         if self.path is None:
             return np.concatenate([np.empty(0, dtype=self.dtype), *self.parts])
-        with open(self.path, "ab") as file:
-            os.fsync(file.fileno())
+        self.path.touch()  # of no rows, too
+        flush_file(self.path)
         return _map(self.path, self.dtype, self.count)
 
 
@@ -228,10 +229,7 @@ def _build(
             "arrays": {n: [a.dtype.name, a.count, a.checksum] for n, a in builder.growing.items()},
             "bad_rows": bad_rows,
         }
-        with open(folder / "meta.json", "w", encoding="ascii") as file:
-            json.dump({"body": body, "checksum": _checksum(body)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(folder / "meta.json", json.dumps({"body": body, "checksum": _checksum(body)}))
     return arrays, bad_rows
 
 
@@ -288,7 +286,7 @@ def _publish(temporary: Path, entry: Path) -> None:
 
     Asks only after the renaming failed: between a question and the renaming another process may do the same.
     """
-    _sync_directory(temporary)
+    flush_directory(temporary)
     while True:
         try:
             temporary.rename(entry)
@@ -301,15 +299,7 @@ def _publish(temporary: Path, entry: Path) -> None:
         with suppress(FileNotFoundError):
             entry.rename(temporary / "damaged")
     shutil.rmtree(entry / "damaged", ignore_errors=True)
-    _sync_directory(entry.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_directory(entry.parent)
 
 
 def _entry_name(path: Path, layout: FileFormat, labeled: bool, source_hash: str, tokenizer: Tokenizer) -> str:

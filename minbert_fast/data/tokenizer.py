@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
+from minbert_fast.common.storage import write_text
 from minbert_fast.data.formats import show
 from minbert_fast.data.tokens import Tokens, join
 from minbert_fast.data.vocabulary import Vocabulary, blame, read_vocabulary
@@ -123,7 +124,7 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
         }
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+            write_text(folder / name, text)
 
     def _special(self, role: str) -> int:
         token = self.vocabulary.special[role]

@@ -12,10 +12,11 @@ Shapes: B sentences, S positions, N packed tokens, H hidden, h heads, d = H / h,
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -199,33 +200,77 @@ class BertModel(nn.Module):
 
     # ---- Weights -------------------------------------------------------------------------------------------------
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, output_loading_info: Literal[False] = False, **keywords: Any
+    ) -> BertModel: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, output_loading_info: Literal[True], **keywords: Any
+    ) -> tuple[BertModel, dict[str, Any]]: ...
+
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | Path,
         *,
-        local_files_only: bool = False,
         config: BertConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        output_loading_info: bool = False,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        subfolder: str = "",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
         **overrides: Any,
-    ) -> BertModel:
-        """The encoder of a Hugging Face directory, a hub name or a course `.pt` file.
+    ) -> BertModel | tuple[BertModel, dict[str, Any]]:
+        """The encoder of a Hugging Face directory, a hub name, a course `.pt` file or a `.safetensors` file.
 
-        `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`); `config`, or a `config.json` beside
-        it, serves a `.pt` file whose heads are not 64 wide. Raises WeightsError or ConfigError naming the file and what is
-        wrong with it; a missing pooler alone is no error: it is drawn afresh, with a warning.
+        Keywords mean what they mean to transformers: `state_dict` replaces the stored tensors (under the course's or
+        Hugging Face's names); `output_loading_info` returns (model, {"missing_keys", "unexpected_keys", ...}); `dtype`
+        (by its older name `torch_dtype`) is that of the parameters, "auto" the file's, None fp32; `subfolder` is a
+        folder of the directory; `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
+        `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). `config`, or a `config.json`
+        beside it, serves a `.pt` file whose heads are not 64 wide. A missing pooler is drawn afresh and a task's head
+        is left, each with a warning. Raises WeightsError or ConfigError naming the file and what is wrong with it.
         """
-        path = weights.resolve(str(name_or_path), local_files_only=local_files_only)
-        found, tensors = weights.read(path)
-        base = config or found or weights.infer_config(tensors, str(path))
+        weights.check_overrides(overrides, inspect.signature(cls.from_pretrained).parameters)
+        path = weights.resolve(
+            str(name_or_path),
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        where = str(path) if state_dict is None else "state_dict"
+        found, tensors, left = weights.read(path, state_dict)
+        base = config or found or weights.infer_config(tensors, where)
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
+        if hasattr(chosen, "name_or_path"):
+            object.__setattr__(chosen, "name_or_path", str(name_or_path))
         with torch.device("meta"):  # whatever sizes a file declares, memory is taken for what it really holds
             wanted = cls(chosen).state_dict()
-        weights.check_keys(wanted, tensors, str(path), optional="pooler_dense.")
-        model = cls(chosen)
-        if not any(key.startswith("pooler_dense.") for key in tensors):
-            warnings.warn(f"{path} has no pooler: it starts from fresh random weights", stacklevel=2)
-        model.load_state_dict({k: t.float() for k, t in tensors.items()}, strict=False)
-        return model.eval()
+        wanted.pop(weights.POSITIONS, None)
+        missing = {key for key in wanted if key.startswith("pooler_dense.")}
+        if any(key in tensors for key in missing):
+            missing = set()
+        weights.check_keys({k: t for k, t in wanted.items() if k not in missing}, tensors, where)
+        model = cls(chosen).to(weights.chosen_dtype(dtype, torch_dtype, tensors))
+        if missing:
+            warnings.warn(f"{where} has no pooler: it starts from fresh random weights", stacklevel=2)
+        if left:
+            warnings.warn(f"{where}: the encoder alone is loaded; left out: {weights.some(left)}", stacklevel=2)
+        model.load_state_dict(dict(tensors), strict=False)
+        info = {"missing_keys": missing, "unexpected_keys": set(left), "mismatched_keys": set(), "error_msgs": []}
+        return (model.eval(), info) if output_loading_info else model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit."""

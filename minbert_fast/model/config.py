@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minbert_fast.common.schema import ConfigError, build, check, plain
-from minbert_fast.common.storage import regular
+from minbert_fast.common.storage import read_json
 
 Pooling = Literal["mean", "cls", "max", "pooler"]
+
+# What a Hugging Face configuration may say without a field here. Both names mean GELU's exact form, by the error function.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu", "gelu_python"),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+}
 
 
 @dataclass(frozen=True)
@@ -51,25 +59,16 @@ class BertConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> BertConfig:
         """From a Hugging Face configuration: unknown keys are ignored, but another architecture is refused."""
-        fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-        for key, expected in fixed.items():
-            if values.get(key, expected) not in (expected, None):
-                raise ConfigError(f"{where}: {key} = {values[key]!r}: expected {expected!r}")
+        for key, accepted in FIXED.items():
+            if values.get(key) not in (*accepted, None):
+                raise ConfigError(f"{where}: {key} = {values[key]!r}: expected {accepted[0]!r}")
         known = {key: values[key] for key in cls.__dataclass_fields__ if values.get(key) is not None}
         return build(cls, known, where)
 
     @classmethod
     def from_file(cls, path: Path) -> BertConfig:
         """From a `config.json`; raises ConfigError naming the file, the key and what was expected."""
-        try:
-            values = json.loads(regular(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object")
-        return cls.from_mapping(values, str(path))
+        return cls.from_mapping(read_json(path), str(path))
 
     def to_json(self) -> str:
         """A `config.json` that transformers' AutoModel understands."""

@@ -76,6 +76,10 @@ class Snapshot:
                 self._weights[id(parameter)] = ready
         self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def __reduce__(self) -> tuple[type[Snapshot], tuple[BertModel, torch.dtype]]:
+        """Makes a copied or unpickled snapshot from its own model: the tables' keys are identities in this process."""
+        return type(self), (self.model, self.dtype)
+
     @torch.inference_mode()
     def hidden(self, rows: Rows) -> Tensor:
         """The last hidden state [N, H] of packed rows."""

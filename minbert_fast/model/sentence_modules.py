@@ -8,7 +8,6 @@ written here: the module names and the `pooling_mode_*` keys of the oldest of th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import inside, regular
+from minbert_fast.common.storage import inside, read_json, write_bytes, write_json
 from minbert_fast.model import weights
 from minbert_fast.model.config import Pooling
 
@@ -43,6 +42,8 @@ class SentenceModules:
     max_length: int | None = None  # tokens; None: as the tokenizer says
     prompt: str = ""  # put before every text
     pooler: dict[str, Tensor] | None = None  # weight and bias of the dense layer behind the first token
+    truncate_dim: int | None = None  # the first so many numbers of a vector are kept; None: all
+    lowercase: bool = False  # texts are lower-cased before a tokenizer that keeps case sees them
 
 
 def read(directory: Path) -> SentenceModules | None:
@@ -53,7 +54,7 @@ def read(directory: Path) -> SentenceModules | None:
     path = directory / MODULES
     if not path.is_file():
         return None
-    listed = _json(path)
+    listed = read_json(path, list)
     try:
         modules = [(str(entry["type"]).rpartition(".")[2], inside(directory, entry["path"])) for entry in listed]
     except (TypeError, KeyError):
@@ -68,11 +69,18 @@ def read(directory: Path) -> SentenceModules | None:
     pooler = _pooler(folders["Dense"], mode) if "Dense" in folders else None
     pooling: Pooling = mode if pooler is None else "pooler"
     encoder = folders["Transformer"]
-    settings = _optional(encoder / "sentence_bert_config.json")
-    length = settings.get("max_seq_length")
-    if length is not None and (not isinstance(length, int) or length < 2):
-        raise ConfigError(f"{encoder / 'sentence_bert_config.json'}: max_seq_length = {length!r}: expected a length")
-    return SentenceModules(encoder, pooling, "Normalize" in kinds, length, _prompt(directory), pooler)
+    settings = encoder / "sentence_bert_config.json"
+    prompts = directory / "config_sentence_transformers.json"
+    return SentenceModules(
+        encoder,
+        pooling,
+        "Normalize" in kinds,
+        _option(settings, "max_seq_length", int, 2),
+        _prompt(prompts),
+        pooler,
+        _option(prompts, "truncate_dim", int, 1),
+        bool(_option(settings, "do_lower_case", bool, 0)),
+    )
 
 
 def write(directory: Path, modules: SentenceModules, width: int) -> None:
@@ -89,22 +97,26 @@ def write(directory: Path, modules: SentenceModules, width: int) -> None:
             {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{name}"}
             for index, (name, folder) in enumerate(zip(names, folders, strict=True))
         ],
-        "sentence_bert_config.json": {"max_seq_length": modules.max_length, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": modules.max_length, "do_lower_case": modules.lowercase},
         f"{folders[1]}/config.json": flags,
     }
+    prompts: dict[str, Any] = {}
     if modules.prompt:
-        prompts = {"prompts": {"default": modules.prompt}, "default_prompt_name": "default"}
+        prompts |= {"prompts": {"default": modules.prompt}, "default_prompt_name": "default"}
+    if modules.truncate_dim is not None:
+        prompts["truncate_dim"] = modules.truncate_dim
+    if prompts:
         contents["config_sentence_transformers.json"] = prompts
     if modules.pooler is not None:
         contents[f"{folders[2]}/config.json"] = {
             "in_features": width, "out_features": width, "bias": True, "activation_function": _TANH,
         }  # fmt: skip
         tensors = {f"linear.{name}": tensor.detach().contiguous().cpu() for name, tensor in modules.pooler.items()}
-        weights.write_atomically(directory / folders[2] / "model.safetensors", save(tensors))
+        write_bytes(directory / folders[2] / "model.safetensors", save(tensors))
     if modules.normalize:
         contents[f"{folders[-1]}/config.json"] = {}  # a folder without a file would get lost on the hub
     for name, content in contents.items():
-        weights.write_atomically(directory / name, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(directory / name, content)
 
 
 def _chain(dense: bool, scaled: bool) -> list[str]:
@@ -112,7 +124,7 @@ def _chain(dense: bool, scaled: bool) -> list[str]:
 
 
 def _pooling(path: Path) -> _Mode:
-    config = _json(path)
+    config = read_json(path)
     mode = config.get("pooling_mode")
     if mode is None:
         chosen = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
@@ -126,7 +138,7 @@ def _pooling(path: Path) -> _Mode:
 
 def _pooler(folder: Path, pooling: _Mode) -> dict[str, Tensor]:
     """The weights of a dense layer that is a BERT pooler: tanh behind the first token."""
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if pooling != "cls" or config.get("activation_function") != _TANH or config.get("use_residual"):
         raise ConfigError(f"{folder}: a dense layer other than BERT's pooler (first token, tanh) is not supported")
     found = weights.read_safetensors(folder / "model.safetensors")
@@ -135,25 +147,20 @@ def _pooler(folder: Path, pooling: _Mode) -> dict[str, Tensor]:
     return {name.removeprefix("linear."): tensor.float() for name, tensor in found.items()}
 
 
-def _prompt(directory: Path) -> str:
-    config = _optional(directory / "config_sentence_transformers.json")
+def _prompt(path: Path) -> str:
+    config = read_json(path) if path.is_file() else {}
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     if name is None:
         return ""
     if not isinstance(prompts, dict) or not isinstance(prompts.get(name), str):
-        raise ConfigError(f"{directory / 'config_sentence_transformers.json'}: no prompt {name!r} among the prompts")
+        raise ConfigError(f"{path}: no prompt {name!r} among the prompts")
     return str(prompts[name])
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return _json(path) if path.is_file() else {}
-
-
-def _json(path: Path) -> Any:
-    try:
-        content = json.loads(regular(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, list if path.name == MODULES else dict):
-        raise ConfigError(f"{path}: expected a JSON {'list' if path.name == MODULES else 'object'}")
-    return content
+def _option(path: Path, key: str, kind: type[int], least: int) -> Any:
+    """A value of a file that may be absent, None where it says nothing. Raises ConfigError for one below `least`."""
+    value: Any = read_json(path).get(key) if path.is_file() else None
+    if value is not None and (type(value) is not kind or int(value) < least):
+        expected = "true or false" if kind is bool else f"a whole number from {least}"
+        raise ConfigError(f"{path}: {key} = {value!r}: expected {expected}")
+    return value

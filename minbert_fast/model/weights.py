@@ -1,33 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder weights from and to files: Hugging Face directories, hub names and course `.pt` files.
 
-No pickle is ever executed: `.safetensors` first, else `.bin` and `.pt` through `weights_only=True`. Every key of a
-file is accounted for; a missing or unexpected one is an error that names it.
+No pickle is ever executed: `.safetensors` first, else `.bin` and `.pt` through `weights_only=True`. Every tensor of a
+file is accounted for: one that is missing or unexpected is an error that names it, a head is left with a warning.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import pickle
+import difflib
 import re
-import types
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import regular
-from minbert_fast.model.config import BertConfig
+from minbert_fast.common.storage import inside, read_json, regular, write_bytes, write_text
+from minbert_fast.model.config import FIXED, BertConfig
+
+CONFIG = "config.json"
+# The files of a hub repository that may matter here; the last, and heads.safetensors, are this package's own.
+_WANTED = [
+    CONFIG, "*.safetensors", "pytorch_model*.bin", "*.index.json", "tokenizer*", "vocab.txt", "special_tokens_map.json",
+    "modules.json", "*_Pooling/*", "*_Dense/*", "*sentence_bert_config.json", "config_sentence_transformers.json",
+    "recipe.toml",
+]  # fmt: skip
 
 
 class WeightsError(ConfigError):
@@ -55,9 +57,25 @@ _OUTER_NAMES = {
 _LAYER_NAMES_BACK = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
 _OUTER_NAMES_BACK = {ours: theirs for theirs, ours in _OUTER_NAMES.items()}
 
-# Tensors that published files hold beside the encoder: index buffers, and the heads of BERT's own pre-training.
-_BESIDE_THE_ENCODER = re.compile(r"(bert\.)?(embeddings\.)?position_ids|cls\.(predictions|seq_relationship)\..+")
-_HEAD_OF_A_COURSE_MODEL = re.compile(r"(?!bert\.).+")
+# Tensors of published files that are no part of the encoder: index buffers, and the heads of BERT's own pre-training.
+_BESIDE_THE_ENCODER = re.compile(r"(.+\.)?position_ids|cls\.(predictions|seq_relationship)\..+")
+POSITIONS = "position_ids"  # a buffer of old and new models; files in the Hugging Face layout have no need of it
+# Module names that wrappers add: DataParallel and its kin, torch.compile, activation checkpointing, FSDP.
+_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WORDS = ("word_embedding.weight", "embeddings.word_embeddings.weight")  # every encoder has one of the two
+# What acts on the machine: a file that names one of these gets no advice to trust it.
+_RUNS = re.compile(
+    r"(ctypes|importlib|nt|os|posix|runpy|shutil|socket|subprocess|sys)\..+|builtins\.(__import__|compile|eval|exec|open)"
+)
+_STATES = ("model_state_dict", "state_dict", "model")  # the keys under which training scripts save their weights
+
+
+class Checkpoint(NamedTuple):
+    """An encoder as a file holds it."""
+
+    config: BertConfig | None
+    tensors: dict[str, Tensor]  # under the course's names
+    left: list[str]  # of the file's other tensors, under their names there: a task's head
 
 
 def from_stock_name(key: str) -> str:
@@ -83,43 +101,71 @@ def to_stock_name(key: str) -> str:
     return f"encoder.layer.{layer[1]}.{_LAYER_NAMES_BACK[layer[2]]}.{kind}"
 
 
-def resolve(name: str, *, local_files_only: bool = False) -> Path:
+def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
     """The directory or file that `name` means: a path if one exists, else a model on the Hugging Face hub.
 
-    Raises WeightsError where neither is found; offline mode (HF_HUB_OFFLINE, `local_files_only`) is honoured.
+    `subfolder` is a folder inside it; `hub` are arguments of `huggingface_hub.snapshot_download`. Offline mode
+    (HF_HUB_OFFLINE, `local_files_only`) is honoured. Raises WeightsError where nothing is found.
     """
     path = Path(name)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise WeightsError(f"model {name!r}: no such file or directory")
-    wanted = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab.txt", "special_tokens_map.json"]
-    wanted += [
-        "modules.json",
-        "*_Pooling/*",
-        "*_Dense/*",
-        "*sentence_bert_config.json",
-        "config_sentence_transformers.json",
-    ]
-    wanted += ["recipe.toml"]  # of a model exported by this package, whose heads.safetensors the second pattern takes
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+            raise WeightsError(f"model {name!r}: no such file or directory")
+        wanted = [f"{subfolder}/{file}" if subfolder else file for file in _WANTED]
+        try:
+            path = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **hub))
+        except Exception as error:  # the hub's own error classes differ between its major versions
+            reason = _first_line(error)
+            raise WeightsError(f"model {name!r}: no such directory, and the hub does not give it ({reason})") from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=local_files_only))
-    except Exception as error:  # the hub's own error classes differ between its major versions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"model {name!r}: no such directory, and not to be had from the hub ({reason})") from None
+        path = inside(path, subfolder)
+    except ValueError as error:
+        raise WeightsError(f"model {name!r}: subfolder {error}") from None
+    if not path.exists():
+        raise WeightsError(f"model {name!r}: no subfolder {subfolder!r}")
+    return path
 
 
-def read(path: Path) -> tuple[BertConfig | None, dict[str, Tensor]]:
-    """Configuration and encoder tensors (under our names) of a model directory or a course `.pt` file.
+def read(path: Path, state: Mapping[str, Tensor] | None = None) -> Checkpoint:
+    """Configuration and encoder of a model directory, a course `.pt` file or a `.safetensors` file.
 
-    A `.pt` file's configuration is that of a `config.json` beside it, else None. Raises WeightsError or ConfigError.
+    The configuration of a file comes from a `config.json` in the same folder, else it is None. The tensors of `state`
+    replace the stored ones. Raises WeightsError or ConfigError.
     """
-    if path.is_file():
-        beside = path.parent / "config.json"
-        return BertConfig.from_file(beside) if beside.is_file() else None, _encoder_of_course_file(path)
-    config = BertConfig.from_file(path / "config.json")
-    tensors = _stock_tensors(path)
-    return config, {from_stock_name(k): t for k, t in tensors.items() if not _BESIDE_THE_ENCODER.fullmatch(k)}
+    folder = path.parent if path.is_file() else path
+    config = None if path.is_file() and not (folder / CONFIG).is_file() else BertConfig.from_file(folder / CONFIG)
+    tensors, left = encoder_of(_stored(path), str(path)) if state is None else encoder_of(state, "state_dict")
+    return Checkpoint(config, tensors, left)
+
+
+def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The encoder's tensors under the course's names, and the names of the others: a head, or another module.
+
+    The encoder may be part of a model (`bert.`, `model.bert.`, ...) and wrapped (`module.`, `_orig_mod.`) at any depth.
+    Raises WeightsError where `stored` holds two encoders or anything but floating-point tensors.
+    """
+    plain = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in stored}
+    if len(plain) < len(stored):
+        raise WeightsError(
+            f"{where}: holds a tensor twice, wrapped and not: {some(sorted(set(stored) - set(plain.values())))}"
+        )
+    prefixes = {key.removesuffix(word) for key in plain for word in _WORDS if f".{key}".endswith(f".{word}")}
+    if len(prefixes) > 1:
+        raise WeightsError(f"{where}: holds {len(prefixes)} encoders: {some(sorted(prefixes))}; expected one")
+    prefix = prefixes.pop() if prefixes else ""
+    tensors, left = {}, []
+    for key, original in plain.items():
+        if _BESIDE_THE_ENCODER.fullmatch(key):
+            continue
+        if not key.startswith(prefix):
+            left.append(original)
+            continue
+        tensor = stored[original]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise WeightsError(f"{where}: {original} is {kind}: expected a floating-point tensor")
+        tensors[from_stock_name(key.removeprefix(prefix))] = tensor
+    return tensors, left
 
 
 def pretraining_heads(path: Path) -> dict[str, Tensor]:
@@ -129,25 +175,49 @@ def pretraining_heads(path: Path) -> dict[str, Tensor]:
     """
     if path.is_file():
         return {}
-    return {from_stock_name(k): t for k, t in _stock_tensors(path).items() if k.startswith("cls.")}
+    return {from_stock_name(k): t for k, t in _stored(path).items() if k.startswith("cls.")}
 
 
-def _stock_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a model directory, under the names they have there. Raises WeightsError."""
-    if (path / "model.safetensors").is_file():
-        return read_safetensors(path / "model.safetensors")
-    if (path / "pytorch_model.bin").is_file():
-        return _tensors_only(_read_pickle(path / "pytorch_model.bin"), path / "pytorch_model.bin")
-    raise WeightsError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
+def _stored(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file or a model directory, under the names they have there. Raises WeightsError."""
+    if path.is_file():
+        return read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return _stored(path / name)
+        if (path / f"{name}.index.json").is_file():
+            return _read_shards(path / f"{name}.index.json")
+    raise WeightsError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, whole or in shards")
 
 
-def check_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, optional: str = "") -> None:
-    """Raises WeightsError naming missing or unexpected tensors and wrong shapes; `optional` is a prefix."""
-    missing = [k for k in wanted if k not in found and not (optional and k.startswith(optional))]
-    unexpected = [k for k in found if k not in wanted]
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of the files that an `*.index.json` lists. Raises WeightsError or ConfigError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise WeightsError(f"{index}: expected a weight_map from tensors to files")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        try:
+            shard = regular(inside(index.parent, name))
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{index}: shard {name!r} cannot be read ({_first_line(error)})") from None
+        tensors |= read_safetensors(shard) if shard.suffix == ".safetensors" else _read_pickle(shard)
+    check_names(places, tensors, str(index))
+    return tensors
+
+
+def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
+    """Raises WeightsError naming missing or unexpected tensors."""
+    wanted, found = dict.fromkeys(wanted), dict.fromkeys(found)
+    missing, unexpected = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
     if missing or unexpected:
-        parts = [f"{kind} {_some(keys)}" for kind, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
+        parts = [f"{kind} {some(keys)}" for kind, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
         raise WeightsError(f"{where}: {'; '.join(parts)}")
+
+
+def check_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raises WeightsError naming missing or unexpected tensors and wrong shapes."""
+    check_names(wanted, found, where)
     for key, tensor in found.items():
         if tensor.shape != wanted[key].shape:
             shapes = f"shape {list(tensor.shape)}: expected {list(wanted[key].shape)}"
@@ -158,59 +228,111 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file; raises WeightsError when it cannot be read or is damaged."""
     try:
         return load_file(regular(path))
-    except (SafetensorError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)})") from None
 
 
 def write(directory: Path, config: BertConfig, tensors: Mapping[str, Tensor]) -> None:
     """`config.json` and `model.safetensors` in the Hugging Face layout; each file replaced in one step."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stock = {to_stock_name(k): t.detach().contiguous().cpu() for k, t in tensors.items()}
-    write_atomically(directory / "model.safetensors", save(stock, metadata={"format": "pt"}))
-    write_atomically(directory / "config.json", config.to_json().encode())
+    stock = {to_stock_name(k): t.detach().contiguous().cpu() for k, t in tensors.items() if k != POSITIONS}
+    write_bytes(directory / "model.safetensors", save(stock, metadata={"format": "pt"}))
+    write_text(directory / CONFIG, config.to_json())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+# ---- Pickles, without running them -------------------------------------------------------------------------------------
+
+
+class _Foreign:
+    """Stands for an object of a class that is no tensor's: remembers the class, takes every argument, runs nothing."""
+
+    name = ""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The weights in a file of `torch.save`: a state dict, alone or under one of the usual keys.
+
+    Every other object in the file (arguments, paths, NumPy scalars, random states) becomes a `_Foreign`; no class or
+    function that the file names is looked up. Raises WeightsError.
+    """
+    names: list[str] = []
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_pickle(path: Path) -> Any:
-    # What course checkpoints hold besides tensors: their arguments and NumPy's random state. Data, not code.
-    allowed = [argparse.Namespace, types.SimpleNamespace, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    reconstruct: Any = np.zeros(1).__reduce__()[0]
-    try:
-        with torch.serialization.safe_globals([*allowed, reconstruct]):
-            return torch.load(regular(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(regular(path))
+        except OSError:
+            raise
+        except Exception:  # a format before torch 1.6, or no file of torch's: the load below says which
+            names = []
+        foreign = [(type("Foreign", (_Foreign,), {"name": name}), name) for name in names]
+        with torch.serialization.safe_globals(foreign):  # type: ignore[arg-type]  # (stand-in, name) pairs
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise errors of many classes
+        found = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
+        if names or found:
+            raise WeightsError(_conversion(path, names or [str(found and found[1])], "['model']")) from None
         # torch's own words advise to load it with weights_only=False, which runs what the file says.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = "" if "weights_only" in reason else f" ({reason[:200]})"
-        raise WeightsError(f"{path}: no PyTorch file, or one of more than plain tensors{reason}") from None
+        reason = "" if "weights_only" in str(error) else f" ({_first_line(error)[:200]})"
+        raise WeightsError(f"{path}: no PyTorch file{reason}") from None
+    place = ""
+    for _ in _STATES:  # one under another, at most
+        key = next((k for k in _STATES if isinstance(values, Mapping) and k in values), None)
+        if key is None or not isinstance(values[key], Mapping | _Foreign):
+            break
+        values, place = values[key], f"{place}['{key}']"
+    if isinstance(values, _Foreign):
+        raise WeightsError(_conversion(path, [values.name], f"{place}.state_dict()"))
+    tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)} if isinstance(values, Mapping) else {}
+    if not tensors:
+        raise WeightsError(f"{path}: holds no dictionary of tensors, alone or under {', '.join(sorted(_STATES))}")
+    return tensors
 
 
-def _tensors_only(values: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(values, Mapping) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise WeightsError(f"{path}: expected a dictionary of tensors")
-    return {str(k): v for k, v in values.items()}
+def _conversion(path: Path, names: list[str], place: str) -> str:
+    """The message for a file whose weights are, at `place`, inside objects of the classes or functions `names`."""
+    running = list(filter(_RUNS.fullmatch, names))
+    if running:
+        return f"{path}: refers to {some(running)}, which would run commands; it is no file of weights"
+    written = path.with_name(f"{path.stem}-tensors.pt")
+    line = f"import torch; torch.save(torch.load('{path}', weights_only=False){place}, '{written}')"
+    what = f"its weights lie inside an object of class {some(sorted(names))}, whose code loading would run"
+    return f'{path}: {what}; if you trust it, convert it in the project that wrote it: python -c "{line}"'
 
 
-def _encoder_of_course_file(path: Path) -> dict[str, Tensor]:
-    values = _read_pickle(path)
-    if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
-        values = values["model"]  # the course saves {"model": state, "optim": ..., "args": ...}
-    tensors = {k: t for k, t in _tensors_only(values, path).items() if not _BESIDE_THE_ENCODER.fullmatch(k)}
-    if any(k.startswith("bert.") for k in tensors):  # a classifier around the encoder: its heads are not ours
-        tensors = {k: t for k, t in tensors.items() if not _HEAD_OF_A_COURSE_MODEL.fullmatch(k)}
-    return {from_stock_name(k): t for k, t in tensors.items()}
+# ---- What a caller asks for --------------------------------------------------------------------------------------------
+
+
+def check_overrides(names: Iterable[str], keywords: Iterable[str]) -> None:
+    """Raises ConfigError for the first of `names` that is no value of the configuration; `keywords` are known as well."""
+    fields = [*BertConfig.__dataclass_fields__, *FIXED]
+    for name in names:
+        if name not in fields:
+            close = difflib.get_close_matches(name, [*fields, *keywords], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"a configuration has {', '.join(fields)}"
+            raise ConfigError(f"from_pretrained: unknown keyword {name!r}; {hint}")
+
+
+def chosen_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, tensors: Mapping[str, Tensor]
+) -> torch.dtype:
+    """The parameters' dtype: `dtype`, else its older name `torch_dtype`, else fp32; "auto" is that of `tensors`.
+
+    Raises ConfigError for anything but fp32, fp64, bf16 and fp16.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ConfigError(f"dtype = {dtype} and torch_dtype = {torch_dtype}: expected one of the two")
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted == "auto":
+        wanted = next((t.dtype for t in tensors.values()), None)
+    known = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+    name = "float32" if wanted is None else str(wanted).removeprefix("torch.")
+    if name not in known:
+        raise ConfigError(f"dtype = {wanted}: expected {', '.join(known)} or 'auto'")
+    return known[name]
 
 
 def infer_config(tensors: Mapping[str, Tensor], where: str, num_attention_heads: int | None = None) -> BertConfig:
@@ -231,5 +353,11 @@ def infer_config(tensors: Mapping[str, Tensor], where: str, num_attention_heads:
         raise WeightsError(f"{where}: holds no BERT encoder ({error})") from None
 
 
-def _some(keys: list[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """The first four names, and how many there are beyond."""
+    keys = list(names)
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

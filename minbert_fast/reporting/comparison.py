@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, duration, figure, gallery, page, paragraph, table
 from minbert_fast.reporting.report import HEADLINE, spoken
 from minbert_fast.reporting.runs import Run, flat, read_run
-from minbert_fast.tasks.predictions import write_text
 
 
 def write_comparison(directories: Sequence[Path], path: Path) -> Path:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, duration, figure, fold, gallery, page, paragraph, scroll, table
 from minbert_fast.reporting.runs import TRAINING, Run, flat, read_run
 from minbert_fast.tasks.metrics import normalised_confusion
-from minbert_fast.tasks.predictions import write_text
 
 SHOWN_ERRORS = 6  # a task, before the fold
 HEADLINE = ("score", "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,10 @@ class FlatParameters:
             view.copy_(entry.parameter.detach())
             entry.parameter.data = view
         self.refresh()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses copying and pickling: a copy's parameters would no longer be views of its buffer."""
+        raise TypeError("flat parameters cannot be copied or pickled: copy the model, and lay its parameters out again")
 
     def refresh(self) -> None:
         """Rewrites the product copy from the master weights (after loading; the optimizer keeps it current)."""

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from minbert_fast.common.device import DTYPES, Precision
+from minbert_fast.common.storage import write_text
 from minbert_fast.data import TokenTable, evaluation_batches
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks import HeadOutput, MultitaskModel, Task
 from minbert_fast.tasks.metrics import confusion_matrix, course_score
-from minbert_fast.tasks.predictions import write_text
 
 WORST = 25  # errors listed a task
 

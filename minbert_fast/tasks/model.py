@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.storage import write_bytes, write_text
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
@@ -227,8 +228,8 @@ class MultitaskModel(nn.Module):
         if tokenizer is not None:
             tokenizer.save(directory)
         heads = {key: t.detach().contiguous().cpu() for key, t in self._own(self.heads).items()}
-        weights.write_atomically(directory / "heads.safetensors", safetensors_bytes(heads))
-        weights.write_atomically(directory / "recipe.toml", recipe_toml.encode("utf-8"))
+        write_bytes(directory / "heads.safetensors", safetensors_bytes(heads))
+        write_text(directory / "recipe.toml", recipe_toml)
 
     @classmethod
     def load(cls, directory: Path | str, **overrides: Any) -> MultitaskModel:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minbert_fast.model.weights import write_atomically
+from minbert_fast.common.storage import write_text
 
 
 def write(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> None:
@@ -36,12 +36,6 @@ def row_line(identity: str, value: float) -> str:
     if "\n" in identity or "\r" in identity:
         raise ValueError(f"line break in id {identity!r}")
     return f"{identity} , {value} \n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically, folders as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode("utf-8"))
 
 
 def read(path: Path) -> tuple[list[str], np.ndarray]:

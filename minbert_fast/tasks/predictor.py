@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -81,6 +81,7 @@ class Predictor:
         normalize: bool = False,
         max_length: int | None = None,
         prompt: str = "",
+        truncate_dim: int | None = None,
         precision: Precision = "fp32",
     ) -> None:
         self.encoder = encoder.eval()
@@ -92,6 +93,7 @@ class Predictor:
             max_length or encoder.config.max_position_embeddings, encoder.config.max_position_embeddings
         )
         self.prompt = prompt
+        self.width = min(truncate_dim or encoder.config.hidden_size, encoder.config.hidden_size)  # of a vector
         self.precision = precision
         self._snapshot = inference.Snapshot(self.encoder, DTYPES[precision])
 
@@ -130,9 +132,15 @@ class Predictor:
             raise ConfigError(f"{source}: the tokenizer has {words}")
         pooling, normalize, prompt = recipe.model.pooling if recipe else "mean", False, ""
         max_length = recipe.data.max_length if recipe else tokenizer.model_max_length
+        truncate_dim = None
         if modules is not None:
             pooling, normalize, prompt = modules.pooling, modules.normalize, modules.prompt
-            max_length = modules.max_length or max_length
+            max_length, truncate_dim = modules.max_length or max_length, modules.truncate_dim
+            if modules.lowercase and not tokenizer.lowercase:
+                # Accents stay where the tokenizer keeps them: it strips them by default only if it lower-cases itself.
+                kept = tokenizer.vocabulary
+                lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))
+                tokenizer = Tokenizer(lowered, tokenizer.model_max_length)
             if modules.pooler is not None:
                 encoder.pooler_dense.load_state_dict(modules.pooler)
         return cls(
@@ -143,6 +151,7 @@ class Predictor:
             normalize=normalize,
             max_length=max_length,
             prompt=prompt,
+            truncate_dim=truncate_dim,
             precision=choose_precision(precision, target),
         )
 
@@ -156,14 +165,15 @@ class Predictor:
         normalize: bool | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """One vector a sentence, fp32 [n, H]; `pooling` and `normalize` stand in for the model's own.
+        """One vector a sentence, fp32 [n, width]; `pooling` and `normalize` replace the model's own.
 
-        Raises ValueError for a single string.
+        A model that truncates its vectors (`truncate_dim`) does so after its own scaling, as sentence-transformers
+        does; `normalize=True` gives length 1 in any case. Raises ValueError for a single string.
         """
         if isinstance(sentences, str):
             raise ValueError("encode expects a list of sentences, not a string")
         texts = [self.prompt + sentence for sentence in sentences] if self.prompt else sentences
-        return inference.encode(
+        vectors = inference.encode(
             self._snapshot,
             texts,
             self.tokenizer,
@@ -172,6 +182,11 @@ class Predictor:
             max_length=self.max_length,
             progress=progress,
         )
+        if self.width < vectors.shape[1]:
+            vectors = np.ascontiguousarray(vectors[:, : self.width])
+            if normalize:
+                vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
 
     def index(self, corpus: Sequence[str], progress: Progress | None = None) -> Index:
         """Makes a corpus ready for `search`."""
