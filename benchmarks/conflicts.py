@@ -80,7 +80,9 @@ def table(result: Mapping[str, Any]) -> str:
 
 def figure(result: Mapping[str, Any]) -> str:
     """The cosines over the steps, as an SVG file's text."""
-    return charts.standalone(charts.lines("Cosine between the tasks' gradients over the steps", series(result), "step"))
+    return charts.standalone_svg(
+        charts.line_chart("Cosine between the tasks' gradients over the steps", series(result), "step")
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -39,7 +39,7 @@ def bars(label: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
             parts.append(f'<text x="{NAMES + value * scale + 6:.1f}" y="{y + 15:.0f}">{value:,.0f}</text>')
             y += ROW
     head = f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {y + 10:.0f}"'
-    return charts.standalone(f"{head}>{''.join(parts)}</svg>")
+    return charts.standalone_svg(f"{head}>{''.join(parts)}</svg>")
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -64,8 +64,8 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> str:
         charts.Series("milliseconds a step", x, y, marked=True),
         charts.Series(f"{base:.0f} + {each:.3f} x tokens", ends, base + each * ends),
     ]
-    return charts.standalone(
-        charts.lines("Milliseconds a step over tokens a batch", series, "tokens a batch", (0.0, max(y)))
+    return charts.standalone_svg(
+        charts.line_chart("Milliseconds a step over tokens a batch", series, "tokens a batch", (0.0, max(y)))
     )
 
 

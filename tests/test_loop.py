@@ -26,7 +26,6 @@ from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer import loop
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory
-from minbert_fast.trainer.progress import Silent
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4
@@ -106,22 +105,22 @@ class Run:
                     steps_per_epoch=STEPS_PER_EPOCH,
                     limit=own.get("max_steps"),
                     patience=recipe.training.patience,
-                    begin=self.begin,
+                    build_step=self.build_step,
                     batches=lambda start, index=index, n=recipe.training.epochs: self.batches(index, start, n),
-                    place=lambda task, row: f"{task}.csv:{row + 2}",
+                    locate=lambda task, row: f"{task}.csv:{row + 2}",
                 )
             )
         return found
 
-    def begin(self) -> StandIn:
+    def build_step(self) -> StandIn:
         step = StandIn(self.model)
         step.broken = self.broken
         return step
 
-    def batches(self, stage: int, start: int, epochs: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+    def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
         for step in range(start, epochs * STEPS_PER_EPOCH):
             self.at_step(self.trainer.state.step + 1)
-            yield step, batch_at(stage, step)
+            yield batch_at(stage, step)
 
     def evaluate(self) -> loop.Evaluation:
         step = self.trainer.state.step
@@ -136,7 +135,7 @@ class Run:
     def go(self, resume: bool = False) -> loop.Outcome:
         torch.manual_seed(5)
         with RunDirectory(self.path) as files:
-            files.prepare()
+            files.prepare("")
             checkpoint = CheckpointStore(files.checkpoints, 1).newest(pytest.fail) if resume else None
             self.trainer = loop.Trainer(
                 recipe=self.recipe,
@@ -146,8 +145,7 @@ class Run:
                 evaluate=self.evaluate,
                 save=self.save,
                 constants={"fingerprint": "x"},
-                progress=lambda done, total: Silent(),
-                eager_fetch=self.eager,
+                fetch_every_step=self.eager,
             )
             outcome = self.trainer.run(checkpoint)
             files.write_directory("last", self.save)
@@ -424,7 +422,7 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path: Path, error: 
             return super().__call__(batch, lr_scale)
 
     run = Run(tmp_path, RECIPE)
-    run.begin = lambda: Hungry(run.model)  # type: ignore[method-assign]
+    run.build_step = lambda: Hungry(run.model)  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"out of memory at step 5, a batch of 4 examples .*--batch-size \(now 32\)"):
         run.go()
 
@@ -435,7 +433,7 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
             raise RuntimeError("shape mismatch")
 
     run = Run(tmp_path, RECIPE)
-    run.begin = lambda: Wrong(run.model)  # type: ignore[method-assign]
+    run.build_step = lambda: Wrong(run.model)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run.go()
 
@@ -462,7 +460,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
         if step == 8:
             monkeypatch.setattr(os, "fsync", full)
 
-    with pytest.raises(RunError, match=r"No space left on device\); the checkpoint of step 6 is whole"):
+    with pytest.raises(RunError, match=r"No space left on device\); the checkpoint of step 6 is intact"):
         Run(tmp_path / "run", RECIPE, at_step=fill_up).go()
     monkeypatch.undo()
     resumed = Run(tmp_path / "run", RECIPE)
@@ -474,7 +472,7 @@ def test_the_batches_are_closed_however_the_run_ends(tmp_path: Path) -> None:
     closed = []
 
     class Closing(Run):
-        def batches(self, stage: int, start: int, epochs: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+        def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
             try:
                 yield from super().batches(stage, start, epochs)
             finally:

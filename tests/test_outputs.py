@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from minbert_fast.common.errors import RunError
-from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, fresh_directory
+from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, unused_directory
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def test_a_directory_that_never_ran_is_removed_again(tmp_path: Path) -> None:
 
 def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as files:
-        files.prepare()
+        files.prepare("")
         files.write_directory("best", lambda d: (d / "a").write_text("due") and None)
         files.set_aside("best", "predictions")
         files.write_directory("best", lambda d: (d / "a").write_text("provisional") and None)
@@ -126,17 +126,17 @@ def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
 def test_clearing_removes_results_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with RunDirectory(tmp_path) as files:
-        files.prepare()
+        files.prepare("")
         files.metrics.open()
         files.write_json("summary.json", {})
-        assert files.used
+        assert files.holds_run
         files.clear()
-        assert not files.used
+        assert not files.holds_run
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_fresh_directories_are_numbered(tmp_path: Path) -> None:
-    assert fresh_directory(tmp_path / "a") == tmp_path / "a"
+    assert unused_directory(tmp_path / "a") == tmp_path / "a"
     (tmp_path / "a").mkdir()
     (tmp_path / "a-2").mkdir()
-    assert fresh_directory(tmp_path / "a") == tmp_path / "a-3"
+    assert unused_directory(tmp_path / "a") == tmp_path / "a-3"

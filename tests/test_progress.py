@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from minbert_fast.trainer import progress
@@ -21,14 +23,14 @@ def test_lines_do_not_count_the_first_evaluation(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(progress.time, "monotonic", clock)
-    shown = progress.Lines(0, 101)
+    shown = progress.Progress(0, 101)
     clock.now += 600
     shown.say("step 0: score 0.5")
     clock.now += 20
-    shown.advance(1, {"sentiment": 1.5}, 100.0)
+    shown.advance({"sentiment": 1.5}, 100.0)
     clock.now += 20
     shown.say("step 1: score 0.5")  # a later evaluation counts: there will be more of them
-    shown.advance(1, None, 100.0)
+    shown.advance(None, 100.0)
     assert capsys.readouterr().out.splitlines() == [
         "step 0: score 0.5",
         "step 1/101, 2000 s left: sentiment 1.500, 100 tokens/s",
@@ -37,14 +39,15 @@ def test_lines_do_not_count_the_first_evaluation(
     ]
 
 
-def test_a_bar_does_not_count_the_first_evaluation() -> None:
-    shown = progress.Bar(5, 100)  # a resumed run
+def test_a_bar_does_not_count_the_first_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = progress.Progress(5, 100)  # a resumed run
     start = shown._bar.start_t
     shown._bar.last_print_t = start = start - 600
     shown._bar.start_t = start
     shown.say("step 5: score 0.5")
     assert shown._bar.format_dict["elapsed"] < 60
-    shown.advance(1, None, 100.0)
+    shown.advance(None, 100.0)
     start = shown._bar.start_t
     shown.say("step 6: score 0.5")
     assert shown._bar.start_t == start

@@ -15,7 +15,7 @@ from minbert_fast import reproduce, search
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
-from minbert_fast.trainer.experiments import limited, stands_for
+from minbert_fast.trainer.experiments import limit_steps, same_experiment
 from minbert_fast.trainer.job import Options, train
 
 
@@ -48,7 +48,7 @@ def test_every_recipe_trains(name: str, data: Path, tmp_path: Path) -> None:
         "data": {"directory": str(data)},
         "training": {"batch_size": 4, "evaluate_untrained": False, "precision": "fp32"},
     }
-    recipe = limited(Recipe.load(name).with_values(quick, "test"), 2)
+    recipe = limit_steps(Recipe.load(name).with_values(quick, "test"), 2)
     output = train(recipe, Options(tmp_path / "run", device="cpu"))
     summary = json.loads((output / "summary.json").read_text())
     stages = max(1, len(recipe.stages))
@@ -167,9 +167,9 @@ def test_search_ranks_every_combination_and_goes_on(
 
 def test_a_random_search_draws_different_combinations() -> None:
     grid = search.parse_grid(["lr=1,2,3", "dropout=0.1,0.2,0.3"])
-    chosen = search.drawn(search.combinations(grid), 4, seed=3)
+    chosen = search.sample_combinations(search.combinations(grid), 4, seed=3)
     assert len({tuple(c.items()) for c in chosen}) == 4
-    assert chosen == search.drawn(search.combinations(grid), 4, seed=3)
+    assert chosen == search.sample_combinations(search.combinations(grid), 4, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -215,5 +215,5 @@ def test_optuna_proposes_within_the_grid(data: Path, tmp_path: Path) -> None:
 )
 def test_a_finished_run_stands_for_no_other_recipe(change: dict[str, Any]) -> None:
     recipe = Recipe.load("default")
-    assert stands_for(recipe, recipe.with_values({}, "test"))
-    assert not stands_for(recipe, recipe.with_values(change, "test"))
+    assert same_experiment(recipe, recipe.with_values({}, "test"))
+    assert not same_experiment(recipe, recipe.with_values(change, "test"))

@@ -231,7 +231,7 @@ def test_ticks_are_round_and_within():
     for _ in range(200):
         low = float(rng.normal() * 10.0 ** rng.integers(-6, 6))
         high = low + float(rng.random() * 10.0 ** rng.integers(-6, 6)) + 1e-7
-        values = charts.ticks(low, high)
+        values = charts.round_ticks(low, high)
         assert 2 <= len(values) <= 7
         assert all(low - 1e-6 * (high - low) <= v <= high + 1e-6 * (high - low) for v in values)
 
@@ -243,13 +243,13 @@ def test_neighbouring_ticks_have_different_names():
         ([0.05, 0.1], ["0.05", "0.1"]),
         ([1500.0, 2e6, 2.5e11], ["1,500", "2e6", "2.5e11"]),
     ):
-        assert [charts.number(value) for value in values] == names
+        assert [charts.format_tick(value) for value in values] == names
 
 
 def test_thinning_keeps_means_and_gaps():
     x = np.arange(4000.0)
     y = np.where((x >= 1000) & (x < 2000), np.nan, x)
-    thin_x, thin_y = charts.thin(x, y)
+    thin_x, thin_y = charts.downsample(x, y)
     assert len(thin_x) == charts.MAX_POINTS
     assert thin_y[0] == pytest.approx(np.mean(y[:10]))
     assert np.isnan(thin_y[100:200]).all()
@@ -267,7 +267,7 @@ def test_running_mean_is_a_centred_mean():
 
 def test_a_line_breaks_at_a_gap():
     y = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
-    svg = charts.lines("test", [charts.Series("a", np.arange(5.0), y)], "step")
+    svg = charts.line_chart("test", [charts.Series("a", np.arange(5.0), y)], "step")
     (path,) = re.findall(r'class="line s0" d="([^"]+)"', svg)
     assert path.count("M") == 2
     assert path.count("L") == 2
@@ -275,7 +275,7 @@ def test_a_line_breaks_at_a_gap():
 
 def test_one_point_and_no_point_are_charts_too():
     for values in ([1.0], [np.nan], []):
-        svg = charts.lines("test", [charts.Series("a", np.arange(float(len(values))), np.array(values))], "step")
+        svg = charts.line_chart("test", [charts.Series("a", np.arange(float(len(values))), np.array(values))], "step")
         ElementTree.fromstring(svg)
         assert "nan" not in svg
 
@@ -283,16 +283,16 @@ def test_one_point_and_no_point_are_charts_too():
 def test_a_point_without_neighbours_is_seen():
     """A short run logs one step: its losses were empty charts."""
     y = np.array([1.0, 2.0, np.nan, 4.0, np.nan])
-    svg = charts.lines("test", [charts.Series("a", np.arange(5.0), y)], "step")
+    svg = charts.line_chart("test", [charts.Series("a", np.arange(5.0), y)], "step")
     (dots,) = re.findall(r'class="points s0" d="([^"]+)"', svg)
     assert dots.count("h0") == 1
-    assert "points" in charts.lines("test", [charts.Series("a", np.arange(1.0), np.ones(1))], "step")
-    assert "points" not in charts.lines("test", [charts.Series("a", np.arange(2.0), np.ones(2))], "step")
+    assert "points" in charts.line_chart("test", [charts.Series("a", np.arange(1.0), np.ones(1))], "step")
+    assert "points" not in charts.line_chart("test", [charts.Series("a", np.arange(2.0), np.ones(2))], "step")
 
 
 def test_the_names_of_a_matrix_fit():
     names = ["negative", "somewhat negative", "neutral", "somewhat positive", "a class of the longest name there is"]
     for chosen in (names, names[-2:]):
-        svg = charts.matrix("test", np.eye(len(chosen)), chosen, "{:.2f}".format)
+        svg = charts.matrix_chart("test", np.eye(len(chosen)), chosen, "{:.2f}".format)
         for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', svg):
             assert float(x) >= charts.CHARACTER * len(text)

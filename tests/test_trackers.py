@@ -15,7 +15,7 @@ import pytest
 from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.trainer import trackers
-from minbert_fast.trainer.trackers import Trackers, check, tracking
+from minbert_fast.trainer.trackers import Trackers, check_trackers, open_trackers
 from tests.small import small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +60,7 @@ def test_a_failing_tracker_is_given_up_and_the_others_go_on() -> None:
     follow = Trackers([bad, good])
     follow({"step": 1})
     follow({"step": 2})
-    with pytest.warns(UserWarning, match=r"Recorder: given up \(no network\)"):
+    with pytest.warns(UserWarning, match=r"Recorder failed \(no network\)"):
         follow({"step": 3})
     follow.close()
     assert [r["step"] for r in bad.seen] == [1]
@@ -109,7 +109,7 @@ def test_wandb_sees_the_records_and_resumes_its_run(
 
 def test_tensorboard_event_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with tracking(["tensorboard"], tmp_path, 0, {}) as follow:
+    with open_trackers(["tensorboard"], tmp_path, 0, {}) as follow:
         follow({"step": 1, "loss/a": 0.5, "dev/score": None, "skipped": ["a"]})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,12 +121,12 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--report-to", "csv,mlflow")) == 2
     error = capsys.readouterr().err
-    assert "--report-to mlflow: expected none, or some of tensorboard, wandb, csv" in error
+    assert "--report-to mlflow: expected none or a comma-separated list of tensorboard, wandb, csv" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed \(pip install 'minbert-fast\[wandb\]'\)"):
-        check(["wandb"])
+        check_trackers(["wandb"])
 
 
 def test_a_service_that_does_not_let_us_in_is_one_line(

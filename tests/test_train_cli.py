@@ -22,7 +22,7 @@ from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.trainer.outputs import RunDirectory, own_recipe
+from minbert_fast.trainer.outputs import RunDirectory, saved_recipe_path
 from tests.small import DEV_ROWS, small_data, small_run
 
 TIMES = ("step_seconds", "time")
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_bits_on_several_threads(
 
 
 def recipe_from(*arguments: str) -> Recipe:
-    return train.recipe_of(train.parser().parse_args(arguments))
+    return train.build_recipe(train.parser().parse_args(arguments))
 
 
 def test_every_flag_reaches_the_recipe() -> None:
@@ -285,7 +285,7 @@ def test_tasks_without_a_named_file_are_left_out_aloud(data: Path, tmp_path: Pat
 def test_a_run_opens_with_what_it_will_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("no --model: the embedded tiny model")
+    assert lines[0].startswith("no --model: trains the embedded tiny model")
     assert lines[1] == (
         "recipe demonstration: 1 steps on cpu in fp32, fast backend; training rows: sentiment 40, paraphrase 40, "
         f"similarity 40; results in {tmp_path / 'run'}"
@@ -346,7 +346,7 @@ def test_a_run_remembers_its_settings(data: Path, tmp_path: Path) -> None:
 
 def test_settings_alone_are_no_run(data: Path, tmp_path: Path) -> None:
     """A run that ended before its first checkpoint leaves nothing that another one would have to overwrite."""
-    own = own_recipe(tmp_path / "run")
+    own = saved_recipe_path(tmp_path / "run")
     own.parent.mkdir(parents=True)
     own.write_text("")
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
@@ -360,7 +360,7 @@ def test_resuming_another_run_says_what_differs(
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     error = fails(capsys, *same, "--lr", "0.5")
     assert (
-        "recipe.optimizer.lr was 0.001, now 0.5; --resume goes alone, or with the flags that the run was started with"
+        "recipe.optimizer.lr was 0.001, now 0.5; give --resume alone, or with the flags that the run was started with"
         in error
     )
     assert "recipe.training.seed was 11711, now 4" in fails(capsys, *same, "--seed", "4")
@@ -438,7 +438,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
 def test_a_course_checkpoint_without_its_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({}, tmp_path / "course.pt")
     error = fails(capsys, "--model", str(tmp_path / "course.pt"), "--output", str(tmp_path / "run"))
-    assert f"{tmp_path / 'course.pt'}: no vocab.txt beside it" in error
+    assert f"{tmp_path / 'course.pt'}: no vocab.txt next to it" in error
 
 
 def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,7 +454,7 @@ def test_a_used_output_directory_is_refused_unless_told(
     run = small_run(data, tmp_path / "run", "--max-steps", "1")
     assert cli.run(train.main, run) == 0
     before = (tmp_path / "run" / "summary.json").read_bytes()
-    assert "--resume goes on with it, --overwrite starts anew" in fails(capsys, *run, status=1)
+    assert "--resume continues it, --overwrite replaces it" in fails(capsys, *run, status=1)
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
     assert cli.run(train.main, [*run, "--overwrite", "--seed", "2"]) == 0
     assert (tmp_path / "run" / "summary.json").read_bytes() != before
