@@ -158,7 +158,7 @@ def test_export_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (source, source, ("--overwrite",), "is the checkpoint itself"),
         (tmp_path / "nowhere", tmp_path / "out", (), "no such file or directory"),
         (source, tmp_path / "out", ("--normalize",), "--normalize"),
-        (source, tmp_path / "out", ("--private",), "--private goes with --push"),
+        (source, tmp_path / "out", ("--private",), "--private needs --push"),
     ]
     for where, output, more, problem in cases:
         assert run_export(where, "huggingface", output, *more) == 2

@@ -33,10 +33,10 @@ def test_every_candidate_is_right_and_ours_is_compared(monkeypatch: pytest.Monke
 
 def test_a_wrong_vector_is_seen() -> None:
     expected = np.random.default_rng(0).normal(size=(4, 8))
-    encode._same_direction(2 * expected, expected)
+    encode._check_cosines(2 * expected, expected)
     expected[2, 3] += 1
     with pytest.raises(AssertionError, match="cosine"):
-        encode._same_direction(np.roll(expected, 1, axis=0), expected)
+        encode._check_cosines(np.roll(expected, 1, axis=0), expected)
 
 
 def test_made_up_sentences_have_real_lengths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
