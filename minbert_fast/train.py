@@ -44,12 +44,7 @@ RECIPE_FLAGS = (
     Flag("model.name", ("--model",), "DIR|HUB_NAME", "encoder weights: a directory, a hub name or a course .pt file"),
     Flag("model.dropout", ("--dropout", "--hidden_dropout_prob"), "P", "dropout of the encoder"),
     Flag("training.epochs", ("--epochs",), "N", "passes over the data"),
-    Flag(
-        "training.max_steps",
-        ("--max-steps", "--max_steps"),
-        "N",
-        "most steps of the whole run, including resumed parts",
-    ),
+    Flag("training.max_steps", ("--max-steps", "--max_steps"), "N", "most steps of the run, with all resumed parts"),
     Flag("training.batch_size", ("--batch-size", "--batch_size"), "N", "examples per task and step"),
     Flag("training.seed", ("--seed",), "N", "seed of all random numbers"),
     Flag("training.precision", ("--precision",), "", "precision of matrix products; weights and moments stay fp32"),
@@ -80,11 +75,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="reference: padded, eager, one backward per task, as in a course project",
     )
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from the newest checkpoint under --output; needs no other flags, except --backend",
-    )
+    run.add_argument("--resume", action="store_true", help="continue the run under --output from its newest checkpoint")
     run.add_argument("--overwrite", action="store_true", help="replace an earlier run under --output")
     run.add_argument(
         "--report-to",
@@ -108,10 +99,10 @@ def parser() -> argparse.ArgumentParser:
     course.add_argument("--use_gpu", action="store_true", help="--device cuda")
     for short, dataset in COURSE_DATASETS.items():
         for split in ("train", "dev", "test"):
-            course.add_argument(f"--{short}_{split}", metavar="FILE", help=f"the {split} file of {dataset}")
+            course.add_argument(f"--{short}_{split}", metavar="FILE", help=f"{split} file of {dataset}")
         for split in ("dev", "test"):
             course.add_argument(
-                f"--{short}_{split}_out", metavar="FILE", help=f"also write the {split} predictions of {dataset} here"
+                f"--{short}_{split}_out", metavar="FILE", help=f"copy of {dataset}'s {split} predictions"
             )
     return command
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time left is that of the steps: an evaluation before the first of them says nothing about it."""
+"""The estimate of the time left excludes an evaluation before the first step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-def test_lines_do_not_count_the_first_evaluation(
+def test_printed_lines_exclude_the_first_evaluation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
@@ -29,7 +29,7 @@ def test_lines_do_not_count_the_first_evaluation(
     clock.now += 20
     shown.advance({"sentiment": 1.5}, 100.0)
     clock.now += 20
-    shown.say("step 1: score 0.5")  # a later evaluation counts: there will be more of them
+    shown.say("step 1: score 0.5")  # later evaluations count, since more will follow
     shown.advance(None, 100.0)
     assert capsys.readouterr().out.splitlines() == [
         "step 0: score 0.5",
@@ -39,7 +39,7 @@ def test_lines_do_not_count_the_first_evaluation(
     ]
 
 
-def test_a_bar_does_not_count_the_first_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_excludes_the_first_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     shown = progress.Progress(5, 100)  # a resumed run
     start = shown._bar.start_t

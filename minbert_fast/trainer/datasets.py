@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,25 +90,21 @@ def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Ca
             raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
     named = {d: Path(s[split]) for d, s in recipe.data.files.items() if split in s and d in datasets}
     others = tuple(dataset for dataset in datasets if dataset not in named)
-    if not others or (recipe.data.files and not recipe.data.directory):
-        if others and split == "train":
-            notify(f"no train file named for {', '.join(others)}: left out")
-        return named
-    directory = Path(recipe.data.directory) if recipe.data.directory else sample_directory().data
-    if split != "train":  # the caller reports missing dev files; test files are optional
-        with suppress(DataError):
-            return find_tables(directory, split, others).paths | named
-        return named
-    try:
-        found = find_tables(directory, split, others)
-    except DataError:
-        if not named:
-            raise
-        notify(f"{directory}: no train files of {', '.join(others)}")
-        return named
-    for notice in found.notices:
+    notices: tuple[str, ...] = ()
+    if others and recipe.data.files and not recipe.data.directory:
+        notices = (f"no train file named for {', '.join(others)}: left out",)
+    elif others:
+        directory = Path(recipe.data.directory) if recipe.data.directory else sample_directory().data
+        try:
+            found = find_tables(directory, split, others)
+            named, notices = found.paths | named, tuple(found.notices)
+        except DataError:
+            if split == "train" and not named:
+                raise
+            notices = (f"{directory}: no train files of {', '.join(others)}",)
+    for notice in notices if split == "train" else ():  # the caller reports missing dev files; test files are optional
         notify(notice)
-    return found.paths | named
+    return named
 
 
 def _load(

@@ -174,16 +174,8 @@ class _Job:
             for task in self.model.adopt(weights.pretraining_heads(source), str(source)):
                 self.notify(f"tasks.{task} starts from the model's own pre-training head")
         self.captures = Captures()
-        context = StageContext(
-            self.model,
-            self.tokenizer,
-            self.data.train,
-            self.device,
-            self.precision,
-            self.backend,
-            self.world,
-            self.captures,
-        )
+        where = self.device, self.precision, self.backend, self.world
+        context = StageContext(self.model, self.tokenizer, self.data.train, *where, self.captures)
         self.stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
         self._check_select()
 
@@ -317,20 +309,16 @@ class _Job:
         self.files.write_directory("last", self._save)
         if outcome.best is None:  # never evaluated
             self.files.write_directory("best", self._save)
-        self._write_test_predictions()
-        self._copy_predictions()
-        self.files.write_json(SUMMARY, self._summary(outcome))
-        with translate_write_errors(self.files.path / "report.html"):
-            write_report(self.files.path)
-        self._print(_format_outcome(outcome, self.files.path))
-
-    def _write_test_predictions(self) -> None:
-        """Writes the best model's predictions on the test files, if there are any."""
         if self.data.test:
             self.model = MultitaskModel.load(self.files.path / "best").to(self.device)
             found = self._predict(self.data.test)
             with translate_write_errors(self.files.path / "predictions"):
                 found.write_predictions(self.files.path / "predictions", "test")
+        self._copy_predictions()
+        self.files.write_json(SUMMARY, self._summary(outcome))
+        with translate_write_errors(self.files.path / "report.html"):
+            write_report(self.files.path)
+        self._print(_format_outcome(outcome, self.files.path))
 
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""

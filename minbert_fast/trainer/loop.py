@@ -24,10 +24,9 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore
-from minbert_fast.trainer.observe import Observation, Observer
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
-from minbert_fast.trainer.records import Clock, dev_record, training_record
+from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.state import State, collect_tensors, load_model, load_step

@@ -28,13 +28,11 @@ Record = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """A destination of records."""
+    """A destination of complete records, one per step, steps ascending."""
 
-    def write(self, record: Record) -> None:
-        """Takes the complete record of one step; steps ascend."""
+    def write(self, record: Record) -> None: ...
 
-    def close(self) -> None:
-        """Ends the tracker after the last record."""
+    def close(self) -> None: ...
 
 
 class CsvTracker:
@@ -107,21 +105,16 @@ class Trackers:
         self._trackers = list(trackers)
         self._held: Record | None = None
 
-    def __call__(self, record: Record) -> None:
-        """Takes the record of a new step, or a replacement for the last one."""
-        if self._held is not None and self._held["step"] != record["step"]:
-            self._write_held()
-        self._held = record
+    def __call__(self, record: Record | None) -> None:
+        """Takes the record of a new step, a replacement for the last one, or None after the last record."""
+        held, self._held = self._held, record
+        if held is not None and (record is None or held["step"] != record["step"]):
+            self._each(lambda tracker: tracker.write(held))
 
     def close(self) -> None:
         """Passes on the last record and closes the trackers."""
-        self._write_held()
+        self(None)
         self._each(lambda tracker: tracker.close())
-
-    def _write_held(self) -> None:
-        record, self._held = self._held, None
-        if record is not None:
-            self._each(lambda tracker: tracker.write(record))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):

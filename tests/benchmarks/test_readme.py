@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables and figures of README and docs come from results files, and say so where there are none."""
+"""Tables and figures of README and docs come from the results files; missing results are named."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_step_table_has_each_timed_candidate_slowest_first(results: Path) -> Non
     assert "a copy 30 GB/s" in text
 
 
-def test_steps_without_surgery_have_a_table_of_their_own(results: Path) -> None:
+def test_steps_without_surgery_have_their_own_table(results: Path) -> None:
     lines = readme.suite("step", "cpu", results, table=partial(readme.candidates_table, method="none")).splitlines()
     assert lines[2] == "| MiniLM-L6 | ours | 400 | 6,925 |  |  | 50% | 10 MB |"
     assert not lines[3]
@@ -79,11 +79,11 @@ def test_surgery_and_encode_tables(tmp_path: Path) -> None:
     assert "| MiniLM-L6 | ours fp32 | 100 | 3.2 (fp32) |" in readme.suite("encode", "cpu", tmp_path)
 
 
-def test_a_suite_without_results_says_how_to_get_them(tmp_path: Path) -> None:
+def test_a_suite_without_results_names_the_command(tmp_path: Path) -> None:
     assert "python -m benchmarks.run step --device cuda" in readme.suite("step", "cuda", tmp_path)
 
 
-def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) -> None:
+def test_figures_show_every_value(results: Path, tmp_path: Path) -> None:
     readme.write_figures(results, tmp_path)
     bars = ElementTree.parse(tmp_path / "step-cpu.svg").getroot()
     texts = [node.text for node in bars.iter() if node.tag.endswith("text")]
@@ -93,8 +93,8 @@ def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) ->
     assert "12 + 0.169 x tokens" in scaling
 
 
-def test_conflicts_of_a_run_become_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path / "run")  # every fourth of its 40 steps has cosine -0.25, the others 0.5
+def test_conflicts_of_a_run_give_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")  # every fourth of the 40 steps has cosine -0.25, the others 0.5
     monkeypatch.setattr(conflicts, "RESULTS", tmp_path / "conflicts.json")
     assert conflicts.main([str(run), "tiny"]) == 0
     text = readme.conflicts_table(tmp_path)

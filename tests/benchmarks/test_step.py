@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step suite on a tiny shape: every candidate runs, is checked, and says what the README reads."""
+"""The step suite on a tiny shape: all candidates run, are checked, and give the numbers that the README shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CEILINGS = harness.Ceilings(1e10, 1e11, 1e11)
 
 @pytest.fixture(autouse=True)
 def _few_objects() -> Iterator[None]:
-    """The suite collects garbage between cases: it need not walk over all that the test run has loaded."""
+    """Freezes existing objects, so that the suite's garbage collections between cases are fast."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -51,7 +51,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.note.startswith("WRONG")
 
 
-def test_operations_are_those_of_a_naive_count() -> None:
+def test_flops_equal_a_naive_count() -> None:
     model, _ = step.make_model(TINY, 3, CPU)
     (batch,) = batches.make_batches(model, 1, 4)
     total = 0
@@ -61,7 +61,7 @@ def test_operations_are_those_of_a_naive_count() -> None:
     assert step.count_flops(TINY, batch) == 3 * 2 * total  # three passes, two layers
 
 
-def test_packed_and_padded_baselines_see_every_sentence() -> None:
+def test_packed_and_padded_baselines_contain_every_token() -> None:
     model, _ = step.make_model(TINY, 3, CPU)
     (batch,) = batches.make_batches(model, 1, 4)
     parts = dict(baselines.split_tasks(batch))
@@ -94,7 +94,7 @@ def test_scaling_cases_run_and_are_fitted(monkeypatch: pytest.MonkeyPatch) -> No
     assert "a thousand tokens" in fit.note
 
 
-def test_the_fit_is_exact_on_a_plane_and_shows_a_bend() -> None:
+def test_the_fit_is_exact_on_a_plane_and_reveals_a_bend() -> None:
     exact = [(n, t, 5 + 0.25 * n + 3 * t) for n, t in ((100, 1), (200, 3), (700, 2), (400, 8))]
     assert step.describe_fit(exact).startswith("5 ms + 250 ms a thousand tokens + 3 ms a task: off by 0.0%")
     bent = [(n, t, time + (40 if n == 700 else 0)) for n, t, time in exact]
