@@ -8,8 +8,6 @@ python -m minbert_fast.evaluate --checkpoint runs/first/best --sentiment FILE --
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +17,11 @@ from tqdm import tqdm
 from minbert_fast.common.cli import Parser, add_device_flags, run
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.storage import write_json
 from minbert_fast.data import MAIN_TASKS, Tokenizer, TokenTable, find_tables, load_tokens, read_table
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.evaluation import Evaluation, evaluate
-from minbert_fast.tasks.predictions import write_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,24 +52,18 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = Tokenizer.from_pretrained(options.checkpoint)
     bad_rows = recipe.data.max_bad_rows
     tables = {name: _load_table(model, name, path, tokenizer, bad_rows) for name, path in paths.items()}
-    rows = sum(map(len, tables.values()))
-    with tqdm(total=rows, unit=" examples", file=sys.stderr, disable=None, leave=False) as bar:
-        evaluation = evaluate(
-            model,
-            tables,
-            precision=choose_precision(options.precision, device),
-            max_length=recipe.data.max_length,
-            progress=bar.update,
-        )
+    with tqdm(
+        total=sum(map(len, tables.values())), unit=" examples", file=sys.stderr, disable=None, leave=False
+    ) as bar:
+        precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
+        evaluation = evaluate(model, tables, precision=precision, max_length=max_length, progress=bar.update)
     if options.output is not None:
-        texts = {
-            name: read_table(path, model.tasks[name].dataset, max_bad_rows=bad_rows).sentences
-            for name, path in paths.items()
-        }
+        files = {n: read_table(path, model.tasks[n].dataset, max_bad_rows=bad_rows) for n, path in paths.items()}
+        texts = {name: table.sentences for name, table in files.items()}
         evaluation.write(options.output, texts, options.split)
     if options.json is not None:
-        scores = {key: value if math.isfinite(value) else None for key, value in evaluation.metrics.items()}
-        write_text(options.json, json.dumps(scores, indent=2) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, evaluation.metrics)
     print(format_scores(evaluation, tables))
 
 

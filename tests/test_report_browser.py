@@ -33,11 +33,11 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
-#: Everything visible that a pointer could act on, or that scrolls by itself.
+#: All visible elements that react to a pointer or scroll.
 STOPS = """[...document.querySelectorAll('a[href], summary, button, input, [tabindex], .scroll')]
   .filter(e => !e.closest('details:not([open]) > :not(summary)'))"""
 
-#: The focused element's place in STOPS, whether its outline shows, and whether it is in sight.
+#: Index of the focused element in STOPS, whether its outline is visible, and whether the element is in view.
 FOCUS = f"""(() => {{
   const e = document.activeElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
   return [{STOPS}.indexOf(e), style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2,
@@ -73,7 +73,7 @@ def test_collapsible_parts_open_and_close_by_key(tab: Page, pages: dict[str, Pat
             assert tab.evaluate(f"document.querySelectorAll('details')[{fold}].open") is expected
 
 
-#: What sticks out of the window, but for what scrolls inside a box of its own.
+#: Elements that overflow the window, except inside scrollable boxes.
 OUTSIDE = """(() => {
   document.querySelectorAll('details').forEach(d => d.open = true);
   const width = document.documentElement.clientWidth;
@@ -82,7 +82,7 @@ OUTSIDE = """(() => {
     .map(e => e.tagName + '.' + e.className);
 })()"""
 
-#: Sizes of text as it is drawn, inside charts too.
+#: The smallest font size on the page in CSS pixels, with the scaling of charts.
 SMALLEST = """Math.min(...[...document.querySelectorAll('text, p, td, th, li, a, figcaption, summary, pre, span')].map(e => {
   const svg = e.closest('svg'), scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
   return parseFloat(getComputedStyle(e).fontSize) * scale; }))"""
@@ -99,7 +99,7 @@ def test_no_element_overflows_and_text_stays_readable(tab: Page, pages: dict[str
         assert tab.evaluate(SMALLEST) >= (9 if width >= 390 else 7.5), width
 
 
-#: The lowest contrast between a text and what it stands on (WCAG 2), and that text.
+#: The lowest contrast (WCAG 2) between a text and its background, and that text.
 CONTRAST = """(() => {
   const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
   const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);

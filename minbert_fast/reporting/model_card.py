@@ -7,7 +7,6 @@ contains is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from minbert_fast.common.version import __version__
 from minbert_fast.data import FORMATS
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting.runs import read_json
 from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.predictor import Predictor
 
@@ -57,7 +57,7 @@ def public_recipe(source: Path) -> Recipe | None:
 def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
     """The card of the model in directory `source`, exported under `name` in the format `form`."""
     recipe = public_recipe(source)
-    summary = _read_summary(source.parent / "summary.json")
+    summary = read_json(source.parent / "summary.json", notices=[])
     library = "sentence-transformers" if form == "sentence-transformers" else "transformers"
     head = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "tags:", "- bert", "- minbert_fast"]
     head += ["- sentence-similarity", *(["- sentence-transformers"] if library != "transformers" else []), "---", ""]
@@ -113,12 +113,3 @@ def _scores(summary: Mapping[str, Any]) -> list[str]:
 
 def _code(text: str, language: str = "python") -> str:
     return f"```{language}\n{text.rstrip()}\n```"
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    """A run's summary.json; empty if it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

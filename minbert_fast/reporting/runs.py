@@ -70,9 +70,9 @@ def read_run(directory: Path) -> Run:
     if not (directory / "metrics.jsonl").is_file() and not (directory / "summary.json").is_file():
         problem = "holds neither metrics.jsonl nor summary.json" if directory.is_dir() else "no such directory"
         raise ConfigError(f"{directory}: {problem}; expected the --output directory of a training run")
-    summary = _read_json(directory / "summary.json", notices)
+    summary = read_json(directory / "summary.json", notices)
     records = _read_records(directory / "metrics.jsonl", notices)
-    details = _read_json(directory / "predictions" / "details.json", notices)
+    details = read_json(directory / "predictions" / "details.json", notices)
     recipe: dict[str, Any] = {}
     for name in ("best", "last"):
         path = directory / name / "recipe.toml"
@@ -99,7 +99,8 @@ def numbers(values: Any) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
+def read_json(path: Path, notices: list[str]) -> dict[str, Any]:
+    """A JSON object from a file; empty, with a line added to `notices`, if the file is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

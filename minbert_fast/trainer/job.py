@@ -101,25 +101,23 @@ def _open_directory(path: Path, world: World) -> Iterator[RunDirectory]:
         yield stack.enter_context(RunDirectory(path))
 
 
+@dataclass
 class _Job:
-    def __init__(
-        self, recipe: Recipe, options: Options, output: Path, files: RunDirectory, world: World, device: torch.device
-    ) -> None:
-        check_trackers(options.report_to)
-        self.recipe = recipe
-        self.options = options
-        self.output = output  # of rank 0; `files` differs from it on the other ranks
-        self.files = files
-        self.world = world
-        self.device = device
-        self.notices: list[str] = []
-        self.commit = commit()  # read now: the checkout may change during a long run
-        self.precision = choose_precision(recipe.training.precision, device)
-        self.backend: Backend = "fast" if options.backend == "auto" else options.backend
-        self.demonstration = not (recipe.model.name or recipe.data.directory or recipe.data.files)
+    recipe: Recipe
+    options: Options
+    output: Path  # of rank 0; `files` is another directory on the other ranks
+    files: RunDirectory
+    world: World
+    device: torch.device
+    notices: list[str] = field(default_factory=list)  # lines for summary.json
 
     def run(self) -> None:
         """Loads everything, trains, and writes last/, predictions, summary.json and the report."""
+        check_trackers(self.options.report_to)
+        self.commit = commit()  # read now: the checkout may change during a long run
+        self.precision = choose_precision(self.recipe.training.precision, self.device)
+        self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
+        self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
         if self.world.size > 1 and self.backend == "reference":
             raise ConfigError(f"--backend reference trains in one process, not in {self.world.size}")
         if self.files.holds_run and self.options.overwrite:

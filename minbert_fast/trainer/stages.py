@@ -36,7 +36,7 @@ from minbert_fast.trainer.loop import Stage
 
 @dataclass(frozen=True)
 class StageContext:
-    """What all stages of a run share."""
+    """The objects that all stages of a run share."""
 
     model: MultitaskModel
     tokenizer: Tokenizer
@@ -101,7 +101,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         recipe=recipe,
         steps_per_epoch=sampler.steps_per_epoch,
         limit=own.get("max_steps"),
-        # Dev scores say nothing about further pre-training, which does not train the heads that they come from.
+        # Further pre-training does not train the heads that the dev scores come from.
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         build_step=build_step,
         batches=batches,

@@ -31,7 +31,6 @@ class Tracker(Protocol):
     """A destination of complete records, one per step, steps ascending."""
 
     def write(self, record: Record) -> None: ...
-
     def close(self) -> None: ...
 
 
