@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 import types
@@ -67,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--recipe", metavar="NAME|FILE.toml", help="the experiment (default: default; without --model: demonstration)"
     )
-    run.add_argument("--output", metavar="DIR", help="directory of the results (default: a new one under runs/)")
+    run.add_argument(
+        "--output", metavar="DIR", type=Path, help="directory of the results (default: a new one under runs/)"
+    )
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument(
         "--backend",
@@ -97,12 +100,12 @@ def parser() -> argparse.ArgumentParser:
     course = command.add_argument_group("the course's flags")
     course.add_argument("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads only; finetune: everything")
     course.add_argument("--use_gpu", action="store_true", help="--device cuda")
-    for short, dataset in COURSE_DATASETS.items():
-        for split in ("train", "dev", "test"):
-            course.add_argument(f"--{short}_{split}", metavar="FILE", help=f"{split} file of {dataset}")
-        for split in ("dev", "test"):
+    for (short, dataset), split in itertools.product(COURSE_DATASETS.items(), ("train", "dev", "test")):
+        name, key = f"--{short}_{split}", f"data.files.{dataset}.{split}"
+        course.add_argument(name, metavar="FILE", dest=key, help=f"{split} file of {dataset}")
+        if split != "train":
             course.add_argument(
-                f"--{short}_{split}_out", metavar="FILE", help=f"copy of {dataset}'s {split} predictions"
+                f"{name}_out", metavar="FILE", type=Path, help=f"copy of {dataset}'s {split} predictions"
             )
     return command
 
@@ -134,19 +137,14 @@ def build_recipe(chosen: argparse.Namespace) -> Recipe:
     --resume uses the recipe saved under --output, unless the command line names one or changes more than --max-steps.
     """
     values: dict[str, Any] = dict(COURSE_OPTIONS[chosen.option]) if chosen.option else {}
-    for flag in RECIPE_FLAGS:
-        value = getattr(chosen, flag.key)
-        if value is not None:
-            section, name = flag.key.split(".")
-            values = merge(values, {section: {name: value}})
-    for short, dataset in COURSE_DATASETS.items():
-        for split in ("train", "dev", "test"):
-            path = getattr(chosen, f"{short}_{split}")
-            if path is not None:
-                values = merge(values, {"data": {"files": {dataset: {split: path}}}})
+    for key, value in vars(chosen).items():
+        if "." in key and value is not None:  # the flag sets this key of the recipe
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            values = merge(values, value)
     values = merge(values, parse_assignments(chosen.assignments))
     if chosen.resume and chosen.recipe is None and flatten(values).keys() <= {"training.max_steps"}:
-        saved = saved_recipe_path(Path(chosen.output or ""))
+        saved = saved_recipe_path(chosen.output or Path())
         if saved.is_file():
             return Recipe.load(str(saved)).with_values(values, "command line")
     # The learning rate of `default` suits pre-trained weights; the tiny model has random ones.
@@ -162,19 +160,15 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
         raise ConfigError("--resume and --overwrite: choose one")
     if chosen.resume and chosen.output is None:
         raise ConfigError("--resume needs --output, the directory of the interrupted run")
-    copies = {
-        (dataset, split): Path(path)
-        for short, dataset in COURSE_DATASETS.items()
-        for split in ("dev", "test")
-        if (path := getattr(chosen, f"{short}_{split}_out")) is not None
-    }
+    course = itertools.product(COURSE_DATASETS.items(), ("dev", "test"))
+    copies = {(dataset, split): getattr(chosen, f"{short}_{split}_out") for (short, dataset), split in course}
     return Options(
-        output=None if chosen.output is None else Path(chosen.output),
+        output=chosen.output,
         device="cuda" if chosen.use_gpu else chosen.device,
         backend=chosen.backend,
         resume=chosen.resume,
         overwrite=chosen.overwrite,
-        copies=copies,
+        copies={key: path for key, path in copies.items() if path is not None},
         report_to=() if chosen.report_to == "none" else tuple(chosen.report_to.split(",")),
         command=shlex.join(["python", "-m", "minbert_fast.train", *arguments]),
     )

@@ -39,12 +39,12 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
     """The `checkpoints/` folder of a run, which holds the newest `keep` checkpoints."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    folder: Path
+    keep: int
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes the checkpoint of `step`, then removes the oldest ones. Raises RunError if the disk refuses."""

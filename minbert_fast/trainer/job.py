@@ -123,7 +123,7 @@ class _Job:
         if self.files.holds_run and self.options.overwrite:
             self.files.clear()
         elif self.files.holds_run and not self.options.resume:
-            raise RunError(f"{self.files.path} holds a run: --resume continues it, --overwrite replaces it")
+            raise RunError(f"{self.files.path} holds a run already: --resume continues it, --overwrite replaces it")
         if self.demonstration:
             self._print(DEMONSTRATION)
         with StopSignals() as signals, signals.interruptible():

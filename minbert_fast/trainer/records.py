@@ -69,8 +69,8 @@ class Observer:
 def _unpack(step: int, batch: MultitaskBatch, weighted: bool, values: list[float]) -> Observation:
     tasks, present = batch.tasks, batch.present()
     count = len(tasks)
-    losses, flags, (grad_norm, *gram) = values[:count], values[count : 2 * count], values[2 * count :]
-    weights, gram = (gram[:count], gram[count:]) if weighted else ([], gram)
+    losses, flags, (grad_norm, *rest) = values[:count], values[count : 2 * count], values[2 * count :]
+    weights, gram = (rest[:count], rest[count:]) if weighted else ([], rest)
     skipped = tuple(task for task, flag in zip(tasks, flags, strict=True) if flag)
     if not skipped and not math.isfinite(grad_norm):  # each task's gradient is finite, their sum overflowed
         skipped = tuple(present)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_bytes
+from minbert_fast.reporting.runs import numbers
 
 CSV, TENSORBOARD, WANDB_ID = "metrics.csv", "tensorboard", ".wandb-id"
 KNOWN = ("tensorboard", "wandb", "csv")
@@ -161,4 +162,4 @@ def _start(name: str, directory: Path, first_step: int, config: Mapping[str, Any
 
 def _numbers(record: Record) -> dict[str, float]:
     """The record's numeric values, without the step."""
-    return {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "step"}
+    return {key: value for key, value in numbers(record).items() if key != "step"}
