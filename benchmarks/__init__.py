@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: every number beside its baseline, measured in the same process."""
+"""Benchmarks: every number is measured together with its baseline, in the same process."""

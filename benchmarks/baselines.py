@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other ways to take the same training step, each at its best: what ours is measured against.
+"""Baselines of the step benchmark: other implementations of the same training step, each tuned.
 
-    padded      transformers' BertModel with SDPA, one padded batch a task, AdamW(fused), TorchJD for surgery
+    padded      transformers' BertModel with SDPA, one padded batch per task, AdamW(fused), TorchJD for surgery
     compiled    the same under torch.compile, sentences padded to a few lengths (on CUDA with CUDA graphs)
-    packed      one forward over packed tokens from PyTorch's own kernels, one backward a task, J J^T, AdamW(fused)
+    packed      packed tokens through PyTorch's own kernels, one forward and one backward per task, J J^T, AdamW(fused)
 
-All use the heads, pooling, losses and dropout of the `MultitaskModel` that they are given.
+All use the heads, pooling, losses and dropout of the given `MultitaskModel`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast import surgery
+from minbert_fast import surgery as methods
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.packing import PackedBatch
@@ -29,40 +29,40 @@ from minbert_fast.ops import reference
 from minbert_fast.tasks import MultitaskModel
 
 LR = 1e-5
-GRAIN = 32  # compiled: sentences are padded to multiples of it
+GRAIN = 32  # compiled: pads sentences to multiples of 32 tokens
 
 
-class _TaskByTask:
-    """A forward a task, so that each task's gradient is the backward of its own graph and no longer one."""
+class _PerTaskStep:
+    """One forward and one backward per task, then surgery (if `surgery`) on J [T, P], and fused AdamW."""
 
-    own_gradients = False  # whether sums over tasks go into memory of our own, not into the first task's gradient
+    own_gradients = False  # allocate `.grad` once and keep it, so that the tasks' gradients are added to our memory
 
-    def __init__(self, model: MultitaskModel, shared: list[nn.Parameter], apart: bool, dtype: torch.dtype) -> None:
+    def __init__(self, model: MultitaskModel, shared: list[nn.Parameter], surgery: bool, dtype: torch.dtype) -> None:
         self.model = model
         self.shared = shared
         self.heads = model.head_parameters()
-        self.apart = apart
+        self.surgery = surgery
         self.dtype = dtype
         self.optimizer = torch.optim.AdamW([*shared, *self.heads], lr=LR, weight_decay=0.0, fused=True)
 
     def __call__(self, batch: MultitaskBatch) -> Tensor:
-        """One step; returns the losses [T]."""
+        """Takes one step; returns the losses [T]."""
         self.model.train()
         losses, rows = [], []
         for name, one in split_tasks(batch):
             loss = self._loss(name, one)
             losses.append(loss.detach())
-            if self.apart:
+            if self.surgery:
                 torch.autograd.backward(loss, inputs=[*self.shared, *self._own(name)])
                 rows.append(torch.cat([_gradient(p).flatten() for p in self.shared]))
                 for p in self.shared:
                     p.grad = None
             else:
                 loss.backward()
-        if self.apart:
+        if self.surgery:
             reference.write_gradient(self.shared, self._combine(torch.stack(rows)))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.own_gradients)  # now, not later: others need the memory meanwhile
+        self.optimizer.zero_grad(set_to_none=not self.own_gradients)  # at once: other candidates need the memory
         return torch.stack(losses)
 
     def _own(self, name: str) -> list[nn.Parameter]:
@@ -74,33 +74,35 @@ class _TaskByTask:
         return self.model.losses(batch, hidden.float())[name]
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
-        """The encoder's output [N, H] for the rows of a packed batch."""
+        """The encoder's output [N, H] for the N packed tokens."""
         raise NotImplementedError
 
     def _combine(self, J: Tensor) -> Tensor:
-        """PCGrad of J [T, P]."""
+        """The gradient [P] that PCGrad makes of J [T, P]."""
         raise NotImplementedError
 
 
-class PaddedStep(_TaskByTask):
-    """transformers' encoder over one rectangle a task; `grain` rounds its width up. TorchJD's PCGrad."""
+class PaddedStep(_PerTaskStep):
+    """transformers' encoder over one padded batch per task, its width a multiple of `grain`; TorchJD's PCGrad."""
 
     def __init__(
-        self, model: MultitaskModel, apart: bool, dtype: torch.dtype, grain: int = 1, compiled: bool = False
+        self, model: MultitaskModel, surgery: bool, dtype: torch.dtype, grain: int = 1, compiled: bool = False
     ) -> None:
         encoder = as_transformers(model.encoder)
-        model.encoder.to("meta")  # only the heads are used from here on: no memory for weights that stand idle
-        super().__init__(model, [p for p in encoder.parameters() if p.requires_grad], apart, dtype)
+        model.encoder.to("meta")  # frees the memory: only the heads are used from here on
+        super().__init__(model, [p for p in encoder.parameters() if p.requires_grad], surgery, dtype)
         self.grain = grain
         self.encode: Callable[..., object] = encoder
         if compiled:
             from torch._dynamo import config
 
-            config.recompile_limit = 256  # all sizes and models share the code: after 8 the rest would run eagerly
+            config.recompile_limit = (
+                256  # all sizes and models count together; beyond the limit of 8 they would run eagerly
+            )
             cuda = self.shared[0].is_cuda
             self.encode = torch.compile(encoder, mode="reduce-overhead" if cuda else None, dynamic=False)
-            # A gradient that lies in a CUDA graph's memory is gone at the next task (pytorch/pytorch issue 169545).
-            self.own_gradients = cuda and not apart
+            # The next task overwrites gradients in a CUDA graph's memory (pytorch/pytorch issue 169545).
+            self.own_gradients = cuda and not surgery
             for p in self.shared if self.own_gradients else ():
                 p.grad = torch.zeros_like(p)
 
@@ -118,13 +120,13 @@ class PaddedStep(_TaskByTask):
         return combined
 
 
-class PackedStep(_TaskByTask):
-    """Packed tokens through torch's own linear, layer_norm, gelu and SDPA; G = J @ J.T."""
+class PackedStep(_PerTaskStep):
+    """Packed tokens through torch's linear, layer_norm, gelu and SDPA; PCGrad from G = J @ J.T."""
 
-    def __init__(self, model: MultitaskModel, apart: bool, dtype: torch.dtype) -> None:
+    def __init__(self, model: MultitaskModel, surgery: bool, dtype: torch.dtype) -> None:
         shared = [p for n, p in model.encoder.named_parameters() if not n.startswith("pooler")]
-        super().__init__(model, shared, apart, dtype)
-        self.method = surgery.weights("pcgrad", "sum", torch.Generator().manual_seed(0))
+        super().__init__(model, shared, surgery, dtype)
+        self.method = methods.weights("pcgrad", "sum", torch.Generator().manual_seed(0))
 
     def _hidden(self, packed: PackedBatch) -> Tensor:
         return packed_encoder(self.model.encoder, packed)
@@ -139,7 +141,7 @@ def _gradient(p: nn.Parameter) -> Tensor:
 
 
 def as_transformers(encoder: BertModel) -> nn.Module:
-    """The same encoder as a transformers BertModel with SDPA attention, on the same device."""
+    """A transformers BertModel with SDPA attention and the same weights, on the same device."""
     from transformers import BertModel as Other
     from transformers.utils import logging
 
@@ -153,7 +155,7 @@ def as_transformers(encoder: BertModel) -> nn.Module:
 
 
 def rectangle(packed: PackedBatch, width: int) -> tuple[Tensor, Tensor]:
-    """For each place of [B, width] the packed row that belongs there (any row where there is none), and the mask."""
+    """Index [B, width] of the packed row of each padded position, and the mask of real tokens [B, width]."""
     begins, lengths = packed.cu_seqlens[:-1].long(), packed.cu_seqlens.diff()
     places = torch.arange(width, device=begins.device)
     mask = places < lengths[:, None]
@@ -161,7 +163,7 @@ def rectangle(packed: PackedBatch, width: int) -> tuple[Tensor, Tensor]:
 
 
 def split_tasks(batch: MultitaskBatch) -> Iterator[tuple[str, MultitaskBatch]]:
-    """Each task's part as a batch of its own, its sentences to be padded to their own longest."""
+    """Splits a batch into one batch per task, with that task's longest sentence as `max_seqlen`."""
     packed = batch.packed
     bounds, offsets = packed.task_sentences.tolist(), packed.cu_seqlens.tolist()
     for name, (first, last) in zip(batch.tasks, itertools.pairwise(bounds), strict=True):
@@ -182,7 +184,7 @@ def split_tasks(batch: MultitaskBatch) -> Iterator[tuple[str, MultitaskBatch]]:
 
 
 def packed_encoder(model: BertModel, packed: PackedBatch) -> Tensor:
-    """The encoder over packed tokens [N, H], without padding outside attention."""
+    """The encoder's output [N, H]; pads inside attention only."""
     config = model.config
     p, heads = config.hidden_dropout_prob if model.training else 0.0, config.num_attention_heads
     index, mask = rectangle(packed, packed.max_seqlen)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps what a training run measured of its tasks' conflicts, for docs/surgery.md.
+"""Saves a training run's gradient cosines for the table and the figure in docs/surgery.md.
 
 python -m minbert_fast.train --data DIR --model DIR --output runs/conflicts --epochs 1 --set logging.every=1
 python -m benchmarks.conflicts runs/conflicts MiniLM-L6     writes benchmarks/results/conflicts.json
-python -m benchmarks.readme                                 the table and the figure
+python -m benchmarks.readme                                 writes the table and the figure
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RESULTS = Path(__file__).parent / "results" / "conflicts.json"
 PREFIX = "cosine/"
 
 
-def measured(run: Run, model: str) -> dict[str, Any]:
-    """A run's cosines by pair of tasks, a value a logged step (null where a task had no gradient), and what they are of.
+def extract(run: Run, model: str) -> dict[str, Any]:
+    """A run's cosines by pair of tasks (null at steps where a task had no gradient) and the facts of the run.
 
-    `model` is what people call its weights. Raises SystemExit where no cosines were logged.
+    `model` is the name of the initial weights. Raises SystemExit if the run logged no cosines.
     """
     pairs = {key.removeprefix(PREFIX): run.column(key) for key in run.keys(PREFIX)}
     if not pairs:
@@ -46,7 +46,7 @@ def measured(run: Run, model: str) -> dict[str, Any]:
 
 
 def series(result: Mapping[str, Any]) -> list[charts.Series]:
-    """A line a pair of tasks."""
+    """One line per pair of tasks."""
     return [
         charts.Series(
             pair.replace("|", " · "),
@@ -59,19 +59,19 @@ def series(result: Mapping[str, Any]) -> list[charts.Series]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: how far each pair of tasks pulled apart, and how often any did."""
+    """A Markdown table of the cosines, and the share of steps in which any pair was in conflict."""
     lines = ["| tasks | mean cosine | mean size | lowest | steps in conflict |", "|---|---|---|---|---|"]
     found = series(result)
     for one in found:
         known = one.y[np.isfinite(one.y)]
         numbers = f"{known.mean():+.3f} | {np.abs(known).mean():.3f} | {known.min():+.3f} | {(known < 0).mean():.0%}"
         lines.append(f"| {one.name} | {numbers} |")
-    apart = set().union(*(one.x[one.y < 0].tolist() for one in found))
+    conflicting = set().union(*(one.x[one.y < 0].tolist() for one in found))
     logged = set().union(*(one.x.tolist() for one in found))
     torch = (result["versions"] or {}).get("torch")
     lines += [
         "",
-        f"Some pair was in conflict in {len(apart) / len(logged):.0%} of the steps. Recipe `{result['recipe']}`, "
+        f"Some pair was in conflict in {len(conflicting) / len(logged):.0%} of the steps. Recipe `{result['recipe']}`, "
         f"{result['model']}, {result['method']}, {result['steps']} steps, {result['precision']} products on a "
         f"{result['device']}, torch {torch}, commit {str(result['commit'])[:7]}.",
     ]
@@ -79,15 +79,16 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def figure(result: Mapping[str, Any]) -> str:
-    """The cosines over the steps, as an SVG file's text."""
-    return charts.standalone(charts.lines("Cosine between the tasks' gradients over the steps", series(result), "step"))
+    """The SVG text of the cosines over the steps."""
+    label = "Cosine between the tasks' gradients over the steps"
+    return charts.standalone_svg(charts.line_chart(label, series(result), "step"))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the results file of one run."""
     if len(arguments) != 2:
         raise SystemExit("python -m benchmarks.conflicts RUN MODEL")
-    RESULTS.write_text(json.dumps(measured(read_run(Path(arguments[0])), arguments[1])) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(extract(read_run(Path(arguments[0])), arguments[1])) + "\n", encoding="utf-8")
     return 0
 
 

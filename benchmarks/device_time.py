@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of single kernels on a GPU: device events around a replayed graph, with the L2 cache cold or warm.
+"""Times single GPU kernels with device events around a replayed CUDA graph, with the L2 cache cold or warm.
 
-A kernel of ten microseconds drowns in the host's launch overhead, and a loop over one small buffer measures the
-cache. So each candidate is captured once as a CUDA graph, and the events with it (a replay fills two tensors of the
-random generator first); before each replay the device gets work that hides the host's latency: for cold times a write
-over more than the L2 holds, for warm ones a wait.
+The host's launch overhead would hide a kernel of ten microseconds, and a loop over one small buffer would measure the
+cache. So each candidate is captured once, with its two events, as a CUDA graph (a replay first fills two tensors of the
+random generator, outside the events). Work before each replay hides the host's latency: for cold times a write of more
+bytes than the L2 cache holds, for warm times a wait.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 
 _HIDE_CYCLES = 200_000  # about 0.1 ms: longer than the host needs to queue two events and a replay
 _WARM_UP = 3
-_failed: list[torch.cuda.CUDAGraph] = []  # kept, since the allocator goes on asking them for their capture
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive: the allocator still asks them about their capture
 
 
 def measure(
     functions: Mapping[str, Callable[[], object]], device: torch.device, *, cold: bool, repeats: int = 50
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function on the device, in rounds: one replay of each, over and over.
+    """Device milliseconds of each function, `repeats` times; each round runs every function once.
 
-    On the current stream, which must not be the default one; what a function differentiates was computed there too.
+    Runs on the current stream, which must not be the default one; tensors that a function differentiates must have
+    been computed on it too.
     """
-    candidates = {name: _Timed.of(function, device) for name, function in functions.items()}
+    candidates = {name: _Timed.capture(function, device) for name, function in functions.items()}
     cache = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(cache, dtype=torch.int8, device=device)
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -46,14 +47,14 @@ def measure(
 
 @dataclass(frozen=True)
 class _Timed:
-    """A function between two events, as a graph's replay; itself where it cannot be captured (it asks for a value)."""
+    """A function between two events, as a graph replay; called directly if capture fails (it synchronises)."""
 
     run: Callable[[], object]
     begin: torch.cuda.Event
     end: torch.cuda.Event
 
     @classmethod
-    def of(cls, function: Callable[[], object], device: torch.device) -> _Timed:
+    def capture(cls, function: Callable[[], object], device: torch.device) -> _Timed:
         begin, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
 
         def timed() -> None:
@@ -72,7 +73,7 @@ class _Timed:
             torch.cuda.synchronize(device)
             torch.cuda.set_stream(stream)
             _failed.append(graph)
-            # A capture that fails leaves the random generator waiting for its end; one that succeeds sets it right.
+            # A failed capture leaves the random generator in capture mode; a successful one resets it.
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
                 torch.zeros(1, device=device)
             return cls(timed, begin, end)

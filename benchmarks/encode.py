@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences to vectors, tokenization included: ours against sentence-transformers at its best, same weights, same texts.
+"""Times sentence encoding, with tokenization, against sentence-transformers with the same weights and texts.
 
-Real sentences of the course's dev files, of every task, shuffled, each once (`MINBERT_FAST_DATA`, else ../shared/data);
-where they are absent, made-up words in lengths drawn from benchmarks/lengths.json. MiniLM-L6 by the real weights where
-`MINBERT_FAST_MINILM` names them, BERT-base's shape with random ones. sentence-transformers sorts by length too; it is timed
-at the best of several batch sizes, in fp32 and under bf16. A candidate is sound if every vector's cosine with
-sentence-transformers' fp32 is 0.999 or more.
+The texts are the distinct sentences of the course's dev files in random order (`MINBERT_FAST_DATA`, else ../shared/data),
+or made-up words with lengths drawn from benchmarks/lengths.json. MiniLM-L6 has real weights if `MINBERT_FAST_MINILM` names
+them; BERT-base has random ones. sentence-transformers, which sorts by length too, runs in fp32 and bf16 with the best of
+several batch sizes. A candidate passes if the cosine of every vector with that of sentence-transformers in fp32 is at
+least 0.999.
 
-FLOPs: 2 a weight of the encoder's products and token; what attention adds (1 % at these lengths) is left out. Shares are of
-the rate of bf16 products, fp32 candidates included.
+FLOPs count 2 per token and weight of the encoder's products; attention would add 1 % at these lengths. Shares refer to the
+rate of bf16 products, also for fp32 candidates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,22 +35,22 @@ from minbert_fast.model.sentence_modules import SentenceModules
 
 COUNT = {"cpu": {"MiniLM-L6": 2048, "BERT-base": 256}, "cuda": {"MiniLM-L6": 16_384, "BERT-base": 16_384}}
 BATCH_SIZES = {"cpu": (32, 128), "cuda": (128, 512, 2048)}  # 32 is sentence-transformers' default
-PILOT = 512  # sentences by which its best batch size is found
+PILOT = 512  # sentences used to find the best batch size
 COSINE = 0.999
 PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
 MAX_LENGTH = 256
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    """Both shapes, fp32 and bf16."""
+    """The rows of both shapes in fp32 and bf16."""
     with tempfile.TemporaryDirectory() as folder:
         for shape, counts in COUNT[device.type].items():
             directory, weights = _model(shape, Path(folder))
             texts, source = sentences(counts, Tokenizer.from_pretrained(directory))
-            yield from _cases(f"{shape} ({weights}), {len(texts):,} {source}", directory, texts, device, ceilings)
+            yield from _case(f"{shape} ({weights}), {len(texts):,} {source}", directory, texts, device, ceilings)
 
 
-def _cases(name: str, directory: Path, texts: list[str], device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+def _case(name: str, directory: Path, texts: list[str], device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -59,12 +60,12 @@ def _cases(name: str, directory: Path, texts: list[str], device: torch.device, c
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = SentenceTransformer(str(directory), device=str(device), model_kwargs={"dtype": dtype})
         best = _best_batch_size(model, texts[:PILOT], device)
-        theirs[f"sentence-transformers {precision}, batch {best}"] = _theirs(model, texts, best)
+        theirs[f"sentence-transformers {precision}, batch {best}"] = partial(_encode_with, model, texts, best)
     baselines = list(theirs)
     expected = theirs[baselines[0]]()
 
     def candidate(function: Callable[[], np.ndarray]) -> Candidate:
-        return Candidate(function, lambda: _same_direction(function(), expected), flops=flops)
+        return Candidate(function, lambda: _check_cosines(function(), expected), flops=flops)
 
     fp32, bf16 = (Predictor.from_pretrained(directory, device=str(device), precision=p) for p in PRECISIONS)
     tokenizer, config = fp32.tokenizer, fp32.encoder.config
@@ -82,7 +83,7 @@ def _cases(name: str, directory: Path, texts: list[str], device: torch.device, c
 
 
 def sentences(count: int, tokenizer: Tokenizer) -> tuple[list[str], str]:
-    """Up to `count` distinct sentences of all tasks in random order, and what they are."""
+    """Up to `count` distinct sentences of all tasks in random order, and a description of them."""
     folder = Path(os.environ.get("MINBERT_FAST_DATA", harness.ROOT.parent / "shared" / "data"))
     draw = random.Random(0)
     if folder.is_dir():
@@ -102,28 +103,25 @@ def sentences(count: int, tokenizer: Tokenizer) -> tuple[list[str], str]:
 
 
 def _best_batch_size(model: Any, texts: list[str], device: torch.device) -> int:
-    timed = {str(size): _theirs(model, texts, size) for size in BATCH_SIZES[device.type]}
+    timed = {str(size): partial(_encode_with, model, texts, size) for size in BATCH_SIZES[device.type]}
     times = harness.measure(timed, device, repeats=3)
     return int(min(times, key=lambda size: min(times[size])))
 
 
-def _theirs(model: Any, texts: list[str], batch_size: int) -> Callable[[], np.ndarray]:
-    def encode() -> np.ndarray:
-        vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-        found: np.ndarray = vectors.float().cpu().numpy()
-        return found
-
-    return encode
+def _encode_with(model: Any, texts: list[str], batch_size: int) -> np.ndarray:
+    vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+    found: np.ndarray = vectors.float().cpu().numpy()
+    return found
 
 
-def _same_direction(vectors: np.ndarray, expected: np.ndarray) -> None:
+def _check_cosines(vectors: np.ndarray, expected: np.ndarray) -> None:
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
     least = float(((vectors * expected).sum(1) / lengths).min())
     assert least >= COSINE, f"a vector's cosine with sentence-transformers' fp32 is {least:.5f}"
 
 
 def _model(shape: str, folder: Path) -> tuple[Path, str]:
-    """A sentence-transformers directory of the shape, and what its weights are."""
+    """A sentence-transformers directory of the shape, and a description of its weights."""
     real = os.environ.get("MINBERT_FAST_MINILM")
     if shape == "MiniLM-L6" and real:
         return Path(real), "real weights"
@@ -139,7 +137,7 @@ def _model(shape: str, folder: Path) -> tuple[Path, str]:
 
 
 def _tokenizer(size: int) -> Tokenizer:
-    """The real vocabulary where there are real weights, else the sample's with invented words up to `size`."""
+    """The tokenizer of the real weights, else that of the sample with made-up words added up to `size`."""
     real = os.environ.get("MINBERT_FAST_MINILM")
     if real:
         return Tokenizer.from_pretrained(real)

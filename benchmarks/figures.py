@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step suite's results as drawings: speed by candidate as bars, milliseconds over tokens as a line.
+"""Figures of the step suite: speed by candidate as bars, milliseconds over tokens as a line.
 
-Each is an SVG that follows a reader's light or dark colours, with the fonts and colours of a run's own report.
+The figures are SVG files with the fonts and the light and dark colours of a run's report.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 
 from minbert_fast.reporting import charts
 
-ROW, NAMES, WIDTH = 22, 190, 640  # a bar's height, the names' column and the drawing's width
+ROW, NAMES, WIDTH = 22, 190, 640  # height of a row, width of the names, width of the drawing
 
 
-def bars(label: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    """Horizontal bars from zero: a heading and (name, value) each for every group, whose longest bar fills the width.
+def bar_chart(label: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
+    """Horizontal bars of (name, value) under the heading of each group; a group's longest bar fills the width.
 
-    Names that begin with "ours" stand out.
+    Names that begin with "ours" are coloured.
     """
     parts, y = [], 8.0
     for heading, entries in groups.items():
@@ -39,35 +39,30 @@ def bars(label: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
             parts.append(f'<text x="{NAMES + value * scale + 6:.1f}" y="{y + 15:.0f}">{value:,.0f}</text>')
             y += ROW
     head = f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {y + 10:.0f}"'
-    return charts.standalone(f"{head}>{''.join(parts)}</svg>")
+    return charts.standalone_svg(f"{head}>{''.join(parts)}</svg>")
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Real tokens a second of every candidate with gradient surgery, by shape."""
+    """Bars of tokens per second (without padding) of every candidate with gradient surgery, by shape."""
     groups: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         if row["case"].endswith("3 x 32 examples, pcgrad") and row["tokens_per_second"]:
             shape = row["case"].split(",")[0]
             groups.setdefault(f"{shape}: real tokens a second", []).append((row["name"], row["tokens_per_second"]))
-    return bars(
-        "Real tokens a second of each way to take a step", {k: sorted(v, key=_value) for k, v in groups.items()}
-    )
+    ordered = {shape: sorted(bars, key=lambda bar: bar[1]) for shape, bars in groups.items()}
+    return bar_chart("Real tokens a second of each way to take a step", ordered)
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Milliseconds of our step over the tokens in a batch of three tasks, and the straight line nearest to them."""
+    """Milliseconds of our step over the tokens of a batch of three tasks, and the line fitted to them."""
     found = sorted((row["tokens"], row["median"]) for row in rows if row["name"] == "ours, more examples")
     x, y = (np.array(column, dtype=float) for column in zip(*found, strict=True))
-    each, base = np.polyfit(x, y, 1, w=1 / y)  # each point weighed by its own size
+    each, base = np.polyfit(x, y, 1, w=1 / y)  # weights for relative errors
     ends = np.array([0.0, x[-1]])
     series = [
         charts.Series("milliseconds a step", x, y, marked=True),
         charts.Series(f"{base:.0f} + {each:.3f} x tokens", ends, base + each * ends),
     ]
-    return charts.standalone(
-        charts.lines("Milliseconds a step over tokens a batch", series, "tokens a batch", (0.0, max(y)))
+    return charts.standalone_svg(
+        charts.line_chart("Milliseconds a step over tokens a batch", series, "tokens a batch", (0.0, max(y)))
     )
-
-
-def _value(bar: tuple[str, float]) -> float:
-    return bar[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients to operate on: random ones, and those of a real step on the embedded sample data."""
+"""Gradient matrices J for the surgery benchmark: random ones, and those of a real step on the embedded sample."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
-#: The encoders that the issue names, and their parameters (pooler included).
+#: The benchmarked encoders, and their numbers of parameters (with the pooler).
 CONFIGS = {
     "MiniLM-L6": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "BERT-base": BertConfig(),
@@ -24,7 +24,7 @@ PARAMETERS = {"MiniLM-L6": 22_713_216, "BERT-base": 109_482_240}
 
 
 def random_gradients(tasks: int, parameters: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """J [T, P] of a size that gradients have, with a common part so that some pairs conflict and some do not."""
+    """J [T, P] of realistic magnitude; rows share a common part, so that some pairs of tasks conflict."""
     generator = torch.Generator(device).manual_seed(0)
     J = pages.zeros(tasks, parameters, dtype=dtype, device=device)
     for task, row in enumerate(J):
@@ -35,7 +35,7 @@ def random_gradients(tasks: int, parameters: int, device: torch.device, dtype: t
 
 
 def real_gradients(model: str, device: torch.device) -> Tensor:
-    """J [3, P] of the three course tasks, 32 examples each, word embedding spread out to all its rows."""
+    """J [3, P] of the three course tasks with 32 examples each; the word embedding has all its rows."""
     recipe = build(Recipe, {"surgery": {"method": "pcgrad"}}, "benchmark")
     torch.manual_seed(0)
     network = MultitaskModel(BertModel(CONFIGS[model]), build_tasks(recipe), recipe.model.pooling).to(device)

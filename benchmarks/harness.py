@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: checked candidates, interleaved timing, the machine's own ceilings, rows of results.
+"""Shared by all benchmarks: checked candidates, interleaved timing, the machine's measured ceilings, rows of results.
 
-A suite is a function `run(device) -> Iterable[Row]` (see benchmarks/run.py). It builds cases; each case is a set of
-candidates that compute the same thing in different ways, timed in turns in one process, so that whatever else the
-machine does falls on all of them alike. A candidate whose check fails, or that raises, is reported and not timed.
+A suite is a function `run(device, ceilings) -> Iterable[Row]` (see benchmarks/run.py). It builds cases. A case has several
+candidates that compute the same result in different ways. They are timed in turns in one process, so that noise of the
+machine affects all of them equally. A candidate whose check fails, or that raises, is reported and not timed.
 """
 
 from __future__ import annotations
@@ -12,39 +12,37 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minbert_fast.common import pages
+from minbert_fast.common.provenance import commit, cores, package_version, processor
 
 ROOT = Path(__file__).parents[1]
 
-
-#: From the functions by name and the device to milliseconds of each.
+#: (functions by name, device) -> milliseconds of each.
 Timer = Callable[[Mapping[str, Callable[[], object]], torch.device], dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a case's result. `bytes` and `flops` count what it must move and do at the least."""
+    """One way to compute a case's result, with the least bytes that it must move and the least FLOPs that it must do."""
 
     run: Callable[[], object]
-    check: Callable[[], object] | None = None  # raises AssertionError when the result is wrong
+    check: Callable[[], object] | None = None  # raises AssertionError if the result is wrong
     bytes: int | None = None
     flops: int | None = None
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reached just now: bytes/s read and written by a large copy, FLOP/s of a large product."""
+    """Measured rates of this machine: bytes/s (read plus written) of a large copy, FLOP/s of a large matrix product."""
 
     copy: float
     fp32: float
@@ -53,7 +51,7 @@ class Ceilings:
 
 @dataclass
 class Row:
-    """One candidate in one case. Times are in milliseconds."""
+    """The result of one candidate in one case. Times are in milliseconds."""
 
     suite: str
     case: str
@@ -65,25 +63,25 @@ class Row:
     gigabytes_per_second: float | None = None
     of_copy: float | None = None  # share of the copy bandwidth
     tflops: float | None = None
-    of_product: float | None = None  # share of the fp32 (or bf16) product's rate
-    tokens: int | None = None  # real ones, without padding
+    of_product: float | None = None  # share of the rate of fp32 (or bf16) products
+    tokens: int | None = None  # without padding
     tokens_per_second: float | None = None
-    working_megabytes: float | None = None  # beyond what stays in memory from step to step
-    speedup: dict[str, float] = field(default_factory=dict)  # over the case's baselines
+    working_megabytes: float | None = None  # needed during a step only
+    speedup: dict[str, float] = field(default_factory=dict)  # over each baseline of the case
     note: str = ""
 
 
 def measure(
     functions: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 15, seconds: float = 10.0
 ) -> dict[str, list[float]]:
-    """Milliseconds of each function, in rounds: one call of each, over and over. One warm-up round is not counted.
+    """Milliseconds of each function, `repeats` times; each round calls every function once. A warm-up does not count.
 
-    A function that has used up `seconds` sits out the further rounds, so a slow baseline costs no patience.
+    A function that has taken `seconds` in total is not called again.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for name, function in functions.items():
         warm = time_one(function, device)
-        if warm > 1e3 * seconds:  # one run is all that there is time for
+        if warm > 1e3 * seconds:  # no time for a second call
             times[name].append(warm)
     for _ in range(repeats):
         for name, function in functions.items():
@@ -93,7 +91,7 @@ def measure(
 
 
 def time_one(function: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call, from an idle device to an idle device."""
+    """Milliseconds of one call, which starts and ends with an idle device."""
     synchronize(device)
     begin = time.perf_counter()
     function()
@@ -117,9 +115,9 @@ def case(
     product: str = "fp32",
     timer: Timer = measure,
 ) -> list[Row]:
-    """Checks every candidate, times those that are right, and compares them with each of `baselines`.
+    """Checks all candidates, times those that pass, and computes their speedups over each of `baselines`.
 
-    `timer` is `measure`, or what takes its place where a host's clock is too coarse.
+    `timer` replaces `measure` where the host's clock is too coarse.
     """
     rows = {key: Row(suite, name, key) for key in candidates}
     for key, candidate in candidates.items():
@@ -127,7 +125,7 @@ def case(
             (candidate.check or candidate.run)()
         except AssertionError as error:
             rows[key].note = f"WRONG RESULT, not timed: {_first_line(error)}"
-        except Exception as error:  # another library's candidate must not end a suite of ours
+        except Exception as error:  # an error in another library must not end the suite
             rows[key].note = f"FAILED, not timed: {type(error).__name__}: {_first_line(error)}"
     sound = {key: c.run for key, c in candidates.items() if not rows[key].note}
     for key, times in timer(sound, device).items():
@@ -159,7 +157,7 @@ def _fill(row: Row, candidate: Candidate, times: list[float], ceilings: Ceilings
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Measured now, on this machine, with torch's own copy and product."""
+    """Measures the ceilings of this machine with torch's copy and matrix product."""
     elements = 1 << (28 if device.type == "cuda" else 26)
     source, target = (pages.zeros(elements, device=device) for _ in range(2))
     size = 8192 if device.type == "cuda" else 1536
@@ -173,17 +171,17 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
-    """Where and with what the rows were measured."""
+    """Commit, date, device, versions and ceilings of a measurement."""
     cuda = device.type == "cuda"
     return {
-        "commit": commit(),
+        "commit": commit(abbreviated=True) or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu(),
         "threads": torch.get_num_threads(),
         "load": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
         "versions": {"torch": str(torch.__version__)}
-        | {name: version(name) for name in ("triton", "transformers", "torchjd", "numpy")},
+        | {name: package_version(name) for name in ("triton", "transformers", "torchjd", "numpy")},
         "ceilings": {
             "copy_GB_per_s": measured.copy / 1e9,
             "fp32_TFLOP_per_s": measured.fp32 / 1e12,
@@ -192,43 +190,20 @@ def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The checkout's commit, "-dirty" when it has been changed since; "unknown" outside a checkout or without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return run.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    """The CPU's name and how many of it this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {count} cores"
-
-
-def version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def cpu() -> str:
+    """The CPU's name and the number of cores that this process may use."""
+    return f"{processor()}, {cores()} cores"
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a case may fill: what is free now."""
+    """Free memory of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Rows for a reader."""
+    """The rows as text for the terminal."""
     lines = []
     previous = None
     for row in rows:
@@ -251,7 +226,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def report(device: torch.device, measured: Ceilings, rows: list[Row]) -> dict[str, Any]:
-    """Everything as one JSON object; figures to five significant places."""
+    """The measurement as one JSON object; numbers have five significant digits."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do bf16 products train as fp32 does? Loss curves of both over the same batches, beside the noise of another seed.
+"""Compares the loss curves of bf16 and fp32 training with the noise of another seed.
 
     python -m benchmarks.precision [--data DIR --model DIR] [--steps 300] [--batch-size 32] [--json FILE]
 
-Three runs from the same weights: fp32, bf16 (same batches, dropout and task orders), and fp32 with other dropout and
-task orders. Curves are means over windows of steps. bf16 agrees with fp32 where its curve is no further from fp32's than
-the other seed's is.
+Three runs start from the same weights and see the same batches: fp32, bf16, and fp32 with another seed for dropout and
+task orders. Curves are means over windows of steps. bf16 trains as well as fp32 if its curve is no further from fp32's
+than that of the other seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 0), "fp32, another 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean losses by run, task and window of steps, and how far two of the runs are from fp32 on average."""
+    """Mean losses by run, task and window of steps, and the mean distances of two runs from fp32."""
 
     steps: int
     window: int

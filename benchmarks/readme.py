@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables and figures of README and docs from the files under benchmarks/results, so that no number is typed.
+"""Writes the tables and figures of README and docs from the files under benchmarks/results; no number is typed by hand.
 
-python -m benchmarks.readme            rewrites pages between their `<!-- table NAME -->` marks, and docs/figures
+python -m benchmarks.readme            rewrites the tables after `<!-- table NAME -->` marks, and docs/figures
 python -m benchmarks.readme --check    exit status 1 if that would change the tables
 
-A suite's results are the file DEVICE-SUITE.json that `python -m benchmarks.run SUITE --json` wrote; without one its
-table says how to make it.
+`python -m benchmarks.run SUITE --json` writes a suite's results to DEVICE-SUITE.json. The table of a suite without results
+names the command that measures them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "surgery.md")
 DEVICES = ("cpu", "cuda")
 
-Table = Callable[[Sequence[Mapping[str, Any]]], list[str]]  # a suite's rows, in the lines of a page
+Table = Callable[[Sequence[Mapping[str, Any]]], list[str]]  # rows of a suite -> lines of a page
 
 
 def dev_scores(results: Path = RESULTS) -> str:
-    """Dev scores on real data: untrained, after an epoch of `default`, and of `best`; beside them the best published."""
-    first, best = (
-        json.loads((results / f"{run}-cpu.json").read_text(encoding="utf-8")) for run in ("first-run", "best")
-    )
+    """Dev scores on real data: untrained, after one epoch of `default`, of `best`, and the best published ones."""
+    first, best = _load(results / "first-run-cpu.json"), _load(results / "best-cpu.json")
     recipes = [Recipe.load(name) for name in recipe_names()]
     rival = max(recipes, key=lambda recipe: recipe.published.get("score", 0.0))
     names = {
@@ -56,18 +54,18 @@ def dev_scores(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def ablated(results: Path = RESULTS) -> str:
-    """What the choices of recipe `best` are worth."""
-    return ablation.table(json.loads((results / "ablation.json").read_text(encoding="utf-8"))["runs"]).rstrip()
+def ablation_table(results: Path = RESULTS) -> str:
+    """Scores of recipe `best` without some of its choices."""
+    return ablation.table(_load(results / "ablation.json")["runs"]).rstrip()
 
 
 def suite(name: str, device: str, results: Path = RESULTS, table: Table | None = None) -> str:
-    """A suite's table on a device, and where and when it was measured."""
+    """A suite's table for a device, with machine, commit and date of the measurement."""
     path = results / f"{device}-{name}.json"
     if not path.exists():
         command = f"python -m benchmarks.run {name} --device {device} --json benchmarks/results/{path.name}"
         return f"Not measured yet: `{command}`."
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = _load(path)
     ceilings = result["ceilings"]
     lines = [
         *(table or SUITES[name])(result["rows"]),
@@ -79,17 +77,17 @@ def suite(name: str, device: str, results: Path = RESULTS, table: Table | None =
     return "\n".join(lines)
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     costs = [f"{row['note']} ({row['case'].split(',')[0]})" for row in rows if row["name"] == "share"]
     fits = [row["note"] for row in rows if row["case"].endswith("scaling")]
-    lines = ways(rows, "pcgrad")
+    lines = candidates_table(rows, "pcgrad")
     if costs:
         lines.append(f"\nOur step with PCGrad, measured in turn with itself without: {', '.join(costs)}.")
     return lines + [f"\nOver tokens and 1 to 16 tasks (MiniLM-L6 shape): {note}." for note in fits]
 
 
-def ways(rows: Sequence[Mapping[str, Any]], method: str) -> list[str]:
-    """Every way to take a step under a method of surgery, slowest first."""
+def candidates_table(rows: Sequence[Mapping[str, Any]], method: str) -> list[str]:
+    """The candidates of the step suite under a method of surgery, slowest first."""
     wanted = [row for row in rows if row["median"] and row["case"].endswith(f"3 x 32 examples, {method}")]
     lines = [
         "| shape | step | ms | real tokens/s | times naive | times transformers | of products alone | working memory |",
@@ -109,7 +107,7 @@ def ways(rows: Sequence[Mapping[str, Any]], method: str) -> list[str]:
     return lines
 
 
-def _surgeries(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _surgery_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| J | op | way | ms | of a copy | ours is faster by |", "|---|---|---|---|---|---|"]
     wanted = [row for row in rows if row["median"] and "T=3, float32, random" in row["case"]]
     for case in _in_order(wanted):
@@ -124,7 +122,7 @@ def _surgeries(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _encodes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| sentences | way | ms | faster than sentence-transformers |", "|---|---|---|---|"]
     for row in rows:
         if row["median"]:
@@ -136,9 +134,13 @@ def _encodes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def measured_conflicts(results: Path = RESULTS) -> str:
-    """How far the tasks' gradients pulled apart in a real run."""
-    return conflicts.table(json.loads((results / "conflicts.json").read_text(encoding="utf-8")))
+def conflicts_table(results: Path = RESULTS) -> str:
+    """Gradient cosines of a real run."""
+    return conflicts.table(_load(results / "conflicts.json"))
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -149,30 +151,33 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-SUITES: Mapping[str, Table] = {"step": _steps, "surgery": _surgeries, "encode": _encodes}
+SUITES: Mapping[str, Table] = {"step": _step_table, "surgery": _surgery_table, "encode": _encode_table}
 TABLES: Mapping[str, Callable[[], str]] = (
-    {"dev scores": dev_scores, "ablation": ablated, "conflicts": measured_conflicts}
+    {"dev scores": dev_scores, "ablation": ablation_table, "conflicts": conflicts_table}
     | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
-    | {f"summed {device}": partial(suite, "step", device, table=partial(ways, method="none")) for device in DEVICES}
+    | {
+        f"summed {device}": partial(suite, "step", device, table=partial(candidates_table, method="none"))
+        for device in DEVICES
+    }
 )
 
 
-def draw(results: Path = RESULTS, folder: Path = FIGURES) -> None:
-    """The step suite's figures, of each device whose results are there, and the measured conflicts."""
+def write_figures(results: Path = RESULTS, folder: Path = FIGURES) -> None:
+    """Writes the figures of all measured step suites and of the conflicts."""
     if (results / "conflicts.json").exists():
-        found = json.loads((results / "conflicts.json").read_text(encoding="utf-8"))
+        found = _load(results / "conflicts.json")
         (folder / "conflicts.svg").write_text(conflicts.figure(found), encoding="utf-8")
     for device in DEVICES:
         path = results / f"{device}-step.json"
         if path.exists():
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            rows = _load(path)["rows"]
             (folder / f"step-{device}.svg").write_text(figures.speeds(rows), encoding="utf-8")
-            if any(row["name"] == "ours, more examples" for row in rows):  # a run cut short has none
+            if any(row["name"] == "ours, more examples" for row in rows):  # an interrupted measurement has none
                 (folder / f"scaling-{device}.svg").write_text(figures.scaling(rows), encoding="utf-8")
 
 
-def filled(text: str) -> str:
-    """`text` with each table between its marks written anew."""
+def fill_tables(text: str) -> str:
+    """`text` with every table between its marks replaced."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
@@ -183,12 +188,12 @@ def filled(text: str) -> str:
 def main() -> int:
     """Rewrites or checks the pages; returns the exit status."""
     old = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    new = {page: filled(text) for page, text in old.items()}
+    new = {page: fill_tables(text) for page, text in old.items()}
     if "--check" in sys.argv[1:]:
         return int(new != old)
     for page, text in new.items():
         page.write_text(text, encoding="utf-8")
-    draw()
+    write_figures()
     return 0
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks: `python -m benchmarks.run {kernels,surgery,step,encode,all} [--device D] [--json FILE]`.
 
-Prints a table while it goes, and as its last line one JSON object (what --json writes): commit, device, versions, the
-machine's measured ceilings, and a row for each candidate. Exit status 1 when a candidate computed something wrong or failed.
+Prints a table as it measures, and as its last line one JSON object (which --json writes): commit, device, versions, the
+machine's measured ceilings, and one row per candidate. Exit status 1 if a candidate failed or computed a wrong result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 
-#: Each is a module of this folder with `run(device, ceilings) -> Iterable[harness.Row]`.
+#: Modules of this folder with a function `run(device, ceilings) -> Iterable[harness.Row]`.
 SUITES = ("kernels", "surgery", "step", "encode")
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("suite", choices=[*SUITES, "all"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: no CUDA device here")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = harness.table([row]).lstrip("\n").split("\n")
             print("\n".join(["", *text] if new_case else text[1:]), flush=True)
             rows.append(row)
-            if options.json:  # whatever ends a long run, what it has measured is kept
+            if options.json:  # after every row: an interrupted run keeps its results
                 harness.write_json(options.json, harness.report(device, measured, rows))
     print(json.dumps(harness.report(device, measured, rows)))
     return int(any(row.note.startswith(("WRONG", "FAILED")) for row in rows))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole training step, with and without gradient surgery: the naive one, others at their best, ours.
+"""Times the whole training step with and without gradient surgery: the naive step, tuned baselines, and ours.
 
-Operations counted: 3 (forward, gradients of inputs and of weights) x 2 x real tokens x weights of the encoder's linear
-layers, and attention's 3 x 4 x hidden x sum of squared sentence lengths a layer; padding is nobody's merit.
+FLOPs per step: 3 (forward, gradients of inputs, gradients of weights) x 2 x tokens x weights of the encoder's linear
+layers, plus 3 x 4 x hidden size x sum of squared sentence lengths per layer for attention. Padding does not count.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks import baselines, batches, harness
 from benchmarks.gradients import CONFIGS
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import BertConfig, BertModel
+from minbert_fast.common.provenance import package_version
 from minbert_fast.common.schema import build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
@@ -34,14 +35,14 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
 KINDS = ("sentiment", "paraphrase", "similarity")
-TASKS = (1, 2, 4, 8, 16)  # of the scaling cases, among whom ALL_EXAMPLES are shared out
+TASKS = (1, 2, 4, 8, 16)  # numbers of tasks in the scaling cases, which share ALL_EXAMPLES
 ALL_EXAMPLES = 96
-EXAMPLES = (8, 16, 32, 64, 128)  # a task
+EXAMPLES = (8, 16, 32, 64, 128)  # per task in the scaling cases
 BATCHES = 4
 COMPILED = "transformers, compiled"
 WIDEST_COMPILED_ON_CPU = 384
-LEFT_OUT = "left out on a CPU: beside the others it compiles for longer than they run, and 24 GB are too few"
-GRAIN = 64  # ours on CUDA: token capacities are multiples of it
+LEFT_OUT = "left out on a CPU: it compiles for longer than the others run, and needs more than 24 GB beside them"
+GRAIN = 64  # ours on CUDA: token capacities are multiples of 64
 
 Step = Callable[[MultitaskBatch], Tensor]  # takes a step and returns the losses [T]
 Maker = Callable[[MultitaskModel, Recipe], Step]
@@ -49,7 +50,7 @@ Maker = Callable[[MultitaskModel, Recipe], Step]
 
 @dataclass(frozen=True)
 class Timing:
-    """How long to look: rounds of one step each, and the seconds after which a candidate sits out."""
+    """Rounds of one step per candidate, and the seconds after which a candidate is not called again."""
 
     repeats: int = 7
     seconds: float = 30.0
@@ -59,15 +60,15 @@ TIMING = Timing()
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    """What surgery costs, ours over tasks and over tokens; then both shapes against every baseline, which takes longest."""
+    """The cost of surgery, our scaling over tasks and tokens, then both shapes against all baselines."""
     low = lowest_precision(device, ceilings)
     for shape, config in CONFIGS.items():
         yield from cost_of_surgery(shape, config, low, device, ceilings)
     yield from scaling(CONFIGS["MiniLM-L6"], low, device, ceilings)
-    for method in ("pcgrad", "none"):  # torch.compile's minutes on CUDA come last
+    for method in ("pcgrad", "none"):  # last: torch.compile takes minutes on CUDA
         for shape, config in CONFIGS.items():
             name = f"{shape}, 3 x 32 examples, {method}"
-            makers = everyone(method, low, device)
+            makers = candidate_makers(method, low, device)
             wide = device.type == "cpu" and config.hidden_size > WIDEST_COMPILED_ON_CPU
             if wide and COMPILED in makers:
                 del makers[COMPILED]
@@ -78,7 +79,7 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
 def cost_of_surgery(
     shape: str, config: BertConfig, low: torch.dtype, device: torch.device, ceilings: Ceilings
 ) -> Iterator[Row]:
-    """Our step without and with PCGrad in turn, in one case, so that the machine's noise falls on both."""
+    """Our step without and with PCGrad, timed in turns, so that noise of the machine affects both."""
     methods = {"ours, summed losses": "none", "ours, PCGrad": "pcgrad"}
     makers = {key: partial(ours, dtype=low, device=device) for key in methods}
     rows = _case(f"{shape}, cost of surgery", makers, config, 3, 32, device, ceilings, methods)
@@ -89,7 +90,7 @@ def cost_of_surgery(
 
 
 def scaling(config: BertConfig, low: torch.dtype, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    """Ours over 1 to 16 tasks and over tokens, with the line through them and how far they lie from it."""
+    """Our step over 1 to 16 tasks and over tokens, and the plane fitted to the times."""
     sizes = [("more tasks", tasks, ALL_EXAMPLES // tasks) for tasks in TASKS]
     sizes += [("more examples", 3, examples) for examples in EXAMPLES]
     points = []
@@ -101,11 +102,11 @@ def scaling(config: BertConfig, low: torch.dtype, device: torch.device, ceilings
             if row.median and row.tokens:
                 points.append((row.tokens, tasks, row.median))
     if len(points) == len(sizes):
-        yield Row("step", "MiniLM-L6, scaling", "ours", note=line(points))
+        yield Row("step", "MiniLM-L6, scaling", "ours", note=describe_fit(points))
 
 
-def line(points: Sequence[tuple[int, int, float]]) -> str:
-    """The least-squares plane through (tokens, tasks, milliseconds), each point weighed by its own size, in words."""
+def describe_fit(points: Sequence[tuple[int, int, float]]) -> str:
+    """The plane through (tokens, tasks, milliseconds) with the least relative squared errors, in words."""
     tokens, tasks, times = np.array(points, dtype=float).T
     columns = np.stack([np.ones_like(tokens), tokens, tasks], 1)
     (base, each, task), *_ = np.linalg.lstsq(columns / times[:, None], np.ones_like(times))
@@ -117,22 +118,24 @@ def line(points: Sequence[tuple[int, int, float]]) -> str:
 
 
 def lowest_precision(device: torch.device, ceilings: Ceilings) -> torch.dtype:
-    """bf16 where products in it are faster than in fp32."""
+    """bf16 if its products are faster than those in fp32, else fp32."""
     return torch.bfloat16 if device.type == "cuda" or ceilings.bf16 > 1.2 * ceilings.fp32 else torch.float32
 
 
-def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, Maker]:
-    """The candidates by name, each from a model of its own and a recipe."""
-    apart = method != "none"
+def candidate_makers(method: str, low: torch.dtype, device: torch.device) -> dict[str, Maker]:
+    """Functions that build each candidate's step from a model and a recipe."""
+    surgery = method != "none"
     makers: dict[str, Maker] = {"ours": partial(ours, dtype=low, device=device)}
     if low != torch.float32:
         makers["ours, fp32"] = partial(ours, dtype=torch.float32, device=device)
-    makers["packed, torch's kernels"] = lambda model, recipe: baselines.PackedStep(model, apart, low)
-    if harness.version("transformers") and (not apart or harness.version("torchjd")):
-        makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, apart, low)
+    makers["packed, torch's kernels"] = lambda model, recipe: baselines.PackedStep(model, surgery, low)
+    if package_version("transformers") and (not surgery or package_version("torchjd")):
+        makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, surgery, low)
         if low != torch.float32:
-            makers["transformers, fp32"] = lambda model, recipe: baselines.PaddedStep(model, apart, torch.float32)
-        makers[COMPILED] = lambda model, recipe: baselines.PaddedStep(model, apart, low, baselines.GRAIN, compiled=True)
+            makers["transformers, fp32"] = lambda model, recipe: baselines.PaddedStep(model, surgery, torch.float32)
+        makers[COMPILED] = lambda model, recipe: baselines.PaddedStep(
+            model, surgery, low, baselines.GRAIN, compiled=True
+        )
     makers["naive"] = naive
     return makers
 
@@ -153,7 +156,7 @@ def naive(model: MultitaskModel, recipe: Recipe) -> Step:
 
 
 def make_model(config: BertConfig, tasks: int, device: torch.device) -> tuple[MultitaskModel, Recipe]:
-    """A model with random weights and so many tasks, of the three kinds in turn."""
+    """A model with random weights and `tasks` tasks of the three kinds in turn, and its recipe."""
     kinds = itertools.islice(itertools.cycle(KINDS), tasks)
     names = {f"{kind}{i}" if tasks > 3 else kind: {"kind": kind} for i, kind in enumerate(kinds)}
     recipe = build(Recipe, {"tasks": names, "optimizer": {"lr": baselines.LR}}, "benchmark")
@@ -171,20 +174,20 @@ def _case(
     ceilings: Ceilings,
     method: str | Mapping[str, str] = "pcgrad",
 ) -> list[Row]:
-    """Rows of one case; `method` is the candidates' surgery, or that of each."""
+    """The rows of one case; `method` is the surgery of all candidates, or of each by name."""
     model, recipe = make_model(config, tasks, device)
     methods = {key: method if isinstance(method, str) else method[key] for key in makers}
-    made = [batch.to(device) for batch in batches.make(model, BATCHES, examples)]
+    made = [batch.to(device) for batch in batches.make_batches(model, BATCHES, examples)]
     tokens = sum(batch.packed.num_tokens for batch in made) // BATCHES
-    flops = sum(operations(config, batch) for batch in made) // BATCHES
+    flops = sum(count_flops(config, batch) for batch in made) // BATCHES
     steps = {key: maker(copy.deepcopy(model), with_surgery(recipe, methods[key])) for key, maker in makers.items()}
     capacity = -(-max(batch.packed.num_tokens for batch in made) // GRAIN) * GRAIN
-    padded = [batch.to(device) for batch in batches.make(model, BATCHES, examples, capacity)]
+    padded = [batch.to(device) for batch in batches.make_batches(model, BATCHES, examples, capacity)]
     candidates = {}
     for key, step in steps.items():
-        fed = itertools.cycle(padded if key.startswith("ours") and device.type == "cuda" else made)
-        run = partial(feed, step, fed)
-        check = partial(sound, run, key, makers[key], config, methods[key], device)
+        source = itertools.cycle(padded if key.startswith("ours") and device.type == "cuda" else made)
+        run = partial(step_on_next, step, source)
+        check = partial(warm_up_and_check, run, key, makers[key], config, methods[key], device)
         candidates[key] = Candidate(run, check, flops=flops)
     timer = partial(harness.measure, repeats=TIMING.repeats, seconds=TIMING.seconds)
     product = "bf16" if ceilings.bf16 > ceilings.fp32 else "fp32"
@@ -195,28 +198,28 @@ def _case(
             row.tokens = tokens
             row.tokens_per_second = 1e3 * tokens / row.median
             row.working_megabytes = working_memory(candidates[row.name].run, device) / 1e6
-        row.note = row.note or f"{tokens} tokens, {batches.pools()[0]}"
+        row.note = row.note or f"{tokens} tokens, {batches.sentence_pools()[0]}"
     del steps, candidates
     gc.collect()
     return rows
 
 
-def feed(step: Step, batches: Iterator[MultitaskBatch]) -> Tensor:
+def step_on_next(step: Step, batches: Iterator[MultitaskBatch]) -> Tensor:
     return step(next(batches))
 
 
-def sound(
+def warm_up_and_check(
     run: Callable[[], object], name: str, make: Maker, config: BertConfig, method: str, device: torch.device
 ) -> None:
-    """Warms the candidate up, so that it is ready to be timed, and checks another one of its kind."""
+    """Warms the candidate up for timing, and checks a small model with the same kind of step."""
     warm_up(run, device, name)
     losses_agree(make, config, method, device)
 
 
 def warm_up(run: Callable[[], object], device: torch.device, name: str) -> None:
-    """Rounds of all batches: kernels compiled, graphs captured (a bucket's second batch is), allocators filled.
+    """Runs steps until kernels are compiled, graphs captured (at a bucket's second batch) and allocators filled.
 
-    On a CPU, what is not compiled needs a step to be warm.
+    On a CPU, a step without torch.compile is warm after one call.
     """
     rounds = 2 * BATCHES if device.type == "cuda" else BATCHES if "compiled" in name else 1
     for _ in range(rounds):
@@ -224,8 +227,8 @@ def warm_up(run: Callable[[], object], device: torch.device, name: str) -> None:
     harness.synchronize(device)
 
 
-def operations(config: BertConfig, batch: MultitaskBatch) -> int:
-    """Floating-point operations of one step over the real tokens."""
+def count_flops(config: BertConfig, batch: MultitaskBatch) -> int:
+    """FLOPs of one step, without padding."""
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     lengths = batch.packed.cu_seqlens.diff().double()
     linear = 2 * batch.packed.num_tokens * (4 * width * width + 2 * width * inner)
@@ -234,21 +237,21 @@ def operations(config: BertConfig, batch: MultitaskBatch) -> int:
 
 
 def losses_agree(make: Maker, config: BertConfig, method: str, device: torch.device) -> None:
-    """The candidate, on two layers without dropout, against the naive step: losses now, and after three steps."""
+    """Compares losses with those of the naive step, for four steps of two layers without dropout."""
     small = replace(config, num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, recipe = make_model(small, 3, device)
-    off: dict[str, Any] = {name: {"dropout": 0.0} for name in recipe.tasks}
-    recipe = with_surgery(recipe.with_values({"tasks": off}, "benchmark"), method)
+    no_dropout: dict[str, Any] = {name: {"dropout": 0.0} for name in recipe.tasks}
+    recipe = with_surgery(recipe.with_values({"tasks": no_dropout}, "benchmark"), method)
     model = MultitaskModel(model.encoder, build_tasks(recipe), "mean").to(device)
-    fed = [batch.to(device) for batch in batches.make(model, 4, 4)]
+    fed = [batch.to(device) for batch in batches.make_batches(model, 4, 4)]
     expected, found = naive(copy.deepcopy(model), recipe), make(copy.deepcopy(model), recipe)
     for step, batch in enumerate(fed):
-        tolerance = 0.02 if step == 0 else 0.05  # bf16 products; other orders of the tasks, other AdamWs
+        tolerance = 0.02 if step == 0 else 0.05  # bf16 products, other task orders, other implementations of AdamW
         torch.testing.assert_close(found(batch), expected(batch), rtol=tolerance, atol=tolerance)
 
 
 def working_memory(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes that one step needs for itself, beyond weights, moments and what else stays."""
+    """Peak bytes that one step allocates beyond weights, moments and other memory that stays."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -261,7 +264,7 @@ def working_memory(step: Callable[[], object], device: torch.device) -> int:
         return 0
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    peak.write_text("5")  # the peak counts anew from here
+    peak.write_text("5")  # resets the peak
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before

@@ -28,7 +28,7 @@ __all__ = [
     "patch",
 ]
 
-# Import paths of earlier versions.
+# Import paths of earlier versions, which still work.
 sys.modules |= {f"{__name__}.cli": cli, f"{__name__}.config": recipe, f"{__name__}.packing": packing}
 
 products.bound_caches()

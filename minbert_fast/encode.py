@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences to vectors.
+"""Writes the vectors of sentences to a file.
 
 python -m minbert_fast.encode --model DIR --input sentences.txt --output vectors.npy
 python -m minbert_fast.encode --model DIR --input questions.csv --column question1 --output vectors.safetensors --normalize
 
-One vector a line of a text file (- reads standard input), or a row of a .csv or .tsv file's column, in their order.
+Writes one vector per line of a text file (- reads standard input), or per row of one column of a .csv or .tsv file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.cli import Parser, add_device_flags, run
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data import read_sentences
 from minbert_fast.tasks.predictor import Predictor
 
-TENSOR = "embeddings"  # its name in a .safetensors file
+TENSOR = "embeddings"  # the tensor's name in a .safetensors file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,28 +33,29 @@ def parser() -> argparse.ArgumentParser:
         "--model", required=True, metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
     )
     flags.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help=".txt with a sentence a line, .csv, .tsv, -"
+        "--input", type=Path, required=True, metavar="FILE", help=".txt with one sentence per line, .csv, .tsv, or -"
     )
     flags.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]"
     )
-    flags.add_argument("--column", metavar="NAME", help="of a .csv or .tsv file (default: sentence, or the only one)")
+    flags.add_argument(
+        "--column", metavar="NAME", help="column of a .csv or .tsv file (default: sentence, or the only one)"
+    )
     flags.add_argument("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
     flags.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: as the model says)"
+        "--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)"
     )
-    flags.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
+    add_device_flags(flags)
     return flags
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command; raises ConfigError, DataError or OSError for what the user can mend."""
+    """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     if options.output.suffix not in (".npy", ".safetensors"):
         raise ConfigError(f"--output {options.output}: expected a name that ends in .npy or .safetensors")
     chunks = read_sentences(options.input, options.column)
-    first = next(chunks, [])  # complaints about the input before the model takes its time to load
+    first = next(chunks, [])  # reports mistakes in the input before the slow loading of the model
     model = Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
     name = TENSOR if options.output.suffix == ".safetensors" else None
     with (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bug report needs: versions, the machine, what this build holds and what runs here.
+"""Prints the facts that a bug report needs: versions, the machine, the build, and what it can use here.
 
-python -m minbert_fast.env            a line a fact
-python -m minbert_fast.env --json     the same as one JSON object
+python -m minbert_fast.env            one fact per line
+python -m minbert_fast.env --json     one JSON object
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ import torch
 from minbert_fast.common import products
 from minbert_fast.common.cli import Parser, run
 from minbert_fast.common.device import choose_device, choose_precision
-from minbert_fast.common.provenance import commit
+from minbert_fast.common.provenance import commit, cores, package_version, processor
 from minbert_fast.common.version import __version__
 from minbert_fast.ops import native
 from minbert_fast.ops.backend import triton_available
@@ -41,12 +39,12 @@ VARIABLES = (
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("env", __doc__ or "")
-    flags.add_argument("--json", action="store_true", help="one JSON object")
+    flags.add_argument("--json", action="store_true", help="print one JSON object")
     return flags
 
 
-def facts() -> dict[str, Any]:
-    """Everything, by name."""
+def collect_facts() -> dict[str, Any]:
+    """All facts by name."""
     device = choose_device("auto")
     found: dict[str, Any] = {
         "minbert_fast": __version__,
@@ -54,7 +52,7 @@ def facts() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "instruction set": instruction_set(),
         "extension": "with CUDA kernels" if native.HAS_CUDA else "CPU only",
@@ -67,33 +65,15 @@ def facts() -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(device)
         found |= {"compute capability": f"{major}.{minor}", "devices": torch.cuda.device_count()}
         found["device memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
-    found |= {name: version(name) for name in PACKAGES}
-    found["torch"] = str(torch.__version__)  # with the build (+cu130), which the package's metadata may lack
+    found |= {name: package_version(name) for name in PACKAGES}
+    found["torch"] = str(torch.__version__)  # names the build (+cu130), which the package's metadata may lack
     return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def version(name: str) -> str | None:
-    """The installed version of a package, None if there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the facts."""
     options = parser().parse_args(arguments)
-    found = facts()
+    found = collect_facts()
     if options.json:
         print(json.dumps(found, indent=2))
         return

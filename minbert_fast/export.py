@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model in the form that other libraries load, with a model card.
+"""Writes a trained model, with a model card, in the format of another library.
 
 python -m minbert_fast.export --checkpoint runs/first/best --format huggingface --output exported/
 python -m minbert_fast.export --checkpoint runs/first/best --format sentence-transformers --output exported/ --push USER/NAME
 
 huggingface: transformers' AutoModel and AutoTokenizer load it. sentence-transformers (3.4 to 6.2): `SentenceTransformer`
-loads it and gives the same embeddings. Heads and recipe come along in either form, so that `Predictor` loses nothing.
+loads it and gives the same embeddings. Both include the heads and the recipe, so `Predictor` loads them too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 import huggingface_hub
 
 from minbert_fast.common.cli import Parser, run
-from minbert_fast.common.errors import RunError, writing
+from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_directory, write_text
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
-from minbert_fast.reporting.model_card import model_card, shared_recipe
+from minbert_fast.reporting.model_card import model_card, public_recipe
 from minbert_fast.tasks.predictor import Predictor
 
 FORMATS = ("huggingface", "sentence-transformers")
@@ -35,13 +35,13 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("export", __doc__ or "")
     flags.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
-    flags.add_argument("--format", choices=FORMATS, required=True, help="whose form")
+    flags.add_argument("--format", choices=FORMATS, required=True, help="the library to write for")
     flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     flags.add_argument("--overwrite", action="store_true", help="replace what --output holds")
     flags.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="sentence-transformers: scale vectors to length 1 (default: as the model says)",
+        help="sentence-transformers: scale vectors to length 1 (default: the model's setting)",
     )
     flags.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
     flags.add_argument("--private", action="store_true", help="--push: make a new repository private")
@@ -49,15 +49,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command; raises ConfigError, RunError or OSError for what the user can mend."""
+    """Runs the command. Raises ConfigError, RunError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     if options.normalize is not None and options.format != "sentence-transformers":
-        raise ConfigError("--normalize: only the sentence-transformers form says how vectors are scaled")
+        raise ConfigError("--normalize needs --format sentence-transformers")
     if options.private and not options.push:
-        raise ConfigError("--private goes with --push")
+        raise ConfigError("--private needs --push")
     output: Path = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
-        raise ConfigError(f"--output {output}: not empty; choose another folder, or --overwrite")
+        raise ConfigError(f"--output {output}: not empty; choose another folder or add --overwrite")
     if output.resolve() == options.checkpoint.resolve():
         raise ConfigError(f"--output {output}: is the checkpoint itself")
     model = Predictor.from_pretrained(options.checkpoint, device="cpu", precision="fp32", local_files_only=True)
@@ -65,21 +65,21 @@ def main(arguments: Sequence[str]) -> None:
         model.normalize = options.normalize
     name = options.push or output.resolve().name
     card = model_card(model, options.checkpoint, name, options.format)
-    with writing(output):
+    with translate_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_directory(output, lambda folder: write_model(model, options.checkpoint, folder, options.format, card))
     print(f"{output}: {options.format} model")
     if options.push:
-        print(push(output, options.push, options.private))
+        print(upload(output, options.push, options.private))
 
 
 def write_model(model: Predictor, source: Path, folder: Path, form: str, card: str) -> None:
-    """Writes the model, read from directory `source`, to `folder` in `form`, with its card."""
+    """Writes the model and its card to `folder` in the format `form`; copies the heads from directory `source`."""
     model.encoder.save_pretrained(folder)
     model.tokenizer.save(folder)
     if (source / HEADS).is_file():
         shutil.copyfile(source / HEADS, folder / HEADS)
-    recipe = shared_recipe(source)
+    recipe = public_recipe(source)
     if recipe is not None:
         write_text(folder / "recipe.toml", recipe.to_toml())
     if form == "sentence-transformers":
@@ -92,16 +92,16 @@ def write_model(model: Predictor, source: Path, folder: Path, form: str, card: s
     write_text(folder / "README.md", card)
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Uploads a folder to the hub, making the repository if there is none; returns its address. Raises RunError."""
+def upload(folder: Path, repository: str, private: bool) -> str:
+    """Uploads a folder to a hub repository, which it creates if necessary; returns its address. Raises RunError."""
     try:
         hub = huggingface_hub.HfApi()
-        made = hub.create_repo(repository, private=private, exist_ok=True)
-        hub.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message="Upload by minbert_fast")
+        created = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(folder_path=folder, repo_id=created.repo_id, commit_message="Upload by minbert_fast")
     except Exception as error:  # the hub's own error classes differ between its major versions
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"--push {repository}: not uploaded ({reason}); the exported model is in {folder}") from error
-    return str(made)
+    return str(created)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model's predictions for a data file.
+"""Writes a trained model's predictions for a data file.
 
 python -m minbert_fast.predict --checkpoint runs/first/best --task sentiment --input FILE --output sst-test-output.csv
 python -m minbert_fast.predict --checkpoint runs/first/best --task similarity --input FILE --output pairs.jsonl
 
-The input is a file in the course's layout (labels, if any, are not read). The output is the course's prediction format,
-or, for a name that ends in .jsonl, one JSON object a row, with the probability of each class where there are classes.
+The input is a file in the course's layout; labels are ignored. The output has the course's prediction format, or, if its
+name ends in .jsonl, one JSON object per row, with the probabilities of the classes for a classification task.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.cli import Parser, add_device_flags, run
 from minbert_fast.common.storage import is_stream, whole_file
 from minbert_fast.data import FORMATS, Table, TableReader
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
 from minbert_fast.tasks.predictor import Predictions, Predictor
 
-MAX_BAD_ROWS = 0.01  # share of a file's rows that may be unreadable before it is refused
+MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,17 +39,18 @@ def parser() -> argparse.ArgumentParser:
         help="sentiment, paraphrase, similarity, or another of the model's tasks",
     )
     flags.add_argument("--input", type=Path, required=True, metavar="FILE", help="a data file of that task")
-    flags.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the predictions go")
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE", help="the prediction file")
     flags.add_argument(
-        "--format", choices=("course", "jsonl"), help="of the output (default: jsonl for a .jsonl file, else course)"
+        "--format",
+        choices=("course", "jsonl"),
+        help="format of the output (default: jsonl for a .jsonl file, else course)",
     )
-    flags.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
+    add_device_flags(flags)
     return flags
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command; raises ConfigError, DataError or OSError for what the user can mend."""
+    """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     model = Predictor.from_pretrained(
         options.checkpoint, device=options.device, precision=options.precision, local_files_only=True
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str]) -> None:
             for bad in table.bad_rows:
                 tqdm.write(f"left out: {bad}", file=sys.stderr)
             found = model.predict_table(name, table, bar.update)
-            lines = _course(table, found) if form == "course" else _objects(table, found, task)
+            course = map(row_line, table.ids, found.values.tolist())
+            lines = course if form == "course" else _json_lines(table, found, task)
             file.write("".join(lines).encode("utf-8"))
             count += len(table)
             left_out += len(table.bad_rows)
@@ -78,12 +80,8 @@ def main(arguments: Sequence[str]) -> None:
     print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
 
 
-def _course(table: Table, found: Predictions) -> Iterator[str]:
-    return map(row_line, table.ids, found.values.tolist())
-
-
-def _objects(table: Table, found: Predictions, task: Task) -> Iterator[str]:
-    """One JSON object a row: id, prediction, and for classes the predicted one's name and every one's probability."""
+def _json_lines(table: Table, found: Predictions, task: Task) -> Iterator[str]:
+    """One JSON object per row: id, prediction, and for a classification the class name and all probabilities."""
     names = task.class_names
     for row, (identity, value) in enumerate(zip(table.ids, found.values.tolist(), strict=True)):
         one: dict[str, object] = {"id": identity, "prediction": value}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a training run, made again from its files; or several runs compared.
+"""Rewrites the report of a training run from its files, or compares several runs on one page.
 
 python -m minbert_fast.report runs/first                       writes runs/first/report.html and runs/first/plots/
 python -m minbert_fast.report runs/first runs/second           writes comparison.html
@@ -20,14 +20,14 @@ from minbert_fast.reporting.report import write_report
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    flags = Parser("report", "The report of a training run from its files, or a page that compares several runs.")
+    flags = Parser("report", __doc__ or "")
     flags.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="--output directory of a training run")
-    flags.add_argument("--output", type=Path, metavar="FILE", help="where a comparison goes (default: comparison.html)")
+    flags.add_argument("--output", type=Path, metavar="FILE", help="the comparison page (default: comparison.html)")
     return flags
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command; raises ConfigError or OSError for what the user can mend."""
+    """Runs the command. Raises ConfigError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     if len(options.directories) == 1:
         if options.output is not None:

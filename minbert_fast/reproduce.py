@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs published experiments again: one table, published against measured.
+"""Runs published experiments again and tabulates published against measured scores.
 
-    python -m minbert_fast.reproduce --data DIR --model DIR --output DIR                    all that published scores
+    python -m minbert_fast.reproduce --data DIR --model DIR --output DIR                    all recipes with published scores
     python -m minbert_fast.reproduce sbert-exp1 finetune-all --data DIR --model DIR --output DIR --max-steps 200
 
-Each recipe has a directory under --output. Called again, it goes on where it was stopped and skips what is done. Without
---data and --model it runs on the embedded sample, which shows that the recipes run and nothing else.
+Each recipe has a directory under --output. A second call resumes the interrupted run and skips finished ones. Without
+--data and --model the recipes run on the embedded sample, which only shows that they run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
-from minbert_fast.trainer.experiments import Place, Trial, limited, markdown, ran, run_or_resume, shown
+from minbert_fast.trainer.experiments import (
+    Trial,
+    add_series_flags,
+    format_score,
+    load_executed_recipe,
+    load_recipe,
+    markdown_table,
+    run_or_resume,
+)
 
 METRICS = {
     "sentiment_accuracy": "sentiment",
@@ -36,43 +44,33 @@ METRICS = {
 
 
 def parser() -> cli.Parser:
-    """The command line."""
+    """The command's flags."""
     command = cli.Parser("reproduce", __doc__ or "")
     command.add_argument("names", nargs="*", metavar="NAME", help="recipes (default: all with published scores)")
-    command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
-    command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
-    command.add_argument("--output", metavar="DIR", required=True, help="a directory for all runs and the table")
-    command.add_argument("--max-steps", metavar="N", type=cli.count, help="steps a recipe, or a stage of it, at most")
-    command.add_argument("--seed", metavar="N", type=cli.count)
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_series_flags(command)
+    command.add_argument("--seed", metavar="N", type=cli.count, help="seed of all runs (default: the recipe's)")
     command.add_argument("--backend", choices=("auto", "fast", "reference"), default="auto")
     return command
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the recipes, one after the other, and writes table.md and table.json after each."""
+    """Runs the recipes one after the other; writes table.md and table.json after each."""
     chosen = parser().parse_args(arguments)
     names = chosen.names or [name for name in recipe_names() if Recipe.load(name).published]
-    values: dict[str, Any] = {"data": {}, "model": {}, "training": {}}
-    if chosen.data:
-        values["data"]["directory"] = chosen.data
-    if chosen.model:
-        values["model"]["name"] = chosen.model
-    if chosen.seed is not None:
-        values["training"]["seed"] = chosen.seed
-    recipes = {name: limited(Recipe.load(name).with_values(values, "command line"), chosen.max_steps) for name in names}
-    output = Path(chosen.output)
+    seed = {} if chosen.seed is None else {"training": {"seed": chosen.seed}}
+    recipes = {name: load_recipe(name, chosen).with_values(seed, "command line") for name in names}
+    output: Path = chosen.output
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.reproduce", *arguments])
-    trials = []
+    trials: list[Trial] = []
     for index, (name, recipe) in enumerate(recipes.items(), 1):
         print(f"\n== {index} of {len(recipes)}: {name}: {recipe.description}", flush=True)
-        trial = run_or_resume(name, recipe, output / Path(name).stem, Place(chosen.device, chosen.backend), command)
-        if trial.failure:
-            print(f"{name}: {trial.failure}", file=sys.stderr, flush=True)
-        trials.append(trial)
-        written = table(recipes, trials, conditions(trials, chosen.model, chosen.data))
-        write_bytes(output / "table.md", written.encode())
+        directory = output / Path(name).stem
+        trials.append(run_or_resume(name, recipe, directory, command, chosen.device, chosen.backend))
+        text = (
+            score_table(recipes, trials) + "\n" + "\n\n".join(notes(recipes, trials, chosen.model, chosen.data)) + "\n"
+        )
+        write_bytes(output / "table.md", text.encode())
         write_json(output / "table.json", [record(recipes[trial.name], trial) for trial in trials])
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     failed = [trial.name for trial in trials if trial.failure]
@@ -81,31 +79,41 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def record(recipe: Recipe, trial: Trial) -> dict[str, Any]:
-    """One recipe's line of table.json."""
-    summary = trial.summary or {}
+    """One recipe's entry in table.json."""
+    facts = ("steps", "seconds", "tokens", "device", "precision", "commit")
     return {
         "recipe": trial.name,
         "source": recipe.source,
         "published": dict(recipe.published),
         "measured": {metric: trial.score(metric) for metric in METRICS},
-        **{key: summary.get(key) for key in ("steps", "seconds", "tokens", "device", "precision", "commit")},
-        "without": missing(recipe, trial),
+        **{key: trial.summary.get(key) for key in facts},
+        "without": dropped_tasks(recipe, trial),
         "failure": trial.failure,
     }
 
 
-def missing(recipe: Recipe, trial: Trial) -> list[str]:
-    """Tasks that the run had to do without, for want of data."""
-    found = None if trial.summary is None else ran(trial.directory)
-    return [] if found is None else [name for name in build_tasks(recipe) if name not in build_tasks(found)]
+def dropped_tasks(recipe: Recipe, trial: Trial) -> list[str]:
+    """Tasks of the recipe that the run dropped because it had no data for them."""
+    executed = load_executed_recipe(trial.directory) if trial.summary else None
+    return [] if executed is None else [name for name in build_tasks(recipe) if name not in build_tasks(executed)]
 
 
-def conditions(trials: Sequence[Trial], model: str | None, data: str | None) -> list[str]:
-    """Weights, data, and where it ran: what the measured scores depend on beside the recipe."""
+def score_table(recipes: dict[str, Recipe], trials: Sequence[Trial]) -> str:
+    """Published against measured scores, in Markdown."""
+    rows = []
+    for trial in trials:
+        scores = ((recipes[trial.name].published.get(metric), trial.score(metric)) for metric in METRICS)
+        steps = f"{trial.summary['steps']:,}" if trial.summary else "failed"
+        rows.append([trial.name, *(format_score(score) for pair in scores for score in pair), steps])
+    head = ["recipe", *(f"{name}, {kind}" for name in METRICS.values() for kind in ("published", "measured")), "steps"]
+    return markdown_table(head, rows)
+
+
+def notes(recipes: dict[str, Recipe], trials: Sequence[Trial], model: str | None, data: str | None) -> list[str]:
+    """The paragraphs below the table: weights, data, devices, and the tasks that runs dropped."""
     weights = "the embedded tiny model, random weights (a demonstration)"
     if model:
-        directory = resolve(model)
-        config = directory / "config.json"
+        config = resolve(model) / "config.json"
         shape = BertConfig.from_file(config) if config.is_file() else None
         size = f", {shape.num_hidden_layers} layers of {shape.hidden_size}" if shape else ""
         weights = f"{Path(model).name}{size}"
@@ -114,41 +122,24 @@ def conditions(trials: Sequence[Trial], model: str | None, data: str | None) -> 
     for split in ("train", "dev"):
         with suppress(DataError):
             found = find_tables(folder, split, tuple(FORMATS)).paths
-            counts = (f"{path.name} {count_lines(path) - 1:,}" for path in found.values())
-            files.append(f"{split}: {', '.join(counts)}")
+            files.append(f"{split}: {', '.join(f'{path.name} {count_lines(path) - 1:,}' for path in found.values())}")
     lines = [f"Weights: {weights}.", f"Data: {folder.name}. Rows of {'; '.join(files)}."]
     places = {(s["device"], s["precision"], s["backend"], s["commit"]) for t in trials if (s := t.summary)}
     lines += [
         f"Run on {device}, {precision}, {backend} backend{f', commit {commit[:10]}' if commit else ''}."
         for device, precision, backend, commit in sorted(places, key=str)
     ]
-    return lines
+    lines.append(
+        "Published scores are the reports' own, with BERT-base on the whole course data; some are on the test set."
+    )
+    without = {trial.name: dropped_tasks(recipes[trial.name], trial) for trial in trials}
+    return lines + [f"{name} ran without {', '.join(tasks)}: no data." for name, tasks in without.items() if tasks]
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a file."""
+    """The number of lines of a file."""
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def table(recipes: dict[str, Recipe], trials: Sequence[Trial], measured_with: Sequence[str]) -> str:
-    """Published against measured, in Markdown, with what was measured on."""
-    rows = []
-    for trial in trials:
-        published, pairs = recipes[trial.name].published, []
-        for metric in METRICS:
-            pairs += [shown(published.get(metric)), shown(trial.score(metric))]
-        steps = f"{trial.summary['steps']:,}" if trial.summary else "failed"
-        rows.append([trial.name, *pairs, steps])
-    head = ["recipe", *(f"{name}, {kind}" for name in METRICS.values() for kind in ("published", "measured")), "steps"]
-    lines = [
-        *measured_with,
-        "Published scores are the reports' own, with BERT-base on the whole course data; some are on the test set.",
-    ]
-    for trial in trials:
-        if without := missing(recipes[trial.name], trial):
-            lines.append(f"{trial.name} ran without {', '.join(without)}: no data.")
-    return markdown(head, rows) + "\n" + "\n\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches over values of a recipe.
+"""Searches for the best values of a recipe.
 
     python -m minbert_fast.search --recipe NAME --data DIR --output DIR --grid lr=1e-5,2e-5 --grid dropout=0.1,0.3
-    ... --random 10        ten combinations of the grid, drawn at random
+    ... --random 10        ten random combinations of the grid
     ... --optuna 10        ten combinations that Optuna proposes (pip install 'minbert_fast[optuna]')
 
-Names are the flags of `train` (lr, dropout, batch-size, surgery, ...) or keys of the recipe (optimizer.layer_decay). Each
-combination has a directory under --output; called again, the search goes on where it was stopped. At the end: table.md,
-table.json and plot.svg.
+A grid's name is a flag of `train` (lr, dropout, batch-size, surgery, ...) or a key of the recipe (optimizer.layer_decay).
+Each combination has a directory under --output; a second call continues the search. Results: table.md, table.json and
+plot.svg.
 """
 
 from __future__ import annotations
@@ -29,59 +29,54 @@ from minbert_fast.common.storage import write_bytes, write_json
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting import charts
 from minbert_fast.train import RECIPE_FLAGS
-from minbert_fast.trainer.experiments import Place, Trial, limited, markdown, run_or_resume, shown
+from minbert_fast.trainer.experiments import (
+    Trial,
+    add_series_flags,
+    format_score,
+    load_recipe,
+    markdown_table,
+    run_or_resume,
+)
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in flag.names}
 
 
 def parser() -> cli.Parser:
-    """The command line."""
+    """The command's flags."""
     command = cli.Parser("search", __doc__ or "")
     command.add_argument(
         "--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)"
     )
-    command.add_argument("--grid", metavar="KEY=A,B,...", action="append", default=[], required=True)
+    command.add_argument("--grid", metavar="KEY=A,B,...", action="append", required=True, help="(repeatable)")
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--random", metavar="N", type=cli.count, help="so many combinations, drawn at random")
-    how.add_argument("--optuna", metavar="N", type=cli.count, help="so many combinations, proposed by Optuna")
-    command.add_argument("--metric", default="score", help="dev metric to make large (default: score)")
-    command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
-    command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
-    command.add_argument("--output", metavar="DIR", required=True, help="a directory for all runs and the table")
-    command.add_argument("--max-steps", metavar="N", type=cli.count, help="steps a run, or a stage of it, at most")
-    command.add_argument("--seed", metavar="N", type=cli.count, default=0, help="of the search itself (default: 0)")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    how.add_argument("--random", metavar="N", type=cli.count, help="run N random combinations")
+    how.add_argument("--optuna", metavar="N", type=cli.count, help="run N combinations that Optuna proposes")
+    command.add_argument("--metric", default="score", help="dev metric to maximize (default: score)")
+    add_series_flags(command)
+    command.add_argument("--seed", metavar="N", type=cli.count, default=0, help="seed of the search (default: 0)")
     return command
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the combinations and writes the table after each."""
+    """Runs the combinations and updates the results after each."""
     chosen = parser().parse_args(arguments)
     grid = parse_grid(chosen.grid)
-    base = Recipe.load(chosen.recipe or ("default" if chosen.model else "demonstration"))
-    values: dict[str, Any] = {"data": {}, "model": {}}
-    if chosen.data:
-        values["data"]["directory"] = chosen.data
-    if chosen.model:
-        values["model"]["name"] = chosen.model
-    base = limited(base.with_values(values, "command line"), chosen.max_steps)
-    for combination in combinations(grid):  # a mistake in any of them is found before the first step
-        recipe_of(base, combination)
-    output = Path(chosen.output)
+    base = load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
+    for combination in combinations(grid):  # finds invalid values before the first run
+        with_combination(base, combination)
+    output: Path = chosen.output
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.search", *arguments])
-    place = Place(chosen.device)
     trials: dict[str, tuple[Values, Trial]] = {}
 
-    def attempt(combination: Values) -> float | None:
-        name = name_of(combination)
+    def run_trial(combination: Values) -> float | None:
+        name = directory_name(combination)
         if name not in trials:
             print(f"\n== {len(trials) + 1}: {name}", flush=True)
-            trial = run_or_resume(name, recipe_of(base, combination), output / name, place, command)
-            if trial.failure:
-                print(f"{name}: {trial.failure}", file=sys.stderr, flush=True)
-            dev = (trial.summary or {}).get("dev")
+            recipe = with_combination(base, combination)
+            trial = run_or_resume(name, recipe, output / name, command, chosen.device)
+            dev = trial.summary.get("dev")
             if dev and chosen.metric not in dev:
                 raise ConfigError(f"--metric {chosen.metric}: no such dev metric; known: {', '.join(dev)}")
             trials[name] = combination, trial
@@ -89,17 +84,17 @@ def main(arguments: Sequence[str]) -> None:
         return trials[name][1].score(chosen.metric)
 
     if chosen.optuna is not None:
-        propose(attempt, grid, chosen.optuna, chosen.seed)
+        run_optuna(run_trial, grid, chosen.optuna, chosen.seed)
     else:
-        for combination in drawn(combinations(grid), chosen.random, chosen.seed):
-            attempt(combination)
+        for combination in sample_combinations(combinations(grid), chosen.random, chosen.seed):
+            run_trial(combination)
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     if all(trial.failure for _, trial in trials.values()):
         raise RunError("no combination ran")
 
 
 def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:
-    """`KEY=A,B` as lists of values by the recipe's key. Raises ConfigError."""
+    """The lists of values in `KEY=A,B` by key of the recipe. Raises ConfigError."""
     grid: dict[str, list[str]] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -112,28 +107,30 @@ def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def combinations(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """Every combination, the last key changing fastest."""
+    """All combinations; the last key changes fastest."""
     return [dict(zip(grid, options, strict=True)) for options in itertools.product(*grid.values())]
 
 
-def drawn(every: list[dict[str, str]], count: int | None, seed: int) -> list[dict[str, str]]:
-    """All of them, or `count` different ones at random, always the same for a seed."""
+def sample_combinations(every: list[dict[str, str]], count: int | None, seed: int) -> list[dict[str, str]]:
+    """`count` different combinations drawn with `seed`; all of them if there are no more, or if `count` is None."""
     return every if count is None or count >= len(every) else random.Random(seed).sample(every, count)
 
 
-def recipe_of(base: Recipe, combination: Values) -> Recipe:
-    """The recipe with a combination's values. Raises ConfigError for one that it refuses."""
+def with_combination(base: Recipe, combination: Values) -> Recipe:
+    """The recipe with a combination's values. Raises ConfigError for invalid ones."""
     return base.with_values(parse_assignments(f"{key}={value}" for key, value in combination.items()), "--grid")
 
 
-def name_of(combination: Values) -> str:
-    """A directory's name that says which combination it holds."""
+def directory_name(combination: Values) -> str:
+    """The name of a combination's directory, which lists its values."""
     parts = (f"{key.rpartition('.')[2]}={value}" for key, value in combination.items())
     return ",".join("".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in part) for part in parts)
 
 
-def propose(attempt: Callable[[Values], float | None], grid: Mapping[str, list[str]], count: int, seed: int) -> None:
-    """`count` trials that Optuna's TPE sampler proposes; earlier ones are repeated from their directories."""
+def run_optuna(
+    run_trial: Callable[[Values], float | None], grid: Mapping[str, list[str]], count: int, seed: int
+) -> None:
+    """Runs `count` trials that Optuna's TPE sampler proposes; a repeated call reads the finished ones from disk."""
     try:
         import optuna
     except ImportError:
@@ -142,7 +139,7 @@ def propose(attempt: Callable[[Values], float | None], grid: Mapping[str, list[s
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
 
     def objective(trial: Any) -> float:
-        found = attempt({key: trial.suggest_categorical(key, options) for key, options in grid.items()})
+        found = run_trial({key: trial.suggest_categorical(key, options) for key, options in grid.items()})
         if found is None:
             raise optuna.TrialPruned
         return found
@@ -153,39 +150,28 @@ def propose(attempt: Callable[[Values], float | None], grid: Mapping[str, list[s
 def write_results(
     output: Path, grid: Mapping[str, Sequence[str]], trials: Sequence[tuple[Values, Trial]], metric: str
 ) -> None:
-    """table.md, table.json and plot.svg, the best first."""
+    """Writes table.md and table.json, best trials first, and plot.svg."""
     ranked = sorted(trials, key=lambda pair: -(score if (score := pair[1].score(metric)) is not None else -np.inf))
-    others = ("sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson")
-    metrics = (metric, *(other for other in others if other != metric))
+    metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
     rows = [
-        [*values.values(), *(shown(trial.score(m)) for m in metrics), str((trial.summary or {}).get("steps", "failed"))]
+        [*values.values(), *(format_score(trial.score(m)) for m in metrics), str(trial.summary.get("steps", "failed"))]
         for values, trial in ranked
     ]
-    write_bytes(output / "table.md", markdown([*grid, *metrics, "steps"], rows).encode())
-    write_json(
-        output / "table.json",
-        [
-            {"values": dict(values), "dev": (trial.summary or {}).get("dev", {}), "failure": trial.failure}
-            for values, trial in ranked
-        ],
-    )
-    write_bytes(output / "plot.svg", charts.standalone(plot(grid, trials, metric)).encode())
+    write_bytes(output / "table.md", markdown_table([*grid, *metrics, "steps"], rows).encode())
+    found = [{"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure} for v, t in ranked]
+    write_json(output / "table.json", found)
+    write_bytes(output / "plot.svg", charts.standalone_svg(plot(grid, trials, metric)).encode())
 
 
 def plot(grid: Mapping[str, Sequence[str]], trials: Sequence[tuple[Values, Trial]], metric: str) -> str:
-    """The best score reached with each value of each key, a line a key, over the value's place in its list."""
+    """A chart with one line per key: the best score of each of its values, in the order of the grid."""
     series = []
     for key, options in grid.items():
-        best = [
-            max(
-                (s for values, t in trials if values[key] == option and (s := t.score(metric)) is not None),
-                default=np.nan,
-            )
-            for option in options
-        ]
+        scores = {option: [t.score(metric) for values, t in trials if values[key] == option] for option in options}
+        best = [max((s for s in scores[option] if s is not None), default=np.nan) for option in options]
         name = f"{key}: {', '.join(options)}"
         series.append(charts.Series(name, np.arange(1, len(options) + 1), np.array(best), marked=True))
-    return charts.lines(f"best {metric} by value", series, "place of the value in its list")
+    return charts.line_chart(f"best {metric} by value", series, "place of the value in its list")
 
 
 if __name__ == "__main__":

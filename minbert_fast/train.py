@@ -3,15 +3,16 @@
 
     python -m minbert_fast.train                                          the demonstration: sample data, a tiny model
     python -m minbert_fast.train --data DIR --model DIR --output DIR      your data, your weights
-    python -m minbert_fast.train --resume --output DIR                    goes on where the run there stopped
-    python -m minbert_fast.train --recipe NAME --set optimizer.lr=1e-5    an experiment, with one value changed
+    python -m minbert_fast.train --resume --output DIR                    continues the interrupted run in DIR
+    python -m minbert_fast.train --recipe NAME --set optimizer.lr=1e-5    an experiment with one value changed
 
-Values come from the recipe, then from flags, then from --set. The course's own spellings work as well.
+--set overrides flags, and flags override the recipe. The flags of the course's own scripts work too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 import types
@@ -24,14 +25,14 @@ from typing import Any
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, merge
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
-from minbert_fast.reporting.runs import flat
+from minbert_fast.reporting.runs import flatten
 from minbert_fast.trainer.job import Options, train
-from minbert_fast.trainer.outputs import own_recipe
+from minbert_fast.trainer.outputs import saved_recipe_path
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag that sets one value of the recipe; its type, choices and default are those of the recipe's field."""
+    """A flag that sets one value of the recipe and takes its type and choices from the recipe's field."""
 
     key: str  # section.field
     names: tuple[str, ...]
@@ -40,19 +41,19 @@ class Flag:
 
 
 RECIPE_FLAGS = (
-    Flag("data.directory", ("--data",), "DIR", "directory of data files in the course's layout"),
+    Flag("data.directory", ("--data",), "DIR", "directory with data files in the course's layout"),
     Flag("model.name", ("--model",), "DIR|HUB_NAME", "encoder weights: a directory, a hub name or a course .pt file"),
     Flag("model.dropout", ("--dropout", "--hidden_dropout_prob"), "P", "dropout of the encoder"),
     Flag("training.epochs", ("--epochs",), "N", "passes over the data"),
-    Flag("training.max_steps", ("--max-steps", "--max_steps"), "N", "steps of the whole run, resumed parts included"),
-    Flag("training.batch_size", ("--batch-size", "--batch_size"), "N", "examples a task and step"),
-    Flag("training.seed", ("--seed",), "N", "seed of everything random"),
-    Flag("training.precision", ("--precision",), "", "of matrix products; weights and moments stay fp32"),
+    Flag("training.max_steps", ("--max-steps", "--max_steps"), "N", "most steps of the run, with all resumed parts"),
+    Flag("training.batch_size", ("--batch-size", "--batch_size"), "N", "examples per task and step"),
+    Flag("training.seed", ("--seed",), "N", "seed of all random numbers"),
+    Flag("training.precision", ("--precision",), "", "precision of matrix products; weights and moments stay fp32"),
     Flag("optimizer.lr", ("--lr",), "F", "learning rate (--option pretrain: 1e-3, finetune: 1e-5)"),
-    Flag("surgery.method", ("--surgery",), "NAME", "what is done about conflicting gradients: none, pcgrad, ..."),
+    Flag("surgery.method", ("--surgery",), "NAME", "method against conflicting gradients: none, pcgrad, ..."),
 )
 
-# The course's names of its data files, and the datasets they hold.
+# The course's short names of its data files, and our names of the datasets.
 COURSE_DATASETS = {"sst": "sentiment", "para": "paraphrase", "sts": "similarity"}
 COURSE_OPTIONS: Mapping[str, dict[str, Any]] = {
     "pretrain": {"model": {"freeze": True}, "optimizer": {"lr": 1e-3}},
@@ -61,31 +62,29 @@ COURSE_OPTIONS: Mapping[str, dict[str, Any]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: flags of the run, flags of the recipe, the course's flags."""
+    """The command's flags: those of the run, of the recipe, and of the course."""
     command = cli.Parser("train", __doc__ or "")
     run = command.add_argument_group("the run")
     run.add_argument(
         "--recipe", metavar="NAME|FILE.toml", help="the experiment (default: default; without --model: demonstration)"
     )
-    run.add_argument("--output", metavar="DIR", help="where results go (default: a new folder under runs/)")
+    run.add_argument(
+        "--output", metavar="DIR", type=Path, help="directory of the results (default: a new one under runs/)"
+    )
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument(
         "--backend",
         choices=("auto", "fast", "reference"),
         default="auto",
-        help="reference: padded, eager, one backward a task, as a course project has it",
+        help="reference: padded, eager, one backward per task, as in a course project",
     )
-    run.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint under --output, if any; no other flags are needed, except --backend",
-    )
-    run.add_argument("--overwrite", action="store_true", help="start anew where --output holds an earlier run")
+    run.add_argument("--resume", action="store_true", help="continue the run under --output from its newest checkpoint")
+    run.add_argument("--overwrite", action="store_true", help="replace an earlier run under --output")
     run.add_argument(
         "--report-to",
         default="none",
         metavar="NAMES",
-        help="show the records elsewhere too: tensorboard, wandb, csv, with commas between (default: none)",
+        help="also send the records to trackers: tensorboard, wandb, csv, separated by commas (default: none)",
     )
     run.add_argument(
         "--set",
@@ -93,26 +92,26 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="any value of the recipe, such as checkpoint.every=100 (repeatable)",
+        help="set any value of the recipe, such as checkpoint.every=100 (repeatable)",
     )
     values = command.add_argument_group("the recipe's values")
     for flag in RECIPE_FLAGS:
         add_flag(values, flag)
-    course = command.add_argument_group("the course's spellings")
+    course = command.add_argument_group("the course's flags")
     course.add_argument("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads only; finetune: everything")
     course.add_argument("--use_gpu", action="store_true", help="--device cuda")
-    for short, dataset in COURSE_DATASETS.items():
-        for split in ("train", "dev", "test"):
-            course.add_argument(f"--{short}_{split}", metavar="FILE", help=f"{dataset}: this {split} file")
-        for split in ("dev", "test"):
+    for (short, dataset), split in itertools.product(COURSE_DATASETS.items(), ("train", "dev", "test")):
+        name, key = f"--{short}_{split}", f"data.files.{dataset}.{split}"
+        course.add_argument(name, metavar="FILE", dest=key, help=f"{split} file of {dataset}")
+        if split != "train":
             course.add_argument(
-                f"--{short}_{split}_out", metavar="FILE", help=f"{dataset}: {split} predictions go here as well"
+                f"{name}_out", metavar="FILE", type=Path, help=f"copy of {dataset}'s {split} predictions"
             )
     return command
 
 
 def add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    """Adds a recipe flag with the type and choices of the field it sets."""
+    """Adds a recipe flag with the type and choices of its field."""
     hint = field_type(flag.key)
     options: dict[str, Any] = {"dest": flag.key, "default": None, "help": flag.help.replace("%", "%%")}
     if typing.get_origin(hint) is typing.Literal:
@@ -122,7 +121,7 @@ def add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
 
 
 def field_type(key: str) -> Any:
-    """The type of the recipe's field `section.field`, without its `| None`."""
+    """The type of the recipe's field `section.field`, without `| None`."""
     hint: Any = Recipe
     for name in key.split("."):
         hint = typing.get_type_hints(hint)[name]
@@ -132,62 +131,53 @@ def field_type(key: str) -> Any:
     return hint
 
 
-def recipe_of(chosen: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line changes: the course's option, then flags, then --set.
+def build_recipe(chosen: argparse.Namespace) -> Recipe:
+    """The recipe with the values of the course's --option, then of the flags, then of --set.
 
-    A run that is resumed brings its own, unless the command line names one or changes more than how far it goes.
+    --resume uses the recipe saved under --output, unless the command line names one or changes more than --max-steps.
     """
     values: dict[str, Any] = dict(COURSE_OPTIONS[chosen.option]) if chosen.option else {}
-    for flag in RECIPE_FLAGS:
-        value = getattr(chosen, flag.key)
-        if value is not None:
-            section, name = flag.key.split(".")
-            values = merge(values, {section: {name: value}})
-    for short, dataset in COURSE_DATASETS.items():
-        for split in ("train", "dev", "test"):
-            path = getattr(chosen, f"{short}_{split}")
-            if path is not None:
-                values = merge(values, {"data": {"files": {dataset: {split: path}}}})
+    for key, value in vars(chosen).items():
+        if "." in key and value is not None:  # the flag sets this key of the recipe
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            values = merge(values, value)
     values = merge(values, parse_assignments(chosen.assignments))
-    if chosen.resume and chosen.recipe is None and flat(values).keys() <= {"training.max_steps"}:
-        own = own_recipe(Path(chosen.output or ""))
-        if own.is_file():
-            return Recipe.load(str(own)).with_values(values, "command line")
-    # The tiny model has random weights, and learns nothing at the rates that suit pre-trained ones.
-    usual = "default" if values.get("model", {}).get("name") else "demonstration"
-    return Recipe.load(chosen.recipe or usual).with_values(values, "command line")
+    if chosen.resume and chosen.recipe is None and flatten(values).keys() <= {"training.max_steps"}:
+        saved = saved_recipe_path(chosen.output or Path())
+        if saved.is_file():
+            return Recipe.load(str(saved)).with_values(values, "command line")
+    # The learning rate of `default` suits pre-trained weights; the tiny model has random ones.
+    default = "default" if values.get("model", {}).get("name") else "demonstration"
+    return Recipe.load(chosen.recipe or default).with_values(values, "command line")
 
 
-def options_of(chosen: argparse.Namespace, arguments: Sequence[str]) -> Options:
-    """Everything about the run that is no part of the experiment."""
+def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Options:
+    """The settings of the run. Raises ConfigError for flags that contradict each other."""
     if chosen.use_gpu and chosen.device == "cpu":
         raise ConfigError("--use_gpu and --device cpu: choose one")
     if chosen.resume and chosen.overwrite:
         raise ConfigError("--resume and --overwrite: choose one")
     if chosen.resume and chosen.output is None:
-        raise ConfigError("--resume needs --output, the directory of the run to go on with")
-    copies = {
-        (dataset, split): Path(path)
-        for short, dataset in COURSE_DATASETS.items()
-        for split in ("dev", "test")
-        if (path := getattr(chosen, f"{short}_{split}_out")) is not None
-    }
+        raise ConfigError("--resume needs --output, the directory of the interrupted run")
+    course = itertools.product(COURSE_DATASETS.items(), ("dev", "test"))
+    copies = {(dataset, split): getattr(chosen, f"{short}_{split}_out") for (short, dataset), split in course}
     return Options(
-        output=None if chosen.output is None else Path(chosen.output),
+        output=chosen.output,
         device="cuda" if chosen.use_gpu else chosen.device,
         backend=chosen.backend,
         resume=chosen.resume,
         overwrite=chosen.overwrite,
-        copies=copies,
+        copies={key: path for key, path in copies.items() if path is not None},
         report_to=() if chosen.report_to == "none" else tuple(chosen.report_to.split(",")),
         command=shlex.join(["python", "-m", "minbert_fast.train", *arguments]),
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains as the command line says."""
+    """Trains. Raises ConfigError, DataError, RunError or OSError for mistakes of the user and failures of the run."""
     chosen = parser().parse_args(arguments)
-    train(recipe_of(chosen), options_of(chosen, arguments))
+    train(build_recipe(chosen), build_options(chosen, arguments))
 
 
 if __name__ == "__main__":

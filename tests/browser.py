@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headless Chromium over its DevTools pipe, with nothing but the standard library: what a page does in a real browser.
+"""Drives headless Chromium over its DevTools pipe, with the standard library alone.
 
 https://chromedevtools.github.io/devtools-protocol/ describes the methods that `call` takes.
 """
@@ -24,12 +24,12 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
-PATIENCE = 60.0  # seconds for one answer
+TIMEOUT = 60.0  # seconds to wait for an answer
 KEYS = {"Tab": ("Tab", 9, ""), "Enter": ("Enter", 13, "\r"), " ": ("Space", 32, " ")}
 
 
 def chromium() -> str | None:
-    """The browser's path, None where there is none."""
+    """The path of the browser; None if it is not installed."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
@@ -45,7 +45,7 @@ class Page:
         self.call("Page.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One DevTools method, answered."""
+        """Calls a DevTools method and returns its result."""
         self._count += 1
         message: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
         if self._session:
@@ -57,8 +57,8 @@ class Page:
         return dict(answer["result"])
 
     def _read(self) -> dict[str, Any]:
-        """The next message: an answer or an event."""
-        deadline = time.monotonic() + PATIENCE
+        """Reads the next message, an answer or an event."""
+        deadline = time.monotonic() + TIMEOUT
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, "the browser does not answer"
@@ -69,50 +69,50 @@ class Page:
         return dict(json.loads(message))
 
     def open(self, address: Path | str) -> None:
-        """Shows a file, or an address, and waits until it has loaded."""
+        """Opens a file or an address and waits until it has loaded."""
         self._events.clear()
         self.call("Page.navigate", url=address.as_uri() if isinstance(address, Path) else address)
         while "Page.loadEventFired" not in self._events:
             self._events.append(self._read()["method"])
 
     def evaluate(self, script: str) -> Any:
-        """What a JavaScript expression is worth, as plain data."""
+        """The value of a JavaScript expression, as plain data."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def size(self, width: int, height: int = 900) -> None:
-        """The window, in CSS pixels; below 800 a phone's."""
+        """Sets the window size in CSS pixels; widths below 800 emulate a phone."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 800
         )
 
     def media(self, scheme: str = "light", kind: str = "screen") -> None:
-        """Colours asked for (light, dark) and what the page is for (screen, print)."""
+        """Emulates a colour scheme (light, dark) and a medium (screen, print)."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=kind, features=features)
 
     def press(self, key: str) -> None:
-        """A key down and up."""
+        """Presses and releases a key."""
         code, number, text = KEYS[key]
         same = {"key": key, "code": code, "windowsVirtualKeyCode": number}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **same)
         self.call("Input.dispatchKeyEvent", type="keyUp", **same)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        """What is in the window, or the whole page, as a PNG."""
+        """A PNG of the window or of the whole page."""
         data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def pdf(self) -> bytes:
-        """The page on A4 paper."""
+        """The page as a PDF on A4 paper."""
         self.media(kind="print")
         data = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=False)["data"]
         return base64.b64decode(data)
 
 
 def _high(descriptor: int) -> int:
-    """The same file under a number that 3 and 4 cannot overwrite."""
+    """Moves a file descriptor to a number of 10 or more, so that 3 and 4 are free."""
     copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(descriptor)
     return copy
@@ -120,10 +120,10 @@ def _high(descriptor: int) -> int:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """A page of a browser that ends with the block; `profile` is an empty folder of its own."""
+    """Starts a browser for the block and yields a page; `profile` is an empty folder."""
     binary = chromium()
     assert binary, "no Chromium"
-    # It reads requests from its descriptor 3 and answers on 4; the shell puts them there.
+    # Chromium reads requests from descriptor 3 and answers on 4; the shell sets them up.
     their_requests, requests, answers, their_answers = (_high(end) for pair in (os.pipe(), os.pipe()) for end in pair)
     command = f'exec "$0" "$@" 3<&{their_requests} 4>&{their_answers}'
     process = subprocess.Popen(
@@ -136,6 +136,6 @@ def browser(profile: Path) -> Iterator[Page]:
         yield Page(process, requests, answers)
     finally:
         process.terminate()
-        process.wait(timeout=PATIENCE)
+        process.wait(timeout=TIMEOUT)
         os.close(requests)
         os.close(answers)

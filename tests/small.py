@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut-down sample data and flags that make a whole run a matter of a second or two."""
+"""A part of the sample data, and flags for a whole run in one or two seconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_data(folder: Path) -> Path:
 
 
 def small_run(data: Path, output: Path, *more: str) -> list[str]:
-    """Flags of a run on it: 8 examples a task, so 5 steps an epoch; exact products; a log line a step."""
+    """Flags of a run on `data` in fp32: 8 examples per task, so 5 steps per epoch; one log line per step."""
     flags = [
         "--data",
         str(data),

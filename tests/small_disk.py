@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs training on a disk of its own that is made full, read-only and forbidden in turn; for tests/test_faults.py.
+"""Trains on a private disk that is full, read-only and without write permission in turn; for tests/test_faults.py.
 
     unshare --mount python -m tests.small_disk DATA OUTPUT WHOLE
 
-OUTPUT is the disk: a tmpfs that only this process sees. Prints a line of JSON for each attempt: its name, exit status
-and what it wrote to standard error. At the end the results are copied to WHOLE.
+OUTPUT is the disk, a tmpfs visible to this process alone. Prints one JSON line per attempt: name, exit status, standard
+error. Copies the results to WHOLE at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minbert_fast.common import cli
 from tests.small import small_run
 
 MEGABYTES = 64
-LEFT = 64 << 10  # bytes left on the full disk: room for a line of records, not for a checkpoint
+LEFT = 64 << 10  # free bytes on the full disk: enough for a record, not for a checkpoint
 
 
 def attempt(name: str, data: Path, output: Path, *flags: str) -> None:
@@ -57,7 +57,7 @@ def full(disk: Path) -> Iterator[None]:
 
 @contextmanager
 def forbidden(disk: Path) -> Iterator[None]:
-    """Without write permission, nor root's way around it (the capability CAP_DAC_OVERRIDE, number 1)."""
+    """Removes the write permission, and root's capability to ignore it (CAP_DAC_OVERRIDE, number 1)."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, before) == 0

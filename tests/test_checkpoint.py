@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: read back as written, damage of every kind named and passed over, no pickle anywhere."""
+"""Checkpoints: exact round trip, every kind of damage is reported and skipped, no pickle."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
-def test_damage_is_named_and_passed_over(tmp_path: Path, damage: object) -> None:
+def test_damaged_checkpoints_are_reported_and_skipped(tmp_path: Path, damage: object) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     for step in (1, 2):
         store.save(step, {"x": torch.full((40,), float(step))}, {"number": 2})
@@ -148,7 +148,7 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, damage: object) -> None
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".damaged")] == ["step-00000002.damaged"]
 
 
-def test_damaged_ones_do_not_push_whole_ones_out(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_displace_good_ones(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     store.save(5, {}, {})
     for step in (8, 9):
@@ -160,7 +160,7 @@ def test_damaged_ones_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     assert found.step == 6
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path, keep=1)
@@ -189,10 +189,10 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_a_crash_between_any_two_renames_leaves_a_whole_directory(
+def test_a_crash_between_any_two_renames_leaves_a_complete_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Kills the writer before its n-th rename or removal; after `sweep` the old or the new content is there whole."""
+    """Stops the writer before its n-th rename or removal; after `sweep` the directory has its old or its new content."""
     target = tmp_path / "best"
     storage.write_directory(target, lambda d: (d / "a").write_text("old") and None)
     calls = 0
@@ -224,7 +224,7 @@ def test_a_crash_between_any_two_renames_leaves_a_whole_directory(
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
-def test_differences_are_named_by_their_place() -> None:
+def test_differences_are_named_by_key() -> None:
     then = {"optimizer": {"lr": 1e-5, "eps": 1.0}, "tasks": {"sentiment": {}}, "same": [1, 2]}
     now = {"optimizer": {"lr": 2e-5, "eps": 1.0, "clip": 1.0}, "tasks": {}, "same": [1, 2]}
     assert differences(then, now) == [

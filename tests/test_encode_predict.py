@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m minbert_fast.encode` and `predict` as their users run them: files in and out, every mistake in one line."""
+"""`python -m minbert_fast.encode` and `predict` from their command lines: files in and out, one-line errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_course_file_and_cls_pooling(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_standard_input_and_nothing(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_and_an_empty_file(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(SENTENCES).encode())))
     assert run_encode("-", tmp_path / "out.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "file"), [("sentiment", "ids-sst-dev.csv"), ("paraphrase", "quora-dev.csv"), ("similarity", "sts-dev.csv")]
 )
-def test_predictions_in_both_forms(checkpoint: Path, tmp_path: Path, task: str, file: str) -> None:
+def test_predictions_in_both_formats(checkpoint: Path, tmp_path: Path, task: str, file: str) -> None:
     assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.csv") == 0
     assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.jsonl") == 0
     model = Predictor.from_pretrained(checkpoint, device="cpu", precision="fp32")
@@ -190,7 +190,7 @@ def test_predictions_in_both_forms(checkpoint: Path, tmp_path: Path, task: str, 
             assert one["class"] == names[int(one["prediction"])]
 
 
-def test_labels_are_not_needed_and_bad_rows_are_named(
+def test_labels_are_optional_and_bad_rows_are_reported(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = ["id\tsentence", *(f"r{i}\ta film of {i}" for i in range(150)), "short", "last\tthe end"]

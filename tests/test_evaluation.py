@@ -144,7 +144,7 @@ def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_pa
     assert run(main, [*common, "--data", str(files), "--json", str(both[0])]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "score"
     assert run(main, [*common, "--similarity", str(files / "sts-dev.csv"), "--json", str(both[1])]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("of similarity alone")  # not to be read as the course's
+    assert capsys.readouterr().out.splitlines()[-1].endswith("of similarity only")  # not to be read as the course's
     whole, one = (json.loads(path.read_text()) for path in both)
     assert set(one) == {"similarity_pearson", "similarity_spearman", "score"}
     assert one["similarity_pearson"] == pytest.approx(whole["similarity_pearson"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported models load elsewhere with equal outputs, say where they come from, and come back whole; `env`."""
+"""Exported models give equal outputs in other libraries and in Predictor; model cards; the `env` command."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_transformers_load_the_export_with_equal_outputs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", export.FORMATS)
-def test_an_export_comes_back_with_its_heads(tmp_path: Path, form: str) -> None:
+def test_an_export_loads_with_its_heads(tmp_path: Path, form: str) -> None:
     source = checkpoint(tmp_path, "cls")
     assert run_export(source, form, tmp_path / "out") == 0
     before, after = (Predictor.from_pretrained(f, device="cpu", precision="fp32") for f in (source, tmp_path / "out"))
@@ -97,8 +97,8 @@ def test_sentence_transformers_load_the_export_with_equal_embeddings(
         np.testing.assert_allclose(ours, direct, rtol=1e-5, atol=1e-6)
 
 
-def test_the_oldest_versions_names_are_written(tmp_path: Path) -> None:
-    """sentence-transformers 3.4 imports modules by these names and knows these keys alone."""
+def test_exports_use_the_names_of_the_oldest_supported_version(tmp_path: Path) -> None:
+    """sentence-transformers 3.4 imports these module names and accepts only these keys."""
     assert run_export(checkpoint(tmp_path), "sentence-transformers", tmp_path / "out") == 0
     modules = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling"]
@@ -114,7 +114,7 @@ def test_the_oldest_versions_names_are_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())["max_seq_length"] == 40
 
 
-def test_the_card_tells_data_scores_recipe_and_versions(tmp_path: Path) -> None:
+def test_the_card_has_data_scores_recipe_and_versions(tmp_path: Path) -> None:
     assert run_export(checkpoint(tmp_path), "huggingface", tmp_path / "my-model") == 0
     card = (tmp_path / "my-model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -131,7 +131,7 @@ def test_the_card_tells_data_scores_recipe_and_versions(tmp_path: Path) -> None:
     ):
         assert text in card, text
     assert "`weights`" in card
-    for name in ("README.md", "recipe.toml"):  # --push shows them to everybody
+    for name in ("README.md", "recipe.toml"):  # --push publishes these files
         assert "/somewhere" not in (tmp_path / "my-model" / name).read_text()
     recipe = Recipe.load(str(tmp_path / "my-model" / "recipe.toml"))
     assert (recipe.model.name, recipe.data.directory, recipe.data.max_length) == ("weights", "data", 40)
@@ -158,7 +158,7 @@ def test_export_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (source, source, ("--overwrite",), "is the checkpoint itself"),
         (tmp_path / "nowhere", tmp_path / "out", (), "no such file or directory"),
         (source, tmp_path / "out", ("--normalize",), "--normalize"),
-        (source, tmp_path / "out", ("--private",), "--private goes with --push"),
+        (source, tmp_path / "out", ("--private",), "--private needs --push"),
     ]
     for where, output, more, problem in cases:
         assert run_export(where, "huggingface", output, *more) == 2

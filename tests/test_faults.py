@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training meets real faults: disks, permissions, memory, numbers and texts; one clear line, and nothing lost."""
+"""Training under real faults of disks, permissions, memory, numbers and texts: one-line errors, no lost results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safet
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 1) -> str:
-    """The one line on standard error of a run that must fail."""
+    """Runs a training that must fail; returns its single line on standard error."""
     capsys.readouterr()
     assert cli.run(train.main, arguments) == status
     error = capsys.readouterr().err
@@ -40,7 +40,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int 
 
 
 def own_mounts() -> list[str]:
-    """A command prefix under which a process may mount file systems that nobody else sees; skips where there is none."""
+    """A command prefix that gives a process private mounts; skips the test if mounting is not allowed."""
     prefix = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
     try:
         subprocess.run([*prefix, "mount", "-t", "tmpfs", "none", "/mnt"], check=True, capture_output=True)
@@ -85,7 +85,7 @@ def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_pa
 def test_losses_that_stay_non_finite_stop_with_file_and_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A learning rate without measure: the first step throws the weights so far that every later loss overflows."""
+    """The learning rate is so large that the first step makes all later losses overflow."""
     data = small_data(tmp_path / "data")
     flags = ("--lr", "1e30", "--epochs", "9", "--set", "training.max_skipped=4", "--set", "optimizer.warmup=0.0")
     error = fails(capsys, small_run(data, tmp_path / "run", *flags))
@@ -106,7 +106,7 @@ def test_losses_that_stay_non_finite_stop_with_file_and_line(
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Half a gigabyte of addresses more than now."""
+    """Limits the address space to half a gigabyte more than now."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + (512 << 20), before[1]))
@@ -165,7 +165,7 @@ def test_texts_of_every_kind_train_and_predict(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A copy of the sample model."""
+    """A copy of the sample model's directory."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in sample_directory().model.iterdir():
@@ -178,7 +178,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["fifo", "directory"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_model_files_that_are_no_files_are_refused_at_once(model: Path, name: str, kind: str) -> None:
-    """Without the check, opening the FIFO waits for a writer for ever."""
+    """Without the check, opening a FIFO would wait for a writer forever."""
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name) if kind == "fifo" else (model / name).mkdir()
     load = Tokenizer.from_pretrained if name.startswith("tokenizer") else BertModel.from_pretrained

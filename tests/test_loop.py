@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop with a stand-in for the training step: what is due when, exact resume, and how runs end."""
+"""The loop with a fake training step: when evaluations, records and checkpoints are due, exact resume, ends of runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer import loop
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory
-from minbert_fast.trainer.progress import Silent
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4
@@ -40,7 +39,7 @@ class Model(nn.Module):
 
 
 class StandIn:
-    """Momentum with noise from torch's generator and a counter of its own, all of which a checkpoint must carry."""
+    """A fake step with state that a checkpoint must hold: momentum, noise from torch's generator, a step counter."""
 
     broken: frozenset[int] = frozenset()  # steps with a loss that is not finite
     average = None
@@ -69,7 +68,7 @@ class StandIn:
 
 
 def batch_at(stage: int, step: int) -> MultitaskBatch:
-    """A pure function of the position."""
+    """A batch that depends on stage and step alone."""
     numbers = np.random.default_rng([stage, step])
     sentences = [[numbers.integers(1, 50, numbers.integers(1, 6)) for _ in range(2)] for _ in TASKS]
     return MultitaskBatch(
@@ -82,7 +81,7 @@ def batch_at(stage: int, step: int) -> MultitaskBatch:
 
 
 class Run:
-    """One process's attempt at a run in `path`."""
+    """One process that runs in directory `path`."""
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], **hooks: Any) -> None:
         self.path = path
@@ -106,22 +105,22 @@ class Run:
                     steps_per_epoch=STEPS_PER_EPOCH,
                     limit=own.get("max_steps"),
                     patience=recipe.training.patience,
-                    begin=self.begin,
+                    build_step=self.build_step,
                     batches=lambda start, index=index, n=recipe.training.epochs: self.batches(index, start, n),
-                    place=lambda task, row: f"{task}.csv:{row + 2}",
+                    locate=lambda task, row: f"{task}.csv:{row + 2}",
                 )
             )
         return found
 
-    def begin(self) -> StandIn:
+    def build_step(self) -> StandIn:
         step = StandIn(self.model)
         step.broken = self.broken
         return step
 
-    def batches(self, stage: int, start: int, epochs: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+    def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
         for step in range(start, epochs * STEPS_PER_EPOCH):
             self.at_step(self.trainer.state.step + 1)
-            yield step, batch_at(stage, step)
+            yield batch_at(stage, step)
 
     def evaluate(self) -> loop.Evaluation:
         step = self.trainer.state.step
@@ -136,7 +135,7 @@ class Run:
     def go(self, resume: bool = False) -> loop.Outcome:
         torch.manual_seed(5)
         with RunDirectory(self.path) as files:
-            files.prepare()
+            files.prepare("")
             checkpoint = CheckpointStore(files.checkpoints, 1).newest(pytest.fail) if resume else None
             self.trainer = loop.Trainer(
                 recipe=self.recipe,
@@ -146,8 +145,7 @@ class Run:
                 evaluate=self.evaluate,
                 save=self.save,
                 constants={"fingerprint": "x"},
-                progress=lambda done, total: Silent(),
-                eager_fetch=self.eager,
+                fetch_every_step=self.eager,
             )
             outcome = self.trainer.run(checkpoint)
             files.write_directory("last", self.save)
@@ -175,10 +173,10 @@ STAGED: dict[str, Any] = RECIPE | {
 
 
 class KilledError(BaseException):
-    """Ends a run the way SIGKILL does, as far as files go: nothing is saved on the way out."""
+    """Ends a run without saving anything, as SIGKILL does."""
 
 
-# ---- What is due when --------------------------------------------------------------------------------------
+# ---- When things are due --------------------------------------------------------------------------------------
 
 
 def test_steps_evaluations_and_records_of_a_plain_run(tmp_path: Path) -> None:
@@ -200,21 +198,21 @@ def test_steps_evaluations_and_records_of_a_plain_run(tmp_path: Path) -> None:
     assert records[12]["lr"] == pytest.approx(base / 10)
 
 
-def test_records_are_as_frequent_as_asked(tmp_path: Path) -> None:
+def test_records_follow_logging_every(tmp_path: Path) -> None:
     run = Run(tmp_path, RECIPE | {"logging": {"every": 5}})
     run.go()
     assert [r["step"] for r in run.records()] == [0, 1, 4, 5, 8, 10, 12]
 
 
-def test_a_late_look_gives_the_same_records(tmp_path: Path) -> None:
-    """On a GPU results are fetched only when logged."""
+def test_fetching_late_gives_the_same_records(tmp_path: Path) -> None:
+    """On a GPU, results are fetched only when they are logged."""
     runs = [Run(tmp_path / str(eager), RECIPE | {"logging": {"every": 5}}, eager=eager) for eager in (True, False)]
     for run in runs:
         run.go()
     assert runs[0].records() == runs[1].records()
 
 
-def test_stages_follow_each_other(tmp_path: Path) -> None:
+def test_stages_run_one_after_the_other(tmp_path: Path) -> None:
     run = Run(tmp_path, STAGED)
     outcome = run.go()
     assert outcome.state.step == 4 + 6
@@ -233,14 +231,14 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
     assert run.files()["best/weight.json"] != run.files()["last/weight.json"]
 
 
-def test_a_score_that_is_no_number_is_never_best(tmp_path: Path) -> None:
+def test_a_non_finite_score_is_never_best(tmp_path: Path) -> None:
     scores = iter([0.0, -math.inf, 0.2, -math.inf])
     outcome = Run(tmp_path, RECIPE, scores=lambda weight: next(scores)).go()
     assert outcome.best is not None
     assert outcome.best["step"] == 8
 
 
-def test_patience_ends_a_stage_not_the_run(tmp_path: Path) -> None:
+def test_patience_ends_the_stage_and_not_the_run(tmp_path: Path) -> None:
     recipe = RECIPE | {
         "training": {"epochs": 9, "patience": 2},
         "stages": [{}, {"training": {"epochs": 1}}],
@@ -253,7 +251,7 @@ def test_patience_ends_a_stage_not_the_run(tmp_path: Path) -> None:
     assert outcome.reason == "no better score for a while"
 
 
-def test_nothing_to_do_is_no_error(tmp_path: Path) -> None:
+def test_zero_epochs_are_no_error(tmp_path: Path) -> None:
     run = Run(tmp_path, RECIPE | {"training": {"epochs": 0}})
     outcome = run.go()
     assert outcome.state.step == 0
@@ -264,12 +262,12 @@ def test_nothing_to_do_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, STAGED], ids=["plain", "staged"])
-def test_killed_anywhere_and_resumed_is_as_never_killed(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_a_run_killed_anywhere_and_resumed_equals_an_uninterrupted_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     killed_anywhere(Run, tmp_path, recipe)
 
 
 def killed_anywhere(kind_of_run: type[Run], tmp_path: Path, recipe: dict[str, Any]) -> None:
-    """Kills a run after each step and at each evaluation; resumed, it has to end with the files of one never killed."""
+    """Kills a run after each step and at each evaluation, resumes it, and compares the files with an uninterrupted run."""
     whole = kind_of_run(tmp_path / "whole", recipe)
     whole.go()
     moments = [("step", step) for step in range(1, whole.trainer.total + 1)]
@@ -312,7 +310,7 @@ def test_signals_finish_the_step_and_save(tmp_path: Path, number: int) -> None:
         assert resumed.records() == whole.records()
 
 
-def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_up(tmp_path: Path) -> None:
+def test_a_signal_aborts_an_evaluation_and_a_resumed_run_repeats_it(tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole", RECIPE)
     whole.go()
     for moment in (0, 4, 12):
@@ -333,7 +331,7 @@ def test_a_signal_ends_an_evaluation_which_a_resumed_run_makes_up(tmp_path: Path
 
 
 @pytest.mark.parametrize("cut", [0, 2, 4, 5, 11, 12])
-def test_a_run_cut_by_max_steps_goes_on_as_if_never_cut(tmp_path: Path, cut: int) -> None:
+def test_a_run_cut_by_max_steps_resumes_as_if_uncut(tmp_path: Path, cut: int) -> None:
     whole = Run(tmp_path / "whole", RECIPE)
     whole.go()
     first = Run(tmp_path / "cut", RECIPE | {"training": {"epochs": 3, "max_steps": cut}})
@@ -348,8 +346,8 @@ def test_a_run_cut_by_max_steps_goes_on_as_if_never_cut(tmp_path: Path, cut: int
     assert second.files() == whole.files()
 
 
-def test_a_cut_best_gives_way_when_the_run_goes_on(tmp_path: Path) -> None:
-    """The evaluation at a cut is not due; a better score there must not change what the whole run keeps."""
+def test_the_best_model_of_a_cut_is_dropped_on_resume(tmp_path: Path) -> None:
+    """A better score in the extra evaluation at a cut must not change the best model of the whole run."""
 
     def scored(values: dict[int, float]) -> Callable[[Tensor], float]:
         sequence = iter(values.values())
@@ -374,7 +372,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert (again.files(), again.records(), again.evaluations) == (files, records, [])
 
 
-# ---- When things go wrong ----------------------------------------------------------------------------------
+# ---- Failures ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -389,7 +387,7 @@ def test_skipped_steps_are_counted_and_recorded_with_their_task(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_a_row_of_skipped_steps_stops_with_the_examples(tmp_path: Path, eager: bool) -> None:
+def test_consecutive_skipped_steps_stop_the_run_and_name_the_examples(tmp_path: Path, eager: bool) -> None:
     recipe = RECIPE | {"training": {"epochs": 3, "max_skipped": 3}}
     run = Run(tmp_path, recipe, broken=frozenset(range(5, 99)), eager=eager)
     with pytest.raises(RunError, match=r"3 steps in a row .* in a \(examples a.csv:14, a.csv:15\)") as raised:
@@ -403,7 +401,7 @@ def test_a_row_of_skipped_steps_stops_with_the_examples(tmp_path: Path, eager: b
         )
 
 
-def test_skipped_steps_with_good_ones_between_do_not_stop(tmp_path: Path) -> None:
+def test_alternating_skipped_steps_do_not_stop_the_run(tmp_path: Path) -> None:
     recipe = RECIPE | {"training": {"epochs": 3, "max_skipped": 2}}
     assert Run(tmp_path, recipe, broken=frozenset(range(1, 13, 2))).go().state.skipped_steps == 6
 
@@ -424,7 +422,7 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path: Path, error: 
             return super().__call__(batch, lr_scale)
 
     run = Run(tmp_path, RECIPE)
-    run.begin = lambda: Hungry(run.model)  # type: ignore[method-assign]
+    run.build_step = lambda: Hungry(run.model)  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"out of memory at step 5, a batch of 4 examples .*--batch-size \(now 32\)"):
         run.go()
 
@@ -435,12 +433,12 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
             raise RuntimeError("shape mismatch")
 
     run = Run(tmp_path, RECIPE)
-    run.begin = lambda: Wrong(run.model)  # type: ignore[method-assign]
+    run.build_step = lambda: Wrong(run.model)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run.go()
 
 
-def test_a_vanished_output_directory_is_one_line(tmp_path: Path) -> None:
+def test_a_vanished_output_directory_gives_a_one_line_error(tmp_path: Path) -> None:
     def vanish(step: int) -> None:
         if step == 5:
             (tmp_path / "run").rename(tmp_path / "elsewhere")
@@ -462,7 +460,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
         if step == 8:
             monkeypatch.setattr(os, "fsync", full)
 
-    with pytest.raises(RunError, match=r"No space left on device\); the checkpoint of step 6 is whole"):
+    with pytest.raises(RunError, match=r"No space left on device\); the checkpoint of step 6 is intact"):
         Run(tmp_path / "run", RECIPE, at_step=fill_up).go()
     monkeypatch.undo()
     resumed = Run(tmp_path / "run", RECIPE)
@@ -470,11 +468,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert resumed.files() == whole.files()
 
 
-def test_the_batches_are_closed_however_the_run_ends(tmp_path: Path) -> None:
+def test_batches_are_closed_after_every_kind_of_end(tmp_path: Path) -> None:
     closed = []
 
     class Closing(Run):
-        def batches(self, stage: int, start: int, epochs: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+        def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
             try:
                 yield from super().batches(stage, start, epochs)
             finally:

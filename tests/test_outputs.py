@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output directory: one run at a time, each step once in the log, nothing half written, clear complaints."""
+"""The output directory: one run at a time, one record per step, no half-written files, one-line errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from minbert_fast.common.errors import RunError
-from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, fresh_directory
+from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, unused_directory
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def test_records_of_one_step_replace_each_other(tmp_path: Path) -> None:
     assert lines(tmp_path) == [{"step": 1, "loss/a": 0.5}, {"step": 2, "loss/a": 0.25, "dev/score": 1.0}, {"step": 3}]
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.open()
     log.write({"step": 1, "loss/a": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
@@ -41,7 +41,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert lines(tmp_path) == [{"step": 1, "loss/a": None, "grad_norm": None, "lr": 0.1}]
 
 
-def test_reopening_keeps_what_came_before_the_step_and_drops_torn_lines(tmp_path: Path) -> None:
+def test_reopening_keeps_earlier_records_and_drops_incomplete_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\nnonsense\n{"step": 3}\n{"step": 4}\n{"step": 2')
     log = MetricsLog(path)
@@ -54,7 +54,7 @@ def test_reopening_keeps_what_came_before_the_step_and_drops_torn_lines(tmp_path
     assert path.read_text() == ""
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     log = MetricsLog(tmp_path / "metrics.jsonl")
@@ -86,7 +86,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    for _ in range(50):  # the kernel may take a moment to close the dead process's files
+    for _ in range(50):  # the kernel closes a killed process's files with a delay
         try:
             with RunDirectory(tmp_path):
                 return
@@ -95,13 +95,13 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     pytest.fail("the lock outlived its process")
 
 
-def test_what_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"run: cannot be written \(Not a directory\)"):
         RunDirectory(tmp_path / "file" / "run").__enter__()
 
 
-def test_a_directory_that_never_ran_is_removed_again(tmp_path: Path) -> None:
+def test_the_directory_of_a_run_without_results_is_removed(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "a" / "b"):
         pass
     assert not (tmp_path / "a" / "b").exists()
@@ -111,9 +111,9 @@ def test_a_directory_that_never_ran_is_removed_again(tmp_path: Path) -> None:
     assert (tmp_path / "mine").exists()
 
 
-def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
+def test_directories_set_aside_are_brought_back(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as files:
-        files.prepare()
+        files.prepare("")
         files.write_directory("best", lambda d: (d / "a").write_text("due") and None)
         files.set_aside("best", "predictions")
         files.write_directory("best", lambda d: (d / "a").write_text("provisional") and None)
@@ -126,17 +126,17 @@ def test_what_was_set_aside_comes_back(tmp_path: Path) -> None:
 def test_clearing_removes_results_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with RunDirectory(tmp_path) as files:
-        files.prepare()
+        files.prepare("")
         files.metrics.open()
         files.write_json("summary.json", {})
-        assert files.used
+        assert files.holds_run
         files.clear()
-        assert not files.used
+        assert not files.holds_run
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_fresh_directories_are_numbered(tmp_path: Path) -> None:
-    assert fresh_directory(tmp_path / "a") == tmp_path / "a"
+def test_unused_directories_are_numbered(tmp_path: Path) -> None:
+    assert unused_directory(tmp_path / "a") == tmp_path / "a"
     (tmp_path / "a").mkdir()
     (tmp_path / "a-2").mkdir()
-    assert fresh_directory(tmp_path / "a") == tmp_path / "a-3"
+    assert unused_directory(tmp_path / "a") == tmp_path / "a-3"

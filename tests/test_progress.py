@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time left is that of the steps: an evaluation before the first of them says nothing about it."""
+"""The estimate of the time left excludes an evaluation before the first step."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 
@@ -16,19 +18,19 @@ class Clock:
         return self.now
 
 
-def test_lines_do_not_count_the_first_evaluation(
+def test_printed_lines_exclude_the_first_evaluation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(progress.time, "monotonic", clock)
-    shown = progress.Lines(0, 101)
+    shown = progress.Progress(0, 101)
     clock.now += 600
     shown.say("step 0: score 0.5")
     clock.now += 20
-    shown.advance(1, {"sentiment": 1.5}, 100.0)
+    shown.advance({"sentiment": 1.5}, 100.0)
     clock.now += 20
-    shown.say("step 1: score 0.5")  # a later evaluation counts: there will be more of them
-    shown.advance(1, None, 100.0)
+    shown.say("step 1: score 0.5")  # later evaluations count, since more will follow
+    shown.advance(None, 100.0)
     assert capsys.readouterr().out.splitlines() == [
         "step 0: score 0.5",
         "step 1/101, 2000 s left: sentiment 1.500, 100 tokens/s",
@@ -37,14 +39,15 @@ def test_lines_do_not_count_the_first_evaluation(
     ]
 
 
-def test_a_bar_does_not_count_the_first_evaluation() -> None:
-    shown = progress.Bar(5, 100)  # a resumed run
+def test_the_bar_excludes_the_first_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = progress.Progress(5, 100)  # a resumed run
     start = shown._bar.start_t
     shown._bar.last_print_t = start = start - 600
     shown._bar.start_t = start
     shown.say("step 5: score 0.5")
     assert shown._bar.format_dict["elapsed"] < 60
-    shown.advance(1, None, 100.0)
+    shown.advance(None, 100.0)
     start = shown._bar.start_t
     shown.say("step 6: score 0.5")
     assert shown._bar.start_t == start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: self-contained, escaped, whole for a full run, calm about a poor one; its numbers are the files'."""
+"""The report: self-contained and escaped HTML with the numbers of the files, also for incomplete and damaged runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOID = {"meta", "img", "br", "hr", "input", "link"}
 
 
 class Checker(HTMLParser):
-    """Every tag closed in order; ids once; what a reader without a pointer can reach."""
+    """Collects tags and text; asserts that tags are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_page_is_whole_and_self_contained(full):
+def test_the_page_is_self_contained(full):
     page = parse(full / "report.html")
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "base"}
@@ -130,7 +130,7 @@ def test_sentences_and_commands_are_escaped(full):
     assert "so <so>" in "".join(parse(full / "report.html").text)
 
 
-def test_every_chart_has_words_and_every_scroller_a_tab_stop(full):
+def test_charts_are_described_and_scrollable_elements_have_tab_stops(full):
     page = parse(full / "report.html")
     images = [a for tag, a in page.tags if tag == "svg"]
     assert images
@@ -147,14 +147,14 @@ def test_numbers_on_the_page_are_those_of_the_files(full):
     text = " ".join("".join(parse(full / "report.html").text).split())
     for expected in (
         "0.432", "0.654", "0.234 untrained", "In 25.0% of the 40 logged steps", "5.0 s",
-        "20.0%",  # 20 of the 100 seconds are accounted for by nothing
+        "20.0%",  # 20 of the 100 seconds belong to no part
         "250.0 ms", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
     ):  # fmt: skip
         assert expected in text, expected
-    assert "0.68" in text  # 27 of 40 good ones were predicted so
+    assert "0.68" in text  # 27 of the 40 examples of class "good" were predicted as good
 
 
-def test_plots_are_files_that_stand_alone(full):
+def test_plots_are_standalone_files(full):
     names = {path.stem for path in (full / "plots").iterdir()}
     assert names >= {"dev", "loss-sentiment", "loss-similarity", "lr", "cosine", "similarity", "confusion-sentiment"}
     for path in (full / "plots").iterdir():
@@ -169,14 +169,14 @@ def test_plots_are_files_that_stand_alone(full):
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "metrics.jsonl", "predictions/details.json", "best/recipe.toml"])
-def test_a_missing_file_costs_its_own_section_only(tmp_path, missing):
+def test_a_missing_file_affects_only_its_own_section(tmp_path, missing):
     directory = make_run(tmp_path / "run")
     (directory / missing).unlink()
     page = parse(write_report(directory))
     assert sum(tag == "h2" for tag, _ in page.tags) >= 7
 
 
-def test_damaged_files_are_named_and_survived(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     directory = make_run(tmp_path / "run")
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('[1, 2]\n{"step": 41, "loss/senti')
@@ -231,25 +231,25 @@ def test_ticks_are_round_and_within():
     for _ in range(200):
         low = float(rng.normal() * 10.0 ** rng.integers(-6, 6))
         high = low + float(rng.random() * 10.0 ** rng.integers(-6, 6)) + 1e-7
-        values = charts.ticks(low, high)
+        values = charts.round_ticks(low, high)
         assert 2 <= len(values) <= 7
         assert all(low - 1e-6 * (high - low) <= v <= high + 1e-6 * (high - low) for v in values)
 
 
-def test_neighbouring_ticks_have_different_names():
+def test_neighbouring_ticks_have_different_labels():
     for values, names in (
         ([0.0, 5e-4, 1e-3, 1.5e-3, 2e-3], ["0", "5e-4", "1e-3", "1.5e-3", "2e-3"]),
         ([1e-4, 1.5e-4], ["1e-4", "1.5e-4"]),
         ([0.05, 0.1], ["0.05", "0.1"]),
         ([1500.0, 2e6, 2.5e11], ["1,500", "2e6", "2.5e11"]),
     ):
-        assert [charts.number(value) for value in values] == names
+        assert [charts.format_tick(value) for value in values] == names
 
 
-def test_thinning_keeps_means_and_gaps():
+def test_downsampling_keeps_means_and_gaps():
     x = np.arange(4000.0)
     y = np.where((x >= 1000) & (x < 2000), np.nan, x)
-    thin_x, thin_y = charts.thin(x, y)
+    thin_x, thin_y = charts.downsample(x, y)
     assert len(thin_x) == charts.MAX_POINTS
     assert thin_y[0] == pytest.approx(np.mean(y[:10]))
     assert np.isnan(thin_y[100:200]).all()
@@ -260,39 +260,39 @@ def test_running_mean_is_a_centred_mean():
     rng = np.random.default_rng(0)
     y = rng.normal(size=100)
     y[50] = np.nan
-    means = charts.running_mean(y)  # 3 points to either side
+    means = charts.running_mean(y)  # 3 points on either side
     for i in (0, 10, 50, 99):
         assert means[i] == pytest.approx(np.nanmean(y[max(0, i - 3) : i + 4]))
 
 
 def test_a_line_breaks_at_a_gap():
     y = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
-    svg = charts.lines("test", [charts.Series("a", np.arange(5.0), y)], "step")
+    svg = charts.line_chart("test", [charts.Series("a", np.arange(5.0), y)], "step")
     (path,) = re.findall(r'class="line s0" d="([^"]+)"', svg)
     assert path.count("M") == 2
     assert path.count("L") == 2
 
 
-def test_one_point_and_no_point_are_charts_too():
+def test_series_of_one_point_or_none_give_valid_charts():
     for values in ([1.0], [np.nan], []):
-        svg = charts.lines("test", [charts.Series("a", np.arange(float(len(values))), np.array(values))], "step")
+        svg = charts.line_chart("test", [charts.Series("a", np.arange(float(len(values))), np.array(values))], "step")
         ElementTree.fromstring(svg)
         assert "nan" not in svg
 
 
-def test_a_point_without_neighbours_is_seen():
-    """A short run logs one step: its losses were empty charts."""
+def test_an_isolated_point_is_drawn():
+    """Regression: the loss charts of a run with a single logged step were empty."""
     y = np.array([1.0, 2.0, np.nan, 4.0, np.nan])
-    svg = charts.lines("test", [charts.Series("a", np.arange(5.0), y)], "step")
+    svg = charts.line_chart("test", [charts.Series("a", np.arange(5.0), y)], "step")
     (dots,) = re.findall(r'class="points s0" d="([^"]+)"', svg)
     assert dots.count("h0") == 1
-    assert "points" in charts.lines("test", [charts.Series("a", np.arange(1.0), np.ones(1))], "step")
-    assert "points" not in charts.lines("test", [charts.Series("a", np.arange(2.0), np.ones(2))], "step")
+    assert "points" in charts.line_chart("test", [charts.Series("a", np.arange(1.0), np.ones(1))], "step")
+    assert "points" not in charts.line_chart("test", [charts.Series("a", np.arange(2.0), np.ones(2))], "step")
 
 
-def test_the_names_of_a_matrix_fit():
+def test_class_names_fit_into_the_matrix_chart():
     names = ["negative", "somewhat negative", "neutral", "somewhat positive", "a class of the longest name there is"]
     for chosen in (names, names[-2:]):
-        svg = charts.matrix("test", np.eye(len(chosen)), chosen, "{:.2f}".format)
+        svg = charts.matrix_chart("test", np.eye(len(chosen)), chosen, "{:.2f}".format)
         for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', svg):
             assert float(x) >= charts.CHARACTER * len(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report in a real browser: with a keyboard alone, on a phone, in the dark and on paper."""
+"""The report in a real browser: keyboard navigation, phone, dark mode and print."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
-#: Everything visible that a pointer could act on, or that scrolls by itself.
+#: All visible elements that react to a pointer or scroll.
 STOPS = """[...document.querySelectorAll('a[href], summary, button, input, [tabindex], .scroll')]
   .filter(e => !e.closest('details:not([open]) > :not(summary)'))"""
 
-#: The focused element's place in STOPS, whether its outline shows, and whether it is in sight.
+#: Index of the focused element in STOPS, whether its outline is visible, and whether the element is in view.
 FOCUS = f"""(() => {{
   const e = document.activeElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
   return [{STOPS}.indexOf(e), style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2,
@@ -46,7 +46,7 @@ FOCUS = f"""(() => {{
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_tab_key_reaches_everything_and_shows_where_it_is(tab: Page, pages: dict[str, Path], name: str) -> None:
+def test_the_tab_key_reaches_every_stop_with_a_visible_outline(tab: Page, pages: dict[str, Path], name: str) -> None:
     tab.size(1280)
     tab.media()
     tab.open(pages[name])
@@ -62,7 +62,7 @@ def test_the_tab_key_reaches_everything_and_shows_where_it_is(tab: Page, pages: 
     assert seen == list(range(count)), "each once, in the order of the page"
 
 
-def test_folds_open_and_close_by_key(tab: Page, pages: dict[str, Path]) -> None:
+def test_collapsible_parts_open_and_close_by_key(tab: Page, pages: dict[str, Path]) -> None:
     tab.open(pages["report"])
     folds = tab.evaluate("document.querySelectorAll('details').length")
     assert folds >= 2
@@ -73,7 +73,7 @@ def test_folds_open_and_close_by_key(tab: Page, pages: dict[str, Path]) -> None:
             assert tab.evaluate(f"document.querySelectorAll('details')[{fold}].open") is expected
 
 
-#: What sticks out of the window, but for what scrolls inside a box of its own.
+#: Elements that overflow the window, except inside scrollable boxes.
 OUTSIDE = """(() => {
   document.querySelectorAll('details').forEach(d => d.open = true);
   const width = document.documentElement.clientWidth;
@@ -82,14 +82,14 @@ OUTSIDE = """(() => {
     .map(e => e.tagName + '.' + e.className);
 })()"""
 
-#: Sizes of text as it is drawn, inside charts too.
+#: The smallest font size on the page in CSS pixels, with the scaling of charts.
 SMALLEST = """Math.min(...[...document.querySelectorAll('text, p, td, th, li, a, figcaption, summary, pre, span')].map(e => {
   const svg = e.closest('svg'), scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
   return parseFloat(getComputedStyle(e).fontSize) * scale; }))"""
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_sticks_out_and_text_stays_readable(tab: Page, pages: dict[str, Path], name: str) -> None:
+def test_no_element_overflows_and_text_stays_readable(tab: Page, pages: dict[str, Path], name: str) -> None:
     tab.media()
     for width in (320, 390, 768, 1280):
         tab.size(width)
@@ -99,7 +99,7 @@ def test_nothing_sticks_out_and_text_stays_readable(tab: Page, pages: dict[str, 
         assert tab.evaluate(SMALLEST) >= (9 if width >= 390 else 7.5), width
 
 
-#: The lowest contrast between a text and what it stands on (WCAG 2), and that text.
+#: The lowest contrast (WCAG 2) between a text and its background, and that text.
 CONTRAST = """(() => {
   const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
   const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
@@ -120,7 +120,7 @@ CONTRAST = """(() => {
 
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_is_enough_in_either_scheme(tab: Page, pages: dict[str, Path], name: str, scheme: str) -> None:
+def test_contrast_suffices_in_light_and_dark_mode(tab: Page, pages: dict[str, Path], name: str, scheme: str) -> None:
     tab.size(1280)
     tab.media(scheme)
     tab.open(pages[name])
@@ -131,8 +131,8 @@ def test_contrast_is_enough_in_either_scheme(tab: Page, pages: dict[str, Path], 
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_paper_is_white_whole_and_unfolded(tab: Page, pages: dict[str, Path], name: str) -> None:
-    """Also when the screen is dark; what is folded away on a screen is there, and nothing is cut off."""
+def test_the_printed_page_is_white_complete_and_unfolded(tab: Page, pages: dict[str, Path], name: str) -> None:
+    """Printing ignores dark mode, opens collapsible parts and cuts nothing off."""
     tab.size(A4)
     tab.media("dark", "print")
     tab.open(pages[name])
@@ -148,7 +148,7 @@ def test_paper_is_white_whole_and_unfolded(tab: Page, pages: dict[str, Path], na
 
 
 def _streams(paper: bytes) -> bytes:
-    """A PDF's compressed parts, where its objects may be."""
+    """The decompressed streams of a PDF, which contain its objects."""
     found = []
     for part in re.findall(rb"stream\r?\n(.*?)endstream", paper, re.S):
         try:

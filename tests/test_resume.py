@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGKILL at random moments of a real training process, then --resume: the same bytes as if nothing had happened.
+"""SIGKILL at random moments of a real training process, then --resume: the files equal those of an uninterrupted run.
 
-Every step writes a checkpoint here, so about half the kills fall into the writing of one.
+Every step writes a checkpoint here, so about half of the kills interrupt the writing of one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Zygote:
         return found
 
     def run(self, arguments: list[str], kill_after: float | None = None) -> int:
-        """Exit status of one training process, negative for a signal; it is killed after so many seconds."""
+        """Runs one training process, killed after `kill_after` seconds; returns its exit status, negative for a signal."""
         assert self.process.stdin is not None
         print(json.dumps(arguments), file=self.process.stdin, flush=True)
         pid = self.answer()["pid"]
@@ -58,7 +58,7 @@ class Zygote:
             return int(self.answer()["status"])
 
         def kill() -> None:
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the process has ended already
                 os.kill(pid, signal.SIGKILL)
 
         killer = threading.Timer(kill_after, kill)
@@ -89,7 +89,7 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def kill_and_resume(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
-    """Kills `kills` times in all; as soon as a run is through in spite of that, compares it and starts another."""
+    """Kills and resumes runs until `kills` kills have happened; compares every run that gets to its end."""
     data = small_data(folder / "data")
     whole = folder / "whole"
     began = time.monotonic()
@@ -102,9 +102,9 @@ def kill_and_resume(zygote: Zygote, folder: Path, kills: int, seed: int) -> None
         runs += 1
         status = -signal.SIGKILL
         while status == -signal.SIGKILL:
-            # At least a few steps an attempt on the whole, so that runs get somewhere.
-            patience = chance.uniform(0.02, 0.9) * seconds if killed < kills else None
-            status = zygote.run(small_run(data, output, *FLAGS, "--resume"), patience)
+            # On average long enough for a few steps, so that runs make progress.
+            kill_after = chance.uniform(0.02, 0.9) * seconds if killed < kills else None
+            status = zygote.run(small_run(data, output, *FLAGS, "--resume"), kill_after)
             killed += status == -signal.SIGKILL
         assert status == 0, f"exit status {status} after {killed} kills"
         for name in RESULTS:
@@ -124,7 +124,7 @@ def test_killed_at_fifty_random_moments_and_resumed(zygote: Zygote, tmp_path: Pa
 
 
 def test_terminated_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
-    """SIGTERM: status 143, and no step is lost."""
+    """SIGTERM gives exit status 143 and loses no step."""
     data = small_data(tmp_path / "data")
     assert zygote.run(small_run(data, tmp_path / "whole", *FLAGS)) == 0
     output = tmp_path / "run"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate's course, against formulas written out and torch's schedulers."""
+"""Learning rate schedules against explicit values and torch's schedulers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def scales(steps: int, per_epoch: int, **options: object) -> list[float]:
     return [lr_scale(s, steps, per_epoch, OptimizerOptions(**options)) for s in range(steps)]  # type: ignore[arg-type]
 
 
-def test_linear_warms_up_and_decays_to_just_above_zero() -> None:
+def test_linear_warms_up_and_decays_to_almost_zero() -> None:
     found = scales(10, 10, warmup=0.4)
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
@@ -26,7 +26,7 @@ def test_without_warmup_the_first_step_has_the_full_rate() -> None:
         assert scales(7, 3, warmup=0.0, schedule=schedule)[0] == 1.0
 
 
-def test_cosine_is_torchs() -> None:
+def test_cosine_equals_torchs() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
     expected = []
@@ -42,7 +42,7 @@ def test_exponential_falls_once_an_epoch() -> None:
     assert found == [1.0] * 3 + [0.5] * 3 + [0.25] * 3
 
 
-def test_constant_stays() -> None:
+def test_constant_keeps_the_full_rate() -> None:
     assert scales(5, 5, warmup=0.2, schedule="constant") == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
@@ -54,6 +54,6 @@ def test_every_step_trains_with_at_most_the_full_rate(schedule: str, warmup: flo
     assert all(0 < x <= 1 and math.isfinite(x) for x in found)
 
 
-def test_steps_beyond_the_end_get_nothing() -> None:
+def test_steps_after_the_end_have_rate_zero() -> None:
     assert lr_scale(10, 10, 10, OptimizerOptions()) == 0.0
     assert lr_scale(99, 10, 10, OptimizerOptions(schedule="cosine")) == pytest.approx(0.0)

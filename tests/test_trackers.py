@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--report-to`: every record once and whole, resumed runs included; a tracker that fails costs a warning, no run."""
+"""`--report-to`: trackers get every record once, also of resumed runs; one that fails gives a warning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.trainer import trackers
-from minbert_fast.trainer.trackers import Trackers, check, tracking
+from minbert_fast.trainer.trackers import Trackers, check_trackers, open_trackers
 from tests.small import small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ class Recorder:
         self.closed = True
 
 
-def test_a_replaced_record_is_handed_on_once_and_whole() -> None:
+def test_a_replaced_record_is_passed_on_once() -> None:
     recorder = Recorder()
     follow = Trackers([recorder])
     for record in ({"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "a": 2, "dev/score": 3}):
@@ -55,19 +55,19 @@ def test_a_replaced_record_is_handed_on_once_and_whole() -> None:
     assert recorder.closed
 
 
-def test_a_failing_tracker_is_given_up_and_the_others_go_on() -> None:
+def test_a_failing_tracker_is_dropped_and_the_others_continue() -> None:
     bad, good = Recorder(fail_at=2), Recorder()
     follow = Trackers([bad, good])
     follow({"step": 1})
     follow({"step": 2})
-    with pytest.warns(UserWarning, match=r"Recorder: given up \(no network\)"):
+    with pytest.warns(UserWarning, match=r"Recorder failed \(no network\)"):
         follow({"step": 3})
     follow.close()
     assert [r["step"] for r in bad.seen] == [1]
     assert [r["step"] for r in good.seen] == [1, 2, 3]
 
 
-def test_csv_holds_every_record_of_a_run_and_of_the_rest_of_it(data: Path, tmp_path: Path) -> None:
+def test_csv_holds_every_record_of_a_resumed_run(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = small_run(data, output, "--report-to", "csv", "--set", "checkpoint.every=2")
     assert cli.run(train.main, [*flags, "--max-steps", "4"]) == 0
@@ -81,7 +81,7 @@ def test_csv_holds_every_record_of_a_run_and_of_the_rest_of_it(data: Path, tmp_p
             assert value == ("" if record.get(key) is None else str(record[key])), key
 
 
-def test_wandb_sees_the_records_and_resumes_its_run(
+def test_wandb_gets_the_records_and_resumes_its_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[dict[str, Any]] = []
@@ -109,7 +109,7 @@ def test_wandb_sees_the_records_and_resumes_its_run(
 
 def test_tensorboard_event_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with tracking(["tensorboard"], tmp_path, 0, {}) as follow:
+    with open_trackers(["tensorboard"], tmp_path, 0, {}) as follow:
         follow({"step": 1, "loss/a": 0.5, "dev/score": None, "skipped": ["a"]})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -121,15 +121,15 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--report-to", "csv,mlflow")) == 2
     error = capsys.readouterr().err
-    assert "--report-to mlflow: expected none, or some of tensorboard, wandb, csv" in error
+    assert "--report-to mlflow: expected none or a comma-separated list of tensorboard, wandb, csv" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed \(pip install 'minbert-fast\[wandb\]'\)"):
-        check(["wandb"])
+        check_trackers(["wandb"])
 
 
-def test_a_service_that_does_not_let_us_in_is_one_line(
+def test_a_failed_login_gives_a_one_line_error(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def init(**_: Any) -> Any:

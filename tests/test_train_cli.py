@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m minbert_fast.train` as its users run it: every flag, every output file, every mistake in one line."""
+"""`python -m minbert_fast.train` from its command line: flags, output files, one-line errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.trainer.outputs import RunDirectory, own_recipe
+from minbert_fast.trainer.outputs import RunDirectory, saved_recipe_path
 from tests.small import DEV_ROWS, small_data, small_run
 
 TIMES = ("step_seconds", "time")
@@ -30,7 +30,7 @@ TIMES = ("step_seconds", "time")
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tiny models: a second thread only costs."""
+    """A second thread would slow down these tiny models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 10 steps, done."""
+    """The output of a finished run of 10 steps."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     assert cli.run(train.main, small_run(data, output, "--recipe", "demonstration", "--lr", "1e-3")) == 0
     return output
@@ -60,7 +60,7 @@ def losses(output: Path) -> np.ndarray:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
-    """The one line on standard error of a command that must fail."""
+    """Runs a command that must fail; returns its single line on standard error."""
     capsys.readouterr()
     assert cli.run(train.main, arguments) == status
     error = capsys.readouterr().err
@@ -68,7 +68,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) 
     return error.strip()
 
 
-# ---- What a run leaves -------------------------------------------------------------------------------------
+# ---- Output files -------------------------------------------------------------------------------------
 
 
 def test_every_file_is_there(finished: Path) -> None:
@@ -84,7 +84,7 @@ def test_every_file_is_there(finished: Path) -> None:
     assert not any(".writing-" in name for name in names)
 
 
-def test_the_summary_says_what_was_reached(finished: Path) -> None:
+def test_the_summary_holds_scores_and_facts(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     dev = summary["dev"]
     score = (dev["sentiment_accuracy"] + dev["paraphrase_accuracy"] + (dev["similarity_pearson"] + 1) / 2) / 3
@@ -108,7 +108,7 @@ def test_each_step_has_one_record(finished: Path) -> None:
         assert wanted | {"tokens", "step_seconds"} <= record.keys()
 
 
-def test_the_models_load_elsewhere(finished: Path) -> None:
+def test_transformers_load_the_models(finished: Path) -> None:
     model = transformers.AutoModel.from_pretrained(finished / "best")
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "best")
     batch = tokenizer(["the plot was great"], return_tensors="pt")
@@ -154,7 +154,7 @@ def test_the_same_seed_gives_the_same_bits(data: Path, finished: Path, tmp_path:
 def test_the_same_seed_gives_the_same_bits_on_several_threads(
     data: Path, tmp_path: Path, threads: None, precision: str
 ) -> None:
-    """Twice with two threads, and the second time with a resume between."""
+    """Two runs with two threads; the second one is interrupted and resumed."""
     torch.set_num_threads(2)
     flags = ("--lr", "1e-3", "--precision", precision, "--epochs", "1")
     assert cli.run(train.main, small_run(data, tmp_path / "once", *flags)) == 0
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_bits_on_several_threads(
 
 
 def recipe_from(*arguments: str) -> Recipe:
-    return train.recipe_of(train.parser().parse_args(arguments))
+    return train.build_recipe(train.parser().parse_args(arguments))
 
 
 def test_every_flag_reaches_the_recipe() -> None:
@@ -182,7 +182,7 @@ def test_every_flag_reaches_the_recipe() -> None:
     assert (training.precision, recipe.optimizer.lr, recipe.surgery.method) == ("bf16", 0.5, "none")
 
 
-def test_set_goes_before_flags_and_flags_before_the_recipe(tmp_path: Path) -> None:
+def test_set_overrides_flags_and_flags_override_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(
         'extends = "default"\n[optimizer]\nlr = 0.1\n[training]\nepochs = 4\nseed = 1\n'
     )
@@ -194,7 +194,7 @@ def test_set_goes_before_flags_and_flags_before_the_recipe(tmp_path: Path) -> No
     assert (last.optimizer.lr, last.training.epochs, last.training.seed) == (0.3, 5, 1)
 
 
-def test_the_demonstration_is_for_the_tiny_model_alone() -> None:
+def test_only_the_tiny_model_uses_the_demonstration_recipe() -> None:
     assert recipe_from().name == "demonstration"
     assert recipe_from("--data", "d").name == "demonstration"
     assert recipe_from("--model", "m").name == "default"
@@ -203,7 +203,7 @@ def test_the_demonstration_is_for_the_tiny_model_alone() -> None:
 
 
 def test_the_courses_command_line(data: Path, tmp_path: Path) -> None:
-    """As in the course's handout, with its own prediction paths."""
+    """The command line of the course's handout, with its prediction paths."""
     files = {"sst": "ids-sst", "para": "quora", "sts": "sts"}
     flags = [f"--{k}_{s}={data / f'{stem}-{s}.csv'}" for k, stem in files.items() for s in ("train", "dev")]
     flags += [f"--{short}_dev_out={tmp_path / 'out' / f'{short}.csv'}" for short in files]
@@ -239,7 +239,7 @@ def test_help_works_from_the_command_line() -> None:
         assert done.stderr == ""
 
 
-# ---- Tasks that are not there ------------------------------------------------------------------------------
+# ---- Missing tasks ------------------------------------------------------------------------------
 
 
 def test_a_missing_task_file_drops_the_task_and_says_so(
@@ -273,7 +273,7 @@ def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) ->
     assert any("not evaluated; best/ will be the last model" in line for line in summary["notices"])
 
 
-def test_tasks_without_a_named_file_are_left_out_aloud(data: Path, tmp_path: Path) -> None:
+def test_tasks_without_a_named_file_are_reported(data: Path, tmp_path: Path) -> None:
     flags = small_run(data, tmp_path / "run", "--max-steps", "1", "--sst_train", str(data / "ids-sst-train.csv"))
     del flags[flags.index("--data") : flags.index("--data") + 2]
     assert cli.run(train.main, flags) == 0
@@ -282,10 +282,10 @@ def test_tasks_without_a_named_file_are_left_out_aloud(data: Path, tmp_path: Pat
     assert any("no dev file for sentiment" in line for line in notices)
 
 
-def test_a_run_opens_with_what_it_will_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_first_prints_its_plan(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("no --model: the embedded tiny model")
+    assert lines[0].startswith("no --model: trains the embedded tiny model")
     assert lines[1] == (
         "recipe demonstration: 1 steps on cpu in fp32, fast backend; training rows: sentiment 40, paraphrase 40, "
         f"similarity 40; results in {tmp_path / 'run'}"
@@ -340,27 +340,29 @@ def test_a_run_remembers_its_settings(data: Path, tmp_path: Path) -> None:
     assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut"), "--max-steps", "6"]) == 0
     whole, cut = ((tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "cut"))
     assert whole == cut
-    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut")]) == 0  # as far as it went last
+    assert (
+        cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut")]) == 0
+    )  # the saved recipe has --max-steps 6
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 6
 
 
-def test_settings_alone_are_no_run(data: Path, tmp_path: Path) -> None:
-    """A run that ended before its first checkpoint leaves nothing that another one would have to overwrite."""
-    own = own_recipe(tmp_path / "run")
+def test_a_saved_recipe_alone_is_no_run(data: Path, tmp_path: Path) -> None:
+    """A run that ended before its first checkpoint leaves only its recipe, so the next one needs no --overwrite."""
+    own = saved_recipe_path(tmp_path / "run")
     own.parent.mkdir(parents=True)
     own.write_text("")
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
     assert Recipe.load(str(own)).data.directory == str(data)
 
 
-def test_resuming_another_run_says_what_differs(
+def test_resuming_a_different_run_lists_the_differences(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = small_run(data, finished, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     error = fails(capsys, *same, "--lr", "0.5")
     assert (
-        "recipe.optimizer.lr was 0.001, now 0.5; --resume goes alone, or with the flags that the run was started with"
+        "recipe.optimizer.lr was 0.001, now 0.5; give --resume alone, or with the flags that the run was started with"
         in error
     )
     assert "recipe.training.seed was 11711, now 4" in fails(capsys, *same, "--seed", "4")
@@ -378,8 +380,8 @@ def test_resuming_another_run_says_what_differs(
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_resuming_elsewhere_with_the_same_content_is_fine(data: Path, finished: Path, tmp_path: Path) -> None:
-    """Where data and output lie is no part of the run; nor is how often it logs or saves."""
+def test_resuming_with_moved_data_and_output_works(data: Path, finished: Path, tmp_path: Path) -> None:
+    """Paths, logging and checkpoint intervals may change on resume."""
     moved = small_data(tmp_path / "moved")
     run = tmp_path / "run"
     assert cli.run(train.main, small_run(data, run, "--max-steps", "2")) == 0
@@ -388,12 +390,14 @@ def test_resuming_elsewhere_with_the_same_content_is_fine(data: Path, finished: 
     assert cli.run(train.main, small_run(moved, tmp_path / "renamed", *more)) == 0
 
 
-def test_resuming_nothing_starts_and_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_without_a_checkpoint_starts_from_the_beginning(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--resume", "--max-steps", "1")) == 0
     assert "starting from the beginning" in capsys.readouterr().out
 
 
-# ---- One line for every mistake ----------------------------------------------------------------------------
+# ---- One-line errors ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,23 +442,23 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
 def test_a_course_checkpoint_without_its_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({}, tmp_path / "course.pt")
     error = fails(capsys, "--model", str(tmp_path / "course.pt"), "--output", str(tmp_path / "run"))
-    assert f"{tmp_path / 'course.pt'}: no vocab.txt beside it" in error
+    assert f"{tmp_path / 'course.pt'}: no vocab.txt next to it" in error
 
 
-def test_cuda_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cuda_without_a_device_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "CUDA" in fails(capsys, "--device", "cuda", "--output", str(tmp_path / "run"))
     assert "CUDA" in fails(capsys, "--use_gpu", "--output", str(tmp_path / "run"))
 
 
-def test_a_used_output_directory_is_refused_unless_told(
+def test_a_used_output_directory_needs_resume_or_overwrite(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_run(data, tmp_path / "run", "--max-steps", "1")
     assert cli.run(train.main, run) == 0
     before = (tmp_path / "run" / "summary.json").read_bytes()
-    assert "--resume goes on with it, --overwrite starts anew" in fails(capsys, *run, status=1)
+    assert "--resume continues it, --overwrite replaces it" in fails(capsys, *run, status=1)
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
     assert cli.run(train.main, [*run, "--overwrite", "--seed", "2"]) == 0
     assert (tmp_path / "run" / "summary.json").read_bytes() != before
@@ -474,8 +478,8 @@ def test_an_output_that_cannot_be_written(data: Path, tmp_path: Path, capsys: py
         assert "Permission denied" in fails(capsys, *small_run(data, tmp_path / "locked" / "run"), status=1)
 
 
-def test_a_limit_on_file_size_is_one_line_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
-    """The nearest thing to a full disk that needs no disk: writes fail with EFBIG."""
+def test_a_file_size_limit_gives_a_one_line_error(data: Path, tmp_path: Path) -> None:
+    """Writes fail with EFBIG: like a full disk, without a disk. The last checkpoint stays."""
     code = (
         "import resource, signal, sys\n"
         "from minbert_fast import cli, train\n"
@@ -490,8 +494,8 @@ def test_a_limit_on_file_size_is_one_line_and_leaves_the_last_checkpoint(data: P
     assert "cannot be written (File too large)" in done.stderr
 
 
-def test_threads_take_no_signals_but_train(data: Path, tmp_path: Path) -> None:
-    """A notebook or a search may call the trainer from a thread, where Python allows no handlers."""
+def test_training_works_in_a_thread(data: Path, tmp_path: Path) -> None:
+    """Notebooks may call the trainer from a thread, where Python allows no signal handlers."""
     status: list[int] = []
     flags = small_run(data, tmp_path / "run", "--max-steps", "1")
     thread = threading.Thread(target=lambda: status.append(cli.run(train.main, flags)))

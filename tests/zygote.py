@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that has imported everything and forks a training process for each line of arguments it reads.
+"""A process that has imported everything, and forks a training process for each line of arguments that it reads.
 
 So a test can start and kill training dozens of times without paying for as many imports of torch. Speaks JSON lines:
 reads a list of arguments, answers {"pid": ...} at once and {"status": ...} when that process has ended.
@@ -19,7 +19,7 @@ from minbert_fast.common import cli
 
 
 def warm_up() -> None:
-    """Takes a step, so that whatever the first step imports is there before the fork."""
+    """Takes one step, so that all modules are imported before the fork."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--output", folder, "--max-steps", "1", "--precision", "fp32", "--set", f"data.cache={folder}/cache"]
         status = cli.run(train.main, [*flags, "--set", "training.evaluate_untrained=false"])
@@ -29,7 +29,7 @@ def warm_up() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what training prints is not for the reader of the answers
+    os.dup2(2, 1)  # keeps the output of training apart from the answers
     warm_up()
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:

@@ -53,6 +53,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --device and --precision."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
+
+
 def count(text: str) -> int:
     """A flag's value as a whole number, 0 or more. Raises argparse.ArgumentTypeError."""
     if not text.isascii() or not text.isdigit():

@@ -32,14 +32,9 @@ class InterruptError(RunError):
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a failure of the file system inside the block into one line that names `path` and the reason.
-
-    Raises RunError.
-    """
+def translate_write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError or SafetensorError inside the block into a RunError that names `path` and the reason."""
     try:
         yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise RunError(f"{path}: cannot be written ({error})") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error

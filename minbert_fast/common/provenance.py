@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -41,13 +42,38 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, if it is one."""
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine()
+
+
+def cores() -> int | None:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit(abbreviated: bool = False) -> str | None:
+    """The commit of the checkout that this package runs from; None outside a checkout or without git.
+
+    `abbreviated` gives 12 digits, and "-dirty" after them if tracked files have been changed.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(root), *(describe if abbreviated else ["rev-parse", "HEAD"])]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reader sees of runs: pages, charts, comparisons, model cards."""
+"""Reports of runs: HTML pages, charts, comparisons of runs, model cards."""

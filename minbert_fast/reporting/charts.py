@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts as SVG text: lines, points and matrices, small enough to live inside a page or as files of their own.
+"""Charts as SVG text (lines, scattered points, matrices) for the report page and for files.
 
-Colours come from CSS variables, so that one drawing serves light, dark and paper. Series differ by dash as well as by
-colour. Nothing is shown on hover only. Units are those of the view box; text stays readable down to 320 pixels.
+CSS variables set the colours, so one drawing works in light mode, dark mode and print. Series differ by dash pattern and
+colour. No value is visible on hover only. Units are those of the view box; text stays readable down to 320 pixels.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import numpy as np
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 54, 18, 10, 40
-LINE, CHARACTER = 18, 7.1  # height of a legend row and typical width of a letter at 13 units
+LINE, CHARACTER = 18, 7.1  # height of a legend row and typical width of a letter at font size 13
 COLOURS = 6
-MAX_POINTS = 400  # a line; more are averaged in bins
+MAX_POINTS = 400  # per line; longer series are averaged in bins
+MAX_SCATTERED = 2000  # points of a scatter chart
+SMOOTHING = 0.06  # window of the running mean, as a share of the points
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 5")
 
 STYLE = """
@@ -44,18 +46,18 @@ svg.chart .cell { stroke: var(--grid); }
 
 @dataclass(frozen=True)
 class Series:
-    """One line: x ascending [n] and y [n] (nan: a gap), its name, and whether each point is marked."""
+    """One line: ascending x [n] and y [n], where nan makes a gap."""
 
     name: str
     x: np.ndarray
     y: np.ndarray
-    marked: bool = False
-    smooth: bool = False  # draw a running mean over the values, which stay visible behind it
+    marked: bool = False  # draw a dot at every point
+    smooth: bool = False  # draw the running mean, with the values faint behind it
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where data coordinates lie in the drawing."""
+    """Maps data coordinates, with ranges x and y, to positions in the drawing below `top`."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -70,47 +72,43 @@ class _Frame:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - self.top)
 
 
-def lines(
+def line_chart(
     label: str,
     series: Sequence[Series],
     x_label: str,
     y_range: tuple[float, float] | None = None,
     marks: Sequence[float] = (),
 ) -> str:
-    """A line chart described by `label`; `marks` are x positions of dotted vertical lines (stages begin there)."""
+    """A line chart with `label` as its accessible description; `marks` are x positions of dotted vertical lines."""
     shown = [s for s in series if np.isfinite(s.y).any()]
     if not shown:
-        return _empty(label)
+        return _svg(label, _text(WIDTH / 2, HEIGHT / 2, "no values", "middle"))
     xs = np.concatenate([s.x for s in shown])
     ys = np.concatenate([s.y[np.isfinite(s.y)] for s in shown])
     legend, height = _legend([s.name for s in shown]) if len(shown) > 1 else ("", 0.0)
     low, high = (float(ys.min()), float(ys.max())) if y_range is None else y_range
-    frame = _Frame(_widen(float(xs.min()), float(xs.max()), 0.0), _widen(low, high, 0.06), TOP + height)
+    frame = _Frame(_padded(float(xs.min()), float(xs.max()), 0.0), _padded(low, high, 0.06), TOP + height)
     parts = [legend, _axes(frame, x_label)]
-    for mark in marks:
-        parts.append(_segment("mark", frame.px(mark), frame.top, frame.px(mark), HEIGHT - BOTTOM))
+    parts += [_segment("mark", frame.px(mark), frame.top, frame.px(mark), HEIGHT - BOTTOM) for mark in marks]
     for index, one in enumerate(shown):
-        colour, dash = f"s{index % COLOURS}", DASHES[index % len(DASHES)]
-        x, y = thin(one.x, one.y)
+        colour = f"s{index % COLOURS}"
+        x, y = downsample(one.x, one.y)
         if one.smooth:
             parts.append(f'<path class="faint {colour}" d="{_path(frame, x, y)}"/>')
             y = running_mean(y)
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(f'<path class="line {colour}"{dashes} d="{_path(frame, x, y)}"/>')
-        dots = np.isfinite(y) if one.marked else _alone(y)
+        parts.append(_line(index, _path(frame, x, y)))
+        dots = np.isfinite(y) if one.marked else _isolated(y)
         if dots.any():
             parts.append(f'<path class="points {colour}" d="{_dots(frame, x[dots], y[dots])}"/>')
     return _svg(label, "".join(parts))
 
 
-def cloud(
-    label: str, x: np.ndarray, y: np.ndarray, x_label: str, y_label: str, limits: tuple[float, float], most: int = 2000
+def scatter_chart(
+    label: str, x: np.ndarray, y: np.ndarray, x_label: str, y_label: str, limits: tuple[float, float]
 ) -> str:
-    """Points x against y, both within `limits`, with the diagonal; an even choice of `most` points."""
-    if len(x) == 0:
-        return _empty(label)
-    chosen = np.linspace(0, len(x) - 1, min(most, len(x))).round().astype(int)
-    frame = _Frame(_widen(*limits, 0.03), _widen(*limits, 0.03), TOP + LINE)
+    """Points x [n] against y [n], n > 0, both within `limits`, with the diagonal; at most MAX_SCATTERED, evenly chosen."""
+    chosen = np.linspace(0, len(x) - 1, min(MAX_SCATTERED, len(x))).round().astype(int)
+    frame = _Frame(_padded(*limits, 0.03), _padded(*limits, 0.03), TOP + LINE)
     low, high = limits
     parts = [
         f'<text class="strong" x="{LEFT}" y="{TOP + 10}">{escape(y_label)}</text>',
@@ -121,8 +119,8 @@ def cloud(
     return _svg(label, "".join(parts))
 
 
-def matrix(label: str, values: np.ndarray, names: Sequence[str], form: Callable[[float], str]) -> str:
-    """A confusion matrix [C, C], rows the truth, each cell shaded by its share of the row and labelled by `form`."""
+def matrix_chart(label: str, values: np.ndarray, names: Sequence[str], form: Callable[[float], str]) -> str:
+    """A confusion matrix [C, C] with true classes as rows; cells are shaded by row share and labelled by `form`."""
     count = len(names)
     rows = list(names) if count <= 2 else [f"{i} {name}" for i, name in enumerate(names)]
     left, top = max(120.0, 12 + 1.1 * CHARACTER * max(map(len, rows), default=0)), 44.0
@@ -130,8 +128,7 @@ def matrix(label: str, values: np.ndarray, names: Sequence[str], form: Callable[
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-12)
     parts = [f'<text x="{left}" y="14">predicted</text>', '<text x="4" y="32">truth</text>']
     for i, name in enumerate(names):
-        short = name if count <= 2 else str(i)
-        parts.append(_text(left + (i + 0.5) * width, 32, short, "middle"))
+        parts.append(_text(left + (i + 0.5) * width, 32, name if count <= 2 else str(i), "middle"))
         parts.append(_text(left - 8, top + (i + 0.5) * height + 4, rows[i], "end"))
         for j in range(count):
             fill = f"fill: rgb(var(--heat) / {0.6 * shares[i, j]:.3f})"
@@ -143,15 +140,15 @@ def matrix(label: str, values: np.ndarray, names: Sequence[str], form: Callable[
     return _svg(label, "".join(parts))
 
 
-def standalone(svg: str) -> str:
-    """A chart as an SVG file of its own, with its colours and a background."""
+def standalone_svg(svg: str) -> str:
+    """A chart as the text of an SVG file, with its colours and a background."""
     head, body = svg.split(">", 1)
     background = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{escape(STYLE, quote=False)}</style>{background}{body}\n'
 
 
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MAX_POINTS points: means over bins of equal count; a bin of gaps alone stays a gap."""
+def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MAX_POINTS points: means over bins of equal count, without nan; a bin of nan alone stays nan."""
     if len(x) <= MAX_POINTS:
         return x, y
     bins = np.array_split(np.arange(len(x)), MAX_POINTS)
@@ -159,9 +156,9 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x[b].mean() for b in bins]), np.array(means)
 
 
-def running_mean(y: np.ndarray, share: float = 0.06) -> np.ndarray:
-    """Centred mean over a window of `share` of the points, gaps left out."""
-    reach = max(1, round(len(y) * share / 2))
+def running_mean(y: np.ndarray) -> np.ndarray:
+    """Centred mean [n] over a window of SMOOTHING * n points, without nan."""
+    reach = max(1, round(len(y) * SMOOTHING / 2))
     known = np.isfinite(y)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
@@ -172,16 +169,16 @@ def running_mean(y: np.ndarray, share: float = 0.06) -> np.ndarray:
     return means
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) within [low, high]."""
-    raw = (high - low) / count
+def round_ticks(low: float, high: float) -> list[float]:
+    """About five round values (multiples of 1, 2 or 5 times a power of ten) within [low, high]."""
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
+def format_tick(value: float) -> str:
     """A value as an axis shows it."""
     if value == 0:
         return "0"
@@ -190,22 +187,20 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _widen(low: float, high: float, share: float) -> tuple[float, float]:
-    if high <= low:  # one point, or a constant
-        margin = abs(low) * 0.1 or 1.0
-        return low - margin, high + margin
-    margin = (high - low) * share
-    return low - margin, high + margin
+def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+    """The range with a margin of `share` on both sides; a single value gets a margin of 10 %."""
+    margin = (high - low) * share if high > low else abs(low) * 0.1 or 1.0
+    return low - margin, max(low, high) + margin
 
 
 def _axes(frame: _Frame, x_label: str) -> str:
     parts = []
-    for value in ticks(*frame.y):
+    for value in round_ticks(*frame.y):
         y = frame.py(value)
         parts.append(_segment("zero" if value == 0 else "grid", LEFT, y, WIDTH - RIGHT, y))
-        parts.append(_text(LEFT - 6, y + 4, number(value), "end"))
-    for value in ticks(*frame.x):
-        text, x = number(value), frame.px(value)
+        parts.append(_text(LEFT - 6, y + 4, format_tick(value), "end"))
+    for value in round_ticks(*frame.x):
+        text, x = format_tick(value), frame.px(value)
         fits = x + CHARACTER * len(text) / 2 <= WIDTH
         parts.append(_text(x if fits else WIDTH, HEIGHT - BOTTOM + 16, text, "middle" if fits else "end"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 6, x_label, "end"))
@@ -213,37 +208,39 @@ def _axes(frame: _Frame, x_label: str) -> str:
 
 
 def _legend(names: Sequence[str]) -> tuple[str, float]:
-    """The legend above a chart, in rows, and its height."""
+    """The legend above a chart, broken into rows, and its height."""
     parts = []
     x, y = float(LEFT), TOP + 10.0
     for index, name in enumerate(names):
         width = 30 + CHARACTER * len(name) + 12
         if x > LEFT and x + width > WIDTH - RIGHT + 12:
             x, y = float(LEFT), y + LINE
-        dash = DASHES[index % len(DASHES)]
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(f'<path class="line s{index % COLOURS}"{dashes} d="M{x:.0f} {y - 4:.0f}h24"/>')
-        parts.append(_text(x + 30, y, name, "start", "strong"))
+        parts += [_line(index, f"M{x:.0f} {y - 4:.0f}h24"), _text(x + 30, y, name, "start", "strong")]
         x += width
     return "".join(parts), y - TOP + 8
+
+
+def _line(index: int, path: str) -> str:
+    """A line in the colour and dash pattern of series number `index`."""
+    dash = DASHES[index % len(DASHES)]
+    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'<path class="line s{index % COLOURS}"{dashes} d="{path}"/>'
 
 
 def _path(frame: _Frame, x: np.ndarray, y: np.ndarray) -> str:
     parts, pen = [], "M"
     for a, b in zip(x.tolist(), y.tolist(), strict=True):
-        if not math.isfinite(b):
-            pen = "M"
-            continue
-        parts.append(f"{pen}{frame.px(a):.1f} {frame.py(b):.1f}")
-        pen = "L"
+        if math.isfinite(b):
+            parts.append(f"{pen}{frame.px(a):.1f} {frame.py(b):.1f}")
+        pen = "L" if math.isfinite(b) else "M"
     return "".join(parts)
 
 
-def _alone(y: np.ndarray) -> np.ndarray:
-    """Which values have a gap or an end on either side: no line shows them [n]."""
+def _isolated(y: np.ndarray) -> np.ndarray:
+    """Mask [n] of the values between two gaps or ends, which a line alone would not show."""
     known = np.concatenate([[False], np.isfinite(y), [False]])
-    alone: np.ndarray = known[1:-1] & ~known[:-2] & ~known[2:]
-    return alone
+    isolated: np.ndarray = known[1:-1] & ~known[:-2] & ~known[2:]
+    return isolated
 
 
 def _dots(frame: _Frame, x: np.ndarray, y: np.ndarray) -> str:
@@ -258,10 +255,6 @@ def _segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
     style = f' class="{kind}"' if kind else ""
     return f'<text{style} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _empty(label: str) -> str:
-    return _svg(label, _text(WIDTH / 2, HEIGHT / 2, "no values", "middle"))
 
 
 def _svg(label: str, body: str) -> str:

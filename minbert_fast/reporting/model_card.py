@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of an exported model: how to use it, what it was trained on, its scores, its recipe, with what versions.
+"""The model card (README.md) of an exported model: use, training data, scores, recipe and versions.
 
-Everything said comes from files: the recipe in the model's directory and the `summary.json` of the run that made it (one
-directory up). What neither knows is left out.
+All statements come from the recipe in the model's directory and the `summary.json` one directory up; what neither file
+contains is left out.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from minbert_fast.common.version import __version__
 from minbert_fast.data import FORMATS
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting.runs import read_json
 from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.predictor import Predictor
 
@@ -31,16 +31,17 @@ model = SentenceTransformer("{name}")
 embeddings = model.encode(["A sentence.", "Another one."])
 """,
 }
-_OWN = """from minbert_fast import Predictor
+_OWN_SNIPPET = """from minbert_fast import Predictor
 
 model = Predictor.from_pretrained("{name}")
 embeddings = model.encode(["A sentence.", "Another one."])
 """
 _CALLS = {"sentiment": '(["A sentence."])', "paraphrase": '([("One?", "Two?")])', "similarity": '([("One.", "Two.")])'}
+_POOLED = {"mean": "the mean", "cls": "the first", "max": "the maximum", "pooler": "the pooler's output"}
 
 
-def shared_recipe(source: Path) -> Recipe | None:
-    """The recipe of a model's directory as others may see it: of folders on this machine only the last name is left."""
+def public_recipe(source: Path) -> Recipe | None:
+    """The recipe in a model's directory, with all paths of this machine reduced to their last part; None without one."""
     if not (source / "recipe.toml").is_file():
         return None
     recipe = Recipe.load(str(source / "recipe.toml"))
@@ -54,20 +55,23 @@ def shared_recipe(source: Path) -> Recipe | None:
 
 
 def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
-    """The card of the model in directory `source`, to be called `name`, exported in `form`."""
-    recipe = shared_recipe(source)
-    summary = _summary(source.parent / "summary.json")
+    """The card of the model in directory `source`, exported under `name` in the format `form`."""
+    recipe = public_recipe(source)
+    summary = read_json(source.parent / "summary.json", notices=[])
     library = "sentence-transformers" if form == "sentence-transformers" else "transformers"
     head = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "tags:", "- bert", "- minbert_fast"]
     head += ["- sentence-similarity", *(["- sentence-transformers"] if library != "transformers" else []), "---", ""]
     config = model.encoder.config
+    pooled = f"{_POOLED[model.pooling]} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
+    kinds = [] if model.heads is None else dict.fromkeys(t.kind for t in model.tasks.values() if t.kind in _CALLS)
+    calls = "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
     parts = [
         "\n".join([*head, f"# {name}"]),
         f"A BERT encoder of {config.num_hidden_layers} layers, {config.hidden_size} wide, with "
-        f"{config.vocab_size:,} word pieces. A sentence's vector is {_pooled(model)} of up to {model.max_length} tokens.",
+        f"{config.vocab_size:,} word pieces. A sentence's vector is {pooled} of up to {model.max_length} tokens.",
         "## Use",
         _code(_SNIPPETS[form].format(name=name)),
-        _code(_OWN.format(name=name) + _head_calls(model)),
+        _code(_OWN_SNIPPET.format(name=name) + calls),
     ]
     if recipe is not None:
         parts += _training(recipe, summary)
@@ -76,25 +80,9 @@ def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
     versions = {"minbert_fast": __version__, **dict(summary.get("versions") or {})}
     parts += ["## Versions", ", ".join(f"{package} {version}" for package, version in versions.items())]
     if recipe is not None:
-        parts += [
-            "## Recipe",
-            f"<details><summary>Every value</summary>\n\n{_code(recipe.to_toml(), 'toml')}\n\n</details>",
-        ]
+        code = _code(recipe.to_toml(), "toml")
+        parts += ["## Recipe", f"<details><summary>Every value</summary>\n\n{code}\n\n</details>"]
     return "\n\n".join(parts) + "\n"
-
-
-def _pooled(model: Predictor) -> str:
-    what = {"mean": "the mean", "cls": "the first", "max": "the maximum", "pooler": "the pooler's output"}[
-        model.pooling
-    ]
-    return f"{what} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
-
-
-def _head_calls(model: Predictor) -> str:
-    if model.heads is None:
-        return ""
-    kinds = dict.fromkeys(task.kind for task in model.tasks.values() if task.kind in _CALLS)
-    return "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
 
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
@@ -109,35 +97,19 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     if isinstance(summary.get("steps"), int):
         sentences.append(f"{summary['steps']:,} steps, {summary.get('tokens', 0):,} tokens.")
     if summary.get("demonstration"):
-        sentences.append("**A demonstration on made-up sample data: good for nothing else.**")
+        sentences.append("**A demonstration on made-up sample data, not for real use.**")
     return ["## Training", " ".join(sentences), "\n".join(["| task | kind | data |", "|---|---|---|", *rows])]
 
 
 def _scores(summary: Mapping[str, Any]) -> list[str]:
+    def score(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
     untrained = summary.get("untrained") or {}
-    rows = [
-        f"| {key.replace('_', ' ')} | {_number(untrained.get(key))} | {_number(value)} |"
-        for key, value in summary["dev"].items()
-    ]
-    return [
-        "## Scores",
-        "On the dev files.",
-        "\n".join(["| metric | untrained | this model |", "|---|---|---|", *rows]),
-    ]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+    rows = [f"| {k.replace('_', ' ')} | {score(untrained.get(k))} | {score(v)} |" for k, v in summary["dev"].items()]
+    head = ["| metric | untrained | this model |", "|---|---|---|"]
+    return ["## Scores", "On the dev files.", "\n".join([*head, *rows])]
 
 
 def _code(text: str, language: str = "python") -> str:
     return f"```{language}\n{text.rstrip()}\n```"
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    """A run's summary.json; empty where there is none, or none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

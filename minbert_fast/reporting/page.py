@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of a self-contained HTML page: no scripts, no network, readable on a phone, in the dark and on paper.
+"""Elements of a self-contained HTML page: no scripts, no network, readable on a phone, in dark mode and in print.
 
-Every function takes plain text and escapes it, except arguments called `body` or `svg` and values of type Html.
+All functions escape their text, except arguments called `body` or `svg` and values of type Html.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--s0); }
 
 
 class Html(str):
-    """Text that is markup already and goes into the page as it is."""
+    """Markup, which is inserted without escaping."""
 
 
-def page(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
-    """The whole document: `body` above, then each (title, body) of `sections` with a link to it at the top."""
+def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
+    """The HTML document: `body`, links to the sections, then the sections (title, body) that are not empty."""
+    sections = [(name, content) for name, content in sections if content]
     links = "".join(f'<li><a href="#{anchor(t)}">{escape(t)}</a></li>' for t, _ in sections)
     parts = "".join(f'<section id="{anchor(t)}"><h2>{escape(t)}</h2>{b}</section>\n' for t, b in sections)
     return (
@@ -96,7 +97,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
 
 
 def anchor(title: str) -> str:
-    """A section's id."""
+    """The id of a section."""
     return "-".join("".join(c if c.isalnum() and c.isascii() else " " for c in title.lower()).split())
 
 
@@ -110,13 +111,13 @@ def figure(caption: str, svg: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
 
 
-def gallery(figures: Iterable[str]) -> str:
-    """Figures side by side as far as the window allows."""
+def figure_grid(figures: Iterable[str]) -> str:
+    """Figures side by side if the window is wide enough."""
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A table that scrolls by itself where it is too wide; columns after the first `text_columns` are numbers."""
+    """A table that scrolls if it is too wide; columns after the first `text_columns` hold numbers."""
 
     def one(tag: str, text: str, column: int) -> str:
         kind = "" if column < text_columns else ' class="n"'
@@ -125,21 +126,21 @@ def table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_c
     heads = "".join(one("th", text, i) for i, text in enumerate(head))
     lines = "".join("<tr>" + "".join(one("td", text, i) for i, text in enumerate(row)) + "</tr>" for row in rows)
     prose = ' class="prose"' if text_columns > 1 else ""
-    return scroll(label, f"<table{prose}><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>")
+    return scrollable(label, f"<table{prose}><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>")
 
 
-def scroll(label: str, body: str) -> str:
-    """Something wide, to be scrolled by touch, wheel or keyboard."""
+def scrollable(label: str, body: str) -> str:
+    """A wide element that scrolls by touch, wheel or keyboard."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{body}</div>'
 
 
-def fold(summary: str, body: str) -> str:
-    """Something to open when wanted."""
+def collapsible(summary: str, body: str) -> str:
+    """Content that a click on `summary` opens."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
-def duration(seconds: float) -> str:
-    """A length of time for people: 0.8 s, 12 s, 3:05 min, 1:02:03 h."""
+def format_duration(seconds: float) -> str:
+    """A duration for people: 0.8 s, 12 s, 3:05 min, 1:02:03 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: what a run needs to go on exactly where it was, in files that no crash leaves half written.
+"""Checkpoints that resume a run exactly, written so that a crash never leaves one half written.
 
     checkpoints/step-00000120/
         tensors.safetensors   parameters, optimizer moments, random generators
         state.json            counters, scores, and the fingerprint of recipe, data and model
         manifest.json         sizes and SHA-256 of the other two
 
-Safetensors and JSON only: nothing in a checkpoint is executed when it is read.
+The files are safetensors and JSON: reading a checkpoint executes no code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minbert_fast.common.errors import writing
+from minbert_fast.common.errors import translate_write_errors
 from minbert_fast.common.storage import file_digest, flush_directory, remove, write_directory, write_json, write_tensors
 
 FORMAT = 1
@@ -32,23 +32,22 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read: its step (of the whole run), tensors on the CPU, and the JSON state."""
+    """A checkpoint in memory: the step of the whole run, tensors on the CPU, and the JSON state."""
 
-    path: Path
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
 
+@dataclass(frozen=True)
 class CheckpointStore:
-    """The `checkpoints/` folder of a run, of which the newest `keep` are kept."""
+    """The `checkpoints/` folder of a run, which holds the newest `keep` checkpoints."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    folder: Path
+    keep: int
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Writes the checkpoint of `step`, then prunes older ones. Raises RunError where the disk refuses."""
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Writes the checkpoint of `step`, then removes the oldest ones. Raises RunError if the disk refuses."""
         path = self.folder / f"step-{step:08d}"
 
         def fill(directory: Path) -> None:
@@ -58,79 +57,73 @@ class CheckpointStore:
             files = {n: {"bytes": (directory / n).stat().st_size, "sha256": d} for n, d in digests.items()}
             write_json(directory / MANIFEST, {"format": FORMAT, "step": step, "files": files})
 
-        with writing(path):
+        with translate_write_errors(path):
             write_directory(path, fill)
             for _, old in self._entries()[self.keep :]:
                 remove(old)
-        return path
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None. `report` hears of each damaged one that is passed over.
+        """Reads the newest undamaged checkpoint; None if there is none.
 
-        Damaged ones are renamed to `step-N.damaged`, so that they never push a whole one out.
+        Renames damaged ones to `step-N.damaged`, so that they do not count among the `keep`, and calls `report` with
+        one line for each.
         """
         for step, path in self._entries():
-            checkpoint = read_checkpoint(path, step)
-            if isinstance(checkpoint, Checkpoint):
-                return checkpoint
-            report(f"{path} is damaged ({checkpoint}) and passed over")
-            with writing(path):
-                aside = path.with_name(f"{path.name}.damaged")
-                remove(aside)
-                path.rename(aside)
+            try:
+                return read_checkpoint(path, step)
+            except OSError as error:
+                reason = f"{Path(error.filename or path).name}: {error.strerror}"
+            except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            report(f"{path} is damaged ({reason}) and skipped")
+            with translate_write_errors(path):
+                damaged = path.with_name(f"{path.name}.damaged")
+                remove(damaged)
+                path.rename(damaged)
                 flush_directory(self.folder)
         return None
 
     def _entries(self) -> list[tuple[int, Path]]:
-        """Checkpoints by step, newest first."""
-        found = []
-        for entry in self.folder.iterdir() if self.folder.is_dir() else ():
-            match = _NAME.fullmatch(entry.name)
-            if match:
-                found.append((int(match[1]), entry))
+        """Steps and paths of the checkpoints, newest first."""
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        found = [(int(match[1]), entry) for entry in entries if (match := _NAME.fullmatch(entry.name))]
         return sorted(found, reverse=True)
 
 
-def read_checkpoint(path: Path, step: int) -> Checkpoint | str:
-    """The checkpoint in directory `path`, or the reason why it cannot be used."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']!r}, this version reads {FORMAT}"
-        if manifest["step"] != step:
-            return f"its manifest is of step {manifest['step']!r}"
-        for name in (TENSORS, STATE):
-            recorded = manifest["files"][name]
-            if (path / name).stat().st_size != recorded["bytes"]:
-                return f"{name} has {(path / name).stat().st_size} bytes of {recorded['bytes']}"
-            if file_digest(path / name) != recorded["sha256"]:
-                return f"{name} is not what was written: its checksum differs"
-        state = json.loads((path / STATE).read_bytes())
-        return Checkpoint(path, step, load_file(path / TENSORS), state)
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
+def read_checkpoint(path: Path, step: int) -> Checkpoint:
+    """Reads and verifies the checkpoint in directory `path`. Raises ValueError and others for a damaged one."""
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
+    if manifest["step"] != step:
+        raise ValueError(f"its manifest is of step {manifest['step']!r}")
+    for name in (TENSORS, STATE):
+        recorded, size = manifest["files"][name], (path / name).stat().st_size
+        if size != recorded["bytes"]:
+            raise ValueError(f"{name} has {size} bytes, expected {recorded['bytes']}")
+        if file_digest(path / name) != recorded["sha256"]:
+            raise ValueError(f"the checksum of {name} differs from the manifest's")
+    return Checkpoint(step, load_file(path / TENSORS), json.loads((path / STATE).read_bytes()))
 
 
-def differences(then: Any, now: Any, says: str = "{name} was {then}, now {now}") -> list[str]:
-    """What differs between two fingerprints (nested mappings of plain values), a line a value, each as `says` puts it."""
-    return [says.format(name=name, then=_shown(a), now=_shown(b)) for name, a, b in _different(then, now, "")]
+def differences(then: Any, now: Any, template: str = "{name} was {then}, now {now}") -> list[str]:
+    """One line, formatted by `template`, for each value that differs between two nested mappings of plain values."""
+    return [template.format(name=name, then=_show(a), now=_show(b)) for name, a, b in _different(then, now, "")]
 
 
 _ABSENT = object()
 
 
-def _different(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+def _different(then: Any, now: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in [*then, *(key for key in now if key not in then)]:
-            name = f"{where}.{key}" if where else str(key)
+        for key in dict.fromkeys([*then, *now]):
+            name = f"{prefix}.{key}" if prefix else str(key)
             yield from _different(then.get(key, _ABSENT), now.get(key, _ABSENT), name)
     elif then != now:
-        yield where, then, now
+        yield prefix, then, now
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     if value is _ABSENT:
         return "absent"
     text = json.dumps(value, ensure_ascii=False)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many runs in one go: each in a directory of its own, done ones skipped, interrupted ones resumed; tables of them."""
+"""Series of runs: one directory per run, finished runs are skipped and interrupted ones resumed; tables of their scores."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError, merge, plain
 from minbert_fast.recipes.recipe import Recipe
@@ -17,98 +20,114 @@ from minbert_fast.trainer.outputs import SUMMARY
 
 
 @dataclass(frozen=True)
-class Place:
-    """What runs of one series share: where they run, and with what."""
-
-    device: str = "auto"
-    backend: Literal["auto", "fast", "reference"] = "auto"
-
-
-@dataclass(frozen=True)
 class Trial:
-    """How one run ended: its `summary.json`, or the line that says why there is none."""
+    """The result of one run: its `summary.json`, or the one-line reason of its failure."""
 
     name: str
     directory: Path
-    summary: Mapping[str, Any] | None
+    summary: Mapping[str, Any] = field(default_factory=dict)
     failure: str = ""
 
     def score(self, metric: str) -> float | None:
-        """A dev metric of the best model, or None."""
-        value = (self.summary or {}).get("dev", {}).get(metric)
+        """A dev metric of the best model; None if the run has none."""
+        value = self.summary.get("dev", {}).get(metric)
         return None if value is None else float(value)
 
 
-def run_or_resume(name: str, recipe: Recipe, directory: Path, place: Place, command: str) -> Trial:
-    """Runs `recipe` in `directory`, going on with what is there already; a finished run of it is only read.
+def run_or_resume(
+    name: str,
+    recipe: Recipe,
+    directory: Path,
+    command: str,
+    device: str = "auto",
+    backend: Literal["auto", "fast", "reference"] = "auto",
+) -> Trial:
+    """Runs `recipe` in `directory`: resumes an interrupted run, and only reads the results of a finished one.
 
-    A run that cannot be (its data are missing, its recipe has changed since) gives a Trial that says why.
+    A run that fails (its data are missing, its recipe has changed) gives a Trial with the reason, which is printed on
+    standard error too. Raises RunError if a signal stopped the run.
     """
-    done = directory / SUMMARY
-    if not done.is_file() or not stands_for(ran(directory), recipe):
-        options = Options(directory, place.device, place.backend, resume=directory.is_dir(), command=command)
-        try:
-            train(recipe, options)
-        except (ConfigError, ValueError) as error:
-            return Trial(name, directory, None, str(error))
-        except RunError as error:
-            if error.status > 128:  # stopped by a signal: so is the series
-                raise
-            return Trial(name, directory, None, str(error))
+    path = directory / SUMMARY
     try:
-        return Trial(name, directory, json.loads(done.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        return Trial(name, directory, None, f"{done}: cannot be read ({error})")
+        if not path.is_file() or not same_experiment(load_executed_recipe(directory), recipe):
+            train(recipe, Options(directory, device, backend, resume=directory.is_dir(), command=command))
+        try:
+            return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, RunError) as error:
+        if isinstance(error, RunError) and error.status > 128:
+            raise
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return Trial(name, directory, failure=str(error))
 
 
-def ran(directory: Path) -> Recipe | None:
-    """The recipe of the run in `directory` as it was carried out, without tasks that had no data."""
+def load_executed_recipe(directory: Path) -> Recipe | None:
+    """The recipe of the run in `directory`, without the tasks that had no data; None without a finished run."""
     try:
         return Recipe.load(str(directory / "last" / "recipe.toml"))
     except ConfigError:
         return None
 
 
-def stands_for(found: Recipe | None, recipe: Recipe) -> bool:
-    """Whether a finished run of `found` need not be looked at again for `recipe`.
+def same_experiment(executed: Recipe | None, recipe: Recipe) -> bool:
+    """Whether the results of a run of `executed` are those of `recipe`.
 
-    What depends on the data there were (tasks left out, a shorter length) is not compared.
+    Differences that the data cause (dropped tasks, a shorter maximum length) do not count.
     """
-    if found is None or any(plain(recipe.tasks.get(name)) != plain(found.tasks[name]) for name in found.tasks):
+    if executed is None or any(plain(recipe.tasks.get(n)) != plain(task) for n, task in executed.tasks.items()):
         return False
 
-    def asked(r: Recipe) -> Any:
+    def values(r: Recipe) -> Any:
         stages = [{key: stage[key] for key in ("training", "optimizer") if key in stage} for stage in r.stages]
         data = r.data.directory, r.data.scheme
         return r.name, r.training, r.optimizer, r.surgery, r.weighting, r.regularisation, data, r.model, stages
 
-    return bool(asked(found) == asked(recipe))
+    return bool(values(executed) == values(recipe))
 
 
-def limited(recipe: Recipe, steps: int | None) -> Recipe:
-    """The recipe with at most so many steps, in each of its stages where it has any."""
+def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
+    """The recipe with at most `steps` steps, or at most `steps` in each of its stages; None sets no limit."""
     if steps is None:
         return recipe
+    limit = {"training": {"max_steps": steps}}
     if not recipe.stages:
-        return recipe.with_values({"training": {"max_steps": steps}}, "--max-steps")
-    stages = tuple(merge(stage, {"training": {"max_steps": steps}}) for stage in recipe.stages)
-    return replace(recipe, stages=stages)
+        return recipe.with_values(limit, "--max-steps")
+    return replace(recipe, stages=tuple(merge(stage, limit) for stage in recipe.stages))
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for people and for Markdown: columns aligned, the first to the left, the others to the right."""
+def add_series_flags(command: cli.Parser) -> None:
+    """Adds the flags that `search` and `reproduce` share; `load_recipe` reads them."""
+    command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
+    command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
+    command.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="a directory for all runs and the table"
+    )
+    command.add_argument(
+        "--max-steps", metavar="N", type=cli.count, help="most steps of a run, or of each of its stages"
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def load_recipe(name: str, chosen: argparse.Namespace) -> Recipe:
+    """Recipe `name` (or a TOML file) with the data, model and step limit of the command line."""
+    values: dict[str, Any] = {"data": {"directory": chosen.data}} if chosen.data else {}
+    values |= {"model": {"name": chosen.model}} if chosen.model else {}
+    return limit_steps(Recipe.load(name).with_values(values, "command line"), chosen.max_steps)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *others]) + " |"
+        first, *others = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
 
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
 
 
-def shown(value: float | None) -> str:
-    """A score with three places, "-" where there is none."""
+def format_score(value: float | None) -> str:
+    """A score to three decimals; "-" for None."""
     return "-" if value is None else f"{value:.3f}"

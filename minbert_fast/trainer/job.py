@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job, whole: from a recipe to an output directory with a trained model, its scores and a report."""
+"""A whole training run: from a recipe to an output directory with the trained model, its scores and a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
-from minbert_fast.common.errors import RunError, writing
+from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.provenance import commit, environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.data import Tokenizer, TokenTable, read_table, sample_directory
@@ -26,30 +26,28 @@ from minbert_fast.model.bert import BertModel
 from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.report import write_report
-from minbert_fast.reporting.runs import flat
+from minbert_fast.reporting.runs import flatten
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import loop
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets
-from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, fresh_directory
-from minbert_fast.trainer.progress import progress_for
+from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
 from minbert_fast.trainer.signals import StopSignals
-from minbert_fast.trainer.stages import Means, make_stage
-from minbert_fast.trainer.trackers import check, tracking
+from minbert_fast.trainer.stages import StageContext, build_stage
+from minbert_fast.trainer.trackers import check_trackers, open_trackers
 
 DEMONSTRATION = (
-    "This is a demonstration: a tiny model, from random weights, learns the small made-up sample data that ship with "
-    "the package. For something useful: --data DIR --model DIR"
+    "This is a demonstration: a tiny model with random weights learns small made-up sample data that ship with the "
+    "package. For real results: --data DIR --model DIR"
 )
-
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
 
-# Values of a recipe that a resumed run may change: where things lie (their content is compared), how far it goes,
-# and what it writes down.
-FREE = {
+# Values of a recipe that may differ when a run is resumed (None: a whole section): paths (the content of the files is
+# compared), how far the run goes, and what it logs.
+CHANGEABLE = {
     "name": None,
     "description": None,
     "source": None,
@@ -64,16 +62,16 @@ FREE = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a run needs to know beside its recipe. `output` None: a new directory under runs/."""
+    """Settings of a run that are no part of the experiment."""
 
-    output: Path | None = None
+    output: Path | None = None  # None: a new directory under runs/
     device: str = "auto"
     backend: Literal["auto", "fast", "reference"] = "auto"
     resume: bool = False
     overwrite: bool = False
-    copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split): predictions go here too
+    copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
     report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
-    command: str = ""
+    command: str = ""  # the command line, for summary.json
 
 
 def train(recipe: Recipe, options: Options) -> Path:
@@ -81,72 +79,85 @@ def train(recipe: Recipe, options: Options) -> Path:
 
     Raises ConfigError or DataError for a mistake of the user, RunError or InterruptError for a run that had to stop.
     """
-    path = options.output or fresh_directory(Path("runs") / recipe.name)
+    output = options.output or unused_directory(Path("runs") / recipe.name)
     try:
-        with joined(choose_device(options.device)) as (world, device), _directory(path, world) as files:
-            _Job(recipe, replace(options, output=path), files, world, device).run()
+        with joined(choose_device(options.device)) as (world, device), _open_directory(output, world) as files:
+            _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
-        if not loop.out_of_memory(error):
+        if not loop.is_out_of_memory(error):
             raise
         raise RunError(
             "out of memory outside training steps: choose a smaller model or --set data.max_length"
         ) from error
-    return path
+    return output
 
 
 @contextmanager
-def _directory(path: Path, world: World) -> Iterator[RunDirectory]:
-    """The output directory for rank 0; for the others a place of their own, which nobody will look at."""
+def _open_directory(path: Path, world: World) -> Iterator[RunDirectory]:
+    """The output directory on rank 0; a temporary directory on the other ranks, whose files nobody needs."""
     with ExitStack() as stack:
         if not world.is_main:
             path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
         yield stack.enter_context(RunDirectory(path))
 
 
+@dataclass
 class _Job:
-    def __init__(
-        self, recipe: Recipe, options: Options, files: RunDirectory, world: World, device: torch.device
-    ) -> None:
-        check(options.report_to)
-        self.options = options
-        self.files = files
-        self.notices: list[str] = []
-        self.commit = commit()  # now: the checkout may move on while a long run goes on
-        self.world = world
-        self.device = device
-        self.precision = choose_precision(recipe.training.precision, self.device)
-        self.backend: Backend = "fast" if options.backend == "auto" else options.backend
-        self.demonstration = not (recipe.model.name or recipe.data.directory or recipe.data.files)
-        if world.size > 1 and self.backend == "reference":
-            raise ConfigError(f"--backend reference trains in one process, not in {world.size}")
-        self._open_directory()
-        if self.demonstration and world.is_main:
-            print(DEMONSTRATION, flush=True)
-        with StopSignals() as signals, signals.interruptible():
-            self._load(recipe)
+    recipe: Recipe
+    options: Options
+    output: Path  # of rank 0; `files` is another directory on the other ranks
+    files: RunDirectory
+    world: World
+    device: torch.device
+    notices: list[str] = field(default_factory=list)  # lines for summary.json
 
-    def say(self, line: str) -> None:
-        """A line for the user that the summary keeps as well."""
+    def run(self) -> None:
+        """Loads everything, trains, and writes last/, predictions, summary.json and the report."""
+        check_trackers(self.options.report_to)
+        self.commit = commit()  # read now: the checkout may change during a long run
+        self.precision = choose_precision(self.recipe.training.precision, self.device)
+        self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
+        self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
+        if self.world.size > 1 and self.backend == "reference":
+            raise ConfigError(f"--backend reference trains in one process, not in {self.world.size}")
+        if self.files.holds_run and self.options.overwrite:
+            self.files.clear()
+        elif self.files.holds_run and not self.options.resume:
+            raise RunError(f"{self.files.path} holds a run already: --resume continues it, --overwrite replaces it")
+        if self.demonstration:
+            self._print(DEMONSTRATION)
+        with StopSignals() as signals, signals.interruptible():
+            self._load()
+        checkpoint = self._find_checkpoint()
+        self._check_ranks_agree(checkpoint)  # every rank has read the checkpoint before rank 0 writes anything
+        self.files.prepare(self.recipe.to_toml())
+        outcome = self._train(checkpoint)
+        if self.world.is_main:
+            self._write_results(outcome)
+
+    def notify(self, line: str) -> None:
+        """Prints a line and keeps it for summary.json."""
         self.notices.append(line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         if self.world.is_main:
             print(line, flush=True)
 
-    # ---- Before the first step ------------------------------------------------------------------------------------
+    # ---- Loading ----------------------------------------------------------------------------------------------------
 
-    def _open_directory(self) -> None:
-        files, options = self.files, self.options
-        if files.used and options.overwrite:
-            files.clear()
-        elif files.used and not options.resume:
-            raise RunError(f"{files.path} holds a run already: --resume goes on with it, --overwrite starts anew")
-
-    def _load(self, recipe: Recipe) -> None:
-        self._say_what_is_embedded(recipe)
-        source = weights.resolve(recipe.model.name) if recipe.model.name else sample_directory().model
-        self.tokenizer = Tokenizer.from_pretrained(_vocabulary_of(source))
-        if not self.world.is_main:  # rank 0 reads first, and leaves the others its cache
+    def _load(self) -> None:
+        """Loads tokenizer, data and model, and builds the stages."""
+        name, data = self.recipe.model.name, self.recipe.data
+        if not self.demonstration and not name:
+            self.notify("no --model: trains the embedded tiny model, whose weights are random: it cannot learn much")
+        if not self.demonstration and not (data.directory or data.files):
+            self.notify("no --data: trains on the embedded sample of made-up sentences")
+        source = weights.resolve(name) if name else sample_directory().model
+        self.tokenizer = Tokenizer.from_pretrained(_tokenizer_directory(source))
+        if not self.world.is_main:  # rank 0 reads first and fills the cache for the others
             self.world.wait()
-        self.data = load_datasets(recipe, self.tokenizer, self.say)
+        self.data = load_datasets(self.recipe, self.tokenizer, self.notify)
         if self.world.is_main:
             self.world.wait()
         self.recipe = self.data.recipe
@@ -155,62 +166,43 @@ class _Job:
         encoder = BertModel.from_pretrained(source, **overrides)
         self._check_sizes(encoder)
         self.encoder_hash = tensors_digest(encoder.state_dict())
-        torch.manual_seed(self.recipe.training.seed)  # heads start from it
+        torch.manual_seed(self.recipe.training.seed)  # for the initial weights of the heads
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
         if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
-            for name in self.model.adopt(weights.pretraining_heads(source), str(source)):
-                self.say(f"tasks.{name} starts from the model's own pre-training head")
+            for task in self.model.adopt(weights.pretraining_heads(source), str(source)):
+                self.notify(f"tasks.{task} starts from the model's own pre-training head")
         self.captures = Captures()
-        means = Means(
-            self.model,
-            self.tokenizer,
-            self.data.train,
-            self.device,
-            self.precision,
-            self.backend,
-            self.world,
-            self.captures,
-        )
-        self.stages = [make_stage(means, self.recipe, index) for index in range(len(self.recipe.resolved_stages()))]
+        where = self.device, self.precision, self.backend, self.world
+        context = StageContext(self.model, self.tokenizer, self.data.train, *where, self.captures)
+        self.stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
         self._check_select()
-
-    def _say_what_is_embedded(self, recipe: Recipe) -> None:
-        """Half a demonstration is rarely meant."""
-        if self.demonstration:
-            return
-        if not recipe.model.name:
-            self.say(
-                "no --model: the embedded tiny model, from random weights, is trained; it has little to learn with"
-            )
-        if not (recipe.data.directory or recipe.data.files):
-            self.say("no --data: the embedded sample, made-up sentences, is trained on")
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
         if self.tokenizer.vocab_size > config.vocab_size:
             raise ConfigError(
-                f"the tokenizer knows {self.tokenizer.vocab_size:,} word pieces, the model {config.vocab_size:,}"
+                f"the tokenizer has {self.tokenizer.vocab_size:,} word pieces, the model only {config.vocab_size:,}"
             )
         if self.recipe.data.max_length > config.max_position_embeddings:
             data = replace(self.recipe.data, max_length=config.max_position_embeddings)
             self.recipe = replace(self.recipe, data=data)
-            self.say(f"the model has {data.max_length} positions: longer sentences are cut to them")
+            self.notify(f"the model has {data.max_length} positions: longer sentences are cut to them")
 
     def _check_select(self) -> None:
-        """Before the first step rather than at the first evaluation, which may be hours away."""
+        """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
         select, known = self.recipe.training.select, ["score"]
         for name, table in self.data.dev.items():
             assert table.labels is not None
             known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
         if select not in known:
-            raise ConfigError(
-                f"training.select = {select!r}: no such dev metric in this run; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}")
+
+    # ---- Resuming ---------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it goes on with."""
+        """The values that a resumed run must share with the interrupted one."""
         recipe = plain(self.recipe)
-        for section, keys in FREE.items():
+        for section, keys in CHANGEABLE.items():
             if keys is None:
                 recipe.pop(section, None)
             else:
@@ -223,54 +215,45 @@ class _Job:
             "precision": self.precision,
         }
 
-    def _checkpoint(self) -> Checkpoint | None:
-        """What to go on from. Raises RunError where the run there was another one."""
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to resume from, read by every rank. Raises ConfigError if it belongs to another run."""
         if not self.options.resume:
             return None
-        assert self.options.output is not None
-        # Every process reads what rank 0 wrote.
-        checkpoints = self.options.output / self.files.checkpoints.name
-        found = CheckpointStore(checkpoints, self.recipe.checkpoint.keep).newest(self.say)
+        checkpoints = self.output / self.files.checkpoints.name
+        found = CheckpointStore(checkpoints, self.recipe.checkpoint.keep).newest(self.notify)
         if found is None:
-            self.say(f"no checkpoint in {self.files.path}: starting from the beginning")
+            self.notify(f"no checkpoint in {self.files.path}: starting from the beginning")
             return None
-        # Through JSON, as the other one went.
-        changed = differences(found.state["fingerprint"], json.loads(json.dumps(self.fingerprint())))
-        if changed:
+        now = json.loads(json.dumps(self.fingerprint()))  # the checkpoint's went through JSON too
+        if changed := differences(found.state["fingerprint"], now):
             more = f" (and {len(changed) - SHOWN_CHANGES} more differences)" if len(changed) > SHOWN_CHANGES else ""
-            shown = "; ".join(changed[:SHOWN_CHANGES])
             raise ConfigError(
-                f"{self.files.path}: cannot go on with another run: {shown}{more}; --resume goes alone, or with the "
-                "flags that the run was started with"
+                f"{self.files.path} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; give --resume "
+                "alone, or with the flags that the run was started with"
             )
         for line in differences(found.state["environment"], environment(self.device)):
-            self.say(f"{line}: what follows may differ in the last bits from an uninterrupted run")
-        self.say(f"going on after step {found.step}")
+            self.notify(f"{line}: results may differ in the last bits from those of an uninterrupted run")
+        self.notify(f"resuming after step {found.step}")
         return found
 
-    def _check_others(self, checkpoint: Checkpoint | None) -> None:
-        """Raises ConfigError where processes, perhaps on other machines, are about to train anything else together."""
-        begins = "the beginning"
+    def _check_ranks_agree(self, checkpoint: Checkpoint | None) -> None:
+        """Raises ConfigError if the processes, perhaps on several machines, are about to train different runs."""
+        start = "the beginning"
         if checkpoint is not None:
             state = json.dumps(checkpoint.state, sort_keys=True).encode()
-            begins = f"step {checkpoint.step}, {hashlib.blake2b(state, digest_size=4).hexdigest()}"
-        first, *others = self.world.every({"starts from": begins, **self.fingerprint()})
+            start = f"step {checkpoint.step}, {hashlib.blake2b(state, digest_size=4).hexdigest()}"
+        first, *others = self.world.every({"starts from": start, **self.fingerprint()})
         for rank, other in enumerate(others, start=1):
             unlike = differences(first, other, f"{{name}} {{then}} on rank 0, {{now}} on rank {rank}")
             if unlike:
                 raise ConfigError(
-                    f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same data and "
-                    f"model, and to go on the same checkpoints in {self.options.output}"
+                    f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same data, "
+                    f"model and checkpoints in {self.output}"
                 )
 
-    # ---- The run, and what is left of it ----------------------------------------------------------------------------
+    # ---- Training and evaluation ------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Trains, then writes last/, predictions, summary.json and the report."""
-        checkpoint = self._checkpoint()
-        self._check_others(checkpoint)  # and nothing is written before all have read
-        self.files.prepare()
-        self.files.write_recipe(self.recipe.to_toml())
+    def _train(self, checkpoint: Checkpoint | None) -> loop.Outcome:
         trainer = loop.Trainer(
             recipe=self.recipe,
             stages=self.stages,
@@ -279,39 +262,25 @@ class _Job:
             evaluate=self._evaluate,
             save=self._save,
             constants={"fingerprint": self.fingerprint(), "environment": environment(self.device)},
-            progress=lambda done, total: progress_for(done, total, self.world.is_main),
-            eager_fetch=self.device.type == "cpu",
+            fetch_every_step=self.device.type == "cpu",
             world=self.world,
         )
-        if self.world.is_main:
-            print(self._opening_line(trainer.total), flush=True)
-        first_step = 0 if checkpoint is None else checkpoint.step
-        reported = self.options.report_to if self.world.is_main else ()
-        with tracking(reported, self.files.path, first_step, flat(plain(self.recipe))) as follow:
-            self.files.metrics.follow = follow
-            outcome = trainer.run(checkpoint)
-        if not self.world.is_main:
-            return
-        self.files.write_directory("last", self._save)
-        if outcome.best is None:  # nothing to choose by
-            self.files.write_directory("best", self._save)
-        self._test_predictions()
-        self._copy_predictions()
-        self.files.write_json(SUMMARY, self._summary(outcome))
-        with writing(self.files.path / "report.html"):
-            write_report(self.files.path)
-        print(closing_lines(outcome, self.files.path), flush=True)
-
-    def _opening_line(self, steps: int) -> str:
-        """What is about to happen, before an evaluation that may take minutes."""
         rows = ", ".join(f"{name} {len(table):,}" for name, table in self.data.train.items())
-        how = f"on {self.device.type} in {self.precision}, {self.backend} backend"
-        return f"recipe {self.recipe.name}: {steps:,} steps {how}; training rows: {rows}; results in {self.files.path}"
+        self._print(
+            f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
+            f"{self.backend} backend; training rows: {rows}; results in {self.files.path}"
+        )
+        first_step = 0 if checkpoint is None else checkpoint.step
+        report_to = self.options.report_to if self.world.is_main else ()
+        with open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe))) as trackers:
+            self.files.metrics.on_record = trackers
+            return trainer.run(checkpoint)
 
     def _save(self, directory: Path) -> None:
         self.model.save(directory, self.recipe.to_toml(), self.tokenizer)
 
     def _evaluate(self) -> loop.Evaluation | None:
+        """Scores on the dev files, computed on rank 0; None without dev files."""
         if not self.data.dev:
             return None
         found: list[evaluation.Evaluation] = []
@@ -326,40 +295,46 @@ class _Job:
             found[0].write(directory, texts)
 
         metrics = self.world.from_main(measure)
-        return loop.Evaluation(metrics, self._score(metrics), write)
+        score = metrics[self.recipe.training.select]
+        return loop.Evaluation(metrics, -math.inf if score is None else score, write)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
 
-    def _score(self, metrics: Mapping[str, float | None]) -> float:
-        value = metrics[self.recipe.training.select]
-        return -math.inf if value is None else value
+    # ---- Results ----------------------------------------------------------------------------------------------------
 
-    def _test_predictions(self) -> None:
-        """Predictions of the best model on test files, where there are any."""
-        if not self.data.test:
-            return
-        self.model = MultitaskModel.load(self.files.path / "best").to(self.device)
-        found = self._predict(self.data.test)
-        with writing(self.files.path / "predictions"):
-            found.write_predictions(self.files.path / "predictions", "test")
+    def _write_results(self, outcome: loop.Outcome) -> None:
+        self.files.write_directory("last", self._save)
+        if outcome.best is None:  # never evaluated
+            self.files.write_directory("best", self._save)
+        if self.data.test:
+            self.model = MultitaskModel.load(self.files.path / "best").to(self.device)
+            found = self._predict(self.data.test)
+            with translate_write_errors(self.files.path / "predictions"):
+                found.write_predictions(self.files.path / "predictions", "test")
+        self._copy_predictions()
+        self.files.write_json(SUMMARY, self._summary(outcome))
+        with translate_write_errors(self.files.path / "report.html"):
+            write_report(self.files.path)
+        self._print(_format_outcome(outcome, self.files.path))
 
     def _copy_predictions(self) -> None:
-        """The course's --sst_dev_out and its like."""
+        """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
         for (dataset, split), target in self.options.copies.items():
-            for name, task in self.data.tasks.items():
+            for task in self.data.tasks.values():
                 written = self.files.path / "predictions" / task.prediction_file(split)
-                if task.dataset == dataset and name in self.data.tasks and written.exists():
-                    with writing(target):
+                if task.dataset == dataset and written.exists():
+                    with translate_write_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(written, target)
 
     def _summary(self, outcome: loop.Outcome) -> dict[str, Any]:
-        state = outcome.state
+        """The content of summary.json."""
+        state, best = outcome.state, outcome.best
         return {
-            "dev": {} if outcome.best is None else outcome.best["metrics"],
+            "dev": {} if best is None else best["metrics"],
             "untrained": state.untrained,
-            "best": None if outcome.best is None else {key: outcome.best[key] for key in ("step", "score")},
+            "best": None if best is None else {key: best[key] for key in ("step", "score")},
             "steps": state.step,
             "seconds": state.seconds,
             "tokens": state.tokens,
@@ -380,28 +355,27 @@ class _Job:
         }
 
 
-def _vocabulary_of(source: Path) -> Path:
-    """Where a model's tokenizer files are. Raises ConfigError for a course `.pt` file without any beside it."""
+def _tokenizer_directory(source: Path) -> Path:
+    """The directory of a model's tokenizer files. Raises ConfigError for a `.pt` file without a vocab.txt next to it."""
     if source.is_dir():
         return source
     if not any((source.parent / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise ConfigError(f"{source}: no vocab.txt beside it; expected that of the weights it was trained from")
+        raise ConfigError(f"{source}: no vocab.txt next to it; expected the one of the weights it was trained from")
     return source.parent
 
 
-def closing_lines(outcome: loop.Outcome, path: Path) -> str:
-    """What the run came to: dev scores before and after, and where things are."""
+def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
+    """The last lines of a run: length, dev scores before and after training, and the files."""
+
+    def score(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
     state, best = outcome.state, outcome.best
     lines = [f"{outcome.reason}: {state.step:,} steps, {state.tokens:,} tokens, {state.seconds:.0f} s"]
     if best is not None:
         before = state.untrained or {}
         width = max(len(name) for name in best["metrics"])
         lines.append(f"{'dev':{width}}  untrained  best (step {best['step']})")
-        for name, value in best["metrics"].items():
-            lines.append(f"{name:{width}}  {_shown(before.get(name)):>9}  {_shown(value)}")
+        lines += [f"{n:{width}}  {score(before.get(n)):>9}  {score(value)}" for n, value in best["metrics"].items()]
     lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
     return "\n".join(lines)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

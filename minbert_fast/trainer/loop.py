@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: stages of steps, with evaluations, checkpoints and records where they are due.
+"""The training loop: runs the steps of all stages, with evaluations, checkpoints and records when they are due.
 
-Everything the loop decides depends on `State` alone, which a checkpoint holds; so a resumed run enters at the same
-place and takes the same course. After each step, in this order: evaluate if due, write the step's record, save a
-checkpoint if due, leave if a signal asked for it.
+All decisions depend on `State` alone, which a checkpoint holds, so a resumed run continues exactly as an uninterrupted
+one would. After each step, in this order: evaluate if due, write the step's record, save a checkpoint if due, stop if a
+signal has arrived.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,161 +24,139 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore
-from minbert_fast.trainer.observe import Observation, Observer
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
-from minbert_fast.trainer.records import Clock, Records
+from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
-from minbert_fast.trainer.state import State, gather, load_parameters, restore
+from minbert_fast.trainer.state import State, collect_tensors, load_model, load_step
 
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
 
-SHOWN_EXAMPLES = 8  # places named when training stops for non-finite losses
-
-
-class Batches(Protocol):
-    """An iterator over a stage's batches that stops its thread when closed."""
-
-    def __iter__(self) -> Iterator[tuple[int, MultitaskBatch]]: ...
-
-    def close(self) -> None: ...
+SHOWN_EXAMPLES = 8  # examples named when non-finite losses stop a run
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dev scores, the one by which the best model is kept, and what writes the files of `predictions/`."""
+    """Dev scores of the model at one step."""
 
     metrics: Mapping[str, float | None]
-    score: float  # minus infinity where it is not a number
-    write: Callable[[Path], None]
+    score: float  # the metric that chooses the best model; minus infinity if it is not a number
+    write: Callable[[Path], None]  # writes the files of predictions/
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One resolved stage of a recipe, with the means to run it."""
+    """One resolved stage of a recipe, with the functions that run it."""
 
     recipe: Recipe
     steps_per_epoch: int
-    limit: int | None  # steps at most, if the stage sets its own max_steps
-    patience: int  # evaluations without a better score that end it; 0: never
-    begin: Callable[[], TrainingStep]  # sets the model up for this stage
-    batches: Callable[[int], Batches]  # from the given step of the stage on, on the step's device
-    place: Callable[[str, int], str]  # (task, row) -> "file:line"
+    limit: int | None  # the stage's own max_steps
+    patience: int  # evaluations without a better score that end the stage; 0: no limit
+    build_step: Callable[[], TrainingStep]  # prepares the model for this stage
+    batches: Callable[[int], Generator[MultitaskBatch, None, None]]  # from a step of the stage on, on the step's device
+    locate: Callable[[str, int], str]  # (task, row) -> "file:line"
 
     @property
     def schedule_steps(self) -> int:
-        """Steps over which the learning rate runs its course: all of the stage's epochs, even if cut short."""
+        """Steps of the learning rate schedule: all epochs of the stage, even if the stage is cut short."""
         return self.recipe.training.epochs * self.steps_per_epoch
 
     @property
     def steps(self) -> int:
-        """Steps that the stage takes at most."""
+        """Most steps that the stage takes."""
         return self.schedule_steps if self.limit is None else min(self.schedule_steps, self.limit)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the state, and the best evaluation (which a cut between two due ones may have added)."""
+    """How a run ended. `best` includes an evaluation at the end that was not due, which `state` does not."""
 
     state: State
     best: dict[str, Any] | None
     reason: str
 
 
+@dataclass
 class Trainer:
-    """Runs the stages of a recipe. Raises RunError or InterruptError with a line for the user.
+    """Runs the stages of a recipe. Raises RunError or InterruptError with a line for the user."""
 
-    `evaluate` gives the model's dev scores, or None where there is nothing to evaluate on; `save` writes the model
-    directory. `constants` go into every checkpoint's state beside "run" and "step".
-    """
+    recipe: Recipe
+    stages: Sequence[Stage]
+    model: nn.Module
+    files: RunDirectory
+    evaluate: Callable[[], Evaluation | None]  # None: there are no dev files
+    save: Callable[[Path], None]  # writes the model directory
+    constants: Mapping[str, Any]  # further entries of every checkpoint's state.json
+    fetch_every_step: bool = True  # costs nothing on a CPU; on a GPU it would wait for every step to finish
+    world: World = field(default_factory=World)
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        stages: Sequence[Stage],
-        model: nn.Module,
-        files: RunDirectory,
-        evaluate: Callable[[], Evaluation | None],
-        save: Callable[[Path], None],
-        constants: Mapping[str, Any],
-        progress: Callable[[int, int], Progress],
-        eager_fetch: bool = True,  # look at every step's result at once (free on a CPU; on a GPU it would stall)
-        world: World | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.stages = stages
-        self.model = model
-        self.files = files
-        self.evaluate = evaluate
-        self.save = save
-        self.constants = constants
-        self.eager_fetch = eager_fetch
-        self.world = world or World()
-        self.store = CheckpointStore(files.checkpoints, recipe.checkpoint.keep)
-        self.total = sum(stage.steps for stage in stages)
-        if recipe.training.max_steps is not None:
-            self.total = min(self.total, recipe.training.max_steps)
-        self._progress = progress
-        self._observer = Observer()
-        self._signals = StopSignals()
+    def __post_init__(self) -> None:
+        self.store = CheckpointStore(self.files.checkpoints, self.recipe.checkpoint.keep)
+        self.total = sum(stage.steps for stage in self.stages)
+        if self.recipe.training.max_steps is not None:
+            self.total = min(self.total, self.recipe.training.max_steps)
 
     # ---- The run ----------------------------------------------------------------------------------------------------
 
     def run(self, checkpoint: Checkpoint | None = None) -> Outcome:
-        """Trains from the beginning or from `checkpoint` (whose tensors the model has not got yet) to the end."""
+        """Trains to the end, from the start or from `checkpoint`, whose tensors it loads into the model."""
         self.state = State() if checkpoint is None else State(**checkpoint.state["run"])
-        self._saved = -1 if checkpoint is None else checkpoint.step
+        self._saved = -1 if checkpoint is None else checkpoint.step  # step of the last checkpoint
         self._step: TrainingStep | None = None
+        self._observer = Observer()
+        self._signals = StopSignals()
         self._clock = Clock(self.state)
-        self._records = Records(self.state, self.stages, self._clock)
-        self._start_records(checkpoint)
-        self.progress = self._progress(self.state.step, self.total)
+        self._open_metrics(checkpoint)
+        self._progress = Progress(self.state.step, self.total, self.world.is_main)
         try:
             with self._signals:
-                for index in range(self.state.stage, len(self.stages)):
-                    if index != self.state.stage:
-                        self._adopt_average()
-                        self.state.begin_stage(index)
-                    self._run_stage(self.stages[index], checkpoint)
-                    checkpoint = None
-                    if self.state.step >= self.total:
-                        break
-                self._checkpoint()
+                self._run_stages(checkpoint)
+                self._save_checkpoint()
                 self._adopt_average()
                 best = self._final_evaluation()
         except InterruptError as stop:
             raise InterruptError(
                 stop.number,
-                f"{stop.signal_name}: stopped after step {self.state.step}, which is saved; "
-                f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))} goes on",
+                f"{stop.signal_name}: stopped and saved after step {self.state.step}; to continue: "
+                f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}",
             ) from None
         except RunError as error:
-            kept = f"; the checkpoint of step {self._saved} is whole" if self._saved >= 0 else ""
+            kept = f"; the checkpoint of step {self._saved} is intact" if self._saved >= 0 else ""
             raise RunError(f"{error}{kept}") from error
         finally:
-            self.progress.close()
+            self._progress.close()
         self._clock.tick("other")
         early = self.state.step < self.total
         return Outcome(self.state, best, "no better score for a while" if early else "all steps taken")
 
+    def _run_stages(self, checkpoint: Checkpoint | None) -> None:
+        for index in range(self.state.stage, len(self.stages)):
+            if index != self.state.stage:
+                self._adopt_average()
+                self.state.begin_stage(index)
+            self._run_stage(self.stages[index], checkpoint)
+            checkpoint = None
+            if self.state.step >= self.total:
+                return
+
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
-            load_parameters(self.model, checkpoint.tensors)
-        self._step = stage.begin()
+            load_model(self.model, checkpoint)
+        self._step = stage.build_step()
         if checkpoint is not None:
-            restore(self._step, checkpoint)
-        self._settle(stage)
-        if self._over(stage):
+            load_step(self._step, checkpoint)
+        self._after_step(stage)
+        if self._stage_finished(stage):
             return
         with closing(stage.batches(self.state.stage_step)) as batches:
             self._clock.tick("other")
-            for _, batch in batches:
+            for batch in batches:
                 self._clock.tick("data")
                 self._take_step(stage, batch)
-                self._settle(stage)
-                if self._over(stage):
+                self._after_step(stage)
+                if self._stage_finished(stage):
                     return
 
     def _take_step(self, stage: Stage, batch: MultitaskBatch) -> None:
@@ -188,9 +166,9 @@ class Trainer:
         try:
             result = self._step(batch, scale)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise RunError(self._memory_advice(stage, batch)) from error
+            raise RunError(_out_of_memory_message(stage, batch, state.step + 1)) from error
         state.step += 1
         state.stage_step += 1
         state.tokens += batch.step_tokens
@@ -198,122 +176,126 @@ class Trainer:
         self._observer.add(state.step, batch, result)
         self._clock.tick("steps", result.seconds)
         logged = state.step == 1 or state.step % self.recipe.logging.every == 0 or self._evaluation_due(stage)
-        if logged or self.eager_fetch or self._checkpoint_due(stage):
+        if logged or self.fetch_every_step or self._checkpoint_due(stage):
             self._observe(stage, scale, logged)
         if not logged:
-            self.progress.advance(1, None, self._clock.tokens_per_second)
+            self._progress.advance(None, self._clock.speed()[1])
 
-    def _settle(self, stage: Stage) -> None:
-        """What is due after a step (or at a resumed run's first look at its state)."""
+    def _after_step(self, stage: Stage) -> None:
+        """Evaluates, records, saves and stops, as far as each is due after a step or at the start of a (resumed) stage."""
         state = self.state
         try:
             if self._evaluation_due(stage) and state.evaluated != state.step:
-                with self._averaged():
-                    self._evaluate(stage)
+                with self._averaged_weights():
+                    self._evaluate()
         except InterruptError:
-            pass  # its checkpoint says that the evaluation is still due
+            pass  # handled below; the checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
         stop = self.world.agreed(self._signals.received)
         if stop is not None or self._checkpoint_due(stage):
-            self._checkpoint()
+            self._save_checkpoint()
         if stop is not None:
             raise InterruptError(stop, "stopped between two steps")
 
-    # ---- What is due when -------------------------------------------------------------------------------------------
+    # ---- When things are due ----------------------------------------------------------------------------------------
 
-    def _over(self, stage: Stage) -> bool:
-        tired = 0 < stage.patience <= self.state.stale
-        return self.state.step >= self.total or self.state.stage_step >= stage.steps or tired
+    def _stage_finished(self, stage: Stage) -> bool:
+        patience_exhausted = 0 < stage.patience <= self.state.stale
+        return self.state.step >= self.total or self.state.stage_step >= stage.steps or patience_exhausted
 
     def _evaluation_due(self, stage: Stage) -> bool:
         if self.state.step == 0:
             return self.recipe.training.evaluate_untrained and self.total > 0
-        if self.state.stage_step == 0:
-            return False
-        every = stage.recipe.training.evaluate_every
-        regular = self.state.step % every if every else self.state.stage_step % stage.steps_per_epoch
-        return regular == 0 or self.state.stage_step == stage.steps
+        return self._due(stage, stage.recipe.training.evaluate_every)
 
     def _checkpoint_due(self, stage: Stage) -> bool:
+        return self._due(stage, self.recipe.checkpoint.every)
+
+    def _due(self, stage: Stage, every: int) -> bool:
+        """Whether the step is a multiple of `every` (0: the last one of an epoch), or the stage's last."""
         if self.state.stage_step == 0:
             return False
-        every = self.recipe.checkpoint.every
-        regular = self.state.step % every if every else self.state.stage_step % stage.steps_per_epoch
-        return regular == 0 or self.state.stage_step == stage.steps
+        remainder = self.state.step % every if every else self.state.stage_step % stage.steps_per_epoch
+        return remainder == 0 or self.state.stage_step == stage.steps
 
     # ---- Averaged weights -------------------------------------------------------------------------------------------
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        """The model as it is judged and kept: with the averaged weights, if the recipe has them averaged."""
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside the block the model has its averaged weights, if the recipe averages them."""
         average = None if self._step is None else self._step.average
         return nullcontext() if average is None else average.applied()
 
     def _adopt_average(self) -> None:
-        """What a stage's training comes to, and the next stage starts from."""
+        """Replaces the weights by their average for good, at the end of a stage."""
         if self._step is not None and self._step.average is not None:
             self._step.average.adopt()
 
-    # ---- Evaluation and records -------------------------------------------------------------------------------------
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, stage: Stage) -> None:
-        state = self.state
-        self._clock.tick("other")
-        with self._signals.interruptible():
-            evaluation = self.evaluate()
-        self._clock.tick("evaluation")
+    def _evaluate(self) -> None:
+        """A scheduled evaluation: updates the state, and best/ if the score is the best one so far."""
+        state, evaluation = self.state, self._measure()
         if evaluation is not None:
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
             else:
-                if _better(evaluation, state.best):
-                    self._keep_best(evaluation)
-                    state.best = self._as_best(evaluation)
+                if _is_better(evaluation, state.best):
+                    state.best = self._keep_best(evaluation)
                 improved = state.stage_best is None or evaluation.score > state.stage_best
                 state.stale = 0 if improved else state.stale + 1
                 if improved and math.isfinite(evaluation.score):
                     state.stage_best = evaluation.score
-            state.record = self._record_dev(evaluation)
+            state.record = self._report_dev(evaluation)
         state.evaluated = state.step
 
     def _final_evaluation(self) -> dict[str, Any] | None:
-        """The best evaluation, after one of the model at the end if none was due there.
+        """The best evaluation, including one at the end of a run that `max_steps` cut between two scheduled ones.
 
-        Only a run cut short by max_steps ends where no evaluation is due. That evaluation is no part of the state:
-        a run resumed from here knows nothing of it, and goes on as if it had not been cut.
+        The additional evaluation does not enter the state: a run that resumes from here continues as if it had never
+        been cut.
         """
         state = self.state
-        if state.evaluated == state.step:
+        evaluation = None if state.evaluated == state.step else self._measure()
+        if evaluation is None:
             return state.best
+        self.files.metrics.write(self._report_dev(evaluation))
+        if not _is_better(evaluation, state.best):
+            return state.best
+        if state.best is not None:
+            self.files.set_aside("best", "predictions")
+        return self._keep_best(evaluation)
+
+    def _measure(self) -> Evaluation | None:
         self._clock.tick("other")
         with self._signals.interruptible():
             evaluation = self.evaluate()
         self._clock.tick("evaluation")
-        if evaluation is None:
-            return state.best
-        self.files.metrics.write(self._record_dev(evaluation))
-        if not _better(evaluation, state.best):
-            return state.best
-        if state.best is not None:
-            self.files.set_aside("best", "predictions")
-        self._keep_best(evaluation)
-        return self._as_best(evaluation)
+        return evaluation
 
-    def _keep_best(self, evaluation: Evaluation) -> None:
+    def _keep_best(self, evaluation: Evaluation) -> dict[str, Any]:
         if self.world.is_main:
             self.files.write_directory("best", self.save)
             self.files.write_directory("predictions", evaluation.write)
-
-    def _as_best(self, evaluation: Evaluation) -> dict[str, Any]:
         score = evaluation.score if math.isfinite(evaluation.score) else None
         return {"step": self.state.step, "score": score, "metrics": dict(evaluation.metrics)}
 
-    def _record_dev(self, evaluation: Evaluation) -> dict[str, Any]:
-        self.progress.say(f"step {self.state.step}: {shown_metrics(evaluation.metrics)}")
-        return self._records.dev(evaluation.metrics)
+    def _report_dev(self, evaluation: Evaluation) -> dict[str, Any]:
+        scores = (f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in evaluation.metrics.items())
+        self._progress.say(f"step {self.state.step}: {', '.join(scores)}")
+        return dev_record(evaluation.metrics, self.state, self.stages)
+
+    # ---- Records and checkpoints ------------------------------------------------------------------------------------
+
+    def _open_metrics(self, checkpoint: Checkpoint | None) -> None:
+        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
+        if checkpoint is not None:
+            self.files.bring_back("best", "predictions")
+            if self.state.record is not None:
+                self.files.metrics.write(self.state.record)
 
     def _observe(self, stage: Stage, scale: float | None, logged: bool) -> None:
-        """Looks at the results since the last look; records the last one if `logged`, and every skipped step."""
+        """Fetches the results since the last fetch; records every skipped step, and the last step if `logged`."""
         state = self.state
         for seen in self._observer.fetch():
             if seen.skipped:
@@ -325,27 +307,18 @@ class Trainer:
                 state.skipped_in_a_row = 0
             last = seen.step == state.step
             if seen.skipped or (logged and last):
-                record = self._records.training(seen, scale if last else None)
+                record = training_record(seen, state, self.stages, self._clock, scale if last else None)
                 if last:
                     state.record = record | (state.record or {})
                 else:
                     self.files.metrics.write(record)
                 if logged and last:
-                    self.progress.advance(1, seen.losses, self._clock.tokens_per_second)
-                    self._clock.look()
+                    self._progress.advance(seen.losses, self._clock.speed()[1])
+                    self._clock.reset_speed()
             if state.skipped_in_a_row >= self.recipe.training.max_skipped:
-                self._give_up(stage, seen)
+                self._abort(stage, seen)
 
-    # ---- Checkpoints ------------------------------------------------------------------------------------------------
-
-    def _start_records(self, checkpoint: Checkpoint | None) -> None:
-        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
-        if checkpoint is not None:
-            self.files.bring_back("best", "predictions")
-            if self.state.record is not None:
-                self.files.metrics.write(self.state.record)
-
-    def _checkpoint(self) -> None:
+    def _save_checkpoint(self) -> None:
         state = self.state
         if self._saved == state.step or self._step is None:
             return
@@ -354,52 +327,45 @@ class Trainer:
         if state.record is not None:
             self.files.metrics.write(state.record)
         self.files.metrics.flush()
-        tensors, scalars = gather(self.model, self._step)  # by every process: each may keep a part of the moments
+        tensors, scalars = collect_tensors(
+            self.model, self._step
+        )  # in every process: each may hold a part of the moments
         if self.world.is_main:
             self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
         self._clock.tick("checkpoint")
 
-    # ---- When things go wrong ---------------------------------------------------------------------------------------
-
-    def _give_up(self, stage: Stage, seen: Observation) -> None:
-        """Stops a run whose losses stay non-finite. Skipped steps changed nothing: the model is the last good one."""
-        places = [stage.place(task, row) for task in seen.skipped for row in dict.fromkeys(seen.rows[task].tolist())]
-        shown = ", ".join(places[:SHOWN_EXAMPLES])
+    def _abort(self, stage: Stage, seen: Observation) -> None:
+        """Saves last/ and stops a run whose losses stay non-finite; skipped steps have not changed the model."""
+        places = [stage.locate(task, row) for task in seen.skipped for row in dict.fromkeys(seen.rows[task].tolist())]
         more = f" and {len(places) - SHOWN_EXAMPLES} more" if len(places) > SHOWN_EXAMPLES else ""
         if self.state.record is not None:
             self.files.metrics.write(self.state.record)
-        with self._averaged():
+        with self._averaged_weights():
             self.files.write_directory("last", self.save)
         raise RunError(
             f"stopped after step {seen.step}: {self.state.skipped_in_a_row} steps in a row had losses or gradients "
-            f"that are not finite, the last in {', '.join(seen.skipped)} (examples {shown}{more}); the last good "
-            f"model is in {self.files.path / 'last'}; a lower --lr may help"
-        )
-
-    def _memory_advice(self, stage: Stage, batch: MultitaskBatch) -> str:
-        options = stage.recipe
-        examples = sum(batch.examples(task) for task in batch.tasks)
-        return (
-            f"out of memory at step {self.state.step + 1}, a batch of {examples} examples with "
-            f"{batch.packed.num_tokens:,} tokens (longest sentence {batch.packed.max_seqlen}): lower --batch-size (now "
-            f"{options.training.batch_size}) or --set data.max_length (now {options.data.max_length})"
+            f"that are not finite, the last in {', '.join(seen.skipped)} (examples "
+            f"{', '.join(places[:SHOWN_EXAMPLES])}{more}); the last good model is in {self.files.path / 'last'}; "
+            "a lower --lr may help"
         )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU (torch.OutOfMemoryError) or in main memory."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in GPU memory (torch.OutOfMemoryError) or main memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def shown_metrics(metrics: Mapping[str, float | None]) -> str:
-    """Scores in one line."""
-    return ", ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
+def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> str:
+    examples = sum(batch.examples(task) for task in batch.tasks)
+    return (
+        f"out of memory at step {step}, a batch of {examples} examples with {batch.packed.num_tokens:,} tokens (longest "
+        f"sentence {batch.packed.max_seqlen}): lower --batch-size (now {stage.recipe.training.batch_size}) or "
+        f"--set data.max_length (now {stage.recipe.data.max_length})"
+    )
 
 
-def _better(evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
-    if best is None or best["score"] is None:
-        return True
-    return bool(evaluation.score > best["score"])
+def _is_better(evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
+    return best is None or best["score"] is None or evaluation.score > best["score"]

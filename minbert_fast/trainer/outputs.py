@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files under `--output`: one run at a time, each step once in metrics.jsonl, directories swapped whole."""
+"""The files under `--output`: one run at a time, one record per step in metrics.jsonl, directories replaced whole."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
-from minbert_fast.common.errors import RunError, writing
+from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory, write_json
 from minbert_fast.trainer import trackers
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
 RESULTS = ("best", "last", "predictions", "plots", METRICS, SUMMARY, "report.html", CHECKPOINTS)
-COPIES = (trackers.CSV, trackers.TENSORBOARD, trackers.WANDB_ID)  # of the records, by --report-to
+TRACKED = (trackers.CSV, trackers.TENSORBOARD, trackers.WANDB_ID)  # written by --report-to
 
 
-def fresh_directory(base: Path) -> Path:
-    """`base`, or the first of base-2, base-3, ... that does not exist yet."""
+def unused_directory(base: Path) -> Path:
+    """`base`, or the first of base-2, base-3, ... that does not exist."""
     candidate, number = base, 2
     while candidate.exists():
         candidate, number = base.with_name(f"{base.name}-{number}"), number + 1
     return candidate
 
 
-def own_recipe(output: Path) -> Path:
-    """Where a run under `output` keeps its recipe."""
+def saved_recipe_path(output: Path) -> Path:
+    """The path of the recipe that a run under `output` saves for `--resume`."""
     return output / CHECKPOINTS / "recipe.toml"
 
 
 class RunDirectory:
-    """An output directory held under a lock. Use as a context manager; raises RunError where it cannot be had."""
+    """A run's output directory, locked inside the `with` block. Raises RunError if another process holds the lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,19 +48,19 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path}: cannot be written (it is a file, expected a directory)")
-        with writing(self.path):
+        with translate_write_errors(self.path):
             self._new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK).open("a+")
         try:
-            # The kernel gives the lock back when the process ends, however it ends.
+            # The kernel releases the lock when the process ends, even after SIGKILL.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip()
             self._lock.close()
             raise RunError(f"{self.path}: another run is writing here ({holder}); choose another --output") from None
-        with writing(self.path):
+        with translate_write_errors(self.path):
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._lock.flush()
@@ -68,124 +68,115 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
-        if self._new and not self.used and not self.metrics.has_records:
-            remove(self.path)  # nothing came of it
+        if self._new and not self.holds_run and not self.metrics.has_records:
+            remove(self.path)  # the run ended before it wrote a result
         if self._lock is not None:
             self._lock.close()
 
     @property
-    def used(self) -> bool:
-        """Whether a run has left something here that another one must not overwrite unasked."""
+    def holds_run(self) -> bool:
+        """Whether the directory holds results that only --resume or --overwrite may change."""
         kept = set(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else set()
-        return bool(kept - {own_recipe(self.path)}) or any(
-            (self.path / name).exists() for name in (SUMMARY, "best", "last")
-        )
+        results = (self.path / name for name in (SUMMARY, "best", "last"))
+        return bool(kept - {saved_recipe_path(self.path)}) or any(path.exists() for path in results)
 
     def clear(self) -> None:
-        """Removes an earlier run's results, nothing else."""
-        with writing(self.path):
-            for name in (*RESULTS, *COPIES):
+        """Removes an earlier run's results and no other files."""
+        with translate_write_errors(self.path):
+            for name in (*RESULTS, *TRACKED):
                 remove(self.path / name)
 
-    def prepare(self) -> None:
-        """Puts right what a crash left half done and makes the folders."""
-        with writing(self.path):
+    def prepare(self, recipe: str) -> None:
+        """Repairs what a crash left behind, makes the folders, and saves the recipe (TOML) for `--resume`."""
+        with translate_write_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             sweep(self.path)
             sweep(self.checkpoints)
             flush_directory(self.path)
+            write_bytes(saved_recipe_path(self.path), recipe.encode("utf-8"))
 
     def write_directory(self, name: str, fill: Callable[[Path], None]) -> None:
-        """Replaces the directory `name` whole by what `fill` writes."""
-        with writing(self.path / name):
+        """Replaces directory `name` by what `fill` writes into the path it is given."""
+        with translate_write_errors(self.path / name):
             write_directory(self.path / name, fill)
 
-    def write_recipe(self, toml: str) -> None:
-        """Keeps the run's recipe beside its checkpoints, for those who go on with it."""
-        path = own_recipe(self.path)
-        with writing(path):
-            write_bytes(path, toml.encode("utf-8"))
-
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a JSON file whole."""
-        with writing(self.path / name):
+        """Replaces a JSON file."""
+        with translate_write_errors(self.path / name):
             write_json(self.path / name, value)
 
     def set_aside(self, *names: str) -> None:
-        """Keeps directories for `bring_back`, before they are replaced by something a resumed run must not see."""
-        with writing(self.checkpoints):
-            for name in names:
-                if (self.path / name).exists():
-                    remove(self.checkpoints / name)
-                    (self.path / name).rename(self.checkpoints / name)
+        """Moves directories into checkpoints/ before a provisional result takes their place; see `bring_back`."""
+        self._move(names, self.path, self.checkpoints)
 
     def bring_back(self, *names: str) -> None:
-        """Undoes `set_aside`."""
-        with writing(self.path):
+        """Moves directories back from checkpoints/: a resumed run must not see the provisional results."""
+        self._move(names, self.checkpoints, self.path)
+
+    def _move(self, names: tuple[str, ...], source: Path, target: Path) -> None:
+        with translate_write_errors(target):
             for name in names:
-                if (self.checkpoints / name).exists():
-                    remove(self.path / name)
-                    (self.checkpoints / name).rename(self.path / name)
+                if (source / name).exists():
+                    remove(target / name)
+                    (source / name).rename(target / name)
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, steps ascending, each step once."""
+    """metrics.jsonl: one JSON object per line, steps ascending, each step once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.follow: Callable[[Mapping[str, Any]], None] | None = None  # is shown every record as well
-        self._file: Any = None
+        self.on_record: Callable[[Mapping[str, Any]], None] | None = None  # called with every record
+        self._file: BinaryIO | None = None
         self._last_step: int | None = None
         self._last_offset = 0
 
     def open(self, before_step: int | None = None) -> None:
-        """Opens for appending, with the records of steps below `before_step` (None: no records) kept.
-
-        Lines that a crash cut short are dropped.
-        """
+        """Opens the file for appending. Keeps the complete records of steps below `before_step` (None: no records)."""
         kept = b""
-        if before_step is not None and self.path.exists():
-            with writing(self.path):
+        with translate_write_errors(self.path):
+            if before_step is not None and self.path.exists():
                 lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = b"".join(line for line in lines if _step_of(line) < before_step)
-        with writing(self.path):
+                kept = b"".join(line for line in lines if _step_of(line) < before_step)
             write_bytes(self.path, kept)
             self._file = self.path.open("ab")
 
     @property
     def has_records(self) -> bool:
-        """Whether there is anything in the file."""
+        """Whether the file exists and is not empty."""
         return self.path.exists() and self.path.stat().st_size > 0
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record; one of the same step as the last replaces it. Values that are not finite become null."""
+        """Appends a record, or replaces the last one of the same step. Numbers that are not finite become null."""
+        assert self._file is not None
         record = finite(record)
         line = json.dumps(record, allow_nan=False) + "\n"
-        with writing(self.path):
+        with translate_write_errors(self.path):
             if record["step"] == self._last_step:
                 self._file.truncate(self._last_offset)
             self._last_offset = self._file.seek(0, os.SEEK_END)
             self._last_step = record["step"]
             self._file.write(line.encode())
             self._file.flush()
-        if self.follow is not None:
-            self.follow(record)
+        if self.on_record is not None:
+            self.on_record(record)
 
     def flush(self) -> None:
-        """Returns once all records are on the disk."""
-        with writing(self.path):
+        """Returns when all records are on the disk."""
+        assert self._file is not None
+        with translate_write_errors(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file, if open."""
+        """Closes the file if it is open."""
         if self._file is not None:
-            with suppress(OSError):  # nothing is lost: every record was flushed, and a failure reported, when written
+            with suppress(OSError):  # `write` flushed every record and reported any failure
                 self._file.close()
             self._file = None
 
 
 def _step_of(line: bytes) -> float:
-    """A record's step; infinity for what is no record."""
+    """The step of a line of metrics.jsonl; infinity for a damaged or incomplete line."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError, RecursionError):

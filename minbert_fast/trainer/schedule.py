@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate as a pure function of the step: linear warm-up, then one of four courses.
+"""The learning rate as a pure function of the step: linear warm-up, then one of four schedules.
 
-With w warm-up steps of n in all, step s = 0, 1, ... has the factor (s + 1) / (w + 1) while s < w; from there on, with
-x = (s - w) / (n - w) going from 0 to just under 1:
+Of n steps, w are warm-up. Step s = 0, 1, ... has the factor (s + 1) / (w + 1) while s < w. After that, with
+x = (s - w) / (n - w) in [0, 1), the factor is:
 
-    linear       1 - x                          (the course's and transformers' usual one)
+    linear       1 - x                          (the schedule of the course and of transformers)
     cosine       (1 + cos(pi x)) / 2            (Loshchilov & Hutter 2017, one cycle)
-    exponential  gamma ** (finished epochs)     (torch's ExponentialLR stepped once an epoch)
+    exponential  gamma ** (finished epochs)     (torch's ExponentialLR, stepped once an epoch)
     constant     1
 """
 
@@ -18,10 +18,10 @@ from minbert_fast.recipes.recipe import OptimizerOptions
 
 
 def lr_scale(step: int, total_steps: int, steps_per_epoch: int, options: OptimizerOptions) -> float:
-    """What the base learning rates are multiplied with at `step`, 0-based, of a stage of `total_steps`.
+    """The factor of all base learning rates at `step` (0-based) of a stage.
 
-    `total_steps` are the steps that the stage's epochs hold, whether or not the run is cut short before: a run that
-    stops early and is resumed goes on as if it had never stopped.
+    `total_steps` counts all epochs of the stage, even if the run is cut short: a resumed run then has the learning
+    rates of an uninterrupted one.
     """
     assert step >= 0, f"step {step}"
     warmup = round(options.warmup * total_steps)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe's stage to what the loop runs: its rows in order, batches made ahead, and the step."""
+"""Builds what the loop runs for one stage of a recipe: the order of rows, prefetched batches, and the training step."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from minbert_fast import surgery
+from minbert_fast.common.device import DTYPES, Precision
 from minbert_fast.data import (
     EXACT,
     Collator,
@@ -35,80 +35,78 @@ from minbert_fast.tasks import MultitaskModel, stage_tasks
 from minbert_fast.tasks.memory import check_memories, fill_memories
 from minbert_fast.trainer.loop import Stage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
-class Means:
-    """What the stages of a run share."""
+class StageContext:
+    """The objects that all stages of a run share."""
 
     model: MultitaskModel
     tokenizer: Tokenizer
-    train: Mapping[str, TokenTable]
+    train: Mapping[str, TokenTable]  # training rows by task
     device: torch.device
-    precision: Literal["fp32", "bf16"]
+    precision: Precision
     backend: Backend
     world: World
-    captures: Captures  # on CUDA, of all stages
+    captures: Captures  # CUDA graphs, counted over all stages
 
 
-def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
-    """Stage number `index` of the recipe. Raises ConfigError for what it asks that there is not."""
+def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
+    """Builds stage number `index` of the recipe. Raises ConfigError for values that cannot be carried out."""
     recipe = whole.resolved_stages()[index]
-    tasks = stage_tasks(recipe)
-    # An unknown method is refused now, not when the stage begins.
-    method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
-    tables = {name: means.train[name] for name in tasks}
-    check_memories(means.model, recipe)
-    check_smart(recipe, means.backend)
     training = recipe.training
-    encoders = {name: task.encoder for name, task in tasks.items()}
+    tasks = stage_tasks(recipe)
+    method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
+    check_memories(context.model, recipe)
+    check_smart(recipe, context.backend)
+    tables = {name: context.train[name] for name in tasks}
     sampler = Sampler.of(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
-        training.seed + index,  # each stage in an order of its own
+        training.seed + index,  # every stage draws its own order
         fractions={name: task.options.fraction for name, task in tasks.items()},
         balanced=[name for name, task in tasks.items() if task.options.balanced],
     )
-    alone = means.world.size == 1 and means.backend == "fast"
-    graphs = training.graphs and method.capturable and means.device.type == "cuda" and alone
-    longest = recipe.data.max_length
-    made = {name: task.maker(means.tokenizer, training.seed + index) for name, task in tasks.items()}
+    one_process = context.world.size == 1 and context.backend == "fast"
+    graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
+    max_length = recipe.data.max_length
+    encoders = {name: task.encoder for name, task in tasks.items()}
+    made = {name: task.maker(context.tokenizer, training.seed + index) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
     twins = frozenset(name for name, task in tasks.items() if recipe.regularisation.twins and task.predicts)
-    buckets = choose_buckets(sampler, tables, longest, encoders, twins) if graphs else EXACT
-    collator = Collator(tables, longest, encoders, buckets, means.world.rank, means.world.size, twins, makers)
-    own = whole.stages[index].get("training", {}) if whole.stages else {}
+    buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
+    world = context.world
+    collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)
     steps = training.epochs * sampler.steps_per_epoch
     window = recipe.weighting.window or sampler.steps_per_epoch
-    trained = replace(recipe, weighting=replace(recipe.weighting, window=window))
+    with_window = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
-    def begin() -> TrainingStep:
-        means.model.configure(tasks)
-        fill_memories(means.model, recipe, tables, means.precision)
-        connected = connect(means.world, training.shard)
-        step = make_step(means.backend, means.model, trained, DTYPES[means.precision], connected)
+    def build_step() -> TrainingStep:
+        context.model.configure(tasks)
+        fill_memories(context.model, recipe, tables, context.precision)
+        connected = connect(world, training.shard)
+        step = make_step(context.backend, context.model, with_window, DTYPES[context.precision], connected)
         if not graphs:
             return step
         assert isinstance(step, OnePassStep)
-        return GraphedStep(step, means.captures)
+        return GraphedStep(step, context.captures)
 
-    def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
+    def batches(start: int) -> Generator[MultitaskBatch, None, None]:
         made = training_batches(sampler, collator, start, steps)
-        if means.device.type == "cuda":
+        if context.device.type == "cuda":
             made = ((step, pin(batch)) for step, batch in made)
         with closing(prefetch(made)) as ahead:
-            for step, batch in ahead:
-                yield step, batch.to(means.device, non_blocking=True)
+            for _, batch in ahead:
+                yield batch.to(context.device, non_blocking=True)
 
+    own = whole.stages[index].get("training", {}) if whole.stages else {}
     return Stage(
         recipe=recipe,
         steps_per_epoch=sampler.steps_per_epoch,
         limit=own.get("max_steps"),
-        # Further pre-training is not judged by heads that it does not train.
+        # Further pre-training does not train the heads that the dev scores come from.
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
-        begin=begin,
+        build_step=build_step,
         batches=batches,
-        place=lambda task, row: tables[task].place(row),
+        locate=lambda task, row: tables[task].place(row),
     )

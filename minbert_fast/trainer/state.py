@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a run is at one moment, as a checkpoint holds it: counters and scores, and tensors by name."""
+"""The state of a run that a checkpoint holds: counters and scores as JSON, tensors by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,31 +17,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class State:
-    """Where a run stands. JSON-able; with the tensors, all that a checkpoint holds."""
+    """Counters and scores of a run. JSON-able; the field names are keys of checkpoints/*/state.json."""
 
-    step: int = 0  # of the whole run
+    step: int = 0  # over all stages
     stage: int = 0
     stage_step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    evaluated: int = -1  # step of the last evaluation that was due
+    evaluated: int = -1  # step of the last scheduled evaluation
     stage_best: float | None = None  # best score of this stage
-    stale: int = 0  # evaluations of this stage since its best one
-    best: dict[str, Any] | None = None  # {"step", "score" (None: not a number), "metrics"}
+    stale: int = 0  # evaluations since this stage's best score
+    best: dict[str, Any] | None = None  # {"step", "score" (None if not finite), "metrics"}
     untrained: dict[str, float | None] | None = None
     skipped: dict[str, int] = field(default_factory=dict)  # skipped steps by task
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    record: dict[str, Any] | None = None  # the line of metrics.jsonl of this very step
-    timings: dict[str, float] = field(default_factory=dict)
+    record: dict[str, Any] | None = None  # this step's line of metrics.jsonl
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by part
 
     def begin_stage(self, index: int) -> None:
-        """Counts from the start of another stage."""
+        """Resets the counters that belong to one stage."""
         self.stage, self.stage_step, self.stage_best, self.stale = index, 0, None, 0
 
 
-def gather(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Tensor], Any]:
-    """All tensors of a run under distinct names, and the step's scalars."""
+def collect_tensors(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Tensor], Any]:
+    """All tensors of a run (model, optimizer, random generators) by unique name, and the scalars of the step."""
     state = step.state_dict()
     tensors = {f"model/{name}": tensor for name, tensor in _parameters(model).items()}
     tensors |= {f"step/{name}": tensor for name, tensor in state["tensors"].items()}
@@ -52,15 +51,15 @@ def gather(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Tensor], Any
     return tensors, state["scalars"]
 
 
-def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the model's tensors out of a checkpoint's."""
+def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copies the checkpoint's parameters and buffers into the model."""
     with torch.no_grad():
         for name, parameter in _parameters(model).items():
-            parameter.copy_(tensors[f"model/{name}"])
+            parameter.copy_(checkpoint.tensors[f"model/{name}"])
 
 
-def restore(step: TrainingStep, checkpoint: Checkpoint) -> None:
-    """Gives the step its state, and the random generators theirs."""
+def load_step(step: TrainingStep, checkpoint: Checkpoint) -> None:
+    """Restores the step's state and the random generators."""
     tensors = {n.removeprefix("step/"): t for n, t in checkpoint.tensors.items() if n.startswith("step/")}
     step.load_state_dict({"tensors": tensors, "scalars": checkpoint.state["step"]})
     torch.set_rng_state(checkpoint.tensors["random/cpu"])
@@ -69,5 +68,5 @@ def restore(step: TrainingStep, checkpoint: Checkpoint) -> None:
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
+    """Parameters and buffers by name; tied parameters appear once."""
     return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--report-to`: a run's records also go to TensorBoard, Weights & Biases or a CSV file, while it runs.
+"""`--report-to`: copies of a run's records in TensorBoard, Weights & Biases or a CSV file while it runs.
 
-metrics.jsonl stays the record of a run; these are copies for people to watch. One that fails (no network, a full disk) is
-given up with a warning: a copy is no reason to lose a training run.
+metrics.jsonl remains the record of the run. A tracker that fails (no network, a full disk) is dropped with a warning, and
+training goes on.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from typing import Any, Protocol
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_bytes
+from minbert_fast.reporting.runs import numbers
 
 CSV, TENSORBOARD, WANDB_ID = "metrics.csv", "tensorboard", ".wandb-id"
+KNOWN = ("tensorboard", "wandb", "csv")
 Record = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """Where records go."""
+    """A destination of complete records, one per step, steps ascending."""
 
-    def write(self, record: Record) -> None:
-        """A step's record, once and whole, steps ascending."""
-
-    def close(self) -> None:
-        """No further record comes."""
+    def write(self, record: Record) -> None: ...
+    def close(self) -> None: ...
 
 
 class CsvTracker:
-    """metrics.csv: a line a record of metrics.jsonl, a column a value; written anew at every evaluation and at the end."""
+    """metrics.csv: one row per record and one column per key, rewritten at every evaluation and at the end."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -58,16 +57,15 @@ class CsvTracker:
 
 
 class TensorBoardTracker:
-    """Event files under tensorboard/; what a resumed run takes back is hidden there too."""
+    """Event files under tensorboard/. A resumed run hides the events from `first_step` on."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = first_step if first_step > 0 else None
-        self._writer = SummaryWriter(str(directory / TENSORBOARD), purge_step=purge)
+        self._writer = SummaryWriter(str(directory / TENSORBOARD), purge_step=first_step or None)
 
     def write(self, record: Record) -> None:
-        for key, value in numbers(record).items():
+        for key, value in _numbers(record).items():
             self._writer.add_scalar(key, value, record["step"])
         self._writer.flush()
 
@@ -76,7 +74,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of project minbert_fast under the directory's name; resuming goes on with the same run."""
+    """A Weights & Biases run of project minbert_fast, named after the directory. Resuming continues the same run."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -94,68 +92,58 @@ class WandbTracker:
         )
 
     def write(self, record: Record) -> None:
-        self._run.log(numbers(record), step=record["step"])
+        self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Trackers:
-    """Hands each record on once and whole: a step's record may be replaced until the next step's comes."""
+    """Passes each step's record to all trackers once, when the next step's record arrives: until then it may change."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
         self._held: Record | None = None
 
-    def __call__(self, record: Record) -> None:
-        """Takes the record of a step, or one that replaces the last."""
-        if self._held is not None and self._held["step"] != record["step"]:
-            self._hand_on()
-        self._held = record
+    def __call__(self, record: Record | None) -> None:
+        """Takes the record of a new step, a replacement for the last one, or None after the last record."""
+        held, self._held = self._held, record
+        if held is not None and (record is None or held["step"] != record["step"]):
+            self._each(lambda tracker: tracker.write(held))
 
     def close(self) -> None:
-        """Hands on what is held, and closes."""
-        self._hand_on()
+        """Passes on the last record and closes the trackers."""
+        self(None)
         self._each(lambda tracker: tracker.close())
-
-    def _hand_on(self) -> None:
-        record, self._held = self._held, None
-        if record is not None:
-            self._each(lambda tracker: tracker.write(record))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
                 action(tracker)
-            except Exception as error:  # whatever a service's client raises
+            except Exception as error:  # clients of services raise errors of any class
                 self._trackers.remove(tracker)
-                warnings.warn(f"{type(tracker).__name__}: given up ({error or type(error).__name__})", stacklevel=2)
+                reason = error or type(error).__name__
+                warnings.warn(f"{type(tracker).__name__} failed ({reason}) and gets no more records", stacklevel=2)
 
 
-KNOWN = ("tensorboard", "wandb", "csv")
-
-
-def check(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name that is not known, or whose package is not installed."""
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError for an unknown name, or one whose package is not installed."""
     for name in names:
         if name not in KNOWN:
-            raise ConfigError(f"--report-to {name}: expected none, or some of {', '.join(KNOWN)}, with commas between")
+            raise ConfigError(f"--report-to {name}: expected none or a comma-separated list of {', '.join(KNOWN)}")
         if name != "csv" and find_spec(name) is None:
             raise ConfigError(f"--report-to {name}: not installed (pip install 'minbert-fast[{name}]')")
 
 
 @contextmanager
-def tracking(
+def open_trackers(
     names: Sequence[str], directory: Path, first_step: int, config: Mapping[str, Any]
-) -> Iterator[Callable[[Record], None]]:
-    """What takes a run's records and hands them to the trackers of these names, which are closed in the end.
+) -> Iterator[Trackers]:
+    """Starts the named trackers for the block, of a run that begins after `first_step`.
 
-    A run goes on from `first_step` (0: a new one); `config` are the recipe's values. Raises ConfigError as `check`
-    does, RunError where one cannot start.
+    `config` holds the recipe's values by flat key. Raises RunError if a tracker cannot start.
     """
-    check(names)
-    made = [_start(name, directory, first_step, config) for name in names]
-    trackers = Trackers(made)
+    trackers = Trackers([_start(name, directory, first_step, config) for name in names])
     try:
         yield trackers
     finally:
@@ -164,20 +152,14 @@ def tracking(
 
 def _start(name: str, directory: Path, first_step: int, config: Mapping[str, Any]) -> Tracker:
     try:
-        match name:
-            case "csv":
-                return CsvTracker(directory)
-            case "tensorboard":
-                return TensorBoardTracker(directory, first_step)
-            case _:
-                return WandbTracker(directory, config)
-    except Exception as error:  # whatever a service's client raises: not logged in, no network, a half installation
+        if name == "csv":
+            return CsvTracker(directory)
+        return TensorBoardTracker(directory, first_step) if name == "tensorboard" else WandbTracker(directory, config)
+    except Exception as error:  # clients of services raise errors of any class: no login, no network, a broken install
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"--report-to {name}: cannot start ({reason})") from error
 
 
-def numbers(record: Record) -> dict[str, float]:
-    """The values that can be drawn."""
-    drawn = {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    drawn.pop("step", None)
-    return drawn
+def _numbers(record: Record) -> dict[str, float]:
+    """The record's numeric values, without the step."""
+    return {key: value for key, value in numbers(record).items() if key != "step"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ablation: what is held out is not trained on, a variant differs in what it says, the table has what runs scored."""
+"""The ablation: disjoint training and dev rows, the values of every variant, the table of scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file, delimiter="\t"))
 
 
-def test_the_split_shares_out_every_training_row(tmp_path: Path) -> None:
+def test_the_split_contains_every_training_row_once(tmp_path: Path) -> None:
     source = sample_directory().data
     ablation.hold_out(source, tmp_path)
     for name in ("ids-sst", "quora", "sts"):
@@ -33,7 +33,7 @@ def test_the_split_shares_out_every_training_row(tmp_path: Path) -> None:
 def test_variants_differ_in_what_they_name() -> None:
     seen = {}
     for variant in ablation.VARIANTS:
-        recipe = ablation.recipe_of(variant, 1, Path("data"), None)
+        recipe = ablation.build_recipe(variant, 1, Path("data"), None)
         encoders = tuple(recipe.tasks[name]["encoder"] for name in ("paraphrase", "similarity"))
         batches = tuple(task.get("batch_size") for task in recipe.tasks.values())
         weights = tuple(task.get("weight", 1) for task in recipe.tasks.values())
@@ -55,14 +55,16 @@ def test_variants_differ_in_what_they_name() -> None:
     ]
 
 
-def test_runs_become_a_table_and_a_second_call_only_reads_them(
+def test_runs_give_a_table_and_a_second_call_only_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     few = {name: ablation.VARIANTS[name] for name in list(ablation.VARIANTS)[1:3]}
     monkeypatch.setattr(ablation, "VARIANTS", few)
-    whole = ablation.recipe_of
-    monkeypatch.setattr(ablation, "recipe_of", lambda *a: whole(*a).with_values({"training": {"max_steps": 2}}, "test"))
+    whole = ablation.build_recipe
+    monkeypatch.setattr(
+        ablation, "build_recipe", lambda *a: whole(*a).with_values({"training": {"max_steps": 2}}, "test")
+    )
     arguments = ["--data", str(sample_directory().data), "--output", str(tmp_path / "runs"), "--seeds", "1", "2"]
     assert ablation.main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["runs"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of encode on the tiny model: every candidate runs and is compared, and a wrong vector would be seen."""
+"""The encode benchmark on the tiny model: all candidates run, are checked and compared; wrong vectors are detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minbert_fast.data import Tokenizer, sample_directory
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_every_candidate_is_right_and_ours_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_candidate_passes_its_check_and_ours_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     monkeypatch.setenv("MINBERT_FAST_DATA", str(tmp_path / "absent"))
     monkeypatch.setattr(encode, "COUNT", {"cpu": {"tiny": 40}})
@@ -31,12 +31,12 @@ def test_every_candidate_is_right_and_ours_is_compared(monkeypatch: pytest.Monke
     assert set(rows["ours bf16"].speedup) == set(theirs)
 
 
-def test_a_wrong_vector_is_seen() -> None:
+def test_a_wrong_vector_is_detected() -> None:
     expected = np.random.default_rng(0).normal(size=(4, 8))
-    encode._same_direction(2 * expected, expected)
+    encode._check_cosines(2 * expected, expected)
     expected[2, 3] += 1
     with pytest.raises(AssertionError, match="cosine"):
-        encode._same_direction(np.roll(expected, 1, axis=0), expected)
+        encode._check_cosines(np.roll(expected, 1, axis=0), expected)
 
 
 def test_made_up_sentences_have_real_lengths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

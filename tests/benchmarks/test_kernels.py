@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of single ops on tiny sizes: every candidate runs, ours is right, and a wrong result would be seen."""
+"""The kernel benchmarks on tiny sizes: all candidates run, ours is checked, wrong results are detected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_candidate_runs_and_ours_is_right() -> None:
                 if candidate.check is not None:
                     candidate.check()
             assert each.candidates["ours"].check is not None, f"{each.name} is timed unchecked"
-    assert len(seen) >= 29  # every op but adamw, which waits for a GPU
+    assert len(seen) >= 29  # every op except adamw, which needs a GPU
 
 
 @pytest.mark.usefixtures("tiny")
@@ -45,7 +45,7 @@ def test_rows_compare_ours_with_every_baseline(monkeypatch: pytest.MonkeyPatch) 
     assert all(row.median is not None for row in rows)
 
 
-def test_close_sees_a_wrong_result() -> None:
+def test_close_detects_a_wrong_result() -> None:
     exact = torch.randn(100)
     case.close("exact", exact, exact, torch.float32)
     with pytest.raises(AssertionError, match="off: relative error"):
@@ -54,7 +54,7 @@ def test_close_sees_a_wrong_result() -> None:
         case.close("nan", exact * torch.nan, exact, torch.bfloat16)
 
 
-def test_a_candidate_that_raises_ends_no_suite() -> None:
+def test_a_candidate_that_raises_does_not_end_the_suite() -> None:
     def broken() -> None:
         raise RuntimeError("graph was overwritten\nand more")
 

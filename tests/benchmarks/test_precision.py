@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bf16 products train as fp32 does, over 300 steps of a small model."""
+"""Training with bf16 products matches fp32 over 300 steps of a small model."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_three_hundred_steps_in_bf16_stay_within_the_noise_of_a_seed(
     found = precision.compare(sample.data, sample.model, 300, 6, 30, Recipe.load("demonstration"))
     for task, curve in found.curves["fp32"].items():
         assert found.bf16_distance[task] <= found.seed_distance[task] + 0.01, task
-        assert min(curve[-3:]) < curve[0], f"{task} learns nothing, so this shows nothing"
+        assert min(curve[-3:]) < curve[0], f"{task} does not learn, so the comparison is void"
     assert found.curves["bf16"] != found.curves["fp32"]

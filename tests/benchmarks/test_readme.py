@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables and figures of README and docs come from results files, and say so where there are none."""
+"""Tables and figures of README and docs come from the results files; missing results are named."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_step_table_has_each_timed_candidate_slowest_first(results: Path) -> Non
     assert "a copy 30 GB/s" in text
 
 
-def test_steps_without_surgery_have_a_table_of_their_own(results: Path) -> None:
-    lines = readme.suite("step", "cpu", results, table=partial(readme.ways, method="none")).splitlines()
+def test_steps_without_surgery_have_their_own_table(results: Path) -> None:
+    lines = readme.suite("step", "cpu", results, table=partial(readme.candidates_table, method="none")).splitlines()
     assert lines[2] == "| MiniLM-L6 | ours | 400 | 6,925 |  |  | 50% | 10 MB |"
     assert not lines[3]
 
@@ -79,12 +79,12 @@ def test_surgery_and_encode_tables(tmp_path: Path) -> None:
     assert "| MiniLM-L6 | ours fp32 | 100 | 3.2 (fp32) |" in readme.suite("encode", "cpu", tmp_path)
 
 
-def test_a_suite_without_results_says_how_to_get_them(tmp_path: Path) -> None:
+def test_a_suite_without_results_names_the_command(tmp_path: Path) -> None:
     assert "python -m benchmarks.run step --device cuda" in readme.suite("step", "cuda", tmp_path)
 
 
-def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) -> None:
-    readme.draw(results, tmp_path)
+def test_figures_show_every_value(results: Path, tmp_path: Path) -> None:
+    readme.write_figures(results, tmp_path)
     bars = ElementTree.parse(tmp_path / "step-cpu.svg").getroot()
     texts = [node.text for node in bars.iter() if node.tag.endswith("text")]
     assert {"ours", "naive", "866", "5,540"} <= set(texts)
@@ -93,15 +93,15 @@ def test_figures_are_drawings_with_every_value(results: Path, tmp_path: Path) ->
     assert "12 + 0.169 x tokens" in scaling
 
 
-def test_conflicts_of_a_run_become_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path / "run")  # every fourth of its 40 steps has cosine -0.25, the others 0.5
+def test_conflicts_of_a_run_give_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")  # every fourth of the 40 steps has cosine -0.25, the others 0.5
     monkeypatch.setattr(conflicts, "RESULTS", tmp_path / "conflicts.json")
     assert conflicts.main([str(run), "tiny"]) == 0
-    text = readme.measured_conflicts(tmp_path)
+    text = readme.conflicts_table(tmp_path)
     assert "| sentiment · similarity | +0.312 | 0.438 | -0.250 | 25% |" in text
     assert "in 25% of the steps" in text
     assert "tiny, pcgrad, 40 steps, fp32 products on a cpu, torch 2.99" in text
-    readme.draw(tmp_path, tmp_path)
+    readme.write_figures(tmp_path, tmp_path)
     ElementTree.parse(tmp_path / "conflicts.svg")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss/a": 1.0}\n')
     with pytest.raises(SystemExit, match="no cosines"):
@@ -111,4 +111,4 @@ def test_conflicts_of_a_run_become_a_table_and_a_figure(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
 def test_the_pages_are_up_to_date(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert readme.filled(text) == text
+    assert readme.fill_tables(text) == text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step suite on a tiny shape: every candidate runs, is checked, and says what the README reads."""
+"""The step suite on a tiny shape: all candidates run, are checked, and give the numbers that the README shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CEILINGS = harness.Ceilings(1e10, 1e11, 1e11)
 
 @pytest.fixture(autouse=True)
 def _few_objects() -> Iterator[None]:
-    """The suite collects garbage between cases: it need not walk over all that the test run has loaded."""
+    """Freezes existing objects, so that the suite's garbage collections between cases are fast."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -28,7 +28,7 @@ def _few_objects() -> Iterator[None]:
 @pytest.mark.parametrize("method", ["pcgrad", pytest.param("none", marks=pytest.mark.slow)])
 def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
-    makers = step.everyone(method, torch.float32, CPU)
+    makers = step.candidate_makers(method, torch.float32, CPU)
     makers.pop("transformers, compiled", None)  # minutes of compilation
     rows = step._case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, method)
     assert [row.name for row in rows] == list(makers)
@@ -51,19 +51,19 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.note.startswith("WRONG")
 
 
-def test_operations_are_those_of_a_naive_count() -> None:
+def test_flops_equal_a_naive_count() -> None:
     model, _ = step.make_model(TINY, 3, CPU)
-    (batch,) = batches.make(model, 1, 4)
+    (batch,) = batches.make_batches(model, 1, 4)
     total = 0
     for length in batch.packed.cu_seqlens.diff().tolist():
         products = [(length, 32, 32)] * 4 + [(length, 32, 48), (length, 48, 32)] + [(length, 32, length)] * 2
         total += 2 * sum(a * b * c for a, b, c in products)
-    assert step.operations(TINY, batch) == 3 * 2 * total  # three passes, two layers
+    assert step.count_flops(TINY, batch) == 3 * 2 * total  # three passes, two layers
 
 
-def test_packed_and_padded_baselines_see_every_sentence() -> None:
+def test_packed_and_padded_baselines_contain_every_token() -> None:
     model, _ = step.make_model(TINY, 3, CPU)
-    (batch,) = batches.make(model, 1, 4)
+    (batch,) = batches.make_batches(model, 1, 4)
     parts = dict(baselines.split_tasks(batch))
     assert sum(part.packed.num_tokens for part in parts.values()) == batch.packed.num_tokens
     rebuilt = []
@@ -94,8 +94,8 @@ def test_scaling_cases_run_and_are_fitted(monkeypatch: pytest.MonkeyPatch) -> No
     assert "a thousand tokens" in fit.note
 
 
-def test_the_fit_is_exact_on_a_plane_and_shows_a_bend() -> None:
+def test_the_fit_is_exact_on_a_plane_and_reveals_a_bend() -> None:
     exact = [(n, t, 5 + 0.25 * n + 3 * t) for n, t in ((100, 1), (200, 3), (700, 2), (400, 8))]
-    assert step.line(exact).startswith("5 ms + 250 ms a thousand tokens + 3 ms a task: off by 0.0%")
+    assert step.describe_fit(exact).startswith("5 ms + 250 ms a thousand tokens + 3 ms a task: off by 0.0%")
     bent = [(n, t, time + (40 if n == 700 else 0)) for n, t, time in exact]
-    assert "off by 0.0%" not in step.line(bent)
+    assert "off by 0.0%" not in step.describe_fit(bent)
