@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables and figures of README and docs from the files under benchmarks/results; no number is typed by hand.
+"""Generates the tables and figures of README and docs from the files under benchmarks/results.
 
 python -m benchmarks.readme            rewrites the tables after `<!-- table NAME -->` marks, and docs/figures
 python -m benchmarks.readme --check    exit status 1 if that would change the tables
 
-`python -m benchmarks.run SUITE --json` writes a suite's results to DEVICE-SUITE.json. The table of a suite without results
-names the command that measures them.
+`python -m benchmarks.run SUITE --json` writes a suite's results to DEVICE-SUITE.json. Without that file the table shows
+the command that writes it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ from minbert_fast.recipes.recipe import Recipe, recipe_names
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "surgery.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("index", "performance", "reliability", "surgery")),
+)
 DEVICES = ("cpu", "cuda")
+METHOD = "3 x 32 examples, pcgrad"  # how the step suite's main cases end
+FP32 = ("naive", "ours, fp32", "transformers, fp32")  # every other way to take a step has bf16 products
 
 Table = Callable[[Sequence[Mapping[str, Any]]], list[str]]  # rows of a suite -> lines of a page
 
 
 def dev_scores(results: Path = RESULTS) -> str:
-    """Dev scores on real data: untrained, after one epoch of `default`, of `best`, and the best published ones."""
+    """Dev scores on real data: untrained, after recipe `default`, after `best`, and the best published ones."""
     first, best = _load(results / "first-run-cpu.json"), _load(results / "best-cpu.json")
     recipes = [Recipe.load(name) for name in recipe_names()]
     rival = max(recipes, key=lambda recipe: recipe.published.get("score", 0.0))
@@ -54,27 +59,122 @@ def dev_scores(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def gpu_runs(results: Path = RESULTS) -> str:
+    """Duration and dev scores of recipes `default` and `best` on one GPU."""
+    runs = [_load(results / f"{run}-cuda.json") for run in ("first-run", "best")]
+    keys = ("sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson", "score")
+    lines = [
+        "| recipe | steps | tokens | seconds, whole run | seconds in steps | sentiment | paraphrase | similarity | score |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        scores = " | ".join(f"{run['dev'][key]:.3f}" for key in keys)
+        seconds = f"{run['seconds']:.1f} | {run['timings']['steps']:.1f}"
+        lines.append(f"| `{run['recipe']}` | {run['steps']:,} | {run['tokens']:,} | {seconds} | {scores} |")
+    place = f"{runs[-1]['device']}, torch {runs[-1]['versions']['torch']}, {runs[-1]['precision']} products"
+    return "\n".join([*lines, "", f"{place}, commit {runs[-1]['commit'][:12]}."])
+
+
+def gpu_tests(results: Path = RESULTS) -> str:
+    """Counts of the tests that ran on a GPU, in a sentence."""
+    found = _load(results / "cuda-tests.json")
+    tests, memcheck = found["tests"], found["memcheck"]
+    return (
+        f"Commit {found['commit']} on {found['device']}: {tests['passed']} of {tests['of']} GPU tests passed. "
+        f"memcheck over the {memcheck['count']} tests of `{memcheck['tests']}` found {memcheck['errors']} errors."
+    )
+
+
+def gpu_profile(results: Path = RESULTS) -> str:
+    """Microseconds and launches of one captured step on a GPU, by group of kernels."""
+    found = _load(results / "cuda-profile.json")
+    shapes = list(dict.fromkeys(row["shape"] for row in found["rows"]))
+    columns = [f"{shape}: {unit}" for shape in shapes for unit in ("us", "launches")]
+    lines = [f"| kernels | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in found["rows"]:
+        groups.setdefault(row["kernels"], []).append((row["microseconds"], row["launches"]))
+    columns_of = zip(*groups.values(), strict=True)
+    groups["all"] = [(sum(time for time, _ in column), sum(count for _, count in column)) for column in columns_of]
+    for kernels, cells in groups.items():
+        lines.append(f"| {kernels} | {' | '.join(f'{time:,.0f} | {count:.0f}' for time, count in cells)} |")
+    return "\n".join([*lines, "", f"{found['device']}, commit {found['commit']}; {found['note']}."])
+
+
 def ablation_table(results: Path = RESULTS) -> str:
-    """Scores of recipe `best` without some of its choices."""
+    """Held-out scores of each choice in recipe `best`."""
     return ablation.table(_load(results / "ablation.json")["runs"]).rstrip()
 
 
 def suite(name: str, device: str, results: Path = RESULTS, table: Table | None = None) -> str:
-    """A suite's table for a device, with machine, commit and date of the measurement."""
+    """A suite's table for a device, then the machine, commit and date of the measurement."""
     path = results / f"{device}-{name}.json"
     if not path.exists():
         command = f"python -m benchmarks.run {name} --device {device} --json benchmarks/results/{path.name}"
         return f"Not measured yet: `{command}`."
     result = _load(path)
+    return "\n".join([*(table or SUITES[name])(result["rows"]), "", _place(result)])
+
+
+def _place(result: Mapping[str, Any]) -> str:
+    """One line: device, versions, commit, date and the machine's ceilings. Unrecorded values are left out."""
     ceilings = result["ceilings"]
-    lines = [
-        *(table or SUITES[name])(result["rows"]),
-        "",
-        f"{result['device']}, {result['threads']} threads, load {result['load'][0]}, torch {result['versions']['torch']}, "
-        f"commit {result['commit']}, {result['date'][:10]}. Measured there: a copy {ceilings['copy_GB_per_s']:.0f} GB/s, "
-        f"products {ceilings['fp32_TFLOP_per_s']:.3g} TFLOP/s in fp32 and {ceilings['bf16_TFLOP_per_s']:.3g} in bf16.",
+    parts = [
+        result["device"],
+        f"{result['threads']} threads" if result["threads"] else "",
+        f"load {result['load'][0]}" if result["load"] else "",
+        f"torch {result['versions']['torch']}",
+        f"commit {result['commit']}",
+        result["date"][:10],
     ]
-    return "\n".join(lines)
+    return (
+        f"{', '.join(part for part in parts if part)}. "
+        f"Ceilings measured there: a copy {ceilings['copy_GB_per_s']:,.0f} GB/s, "
+        f"products {ceilings['fp32_TFLOP_per_s']:.3g} TFLOP/s in fp32 and {ceilings['bf16_TFLOP_per_s']:.3g} in bf16."
+    )
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The step with PCGrad, ours first, a row for each way and columns for each shape; unmeasured cells are empty."""
+    cases = [row for row in rows if row["case"].endswith(METHOD)]
+    shapes = list(dict.fromkeys(row["case"].split(",")[0] for row in cases))
+    columns = [
+        f"{shape}: {column}" for shape in shapes for column in ("ms", "ms in a row", "speed-up of ours", "peak memory")
+    ]
+    found = {(row["name"], row["case"].split(",")[0]): row for row in cases}
+    cells = {
+        name: [cell for shape in shapes for cell in _headline_cells(found, name, shape)]
+        for name in sorted(dict.fromkeys(name for name, _ in found), key=lambda name: not name.startswith("ours"))
+    }
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]
+    lines = [f"| step | products in | {' | '.join(columns[i] for i in kept)} |", "|---|---|" + "---|" * len(kept)]
+    for name, row in cells.items():
+        products = "fp32" if name in FP32 else "bf16"
+        lines.append(f"| {name} | {products} | {' | '.join(row[i] for i in kept)} |")
+    return lines
+
+
+def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: str, shape: str) -> list[str]:
+    row = found.get((name, shape), {})
+    times = found.get(("ours", shape), {}).get("speedup", {}).get(name)
+    median, pipelined, peak = row.get("median"), row.get("pipelined_ms"), row.get("peak_megabytes")
+    return [
+        _milliseconds(median) if median else "",
+        _milliseconds(pipelined) if pipelined else "",
+        f"{times:.1f}" if times else "",
+        f"{peak:,.0f} MB" if peak else "",
+    ]
+
+
+def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence: our step with PCGrad in each shape, and its speed relative to two baselines."""
+    ours = [row for row in rows if row["name"] == "ours" and row["case"].endswith(METHOD) and row["median"]]
+    parts = [
+        f"{_milliseconds(row['median'])} ms for {row['case'].split(',')[0]} ({row['speedup']['naive']:.1f} times as fast "
+        f"as the naive step, {row['speedup']['transformers']:.1f} times as fast as transformers)"
+        for row in ours
+    ]
+    return [f"A step of 3 x 32 real examples with PCGrad takes {' and '.join(parts)}."]
 
 
 def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -82,15 +182,15 @@ def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     fits = [row["note"] for row in rows if row["case"].endswith("scaling")]
     lines = candidates_table(rows, "pcgrad")
     if costs:
-        lines.append(f"\nOur step with PCGrad, measured in turn with itself without: {', '.join(costs)}.")
+        lines.append(f"\nCost of PCGrad in our step, with and without it in alternation: {', '.join(costs)}.")
     return lines + [f"\nOver tokens and 1 to 16 tasks (MiniLM-L6 shape): {note}." for note in fits]
 
 
 def candidates_table(rows: Sequence[Mapping[str, Any]], method: str) -> list[str]:
-    """The candidates of the step suite under a method of surgery, slowest first."""
+    """The timed candidates of the step suite under a surgery method, slowest first; unmeasured cells are empty."""
     wanted = [row for row in rows if row["median"] and row["case"].endswith(f"3 x 32 examples, {method}")]
     lines = [
-        "| shape | step | ms | real tokens/s | times naive | times transformers | of products alone | working memory |",
+        "| shape | step | ms | real tokens/s | speed over naive | over transformers | of product ceiling | working memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in _in_order(wanted):
@@ -102,13 +202,14 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], method: str) -> list[str
             )
             lines.append(
                 f"| {case.split(',')[0]} | {row['name']} | {_milliseconds(row['median'])} | {row['tokens_per_second']:,.0f} "
-                f"| {naive} | {rival} | {row['of_product']:.0%} | {row['working_megabytes']:,.0f} MB |"
+                f"| {naive} | {rival} | {_filled('{:.0%}', row['of_product'])} "
+                f"| {_filled('{:,.0f} MB', row['working_megabytes'])} |"
             )
     return lines
 
 
 def _surgery_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| J | op | way | ms | of a copy | ours is faster by |", "|---|---|---|---|---|---|"]
+    lines = ["| J | op | way | ms | of a copy | speed-up of ours |", "|---|---|---|---|---|---|"]
     wanted = [row for row in rows if row["median"] and "T=3, float32, random" in row["case"]]
     for case in _in_order(wanted):
         found = [row for row in wanted if row["case"] == case]
@@ -116,14 +217,14 @@ def _surgery_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         size, op = case.split(", random: ")
         for row in found:
             times = ours["speedup"].get(row["name"])
-            share = "" if row["of_copy"] is None else f"{row['of_copy']:.0%}"
+            share = _filled("{:.0%}", row["of_copy"])
             faster = f"{times:.1f}" if times else ""
             lines.append(f"| {size} | {op} | {row['name']} | {_milliseconds(row['median'])} | {share} | {faster} |")
     return lines
 
 
 def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| sentences | way | ms | faster than sentence-transformers |", "|---|---|---|---|"]
+    lines = ["| sentences | way | ms | speed-up over sentence-transformers |", "|---|---|---|---|"]
     for row in rows:
         if row["median"]:
             times = ", ".join(f"{x:.1f} ({name.split()[1].rstrip(',')})" for name, x in row["speedup"].items())
@@ -135,7 +236,7 @@ def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def conflicts_table(results: Path = RESULTS) -> str:
-    """Gradient cosines of a real run."""
+    """Cosines between the tasks' gradients in a real run."""
     return conflicts.table(_load(results / "conflicts.json"))
 
 
@@ -147,23 +248,31 @@ def _in_order(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["case"] for row in rows))
 
 
+def _filled(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
 def _milliseconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 SUITES: Mapping[str, Table] = {"step": _step_table, "surgery": _surgery_table, "encode": _encode_table}
 TABLES: Mapping[str, Callable[[], str]] = (
-    {"dev scores": dev_scores, "ablation": ablation_table, "conflicts": conflicts_table}
+    {"dev scores": dev_scores, "runs cuda": gpu_runs, "profile cuda": gpu_profile, "tests cuda": gpu_tests}
+    | {"ablation": ablation_table, "conflicts": conflicts_table}
     | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
     | {
         f"summed {device}": partial(suite, "step", device, table=partial(candidates_table, method="none"))
         for device in DEVICES
     }
+    | {f"headline {device}": partial(suite, "step", device, table=headline) for device in DEVICES}
+    | {f"place {device}": partial(suite, "step", device, table=lambda rows: []) for device in DEVICES}
+    | {f"brief {device}": partial(suite, "step", device, table=in_brief) for device in DEVICES}
 )
 
 
 def write_figures(results: Path = RESULTS, folder: Path = FIGURES) -> None:
-    """Writes the figures of all measured step suites and of the conflicts."""
+    """Draws the step suite's figures for each device that has results, and the measured conflicts."""
     if (results / "conflicts.json").exists():
         found = _load(results / "conflicts.json")
         (folder / "conflicts.svg").write_text(conflicts.figure(found), encoding="utf-8")
@@ -177,7 +286,7 @@ def write_figures(results: Path = RESULTS, folder: Path = FIGURES) -> None:
 
 
 def fill_tables(text: str) -> str:
-    """`text` with every table between its marks replaced."""
+    """`text` with every table between its marks regenerated."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and figures of README and docs come from the results files; missing results are named."""
+"""The tables and figures of README and docs come from results files; without one, a table shows the command to run."""
 
 from __future__ import annotations
 
@@ -60,6 +60,70 @@ def test_step_table_has_each_timed_candidate_slowest_first(results: Path) -> Non
     assert "a copy 30 GB/s" in text
 
 
+def test_the_headline_leaves_unmeasured_cells_empty(results: Path) -> None:
+    path = results / "cpu-step.json"
+    found = json.loads(path.read_text())
+    for row in found["rows"]:
+        if row["name"] == "ours" and row["case"].endswith("pcgrad"):
+            row["pipelined_ms"] = 450.0
+    other = {**found["rows"][0], "case": "BERT-base, 3 x 32 examples, pcgrad", "median": None, "speedup": {}}
+    found["rows"].append({**other, "pipelined_ms": 1234.0})
+    found["threads"] = found["load"] = None
+    path.write_text(json.dumps(found))
+    lines = readme.suite("step", "cpu", results, table=readme.headline).splitlines()
+    columns = "MiniLM-L6: ms | MiniLM-L6: ms in a row | MiniLM-L6: speed-up of ours | BERT-base: ms in a row"
+    assert lines[0] == f"| step | products in | {columns} |"
+    assert lines[2] == "| ours | bf16 | 500 | 450 |  | 1,234 |"
+    assert lines[3] == "| naive | fp32 | 3,200 |  | 6.4 |  |"
+    assert lines[5] == "| transformers, compiled | bf16 |  |  |  |  |"
+    assert "threads" not in lines[7]
+    assert "load" not in lines[7]
+    assert "torch" in lines[7]
+
+
+def test_rows_without_ceilings_or_memory_have_empty_cells(tmp_path: Path) -> None:
+    row = step_row("BERT-base, 3 x 32 examples, pcgrad", "ours", 7.0)
+    row.of_product = row.working_megabytes = None
+    write(tmp_path, "step", [row])
+    line = readme.suite("step", "cpu", tmp_path).splitlines()[2]
+    assert line == "| BERT-base | ours | 7.00 | 395,710 |  |  |  |  |"
+
+
+def test_the_brief_is_one_sentence_from_the_measured_rows(results: Path) -> None:
+    first = readme.suite("step", "cpu", results, table=readme.in_brief).splitlines()[0]
+    assert first == (
+        "A step of 3 x 32 real examples with PCGrad takes 500 ms for MiniLM-L6 (6.4 times as fast as the naive step, "
+        "3.0 times as fast as transformers)."
+    )
+
+
+def test_a_profile_is_a_table_with_its_sums(tmp_path: Path) -> None:
+    rows = [
+        {"shape": shape, "kernels": kernels, "microseconds": time, "launches": 2.0}
+        for shape, kernels, time in (("A", "x", 10.0), ("A", "y", 5.0), ("B", "x", 3.0), ("B", "y", 1.0))
+    ]
+    found = {"commit": "abc", "device": "a GPU", "note": "per step", "rows": rows}
+    (tmp_path / "cuda-profile.json").write_text(json.dumps(found))
+    lines = readme.gpu_profile(tmp_path).splitlines()
+    assert lines[0] == "| kernels | A: us | A: launches | B: us | B: launches |"
+    assert lines[2] == "| x | 10 | 2 | 3 | 2 |"
+    assert lines[4] == "| all | 15 | 4 | 4 | 4 |"
+
+
+def test_the_gpu_tests_become_a_sentence(tmp_path: Path) -> None:
+    found = {
+        "commit": "abc",
+        "device": "a GPU",
+        "tests": {"passed": 7, "of": 9},
+        "memcheck": {"tests": "tests/surgery", "count": 5, "errors": 0},
+    }
+    (tmp_path / "cuda-tests.json").write_text(json.dumps(found))
+    text = readme.gpu_tests(tmp_path)
+    assert text == (
+        "Commit abc on a GPU: 7 of 9 GPU tests passed. memcheck over the 5 tests of `tests/surgery` found 0 errors."
+    )
+
+
 def test_steps_without_surgery_have_their_own_table(results: Path) -> None:
     lines = readme.suite("step", "cpu", results, table=partial(readme.candidates_table, method="none")).splitlines()
     assert lines[2] == "| MiniLM-L6 | ours | 400 | 6,925 |  |  | 50% | 10 MB |"
@@ -70,7 +134,7 @@ def test_surgery_and_encode_tables(tmp_path: Path) -> None:
     case = "BERT-base, T=3, float32, random: gram"
     ours = Row("surgery", case, "ours", 40.0, 40.0, 40.0, 9, of_copy=0.9, speedup={"J @ J.T": 5.5})
     write(tmp_path, "surgery", [ours, Row("surgery", case, "J @ J.T", 220.0, 220.0, 220.0, 9, of_copy=0.16)])
-    assert "| BERT-base, T=3, float32 | gram | ours | 40 | 90% |  |" in readme.suite("surgery", "cpu", tmp_path)
+    assert "| BERT-base, T=3, float32 | gram | ours | 40.0 | 90% |  |" in readme.suite("surgery", "cpu", tmp_path)
     assert "| BERT-base, T=3, float32 | gram | J @ J.T | 220 | 16% | 5.5 |" in readme.suite("surgery", "cpu", tmp_path)
     mine = Row(
         "encode", "MiniLM-L6", "ours fp32", 100.0, 1, 1, 9, speedup={"sentence-transformers fp32, batch 32": 3.2}
