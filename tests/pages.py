@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs tell a reader to type: every piece in order, and who runs what cannot run inside a test."""
+"""The commands and code on README and docs pages, in order, and where a command runs that a test cannot run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIECE = re.compile(
 
 
 class Piece(NamedTuple):
-    """A fenced block in a language, or a command (language `command`), and where on its page it stands."""
+    """A fenced block in a language, or a command (language `command`), and its line on the page."""
 
     language: str
     text: str
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 
 def pieces(page: Path) -> Iterator[Piece]:
-    """Fenced blocks as they are, but for `bash`, whose lines come one by one; indented and inline commands."""
+    """Fenced blocks whole (`bash` blocks line by line), indented commands and inline commands, in page order."""
     source = page.read_text(encoding="utf-8")
     for found in _PIECE.finditer(source):
         line = source.count("\n", 0, found.start()) + 1
@@ -46,17 +46,18 @@ def pieces(page: Path) -> Iterator[Piece]:
         else:
             command = found["indented"] or " ".join(found["inline"].split())
             command = re.sub(r"\s*\\\n\s*", " ", command)
-            yield Piece("command", re.split(r"\s{2,}", command)[0], line)  # what follows two spaces explains it
+            yield Piece(
+                "command", re.split(r"\s{2,}", command)[0], line
+            )  # two spaces separate a command from its explanation
 
 
-# ---- Commands with blanks that a reader fills in -----------------------------------------------------------------------
+# ---- Commands with placeholders for the reader to fill in -------------------------------------------------------------
 
-_FORMS = {"--model": "DIR|HUB_NAME", "--checkpoint": "DIR", "--data": "DIR", "--output": "DIR"}
 _BLANK = re.compile(r".*\b(?:DIR|FILE|NAME|HUB_NAME|HOST|PORT)\b.*|\[.*|\.\.\.")
 
 
 def filled(words: Sequence[str], data: Path) -> list[str]:
-    """The words of a command with the sample in their blanks. Raises ValueError for a blank it knows nothing for."""
+    """The words of a command with placeholders filled from the sample. Raises ValueError for an unknown placeholder."""
     sample = sample_directory()
     values: Mapping[tuple[str, str], object] = {
         ("--data", "DIR"): data,
@@ -72,14 +73,14 @@ def filled(words: Sequence[str], data: Path) -> list[str]:
     for word in words:
         value = values.get((result[-1] if result else "", word), word)
         if value is word and _BLANK.fullmatch(word):
-            raise ValueError(f"nothing to fill {word} of {shlex.join(words)} with")
+            raise ValueError(f"no value for {word} in {shlex.join(words)}")
         result.append(str(value))
     return result
 
 
-# ---- Commands that run elsewhere, or nowhere but on a machine of the reader's ------------------------------------------
+# ---- Commands that something else runs, or that run only on the reader's machine --------------------------------------
 
-#: Commands that something else runs, and where its words are to be found.
+#: Commands that something else runs: pattern -> (file that runs it, pattern of the line in that file).
 _ELSEWHERE = {
     r"pip install -e \.": ("Makefile", r"pip install .*-e '\."),
     r"pip install --no-build-isolation --no-deps -e \.": (".ci/run", r"--run-slow tests/test_packaging\.py"),
@@ -93,8 +94,8 @@ _ELSEWHERE = {
     r"python -m benchmarks\.readme.*": ("tests/benchmarks/test_readme.py", r"readme"),
     r"python -m benchmarks\.ablation": ("tests/benchmarks/test_ablation.py", r"ablation\.main"),
 }
-#: Targets of the Makefile that continuous integration does not run (no GPU, hours of measuring, an environment of its own):
-#: at least they parse.
+#: Makefile targets that continuous integration does not run (no GPU, hours of measuring, a separate environment). A test
+#: checks that they parse.
 UNTRIED = {"gpu", "bench", "wheel"}
 
 

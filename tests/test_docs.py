@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command and every piece of Python in the README and in docs/ runs, and its pages name what exists."""
+"""Every command and Python block in README and docs/ runs, and every file that these pages name exists."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,16 +23,17 @@ from minbert_fast import reproduce, train
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
+from tests.browser import browser, chromium
 from tests.pages import PAGES, ROOT, UNTRIED, Piece, elsewhere, filled, pieces
 from tests.small import small_data
 
-#: Trials of what a reader would run for longer.
+#: Steps of a training command that a reader would run for longer.
 FEW_STEPS = "2"
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a checkout from inside, where commands may leave what they like."""
+    """A folder with the checkout's layout, where commands may write files."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "minbert_fast" / "data").mkdir(parents=True)
     (tmp_path / "minbert_fast" / "data" / "sample").symlink_to(sample_directory().data)
@@ -39,11 +41,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     small_data(tmp_path / "course")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # A benchmark's command line is tried here; tests/benchmarks tries what it would then measure.
+    # Only a benchmark's command line is tested here; tests/benchmarks tests the measurement.
     monkeypatch.setattr(harness, "ceilings", lambda device: harness.Ceilings(1e9, 1e9, 1e9))
     nothing = SimpleNamespace(run=lambda device, ceilings: [])
     monkeypatch.setattr(benchmarks.run, "importlib", SimpleNamespace(import_module=lambda name: nothing))
-    # Without names it runs every recipe that published scores; tests/test_recipes_run.py trains each of them.
+    # Without names it runs every recipe with published scores; tests/test_recipes_run.py trains each of them.
     monkeypatch.setattr(reproduce, "recipe_names", lambda: ["sbert-exp1", "default"])
     return tmp_path
 
@@ -53,7 +55,7 @@ def run_command(line: str, checkout: Path) -> None:
         return
     words = shlex.split(line)
     while "=" in words[0]:
-        words = words[1:]  # how many threads there may be is this process's own business
+        words = words[1:]  # drops environment variables: this process sets its own threads
     if words[0] == "make" and words[1] in UNTRIED:
         subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
         return
@@ -79,15 +81,15 @@ def run_command(line: str, checkout: Path) -> None:
         assert cli.run(command.main, words[3:]) == 0, line
     elif words[0] == "torchrun" and "--max-steps" in line:
         command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        # The fixture's folder is not the package.
+        # The fixture's folder must not shadow the package.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         subprocess.run(command, env=environment, check=True, timeout=300)
-    elif words[0] == "torchrun":  # for more devices or machines than there are: its flags, and what one process does
+    elif words[0] == "torchrun":  # needs more devices or machines than a test has: checks the flags, runs one process
         parsed = torch.distributed.run.get_args_parser().parse_args(words[1:])
         assert parsed.training_script == "minbert_fast.train"
         assert cli.run(train.main, parsed.training_script_args) == 0, line
     else:
-        pytest.fail(f"no way to try: {line}")
+        pytest.fail(f"no way to run: {line}")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -98,18 +100,18 @@ def test_everything_on_the_page_runs(page: Path, checkout: Path) -> None:
         print(f"{page.name}:{piece.line}: {piece.text.splitlines()[0]}")
         if piece.language == "command":
             run_command(piece.text, checkout)
-        elif "--8<--" in piece.text:  # a file of docs/examples, which has a test of its own
+        elif "--8<--" in piece.text:  # a file of docs/examples, which has a separate test
             continue
         elif piece.language == "python":
             exec(compile(piece.text, page.name, "exec"), names)
         else:
-            assert piece.language == "toml", f"{page.name}:{piece.line}: who tries {piece.language or 'plain text'}?"
+            assert piece.language == "toml", f"{page.name}:{piece.line}: no test runs {piece.language or 'plain text'}"
             (checkout / "page.toml").write_text(piece.text)
             assert Recipe.load(str(checkout / "page.toml")).resolved_stages()
 
 
 def test_no_command_escapes(tmp_path: Path) -> None:
-    """Fenced, indented and inline ones are seen, in order; a fence where none is looked for is an error."""
+    """Finds fenced, indented and inline commands in order; an indented fence is an error."""
     page = tmp_path / "page.md"
     page.write_text(
         "Set up: `pip install\n-e .` and `make train`.\n\n    python -m a --b   what it does\n    not a command\n\n"
@@ -133,11 +135,11 @@ def test_no_command_escapes(tmp_path: Path) -> None:
 def test_an_unknown_command_or_blank_fails(checkout: Path) -> None:
     for line, problem in (
         ("make nothing", "only"),
-        ("python -m minbert_fast.train --data HOST", "nothing to fill HOST"),
+        ("python -m minbert_fast.train --data HOST", "no value for HOST"),
     ):
         with pytest.raises((AssertionError, ValueError), match=problem):
             run_command(line, checkout)
-    with pytest.raises(pytest.fail.Exception, match="no way to try"):
+    with pytest.raises(pytest.fail.Exception, match="no way to run"):
         run_command("bash -c ls", checkout)
 
 
@@ -150,7 +152,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_that_are_only_shown_exist(page: Path) -> None:
-    """Indented commands need data of the reader's own; at least their flags must be there."""
+    """Every command names an existing module, and every flag exists in that module."""
     for module, rest in re.findall(r"python -m (minbert_fast(?:\.\w+)+)([^\n`]*)", page.read_text()):
         spec = importlib.util.find_spec(module)
         assert spec is not None, f"{page.name}: no {module}"
@@ -178,6 +180,29 @@ def test_the_worked_example_trains_and_is_evaluated(checkout: Path) -> None:
     evaluate = ["evaluate", "--checkpoint", "runs/cola/best", "--data", str(data)]
     done = subprocess.run([*command, *evaluate], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="no mkdocs")
+def test_the_built_site_needs_no_network_and_search_works_from_disk(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=True, timeout=300)
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?:[^ \">]+)", page.read_text())
+        assert not loaded, f"{page.name} loads {loaded}"
+    if chromium() is None:
+        return
+    with browser(tmp_path / "profile") as page:
+        page.open(site / "index.html")
+        page.evaluate(
+            "{ const query = document.querySelector('[data-md-component=search-query]'); query.focus();"
+            " query.value = 'sharding'; query.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true })) }"
+        )
+        found, deadline = "", time.monotonic() + 30
+        while "Several GPUs" not in found and time.monotonic() < deadline:
+            found = page.evaluate("document.querySelector('.md-search-result').innerText")
+            time.sleep(0.2)
+    assert "Several GPUs, several machines" in found
 
 
 def test_the_tests_that_pages_name_exist() -> None:
