@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task of one's own in one file: is a sentence good English? Two classes, judged by Matthews' correlation (CoLA).
+"""A new task in one file: is a sentence good English? Two classes, scored by Matthews' correlation (CoLA).
 
     python docs/examples/acceptability.py train --data DIR --recipe docs/examples/acceptability.toml --output runs/cola
 
@@ -23,11 +23,11 @@ from minbert_fast.data import FileFormat, Label, add_format
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import Head, HeadOutput, Task, TaskInput, TaskOptions, register
 
-# 1. What its files look like: {stem}-train.csv, {stem}-dev.csv.
+# 1. The format of its files, {stem}-train.csv and {stem}-dev.csv.
 add_format(FileFormat("acceptability", "cola", ("sentence",), Label("acceptable", 0, 1, True, "int64")))
 
 
-# 2. What a recipe may set under [tasks.acceptability], beside the options of every task.
+# 2. Its options under [tasks.acceptability] in a recipe, in addition to those of every task.
 @dataclass(frozen=True)
 class AcceptabilityOptions(TaskOptions):
     dropout: float = 0.1
@@ -41,7 +41,7 @@ class AcceptabilityHead(Head):
         self.output = nn.Linear(config.hidden_size, 2)
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
-        (x,) = inputs.embeddings  # one sentence an example: [n, H]
+        (x,) = inputs.embeddings  # one sentence per example: [n, H]
         return HeadOutput(self.output(F.dropout(x, self.options.dropout, self.training)))
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ class AcceptabilityHead(Head):
         return output.scores.softmax(-1)
 
 
-# 4. The task itself: which files, how many sentences an example, which metric.
+# 4. The task itself: files, sentences per example, metric.
 @register("acceptability")
 @dataclass(frozen=True)
 class AcceptabilityTask(Task):
@@ -82,7 +82,7 @@ class AcceptabilityTask(Task):
         return {self.primary: correlation, f"{self.name}_accuracy": float((predictions == labels).mean())}
 
 
-# 5. The package's own commands, which now know the task.
+# 5. The package's commands, which now know the task.
 def main(arguments: Sequence[str]) -> None:
     commands = {"train": train.main, "evaluate": evaluate.main}
     if not arguments or arguments[0] not in commands:

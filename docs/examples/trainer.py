@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformers Trainer on a patched model: one line more than without.
+"""The transformers Trainer on a patched model: one more line than without minbert_fast.
 
 python docs/examples/trainer.py [--model DIR|HUB_NAME] [--output DIR] [--steps N]
 
@@ -20,7 +20,7 @@ from minbert_fast.data import read_table, sample_directory
 
 
 class Reviews(torch.utils.data.Dataset):
-    """Rows of a sentiment file as the Trainer wants them."""
+    """Rows of a sentiment file in the format that the Trainer expects."""
 
     def __init__(self, split: str, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         table = read_table(sample_directory().data / f"ids-sst-{split}.csv", "sentiment")
