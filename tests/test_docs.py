@@ -190,20 +190,20 @@ def test_the_built_site_needs_no_network_and_search_works_from_disk(tmp_path: Pa
     site = tmp_path / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(site)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=True, timeout=300)
-    for page in site.rglob("*.html"):
-        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?:[^ \">]+)", page.read_text())
-        assert not loaded, f"{page.name} loads {loaded}"
+    for html in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?:[^ \">]+)", html.read_text())
+        assert not loaded, f"{html.name} loads {loaded}"
     if chromium() is None:
         return
-    with browser(tmp_path / "profile") as page:
-        page.open(site / "index.html")
-        page.evaluate(
+    with browser(tmp_path / "profile") as tab:
+        tab.open(site / "index.html")
+        tab.evaluate(
             "{ const query = document.querySelector('[data-md-component=search-query]'); query.focus();"
             " query.value = 'sharding'; query.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true })) }"
         )
         found, deadline = "", time.monotonic() + 30
         while "Several GPUs" not in found and time.monotonic() < deadline:
-            found = page.evaluate("document.querySelector('.md-search-result').innerText")
+            found = tab.evaluate("document.querySelector('.md-search-result').innerText")
             time.sleep(0.2)
     assert "Several GPUs, several machines" in found
 
