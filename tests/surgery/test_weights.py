@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import doctest
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor
 from minbert_fast import surgery
 from minbert_fast.ops import surgery as ops
 from minbert_fast.ops.backend import Implementation, force
-from minbert_fast.surgery import solvers
+from minbert_fast.surgery import aligned_mtl, cagrad, mgda, none, pcgrad, solvers, torchjd, upgrad
+from minbert_fast.surgery.base import Array
 from tests.surgery import oracles
 
 IMPLEMENTATIONS: list[Implementation] = ["native", "torch"]
@@ -103,6 +107,38 @@ def test_pcgrad_is_torchjds(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(w, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
+def test_the_classic_loop_is_the_naive_one(device: torch.device, tasks: int, kind: str) -> None:
+    J = rows(tasks, kind)
+    gram = (J.double() @ J.double().T).float().to(device)
+    for seed in range(4):
+        method = pcgrad.ClassicProjections("sum", torch.Generator().manual_seed(seed))
+        close_combination(method(gram).cpu(), J, oracles.pcgrad(J, orders(tasks, seed).tolist(), own=True))
+
+
+def test_the_classic_loop_compares_a_gradient_with_its_own_original() -> None:
+    """After two projections, task 0's gradient points against what it was: the paper's loop never looks there."""
+    angles = torch.tensor([0.0, 170.0, 250.0]).deg2rad()
+    J = torch.stack([angles.cos(), angles.sin()], 1)
+    order = torch.tensor([[1, 2, 0], [1, 0, 2], [2, 0, 1]], dtype=torch.int32)
+    gram = J @ J.T
+    paper = pcgrad.Projections().project(gram, order)
+    classic = pcgrad.ClassicProjections().project(gram, order)
+    close_combination(paper, J, oracles.pcgrad(J, order.tolist()))
+    close_combination(classic, J, oracles.pcgrad(J, order.tolist(), own=True))
+    assert not torch.allclose(paper @ J, classic @ J, rtol=1e-2)
+
+
+@pytest.mark.parametrize("module", [none, pcgrad, upgrad, mgda, cagrad, aligned_mtl, torchjd])
+def test_examples_in_the_docstrings(module: ModuleType) -> None:
+    if module is torchjd:
+        pytest.importorskip("torchjd.aggregation")
+    results = doctest.testmod(module, extraglobs={"np": np, "torch": torch})
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_broken_tasks_are_reported_and_left_out(
@@ -148,9 +184,9 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
     torch.testing.assert_close(total, tasks * mean, rtol=1e-5, atol=1e-6)
 
 
-def random_gram(tasks: int, rank: int, seed: int) -> solvers.Array:
+def random_gram(tasks: int, rank: int, seed: int) -> Array:
     J = np.random.default_rng(seed).standard_normal((tasks, rank))
-    gram: solvers.Array = J @ J.T
+    gram: Array = J @ J.T
     return gram / gram.diagonal().max()
 
 
@@ -171,13 +207,13 @@ def test_nonnegative_least_squares(tasks: int, rank: int, seed: int) -> None:
 @pytest.mark.parametrize(("tasks", "rank", "seed"), CASES)
 def test_upgrad_helps_every_task(tasks: int, rank: int, seed: int) -> None:
     gram = random_gram(tasks, rank, seed)
-    assert (gram @ solvers.upgrad(gram)).min() > -1e-9
+    assert (gram @ upgrad.weights(gram)).min() > -1e-9
 
 
 @pytest.mark.parametrize(("tasks", "rank", "seed"), CASES)
 def test_mgda_is_the_shortest_combination(tasks: int, rank: int, seed: int) -> None:
     gram = random_gram(tasks, rank, seed)
-    a = solvers.mgda(gram)
+    a = mgda.weights(gram)
     assert a.min() >= 0
     assert a.sum() == pytest.approx(1)
     assert (gram @ a).min() >= a @ gram @ a - 1e-9  # no vertex is a way down
@@ -191,7 +227,7 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
     mean = np.full(tasks, 1 / tasks)
     radius = c * np.sqrt(mean @ gram @ mean)
 
-    def dual(a: solvers.Array) -> float:
+    def dual(a: Array) -> float:
         return float(a @ gram @ mean + radius * np.sqrt(max(a @ gram @ a, 0)))
 
     constraint = {"type": "eq", "fun": lambda a: a.sum() - 1}
@@ -200,7 +236,7 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
         optimize.minimize(dual, start, bounds=[(0, 1)] * tasks, constraints=constraint, tol=1e-12).fun
         for start in starts
     )
-    w = solvers.cagrad(gram, c)
+    w = cagrad.weights(gram, c)
     if not w.any():
         assert best < 1e-5  # stationary
         return
@@ -215,7 +251,7 @@ def test_aligned_mtl_balances_components(tasks: int) -> None:
     values, vectors = np.linalg.eigh(gram)
     balance = vectors @ np.diag(np.sqrt(values.min() / values)) @ vectors.T
     np.testing.assert_allclose(balance @ gram @ balance, values.min() * np.eye(tasks), atol=1e-9)
-    np.testing.assert_allclose(solvers.aligned_mtl(gram), balance.mean(1), atol=1e-9)
+    np.testing.assert_allclose(aligned_mtl.weights(gram), balance.mean(1), atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +315,7 @@ def test_state_continues_the_orders() -> None:
 def test_prepare_draws_once_a_step() -> None:
     """prepare then call is one step's draw, into a tensor that stays where it is (a captured graph reads it)."""
     gram = ops.gram(rows(4, "nearly opposite"))
-    one, other = (surgery.Projections(generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    one, other = (pcgrad.Projections(generator=torch.Generator().manual_seed(0)) for _ in range(2))
     for _ in range(3):
         one.prepare(4, gram.device)
         place = one._orders.data_ptr() if one._orders is not None else 0
