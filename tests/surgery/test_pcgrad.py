@@ -89,7 +89,7 @@ def orders_of(seed: int) -> Tensor:
     return surgery.task_orders(3, torch.Generator().manual_seed(seed))
 
 
-# What the trainer chooses where the classic chose otherwise; gradients add up, so the caller clears them.
+# The trainer's choices; with gradients that add up, a parameter that no loss reaches keeps None.
 TRAINERS: dict[str, Any] = {"scope": "shared", "accumulate": True, "weights": "pcgrad"}
 
 
