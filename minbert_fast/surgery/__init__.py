@@ -27,7 +27,7 @@ from minbert_fast.surgery import aligned_mtl, cagrad, mgda, upgrad
 from minbert_fast.surgery.base import OnHost, Reduction, Weights, conflicts, cosines, nonfinite
 from minbert_fast.surgery.none import Equal
 from minbert_fast.surgery.pcgrad import Projections, task_orders
-from minbert_fast.surgery.torchjd import FromTorchJD
+from minbert_fast.surgery.torchjd import FromTorchJD, named
 
 __all__ = ["METHODS", "Reduction", "Weights", "conflicts", "cosines", "nonfinite", "task_orders", "weights"]
 
@@ -48,11 +48,14 @@ def weights(
 ) -> Weights:
     """The method of that name, or anything that maps G to w: an object of this module, or a TorchJD `Weighting`.
 
-    `reduction` and `generator` go to named methods only. ValueError for a name that is not in METHODS.
+    "torchjd:NAME" or "torchjd:NAME(option=value, ...)" is TorchJD's weighting. `reduction` and `generator` go to METHODS
+    only. ValueError of one line for an unknown name.
     """
     if isinstance(method, str):
+        if method.startswith("torchjd:"):
+            return named(method.removeprefix("torchjd:"))
         if method not in METHODS:
-            raise ValueError(f"surgery method {method!r}: expected one of {', '.join(METHODS)}")
+            raise ValueError(f"surgery method {method!r}: expected one of {', '.join(METHODS)}, torchjd:NAME")
         return METHODS[method](reduction, generator)
     if hasattr(method, "prepare"):
         return method  # type: ignore[return-value]

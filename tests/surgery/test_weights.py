@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import doctest
+import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,6 +287,50 @@ def test_torchjd_weightings_fit_the_slot() -> None:
     w = surgery.weights(weighting)(ops.gram(J))
     assert w[0] == 0
     torch.testing.assert_close(w[1:], weighting(J[1:] @ J[1:].T))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MGDA", {}),
+        ("IMTLGWeighting", {}),
+        ("Krum(n_byzantine=1, n_selected=2)", {"n_byzantine": 1, "n_selected": 2}),
+        ("AlignedMTL(pref_vector=[0.1, 0.2, 0.3, 0.4])", {"pref_vector": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
+    ],
+)
+def test_torchjd_weightings_by_name(name: str, options: dict[str, Any]) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(rows(4, "random"))
+    kind = getattr(aggregation, name.split("(")[0].removesuffix("Weighting") + "Weighting")
+    torch.testing.assert_close(surgery.weights(f"torchjd:{name}")(gram), kind(**options)(gram))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoSuch", "expected one of AlignedMTL, CAGrad, "),
+        ("", "expected one of AlignedMTL, CAGrad, "),
+        ("ExcessMTL", "ExcessMTL needs the gradients themselves, not their Gram matrix"),
+        ("Krum", "missing 1 required positional argument: 'n_byzantine'"),
+        ("Krum(1)", r"expected NAME or NAME\(option=value, ...\)"),
+        ("Krum(n_byzantine=", r"expected NAME or NAME\(option=value, ...\)"),
+        ("Krum(n_byzantine=print())", r"expected NAME or NAME\(option=value, ...\)"),
+        ("Krum(n_byzantine=-1)", "n_byzantine"),
+        ("MGDA(speed=3)", "unexpected keyword argument 'speed'"),
+    ],
+)
+def test_torchjd_names_that_do_not_fit(name: str, message: str) -> None:
+    pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(ValueError, match=message) as raised:
+        surgery.weights(f"torchjd:{name}")
+    assert str(raised.value).startswith(f"surgery method 'torchjd:{name}': ")
+    assert "\n" not in str(raised.value)
+
+
+def test_torchjd_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(ValueError, match="'torchjd:MGDA': TorchJD is not installed; run pip install torchjd"):
+        surgery.weights("torchjd:MGDA")
 
 
 def test_random_orders_come_from_the_generator_alone() -> None:
