@@ -33,8 +33,8 @@ class ReferenceStep:
         self.model = model
         self.recipe = recipe
         self.dtype = dtype
-        self.weights = surgery_of(recipe)
         self.generator = generator_of(recipe)
+        self.weights = surgery_of(recipe, self.generator)
         parts = trainable(model, recipe)
         self.entries = {e.name: (label, e) for label, e in parts.entries()}
         self.shared = [e.parameter for label, e in self.entries.values() if label in ("shared", "words")]
@@ -101,7 +101,7 @@ class ReferenceStep:
                 entry.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        tensors: dict[str, Tensor] = prefixed({"generator": self.generator.get_state()})
+        tensors: dict[str, Tensor] = prefixed({"generator": self.generator.get_state()} | self.weights.state_dict())
         scalars: dict[str, Any] = {"steps": self.steps}
         for name, (_, entry) in self.entries.items():
             state = self.optimizer.state.get(entry.parameter)
@@ -122,6 +122,7 @@ class ReferenceStep:
                 }
         self.extras.load_state_dict(tensors)
         self.generator.set_state(unprefixed(tensors)["generator"])
+        self.weights.load_state_dict(unprefixed(tensors))
         self.steps = int(scalars["steps"])
 
 

@@ -23,8 +23,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minbert_fast.surgery import aligned_mtl, cagrad, mgda, upgrad
+from minbert_fast.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, upgrad
 from minbert_fast.surgery.base import OnHost, Reduction, Weights, conflicts, cosines, nonfinite
+from minbert_fast.surgery.gradvac import GradVac
 from minbert_fast.surgery.none import Equal
 from minbert_fast.surgery.pcgrad import Projections, task_orders
 from minbert_fast.surgery.torchjd import FromTorchJD, named
@@ -38,6 +39,9 @@ METHODS: dict[str, Callable[[Reduction, torch.Generator | None], Weights]] = {
     "mgda": lambda reduction, generator: OnHost(mgda.weights, reduction),
     "cagrad": lambda reduction, generator: OnHost(cagrad.weights, reduction),
     "aligned_mtl": lambda reduction, generator: OnHost(aligned_mtl.weights, reduction),
+    "gradvac": lambda reduction, generator: GradVac(reduction, generator),
+    "imtl_g": lambda reduction, generator: OnHost(imtl_g.weights, reduction),
+    "nash_mtl": lambda reduction, generator: OnHost(nash_mtl.weights, reduction),
 }
 
 

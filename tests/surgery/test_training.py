@@ -21,14 +21,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(data: Path, output: Path, method: str, *more: str) -> list[list[float]]:
     """The tasks' losses of every step of a small run."""
-    flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", "--max-steps", "4", *more)
+    steps = () if "--max-steps" in more else ("--max-steps", "4")
+    constant = ("--set", "optimizer.schedule=constant", "--set", "optimizer.warmup=0")
+    flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", *constant, *steps, *more)
     assert cli.run(train.main, small_run(data, output, "--recipe", "demonstration", *flags)) == 0
     assert Recipe.load(str(output / "best" / "recipe.toml")).surgery.method == method
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [[value for key, value in row.items() if key.startswith("loss/")] for row in rows if "lr" in row]
 
 
-@pytest.mark.parametrize("method", ["torchjd:MGDA", "torchjd:Krum(n_byzantine=0)"])
+@pytest.mark.parametrize("method", ["torchjd:MGDA", "torchjd:Krum(n_byzantine=0)", "gradvac", "imtl_g", "nash_mtl"])
 def test_both_backends_train_alike(data: Path, tmp_path: Path, method: str) -> None:
     if method.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")
@@ -37,6 +39,14 @@ def test_both_backends_train_alike(data: Path, tmp_path: Path, method: str) -> N
     assert len(fast) == 4
     for ours, theirs in zip(fast, reference, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_gradvac_resumes_with_its_targets(data: Path, tmp_path: Path, backend: str) -> None:
+    whole = losses(data, tmp_path / "whole", "gradvac", "--backend", backend)
+    first = losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--max-steps", "2")
+    assert first == whole[:2]
+    assert losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--resume") == whole
 
 
 def test_recipes_name_torchjd(tmp_path: Path) -> None:

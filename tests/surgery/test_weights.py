@@ -18,7 +18,19 @@ from torch import Tensor
 from minbert_fast import surgery
 from minbert_fast.ops import surgery as ops
 from minbert_fast.ops.backend import Implementation, force
-from minbert_fast.surgery import aligned_mtl, cagrad, mgda, none, pcgrad, solvers, torchjd, upgrad
+from minbert_fast.surgery import (
+    aligned_mtl,
+    cagrad,
+    gradvac,
+    imtl_g,
+    mgda,
+    nash_mtl,
+    none,
+    pcgrad,
+    solvers,
+    torchjd,
+    upgrad,
+)
 from minbert_fast.surgery.base import Array
 from tests.surgery import oracles
 
@@ -132,7 +144,10 @@ def test_the_classic_loop_compares_a_gradient_with_its_own_original() -> None:
     assert not torch.allclose(paper @ J, classic @ J, rtol=1e-2)
 
 
-@pytest.mark.parametrize("module", [none, pcgrad, upgrad, mgda, cagrad, aligned_mtl, torchjd])
+EXAMPLES = [none, pcgrad, upgrad, mgda, cagrad, aligned_mtl, gradvac, imtl_g, nash_mtl, torchjd]
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
 def test_examples_in_the_docstrings(module: ModuleType) -> None:
     if module is torchjd:
         pytest.importorskip("torchjd.aggregation")
@@ -166,7 +181,7 @@ def test_every_method_leaves_broken_tasks_out(method: str) -> None:
     others = [0, 2, 3]
     w = surgery.weights(method, "sum", torch.Generator().manual_seed(0))(ops.gram(J))
     assert w[1] == 0
-    if method != "pcgrad":  # whose random orders differ with the number of tasks
+    if method not in ("pcgrad", "gradvac"):  # whose random orders differ with the number of tasks
         healthy = surgery.weights(method, "sum")(ops.gram(J[others]))
         scale = 1.0 if method == "none" else 4 / 3  # "sum" is T times the published mean
         torch.testing.assert_close(w[others], scale * healthy, rtol=1e-4, atol=1e-5)
@@ -276,6 +291,83 @@ def test_methods_agree_with_torchjd(method: str, theirs: str, tolerance: float) 
         ours = surgery.weights(method, "mean")(ops.gram(J)) @ J
         their_own = weighting(J @ J.T) @ J
         assert (ours - their_own).norm() < tolerance * J.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
+def test_gradvac_is_torchjds(monkeypatch: pytest.MonkeyPatch, tasks: int, kind: str) -> None:
+    """Over several steps, whose cosines move the targets; in the same task orders."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    ours = gradvac.GradVac("sum", torch.Generator().manual_seed(0), beta=0.5)
+    theirs = aggregation.GradVacWeighting(beta=0.5, eps=1e-30)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        J = rows(tasks, kind).double()
+        J = J + 0.3 * step * J.roll(step, 1)
+        gram = J @ J.T
+        w = ours(gram)
+        visited = [
+            [j for j in order if j != i] for i, order in enumerate(surgery.task_orders(tasks, generator).tolist())
+        ]
+        ranks = iter([torch.tensor([j - (j > i) for j in order], dtype=torch.int64) for i, order in enumerate(visited)])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randperm", lambda n, ranks=ranks: next(ranks))
+            expected = theirs(gram)
+        if kind == "opposite" and tasks > 2:  # a gradient that is 0 after two projections: theirs follows its rounding
+            assert (w.abs() * J.norm(dim=1)).max() < 10 * J.norm(dim=1).sum()
+            continue
+        scale = float((w.abs() @ J.abs()).max()) + 1e-300
+        torch.testing.assert_close(w @ J, expected @ J, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_gradvac_starts_as_pcgrad_and_continues_from_its_state() -> None:
+    J = rows(5, "nearly opposite").double()
+    ours = gradvac.GradVac("sum", torch.Generator().manual_seed(0))
+    pcgrads = oracles.pcgrad(J, orders(5).tolist())
+    torch.testing.assert_close(ours(J @ J.T) @ J, pcgrads, rtol=1e-2, atol=0.1)
+    state = {key: value.clone() for key, value in ours.state_dict().items()}
+    assert state["targets"].abs().max() > 0
+    after = [ours(J @ J.T) for _ in range(3)]
+    resumed = gradvac.GradVac("sum")
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, after, [resumed(J @ J.T) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "huge and tiny"])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
+def test_imtl_g_is_torchjds(tasks: int, kind: str) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    J = rows(tasks, kind).double()
+    expected = aggregation.IMTLGWeighting()(J @ J.T) @ J
+    scale = float(J.norm(dim=1).max())
+    torch.testing.assert_close(surgery.weights("imtl_g", "mean")(J @ J.T) @ J, expected, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("largest", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+def test_imtl_g_projects_equally_on_every_gradient(tasks: int, largest: float) -> None:
+    J = largest * rows(tasks, "random").double() * torch.linspace(0.1, 1, tasks)[:, None]
+    combined = surgery.weights("imtl_g", "mean")(J @ J.T) @ J
+    projections = (J @ combined) / J.norm(dim=1)
+    torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+def test_nash_mtl_is_the_bargaining_solution(tasks: int, kind: str, largest: float) -> None:
+    """G a = 1 / a, at any scale of G; opposite gradients, which have no such a, cancel out."""
+    J = largest * rows(tasks, kind).double()
+    gram = J @ J.T
+    a = surgery.weights("nash_mtl", "sum")(gram)
+    used = gram.diagonal() > 0
+    assert (a[used] > 0).all()
+    assert (a[~used] == 0).all()
+    if kind == "opposite" and tasks > 1:
+        assert (a @ J).norm() < 1e-3 * (a @ J.abs()).norm()
+    elif used.any():
+        scaled = gram / gram.diagonal().max()
+        torch.testing.assert_close((a * (scaled @ a))[used], torch.ones_like(a[used]), rtol=1e-4, atol=1e-4)
 
 
 def test_torchjd_weightings_fit_the_slot() -> None:
