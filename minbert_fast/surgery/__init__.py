@@ -5,7 +5,7 @@
     method.prepare(tasks=3, device=J.device)    # draws the random orders
     w = method(J @ J.T)                         # w [T] from G [T, T]; the optimizer's gradient is w J
 
-One file a method, named after it: the formula, an example, `weights(G) -> w` or a class. Files beside the methods:
+Each method is one file of its name, with the formula, an example, and `weights(G) -> w` or a class. The other files:
 
     base.py       what the methods share; cosines and conflicts of G
     solvers.py    small optimization problems that several methods share

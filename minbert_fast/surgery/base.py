@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods share: their interface, and what a Gram matrix G [T, T] says about its tasks."""
+"""The interface of a method, and measures of a Gram matrix G [T, T]: broken tasks, cosines, conflicts."""
 
 from __future__ import annotations
 

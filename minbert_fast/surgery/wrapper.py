@@ -27,7 +27,7 @@ from minbert_fast.ops import surgery as ops
 from minbert_fast.surgery.pcgrad import ClassicProjections
 from minbert_fast.surgery.torchjd import FromTorchJD
 
-# Elements of one task's gradients that are gathered at a time: large enough for full speed, small beside the model.
+# Elements of one task's gradients that are gathered at a time. Larger buckets are no faster; smaller ones save memory.
 _BUCKET = 1 << 24
 
 _Gradients = dict[int, Tensor]  # of one task, by the parameter's position

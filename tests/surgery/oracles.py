@@ -34,7 +34,7 @@ def pcgrad(gradients: Tensor, orders: Sequence[Sequence[int]], mean: bool = Fals
 def classic_pc_backward(
     losses: Sequence[Tensor], parameters: Sequence[Tensor], orders: Sequence[Sequence[int]], mean: bool = True
 ) -> list[Tensor]:
-    """What the classic optimizer wrapper leaves in `.grad` of its optimizer's parameters, in fp64.
+    """The gradients of `parameters` that the classic optimizer wrapper leaves in `.grad`, in fp64.
 
     github.com/WeiChengTseng/Pytorch-PCGrad, commit e987ac6: a task that does not reach a parameter has zeros there; the
     projections run over all parameters; the result is averaged where every task reaches the parameter, summed elsewhere.

@@ -208,6 +208,21 @@ def test_a_conflict_that_exists_only_because_heads_count() -> None:
         torch.testing.assert_close(trunk.grad.double(), trunks, rtol=1e-5, atol=1e-6)
 
 
+def test_the_classic_compares_a_gradient_with_its_own_original() -> None:
+    angles = torch.tensor([0.0, 170.0, 250.0]).deg2rad()
+    J = torch.stack([angles.cos(), angles.sin()], 1)
+    differ = []
+    for seed in range(8):
+        p = nn.Parameter(torch.zeros(2))
+        optimizer = PCGrad(torch.optim.SGD([p], lr=0.1), generator=torch.Generator().manual_seed(seed))
+        optimizer.pc_backward([(row * p).sum() for row in J])
+        expected = oracles.pcgrad(J, orders_of(seed).tolist(), mean=True, own=True)
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.double(), expected, rtol=1e-5, atol=1e-6)
+        differ.append(not torch.allclose(expected, oracles.pcgrad(J, orders_of(seed).tolist(), mean=True), rtol=1e-2))
+    assert any(differ), "the paper's loop gives the same: the test would prove little"
+
+
 def test_reduction_takes_effect(model: Model) -> None:
     """On the encoder, which all tasks reach; a head's gradient is added under both."""
     gradients = []
