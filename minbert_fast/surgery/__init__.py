@@ -7,7 +7,7 @@
 
 Each method is one file of its name, with the formula, an example, and `weights(G) -> w` or a class. The other files:
 
-    base.py       what the methods share; cosines and conflicts of G
+    base.py       what the methods share
     solvers.py    small optimization problems that several methods share
     torchjd.py    TorchJD's weightings as methods of ours
     wrapper.py    `PCGrad(optimizer)`, the optimizer wrapper for course code
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from minbert_fast.surgery import aligned_mtl, cagrad, imtl_g, mgda, nash_mtl, upgrad
-from minbert_fast.surgery.base import OnHost, Reduction, Weights, conflicts, cosines, nonfinite
+from minbert_fast.surgery.base import OnHost, Reduction, Weights, nonfinite
 from minbert_fast.surgery.gradvac import GradVac
 from minbert_fast.surgery.none import Equal
 from minbert_fast.surgery.pcgrad import Projections, task_orders
 from minbert_fast.surgery.torchjd import FromTorchJD, named
 
-__all__ = ["METHODS", "Reduction", "Weights", "conflicts", "cosines", "nonfinite", "task_orders", "weights"]
+__all__ = ["METHODS", "Reduction", "Weights", "nonfinite", "task_orders", "weights"]
 
 METHODS: dict[str, Callable[[Reduction, torch.Generator | None], Weights]] = {
     "none": lambda reduction, generator: Equal(reduction),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of a method, and measures of a Gram matrix G [T, T]: broken tasks, cosines, conflicts."""
+"""The interface of a method, and the two ways to run one: on the device, or solved on the host."""
 
 from __future__ import annotations
 
@@ -78,17 +78,3 @@ class OnHost(Stateless):
 def nonfinite(gram: Tensor) -> Tensor:
     """bool [T], on the device: whose gradient holds NaN or infinity (or is too long for its square to fit fp32)."""
     return ~gram.diagonal().isfinite()
-
-
-def cosines(gram: Tensor) -> Tensor:
-    """[T, T] cosines between the tasks' gradients, on the device; 0 for a gradient of zero."""
-    lengths = gram.diagonal().sqrt()
-    products = lengths * lengths[:, None]
-    return torch.where(products > 0, gram / products, 0).clamp(-1, 1)
-
-
-def conflicts(gram: Tensor) -> Tensor:
-    """The share [] of pairs of tasks whose gradients point against each other, on the device."""
-    tasks = gram.shape[0]
-    opposed = torch.triu(gram < 0, diagonal=1).sum()
-    return opposed / max(tasks * (tasks - 1) / 2, 1)

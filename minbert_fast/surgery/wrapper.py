@@ -14,8 +14,8 @@ The method of the same name, projections computed from a Gram matrix, is in pcgr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,15 +31,6 @@ from minbert_fast.surgery.torchjd import FromTorchJD
 _BUCKET = 1 << 24
 
 _Gradients = dict[int, Tensor]  # of one task, by the parameter's position
-
-
-@dataclass
-class _Bucket:
-    """Gradients of some parameters that the same tasks reach: J [len(tasks), n]."""
-
-    tasks: tuple[int, ...]
-    parameters: list[int]
-    J: Tensor
 
 
 class PCGrad:
@@ -166,21 +157,26 @@ class PCGrad:
             return
         home = parameters[combined[0]].device
         self.gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float32, device=home)
-        buckets = [_gather(tasks, reached[group[0]], group) for group in _groups(parameters, reached, combined)]
-        for bucket in buckets:
-            rows = torch.tensor(bucket.tasks, device=home)
-            self.gram[rows[:, None], rows] += ops.gram(bucket.J).to(home)
+        groups = list(_groups(parameters, reached, combined))
+        buckets = [(group, reached[group[0]], _gather(tasks, reached[group[0]], group)) for group in groups]
+        for _, owners, J in buckets:
+            products = ops.gram(J).to(home)
+            if len(owners) == len(tasks):
+                self.gram += products
+            else:  # element by element: an index tensor would make the host wait for a GPU
+                for (a, i), (b, j) in itertools.product(enumerate(owners), repeat=2):
+                    self.gram[i, j] += products[a, b]
         self.weights.prepare(len(tasks), home)
         # A broken gradient stays visible wherever it takes part, as GradScaler expects; weight 0 would hide it.
         w = torch.where(surgery.nonfinite(self.gram), torch.nan, self.weights(self.gram))
         self.task_weights = w / len(tasks) if self.averages else w
         while buckets:  # each is freed once its gradients are combined
-            bucket = buckets.pop()
-            averaged = self.scope == "shared" or len(bucket.tasks) == len(tasks)
-            own = (self.task_weights if averaged else w)[torch.tensor(bucket.tasks, device=home)]
-            gradient = ops.combine(bucket.J, own.to(bucket.J.device))
-            sizes = [parameters[i].numel() for i in bucket.parameters]
-            for i, piece in zip(bucket.parameters, gradient.split(sizes), strict=True):
+            group, owners, J = buckets.pop()
+            averaged = self.scope == "shared" or len(owners) == len(tasks)
+            weights = self.task_weights if averaged else w
+            gradient = ops.combine(J, torch.stack([weights[t] for t in owners]).to(J.device))
+            sizes = [parameters[i].numel() for i in group]
+            for i, piece in zip(group, gradient.split(sizes), strict=True):
                 yield i, piece.view_as(parameters[i]).to(parameters[i].dtype)
 
 
@@ -221,8 +217,8 @@ def _groups(
         yield group
 
 
-def _gather(tasks: list[_Gradients], owners: tuple[int, ...], positions: list[int]) -> _Bucket:
-    """Moves the gradients of these parameters, which the tasks `owners` reach, into one J."""
+def _gather(tasks: list[_Gradients], owners: tuple[int, ...], positions: list[int]) -> Tensor:
+    """Moves the gradients of these parameters, which the tasks `owners` reach, into one J [len(owners), n]."""
     example = [tasks[owners[0]][i] for i in positions]
     sizes = [g.numel() for g in example]
     dtype = torch.bfloat16 if example[0].dtype == torch.bfloat16 else torch.float32
@@ -232,4 +228,4 @@ def _gather(tasks: list[_Gradients], owners: tuple[int, ...], positions: list[in
         for i, piece in zip(positions, row.split(sizes), strict=True):
             gradient = tasks[owner].pop(i)
             piece.view(gradient.shape).copy_(gradient)
-    return _Bucket(owners, positions, J)
+    return J

@@ -109,7 +109,7 @@ def test_the_trainers_choices_are_the_naive_loop(
     expected = naive(model, inputs(one_graph), orders_of(seed), reduction == "mean")
     assert_gradients(model, expected)
     assert optimizer.gram is not None
-    assert surgery.conflicts(optimizer.gram) > 0, "nothing to operate on: the test would prove little"
+    assert (optimizer.gram < 0).any(), "nothing to operate on: the test would prove little"
 
 
 class Trunk(nn.Module):
@@ -160,7 +160,7 @@ def test_gradients_are_the_classics(
         orders = surgery.task_orders(tasks, torch.Generator().manual_seed(seed))
         assert_gradients(model, classic(twin, twin.losses(x.double(), tasks), orders, reduction == "mean"))
         assert optimizer.gram is not None
-        assert surgery.conflicts(optimizer.gram) > 0, "nothing to operate on: the test would prove little"
+        assert (optimizer.gram < 0).any(), "nothing to operate on: the test would prove little"
 
 
 def test_the_classics_loop_has_no_zero_grad() -> None:

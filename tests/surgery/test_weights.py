@@ -463,15 +463,6 @@ def test_prepare_draws_once_a_step() -> None:
     assert one._orders.data_ptr() == place
 
 
-def test_statistics() -> None:
-    J = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, 0.0]])
-    gram = ops.gram(J)
-    expected = torch.tensor([[1.0, 0, -1, 0], [0, 1, 0, 0], [-1, 0, 1, 0], [0, 0, 0, 0]])
-    torch.testing.assert_close(surgery.cosines(gram), expected)
-    assert surgery.conflicts(gram).item() == pytest.approx(1 / 6)
-    assert surgery.conflicts(gram[:1, :1]).item() == 0
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1.0, 1e9])
 def test_clip_scale_is_the_norm_of_the_combination(
