@@ -12,7 +12,7 @@ from minbert_fast.model.patching import patch
 from minbert_fast.recipes import recipe
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.optim import AdamW
-from minbert_fast.surgery.course import PCGrad
+from minbert_fast.surgery.wrapper import PCGrad
 from minbert_fast.tasks.predictor import Predictor
 
 __all__ = [

@@ -34,8 +34,8 @@ class ReferenceStep:
         self.model = model
         self.recipe = recipe
         self.dtype = dtype
-        self.weights = surgery_of(recipe)
         self.generator = generator_of(recipe)
+        self.weights = surgery_of(recipe, self.generator)
         parts = trainable(model, recipe)
         self.entries = {e.name: (label, e) for label, e in parts.entries()}
         self.shared = [e.parameter for label, e in self.entries.values() if label in ("shared", "words")]
@@ -110,7 +110,7 @@ class ReferenceStep:
                 entry.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        tensors: dict[str, Tensor] = prefixed({"generator": self.generator.get_state()})
+        tensors: dict[str, Tensor] = prefixed({"generator": self.generator.get_state()} | self.weights.state_dict())
         scalars: dict[str, Any] = {"steps": self.steps}
         for name, (_, entry) in self.entries.items():
             state = self.optimizer.state.get(entry.parameter)
@@ -133,6 +133,7 @@ class ReferenceStep:
         for hook in self.hooks:
             hook.load_state_dict(tensors)
         self.generator.set_state(unprefixed(tensors)["generator"])
+        self.weights.load_state_dict(unprefixed(tensors))
         self.steps = int(scalars["steps"])
 
 

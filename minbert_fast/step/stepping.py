@@ -78,10 +78,10 @@ def generator_of(recipe: Recipe) -> torch.Generator:
     return torch.Generator().manual_seed(recipe.training.seed)
 
 
-def surgery_of(recipe: Recipe) -> surgery.Weights:
-    """The recipe's surgery; ConfigError for an unknown method."""
+def surgery_of(recipe: Recipe, generator: torch.Generator | None = None) -> surgery.Weights:
+    """The recipe's surgery, with random orders from `generator` (default: the recipe's); ConfigError if unknown."""
     try:
-        return surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator_of(recipe))
+        return surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator or generator_of(recipe))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

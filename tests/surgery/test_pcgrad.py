@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PCGrad(optimizer), as course code uses it, against the naive loop in fp64."""
+"""PCGrad(optimizer), as course code uses it, against the classic loop and the trainer's choices in fp64."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from minbert_fast import surgery
-from minbert_fast.surgery import course as pcgrad
-from minbert_fast.surgery.course import PCGrad
+from minbert_fast.surgery import wrapper
+from minbert_fast.surgery.wrapper import PCGrad
 from tests.surgery import oracles
 
 
@@ -88,34 +89,150 @@ def orders_of(seed: int) -> Tensor:
     return surgery.task_orders(3, torch.Generator().manual_seed(seed))
 
 
+# The trainer's choices; with gradients that add up, a parameter that no loss reaches keeps None.
+TRAINERS: dict[str, Any] = {"scope": "shared", "accumulate": True, "weights": "pcgrad"}
+
+
 @pytest.mark.parametrize("bucket", [1, 40, 1 << 24])
 @pytest.mark.parametrize("one_graph", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_gradients_are_the_naive_loops(
+def test_the_trainers_choices_are_the_naive_loop(
     model: Model, monkeypatch: pytest.MonkeyPatch, one_graph: bool, reduction: surgery.Reduction, seed: int, bucket: int
 ) -> None:
     """Separate and shared graphs, heads of one task, a parameter of two tasks, one of none; any bucket size."""
-    monkeypatch.setattr(pcgrad, "_BUCKET", bucket)
+    monkeypatch.setattr(wrapper, "_BUCKET", bucket)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator, **TRAINERS)
     optimizer.zero_grad()
     optimizer.pc_backward(model.losses(inputs(one_graph)))
     expected = naive(model, inputs(one_graph), orders_of(seed), reduction == "mean")
     assert_gradients(model, expected)
     assert optimizer.gram is not None
-    assert surgery.conflicts(optimizer.gram) > 0, "nothing to operate on: the test would prove little"
+    assert (optimizer.gram < 0).any(), "nothing to operate on: the test would prove little"
+
+
+class Trunk(nn.Module):
+    """A shared trunk, two or three heads that T tasks take in turn, one frozen parameter and one that nobody uses."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 3)
+        self.heads = nn.ModuleList(nn.Linear(3, 1) for _ in range(heads))
+        self.unused = nn.Parameter(torch.ones(2))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def losses(self, x: Tensor, tasks: int, one_graph: bool = True) -> list[Tensor]:
+        shared = self.trunk(x)
+        hidden = [shared if one_graph else self.trunk(x) for _ in range(tasks)]
+        outputs = [self.heads[t % len(self.heads)](torch.tanh(h * self.frozen)) for t, h in enumerate(hidden)]
+        targets = (1.0, -2.0, -3.0, 4.0, 5.0)
+        return [(output - target).square().mean() for output, target in zip(outputs, targets, strict=False)]
+
+
+def classic(model: nn.Module, losses: list[Tensor], orders: Tensor, mean: bool = True) -> dict[str, Tensor | None]:
+    """The classic's gradients of `model`, whose losses are fp64."""
+    merged = oracles.classic_pc_backward(losses, list(model.parameters()), orders.tolist(), mean)
+    return dict(zip((name for name, _ in model.named_parameters()), merged, strict=True))
+
+
+@pytest.mark.parametrize("bucket", [1, 1 << 24])
+@pytest.mark.parametrize("one_graph", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(("heads", "tasks"), [(2, 2), (2, 3), (3, 3), (2, 4), (3, 4), (2, 5), (3, 5)])
+def test_gradients_are_the_classics(
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    tasks: int,
+    reduction: surgery.Reduction,
+    one_graph: bool,
+    bucket: int,
+) -> None:
+    """Averaged where all tasks reach, added elsewhere, zeros where none does; heads count; every task order."""
+    monkeypatch.setattr(wrapper, "_BUCKET", bucket)
+    torch.manual_seed(tasks)
+    model, x = Trunk(heads), torch.randn(5, 4)
+    twin = copy.deepcopy(model).double()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator)
+        optimizer.pc_backward(model.losses(x, tasks, one_graph))
+        orders = surgery.task_orders(tasks, torch.Generator().manual_seed(seed))
+        assert_gradients(model, classic(twin, twin.losses(x.double(), tasks), orders, reduction == "mean"))
+        assert optimizer.gram is not None
+        assert (optimizer.gram < 0).any(), "nothing to operate on: the test would prove little"
+
+
+def test_the_classics_loop_has_no_zero_grad() -> None:
+    """Named after the bug: gradients added up over the steps of the classic's documented loop."""
+    torch.manual_seed(0)
+    model, x = Trunk(3), torch.randn(5, 4)
+    twin = copy.deepcopy(model).double()
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        optimizer.pc_backward(model.losses(x, 3))
+        expected = classic(twin, twin.losses(x.double(), 3), surgery.task_orders(3, generator))
+        assert_gradients(model, expected)
+        optimizer.step()
+        with torch.no_grad():
+            for p, gradient in zip(twin.parameters(), expected.values(), strict=True):
+                assert gradient is not None
+                p.sub_(gradient, alpha=0.1)
+
+
+def test_a_conflict_that_exists_only_because_heads_count() -> None:
+    """The long gradient of task 1's head shortens what task 0 takes from it, and leaves a conflict with task 2."""
+    directions = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [-0.2, 0.8]])
+    trunk = nn.Parameter(torch.zeros(2))
+    parameters: list[Tensor] = [trunk, *(nn.Parameter(torch.zeros(1)) for _ in range(3))]
+    scales = (0.0, 18.0**0.5, 0.0)
+
+    def losses(parameters: list[Tensor]) -> list[Tensor]:
+        trunk, *heads = parameters
+        return [
+            (direction.to(trunk) * trunk).sum() + scale * head.sum()
+            for direction, head, scale in zip(directions, heads, scales, strict=True)
+        ]
+
+    seed = next(s for s in range(99) if [t for t in orders_of(s)[0].tolist() if t] == [1, 2])
+    twin = [p.detach().double().requires_grad_() for p in parameters]
+    expected = oracles.classic_pc_backward(losses(twin), twin, orders_of(seed).tolist())
+    apart = oracles.pcgrad(directions, orders_of(seed).tolist(), mean=True, own=True)
+    assert not torch.allclose(expected[0], apart, rtol=0.1)
+    for scope, trunks in (("all", expected[0]), ("shared", apart)):
+        generator = torch.Generator().manual_seed(seed)
+        sgd = torch.optim.SGD(parameters, lr=0.1)
+        PCGrad(sgd, scope=scope, generator=generator).pc_backward(losses(parameters))  # type: ignore[arg-type]
+        assert trunk.grad is not None
+        torch.testing.assert_close(trunk.grad.double(), trunks, rtol=1e-5, atol=1e-6)
+
+
+def test_the_classic_compares_a_gradient_with_its_own_original() -> None:
+    angles = torch.tensor([0.0, 170.0, 250.0]).deg2rad()
+    J = torch.stack([angles.cos(), angles.sin()], 1)
+    differ = []
+    for seed in range(8):
+        p = nn.Parameter(torch.zeros(2))
+        optimizer = PCGrad(torch.optim.SGD([p], lr=0.1), generator=torch.Generator().manual_seed(seed))
+        optimizer.pc_backward([(row * p).sum() for row in J])
+        expected = oracles.pcgrad(J, orders_of(seed).tolist(), mean=True, own=True)
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.double(), expected, rtol=1e-5, atol=1e-6)
+        differ.append(not torch.allclose(expected, oracles.pcgrad(J, orders_of(seed).tolist(), mean=True), rtol=1e-2))
+    assert any(differ), "the paper's loop gives the same: the test would prove little"
 
 
 def test_reduction_takes_effect(model: Model) -> None:
+    """On the encoder, which all tasks reach; a head's gradient is added under both."""
     gradients = []
     for reduction in ("sum", "mean"):
         generator = torch.Generator().manual_seed(0)
         optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator)  # type: ignore[arg-type]
-        optimizer.zero_grad()
         optimizer.pc_backward(model.losses(inputs()))
-        gradients.append(model.encoder[0].weight.grad)
-    torch.testing.assert_close(gradients[0], 3 * gradients[1])
+        gradients.append([p.grad for p in (*model.encoder.parameters(), *model.heads[2].parameters())])
+    total, mean = gradients
+    torch.testing.assert_close(total, [g if g is None else (3 if i < 4 else 1) * g for i, g in enumerate(mean)])
 
 
 def test_course_loop_learns(model: Model) -> None:
@@ -142,7 +259,8 @@ def test_graphs_are_freed_as_soon_as_nobody_needs_them(model: Model, one_graph: 
 
 
 def test_gradients_accumulate_like_backward(model: Model) -> None:
-    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), accumulate=True, generator=generator)
     optimizer.pc_backward(model.losses(inputs()))
     once = {n: None if p.grad is None else p.grad.double() for n, p in model.named_parameters()}
     optimizer.weights.load_state_dict({"generator": torch.Generator().manual_seed(0).get_state()})
@@ -151,7 +269,7 @@ def test_gradients_accumulate_like_backward(model: Model) -> None:
 
 
 def test_existing_gradients_survive_a_failing_backward(model: Model) -> None:
-    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), accumulate=True)
     optimizer.pc_backward(model.losses(inputs()))
     before = {n: p.grad for n, p in model.named_parameters()}
     losses = model.losses(inputs())
@@ -164,12 +282,16 @@ def test_existing_gradients_survive_a_failing_backward(model: Model) -> None:
 
 
 def test_one_task_is_plain_backward(model: Model) -> None:
-    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
-    optimizer.pc_backward(model.losses(inputs())[:1])
-    got = {n: None if p.grad is None else p.grad.double() for n, p in model.named_parameters()}
-    model.zero_grad()
-    model.losses(inputs())[0].backward()
-    assert_gradients(model, got)
+    for choices in ({}, TRAINERS):
+        optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), **choices)
+        optimizer.zero_grad()
+        optimizer.pc_backward(model.losses(inputs())[:1])
+        got = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        model.losses(inputs())[0].backward()
+        for p, gradient in zip(model.parameters(), got, strict=True):
+            missing = None if choices else torch.zeros_like(p)
+            torch.testing.assert_close(gradient, missing if p.grad is None else p.grad)
     assert optimizer.gram is None
 
 
@@ -225,7 +347,7 @@ def test_gradscaler_skips_a_broken_step(
 def test_low_precision_parameters(dtype: torch.dtype) -> None:
     """Gradients come back in the parameters' dtype; bf16 and fp16 parameters may stand beside fp32 ones."""
     low, high = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype)), nn.Parameter(torch.tensor([3.0]))
-    optimizer = PCGrad(torch.optim.SGD([low, high], lr=0.1))
+    optimizer = PCGrad(torch.optim.SGD([low, high], lr=0.1), "sum")
     optimizer.pc_backward([low.sum() * high.sum().to(dtype), -low[0] * 2 * high.sum().to(dtype)])
     J = torch.tensor([[3.0, 3.0, 3.0], [-6.0, 0.0, -2.0]])
     expected = oracles.pcgrad(J, [[1], [0]])
@@ -246,7 +368,7 @@ def test_sparse_gradients() -> None:
     J[0].index_add_(0, ids, torch.ones(3, 3))
     J[1].index_add_(0, ids[1:], -2 * torch.ones(2, 3))
     assert weight.grad is not None
-    torch.testing.assert_close(weight.grad.flatten(), oracles.pcgrad(J.flatten(1), [[1], [0]]).float())
+    torch.testing.assert_close(weight.grad.flatten(), oracles.pcgrad(J.flatten(1), [[1], [0]], mean=True).float())
 
 
 def test_reentrant_checkpointing() -> None:
@@ -270,7 +392,8 @@ def test_reentrant_checkpointing() -> None:
 def test_compiled_models_work(model: Model) -> None:
     expected = naive(model, inputs(), orders_of(0), mean=False)
     model.encoder = torch.compile(model.encoder, backend="aot_eager")  # type: ignore[assignment]
-    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), "sum", generator=generator, **TRAINERS)
     optimizer.pc_backward(model.losses(inputs()))
     assert_gradients(model, {n: expected[n.replace("_orig_mod.", "")] for n, _ in model.named_parameters()})
 
@@ -328,5 +451,10 @@ def test_refusals(losses: list[Tensor], message: str) -> None:
         losses = [p.sum() * i for i in range(len(losses))]
     with pytest.raises(ValueError, match=message):
         PCGrad(torch.optim.SGD([p], lr=0.1)).pc_backward(losses)
-    with pytest.raises(ValueError, match="expected one of none, pcgrad"):
-        PCGrad(torch.optim.SGD([p], lr=0.1), weights="none at all")
+    for options, expected in (
+        ({"weights": "none at all"}, "expected one of none, pcgrad"),
+        ({"reduction": "total"}, 'expected "mean" or "sum"'),
+        ({"scope": "heads"}, 'expected "all" or "shared"'),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            PCGrad(torch.optim.SGD([p], lr=0.1), **options)  # type: ignore[arg-type]

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import doctest
+import sys
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +18,20 @@ from torch import Tensor
 from minbert_fast import surgery
 from minbert_fast.ops import surgery as ops
 from minbert_fast.ops.backend import Implementation, force
-from minbert_fast.surgery import solvers
+from minbert_fast.surgery import (
+    aligned_mtl,
+    cagrad,
+    gradvac,
+    imtl_g,
+    mgda,
+    nash_mtl,
+    none,
+    pcgrad,
+    solvers,
+    torchjd,
+    upgrad,
+)
+from minbert_fast.surgery.base import Array
 from tests.surgery import oracles
 
 IMPLEMENTATIONS: list[Implementation] = ["native", "torch"]
@@ -103,6 +121,41 @@ def test_pcgrad_is_torchjds(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(w, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
+def test_the_classic_loop_is_the_naive_one(device: torch.device, tasks: int, kind: str) -> None:
+    J = rows(tasks, kind)
+    gram = (J.double() @ J.double().T).float().to(device)
+    for seed in range(4):
+        method = pcgrad.ClassicProjections("sum", torch.Generator().manual_seed(seed))
+        close_combination(method(gram).cpu(), J, oracles.pcgrad(J, orders(tasks, seed).tolist(), own=True))
+
+
+def test_the_classic_loop_compares_a_gradient_with_its_own_original() -> None:
+    """After two projections, task 0's gradient points against what it was: the paper's loop never looks there."""
+    angles = torch.tensor([0.0, 170.0, 250.0]).deg2rad()
+    J = torch.stack([angles.cos(), angles.sin()], 1)
+    order = torch.tensor([[1, 2, 0], [1, 0, 2], [2, 0, 1]], dtype=torch.int32)
+    gram = J @ J.T
+    paper = pcgrad.Projections().project(gram, order)
+    classic = pcgrad.ClassicProjections().project(gram, order)
+    close_combination(paper, J, oracles.pcgrad(J, order.tolist()))
+    close_combination(classic, J, oracles.pcgrad(J, order.tolist(), own=True))
+    assert not torch.allclose(paper @ J, classic @ J, rtol=1e-2)
+
+
+EXAMPLES = [none, pcgrad, upgrad, mgda, cagrad, aligned_mtl, gradvac, imtl_g, nash_mtl, torchjd]
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_the_docstrings(module: ModuleType) -> None:
+    if module is torchjd:
+        pytest.importorskip("torchjd.aggregation")
+    results = doctest.testmod(module, extraglobs={"np": np, "torch": torch})
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_broken_tasks_are_reported_and_left_out(
@@ -128,7 +181,7 @@ def test_every_method_leaves_broken_tasks_out(method: str) -> None:
     others = [0, 2, 3]
     w = surgery.weights(method, "sum", torch.Generator().manual_seed(0))(ops.gram(J))
     assert w[1] == 0
-    if method != "pcgrad":  # whose random orders differ with the number of tasks
+    if method not in ("pcgrad", "gradvac"):  # whose random orders differ with the number of tasks
         healthy = surgery.weights(method, "sum")(ops.gram(J[others]))
         scale = 1.0 if method == "none" else 4 / 3  # "sum" is T times the published mean
         torch.testing.assert_close(w[others], scale * healthy, rtol=1e-4, atol=1e-5)
@@ -148,9 +201,9 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
     torch.testing.assert_close(total, tasks * mean, rtol=1e-5, atol=1e-6)
 
 
-def random_gram(tasks: int, rank: int, seed: int) -> solvers.Array:
+def random_gram(tasks: int, rank: int, seed: int) -> Array:
     J = np.random.default_rng(seed).standard_normal((tasks, rank))
-    gram: solvers.Array = J @ J.T
+    gram: Array = J @ J.T
     return gram / gram.diagonal().max()
 
 
@@ -171,13 +224,13 @@ def test_nonnegative_least_squares(tasks: int, rank: int, seed: int) -> None:
 @pytest.mark.parametrize(("tasks", "rank", "seed"), CASES)
 def test_upgrad_helps_every_task(tasks: int, rank: int, seed: int) -> None:
     gram = random_gram(tasks, rank, seed)
-    assert (gram @ solvers.upgrad(gram)).min() > -1e-9
+    assert (gram @ upgrad.weights(gram)).min() > -1e-9
 
 
 @pytest.mark.parametrize(("tasks", "rank", "seed"), CASES)
 def test_mgda_is_the_shortest_combination(tasks: int, rank: int, seed: int) -> None:
     gram = random_gram(tasks, rank, seed)
-    a = solvers.mgda(gram)
+    a = mgda.weights(gram)
     assert a.min() >= 0
     assert a.sum() == pytest.approx(1)
     assert (gram @ a).min() >= a @ gram @ a - 1e-9  # no vertex is a way down
@@ -191,7 +244,7 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
     mean = np.full(tasks, 1 / tasks)
     radius = c * np.sqrt(mean @ gram @ mean)
 
-    def dual(a: solvers.Array) -> float:
+    def dual(a: Array) -> float:
         return float(a @ gram @ mean + radius * np.sqrt(max(a @ gram @ a, 0)))
 
     constraint = {"type": "eq", "fun": lambda a: a.sum() - 1}
@@ -200,7 +253,7 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
         optimize.minimize(dual, start, bounds=[(0, 1)] * tasks, constraints=constraint, tol=1e-12).fun
         for start in starts
     )
-    w = solvers.cagrad(gram, c)
+    w = cagrad.weights(gram, c)
     if not w.any():
         assert best < 1e-5  # stationary
         return
@@ -215,7 +268,7 @@ def test_aligned_mtl_balances_components(tasks: int) -> None:
     values, vectors = np.linalg.eigh(gram)
     balance = vectors @ np.diag(np.sqrt(values.min() / values)) @ vectors.T
     np.testing.assert_allclose(balance @ gram @ balance, values.min() * np.eye(tasks), atol=1e-9)
-    np.testing.assert_allclose(solvers.aligned_mtl(gram), balance.mean(1), atol=1e-9)
+    np.testing.assert_allclose(aligned_mtl.weights(gram), balance.mean(1), atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +293,83 @@ def test_methods_agree_with_torchjd(method: str, theirs: str, tolerance: float) 
         assert (ours - their_own).norm() < tolerance * J.norm(dim=1).max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
+def test_gradvac_is_torchjds(monkeypatch: pytest.MonkeyPatch, tasks: int, kind: str) -> None:
+    """Over several steps, whose cosines move the targets; in the same task orders."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    ours = gradvac.GradVac("sum", torch.Generator().manual_seed(0), beta=0.5)
+    theirs = aggregation.GradVacWeighting(beta=0.5, eps=1e-30)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        J = rows(tasks, kind).double()
+        J = J + 0.3 * step * J.roll(step, 1)
+        gram = J @ J.T
+        w = ours(gram)
+        visited = [
+            [j for j in order if j != i] for i, order in enumerate(surgery.task_orders(tasks, generator).tolist())
+        ]
+        ranks = iter([torch.tensor([j - (j > i) for j in order], dtype=torch.int64) for i, order in enumerate(visited)])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randperm", lambda n, ranks=ranks: next(ranks))
+            expected = theirs(gram)
+        if kind == "opposite" and tasks > 2:  # a gradient that is 0 after two projections: theirs follows its rounding
+            assert (w.abs() * J.norm(dim=1)).max() < 10 * J.norm(dim=1).sum()
+            continue
+        scale = float((w.abs() @ J.abs()).max()) + 1e-300
+        torch.testing.assert_close(w @ J, expected @ J, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_gradvac_starts_as_pcgrad_and_continues_from_its_state() -> None:
+    J = rows(5, "nearly opposite").double()
+    ours = gradvac.GradVac("sum", torch.Generator().manual_seed(0))
+    pcgrads = oracles.pcgrad(J, orders(5).tolist())
+    torch.testing.assert_close(ours(J @ J.T) @ J, pcgrads, rtol=1e-2, atol=0.1)
+    state = {key: value.clone() for key, value in ours.state_dict().items()}
+    assert state["targets"].abs().max() > 0
+    after = [ours(J @ J.T) for _ in range(3)]
+    resumed = gradvac.GradVac("sum")
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, after, [resumed(J @ J.T) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "huge and tiny"])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
+def test_imtl_g_is_torchjds(tasks: int, kind: str) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    J = rows(tasks, kind).double()
+    expected = aggregation.IMTLGWeighting()(J @ J.T) @ J
+    scale = float(J.norm(dim=1).max())
+    torch.testing.assert_close(surgery.weights("imtl_g", "mean")(J @ J.T) @ J, expected, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("largest", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+def test_imtl_g_projects_equally_on_every_gradient(tasks: int, largest: float) -> None:
+    J = largest * rows(tasks, "random").double() * torch.linspace(0.1, 1, tasks)[:, None]
+    combined = surgery.weights("imtl_g", "mean")(J @ J.T) @ J
+    projections = (J @ combined) / J.norm(dim=1)
+    torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+def test_nash_mtl_is_the_bargaining_solution(tasks: int, kind: str, largest: float) -> None:
+    """G a = 1 / a, at any scale of G; opposite gradients, which have no such a, cancel out."""
+    J = largest * rows(tasks, kind).double()
+    gram = J @ J.T
+    a = surgery.weights("nash_mtl", "sum")(gram)
+    used = gram.diagonal() > 0
+    assert (a[used] > 0).all()
+    assert (a[~used] == 0).all()
+    if kind == "opposite" and tasks > 1:
+        assert (a @ J).norm() < 1e-3 * (a @ J.abs()).norm()
+    elif used.any():
+        scaled = gram / gram.diagonal().max()
+        torch.testing.assert_close((a * (scaled @ a))[used], torch.ones_like(a[used]), rtol=1e-4, atol=1e-4)
+
+
 def test_torchjd_weightings_fit_the_slot() -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
     J = rows(3, "random")
@@ -249,6 +379,50 @@ def test_torchjd_weightings_fit_the_slot() -> None:
     w = surgery.weights(weighting)(ops.gram(J))
     assert w[0] == 0
     torch.testing.assert_close(w[1:], weighting(J[1:] @ J[1:].T))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MGDA", {}),
+        ("IMTLGWeighting", {}),
+        ("Krum(n_byzantine=1, n_selected=2)", {"n_byzantine": 1, "n_selected": 2}),
+        ("AlignedMTL(pref_vector=[0.1, 0.2, 0.3, 0.4])", {"pref_vector": torch.tensor([0.1, 0.2, 0.3, 0.4])}),
+    ],
+)
+def test_torchjd_weightings_by_name(name: str, options: dict[str, Any]) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(rows(4, "random"))
+    kind = getattr(aggregation, name.split("(")[0].removesuffix("Weighting") + "Weighting")
+    torch.testing.assert_close(surgery.weights(f"torchjd:{name}")(gram), kind(**options)(gram))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoSuch", "expected one of AlignedMTL, CAGrad, "),
+        ("", "expected one of AlignedMTL, CAGrad, "),
+        ("ExcessMTL", "ExcessMTL needs the gradients themselves, not their Gram matrix"),
+        ("Krum", "missing 1 required positional argument: 'n_byzantine'"),
+        ("Krum(1)", r"expected NAME or NAME\(option=value, ...\)"),
+        ("Krum(n_byzantine=", r"expected NAME or NAME\(option=value, ...\)"),
+        ("Krum(n_byzantine=print())", r"expected NAME or NAME\(option=value, ...\)"),
+        ("Krum(n_byzantine=-1)", "n_byzantine"),
+        ("MGDA(speed=3)", "unexpected keyword argument 'speed'"),
+    ],
+)
+def test_torchjd_names_that_do_not_fit(name: str, message: str) -> None:
+    pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(ValueError, match=message) as raised:
+        surgery.weights(f"torchjd:{name}")
+    assert str(raised.value).startswith(f"surgery method 'torchjd:{name}': ")
+    assert "\n" not in str(raised.value)
+
+
+def test_torchjd_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(ValueError, match="'torchjd:MGDA': TorchJD is not installed; run pip install torchjd"):
+        surgery.weights("torchjd:MGDA")
 
 
 def test_random_orders_come_from_the_generator_alone() -> None:
@@ -279,7 +453,7 @@ def test_state_continues_the_orders() -> None:
 def test_prepare_draws_once_a_step() -> None:
     """prepare then call is one step's draw, into a tensor that stays where it is (a captured graph reads it)."""
     gram = ops.gram(rows(4, "nearly opposite"))
-    one, other = (surgery.Projections(generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    one, other = (pcgrad.Projections(generator=torch.Generator().manual_seed(0)) for _ in range(2))
     for _ in range(3):
         one.prepare(4, gram.device)
         place = one._orders.data_ptr() if one._orders is not None else 0
@@ -287,15 +461,6 @@ def test_prepare_draws_once_a_step() -> None:
     one.prepare(4, gram.device)
     assert one._orders is not None
     assert one._orders.data_ptr() == place
-
-
-def test_statistics() -> None:
-    J = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, 0.0]])
-    gram = ops.gram(J)
-    expected = torch.tensor([[1.0, 0, -1, 0], [0, 1, 0, 0], [-1, 0, 1, 0], [0, 0, 0, 0]])
-    torch.testing.assert_close(surgery.cosines(gram), expected)
-    assert surgery.conflicts(gram).item() == pytest.approx(1 / 6)
-    assert surgery.conflicts(gram[:1, :1]).item() == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface of a method, and the two ways to run one: on the device, or solved on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+Reduction = Literal["sum", "mean"]
+
+
+class Weights(Protocol):
+    """A surgery method as the training step uses it."""
+
+    capturable: bool
+    """Whether a CUDA graph may capture a call: it runs on the device and never waits."""
+
+    def prepare(self, tasks: int, device: torch.device) -> None:
+        """Does one step's host work (random orders). Called before every step, outside a captured graph."""
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        """w [T] from G [T, T], on G's device."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stateless:
+    """A method without state and without random numbers."""
+
+    capturable = False
+
+    def __init__(self, reduction: Reduction = "sum") -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f'reduction = {reduction!r}: expected "sum" or "mean"')
+        self.reduction = reduction
+
+    def prepare(self, tasks: int, device: torch.device) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class OnHost(Stateless):
+    """A method solved on the host in fp64.
+
+    `solve` maps the G of the finite tasks, scaled to a largest square of 1, to the weights of their average.
+    """
+
+    def __init__(self, solve: Callable[[Array], Array], reduction: Reduction = "sum") -> None:
+        super().__init__(reduction)
+        self.solve = solve
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        tasks = gram.shape[0]
+        full = gram.detach().double().cpu().numpy()
+        used = full.diagonal() - full.diagonal() == 0
+        w = torch.zeros(tasks, dtype=torch.float64)
+        if used.any():
+            finite = full[used][:, used]
+            largest = finite.diagonal().max()
+            solution = self.solve(finite / largest if largest > 0 else finite)
+            w[torch.from_numpy(used)] = torch.from_numpy(solution) * (tasks if self.reduction == "sum" else 1)
+        return w.to(gram)
+
+
+def nonfinite(gram: Tensor) -> Tensor:
+    """bool [T], on the device: whose gradient holds NaN or infinity (or is too long for its square to fit fp32)."""
+    return ~gram.diagonal().isfinite()

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IMTL-G: the combination whose projection on every gradient is equally long (Liu et al. 2021, ICLR, IMTL-G).
+
+    >>> weights(np.diag([0.25, 1.0])).round(3)
+    array([0.667, 0.333])
+
+    v = pinv(G) d,    d_i = sqrt(G_ii),    w = v / sum(v)
+
+The pseudo-inverse extends it to dependent gradients (Quinton & Rey 2024, arXiv:2406.16232). Weights may be negative.
+They are zero where sum(v) is, for example for two opposite gradients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minbert_fast.surgery.base import Array
+
+
+def weights(gram: Array) -> Array:
+    """w [T] from G [T, T]. Components that rounding alone explains are left out."""
+    tasks = len(gram)
+    v = np.linalg.pinv(gram, rcond=tasks * np.finfo(np.float32).eps, hermitian=True) @ np.sqrt(gram.diagonal())
+    total = v.sum()
+    shares: Array = v / total if abs(total) > 1e-6 * np.abs(v).max(initial=0) else np.zeros(tasks)
+    return shares

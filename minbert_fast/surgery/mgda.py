@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MGDA: the shortest vector in the convex hull of the gradients (Désidéri 2012; Sener & Koltun 2018, arXiv:1810.04650).
+
+>>> weights(np.diag([1.0, 4.0]))
+array([0.8, 0.2])
+
+w = argmin a^T G a over the simplex (a >= 0, sum(a) = 1)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minbert_fast.surgery.base import Array
+from minbert_fast.surgery.solvers import nonnegative
+
+
+def weights(gram: Array) -> Array:
+    """w [T] from G [T, T].
+
+    min a^T (G + 11^T) a - 2 sum(a) over a >= 0 has the same optimality conditions, up to the length of a.
+    """
+    a = nonnegative(gram + 1.0, np.ones(len(gram)))
+    shares: Array = a / a.sum()
+    return shares

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method PCGrad: gradients without the parts that conflict (Yu et al. 2020, arXiv:2001.06782, algorithm 1).
+
+    >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    >>> Projections()(J @ J.T)
+    tensor([2.0000, 1.5000])
+
+    g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j    for every other task j in random order, where g_i . g_j < 0
+
+Each projected g_i stays a combination of the rows of J, so its coefficients and G are all that the loop needs.
+The optimizer wrapper of the same name, `minbert_fast.PCGrad`, is in wrapper.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minbert_fast.ops import surgery as ops
+from minbert_fast.surgery.base import Reduction, Stateless, nonfinite
+
+
+def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
+    """int32 [T, T] on the host: for each task, a random order of all tasks."""
+    return torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)]).int()
+
+
+class Projections(Stateless):
+    """PCGrad's weights from G.
+
+    `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()), whose state is what
+    `state_dict` saves. A call without `prepare` draws for itself.
+    """
+
+    capturable = True
+
+    def __init__(self, reduction: Reduction = "sum", generator: torch.Generator | None = None) -> None:
+        super().__init__(reduction)
+        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        self._orders: Tensor | None = None
+        self._fresh = False
+
+    def prepare(self, tasks: int, device: torch.device) -> None:
+        orders = task_orders(tasks, self.generator)
+        if device.type == "cuda":
+            orders = orders.pin_memory()
+        if self._orders is None or self._orders.shape[0] != tasks or self._orders.device != device:
+            self._orders = torch.empty(tasks, tasks, dtype=torch.int32, device=device)
+        self._orders.copy_(orders, non_blocking=True)  # in place: a captured graph reads this tensor
+        self._fresh = True
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        if not self._fresh:
+            self.prepare(gram.shape[0], gram.device)
+        assert self._orders is not None
+        self._fresh = False
+        return self.project(gram, self._orders)
+
+    def project(self, gram: Tensor, orders: Tensor) -> Tensor:
+        w, _ = ops.pcgrad_weights(gram, orders, self.reduction == "mean")
+        return w
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self._fresh = False
+
+
+class ClassicProjections(Projections):
+    """PCGrad as the classic PyTorch loop computes it: j runs over task i itself, too.
+
+    That matters from three tasks on: after two projections g_i may point against what it was, and loses that part.
+    """
+
+    def project(self, gram: Tensor, orders: Tensor) -> Tensor:
+        finite = ~nonfinite(gram)
+        usable = torch.where(finite & finite[:, None], gram.double(), 0)
+        squares = usable.diagonal()
+        c = torch.diag(finite.double())  # row i: the coefficients of g_i
+        for j in orders.T.long():  # [T]: the next task for each g_i
+            product = (c * usable[j]).sum(1)
+            step = torch.where((product < 0) & (squares[j] > 0), product / squares[j], 0)
+            c.scatter_add_(1, j[:, None], -step[:, None])
+        w = c.mean(0) if self.reduction == "mean" else c.sum(0)
+        return w.to(gram.dtype)
