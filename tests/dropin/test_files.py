@@ -138,12 +138,13 @@ print("after")
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("-", "pipe"), ("/dev/stdout", "pipe"), ("-", "append"), ("/proc/self/fd/1", "append"), ("out.txt", "append")],
+    [("-", "pipe"), ("stdout", "pipe"), ("-", "append"), ("/proc/self/fd/1", "append"), ("out.txt", "append")],
 )
 def test_standard_output_by_any_name(tmp_path: Path, name: str, mode: str) -> None:
     """A redirected standard output is a regular file: its rename lost what the shell's file held."""
     out = tmp_path / "out.txt"
     out.write_text("old\n")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which a failing test must not replace
     command = [sys.executable, "-c", WRITE, name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if mode == "pipe":
@@ -158,8 +159,9 @@ def test_standard_output_by_any_name(tmp_path: Path, name: str, mode: str) -> No
 def test_predictions_alone_stand_on_standard_output(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minbert_fast.predict", "--checkpoint", str(checkpoint), "--task", "sentiment"]
     source = str(sample_directory().data / "ids-sst-dev.csv")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
     done = subprocess.run(
-        [*command, "--input", source, "--output", "/dev/stdout", "--device", "cpu", "--precision", "fp32"],
+        [*command, "--input", source, "--output", str(tmp_path / "stdout"), "--device", "cpu", "--precision", "fp32"],
         cwd=ROOT, capture_output=True, check=True, text=True,
     )  # fmt: skip
     (tmp_path / "out.csv").write_text(done.stdout)
