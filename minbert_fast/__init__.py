@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in minBERT with a packed, one-pass multitask training step."""
 
+import os
 import sys
+
+# A command (`python -m minbert_fast.train`) sets this before torch loads libgomp, unless the user has chosen.
+if sys.argv[0] == "-m" and "OMP_WAIT_POLICY" not in os.environ:
+    # OpenMP threads that wait at a barrier spin for seconds by default, and take the core from a thread that works
+    # whenever other processes share the machine. With this bound they sleep after about 0.1 ms.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from minbert_fast.common import cli, products
 from minbert_fast.common.version import __version__

@@ -31,7 +31,8 @@ PACKAGES = (
     "transformers", "sentence-transformers", "torchjd", "tensorboard", "wandb", "matplotlib",
 )  # fmt: skip
 VARIABLES = (
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS"),
+    *("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE"),
     *products.VARIABLES,
 )
 

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch loads libgomp: threads that wait must not take a shared machine's cores (minbert_fast/__init__.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import pytest
 import torch
 
