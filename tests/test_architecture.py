@@ -240,3 +240,17 @@ from minbert_fast.packing import PackedBatch, pack
 from minbert_fast.tasks import Head, HeadOutput, Task, TaskInput, TaskOptions, register
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_architecture_page_is_true() -> None:
+    """Rooms in the order of their imports, every file it names, and a batch's way of at most twelve steps."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)/` \|", page, re.M) == list(ROOMS)
+    named = re.findall(r"`([\w/]+(?:/|\.py|\.cpp))`", page)
+    paths = [name for name in named if "/" in name.rstrip("/") or name.endswith("/")]
+    assert len(paths) > 25
+    for name in paths:
+        inside_package = PACKAGE / name if name.rstrip("/") in ROOMS else ROOT / name
+        assert inside_package.exists() or (ROOT / name).exists(), name
+    steps = re.findall(r"^(\d+)\. .*`minbert_fast/", page, re.M)
+    assert len(steps) == int(steps[-1]) <= 12
