@@ -119,7 +119,7 @@ class Trainer:
         except InterruptError as stop:
             raise InterruptError(
                 stop.number,
-                f"{stop.signal_name}: stopped and saved after step {self.state.step}; to continue: "
+                f"{stop.signal_name}: stopped after step {self.state.step}, which is saved; to continue: "
                 f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}",
             ) from None
         except RunError as error:
