@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import ops
-from minbert_fast.model.bert import BertModel
-from minbert_fast.model.config import BertConfig
+from minbert_fast.model.fused import Embedding
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import Attend, Attention, Dropout, Rows
+from minbert_fast.model.passes import Attend, Rows, Streams, TokenRows, probability
 from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 
 
-class OnePass(Dropout):
+class OnePass(Streams):
     """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
 
     `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
@@ -25,9 +24,10 @@ class OnePass(Dropout):
     `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
     """
 
+    owns_embeddings = True
+
     def __init__(
         self,
-        config: BertConfig,
         flat: FlatParameters,
         gradients: TaskGradients | None,
         batch: PackedBatch,
@@ -36,7 +36,7 @@ class OnePass(Dropout):
         noise: Tensor | None = None,
         through: Callable[[int], None] = lambda layer: None,
     ) -> None:
-        super().__init__(config, training=True)
+        super().__init__()
         self.through = through
         self.flat = flat
         self.gradients = gradients
@@ -57,19 +57,21 @@ class OnePass(Dropout):
         sink = LinearSink(self.bounds, self._gradient(module.weight), None)
         return ops.linear(x, self._weight(module.weight), into=sink)
 
-    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def add_norm(
+        self, x: Tensor, module: nn.Linear, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
+    ) -> Tensor:
         gradients = (self._gradient(p) for p in (norm.weight, norm.bias, module.bias))
         return ops.add_norm(
             x, self._weight(module.bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            self.hidden_p, self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
+            probability(dropout), self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
         )  # fmt: skip
 
     def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
         return ops.bias_gelu(x, self._weight(module.bias), into=BiasGeluSink(self.bounds, self._gradient(module.bias)))
 
-    def embed(self, rows: Rows, model: BertModel) -> Tensor:
-        tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
-        norm = model.embed_layer_norm
+    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
+        tables = (parts.word.weight, parts.position.weight, parts.type.weight)
+        norm = parts.norm
         batch, words = self.batch, None
         if self.gradients and (self.flat.words is tables[0] or self.gradients.owns(tables[0])):
             words = self.gradients.words(batch.num_words, tables[0].shape[1])
@@ -85,13 +87,13 @@ class OnePass(Dropout):
         y = ops.embedding(
             rows.tokens, rows.positions, rows.types, word, position, kind,
             self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            self.hidden_p, self.seed, self.site(), into=sink,
+            probability(parts.dropout), self.seed, self.site(), into=sink,
         )  # fmt: skip
         return y if self.noise is None else y + self.noise.to(y.dtype)
 
-    def attend(self, rows: Attention) -> Attend:
-        site = self.site()
-        return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
+    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
+        p, site = probability(dropout), self.site()
+        return lambda qkv: rows.attention(qkv, p, self.seed, site)
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if hidden.requires_grad:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minbert_fast import surgery
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.exchange import Exchange
 from minbert_fast.parallel.sharding import ShardedExchange
@@ -73,7 +74,8 @@ class OnePassStep:
         kind = ShardedExchange if sharded else Exchange
         rows = len(recipe.tasks) if self.apart else 1
         own = {id(p) for p in model.encoder.one_pass_parameters()}
-        layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.layers()]
+        self.exact = model.encoder.plan().exact
+        layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.bert_layers]
         self.exchange = kind(self.world, self.flat, rows, dtype, layers)
         self.gradients = self.exchange.gradients
         self.optimizer = FlatAdamW(self.flat, recipe.optimizer, self.exchange.pieces)
@@ -159,9 +161,9 @@ class OnePassStep:
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
         noise = self.extras.noise(batch, bounds, self.seed)
-        run = OnePass(
-            self.model.encoder.config, self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready
-        )
+        if self.model.encoder.plan().exact != self.exact:
+            raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
+        run = OnePass(self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
         losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
