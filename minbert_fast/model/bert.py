@@ -273,7 +273,7 @@ class BertModel(nn.Module):
         ]
         return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @fused.constant_when_compiled
     def _exact(self) -> tuple[bool, ...]:
         return self._plan().exact
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -88,8 +88,10 @@ _KINDS = {cls: typing.get_type_hints(cls) for cls in (Embedding, Layer)}
 
 def expect(module: Any, *classes: type) -> None:
     """Raises NotExactError unless `module` has exactly one of `classes`, no hooks, and no methods of its own."""
-    if type(module) not in classes:
-        raise NotExactError(module, f"is a {type(module).__name__}")
+    found = type(module)
+    if found not in classes:
+        same_name = any(found.__name__ == cls.__name__ for cls in classes)
+        raise NotExactError(module, f"is a {found.__module__ + '.' if same_name else ''}{found.__name__}")
     state = vars(module)
     for name in _HOOKS:
         if any(getattr(hook, "__name__", "") != _HARMLESS_HOOK for hook in state[name].values()):
@@ -131,6 +133,15 @@ def _expect_shapes(layer: Layer) -> None:
             raise NotExactError(norm, f"has a weight of shape {list(norm.weight.shape)}, not [{width}]")
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, without its import of the whole compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # ---- The cached answer ---------------------------------------------------------------------------------------------
 
 #: Attributes that the answer depends on, besides class, hooks, parameters and children: by class, and of all other modules.
@@ -161,8 +172,8 @@ def plan(
 ) -> Plan:
     """What the fused path computes of `root`, as a fresh look would find it.
 
-    `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError. They see
-    only modules below `root`, and whatever else they depend on is in `extra`.
+    `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
+    They see only modules below `root`, and whatever else they depend on is in `extra`.
     """
     fingerprint = _fingerprint(root)
     fingerprint += extra
