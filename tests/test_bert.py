@@ -105,9 +105,7 @@ def test_gradients_equal_the_naive_encoder(small: BertModel) -> None:
     fast = torch.autograd.grad(
         small(ids, mask)["last_hidden_state"], list(small.parameters()), cotangent, allow_unused=True
     )
-    naive = torch.autograd.grad(
-        small.stock(ids, mask), list(small.parameters()), cotangent, allow_unused=True
-    )
+    naive = torch.autograd.grad(small.stock(ids, mask), list(small.parameters()), cotangent, allow_unused=True)
     for (name, _), a, b in zip(small.named_parameters(), fast, naive, strict=True):
         assert (a is None) == (b is None), name
         if a is not None and b is not None:

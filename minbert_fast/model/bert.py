@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class BertSelfAttention(nn.Module):
     def transform(self, x: Tensor, linear_layer: nn.Module) -> Tensor:
         """x [B, S, H] through a linear layer, split into heads [B, h, S, d]."""
         projected: Tensor = linear_layer(x)
-        return projected.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
+        return projected.view(*x.shape[:2], self.num_attention_heads, self.attention_head_size).transpose(1, 2)
 
     def attention(self, key: Tensor, query: Tensor, value: Tensor, attention_mask: Tensor) -> Tensor:
         """key, query, value [B, h, S, d] -> [B, S, H]; attention_mask [B, 1, 1, S] is added to the scores [B, h, S, S]."""
@@ -149,11 +150,10 @@ class BertModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        first = next(self.parameters(), None)
-        if first is None:  # a replica of DataParallel, whose weights are plain attributes
-            tensors = (value for module in self.modules() for value in vars(module).values())
-            first = next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
-        return first.dtype
+        # A replica of DataParallel has plain attributes instead of parameters.
+        attributes = (value for module in self.modules() for value in vars(module).values())
+        replicated = (t for t in attributes if isinstance(t, Tensor) and t.is_floating_point())
+        return next(itertools.chain(self.parameters(), replicated)).dtype
 
     def forward(
         self,

@@ -156,7 +156,7 @@ _WATCHED_ELSEWHERE = (*_METHODS, "interm_af", "act", "num_attention_heads", "att
 
 class _Seen(NamedTuple):
     fingerprint: list[object]
-    parameters: list[Tensor]  # kept, so that no other tensor gets the id of one of them
+    parameters: Sequence[Tensor]  # kept, so that no other tensor gets the id of one of them
     plan: Plan
 
 
@@ -166,7 +166,7 @@ _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 def plan(
     root: nn.Module,
     embedding: Callable[[], Embedding] | None,
-    layers: Sequence[nn.Module],
+    layers: Iterable[nn.Module],
     layer: Callable[[Any], Layer],
     extra: Iterable[object] = (),
 ) -> Plan:
@@ -198,7 +198,7 @@ def _look(
             raise NotExactError(torch_module, "has global hooks")  # type: ignore[arg-type]
         return read(*arguments)
     except NotExactError as found:
-        where = names.get(found.module) or getattr(found.module, "__name__", type(found.module).__name__)
+        where = str(names.get(found.module) or getattr(found.module, "__name__", type(found.module).__name__))
         reasons.setdefault(found.why, where)
         return None
 

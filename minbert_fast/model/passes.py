@@ -12,7 +12,7 @@ Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -149,9 +149,10 @@ class DenseRows:
 
     def rectangle(self, rows: Tensor) -> Tensor:
         if self.kept is None:
-            return (rows * self.attended.reshape(-1, 1).to(rows.dtype)).unflatten(0, self.attended.shape)
-        empty = rows.new_zeros(self.attended.numel(), rows.shape[-1])
-        return empty.index_copy(0, self.kept, rows).unflatten(0, self.attended.shape)
+            flat = rows * self.attended.reshape(-1, 1).to(rows.dtype)
+        else:
+            flat = rows.new_zeros(self.attended.numel(), rows.shape[-1]).index_copy(0, self.kept, rows)
+        return flat.view(*self.attended.shape, rows.shape[-1])
 
     def rows(self, rectangle: Tensor) -> Tensor:
         flat = rectangle.flatten(0, 1)
@@ -225,7 +226,7 @@ def through(
     run: Pass,
     rows: Rows,
     hidden: Tensor,
-    modules: Sequence[nn.Module],
+    modules: Iterable[nn.Module],
     exact: Sequence[Layer | None],
     recompute: bool = False,
 ) -> Tensor:

@@ -146,7 +146,7 @@ def _layers(model: Any) -> list[nn.Module]:
 
 def _read_embedding(model: Any) -> fused.Embedding:
     """The parts of the embeddings; raises fused.NotExactError where a module outside the layers is another one."""
-    classes = vars(sys.modules[_stock_class(model).__module__])  # type: ignore[union-attr]
+    classes = vars(sys.modules[_stock_class(model).__module__])
     fused.expect(model.embeddings, classes["BertEmbeddings"])
     fused.expect(model.encoder, classes["BertEncoder"])
     fused.expect(model.encoder.layer, nn.ModuleList)
@@ -157,7 +157,7 @@ def _read_embedding(model: Any) -> fused.Embedding:
 
 def _read_layer(model: Any, layer: Any) -> fused.Layer:
     """The parts of a layer; raises fused.NotExactError where it is not as transformers builds it."""
-    classes = vars(sys.modules[_stock_class(model).__module__])  # type: ignore[union-attr]
+    classes = vars(sys.modules[_stock_class(model).__module__])
     fused.expect(layer, classes["BertLayer"])
     fused.expect(layer.attention, classes["BertAttention"])
     attention = ("BertSelfAttention", "BertSdpaSelfAttention")  # the latter up to transformers 4

@@ -105,6 +105,8 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
+        if self.model.encoder.plan().exact != self.exact:
+            raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
         seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
         reseed(seed, self.steps)
         self.seed.fill_(step_seed(seed, self.steps))
@@ -161,8 +163,6 @@ class OnePassStep:
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
         noise = self.extras.noise(batch, bounds, self.seed)
-        if self.model.encoder.plan().exact != self.exact:
-            raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
         run = OnePass(self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
