@@ -329,7 +329,7 @@ class AutogradPass(Streams):
         return ops.bias_gelu(x, module.bias.to(x.dtype))
 
     def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        tables = (parts.word.weight, parts.position.weight, parts.type.weight)
+        tables = [_without_padding(table) for table in (parts.word, parts.position, parts.type)]
         norm, p = parts.norm, probability(parts.dropout)
         return ops.embedding(
             rows.tokens, rows.positions, rows.types, *tables, norm.weight, norm.bias, norm.eps,
@@ -348,6 +348,30 @@ class AutogradPass(Streams):
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
         return self._seed
+
+
+def _without_padding(table: nn.Embedding) -> Tensor:
+    """The table's weight [V, H]; as in nn.Embedding, the row of `padding_idx` gets no gradient."""
+    if table.padding_idx is None or not table.weight.requires_grad:
+        return table.weight
+    if torch.compiler.is_compiling():  # which fuses this, and warns of the class below
+        padding = torch.arange(table.num_embeddings, device=table.weight.device)[:, None] == table.padding_idx
+        return torch.where(padding, table.weight.detach(), table.weight)
+    weight: Tensor = _WithoutGradientOfRow.apply(table.weight, table.padding_idx)
+    return weight
+
+
+class _WithoutGradientOfRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        kept = gradient.clone()
+        kept[ctx.row] = 0
+        return kept, None
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -51,8 +51,20 @@ def patch(model: M) -> M:
     for bert in found:
         if not hasattr(bert, _OURS):
             setattr(bert, _OURS, set())
-            bert.forward = types.MethodType(_forward_of(type(bert).forward), bert)
+            _bind(bert, _forward_of(type(bert).forward))
     return model
+
+
+def _bind(bert: Any, forward: Callable[..., Any]) -> None:
+    """Gives a model, and every replica that DataParallel makes of it, `forward` as its own method."""
+
+    def replicate(self: Any) -> Any:
+        replica = type(self)._replicate_for_data_parallel(self)
+        _bind(replica, forward)
+        return replica
+
+    bert.forward = types.MethodType(forward, bert)
+    bert._replicate_for_data_parallel = types.MethodType(replicate, bert)
 
 
 def _stock_class(module: nn.Module) -> type | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -77,5 +76,11 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-def twin_of(model: nn.Module) -> Any:
-    return copy.deepcopy(model)
+def replicate(model: nn.Module) -> dict[nn.Module, Any]:
+    """Each module's replica, as torch.nn.parallel.replicate makes them; their weights are plain tensors."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        replica._modules = {name: copies[child] for name, child in module._modules.items() if child is not None}
+        for name, p in module._parameters.items():
+            setattr(replica, name, None if p is None else p.clone())
+    return copies

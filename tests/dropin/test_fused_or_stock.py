@@ -18,7 +18,7 @@ from minbert_fast import BertLayer, BertModel
 from minbert_fast.model import passes
 from minbert_fast.model.inference import Snapshot
 from minbert_fast.model.packing import pack
-from tests.dropin.cases import WIDTH, batch, close, course, course_layer, small
+from tests.dropin.cases import WIDTH, batch, close, course, course_layer, replicate, small
 
 
 def packed(ids: Tensor, mask: Tensor) -> Any:
@@ -58,11 +58,7 @@ def test_a_data_parallel_replica_is_fused(fused_layers: list[Any]) -> None:
     model, (ids, mask) = small(), batch()
     expected = model(ids, mask)
     del fused_layers[:]
-    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, replica in copies.items():
-        replica._modules = {name: copies[child] for name, child in module._modules.items() if child is not None}
-        for name, p in module._parameters.items():
-            setattr(replica, name, None if p is None else p.clone() * 1.0)
+    copies = replicate(model)
     got = copies[model](ids, mask)
     assert len(fused_layers) == 3
     for name, value in expected.items():

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import minbert_fast
-from tests.dropin.cases import batch, close
+from tests.dropin.cases import batch, close, replicate
 
 ARGUMENTS = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
              "intermediate_size": 80, "max_position_embeddings": 40, "initializer_range": 0.2}  # fmt: skip
@@ -118,6 +118,19 @@ def test_hooks_are_called(place: str) -> None:
     handle.remove()
     assert torch.equal(model(**given).last_hidden_state, expected)
     assert len(seen) == 1
+
+
+def test_a_replica_computes_with_its_own_weights(fused_layers: list[Any]) -> None:
+    """As torch.nn.parallel.replicate makes it."""
+    model, given = minbert_fast.patch(stock()), inputs()
+    expected = model(**given).last_hidden_state
+    copies = replicate(model)
+    got = copies[model](**given).last_hidden_state
+    close(got, expected)
+    with torch.no_grad():
+        copies[model.encoder.layer[0].output.dense].weight.zero_()
+    assert not torch.allclose(copies[model](**given).last_hidden_state, expected)
+    assert len(fused_layers) == 9
 
 
 def random(model: Any) -> bool:

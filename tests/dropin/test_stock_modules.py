@@ -66,6 +66,27 @@ def test_masked_positions_give_zeros_and_influence_nothing(way: str) -> None:
     assert torch.equal(hidden, run(torch.where(mask == 1, ids, torch.randint(1, 97, ids.shape))))
 
 
+def test_padding_gets_no_gradient() -> None:
+    """The word embedding's row of padding_idx, attended or not, on every path."""
+    model, (ids, _) = small(), batch()
+    ids[:, 7] = 0
+    mask = torch.ones_like(ids)
+    found = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for hidden in (
+        model(ids, mask)["last_hidden_state"],
+        compiled(ids, mask)["last_hidden_state"],
+        model.stock(ids, mask),
+    ):
+        (gradient,) = torch.autograd.grad(hidden.square().sum() + hidden[:, 3].sum(), model.word_embedding.weight)
+        assert not gradient[0].any()
+        assert gradient[ids[0, 0]].any()
+        found.append(gradient)
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], atol=1e-3, rtol=1e-3)
+
+
 def test_attributes_of_the_course() -> None:
     model = small()
     layer = model.bert_layers[1]
