@@ -36,6 +36,7 @@ from minbert_fast.model.passes import (
     PackedRows,
     Pass,
     called,
+    checkpointed,
     extended_mask,
     through,
 )
@@ -211,7 +212,8 @@ class BertModel(nn.Module):
         """Every layer as a module; positions with mask 0 give zeros."""
         extended = extended_mask(mask, hidden.dtype)
         for layer in self.bert_layers:
-            hidden = called(layer, hidden, extended, self._recompute())
+            again = self._recompute()
+            hidden = checkpointed(called, layer, hidden, extended) if again else called(layer, hidden, extended)
         return hidden * (mask != 0)[:, :, None].to(hidden.dtype) if mask.dim() == 2 else hidden
 
     def _recompute(self) -> bool:
@@ -265,17 +267,15 @@ class BertModel(nn.Module):
         """What the fused path computes; `plan().reasons` is empty where it computes everything."""
         if not torch.compiler.is_compiling():
             return self._plan()
-        embedding, *exact = (
-            self._exact()
-        )  # a constant of the compiled graph; reading parts from the tree guards the rest
-        layers = [
-            layer_parts(layer) if is_exact else None for layer, is_exact in zip(self.bert_layers, exact, strict=True)
-        ]
+        # A constant of the compiled graph, which itself guards the modules that parts are read from.
+        embedding, foreign = self._shape()
+        pairs = zip(self.bert_layers, foreign, strict=True)
+        layers = [None if names is None else layer_parts(layer, names) for layer, names in pairs]
         return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
 
     @fused.constant_when_compiled
-    def _exact(self) -> tuple[bool, ...]:
-        return self._plan().exact
+    def _shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
+        return self._plan().shape
 
     def _plan(self) -> fused.Plan:
         positions = self.position_ids
@@ -306,15 +306,17 @@ class BertModel(nn.Module):
     def one_pass_parameters(self) -> list[nn.Parameter]:
         """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
 
-        All that the fused path computes with but the word embedding (its gradient is row-sparse). Query, key and value
-        stand together, so that they are one matrix. The pooler, and layers that run as modules, use ordinary autograd.
+        All but the word embedding (its gradient is row-sparse) and the pooler (ordinary autograd). Query, key and value
+        stand together, so that they are one matrix.
         """
         plan = self.plan()
         parameters: list[nn.Parameter] = []
         if plan.embedding is not None:
             modules = (plan.embedding.position, plan.embedding.type, plan.embedding.norm)
             parameters += [p for module in modules for p in module.parameters()]
-        return parameters + [p for layer in plan.layers if layer is not None for p in layer.parameters()]
+        for layer, parts in zip(self.bert_layers, plan.layers, strict=True):
+            parameters += layer.parameters() if parts is None else parts.parameters()
+        return parameters
 
     # ---- Weights -------------------------------------------------------------------------------------------------
 
@@ -390,13 +392,13 @@ def embedding_parts(model: BertModel) -> fused.Embedding:
     return fused.Embedding(*tables, model.embed_layer_norm, model.embed_dropout)
 
 
-def layer_parts(layer: Any) -> fused.Layer:
+def layer_parts(layer: Any, foreign: tuple[str, ...] = ()) -> fused.Layer:
     """The modules of a BertLayer."""
     attention = layer.self_attention
     return fused.Layer(
         attention.num_attention_heads, attention.query, attention.key, attention.value, attention.dropout,
         layer.attention_dense, layer.attention_dropout, layer.attention_layer_norm,
-        layer.interm_dense, layer.out_dense, layer.out_dropout, layer.out_layer_norm,
+        layer.interm_dense, layer.out_dense, layer.out_dropout, layer.out_layer_norm, foreign,
     )  # fmt: skip
 
 
@@ -405,8 +407,7 @@ def read_embedding(model: BertModel) -> fused.Embedding:
     for name, method in zip(("embed", "encode"), _methods(type(model)), strict=False):
         if method is not getattr(BertModel, name) or name in vars(model):
             raise fused.NotExactError(model, f"has a {name} of its own")
-    parts = embedding_parts(model)
-    fused.expect_parts(parts)
+    parts = fused.exact(embedding_parts(model))
     positions = model.position_ids
     if not positions.is_meta and not torch.equal(
         positions[0], torch.arange(positions.shape[1], device=positions.device)
@@ -425,9 +426,8 @@ def read_layer(layer: nn.Module) -> fused.Layer:
         raise fused.NotExactError(layer, "has a class whose methods were replaced")
     if layer.interm_af is not F.gelu:
         raise fused.NotExactError(layer, f"has another activation than gelu ({layer.interm_af!r:.60})")
-    parts = layer_parts(layer)
-    fused.expect_parts(parts)
-    if attention.num_attention_heads * attention.attention_head_size != parts.query.weight.shape[0]:
+    parts = fused.exact(layer_parts(layer))
+    if attention.num_attention_heads * attention.attention_head_size != parts.attention_norm.weight.shape[0]:
         raise fused.NotExactError(
             attention, f"has {attention.num_attention_heads} heads of {attention.attention_head_size}"
         )

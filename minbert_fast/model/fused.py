@@ -30,27 +30,36 @@ class Embedding(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The modules that the fused path computes one layer with."""
+    """The modules that the fused path computes one layer with.
+
+    Modules in the place of a Linear that are not plain ones are `foreign`: the fused path calls them, on [B, S, ...].
+    """
 
     heads: int
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
     probability_dropout: nn.Dropout
-    attention_dense: nn.Linear
+    attention_dense: nn.Module
     attention_dropout: nn.Dropout
     attention_norm: nn.LayerNorm
-    interm_dense: nn.Linear
-    out_dense: nn.Linear
+    interm_dense: nn.Module
+    out_dense: nn.Module
     out_dropout: nn.Dropout
     out_norm: nn.LayerNorm
+    foreign: tuple[str, ...] = ()  # names of the fields above
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters; those of query, key and value stand together, so that they are one matrix."""
         qkv = (self.query, self.key, self.value)
         rest = (self.attention_dense, self.attention_norm, self.interm_dense, self.out_dense, self.out_norm)
+        if not {"query", "key", "value"}.isdisjoint(self.foreign):
+            return [p for module in (*qkv, *rest) for p in module.parameters()]
         stacked = [module.get_parameter(kind) for kind in ("weight", "bias") for module in qkv]
         return stacked + [p for module in rest for p in module.parameters()]
+
+
+LINEARS = ("query", "key", "value", "attention_dense", "interm_dense", "out_dense")
 
 
 class Plan(NamedTuple):
@@ -61,9 +70,12 @@ class Plan(NamedTuple):
     reasons: tuple[str, ...] = ()  # empty: the fused path computes everything
 
     @property
-    def exact(self) -> tuple[bool, ...]:
-        """Whether the fused path computes the embeddings, then each layer."""
-        return tuple(part is not None for part in (self.embedding, *self.layers))
+    def shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
+        """Whether the fused path computes the embeddings; which modules of each layer are foreign (None: the layer is)."""
+        return self.embedding is not None, tuple(None if layer is None else layer.foreign for layer in self.layers)
+
+
+P = TypeVar("P", Embedding, Layer)
 
 
 class NotExactError(Exception):
@@ -101,36 +113,53 @@ def expect(module: Any, *classes: type) -> None:
         raise NotExactError(module, f"has a {own} of its own")
 
 
-def expect_parts(parts: Embedding | Layer) -> None:
-    """Raises NotExactError unless each module of `parts` is a plain one that the fused path can stand in for."""
-    for name, module in parts._asdict().items():
-        if name == "heads":
+def exact(parts: P) -> P:
+    """The parts, with the foreign ones named. Raises NotExactError where another module is not what is assumed."""
+    linears = LINEARS if isinstance(parts, Layer) else ()
+    for name, kind in _KINDS[type(parts)].items():
+        module = getattr(parts, name)
+        if name in linears or not isinstance(module, nn.Module):
             continue
-        expect(module, _KINDS[type(parts)][name])
+        expect(module, kind)
         if isinstance(module, nn.Dropout):
             if not 0.0 <= module.p < 1.0:
                 raise NotExactError(module, f"drops with p = {module.p}")
         elif isinstance(module, nn.Embedding):
             if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
                 raise NotExactError(module, "has max_norm, scale_grad_by_freq or sparse set")
-        elif module.bias is None or module.weight is None:
-            raise NotExactError(module, "has no bias" if module.bias is None else "has no weight")
+        elif module.weight is None or module.bias is None:
+            raise NotExactError(module, "has no weight or no bias")
     if isinstance(parts, Layer):
         _expect_shapes(parts)
+        return parts._replace(foreign=tuple(name for name in linears if why_foreign(getattr(parts, name))))
+    return parts
+
+
+def why_foreign(module: Any) -> str | None:
+    """Why the fused path calls a module in the place of a Linear; None for a plain Linear with a bias."""
+    try:
+        expect(module, nn.Linear)
+    except NotExactError as found:
+        return found.why
+    return "has no bias" if module.bias is None else None
 
 
 def _expect_shapes(layer: Layer) -> None:
-    width = layer.query.weight.shape[1]
-    inner = layer.interm_dense.weight.shape[0]
-    for module in (layer.query, layer.key, layer.value, layer.attention_dense):
-        if module.weight.shape != (width, width):
-            raise NotExactError(module, f"has a weight of shape {list(module.weight.shape)}, not [{width}, {width}]")
-    for module, shape in ((layer.interm_dense, (inner, width)), (layer.out_dense, (width, inner))):
+    width, inner = layer.attention_norm.weight.shape[0], None
+    for name in LINEARS:
+        module: Any = getattr(layer, name)
+        if type(module) is not nn.Linear:
+            continue
+        if name in ("interm_dense", "out_dense"):
+            own = module.weight.shape[0 if name == "interm_dense" else 1]
+            inner = own if inner is None else inner
+            shape = (inner, width) if name == "interm_dense" else (width, inner)
+        else:
+            shape = (width, width)
         if module.weight.shape != shape:
             raise NotExactError(module, f"has a weight of shape {list(module.weight.shape)}, not {list(shape)}")
-    for norm in (layer.attention_norm, layer.out_norm):
-        if norm.weight.shape != (width,):
-            raise NotExactError(norm, f"has a weight of shape {list(norm.weight.shape)}, not [{width}]")
+    if layer.out_norm.weight.shape != (width,):
+        raise NotExactError(layer.out_norm, f"has a weight of shape {list(layer.out_norm.weight.shape)}, not [{width}]")
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -184,6 +213,8 @@ def plan(
     names = {module: name for name, module in root.named_modules()}
     found = _look(embedding, (), names, reasons) if embedding else None
     parts = tuple(_look(layer, (module,), names, reasons) for module in layers)
+    for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
+        reasons.setdefault(str(why_foreign(foreign)), names[foreign])
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
     parameters = [p for module in root.modules() for p in module._parameters.values() if p is not None]
     _seen[root] = _Seen(fingerprint, parameters, fresh)

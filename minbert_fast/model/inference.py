@@ -24,7 +24,7 @@ from minbert_fast import ops
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.fused import Embedding
-from minbert_fast.model.passes import Attend, PackedRows, Rows, TokenRows
+from minbert_fast.model.passes import Attend, PackedRows, Rows, TokenRows, called
 from minbert_fast.ops.pooling import pool
 
 Item = TypeVar("Item")
@@ -78,7 +78,7 @@ class Snapshot:
     @torch.inference_mode()
     def hidden(self, rows: PackedRows) -> Tensor:
         """The last hidden state [N, H] of packed rows."""
-        if all(self.model.plan().exact):
+        if not self.model.plan().reasons:
             return self.model.encode_rows(self, rows)
         with _evaluating(self.model):
             return self.model.encode_rows(self, rows)
@@ -97,14 +97,12 @@ class Snapshot:
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         return F.linear(x, self._ready(module.weight))
 
-    def add_norm(
-        self, x: Tensor, module: nn.Linear, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
-    ) -> Tensor:
-        bias, gamma, beta = (self._ready(p) for p in (module.bias, norm.weight, norm.bias))
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        bias, gamma, beta = (self._ready(p) for p in (bias, norm.weight, norm.bias))
         return ops.add_norm(x, bias, residual, gamma, beta, norm.eps)
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return ops.bias_gelu(x, self._ready(module.bias))
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        return ops.bias_gelu(x, self._ready(bias))
 
     def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
         word, position, kind = (self._ready(table.weight) for table in (parts.word, parts.position, parts.type))
@@ -117,10 +115,13 @@ class Snapshot:
     def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
         return lambda qkv: rows.attention(qkv, 0.0, None, 0)
 
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        return called(module, hidden, *more)
+
     def enter(self, layer: int, hidden: Tensor) -> None: ...
 
     def _ready(self, parameter: Tensor) -> Tensor:
-        return self._weights[id(parameter)]
+        return self._weights.get(id(parameter), parameter)  # zeros stand in for the bias of a foreign module
 
 
 _changing_modes = threading.Lock()

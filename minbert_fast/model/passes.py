@@ -12,13 +12,14 @@ Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -192,13 +193,11 @@ class Pass(Protocol):
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         """x W^T [N, O]; the op that follows adds the module's bias."""
 
-    def add_norm(
-        self, x: Tensor, module: nn.Linear, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
-    ) -> Tensor:
-        """LayerNorm(residual + dropout(x + the module's bias)) [N, H]."""
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        """GELU(x + the module's bias) [N, F]."""
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """GELU(x + bias) [N, F]."""
 
     def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
         """dropout(LayerNorm(word + position + type rows)) [N, H]."""
@@ -206,20 +205,41 @@ class Pass(Protocol):
     def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
         """Attention among `rows`, with a dropout stream of its own."""
 
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
+
     def enter(self, layer: int, hidden: Tensor) -> None:
         """`hidden` [N, H] is about to enter layer number `layer`."""
 
 
 def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
     """One BERT layer: hidden [N, H] -> [N, H]."""
+
+    def product(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """x W^T, and the bias that the next op adds; a foreign module has added its own."""
+        module: Any = getattr(layer, name)
+        if name not in layer.foreign:
+            return run.product(x, module), module.bias
+        y = rows.rows(run.call(module, rows.rectangle(x)))
+        return y, y.new_zeros(y.shape[-1])
+
+    def projections() -> Tensor:
+        modules: tuple[Any, ...] = (layer.query, layer.key, layer.value)
+        if not layer.foreign:
+            return run.linear(hidden, *modules)
+        padded, columns = rows.rectangle(hidden), []
+        for name, module in zip(("query", "key", "value"), modules, strict=True):
+            own = name in layer.foreign
+            columns.append(rows.rows(run.call(module, padded)) if own else run.linear(hidden, module))
+        return torch.cat(columns, -1)
+
     attend = run.attend(rows, layer.probability_dropout)
-    qkv = run.linear(hidden, layer.query, layer.key, layer.value)  # [N, 3 H]
-    context = attend(qkv.unflatten(-1, (3, layer.heads, -1)))  # [N, 3, h, d] -> [N, H]
-    branch = run.product(context, layer.attention_dense)  # [N, H]; add_norm adds the bias
-    hidden = run.add_norm(branch, layer.attention_dense, layer.attention_dropout, hidden, layer.attention_norm)
-    inner = run.bias_gelu(run.product(hidden, layer.interm_dense), layer.interm_dense)  # [N, F]
-    branch = run.product(inner, layer.out_dense)  # [N, H]
-    return run.add_norm(branch, layer.out_dense, layer.out_dropout, hidden, layer.out_norm)
+    context = attend(projections().unflatten(-1, (3, layer.heads, -1)))  # [N, 3, h, d] -> [N, H]
+    branch, bias = product(context, "attention_dense")  # [N, H]
+    hidden = run.add_norm(branch, bias, layer.attention_dropout, hidden, layer.attention_norm)
+    inner = run.bias_gelu(*product(hidden, "interm_dense"))  # [N, F]
+    branch, bias = product(inner, "out_dense")  # [N, H]
+    return run.add_norm(branch, bias, layer.out_dropout, hidden, layer.out_norm)
 
 
 def through(
@@ -240,7 +260,8 @@ def through(
         if parts is None:
             padded = rows.rectangle(hidden) if padded is None else padded
             run.enter(number, padded)
-            padded = called(module, padded, extended_mask(rows.mask(), padded.dtype), recompute)
+            mask = extended_mask(rows.mask(), padded.dtype)
+            padded = checkpointed(run.call, module, padded, mask) if recompute else run.call(module, padded, mask)
         else:
             hidden, padded = (hidden if padded is None else rows.rows(padded)), None
             run.enter(number, hidden)
@@ -248,12 +269,16 @@ def through(
     return hidden if padded is None else rows.rows(padded)
 
 
-def called(module: nn.Module, hidden: Tensor, mask: Tensor, recompute: bool = False) -> Tensor:
-    """A layer as the module it is: hidden [B, S, H], mask [B, 1, 1, S] added to the scores -> [B, S, H]."""
-    parameter = next(module.parameters(), hidden)
-    cast = parameter.dtype != hidden.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """A module as the module it is: hidden [B, S, I] -> [B, S, O]; `weights` stand in for its parameters of these names.
+
+    In autocast where its parameters have another dtype than half-precision `hidden`.
+    """
+    dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
+    cast = hidden.dtype in (torch.bfloat16, torch.float16) and dtype != hidden.dtype
     with torch.autocast(hidden.device.type, hidden.dtype) if cast else nullcontext():
-        out: Tensor = checkpoint(module, hidden, mask, use_reentrant=False) if recompute else module(hidden, mask)
+        inputs = (hidden, *more)
+        out: Tensor = module(*inputs) if weights is None else functional_call(module, dict(weights), inputs)
     return out.to(hidden.dtype)
 
 
@@ -266,6 +291,12 @@ def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1.0 - extended.to(dtype)) * -10000.0
 
 
+def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """function(*arguments), computed again in the backward."""
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return out
+
+
 def recomputed(parts: Layer, hidden: Tensor, run: Any, rows: Rows) -> Tensor:
     """A fused layer that keeps its input alone; its second run draws the same dropout as its first."""
     site = run.sites
@@ -274,8 +305,7 @@ def recomputed(parts: Layer, hidden: Tensor, run: Any, rows: Rows) -> Tensor:
         run.sites = site
         return fused_layer(parts, hidden, run, rows)
 
-    out: Tensor = checkpoint(layer, hidden, use_reentrant=False)
-    return out
+    return checkpointed(layer, hidden)
 
 
 # ---- Passes ----------------------------------------------------------------------------------------------------------
@@ -316,29 +346,30 @@ class AutogradPass(Streams):
         dtype = _product_dtype(x, module.weight)
         return F.linear(x.to(dtype), module.weight.to(dtype))
 
-    def add_norm(
-        self, x: Tensor, module: nn.Linear, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
-    ) -> Tensor:
-        bias, gamma, beta = (t.to(x.dtype) for t in (module.bias, norm.weight, norm.bias))
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        bias, gamma, beta = (t.to(x.dtype) for t in (bias, norm.weight, norm.bias))
         p = probability(dropout)
         return ops.add_norm(
             x, bias, residual.to(x.dtype), gamma, beta, norm.eps, p, self._seed_on(x.device, p), self.site()
         )
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return ops.bias_gelu(x, module.bias.to(x.dtype))
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        return ops.bias_gelu(x, bias.to(x.dtype))
 
     def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        tables = [_without_padding(table) for table in (parts.word, parts.position, parts.type)]
+        word, position, kind = (_without_padding(table) for table in (parts.word, parts.position, parts.type))
         norm, p = parts.norm, probability(parts.dropout)
         return ops.embedding(
-            rows.tokens, rows.positions, rows.types, *tables, norm.weight, norm.bias, norm.eps,
+            rows.tokens, rows.positions, rows.types, word, position, kind, norm.weight, norm.bias, norm.eps,
             p, self._seed_on(rows.tokens.device, p), self.site(),
         )  # fmt: skip
 
     def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
         p, site = probability(dropout), self.site()
         return lambda qkv: rows.attention(qkv, p, self._seed_on(qkv.device, p), site)
+
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        return called(module, hidden, *more)
 
     def enter(self, layer: int, hidden: Tensor) -> None: ...
 

@@ -162,9 +162,7 @@ def _read_embedding(model: Any) -> fused.Embedding:
     fused.expect(model.embeddings, classes["BertEmbeddings"])
     fused.expect(model.encoder, classes["BertEncoder"])
     fused.expect(model.encoder.layer, nn.ModuleList)
-    parts = _embedding_parts(model.embeddings)
-    fused.expect_parts(parts)
-    return parts
+    return fused.exact(_embedding_parts(model.embeddings))
 
 
 def _read_layer(model: Any, layer: Any) -> fused.Layer:
@@ -181,10 +179,9 @@ def _read_layer(model: Any, layer: Any) -> fused.Layer:
     if getattr(activation, "act", None) is not F.gelu:
         raise fused.NotExactError(layer.intermediate, f"has another activation than gelu ({activation!r:.60})")
     fused.expect(activation, sys.modules["transformers.activations"].GELUActivation)
-    parts = _layer_parts(layer)
-    fused.expect_parts(parts)
+    parts = fused.exact(_layer_parts(layer))
     heads, width = parts.heads, layer.attention.self.attention_head_size
-    if heads * width != parts.query.weight.shape[0]:
+    if heads * width != parts.attention_norm.weight.shape[0]:
         raise fused.NotExactError(layer.attention.self, f"has {heads} heads of {width}")
     return parts
 

@@ -7,6 +7,7 @@ device until somebody logs them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras import Extras
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters
-from minbert_fast.step.flat_pass import OnePass
+from minbert_fast.step.flat_pass import OnePass, check_unshared
 from minbert_fast.step.naive import ReferenceStep
 from minbert_fast.step.optim import FlatAdamW
 from minbert_fast.step.stepping import (
@@ -68,13 +69,14 @@ class OnePassStep:
         self.world = world or World()
         self.weights = surgery_of(recipe)
         self.apart = recipe.surgery.method != "none"
+        check_unshared(model.encoder)
         parts = trainable(model, recipe)
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
         sharded = recipe.training.shard and self.world.size > 1
         kind = ShardedExchange if sharded else Exchange
         rows = len(recipe.tasks) if self.apart else 1
         own = {id(p) for p in model.encoder.one_pass_parameters()}
-        self.exact = model.encoder.plan().exact
+        self.shape = model.encoder.plan().shape
         layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.bert_layers]
         self.exchange = kind(self.world, self.flat, rows, dtype, layers)
         self.gradients = self.exchange.gradients
@@ -105,7 +107,7 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
-        if self.model.encoder.plan().exact != self.exact:
+        if self.model.encoder.plan().shape != self.shape:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
         seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
         reseed(seed, self.steps)
@@ -163,7 +165,9 @@ class OnePassStep:
         # Without a need to keep tasks apart, one row of J takes them all: from the first task's row to the last's.
         bounds = packed.task_tokens if self.apart else torch.stack((packed.task_tokens[0], packed.task_tokens[-1]))
         noise = self.extras.noise(batch, bounds, self.seed)
-        run = OnePass(self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready)
+        run = OnePass(
+            self.flat, self.gradients, packed, bounds, self.seed, noise, self.exchange.ready, self._sentences(batch)
+        )
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
         losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
@@ -182,6 +186,11 @@ class OnePassStep:
             self._scatter_words(batch)
         laps.lap("backward")
         return torch.stack([loss.detach() for loss in losses])
+
+    def _sentences(self, batch: MultitaskBatch) -> list[int]:
+        """The first sentence of each row of J, and the end."""
+        ends = list(itertools.accumulate((batch.examples(t) * batch.arity[t] for t in batch.tasks), initial=0))
+        return ends if self.apart else [0, ends[-1]]
 
     def _others(self, losses: Sequence[Tensor]) -> None:
         """Per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own.

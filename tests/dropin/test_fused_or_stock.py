@@ -154,6 +154,11 @@ def appended(model: BertModel) -> None:
     model.bert_layers.append(BertLayer(model.config).eval())
 
 
+def shared(model: BertModel) -> None:
+    """One layer, used twice."""
+    model.bert_layers.append(model.bert_layers[0])
+
+
 def cut(model: BertModel) -> None:
     model.bert_layers = model.bert_layers[1:]
 
@@ -178,10 +183,10 @@ def hooked_output(model: BertModel) -> None:
 
 
 CHANGES = [
-    relu, without_bias, subclassed, wrapped_linear, wrapped_embedding, another_norm, appended, cut, parametrized, pruned,
+    relu, without_bias, subclassed, wrapped_linear, wrapped_embedding, another_norm, appended, shared, cut, parametrized, pruned,
     own_forward, hooked_output,
 ]  # fmt: skip
-STAYS_FUSED = (appended, cut)
+STAYS_FUSED = (appended, shared, cut)
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "after a call"])

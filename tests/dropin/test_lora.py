@@ -19,6 +19,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.model.weights import WeightsError
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.flat_pass import OnePass
 from minbert_fast.step.one_pass import OnePassStep, make_step
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from tests.dropin.cases import batch, close, course, small
@@ -94,10 +95,11 @@ def test_merging_makes_a_plain_fused_model(fused_layers: list[Any]) -> None:
     tuned = peft.get_peft_model(model, config).eval()
     with pytest.warns(UserWarning, match="query is a"):
         expected = tuned(ids, mask)["last_hidden_state"]
-    assert not fused_layers
+    assert all(layer.foreign == ("query", "value", "out_dense") for layer in fused_layers)
+    del fused_layers[:]
     merged = tuned.merge_and_unload()
     close(merged(ids, mask)["last_hidden_state"], expected)
-    assert len(fused_layers) == 3
+    assert [layer.foreign for layer in fused_layers] == [()] * 3
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------------
@@ -264,6 +266,37 @@ def test_foreign_embeddings_are_refused_by_name() -> None:
     step = make_step("fast", model, chosen, torch.float32)
     with pytest.raises(ConfigError, match=r"word_embedding has hooks: the fast backend .* use --backend reference"):
         step(examples(model, {"sentiment": 2, "paraphrase": 2, "similarity": 2}, 0), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs as plain modules")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pass_over_constants_has_the_same_outputs(change: str) -> None:
+    """The pass of SMART's adversary: no parameter gets a gradient, the noise does."""
+    chosen = recipe()
+    model = multitask(chosen, CHANGES[change]).train()
+    step = OnePassStep(model, chosen, torch.float32)
+    packed = examples(model, {"sentiment": 5, "paraphrase": 4, "similarity": 3}, 0).packed
+    noise = torch.zeros(400, 48, requires_grad=True)
+    hidden = model.encoder.encode_packed(OnePass(step.flat, None, packed, packed.task_tokens, step.seed, noise), packed)
+    close(hidden[: packed.num_tokens], model.encoder(packed)["last_hidden_state"][: packed.num_tokens])
+    before = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    hidden[: packed.num_tokens].square().sum().backward()
+    assert noise.grad is not None
+    assert noise.grad[: packed.num_tokens].any()
+    for name, p in model.named_parameters():
+        kept = before[name]
+        assert (p.grad is None) == (kept is None), name
+        assert kept is None or (p.grad is not None and torch.equal(p.grad, kept)), name
+
+
+def test_shared_layers_are_refused_by_name() -> None:
+    def shared(model: BertModel) -> None:
+        model.bert_layers.append(model.bert_layers[0])
+
+    chosen = recipe()
+    with pytest.raises(ConfigError, match=r"bert_layers\.0\.self_attention\.query\.weight is used in two places"):
+        make_step("fast", multitask(chosen, shared), chosen, torch.float32)
+    make_step("reference", multitask(chosen, shared), chosen, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs as plain modules")
