@@ -95,6 +95,7 @@ def run_command(line: str, checkout: Path) -> None:
         pytest.fail(f"no way to run: {line}")
 
 
+@pytest.mark.filterwarnings("ignore:.*runs as plain modules")  # what docs/using.md says of a changed model
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", [page for page in PAGES if list(pieces(page))], ids=lambda page: page.name)
 def test_everything_on_the_page_runs(page: Path, checkout: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
-from minbert_fast.model.inference import SentenceRows, Snapshot, by_length, embed, encode, side_by_side
+from minbert_fast.model.inference import Snapshot, by_length, embed, encode, gather, side_by_side
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,6 +37,12 @@ def sentences() -> list[str]:
     return ["", *table.sentences[0][:60], long, table.sentences[0][3]]
 
 
+def vectors_of(
+    model: BertModel, texts: list[str], tokenizer: Tokenizer, dtype: torch.dtype = torch.float32, **options: Any
+) -> np.ndarray:
+    return encode(Snapshot(model, dtype), texts, tokenizer, **options)
+
+
 def one_by_one(model: BertModel, tokenizer: Tokenizer, sentences: list[str], pooling: str, limit: int) -> np.ndarray:
     """Each sentence alone through `model(input_ids, attention_mask)`."""
     vectors = []
@@ -53,7 +60,7 @@ def one_by_one(model: BertModel, tokenizer: Tokenizer, sentences: list[str], poo
 def test_vectors_are_those_of_each_sentence_alone(model, tokenizer, sentences, pooling):
     expected = one_by_one(model, tokenizer, sentences, pooling, 128)
     told: list[int] = []
-    got = model.encode(sentences, tokenizer, pooling=pooling, progress=told.append)
+    got = vectors_of(model, sentences, tokenizer, pooling=pooling, progress=told.append)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
     assert sum(told) == len(sentences)
@@ -69,8 +76,8 @@ def test_batches_of_any_size_and_a_shorter_limit(model, tokenizer, sentences, bu
 
 
 def test_bf16_products_keep_the_direction(model, tokenizer, sentences):
-    exact = model.encode(sentences, tokenizer)
-    rounded = model.encode(sentences, tokenizer, dtype=torch.bfloat16)
+    exact = vectors_of(model, sentences, tokenizer)
+    rounded = vectors_of(model, sentences, tokenizer, dtype=torch.bfloat16)
     assert cosine_rows(exact, rounded).min() > 0.999
     assert np.abs(exact - rounded).max() > 0  # products were rounded
 
@@ -84,28 +91,28 @@ def test_real_weights_agree_with_transformers(minilm: Path):
         hidden = stock(**batch).last_hidden_state * batch["attention_mask"][..., None]
     expected = (hidden.sum(1) / batch["attention_mask"].sum(1, keepdim=True)).numpy()
     model, tokenizer = BertModel.from_pretrained(minilm), Tokenizer.from_pretrained(minilm)
-    np.testing.assert_allclose(model.encode(sentences, tokenizer), expected, rtol=1e-3, atol=1e-5)
-    rounded = model.encode(sentences, tokenizer, dtype=torch.bfloat16)
+    np.testing.assert_allclose(vectors_of(model, sentences, tokenizer), expected, rtol=1e-3, atol=1e-5)
+    rounded = vectors_of(model, sentences, tokenizer, dtype=torch.bfloat16)
     assert cosine_rows(rounded, expected).min() > 0.999
 
 
 def test_no_sentences(model, tokenizer):
-    assert model.encode([], tokenizer).shape == (0, 64)
+    assert vectors_of(model, [], tokenizer).shape == (0, 64)
 
 
 def test_a_string_is_no_list_of_sentences(model, tokenizer):
     with pytest.raises(ValueError, match="expected a list"):
-        model.encode("a film", tokenizer)
+        vectors_of(model, "a film", tokenizer)
     with pytest.raises(ValueError, match="max_length is 1"):
-        model.encode(["a film"], tokenizer, max_length=1)
+        vectors_of(model, ["a film"], tokenizer, max_length=1)
 
 
 def test_training_mode_and_gradients_stay_out_of_it(model, tokenizer, sentences):
     """No dropout and no graph, though the model trains; and the model is left as it was."""
-    expected = model.encode(sentences, tokenizer)
+    expected = vectors_of(model, sentences, tokenizer)
     model.train()
     try:
-        np.testing.assert_array_equal(model.encode(sentences, tokenizer), expected)
+        np.testing.assert_array_equal(vectors_of(model, sentences, tokenizer), expected)
         assert model.training
         assert all(p.grad is None for p in model.parameters())
     finally:
@@ -138,7 +145,7 @@ def test_batches_hold_each_sentence_once_under_the_budget():
 
 def test_rows_are_cut_with_the_last_token_kept(tokenizer):
     encoded = tokenizer.encode(["a film about a film about a film", "a"])
-    rows = SentenceRows.gather(encoded, np.array([1, 0]), 5)
+    rows = gather(encoded, np.array([1, 0]), 5)
     assert rows.cu_seqlens.tolist() == [0, 3, 8]
     assert rows.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert rows.tokens[3:8].tolist() == [*encoded[0][:4].tolist(), tokenizer.sep_id]

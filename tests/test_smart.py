@@ -53,17 +53,17 @@ def noise_of(step: OnePassStep, batch: MultitaskBatch, seed: int = 5) -> Tensor:
 class Perturbed(AutogradPass):
     """The encoder by ordinary autograd, with something added to its embeddings."""
 
-    def __init__(self, config: BertConfig, noise: Tensor) -> None:
-        super().__init__(config, training=False)
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__()
         self.noise = noise
 
-    def embed(self, rows: Any, model: BertModel) -> Tensor:
-        return super().embed(rows, model) + self.noise
+    def embed(self, rows: Any, parts: Any) -> Tensor:
+        return super().embed(rows, parts) + self.noise
 
 
 def apart(model: MultitaskModel, batch: MultitaskBatch, noise: Tensor) -> Tensor:
     """The divergences of the tasks in all, by ordinary autograd."""
-    hidden = model.encoder.encode_packed(Perturbed(model.encoder.config, noise), batch.packed)
+    hidden = model.encoder.encode_packed(Perturbed(noise), batch.packed)
     outputs = model.outputs(batch, hidden)
     return torch.stack([divergence(model.head(name), *halves(outputs[name])) for name in batch.tasks]).sum()
 
@@ -154,7 +154,7 @@ def test_a_smart_step_has_the_gradients_of_loss_and_divergence(surgery: str) -> 
     result = step.compute(batch)
 
     plain = twice(make_batch(model, SIZES))
-    hidden = model.encoder.encode_packed(Perturbed(CONFIG, expected_noise), plain.packed)
+    hidden = model.encoder.encode_packed(Perturbed(expected_noise), plain.packed)
     losses = model.losses(plain, hidden, agreement=Agreement(2.0, both=False))
     torch.testing.assert_close(result.losses, torch.stack(list(losses.values())).detach(), atol=1e-5, rtol=1e-4)
     weight = model.encoder.bert_layers[0].interm_dense.weight

@@ -1,48 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drop-in minBERT encoder (Devlin et al. 2019): the course's names, one body, two ways through it.
+"""The drop-in minBERT (Devlin et al. 2019): the course's module tree, and one fused path that computes the same faster.
 
     model(input_ids, attention_mask) -> {"last_hidden_state": [B, S, H], "pooler_output": [B, H]}   course code
     model(packed_batch)              -> {"last_hidden_state": [N, H]}                               no padding
 
-The layers below read the same either way: a *pass* (`minbert_fast/model/passes.py`) says where a weight comes from (the
-parameter itself, or a view of the flat bf16 copy) and where its gradient goes (`.grad`, or per task into J).
+Every module works on its own and has the course's signature. The fused path is an optimisation of this tree: it computes
+the parts that are exactly as they were built (`model/fused.py` decides), and all others run as the modules they are.
 
 Shapes: B sentences, S positions, N packed tokens, H hidden, h heads, d = H / h, F intermediate.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import itertools
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
-from minbert_fast.model import inference, weights
-from minbert_fast.model.config import BertConfig, Pooling
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.model import fused, weights
+from minbert_fast.model.config import BertConfig
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import Attend, Attention, AutogradPass, DenseRows, PackedRows, Pass
+from minbert_fast.model.passes import (
+    AutogradPass,
+    DenseRows,
+    DenseTokens,
+    PackedRows,
+    Pass,
+    called,
+    checkpointed,
+    extended_mask,
+    through,
+)
 from minbert_fast.ops import backend
 
 
 class BertSelfAttention(nn.Module):
-    """Multi-head self-attention: query, key and value as one product, then softmax(q k^T / sqrt(d)) v."""
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.all_head_size = self.num_attention_heads * self.attention_head_size
+        self.query = nn.Linear(config.hidden_size, self.all_head_size)
+        self.key = nn.Linear(config.hidden_size, self.all_head_size)
+        self.value = nn.Linear(config.hidden_size, self.all_head_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden: Tensor, run: Pass, attend: Attend) -> Tensor:
-        qkv = run.linear(hidden, self.query, self.key, self.value)  # [N, 3 H]
-        return attend(qkv.unflatten(-1, (3, self.num_attention_heads, -1)))  # [N, 3, h, d] -> [N, H]
+    def transform(self, x: Tensor, linear_layer: nn.Module) -> Tensor:
+        """x [B, S, H] through a linear layer, split into heads [B, h, S, d]."""
+        projected: Tensor = linear_layer(x)
+        return projected.view(*x.shape[:2], self.num_attention_heads, self.attention_head_size).transpose(1, 2)
+
+    def attention(self, key: Tensor, query: Tensor, value: Tensor, attention_mask: Tensor) -> Tensor:
+        """key, query, value [B, h, S, d] -> [B, S, H]; attention_mask [B, 1, 1, S] is added to the scores [B, h, S, S]."""
+        scores = query @ key.transpose(-1, -2) / math.sqrt(self.attention_head_size) + attention_mask
+        probabilities = self.dropout(scores.softmax(-1))
+        context: Tensor = probabilities @ value
+        return context.transpose(1, 2).flatten(2)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """hidden_states [B, S, H], attention_mask [B, 1, 1, S] (0 attended, -10000 not) -> [B, S, H]."""
+        key = self.transform(hidden_states, self.key)
+        query = self.transform(hidden_states, self.query)
+        value = self.transform(hidden_states, self.value)
+        return self.attention(key, query, value, attention_mask)
 
 
 class BertLayer(nn.Module):
@@ -53,39 +85,77 @@ class BertLayer(nn.Module):
         self.self_attention = BertSelfAttention(config)
         self.attention_dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.attention_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.interm_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.interm_af: Callable[[Tensor], Tensor] = F.gelu
         self.out_dense = nn.Linear(config.intermediate_size, config.hidden_size)
         self.out_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.out_dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden: Tensor, run: Pass, attend: Attend) -> Tensor:
-        context = self.self_attention(hidden, run, attend)  # [N, H]
-        branch = run.product(context, self.attention_dense)  # [N, H]; the bias joins add_norm
-        hidden = run.add_norm(branch, self.attention_dense, hidden, self.attention_layer_norm)
-        inner = run.bias_gelu(run.product(hidden, self.interm_dense), self.interm_dense)  # [N, F]
-        branch = run.product(inner, self.out_dense)  # [N, H]
-        return run.add_norm(branch, self.out_dense, hidden, self.out_layer_norm)
+    def add_norm(
+        self, input: Tensor, output: Tensor, dense_layer: nn.Module, dropout: nn.Module, ln_layer: nn.Module
+    ) -> Tensor:
+        """LayerNorm(input + dropout(dense(output))): input [B, S, H], output [B, S, H or F] -> [B, S, H]."""
+        normed: Tensor = ln_layer(input + dropout(dense_layer(output)))
+        return normed
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """hidden_states [B, S, H], attention_mask [B, 1, 1, S] (0 attended, -10000 not) -> [B, S, H]."""
+        context = self.self_attention(hidden_states, attention_mask)
+        hidden_states = self.add_norm(
+            hidden_states, context, self.attention_dense, self.attention_dropout, self.attention_layer_norm
+        )
+        inner = self.interm_af(self.interm_dense(hidden_states))  # [B, S, F]
+        return self.add_norm(hidden_states, inner, self.out_dense, self.out_dropout, self.out_layer_norm)
 
 
 class BertModel(nn.Module):
-    """BERT with the course's attribute names; weights from `from_pretrained`, or drawn as BERT draws them."""
+    """BERT with the course's attribute names; weights from `from_pretrained`, or drawn as BERT draws them.
+
+    The model keeps its own copy of `config`. Raises ConfigError for a configuration that is impossible.
+    """
+
+    position_ids: Tensor  # [1, positions], a buffer
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.config = config
-        self.gradient_checkpointing = False  # True: a layer's activations are computed again in the backward pass
+        config.check()
+        self.config = copy.copy(config)
+        self.name_or_path = config.name_or_path
+        self.gradient_checkpointing = False  # True: the backward pass computes each layer's activations again
         self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.pos_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.tk_type_embedding = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.embed_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embed_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
         self.bert_layers = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.pooler_dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.apply(self._initialise)
+        self.pooler_af = nn.Tanh()
+        self._built = copy.copy(config)
+        self._warned: set[str] = set()
+        self.init_weights()
 
-    def _initialise(self, module: nn.Module) -> None:
+    def init_weights(self) -> None:
+        """Draws all weights afresh, as BERT does before its pre-training."""
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        # A replica of DataParallel has plain attributes instead of parameters.
+        attributes = (value for module in self.modules() for value in vars(module).values())
+        replicated = (t for t in attributes if isinstance(t, Tensor) and t.is_floating_point())
+        return next(itertools.chain(self.parameters(), replicated)).dtype
 
     def forward(
         self,
@@ -100,102 +170,153 @@ class BertModel(nn.Module):
         Sentences longer than the model's positions are truncated with a warning (their outputs beyond are zeros).
         """
         if isinstance(input_ids, PackedBatch):
-            return {"last_hidden_state": self.encode_packed(AutogradPass(self.config, self.training), input_ids)}
-        hidden = self.last_hidden_state(input_ids, attention_mask, token_type_ids)
-        return {"last_hidden_state": hidden, "pooler_output": self.pool(hidden[:, 0])}
-
-    def pool(self, first: Tensor) -> Tensor:
-        """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
-        return torch.tanh(self.pooler_dense(first.to(self.pooler_dense.weight.dtype)))
-
-    def encode_packed(self, run: Pass, batch: PackedBatch) -> Tensor:
-        """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
-        rows = PackedRows(batch)
-        hidden = run.embed(rows, self)
-        for number, layer in enumerate(self.layers()):
-            run.enter(number, hidden)
-            hidden = layer(hidden, run, run.attend(rows))
-        return hidden
-
-    def _checkpointed(self, layer: BertLayer, hidden: Tensor, run: AutogradPass, rows: Attention) -> Tensor:
-        """A layer of which only the input is kept; its second run draws the same dropout as its first."""
-        site = run.sites
-
-        def again(hidden: Tensor) -> Tensor:
-            run.sites = site
-            out: Tensor = layer(hidden, run, run.attend(rows))
-            return out
-
-        out: Tensor = checkpoint(again, hidden, use_reentrant=False)
-        return out
-
-    def encode(
-        self,
-        sentences: Sequence[str],
-        tokenizer: inference.Encodes,
-        *,
-        pooling: Pooling = "mean",
-        normalize: bool = False,
-        max_length: int | None = None,
-        dtype: torch.dtype | None = None,
-        progress: Callable[[int], object] | None = None,
-    ) -> np.ndarray:
-        """One vector a sentence, fp32 [n, H]: sorted by length, packed, without gradients and dropout.
-
-        `tokenizer` is `minbert_fast.data.Tokenizer.from_pretrained(directory)`. `dtype` is the precision of the products
-        (None: the parameters' own). `progress` is told how many sentences each batch had. `Predictor` keeps converted
-        weights between calls. Raises ValueError for a single string or a `max_length` below 2.
-        """
-        snapshot = inference.Snapshot(self, dtype or self.word_embedding.weight.dtype)
-        return inference.encode(
-            snapshot,
-            sentences,
-            tokenizer,
-            pooling=pooling,
-            normalize=normalize,
-            max_length=max_length,
-            progress=progress,
-        )
-
-    def last_hidden_state(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        """The last hidden state [B, S, H] of rectangular input, as `forward` has it."""
-        limit = self.config.max_position_embeddings
-        batch, length = input_ids.shape
+            return {"last_hidden_state": self.encode_packed(AutogradPass(), input_ids)}
+        limit, length = self.position_ids.shape[1], input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if length > limit:
             count = int((mask[:, limit:] != 0).any(1).sum())
-            warnings.warn(f"{count} of {batch} sentences exceed {limit} positions and were truncated", stacklevel=3)
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        drop_padding = backend.drops_padding(input_ids)
-        rows = DenseRows.of(input_ids[:, :limit], mask[:, :limit], types[:, :limit], drop_padding)
-        run = AutogradPass(self.config, self.training)
-        hidden = run.embed(rows, self)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layers():
-            hidden = self._checkpointed(layer, hidden, run, rows) if again else layer(hidden, run, run.attend(rows))
-        return rows.rectangle(hidden, length)
+            words = f"{count} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
+            warnings.warn(words, stacklevel=2)
+        types = None if token_type_ids is None else token_type_ids[:, :limit]
+        hidden = self._hidden(input_ids[:, :limit], mask[:, :limit], types)
+        if length > limit:
+            hidden = F.pad(hidden, (0, 0, 0, length - limit))
+        return {"last_hidden_state": hidden, "pooler_output": self.pool(hidden[:, 0])}
 
-    def layers(self) -> list[BertLayer]:
-        """The encoder's layers, bottom first."""
-        return [layer for layer in self.bert_layers if isinstance(layer, BertLayer)]
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """dropout(LayerNorm(word + position + type)): input_ids, token_type_ids (None: 0) [B, S] -> [B, S, H]."""
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        total = self.word_embedding(input_ids) + self.pos_embedding(self.position_ids[:, : input_ids.shape[1]])
+        embedded: Tensor = self.embed_dropout(self.embed_layer_norm(total + self.tk_type_embedding(types)))
+        return embedded
+
+    def encode(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings [B, S, H] through all layers; attention_mask [B, S] as for `forward`."""
+        plan = self.plan()
+        if attention_mask.dim() != 2 or not any(plan.layers):
+            return self._layers(hidden_states, attention_mask)
+        rows = DenseRows.of(attention_mask, backend.drops_padding(hidden_states))
+        hidden = rows.rows(hidden_states)
+        return rows.rectangle(through(AutogradPass(), rows, hidden, self.bert_layers, plan.layers, self._recompute()))
+
+    def pool(self, first: Tensor) -> Tensor:
+        """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
+        pooled: Tensor = self.pooler_af(self.pooler_dense(first.to(self.dtype)))
+        return pooled
+
+    def stock(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """The last hidden state [B, S, H] by the modules themselves, whatever the fused path could compute."""
+        embedded = self.embed(input_ids) if token_type_ids is None else self.embed(input_ids, token_type_ids)
+        return self._layers(embedded, attention_mask)
+
+    def _layers(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Every layer as a module; positions with mask 0 give zeros."""
+        extended = extended_mask(mask, hidden.dtype)
+        for layer in self.bert_layers:
+            again = self._recompute()
+            hidden = checkpointed(called, layer, hidden, extended) if again else called(layer, hidden, extended)
+        return hidden * (mask != 0)[:, :, None].to(hidden.dtype) if mask.dim() == 2 else hidden
+
+    def _recompute(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    @staticmethod
+    def get_extended_attention_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What layers add to their scores: [B, S] (1 attended, 0 not) -> [B, 1, 1, S] (0 attended, -10000 not)."""
+        return extended_mask(attention_mask, dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Older checkpoints lack this buffer, newer ones have it; it says nothing that the model does not know.
+        state_dict.setdefault(f"{prefix}position_ids", self.position_ids)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    # ---- The fused path ------------------------------------------------------------------------------------------
+
+    def _hidden(self, input_ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
+        """The last hidden state [B, S, H], fused where the modules are as they were built."""
+        plan = self.plan()
+        if plan.embedding is None:
+            return self.encode(self.embed(input_ids) if types is None else self.embed(input_ids, types), mask)
+        drop_padding = backend.drops_padding(input_ids)
+        kinds = torch.zeros_like(input_ids) if types is None else types
+        rows, run = DenseTokens.read(input_ids, mask, kinds, drop_padding), AutogradPass()
+        hidden = run.embed(rows, plan.embedding)
+        return rows.rectangle(through(run, rows, hidden, self.bert_layers, plan.layers, self._recompute()))
+
+    def encode_packed(self, run: Pass, batch: PackedBatch) -> Tensor:
+        """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
+        return self.encode_rows(run, PackedRows.of(batch))
+
+    def encode_rows(self, run: Pass, rows: PackedRows) -> Tensor:
+        """The last hidden state [N, H] of packed token rows, with weights and gradients as `run` says.
+
+        Raises ConfigError where `run` writes the gradients of embeddings that the fused path may not compute.
+        """
+        plan = self.plan()
+        if plan.embedding is not None:
+            hidden = run.embed(rows, plan.embedding)
+            return through(run, rows, hidden, self.bert_layers, plan.layers)
+        if run.owns_embeddings:
+            raise ConfigError(
+                f"{plan.reasons[0]}: the fast backend trains plain embeddings alone, use --backend reference"
+            )
+        ids, types = rows.rectangle(rows.tokens).long(), rows.rectangle(rows.types).long()
+        embedded = self.embed(ids, types) if types.any() else self.embed(ids)
+        return rows.rows(self.encode(embedded, rows.mask()))
+
+    def plan(self) -> fused.Plan:
+        """What the fused path computes; `plan().reasons` is empty where it computes everything."""
+        if not torch.compiler.is_compiling():
+            return self._plan()
+        # A constant of the compiled graph, which itself guards the modules that parts are read from.
+        embedding, foreign = self._shape()
+        pairs = zip(self.bert_layers, foreign, strict=True)
+        layers = [None if names is None else layer_parts(layer, names) for layer, names in pairs]
+        return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
+
+    @fused.constant_when_compiled
+    def _shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
+        return self._plan().shape
+
+    def _plan(self) -> fused.Plan:
+        positions = self.position_ids
+        version = 0 if positions.is_inference() else positions._version
+        extra = (id(positions), version, *vars(self.config).values(), *_methods(type(self)))
+        plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
+        slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
+        for words in (*slower, *self._contradictions()):
+            if words not in self._warned:
+                self._warned.add(words)
+                warnings.warn(words, stacklevel=4)
+        return plan
+
+    def _contradictions(self) -> list[str]:
+        """Fields of the configuration that were set after the model was built, and that its modules do not have."""
+        if self.config == self._built:
+            return []
+        follows = {
+            "num_hidden_layers": len(self.bert_layers),
+            "vocab_size": getattr(self.word_embedding, "num_embeddings", None),
+            "initializer_range": self.config.initializer_range,
+        }
+        built = vars(self._built) | {"name_or_path": self.config.name_or_path}
+        changed = [n for n, value in vars(self.config).items() if value not in (built.get(n, value), follows.get(n))]
+        words = "changes nothing in a model that is built: set it before BertModel(config), or change the modules"
+        return [f"config.{name} = {getattr(self.config, name)} {words}" for name in changed]
 
     def one_pass_parameters(self) -> list[nn.Parameter]:
         """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
 
-        All of the encoder but the word embedding (its gradient is row-sparse) and the pooler (a head in all but name).
-        Query, key and value stand together, so that they are one matrix.
+        All but the word embedding (its gradient is row-sparse) and the pooler (ordinary autograd). Query, key and value
+        stand together, so that they are one matrix.
         """
-        modules = [self.pos_embedding, self.tk_type_embedding, self.embed_layer_norm]
-        parameters = [p for module in modules for p in module.parameters()]
-        for layer in self.layers():
-            attend = layer.self_attention
-            qkv = (attend.query, attend.key, attend.value)
-            parameters += [m.get_parameter(kind) for kind in ("weight", "bias") for m in qkv]
-            for module in (layer.attention_dense, layer.attention_layer_norm, layer.interm_dense, layer.out_dense):
-                parameters += module.parameters()
-            parameters += layer.out_layer_norm.parameters()
+        plan = self.plan()
+        parameters: list[nn.Parameter] = []
+        if plan.embedding is not None:
+            modules = (plan.embedding.position, plan.embedding.type, plan.embedding.norm)
+            parameters += [p for module in modules for p in module.parameters()]
+        for layer, parts in zip(self.bert_layers, plan.layers, strict=True):
+            parameters += layer.parameters() if parts is None else parts.parameters()
         return parameters
 
     # ---- Weights -------------------------------------------------------------------------------------------------
@@ -254,11 +375,10 @@ class BertModel(nn.Module):
         found, tensors, left = weights.read(path, state_dict)
         base = config or found or weights.infer_config(tensors, where)
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
-        if hasattr(chosen, "name_or_path"):
-            object.__setattr__(chosen, "name_or_path", str(name_or_path))
+        chosen.name_or_path = str(name_or_path)
         with torch.device("meta"):  # whatever sizes a file declares, memory is taken for what it really holds
             wanted = cls(chosen).state_dict()
-        wanted.pop(weights.POSITIONS, None)
+        del wanted[weights.POSITIONS]
         missing = {key for key in wanted if key.startswith("pooler_dense.")}
         if any(key in tensors for key in missing):
             missing = set()
@@ -273,5 +393,94 @@ class BertModel(nn.Module):
         return (model.eval(), info) if output_loading_info else model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit."""
-        weights.write(Path(directory), self.config, self.state_dict())
+        """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit.
+
+        Adapters of peft are merged into the weights that are written, not into the model. Raises WeightsError naming other
+        parameters that BERT does not have, for a file could not say what they mean.
+        """
+        config = dataclasses.replace(
+            self.config, num_hidden_layers=len(self.bert_layers), vocab_size=self.word_embedding.weight.shape[0]
+        )
+        weights.write(Path(directory), config, self._plain_state(config))
+
+    def _plain_state(self, config: BertConfig) -> dict[str, Tensor]:
+        """The weights under the names of a plain model, adapters merged."""
+        tensors = dict(self.state_dict())
+        for name, module in self.named_modules():
+            if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
+                merged: Any = copy.deepcopy(module)
+                if not merged.merged:
+                    merged.merge()
+                tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{name}.")}
+                tensors |= {f"{name}.{key}": t for key, t in merged.get_base_layer().state_dict().items()}
+        with torch.device("meta"):
+            wanted = BertModel(config).state_dict()
+        foreign, missing = [k for k in tensors if k not in wanted], [k for k in wanted if k not in tensors]
+        if foreign or missing:
+            words = f"{foreign[0]} is not a weight of BERT" if foreign else f"{missing[0]} is missing"
+            more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+            raise weights.WeightsError(
+                f"{words}{more}: merge or remove its module, or use torch.save(model.state_dict())"
+            )
+        del tensors["position_ids"]
+        return tensors
+
+
+# ---- What the fused path assumes ------------------------------------------------------------------------------------
+
+
+def embedding_parts(model: BertModel) -> fused.Embedding:
+    """The modules that embed tokens."""
+    tables = (model.word_embedding, model.pos_embedding, model.tk_type_embedding)
+    return fused.Embedding(*tables, model.embed_layer_norm, model.embed_dropout)
+
+
+def layer_parts(layer: Any, foreign: tuple[str, ...] = ()) -> fused.Layer:
+    """The modules of a BertLayer."""
+    attention = layer.self_attention
+    return fused.Layer(
+        attention.num_attention_heads, attention.query, attention.key, attention.value, attention.dropout,
+        layer.attention_dense, layer.attention_dropout, layer.attention_layer_norm,
+        layer.interm_dense, layer.out_dense, layer.out_dropout, layer.out_layer_norm, foreign,
+    )  # fmt: skip
+
+
+def read_embedding(model: BertModel) -> fused.Embedding:
+    """The parts of the embeddings; raises fused.NotExactError where they are not as they were built."""
+    for name, method in zip(("embed", "encode"), _methods(type(model)), strict=False):
+        if method is not getattr(BertModel, name) or name in vars(model):
+            raise fused.NotExactError(model, f"has a {name} of its own")
+    parts = fused.exact(embedding_parts(model))
+    positions = model.position_ids
+    if not positions.is_meta and not torch.equal(
+        positions[0], torch.arange(positions.shape[1], device=positions.device)
+    ):
+        raise fused.NotExactError(model, "has position_ids that do not count from 0")
+    return parts
+
+
+def read_layer(layer: nn.Module) -> fused.Layer:
+    """The parts of a layer; raises fused.NotExactError where it is not as it was built."""
+    fused.expect(layer, BertLayer)
+    assert isinstance(layer, BertLayer)
+    fused.expect(layer.self_attention, BertSelfAttention)
+    attention = layer.self_attention
+    if _methods(BertModel)[2:] != _LAYER_METHODS:
+        raise fused.NotExactError(layer, "has a class whose methods were replaced")
+    if layer.interm_af is not F.gelu:
+        raise fused.NotExactError(layer, f"has another activation than gelu ({layer.interm_af!r:.60})")
+    parts = fused.exact(layer_parts(layer))
+    if attention.num_attention_heads * attention.attention_head_size != parts.attention_norm.weight.shape[0]:
+        raise fused.NotExactError(
+            attention, f"has {attention.num_attention_heads} heads of {attention.attention_head_size}"
+        )
+    return parts
+
+
+def _methods(model: type[BertModel]) -> tuple[object, ...]:
+    """The methods that the fused path stands in for, as their classes have them now."""
+    attention = (BertSelfAttention.forward, BertSelfAttention.transform, BertSelfAttention.attention)
+    return (model.embed, model.encode, BertLayer.forward, BertLayer.add_norm, *attention)
+
+
+_LAYER_METHODS = _methods(BertModel)[2:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class BertConfig:
-    """The encoder's shape, with the field names of a Hugging Face `config.json`. Raises ConfigError when impossible."""
+    """The encoder's shape, with the field names of a Hugging Face `config.json`. Raises ConfigError when impossible.
+
+    Fields may be set until a model is built from them; `BertModel(config)` checks them again.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -39,8 +42,13 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int = 0
+    name_or_path: str = field(default="", compare=False)  # where the weights came from; no part of the shape
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises ConfigError for the first field that is impossible."""
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
             check(0 < getattr(self, name) < 2**31, f"{name} = {getattr(self, name)}: expected a positive size")
         check(0 < self.max_position_embeddings <= 2**20, f"max_position_embeddings = {self.max_position_embeddings}")
@@ -78,4 +86,6 @@ class BertConfig:
             "hidden_act": "gelu",
             "position_embedding_type": "absolute",
         }
-        return json.dumps(stock | plain(self), indent=2, sort_keys=True) + "\n"
+        shape = plain(self)
+        del shape["name_or_path"]
+        return json.dumps(stock | shape, indent=2, sort_keys=True) + "\n"

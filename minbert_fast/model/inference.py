@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sentences to vectors on the packed path: sorted by length, packed under a token budget, no padding, no gradients.
 
-`Snapshot` is a pass (passes.py) over weights that no longer change: query, key and value made one matrix
-and everything converted to the precision of the products once, instead of in every batch.
+`Snapshot` is a pass (passes.py) over weights that no longer change: it stacks query, key and value into one matrix and
+converts weights to the precision of the products once, instead of in every batch.
 
 Shapes: N token rows, B sentences of a batch, n sentences in all, H hidden.
 """
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast import ops
+from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
-from minbert_fast.model.passes import Attend, Attention, Rows
+from minbert_fast.model.fused import Embedding
+from minbert_fast.model.passes import Attend, PackedRows, Rows, TokenRows, called
 from minbert_fast.ops.pooling import pool
-
-if TYPE_CHECKING:
-    from minbert_fast.model.bert import BertModel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,14 +80,16 @@ class Snapshot:
         return type(self), (self.model, self.dtype)
 
     @torch.inference_mode()
-    def hidden(self, rows: Rows) -> Tensor:
+    def hidden(self, rows: PackedRows) -> Tensor:
         """The last hidden state [N, H] of packed rows."""
-        hidden = self.embed(rows, self.model)
-        for layer in self.model.layers():
-            hidden = layer(hidden, self, self.attend(rows))
-        return hidden
+        if not self.model.plan().reasons:
+            return self.model.encode_rows(self, rows)
+        with _evaluating(self.model):
+            return self.model.encode_rows(self, rows)
 
-    # ---- What the encoder asks of a pass ---------------------------------------------------------------------------
+    # ---- How the pass computes -------------------------------------------------------------------------------------
+
+    owns_embeddings = False
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         key = id(modules[0])
@@ -100,69 +101,73 @@ class Snapshot:
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         return F.linear(x, self._ready(module.weight))
 
-    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        bias, gamma, beta = (self._ready(p) for p in (module.bias, norm.weight, norm.bias))
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        bias, gamma, beta = (self._ready(p) for p in (bias, norm.weight, norm.bias))
         return ops.add_norm(x, bias, residual, gamma, beta, norm.eps)
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return ops.bias_gelu(x, self._ready(module.bias))
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        return ops.bias_gelu(x, self._ready(bias))
 
-    def embed(self, rows: Rows, model: BertModel) -> Tensor:
-        tables = (model.word_embedding, model.pos_embedding, model.tk_type_embedding)
-        word, position, kind = (self._ready(table.weight) for table in tables)
-        norm = model.embed_layer_norm
+    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
+        word, position, kind = (self._ready(table.weight) for table in (parts.word, parts.position, parts.type))
+        norm = parts.norm
         return ops.embedding(
             rows.tokens, rows.positions, rows.types, word, position, kind,
             self._ready(norm.weight), self._ready(norm.bias), norm.eps,
         )  # fmt: skip
 
-    def attend(self, rows: Attention) -> Attend:
+    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
         return lambda qkv: rows.attention(qkv, 0.0, None, 0)
 
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        return called(module, hidden, *more)
+
+    def enter(self, layer: int, hidden: Tensor) -> None: ...
+
     def _ready(self, parameter: Tensor) -> Tensor:
-        return self._weights[id(parameter)]
+        return self._weights.get(id(parameter), parameter)  # zeros stand in for the bias of a foreign module
+
+
+_changing_modes = threading.Lock()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, each in its own mode afterwards; one thread at a time where that matters."""
+    training = [module for module in model.modules() if module.training]
+    if not training:
+        yield
+        return
+    with _changing_modes:
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 # ---- Batches of sentences alone --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SentenceRows:
-    """Token rows of sentences end to end: what of a PackedBatch an encoder without gradients needs."""
-
-    tokens: Tensor  # [N] int32, as the two below
-    positions: Tensor
-    types: Tensor
-    cu_seqlens: Tensor  # [B + 1] int32
-    max_seqlen: int
-
-    @classmethod
-    def gather(cls, encoded: Encoded, chosen: np.ndarray, max_length: int) -> SentenceRows:
-        """The sentences `chosen` of `encoded`, cut to `max_length` tokens with their last one, [SEP], kept."""
-        begins, ends = encoded.offsets[chosen], encoded.offsets[chosen + 1]
-        lengths = np.minimum(ends - begins, max_length)
-        cu_seqlens = np.zeros(len(chosen) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
-        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
-        source = np.repeat(begins, lengths) + positions
-        source[cu_seqlens[1:][lengths > 0] - 1] = ends[lengths > 0] - 1
-        return cls(
-            tokens=torch.from_numpy(encoded.flat[source].astype(np.int32, copy=False)),
-            positions=torch.from_numpy(positions),
-            types=torch.zeros(len(positions), dtype=torch.int32),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            max_seqlen=int(lengths.max(initial=0)),
-        )
-
-    def to(self, device: torch.device) -> SentenceRows:
-        """The same rows on `device`."""
-        tensors = (self.tokens, self.positions, self.types, self.cu_seqlens)
-        tokens, positions, types, cu_seqlens = (t.to(device, non_blocking=True) for t in tensors)
-        return SentenceRows(tokens, positions, types, cu_seqlens, self.max_seqlen)
-
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
-        return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
+def gather(encoded: Encoded, chosen: np.ndarray, max_length: int) -> PackedRows:
+    """The sentences `chosen` of `encoded` as token rows, cut to `max_length` tokens with their last one, [SEP], kept."""
+    begins, ends = encoded.offsets[chosen], encoded.offsets[chosen + 1]
+    lengths = np.minimum(ends - begins, max_length)
+    cu_seqlens = np.zeros(len(chosen) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    source = np.repeat(begins, lengths) + positions
+    source[cu_seqlens[1:][lengths > 0] - 1] = ends[lengths > 0] - 1
+    return PackedRows(
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(lengths.max(initial=0)),
+        count=len(positions),
+        tokens=torch.from_numpy(encoded.flat[source].astype(np.int32, copy=False)),
+        positions=torch.from_numpy(positions),
+        types=torch.zeros(len(positions), dtype=torch.int32),
+    )
 
 
 def by_length(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
@@ -208,7 +213,7 @@ def embed(
 
     @torch.inference_mode()
     def fill(chosen: np.ndarray) -> int:
-        rows = SentenceRows.gather(encoded, chosen, limit).to(device)
+        rows = gather(encoded, chosen, limit).to(device)
         hidden = snapshot.hidden(rows)
         first_or_all = "cls" if pooling == "pooler" else pooling
         vectors = pool(hidden, rows.cu_seqlens, first_or_all)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass through the encoder: where its weights come from, where their gradients go, and its dropout streams.
+"""One fused pass through the encoder: where its weights come from, where their gradients go, and its dropout streams.
 
-`AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by hand, inference).
-`OnePass` uses the flat buffers and writes every parameter gradient apart by task into J. The encoder calls the same
-methods on either. `PackedRows` and `DenseRows` say what rows there are and which of them attend to each other.
+`AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by hand). `OnePass`
+(step/flat_pass.py) uses the flat buffers and writes parameter gradients into J, one row per task. `Snapshot` (inference.py)
+uses converted copies. `through` runs a stack of layers with any of them; a layer that the fused path may not compute is
+called as a module, on a padded rectangle.
 
 Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h heads, d head width.
 """
@@ -11,33 +12,45 @@ Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minbert_fast import ops
-from minbert_fast.model.config import BertConfig
+from minbert_fast.model.fused import Embedding, Layer
 from minbert_fast.model.packing import PackedBatch
-
-if TYPE_CHECKING:
-    from minbert_fast.model.bert import BertModel
 
 Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
 
 
-class Attention(Protocol):
-    """Which rows attend to each other."""
+# ---- Rows: which tokens there are, and which of them attend to each other --------------------------------------------
+
+
+class Rows(Protocol):
+    """Hidden states as rows [N, H] without padding, and as a padded rectangle [B, S, H]."""
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
 
+    def mask(self) -> Tensor:
+        """Which positions of the rectangle hold a token [B, S] bool."""
 
-class Rows(Attention, Protocol):
-    """Token rows: indices [N] each, and attention among them."""
+    def rectangle(self, rows: Tensor) -> Tensor:
+        """rows [N, ...] as [B, S, ...], zeros where there is no token."""
+
+    def rows(self, rectangle: Tensor) -> Tensor:
+        """rectangle [B, S, ...] as rows [N, ...]."""
+
+
+class TokenRows(Rows, Protocol):
+    """Rows of tokens: indices [N] int32 each."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -50,106 +63,258 @@ class Rows(Attention, Protocol):
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """The rows of a packed batch."""
+class Sentences:
+    """Sentences end to end: sentence b has rows cu_seqlens[b] to cu_seqlens[b + 1]; rows behind the last are padding."""
 
-    batch: PackedBatch
-
-    @property
-    def tokens(self) -> Tensor:
-        return self.batch.tokens
-
-    @property
-    def positions(self) -> Tensor:
-        return self.batch.positions
-
-    @property
-    def types(self) -> Tensor:
-        return self.batch.types
+    cu_seqlens: Tensor  # [B + 1] int32
+    max_seqlen: int
+    count: int  # N
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         scale = 1.0 / math.sqrt(qkv.shape[-1])
-        return ops.attention(qkv, self.batch.cu_seqlens, self.batch.max_seqlen, scale, p, seed, site)
+        return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
+
+    def mask(self) -> Tensor:
+        places = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return places < self.cu_seqlens.diff()[:, None]
+
+    def rectangle(self, rows: Tensor) -> Tensor:
+        mask = self.mask()
+        if not self.count:
+            return rows.new_zeros(*mask.shape, *rows.shape[1:])
+        places = torch.arange(self.max_seqlen, device=rows.device)
+        index = (self.cu_seqlens[:-1, None] + places).clamp(max=self.count - 1)
+        return rows[index] * mask.view(*mask.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
+
+    def rows(self, rectangle: Tensor) -> Tensor:
+        sentences, length = rectangle.shape[:2]
+        if not sentences or not length:
+            return rectangle.new_zeros(self.count, *rectangle.shape[2:])
+        row = torch.arange(self.count, dtype=torch.int32, device=rectangle.device)
+        sentence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), row, right=True).clamp(max=sentences - 1)
+        place = (row - self.cu_seqlens[sentence]).clamp(max=length - 1)
+        owned = row < self.cu_seqlens[-1]
+        taken = rectangle[sentence, place]
+        return taken * owned.view(-1, *[1] * (taken.dim() - 1)).to(taken.dtype)
+
+
+@dataclass(frozen=True)
+class PackedRows(Sentences):
+    """Token rows of sentences end to end."""
+
+    tokens: Tensor  # [N] int32, as the two below
+    positions: Tensor
+    types: Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> PackedRows:
+        """The rows of a packed batch."""
+        count = batch.tokens.shape[0]
+        return cls(batch.cu_seqlens, batch.max_seqlen, count, batch.tokens, batch.positions, batch.types)
+
+    def to(self, device: torch.device) -> PackedRows:
+        """The same rows on `device`."""
+        tensors = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class DenseRows:
     """The rows of a rectangle [B, S] with padding anywhere: all of them, or, with `kept`, the attended ones alone."""
 
-    tokens: Tensor
-    positions: Tensor
-    types: Tensor
-    mask: Tensor  # [B, S] bool
+    attended: Tensor  # [B, S] bool
     kept: Tensor | None  # [N] flat positions of the attended rows
     cu_seqlens: Tensor | None
     max_seqlen: int
 
     @classmethod
-    def of(cls, input_ids: Tensor, mask: Tensor, types: Tensor, drop_padding: bool) -> DenseRows:
-        """Rows of input_ids [B, S] under attention mask [B, S], with token types [B, S]."""
-        length = input_ids.shape[1]
+    def of(cls, mask: Tensor, drop_padding: bool) -> DenseRows:
+        """The rows under attention mask [B, S] (not 0: attended)."""
         attended = mask != 0
-        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        types = types.expand_as(input_ids)
         if not drop_padding:
-            tokens, places, kinds = (t.reshape(-1).int() for t in (input_ids, positions, types))
-            return cls(tokens, places, kinds, attended, None, None, length)
+            return cls(attended, None, None, mask.shape[1])
         kept = attended.reshape(-1).nonzero().squeeze(1)
         lengths = attended.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-        tokens, places, kinds = (t.reshape(-1)[kept].int() for t in (input_ids, positions, types))
-        longest = int(lengths.max()) if lengths.numel() else 0
-        return cls(tokens, places, kinds, attended, kept, cu_seqlens, longest)
+        return cls(attended, kept, cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
         scale = 1.0 / math.sqrt(qkv.shape[-1])
         if self.cu_seqlens is not None:
             return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
-        rectangle = qkv.unflatten(0, self.mask.shape)  # [B, S, 3, h, d]
-        return ops.attention_dense(rectangle, self.mask, scale, p, seed, site).flatten(0, 1)
+        rectangle = qkv.unflatten(0, self.attended.shape)  # [B, S, 3, h, d]
+        return ops.attention_dense(rectangle, self.attended, scale, p, seed, site).flatten(0, 1)
 
-    def rectangle(self, hidden: Tensor, length: int) -> Tensor:
-        """Rows [N, H] as [B, length, H], zeros where the mask is 0 and beyond the rows' own width."""
-        batch, width = self.mask.shape
+    def mask(self) -> Tensor:
+        return self.attended
+
+    def rectangle(self, rows: Tensor) -> Tensor:
         if self.kept is None:
-            full = (hidden * self.mask.reshape(-1, 1).to(hidden.dtype)).unflatten(0, (batch, width))
+            flat = rows * self.attended.reshape(-1, 1).to(rows.dtype)
         else:
-            empty = hidden.new_zeros(batch * width, hidden.shape[-1])
-            full = empty.index_copy(0, self.kept, hidden).unflatten(0, (batch, width))
-        return full if width == length else F.pad(full, (0, 0, 0, length - width))
+            flat = rows.new_zeros(self.attended.numel(), rows.shape[-1]).index_copy(0, self.kept, rows)
+        return flat.view(*self.attended.shape, rows.shape[-1])
+
+    def rows(self, rectangle: Tensor) -> Tensor:
+        flat = rectangle.flatten(0, 1)
+        return flat if self.kept is None else flat[self.kept]
+
+
+@dataclass(frozen=True)
+class DenseTokens(DenseRows):
+    """The tokens of such a rectangle."""
+
+    tokens: Tensor
+    positions: Tensor
+    types: Tensor
+
+    @classmethod
+    def read(cls, input_ids: Tensor, mask: Tensor, types: Tensor, drop_padding: bool) -> DenseTokens:
+        """Token rows of input_ids [B, S] under attention mask [B, S], with token types [B, S]."""
+        rows = DenseRows.of(mask, drop_padding)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        columns = (rows.rows(t).int() for t in (input_ids, positions, types.expand_as(input_ids)))
+        return cls(rows.attended, rows.kept, rows.cu_seqlens, rows.max_seqlen, *columns)
+
+
+# ---- Layers ----------------------------------------------------------------------------------------------------------
 
 
 class Pass(Protocol):
-    """What the encoder asks of a pass."""
+    """How a fused pass computes; every method reads the weights of the modules it is given and calls none of them."""
+
+    @property
+    def owns_embeddings(self) -> bool:
+        """Whether the pass writes the gradients of the embeddings itself, so that nothing else may embed."""
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         """x [N, I] through one or several Linear modules side by side, biases included -> [N, sum of O]."""
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        """x W^T [N, O]; the module's bias joins the op that follows."""
+        """x W^T [N, O]; the op that follows adds the module's bias."""
 
-    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """LayerNorm(residual + dropout(x + the module's bias)) [N, H]."""
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        """GELU(x + the module's bias) [N, F]."""
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """GELU(x + bias) [N, F]."""
 
-    def embed(self, rows: Rows, model: BertModel) -> Tensor:
+    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
         """dropout(LayerNorm(word + position + type rows)) [N, H]."""
 
-    def attend(self, rows: Attention) -> Attend:
-        """Attention among `rows`, with its own dropout stream."""
+    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
+        """Attention among `rows`, with a dropout stream of its own."""
+
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         """`hidden` [N, H] is about to enter layer number `layer`."""
 
 
-class Dropout:
-    """Dropout probabilities and streams of one pass: each call site has its number, in the order of the forward."""
+def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
+    """One BERT layer: hidden [N, H] -> [N, H]."""
 
-    def __init__(self, config: BertConfig, training: bool) -> None:
-        self.hidden_p = config.hidden_dropout_prob if training else 0.0
-        self.attention_p = config.attention_probs_dropout_prob if training else 0.0
+    def product(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """x W^T, and the bias that the next op adds; a foreign module has added its own."""
+        module: Any = getattr(layer, name)
+        if name not in layer.foreign:
+            return run.product(x, module), module.bias
+        y = rows.rows(run.call(module, rows.rectangle(x)))
+        return y, y.new_zeros(y.shape[-1])
+
+    def projections() -> Tensor:
+        modules: tuple[Any, ...] = (layer.query, layer.key, layer.value)
+        if not layer.foreign:
+            return run.linear(hidden, *modules)
+        padded, columns = rows.rectangle(hidden), []
+        for name, module in zip(("query", "key", "value"), modules, strict=True):
+            own = name in layer.foreign
+            columns.append(rows.rows(run.call(module, padded)) if own else run.linear(hidden, module))
+        return torch.cat(columns, -1)
+
+    attend = run.attend(rows, layer.probability_dropout)
+    context = attend(projections().unflatten(-1, (3, layer.heads, -1)))  # [N, 3, h, d] -> [N, H]
+    branch, bias = product(context, "attention_dense")  # [N, H]
+    hidden = run.add_norm(branch, bias, layer.attention_dropout, hidden, layer.attention_norm)
+    inner = run.bias_gelu(*product(hidden, "interm_dense"))  # [N, F]
+    branch, bias = product(inner, "out_dense")  # [N, H]
+    return run.add_norm(branch, bias, layer.out_dropout, hidden, layer.out_norm)
+
+
+def through(
+    run: Pass,
+    rows: Rows,
+    hidden: Tensor,
+    modules: Iterable[nn.Module],
+    exact: Sequence[Layer | None],
+    recompute: bool = False,
+) -> Tensor:
+    """hidden [N, H] through layers `modules` -> [N, H], fused where `exact` has the layer's parts.
+
+    Any other layer is called as a module: layer(hidden_states [B, S, H], attention_mask [B, 1, 1, S]). With `recompute`,
+    a layer keeps its input alone, and its backward computes the rest a second time, with the same dropout.
+    """
+    padded: Tensor | None = None  # hidden as a rectangle, while layers in a row are called as modules
+    for number, (module, parts) in enumerate(zip(modules, exact, strict=True)):
+        if parts is None:
+            padded = rows.rectangle(hidden) if padded is None else padded
+            run.enter(number, padded)
+            mask = extended_mask(rows.mask(), padded.dtype)
+            padded = checkpointed(run.call, module, padded, mask) if recompute else run.call(module, padded, mask)
+        else:
+            hidden, padded = (hidden if padded is None else rows.rows(padded)), None
+            run.enter(number, hidden)
+            hidden = recomputed(parts, hidden, run, rows) if recompute else fused_layer(parts, hidden, run, rows)
+    return hidden if padded is None else rows.rows(padded)
+
+
+def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """A module as the module it is: hidden [B, S, I] -> [B, S, O]; `weights` stand in for its parameters of these names.
+
+    In autocast where its parameters have another dtype than half-precision `hidden`.
+    """
+    dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
+    cast = hidden.dtype in (torch.bfloat16, torch.float16) and dtype != hidden.dtype
+    with torch.autocast(hidden.device.type, hidden.dtype) if cast else nullcontext():
+        inputs = (hidden, *more)
+        out: Tensor = module(*inputs) if weights is None else functional_call(module, dict(weights), inputs)
+    return out.to(hidden.dtype)
+
+
+def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the course adds to attention scores: 0 where the mask is 1, -10000 where it is 0.
+
+    mask [B, S] -> [B, 1, 1, S], or [B, S, S] -> [B, 1, S, S].
+    """
+    extended = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None, :, :]
+    return (1.0 - extended.to(dtype)) * -10000.0
+
+
+def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """function(*arguments), computed again in the backward."""
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return out
+
+
+def recomputed(parts: Layer, hidden: Tensor, run: Any, rows: Rows) -> Tensor:
+    """A fused layer that keeps its input alone; its second run draws the same dropout as its first."""
+    site = run.sites
+
+    def layer(hidden: Tensor) -> Tensor:
+        run.sites = site
+        return fused_layer(parts, hidden, run, rows)
+
+    return checkpointed(layer, hidden)
+
+
+# ---- Passes ----------------------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """Dropout streams of one pass: each call site has its number, in the order of the forward."""
+
+    def __init__(self) -> None:
         self.sites = 0  # how many there were so far
 
     def site(self) -> int:
@@ -157,11 +322,18 @@ class Dropout:
         return self.sites
 
 
-class AutogradPass(Dropout):
+def probability(dropout: nn.Dropout) -> float:
+    """The probability that a dropout module drops with now."""
+    return dropout.p if dropout.training else 0.0
+
+
+class AutogradPass(Streams):
     """Parameters as they are (cast under autocast), gradients to `.grad`, dropout seeded by torch's own generator."""
 
-    def __init__(self, config: BertConfig, training: bool) -> None:
-        super().__init__(config, training)
+    owns_embeddings = False
+
+    def __init__(self) -> None:
+        super().__init__()
         self._seed: Tensor | None = None
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
@@ -174,38 +346,63 @@ class AutogradPass(Dropout):
         dtype = _product_dtype(x, module.weight)
         return F.linear(x.to(dtype), module.weight.to(dtype))
 
-    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        bias, gamma, beta = (t.to(x.dtype) for t in (module.bias, norm.weight, norm.bias))
-        seed = self._seed_on(x.device) if self.hidden_p else None
-        return ops.add_norm(x, bias, residual.to(x.dtype), gamma, beta, norm.eps, self.hidden_p, seed, self.site())
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        bias, gamma, beta = (t.to(x.dtype) for t in (bias, norm.weight, norm.bias))
+        p = probability(dropout)
+        return ops.add_norm(
+            x, bias, residual.to(x.dtype), gamma, beta, norm.eps, p, self._seed_on(x.device, p), self.site()
+        )
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return ops.bias_gelu(x, module.bias.to(x.dtype))
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        return ops.bias_gelu(x, bias.to(x.dtype))
 
-    def embed(self, rows: Rows, model: BertModel) -> Tensor:
-        tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
-        norm = model.embed_layer_norm
-        seed = self._seed_on(rows.tokens.device) if self.hidden_p else None
+    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
+        word, position, kind = (_without_padding(table) for table in (parts.word, parts.position, parts.type))
+        norm, p = parts.norm, probability(parts.dropout)
         return ops.embedding(
-            rows.tokens, rows.positions, rows.types, *tables, norm.weight, norm.bias, norm.eps,
-            self.hidden_p, seed, self.site(),
+            rows.tokens, rows.positions, rows.types, word, position, kind, norm.weight, norm.bias, norm.eps,
+            p, self._seed_on(rows.tokens.device, p), self.site(),
         )  # fmt: skip
 
-    def attend(self, rows: Attention) -> Attend:
-        site = self.site()
+    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
+        p, site = probability(dropout), self.site()
+        return lambda qkv: rows.attention(qkv, p, self._seed_on(qkv.device, p), site)
 
-        def attention(qkv: Tensor) -> Tensor:
-            seed = self._seed_on(qkv.device) if self.attention_p else None
-            return rows.attention(qkv, self.attention_p, seed, site)
-
-        return attention
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        return called(module, hidden, *more)
 
     def enter(self, layer: int, hidden: Tensor) -> None: ...
 
-    def _seed_on(self, device: torch.device) -> Tensor:
+    def _seed_on(self, device: torch.device, p: float) -> Tensor | None:
+        if not p:
+            return None
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
         return self._seed
+
+
+def _without_padding(table: nn.Embedding) -> Tensor:
+    """The table's weight [V, H]; as in nn.Embedding, the row of `padding_idx` gets no gradient."""
+    if table.padding_idx is None or not table.weight.requires_grad:
+        return table.weight
+    if torch.compiler.is_compiling():  # which fuses this, and warns of the class below
+        padding = torch.arange(table.num_embeddings, device=table.weight.device)[:, None] == table.padding_idx
+        return torch.where(padding, table.weight.detach(), table.weight)
+    weight: Tensor = _WithoutGradientOfRow.apply(table.weight, table.padding_idx)
+    return weight
+
+
+class _WithoutGradientOfRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        kept = gradient.clone()
+        kept[ctx.row] = 0
+        return kept, None
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -3,31 +3,45 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minbert_fast import ops
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.model.bert import BertModel
-from minbert_fast.model.config import BertConfig
+from minbert_fast.model.fused import Embedding
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import Attend, Attention, Dropout, Rows
+from minbert_fast.model.passes import Attend, Rows, Streams, TokenRows, called, probability
 from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 
 
-class OnePass(Dropout):
+def check_unshared(encoder: BertModel) -> None:
+    """Raises ConfigError where two parts of the encoder share a weight: the gradient of one would overwrite the other's."""
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    seen: set[int] = set()
+    for p in encoder.one_pass_parameters():
+        if id(p) in seen:
+            raise ConfigError(f"{names[id(p)]} is used in two places of the encoder: use --backend reference")
+        seen.add(id(p))
+
+
+class OnePass(Streams):
     """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
 
     `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
     `gradients` all parameters are constants. `noise` [N, H] is added to the embeddings, and may ask for a gradient.
+    `sentences` [T + 1] are the sentence bounds of J's rows: modules that are called see one task's sentences at a time.
     `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
     """
 
+    owns_embeddings = True
+
     def __init__(
         self,
-        config: BertConfig,
         flat: FlatParameters,
         gradients: TaskGradients | None,
         batch: PackedBatch,
@@ -35,8 +49,9 @@ class OnePass(Dropout):
         seed: Tensor,
         noise: Tensor | None = None,
         through: Callable[[int], None] = lambda layer: None,
+        sentences: Sequence[int] = (),
     ) -> None:
-        super().__init__(config, training=True)
+        super().__init__()
         self.through = through
         self.flat = flat
         self.gradients = gradients
@@ -44,6 +59,8 @@ class OnePass(Dropout):
         self.bounds = bounds
         self.seed = seed
         self.noise = noise
+        self.sentences = sentences
+        self._called: set[int] = set()  # parameters of modules that were called so far
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weights, biases = [m.weight for m in modules], [m.bias for m in modules]
@@ -57,19 +74,19 @@ class OnePass(Dropout):
         sink = LinearSink(self.bounds, self._gradient(module.weight), None)
         return ops.linear(x, self._weight(module.weight), into=sink)
 
-    def add_norm(self, x: Tensor, module: nn.Linear, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        gradients = (self._gradient(p) for p in (norm.weight, norm.bias, module.bias))
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        gradients = (self._gradient(p) for p in (norm.weight, norm.bias, bias))
         return ops.add_norm(
-            x, self._weight(module.bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            self.hidden_p, self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
+            x, self._weight(bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
+            probability(dropout), self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
         )  # fmt: skip
 
-    def bias_gelu(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return ops.bias_gelu(x, self._weight(module.bias), into=BiasGeluSink(self.bounds, self._gradient(module.bias)))
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        return ops.bias_gelu(x, self._weight(bias), into=BiasGeluSink(self.bounds, self._gradient(bias)))
 
-    def embed(self, rows: Rows, model: BertModel) -> Tensor:
-        tables = (model.word_embedding.weight, model.pos_embedding.weight, model.tk_type_embedding.weight)
-        norm = model.embed_layer_norm
+    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
+        tables = (parts.word.weight, parts.position.weight, parts.type.weight)
+        norm = parts.norm
         batch, words = self.batch, None
         if self.gradients and (self.flat.words is tables[0] or self.gradients.owns(tables[0])):
             words = self.gradients.words(batch.num_words, tables[0].shape[1])
@@ -85,20 +102,55 @@ class OnePass(Dropout):
         y = ops.embedding(
             rows.tokens, rows.positions, rows.types, word, position, kind,
             self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            self.hidden_p, self.seed, self.site(), into=sink,
+            probability(parts.dropout), self.seed, self.site(), into=sink,
         )  # fmt: skip
         return y if self.noise is None else y + self.noise.to(y.dtype)
 
-    def attend(self, rows: Attention) -> Attend:
-        site = self.site()
-        return lambda qkv: rows.attention(qkv, self.attention_p, self.seed, site)
+    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
+        p, site = probability(dropout), self.site()
+        return lambda qkv: rows.attention(qkv, p, self.seed, site)
+
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        """The module on each task's sentences, with leaves of its own in the place of its parameters.
+
+        A task's gradients reach only its own leaves, so that one backward fills all rows of J.
+        """
+        if self.gradients is None:
+            constants = {name: p.detach() for name, p in module.named_parameters()}
+            return called(module, hidden, *more, weights=constants)
+        owned = {name: p for name, p in module.named_parameters() if self.gradients.owns(p)}
+        for p in owned.values():
+            if id(p) not in self._called:
+                self._called.add(id(p))
+                self.gradients.view(p).zero_()
+        parts = []
+        for row, (begin, end) in enumerate(itertools.pairwise(self.sentences)):
+            leaves = {name: self._leaf(p, row) for name, p in owned.items()}
+            parts.append(called(module, *(t[begin:end] for t in (hidden, *more)), weights=leaves))
+        behind = hidden.shape[0] - self.sentences[-1]  # empty sentences up to the batch's capacity
+        return torch.cat([*parts, parts[0].new_zeros(behind, *parts[0].shape[1:])])
+
+    def _leaf(self, parameter: nn.Parameter, row: int) -> Tensor:
+        """The parameter as task `row` sees it; its gradient goes to that row of J."""
+        assert self.gradients is not None
+        target = self.gradients.view(parameter)[row]
+        leaf = parameter.detach().requires_grad_()
+
+        def take(leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                target.add_(leaf.grad)
+                leaf.grad = None
+
+        leaf.register_post_accumulate_grad_hook(take)
+        return leaf
 
     def enter(self, layer: int, hidden: Tensor) -> None:
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self.through(layer))
 
     def _weight(self, parameter: Tensor) -> Tensor:
-        return self.flat.view(self.flat.compute, parameter)
+        # The zeros that stand in for the bias of a module that was called lie nowhere.
+        return self.flat.view(self.flat.compute, parameter) if parameter in self.flat else parameter
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None

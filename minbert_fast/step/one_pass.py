@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from minbert_fast import surgery
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras import flat_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters, TaskGradients
-from minbert_fast.step.flat_pass import OnePass
+from minbert_fast.step.flat_pass import OnePass, check_unshared
 from minbert_fast.step.hooks import Connect, StepHook
 from minbert_fast.step.optim import FlatAdamW
 from minbert_fast.step.stepping import Laps, StepResult, prefixed, reseed, step_seed, surgery_of, unprefixed
@@ -48,10 +49,12 @@ class OnePassStep:
         self.seed_base = recipe.training.seed
         self.weights = surgery_of(recipe)
         self.apart = recipe.surgery.method != "none"
+        check_unshared(model.encoder)
         parts = trainable(model, recipe)
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
         self.frozen = [entry.parameter for entry in parts.frozen]
         own = {id(p) for p in model.encoder.one_pass_parameters()}
+        self.shape = model.encoder.plan().shape
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         rows = len(recipe.tasks) if self.apart else 1
@@ -60,7 +63,7 @@ class OnePassStep:
             self.gradients = TaskGradients(self.flat, rows, dtype)
             self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
         else:
-            layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.layers()]
+            layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.bert_layers]
             exchange = connect(self.flat, rows, dtype, layers)
             self.gradients = exchange.gradients
             self.optimizer = exchange.optimizer(recipe.optimizer)
@@ -78,6 +81,8 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
+        if self.model.encoder.plan().shape != self.shape:
+            raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
         reseed(self.seed_base, self.steps)
         self.seed.fill_(step_seed(self.seed_base, self.steps))
         for hook in self.hooks:
@@ -142,10 +147,16 @@ class OnePassStep:
         bounds = ends if self.apart else torch.stack((ends[0], ends[-1]))
         noises = (hook.embedding_noise(batch, bounds, self.seed) for hook in self.hooks)
         noise = next((noise for noise in noises if noise is not None), None)
-        config = self.model.encoder.config
-        run = OnePass(config, self.flat, self.gradients, packed, bounds, self.seed, noise, self._after_layer)
+        run = OnePass(
+            self.flat, self.gradients, packed, bounds, self.seed, noise, self._after_layer, self._sentences(batch)
+        )
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             return self.model.encoder.encode_packed(run, packed)
+
+    def _sentences(self, batch: MultitaskBatch) -> list[int]:
+        """The first sentence of each row of J, and the end."""
+        ends = list(itertools.accumulate((batch.examples(t) * batch.arity[t] for t in batch.tasks), initial=0))
+        return ends if self.apart else [0, ends[-1]]
 
     def _losses(self, batch: MultitaskBatch, hidden: Tensor) -> list[Tensor]:
         """One scalar a task, in the order of the batch; 0 for a task without examples in it."""

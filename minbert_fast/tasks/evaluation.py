@@ -162,7 +162,7 @@ def forward(
     model: MultitaskModel, name: str, batch: MultitaskBatch, snapshot: Snapshot
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Predictions [n] and probabilities [n, C] (None for a regression) of one task's batch, fetched to the host."""
-    hidden = snapshot.hidden(PackedRows(batch.packed))
+    hidden = snapshot.hidden(PackedRows.of(batch.packed))
     head = model.head(name)
     output: HeadOutput = head(model.inputs(batch, hidden)[name])
     shares = head.probabilities(output)

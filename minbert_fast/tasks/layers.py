@@ -3,29 +3,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import ops
-from minbert_fast.model.bert import BertLayer
+from minbert_fast.model import fused
+from minbert_fast.model.bert import BertLayer, read_layer
 from minbert_fast.model.config import BertConfig
-from minbert_fast.model.passes import AutogradPass
+from minbert_fast.model.passes import AutogradPass, Sentences, through
 from minbert_fast.ops.pooling import Mode, pool
 from minbert_fast.tasks.base import TaskInput
-
-
-@dataclass(frozen=True)
-class _Sentences:
-    """Whose rows attend to each other, as a pass asks for it."""
-
-    inputs: TaskInput
-
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
-        return ops.attention(qkv, self.inputs.cu_seqlens, self.inputs.max_seqlen, scale, p, seed, site)
 
 
 class TokenLayers(nn.Module):
@@ -36,7 +22,6 @@ class TokenLayers(nn.Module):
 
     def __init__(self, config: BertConfig, depth: int) -> None:
         super().__init__()
-        self.config = config
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(depth))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -45,10 +30,9 @@ class TokenLayers(nn.Module):
 
     def forward(self, inputs: TaskInput, pooling: Mode) -> Tensor:
         """One vector an example [n, H], for tasks of one sentence an example."""
-        run = AutogradPass(self.config, self.training)
         hidden = inputs.hidden.to(torch.promote_types(inputs.hidden.dtype, torch.float32))
-        rows = _Sentences(inputs)
-        for layer in self.layers:
-            hidden = layer(hidden, run, run.attend(rows))
+        rows = Sentences(inputs.cu_seqlens, inputs.max_seqlen, hidden.shape[0])
+        plan = fused.plan(self, None, self.layers, read_layer)
+        hidden = through(AutogradPass(), rows, hidden, self.layers, plan.layers)
         n = inputs.embeddings[0].shape[0]
         return pool(hidden, inputs.cu_seqlens[inputs.first : inputs.first + n + 1], pooling)

@@ -46,5 +46,5 @@ def fill_memories(
         vectors: list[torch.Tensor] = []
         for begin in range(0, len(rows), CHUNK):
             batch = collate({name: rows[begin : begin + CHUNK]}).to(memory.vectors.device)
-            vectors += model.inputs(batch, snapshot.hidden(PackedRows(batch.packed)))[name].embeddings
+            vectors += model.inputs(batch, snapshot.hidden(PackedRows.of(batch.packed)))[name].embeddings
         memory.remember(torch.cat(vectors), torch.from_numpy(table.labels[rows]))

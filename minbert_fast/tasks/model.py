@@ -24,7 +24,6 @@ from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.ops import reference
 from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.agreement import Agreement
@@ -147,9 +146,9 @@ class MultitaskModel(nn.Module):
         return losses
 
     def _encode_padded(self, packed: PackedBatch, offsets: list[int], mode: Pooling) -> tuple[Tensor, Tensor]:
-        """The sentences between `offsets` through the naive encoder: pooled [n, H], and their token rows."""
+        """The sentences between `offsets` through the encoder's own modules: pooled [n, H], and their token rows."""
         ids, types, mask = _rectangle(packed, offsets)
-        hidden = reference.encoder(self.encoder, ids, mask, types)  # [n, S, H]
+        hidden = self.encoder.stock(ids, mask, types)  # [n, S, H]
         pooled = _pool_padded(hidden, mask, mode, self.encoder)
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
@@ -281,7 +280,7 @@ def _pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel
     if mode == "cls":
         return hidden[:, 0]
     if mode == "pooler":
-        return torch.tanh(encoder.pooler_dense(hidden[:, 0]))
+        return encoder.pool(hidden[:, 0])
     attended = mask[:, :, None].bool()
     if mode == "max":
         return hidden.masked_fill(~attended, -torch.inf).amax(1)

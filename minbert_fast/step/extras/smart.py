@@ -71,7 +71,7 @@ class Adversary:
         start = torch.randn(packed.tokens.numel(), self.model.encoder.config.hidden_size, device=second.device)
         start = ((options.noise * start).clamp(-options.radius, options.radius) * second).requires_grad_()
         with torch.enable_grad():
-            run = OnePass(self.model.encoder.config, self.flat, None, packed, bounds, seed, start)
+            run = OnePass(self.flat, None, packed, bounds, seed, start)
             outputs = self.model.outputs(batch, self.model.encoder.encode_packed(run, packed))
             apart = [divergence(self.model.head(name), *halves(outputs[name])) for name in twins]
             (gradient,) = torch.autograd.grad(torch.stack(apart).sum(), start)
@@ -124,7 +124,7 @@ class Teacher:
         """`model.losses`, each with its share of the way to the teacher: of first copies, where there are twins."""
         outputs = model.outputs(batch, hidden)
         with torch.no_grad():
-            encoded = Snapshot(self.model.encoder, self.dtype).hidden(PackedRows(batch.packed))
+            encoded = Snapshot(self.model.encoder, self.dtype).hidden(PackedRows.of(batch.packed))
             taught = self.model.outputs(batch, encoded)
         found = {}
         for name, output in outputs.items():

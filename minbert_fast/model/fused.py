@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides which parts of a module tree the fused path may compute: those that are exactly what it assumes.
+
+The fused path bypasses modules: it reads their weights and never calls them. That is right only while every bypassed module
+has its expected class, no hooks and no `forward` of its own. `plan` says so for the embeddings and for each layer. It looks
+closely once and then compares a fingerprint of the tree on each call; any change to the tree leads to a new look.
+
+`model/bert.py` reads the drop-in's own tree, `model/patching.py` that of transformers.
+"""
+
+from __future__ import annotations
+
+import typing
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+
+class Embedding(NamedTuple):
+    """The modules that the fused path embeds tokens with."""
+
+    word: nn.Embedding  # [V, H]
+    position: nn.Embedding
+    type: nn.Embedding
+    norm: nn.LayerNorm
+    dropout: nn.Dropout
+
+
+class Layer(NamedTuple):
+    """The modules that the fused path computes one layer with.
+
+    Modules in the place of a Linear that are not plain ones are `foreign`: the fused path calls them, on [B, S, ...].
+    """
+
+    heads: int
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    probability_dropout: nn.Dropout
+    attention_dense: nn.Module
+    attention_dropout: nn.Dropout
+    attention_norm: nn.LayerNorm
+    interm_dense: nn.Module
+    out_dense: nn.Module
+    out_dropout: nn.Dropout
+    out_norm: nn.LayerNorm
+    foreign: tuple[str, ...] = ()  # names of the fields above
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters; those of query, key and value stand together, so that they are one matrix."""
+        qkv = (self.query, self.key, self.value)
+        rest = (self.attention_dense, self.attention_norm, self.interm_dense, self.out_dense, self.out_norm)
+        if not {"query", "key", "value"}.isdisjoint(self.foreign):
+            return [p for module in (*qkv, *rest) for p in module.parameters()]
+        stacked = [module.get_parameter(kind) for kind in ("weight", "bias") for module in qkv]
+        return stacked + [p for module in rest for p in module.parameters()]
+
+
+LINEARS = ("query", "key", "value", "attention_dense", "interm_dense", "out_dense")
+
+
+class Plan(NamedTuple):
+    """What the fused path computes: None where a part is not exactly what it assumes, with the reasons in words."""
+
+    embedding: Embedding | None
+    layers: tuple[Layer | None, ...]
+    reasons: tuple[str, ...] = ()  # empty: the fused path computes everything
+
+    @property
+    def shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
+        """Whether the fused path computes the embeddings; which modules of each layer are foreign (None: the layer is)."""
+        return self.embedding is not None, tuple(None if layer is None else layer.foreign for layer in self.layers)
+
+
+P = TypeVar("P", Embedding, Layer)
+
+
+class NotExactError(Exception):
+    """A module is not what the fused path assumes."""
+
+    def __init__(self, module: nn.Module, why: str) -> None:
+        super().__init__(why)
+        self.module = module
+        self.why = why
+
+
+# ---- The close look ------------------------------------------------------------------------------------------------
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+#: A hook of transformers' gradient checkpointing; the fused path trains without it.
+_HARMLESS_HOOK = "make_inputs_require_grads"
+#: Methods that an instance may have of its own.
+_METHODS = ("forward", "add_norm", "transform", "attention", "embed", "encode", "feed_forward_chunk")
+_KINDS = {cls: typing.get_type_hints(cls) for cls in (Embedding, Layer)}
+
+
+def expect(module: Any, *classes: type) -> None:
+    """Raises NotExactError unless `module` has exactly one of `classes`, no hooks, and no methods of its own."""
+    found = type(module)
+    if found not in classes:
+        same_name = any(found.__name__ == cls.__name__ for cls in classes)
+        raise NotExactError(module, f"is a {found.__module__ + '.' if same_name else ''}{found.__name__}")
+    state = vars(module)
+    for name in _HOOKS:
+        if any(getattr(hook, "__name__", "") != _HARMLESS_HOOK for hook in state[name].values()):
+            raise NotExactError(module, "has hooks")
+    own = next((name for name in _METHODS if name in state), None)
+    if own:
+        raise NotExactError(module, f"has a {own} of its own")
+
+
+def exact(parts: P) -> P:
+    """The parts, with the foreign ones named. Raises NotExactError where another module is not what is assumed."""
+    linears = LINEARS if isinstance(parts, Layer) else ()
+    for name, kind in _KINDS[type(parts)].items():
+        module = getattr(parts, name)
+        if name in linears or not isinstance(module, nn.Module):
+            continue
+        expect(module, kind)
+        if isinstance(module, nn.Dropout):
+            if not 0.0 <= module.p < 1.0:
+                raise NotExactError(module, f"drops with p = {module.p}")
+        elif isinstance(module, nn.Embedding):
+            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+                raise NotExactError(module, "has max_norm, scale_grad_by_freq or sparse set")
+        elif module.weight is None or module.bias is None:
+            raise NotExactError(module, "has no weight or no bias")
+    if isinstance(parts, Layer):
+        _expect_shapes(parts)
+        return parts._replace(foreign=tuple(name for name in linears if why_foreign(getattr(parts, name))))
+    return parts
+
+
+def why_foreign(module: Any) -> str | None:
+    """Why the fused path calls a module in the place of a Linear; None for a plain Linear with a bias."""
+    try:
+        expect(module, nn.Linear)
+    except NotExactError as found:
+        return found.why
+    return "has no bias" if module.bias is None else None
+
+
+def _expect_shapes(layer: Layer) -> None:
+    width, inner = layer.attention_norm.weight.shape[0], None
+    for name in LINEARS:
+        module: Any = getattr(layer, name)
+        if type(module) is not nn.Linear:
+            continue
+        if name in ("interm_dense", "out_dense"):
+            own = module.weight.shape[0 if name == "interm_dense" else 1]
+            inner = own if inner is None else inner
+            shape = (inner, width) if name == "interm_dense" else (width, inner)
+        else:
+            shape = (width, width)
+        if module.weight.shape != shape:
+            raise NotExactError(module, f"has a weight of shape {list(module.weight.shape)}, not {list(shape)}")
+    if layer.out_norm.weight.shape != (width,):
+        raise NotExactError(layer.out_norm, f"has a weight of shape {list(layer.out_norm.weight.shape)}, not [{width}]")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: F) -> F:
+    """What torch.compiler.assume_constant_result does, without its import of the whole compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# ---- The cached answer ---------------------------------------------------------------------------------------------
+
+#: Attributes that the answer depends on, besides class, hooks, parameters and children: by class, and of all other modules.
+_WATCHED: dict[type, tuple[str, ...]] = {
+    nn.Linear: ("forward",),
+    nn.LayerNorm: ("forward",),
+    nn.Dropout: ("forward", "p"),
+    nn.Embedding: ("forward", "max_norm", "scale_grad_by_freq", "sparse"),
+}
+_WATCHED_ELSEWHERE = (*_METHODS, "interm_af", "act", "num_attention_heads", "attention_head_size")
+
+
+class _Seen(NamedTuple):
+    fingerprint: list[object]
+    parameters: Sequence[Tensor]  # kept, so that no other tensor gets the id of one of them
+    plan: Plan
+
+
+_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+
+
+def plan(
+    root: nn.Module,
+    embedding: Callable[[], Embedding] | None,
+    layers: Iterable[nn.Module],
+    layer: Callable[[Any], Layer],
+    extra: Iterable[object] = (),
+) -> Plan:
+    """What the fused path computes of `root`, as a fresh look would find it.
+
+    `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
+    They see only modules below `root`, and whatever else they depend on is in `extra`.
+    """
+    fingerprint = _fingerprint(root)
+    fingerprint += extra
+    known = _seen.get(root)
+    if known is not None and known.fingerprint == fingerprint:
+        return known.plan
+    reasons: dict[str, str] = {}
+    names = {module: name for name, module in root.named_modules()}
+    found = _look(embedding, (), names, reasons) if embedding else None
+    parts = tuple(_look(layer, (module,), names, reasons) for module in layers)
+    for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
+        reasons.setdefault(str(why_foreign(foreign)), names[foreign])
+    fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
+    parameters = [p for module in root.modules() for p in module._parameters.values() if p is not None]
+    _seen[root] = _Seen(fingerprint, parameters, fresh)
+    return fresh
+
+
+def _look(
+    read: Callable[..., Any], arguments: tuple[Any, ...], names: dict[nn.Module, str], reasons: dict[str, str]
+) -> Any:
+    try:
+        if any(_GLOBAL_HOOKS):
+            raise NotExactError(torch_module, "has global hooks")  # type: ignore[arg-type]
+        return read(*arguments)
+    except NotExactError as found:
+        where = str(names.get(found.module) or getattr(found.module, "__name__", type(found.module).__name__))
+        reasons.setdefault(found.why, where)
+        return None
+
+
+def _fingerprint(root: nn.Module) -> list[object]:
+    """Everything the answer depends on, comparable in microseconds: equal lists mean an equal answer."""
+    seen: list[object] = []
+    stack: list[Any] = [root]
+    for hooks in _GLOBAL_HOOKS:
+        seen += hooks
+    while stack:
+        module = stack.pop()
+        state = module.__dict__
+        cls = type(module)
+        seen.append(cls)
+        seen += map(state.get, _WATCHED.get(cls, _WATCHED_ELSEWHERE))
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        ):
+            seen += (number for name in _HOOKS for number in state[name])
+        if parameters := state["_parameters"]:
+            seen += map(id, parameters.values())
+        if children := state["_modules"]:
+            seen += children.values()
+            stack += [child for child in children.values() if child is not None]
+    return seen

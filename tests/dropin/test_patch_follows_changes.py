@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A patched transformers model computes what its modules say, whatever happens to them before or after the patch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import minbert_fast
+from tests.dropin.cases import batch, close, replicate
+
+ARGUMENTS = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "intermediate_size": 80, "max_position_embeddings": 40, "initializer_range": 0.2}  # fmt: skip
+
+
+def stock() -> Any:
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(**ARGUMENTS)).eval()
+
+
+def inputs() -> dict[str, Tensor]:
+    ids, mask = batch()
+    return {"input_ids": ids[:4], "attention_mask": mask[:4]}
+
+
+class Adapter(nn.Module):
+    """A layer with a bottleneck behind it; transformers passes more arguments from version to version."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.up = nn.Linear(48, 48)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        out = self.layer(*arguments, **options)
+        return (out[0] + torch.tanh(self.up(out[0])), *out[1:]) if isinstance(out, tuple) else out + self.up(out).tanh()
+
+
+def wrapped(model: Any) -> None:
+    torch.manual_seed(1)
+    model.encoder.layer[1] = Adapter(model.encoder.layer[1])
+
+
+def cut(model: Any) -> None:
+    model.encoder.layer = model.encoder.layer[:1]
+
+
+def another_activation(model: Any) -> None:
+    model.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def own_forward(model: Any) -> None:
+    dense = model.encoder.layer[2].output.dense
+    dense.forward = lambda x: -nn.functional.linear(x, dense.weight, dense.bias)
+
+
+def linear_pooler(model: Any) -> None:
+    model.pooler.activation = nn.Identity()
+
+
+@pytest.mark.parametrize("when", ["before the patch", "after the patch", "after a call"])
+@pytest.mark.parametrize(
+    "change", [wrapped, cut, another_activation, own_forward, linear_pooler], ids=lambda f: f.__name__
+)
+def test_changes_are_computed(change: Callable[[Any], None], when: str, fused_layers: list[Any]) -> None:
+    model, given = stock(), inputs()
+    expected_model = copy.deepcopy(model)
+    unchanged = expected_model(**given)
+    change(expected_model)
+    expected = expected_model(**given)
+    if when == "before the patch":
+        change(model)
+        minbert_fast.patch(model)
+    else:
+        minbert_fast.patch(model)
+        if when == "after a call":
+            model(**given)
+        change(model)
+    del fused_layers[:]
+    if change in (cut, linear_pooler):
+        got = model(**given)
+        assert len(fused_layers) == len(model.encoder.layer)
+    else:
+        with pytest.warns(UserWarning, match="patched BertModel: .* runs the stock forward"):
+            got = model(**given)
+        assert not fused_layers
+    attended = given["attention_mask"].bool()
+    close(got.last_hidden_state[attended], expected.last_hidden_state[attended])
+    first = attended[:, 0]
+    close(got.pooler_output[first], expected.pooler_output[first])
+    apart = expected.pooler_output[first] - unchanged.pooler_output[first]
+    assert apart.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "place", ["embeddings", "embeddings.word_embeddings", "encoder", "encoder.layer.0", "encoder.layer.1.attention.self",
+              "encoder.layer.1.output.LayerNorm", "pooler", "pooler.dense"]
+)  # fmt: skip
+def test_hooks_are_called(place: str) -> None:
+    model, given = minbert_fast.patch(stock()), inputs()
+    expected = model(**given).last_hidden_state
+    seen: list[Any] = []
+    handle = model.get_submodule(place).register_forward_hook(lambda module, args, out: seen.append(out))
+    if place.startswith("pooler"):
+        model(**given)
+    else:
+        with pytest.warns(UserWarning, match="has hooks"):
+            got = model(**given).last_hidden_state
+        attended = given["attention_mask"].bool()
+        close(got[attended], expected[attended])
+    assert len(seen) == 1
+    handle.remove()
+    assert torch.equal(model(**given).last_hidden_state, expected)
+    assert len(seen) == 1
+
+
+def test_a_replica_computes_with_its_own_weights(fused_layers: list[Any]) -> None:
+    """As torch.nn.parallel.replicate makes it."""
+    model, given = minbert_fast.patch(stock()), inputs()
+    expected = model(**given).last_hidden_state
+    copies = replicate(model)
+    got = copies[model](**given).last_hidden_state
+    close(got, expected)
+    with torch.no_grad():
+        copies[model.encoder.layer[0].output.dense].weight.zero_()
+    assert not torch.allclose(copies[model](**given).last_hidden_state, expected)
+    assert len(fused_layers) == 9
+
+
+def random(model: Any) -> bool:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        first, second = (model(**inputs()).last_hidden_state[3] for _ in range(2))
+    return not torch.equal(first, second)
+
+
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def test_dropouts_with_p_0_do_not_draw(fused_layers: list[Any]) -> None:
+    model = minbert_fast.patch(stock()).train()
+    assert random(model)
+    for dropout in dropouts(model):
+        dropout.p = 0.0
+    assert not random(model)
+    assert len(fused_layers) == 4 * 3
+
+
+def test_monte_carlo_dropout_draws() -> None:
+    model = minbert_fast.patch(stock()).eval()
+    for dropout in dropouts(model):
+        dropout.train()
+    with pytest.warns(UserWarning, match="is in another mode than its parent"):
+        assert random(model)
+    model.train()
+    for dropout in dropouts(model):
+        dropout.eval()
+    for layer in model.encoder.layer:
+        layer.attention.self.eval()
+    assert not random(model)
+
+
+def test_a_part_in_evaluation_mode_keeps_it(fused_layers: list[Any]) -> None:
+    model = minbert_fast.patch(stock()).train()
+    model.encoder.eval()
+    assert random(model)  # the embeddings still drop
+    model.embeddings.eval()
+    assert not random(model)
+    assert len(fused_layers) == 4 * 3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between peft and transformers
+def test_adapters_of_peft_are_computed_and_merge_back(fused_layers: list[Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model, given = minbert_fast.patch(stock()), inputs()
+    attended = given["attention_mask"].bool()
+    before = model(**given).last_hidden_state
+    config = peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config).eval()
+    with pytest.warns(UserWarning, match=r"query is a peft\..*Linear"):
+        got = tuned(**given).last_hidden_state
+    assert (got - before)[attended].abs().max() > 1e-2
+    del fused_layers[:]
+    merged = tuned.merge_and_unload()
+    close(merged(**given).last_hidden_state[attended], got[attended])
+    assert len(fused_layers) == 3

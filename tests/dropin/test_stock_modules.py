@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every module of the tree works on its own, with the course's names, signatures, shapes and numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minbert_fast import BertConfig, BertLayer, BertModel, BertSelfAttention
+from minbert_fast.common.schema import ConfigError
+from tests.dropin.cases import attend, batch, close, course, course_embed, course_layer, small
+
+
+def test_self_attention_alone() -> None:
+    model, (ids, mask) = small(), batch()
+    attention = model.bert_layers[0].self_attention
+    assert isinstance(attention, BertSelfAttention)
+    hidden, extended = model.embed(ids), model.get_extended_attention_mask(mask, model.dtype)
+    assert extended.shape == (5, 1, 1, 11)
+    close(attention(hidden, extended), attend(model.bert_layers[0], hidden, extended))
+    key = attention.transform(hidden, attention.key)
+    assert key.shape == (5, attention.num_attention_heads, 11, attention.attention_head_size)
+    assert attention.all_head_size == 48
+    assert attention.attention(key, key, key, extended).shape == hidden.shape
+
+
+def test_a_layer_alone_and_stacked_on_top() -> None:
+    model, (ids, mask) = small(), batch()
+    extra = BertLayer(model.config).eval()
+    extended = model.get_extended_attention_mask(mask)
+    hidden = model(ids, mask)["last_hidden_state"]
+    close(extra(hidden, extended), course_layer(extra, hidden, extended))
+    normed = extra.add_norm(hidden, hidden, extra.attention_dense, extra.attention_dropout, extra.attention_layer_norm)
+    close(normed, extra.attention_layer_norm(hidden + extra.attention_dense(hidden)))
+
+
+def test_embed_and_encode_are_forward() -> None:
+    model, (ids, mask) = small(), batch()
+    embedded = model.embed(input_ids=ids)
+    close(embedded, course_embed(model, ids))
+    hidden = model.encode(embedded, attention_mask=mask)
+    close(hidden, course(model, ids, mask))
+    out = model(ids, mask)
+    close(out["last_hidden_state"], hidden)
+    close(out["pooler_output"], model.pooler_af(model.pooler_dense(hidden[:, 0])))
+    close(model.stock(ids, mask), hidden)
+
+
+@pytest.mark.parametrize("way", ["forward", "encode", "stock"])
+def test_masked_positions_give_zeros_and_influence_nothing(way: str) -> None:
+    model, (ids, mask) = small(), batch()
+    run: Any = {
+        "forward": lambda ids: model(ids, mask)["last_hidden_state"],
+        "encode": lambda ids: model.encode(model.embed(ids), mask),
+        "stock": lambda ids: model.stock(ids, mask),
+    }[way]
+    hidden = run(ids)
+    assert (hidden[mask == 0] == 0).all()
+    assert hidden.isfinite().all()
+    assert torch.equal(hidden, run(torch.where(mask == 1, ids, torch.randint(1, 97, ids.shape))))
+
+
+def test_padding_gets_no_gradient() -> None:
+    """The word embedding's row of padding_idx, attended or not, on every path."""
+    model, (ids, _) = small(), batch()
+    ids[:, 7] = 0
+    mask = torch.ones_like(ids)
+    found = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for hidden in (
+        model(ids, mask)["last_hidden_state"],
+        compiled(ids, mask)["last_hidden_state"],
+        model.stock(ids, mask),
+    ):
+        (gradient,) = torch.autograd.grad(hidden.square().sum() + hidden[:, 3].sum(), model.word_embedding.weight)
+        assert not gradient[0].any()
+        assert gradient[ids[0, 0]].any()
+        found.append(gradient)
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], atol=1e-3, rtol=1e-3)
+
+
+def test_attributes_of_the_course() -> None:
+    model = small()
+    layer = model.bert_layers[1]
+    assert layer.interm_af is F.gelu
+    assert isinstance(model.pooler_af, nn.Tanh)
+    drops = (model.embed_dropout, layer.attention_dropout, layer.out_dropout, layer.self_attention.dropout)
+    assert [d.p for d in drops] == [0.1] * 4
+    assert model.dtype == torch.float32
+    assert model.name_or_path == model.config.name_or_path == ""
+    assert torch.equal(model.position_ids, torch.arange(40)[None])
+
+
+def test_init_weights_draws_again() -> None:
+    model = small()
+    before = model.bert_layers[2].interm_dense.weight.clone()
+    nn.init.constant_(model.bert_layers[2].out_layer_norm.weight, 3.0)
+    model.bert_layers[2].apply(model._init_weights)
+    weight = model.bert_layers[2].interm_dense.weight
+    assert not torch.equal(weight, before)
+    assert weight.std().item() == pytest.approx(0.2, rel=0.1)
+    assert (model.bert_layers[2].out_layer_norm.weight == 1).all()
+    untouched = model.bert_layers[1].interm_dense.weight.clone()
+    model.init_weights()
+    assert not torch.equal(model.bert_layers[1].interm_dense.weight, untouched)
+
+
+def test_checkpoints_load_with_and_without_position_ids() -> None:
+    model = small()
+    state = model.state_dict()
+    assert "position_ids" in state
+    older = {name: tensor for name, tensor in state.items() if name != "position_ids"}
+    for tensors in (state, older):
+        fresh = BertModel(model.config)
+        fresh.load_state_dict(tensors)
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    wrapped = nn.ModuleDict({"bert": BertModel(model.config)})
+    wrapped.load_state_dict({f"bert.{name}": tensor for name, tensor in older.items()})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict({name: t for name, t in older.items() if name != "pooler_dense.bias"})
+
+
+def test_config_fields_may_be_set_before_use() -> None:
+    config = BertConfig(vocab_size=97, hidden_size=48, num_attention_heads=4, intermediate_size=80)
+    config.num_hidden_layers = 1
+    config.hidden_dropout_prob = 0.3
+    model = BertModel(config)
+    assert len(model.bert_layers) == 1
+    assert model.embed_dropout.p == model.bert_layers[0].out_dropout.p == 0.3
+    config.num_attention_heads = 5
+    with pytest.raises(ConfigError, match="hidden_size = 48 is no multiple of num_attention_heads = 5"):
+        BertModel(config)
+    assert model.config.num_attention_heads == 4  # the model's own copy
+
+
+def test_a_field_set_too_late_is_said_to_change_nothing() -> None:
+    model, (ids, mask) = small(), batch()
+    model(ids, mask)
+    model.config.hidden_dropout_prob = 0.5
+    with pytest.warns(UserWarning, match=r"config.hidden_dropout_prob = 0.5 changes nothing"):
+        model(ids, mask)
+    model(ids, mask)  # said once
+    shorter = small()
+    shorter.bert_layers = shorter.bert_layers[:2]
+    shorter.config.num_hidden_layers = 2  # agrees with the modules
+    shorter.config.name_or_path = "mine"
+    shorter(ids, mask)
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    model, (ids, mask) = small(), batch()
+    expected = model(ids, mask)["last_hidden_state"]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids, mask)["last_hidden_state"], expected)
+        with torch.no_grad():
+            other.bert_layers[0].interm_dense.weight.zero_()
+        assert not torch.equal(other(ids, mask)["last_hidden_state"], expected)
+    assert torch.equal(model(ids, mask)["last_hidden_state"], expected)
