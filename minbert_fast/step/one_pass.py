@@ -76,7 +76,7 @@ class OnePassStep:
         kind = ShardedExchange if sharded else Exchange
         rows = len(recipe.tasks) if self.apart else 1
         own = {id(p) for p in model.encoder.one_pass_parameters()}
-        self.shape = model.encoder.plan().shape
+        self.plan = model.encoder.plan()
         layers = [[p for p in layer.parameters() if id(p) in own] for layer in model.encoder.bert_layers]
         self.exchange = kind(self.world, self.flat, rows, dtype, layers)
         self.gradients = self.exchange.gradients
@@ -107,7 +107,7 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
-        if self.model.encoder.plan().shape != self.shape:
+        if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
         seed = self.recipe.training.seed + self.world.rank * RANK_STRIDE  # dropout differs from rank to rank
         reseed(seed, self.steps)
