@@ -205,7 +205,7 @@ class BertModel(nn.Module):
         return pooled
 
     def stock(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """The last hidden state [B, S, H] by the modules themselves, whatever the fused path could compute."""
+        """The last hidden state [B, S, H], with every module called and nothing fused."""
         embedded = self.embed(input_ids) if token_type_ids is None else self.embed(input_ids, token_type_ids)
         return self._layers(embedded, attention_mask)
 
@@ -222,11 +222,11 @@ class BertModel(nn.Module):
 
     @staticmethod
     def get_extended_attention_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What layers add to their scores: [B, S] (1 attended, 0 not) -> [B, 1, 1, S] (0 attended, -10000 not)."""
+        """The mask that layers add to their scores: [B, S] (1 attended, 0 not) -> [B, 1, 1, S] (0 attended, -10000 not)."""
         return extended_mask(attention_mask, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Older checkpoints lack this buffer, newer ones have it; it says nothing that the model does not know.
+        # Older checkpoints lack this buffer, newer ones have it.
         state_dict.setdefault(f"{prefix}position_ids", self.position_ids)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -265,7 +265,7 @@ class BertModel(nn.Module):
         return rows.rows(self.encode(embedded, rows.mask()))
 
     def plan(self) -> fused.Plan:
-        """What the fused path computes; `plan().reasons` is empty where it computes everything."""
+        """The parts that the fused path computes; `plan().reasons` is empty where it computes everything."""
         if not torch.compiler.is_compiling():
             return self._plan()
         # A constant of the compiled graph, which itself guards the modules that parts are read from.
@@ -478,7 +478,7 @@ def read_layer(layer: nn.Module) -> fused.Layer:
 
 
 def _methods(model: type[BertModel]) -> tuple[object, ...]:
-    """The methods that the fused path stands in for, as their classes have them now."""
+    """The methods that the fused path replaces, as their classes have them now."""
     attention = (BertSelfAttention.forward, BertSelfAttention.transform, BertSelfAttention.attention)
     return (model.embed, model.encode, BertLayer.forward, BertLayer.add_norm, *attention)
 

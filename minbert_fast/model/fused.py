@@ -63,7 +63,7 @@ LINEARS = ("query", "key", "value", "attention_dense", "interm_dense", "out_dens
 
 
 class Plan(NamedTuple):
-    """What the fused path computes: None where a part is not exactly what it assumes, with the reasons in words."""
+    """The parts that the fused path computes, None for a part that is not what it assumes, and the reasons in words."""
 
     embedding: Embedding | None
     layers: tuple[Layer | None, ...]
@@ -93,7 +93,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 #: A hook of transformers' gradient checkpointing; the fused path trains without it.
 _HARMLESS_HOOK = "make_inputs_require_grads"
-#: Methods that an instance may have of its own.
+#: Methods that an instance may override.
 _METHODS = ("forward", "add_norm", "transform", "attention", "embed", "encode", "feed_forward_chunk")
 _KINDS = {cls: typing.get_type_hints(cls) for cls in (Embedding, Layer)}
 
@@ -166,7 +166,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: F) -> F:
-    """What torch.compiler.assume_constant_result does, without its import of the whole compiler."""
+    """Does the same as torch.compiler.assume_constant_result, and does not import the whole compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -199,10 +199,10 @@ def plan(
     layer: Callable[[Any], Layer],
     extra: Iterable[object] = (),
 ) -> Plan:
-    """What the fused path computes of `root`, as a fresh look would find it.
+    """The parts of `root` that the fused path computes, as a fresh look would find them.
 
     `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
-    They see only modules below `root`, and whatever else they depend on is in `extra`.
+    They see only modules below `root`; `extra` holds everything else that they depend on.
     """
     fingerprint = _fingerprint(root)
     fingerprint += extra

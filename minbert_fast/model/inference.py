@@ -68,12 +68,13 @@ class Snapshot:
         self.dtype = dtype
         norms = {id(m) for m in model.modules() if isinstance(m, nn.LayerNorm)}
         self._weights: dict[int, Tensor] = {}
+        self._originals = list(model.parameters())  # kept, so that no other tensor gets the id of one of them
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 fixed = id(module) in norms or name == "bias"
                 ready = parameter.detach() if fixed else parameter.detach().to(dtype)
                 self._weights[id(parameter)] = ready
-        self._stacked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stacked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self) -> tuple[type[Snapshot], tuple[BertModel, torch.dtype]]:
         """Makes a copied or unpickled snapshot from its own model: the tables' keys are identities in this process."""
@@ -92,7 +93,7 @@ class Snapshot:
     owns_embeddings = False
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
-        key = id(modules[0])
+        key = tuple(map(id, modules))
         if key not in self._stacked:
             weight = torch.cat([self._ready(m.weight) for m in modules])
             self._stacked[key] = weight, torch.cat([self._ready(m.bias) for m in modules]).to(self.dtype)
@@ -125,7 +126,7 @@ class Snapshot:
     def enter(self, layer: int, hidden: Tensor) -> None: ...
 
     def _ready(self, parameter: Tensor) -> Tensor:
-        return self._weights.get(id(parameter), parameter)  # zeros stand in for the bias of a foreign module
+        return self._weights.get(id(parameter), parameter)  # not there: zeros for the bias of a foreign module
 
 
 _changing_modes = threading.Lock()
@@ -242,7 +243,7 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: 
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
         try:
             yield from workers.map(work, items)
-        finally:  # whoever stops early has no use for the rest
+        finally:  # a caller that stops early does not need the rest
             workers.shutdown(wait=False, cancel_futures=True)
 
 

@@ -270,7 +270,7 @@ def through(
 
 
 def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A module as the module it is: hidden [B, S, I] -> [B, S, O]; `weights` stand in for its parameters of these names.
+    """A module as the module it is: hidden [B, S, I] -> [B, S, O]; `weights` replace its parameters by name.
 
     In autocast where its parameters have another dtype than half-precision `hidden`.
     """
@@ -283,7 +283,7 @@ def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[st
 
 
 def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the course adds to attention scores: 0 where the mask is 1, -10000 where it is 0.
+    """The mask that the course adds to attention scores: 0 where the mask is 1, -10000 where it is 0.
 
     mask [B, S] -> [B, 1, 1, S], or [B, S, S] -> [B, 1, S, S].
     """

@@ -111,9 +111,9 @@ class OnePass(Streams):
         return lambda qkv: rows.attention(qkv, p, self.seed, site)
 
     def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
-        """The module on each task's sentences, with leaves of its own in the place of its parameters.
+        """Calls the module once per task, on the task's sentences and with a leaf per task for each of its parameters.
 
-        A task's gradients reach only its own leaves, so that one backward fills all rows of J.
+        A task's gradients reach only that task's leaves, so that one backward fills all rows of J.
         """
         if self.gradients is None:
             constants = {name: p.detach() for name, p in module.named_parameters()}
@@ -149,8 +149,9 @@ class OnePass(Streams):
             hidden.register_hook(lambda gradient: self.through(layer))
 
     def _weight(self, parameter: Tensor) -> Tensor:
-        # The zeros that stand in for the bias of a module that was called lie nowhere.
-        return self.flat.view(self.flat.compute, parameter) if parameter in self.flat else parameter
+        if not isinstance(parameter, nn.Parameter):  # zeros for the bias of a foreign module
+            return parameter
+        return self.flat.view(self.flat.compute, parameter)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None

@@ -54,7 +54,7 @@ class OnePassStep:
         self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
         self.frozen = [entry.parameter for entry in parts.frozen]
         own = {id(p) for p in model.encoder.one_pass_parameters()}
-        self.shape = model.encoder.plan().shape
+        self.plan = model.encoder.plan()
         # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         rows = len(recipe.tasks) if self.apart else 1
@@ -81,7 +81,7 @@ class OnePassStep:
 
     def prepare(self, batch: MultitaskBatch, lr_scale: float) -> None:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
-        if self.model.encoder.plan().shape != self.shape:
+        if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
         reseed(self.seed_base, self.steps)
         self.seed.fill_(step_seed(self.seed_base, self.steps))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT layers that belong to one task: on top of the shared encoder's token rows, pooled anew."""
+"""BERT layers that belong to one task: on top of the shared encoder's token rows, with a pooling of their own."""
 
 from __future__ import annotations
 

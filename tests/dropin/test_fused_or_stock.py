@@ -183,8 +183,8 @@ def hooked_output(model: BertModel) -> None:
 
 
 CHANGES = [
-    relu, without_bias, subclassed, wrapped_linear, wrapped_embedding, another_norm, appended, shared, cut, parametrized,
-    pruned, own_forward, hooked_output,
+    relu, without_bias, subclassed, wrapped_linear, wrapped_embedding, another_norm, appended, shared, cut,
+    parametrized, pruned, own_forward, hooked_output,
 ]  # fmt: skip
 STAYS_FUSED = (appended, shared, cut)
 

@@ -307,6 +307,13 @@ def test_a_tree_that_changes_between_steps_is_refused() -> None:
     step = OnePassStep(model, chosen, torch.float32)
     given = examples(model, {"sentiment": 2, "paraphrase": 2, "similarity": 2}, 0)
     step(given, 1.0)
-    model.encoder.bert_layers[0].interm_af = torch.relu
-    with pytest.raises(ConfigError, match="changed after its training step was made"):
+    model.encoder.bert_layers[0].out_dropout.p = 0.1  # no change to the tree
+    step(given, 1.0)
+    layer = model.encoder.bert_layers[0]
+    for name, changed in (("interm_af", torch.relu), ("out_dense", nn.Linear(80, 48))):
+        before = getattr(layer, name)
+        setattr(layer, name, changed)
+        with pytest.raises(ConfigError, match="changed after its training step was made"):
+            step(given, 1.0)
+        setattr(layer, name, before)
         step(given, 1.0)
