@@ -7,6 +7,9 @@
 #include "cpu/simd.h"
 
 namespace minbert {
+
+constexpr int64_t kMaxWidth = 8192;  // of a row
+
 namespace MINBERT_ISA {
 
 struct Statistics {

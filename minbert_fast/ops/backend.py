@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,14 +17,12 @@ Implementation = Literal["triton", "native", "torch"]
 _forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
 
 
-@functools.cache
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def triton_available() -> bool:
-    """Whether Triton can be imported (it is a Linux package)."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is installed (CUDA builds of torch bring it on Linux); this imports nothing."""
+    return _TRITON
 
 
 def implementation(tensor: Tensor) -> Implementation:
@@ -39,7 +37,7 @@ def implementation(tensor: Tensor) -> Implementation:
         return "torch"
     if tensor.device.type == "cpu":
         return "torch" if tensor.dtype == torch.float16 else "native"
-    if tensor.device.type == "cuda" and triton_available():
+    if tensor.device.type == "cuda" and _TRITON:
         return "triton"
     return "torch"
 

@@ -144,7 +144,7 @@ def _bias_tile(
 
 
 @triton.jit
-def _segment_gradients(
+def _linear_gradients(
     dy_ptr,  # [rows, outputs]
     x_ptr,  # [rows, inputs]
     bounds_ptr,  # [tasks + 1] int32
@@ -209,7 +209,7 @@ def _segment_gradients(
             )
 
 
-def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
+def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """dy [N, O], x [N, I] (any row stride) -> dweight [T, O, I], dbias [T, O] (None: not wanted; any task stride).
 
     Outputs are fp32 or bf16 and overwritten. Rows from bounds[T] on count for no task.
@@ -225,7 +225,7 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
     bias_tiles = 0 if dbias is None else triton.cdiv(outputs, BIAS_COLUMNS)
     if matrix_tiles + bias_tiles == 0:
         return
-    _segment_gradients[(matrix_tiles + tasks * bias_tiles,)](
+    _linear_gradients[(matrix_tiles + tasks * bias_tiles,)](
         dy,
         x,
         bounds,
@@ -275,4 +275,4 @@ def launches() -> Iterator[Launch]:
             dweight = torch.empty(3, outputs, inputs, dtype=out, device="meta")
             dbias = torch.empty(3, outputs, dtype=out, device="meta")
             label = f"{str(dtype)[6:]} {outputs}x{inputs} -> {str(out)[6:]}"
-            yield Launch(label, partial(segment_gradients, dy, x, bounds, dweight, dbias))
+            yield Launch(label, partial(linear_gradients, dy, x, bounds, dweight, dbias))
