@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]
 
-_forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
+_forced: Implementation | None = None
 
 
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -30,9 +29,8 @@ def implementation(tensor: Tensor) -> Implementation:
 
     PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none.
     """
-    forced = _forced.get()
-    if forced is not None:
-        return forced
+    if _forced is not None:
+        return _forced
     if tensor.dtype == torch.float64:
         return "torch"
     if tensor.device.type == "cpu":
@@ -44,12 +42,13 @@ def implementation(tensor: Tensor) -> Implementation:
 
 @contextmanager
 def force(choice: Implementation) -> Iterator[None]:
-    """Runs every op inside the block by one implementation (tests: the interpreter on CPU tensors, the reference)."""
-    token = _forced.set(choice)
+    """Runs every op inside the block, in every thread, by one implementation (for tests and benchmarks)."""
+    global _forced
+    before, _forced = _forced, choice
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def drops_padding(tensor: Tensor) -> bool:

@@ -87,7 +87,8 @@ def _plain(
     gamma: Tensor, beta: Tensor, eps: float, p: float, seed: Tensor | None, site: int, into: EmbeddingSink | None,
 ) -> Tensor:  # fmt: skip
     def formula(tokens: Tensor, positions: Tensor, types: Tensor, keep: Tensor, *parameters: Tensor) -> Tensor:
-        return reference(tokens, positions, types, *(t.to(keep.dtype) for t in parameters), eps=eps, keep=keep)
+        word, position, type_, gamma, beta = (t.to(keep.dtype) for t in parameters)
+        return reference(tokens, positions, types, word, position, type_, gamma, beta, eps, keep)
 
     rows = (tokens, positions, types, dropout.keep_rows(seed, site, len(tokens), word, p))
     parameters = (word, position, type_, gamma, beta)
@@ -146,13 +147,13 @@ class _Embedding(torch.autograd.Function):
         if ctx.into:
             embedding_backward(dy, *saved, *ctx.into[:4], ctx.p, seed, ctx.site, *ctx.into[4:])
             return (None,) * 14
-        *gradients, dbeta = _dense_backward(dy, *saved, ctx.p, seed, ctx.site)
+        *gradients, dbeta = _dense_backward(dy, ctx.p, seed, ctx.site, *saved)
         return None, None, None, *gradients, dbeta.to(ctx.beta_dtype), *(None,) * 6
 
 
 def _dense_backward(
-    dy: Tensor, tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
-    gamma: Tensor, mean: Tensor, rstd: Tensor, p: float, seed: Tensor | None, site: int,
+    dy: Tensor, p: float, seed: Tensor | None, site: int, tokens: Tensor, positions: Tensor, types: Tensor,
+    word: Tensor, position: Tensor, type_: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the tables, as large as the tables, and of gamma and beta: plain PyTorch, whose gather sorts."""
     keep = dropout.keep_rows(seed, site, len(tokens), word, p)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 #: Takes a task's number and one parameter's gradient from that task's rows.
 Store = Callable[[int, Tensor], object]
@@ -57,25 +58,39 @@ def by_task(
     bounds: Tensor,
     stores: Sequence[Store | None],
 ) -> Tensor:
-    """formula(*rows, *parameters) [N, ...] in plain PyTorch, one task after another.
+    """formula(*rows, *parameters) [N, ...] in plain PyTorch, which computes each row from the same row of `rows` [N, ...].
 
     The backward hands each parameter's gradient to its store, task by task; the parameters themselves are constants.
     Rows from bounds[T] on get no gradient and give none.
     """
-    outputs, end = [], 0
-    for task, (begin, end) in enumerate(segments(bounds)):
-        leaves = [parameter.detach() for parameter in parameters]
-        for leaf, store in zip(leaves, stores, strict=True):
-            if store is not None:
-                leaf.requires_grad_().register_hook(_storing(store, task))
-        outputs.append(formula(*(t[begin:end] for t in rows), *leaves))
-    outputs.append(formula(*(t[end:].detach() for t in rows), *(t.detach() for t in parameters)))
-    y = torch.cat(outputs)
-    return y if y.requires_grad else y.requires_grad_()
+    return _ByTask.apply(formula, len(rows), stores, bounds, anchor(bounds.device), *rows, *parameters)
 
 
-def _storing(store: Store, task: int) -> Callable[[Tensor], Any]:
-    def hook(gradient: Tensor) -> None:
-        store(task, gradient)
+class _ByTask(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, formula: Callable[..., Tensor], rowwise: int, stores: Sequence[Store | None], bounds: Tensor,
+        anchor: Tensor, *tensors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.formula, ctx.rowwise, ctx.stores = formula, rowwise, stores
+        ctx.save_for_backward(bounds, *tensors)
+        return formula(*tensors)
 
-    return hook
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        bounds, *tensors = ctx.saved_tensors
+        gradients = [torch.zeros_like(t) for t in tensors[: ctx.rowwise]]
+        for task, (begin, end) in enumerate(segments(bounds)):
+            leaves = [(t[begin:end] if i < ctx.rowwise else t).detach() for i, t in enumerate(tensors)]
+            floating = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+            with torch.enable_grad():
+                wanted = [leaves[i].requires_grad_() for i in floating]
+                own = torch.autograd.grad(ctx.formula(*leaves), wanted, dy[begin:end])
+            for i, gradient in zip(floating, own, strict=True):
+                if i < ctx.rowwise:
+                    gradients[i][begin:end] = gradient
+                elif (store := ctx.stores[i - ctx.rowwise]) is not None:
+                    store(task, gradient)
+        own = [gradient if gradient.is_floating_point() else None for gradient in gradients]
+        return *(None,) * 5, *own, *(None,) * (len(tensors) - ctx.rowwise)
