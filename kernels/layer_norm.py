@@ -62,10 +62,11 @@ def norm_gradient(dy, z, gamma, mean_ptr, rstd_ptr, row, mask, valid, WIDTH: tl.
     """dz and xhat [ROWS, BLOCK] from dy and z, zero outside `mask`; valid [ROWS]: rows that exist."""
     mean = tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
-    # A row of one column is its own mean, so nothing depends on it: z - mean is a rounding error, which rstd enlarges.
-    xhat = tl.where(mask, (z - mean) * rstd, 0.0) if WIDTH > 1 else tl.zeros_like(dy)
+    if WIDTH == 1:  # a row is its own mean: what is left of it is a rounding error, which rstd would enlarge
+        rstd *= 0.0
+    xhat = tl.where(mask, (z - mean) * rstd, 0.0)
     g = dy * gamma[None, :]
     along = tl.sum(g * xhat, 1) / WIDTH
     shift = tl.sum(g, 1) / WIDTH
-    dz = tl.where(mask, (g - shift[:, None] - xhat * along[:, None]) * rstd, 0.0) if WIDTH > 1 else xhat
+    dz = tl.where(mask, (g - shift[:, None] - xhat * along[:, None]) * rstd, 0.0)
     return dz, xhat

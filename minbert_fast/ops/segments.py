@@ -92,5 +92,5 @@ class _ByTask(torch.autograd.Function):
                     gradients[i][begin:end] = gradient
                 elif (store := ctx.stores[i - ctx.rowwise]) is not None:
                     store(task, gradient)
-        own = [gradient if gradient.is_floating_point() else None for gradient in gradients]
-        return *(None,) * 5, *own, *(None,) * (len(tensors) - ctx.rowwise)
+        rows = [gradient if gradient.is_floating_point() else None for gradient in gradients]
+        return *(None,) * 5, *rows, *(None,) * (len(tensors) - ctx.rowwise)
