@@ -33,9 +33,13 @@ const char* name_of(DType dtype) {
     case DType::bf16: return "bfloat16";
     case DType::i32: return "int32";
     case DType::i64: return "int64";
-    case DType::boolean: return "bool";
-    default: return "another dtype";
+    default: return "bool";
   }
+}
+
+std::string name_of(const Tensor& t) {
+  const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  return (t.code < 7 ? kinds[t.code] : "element") + (t.code == 6 ? std::string() : std::to_string(t.bits));
 }
 
 bool dense_from(const Tensor& t, int first) {
@@ -66,7 +70,7 @@ void check(const std::string& name, const Tensor& tensor, std::initializer_list<
   if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype()) == dtypes.end()) {
     std::string wanted;
     for (const DType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(name_of(dtype));
-    refuse(name + " must be " + wanted + ", not " + name_of(tensor.dtype()));
+    refuse(name + " must be " + wanted + ", not " + name_of(tensor));
   }
   if (tensor.device != 1) refuse(name + " must be on the CPU");
 }

@@ -91,7 +91,7 @@ def _keep(rows: Tensor, qkv: Tensor, p: float, seed: Tensor | None, site: int) -
     assert seed is not None
     heads, length = qkv.shape[-2], rows.shape[1]
     planes = [dropout.keep_mask(seed, site, rows.flatten(), length, p, head) for head in range(heads)]
-    return torch.stack(planes).view(heads, -1, length, length).transpose(0, 1)
+    return torch.stack(planes).unflatten(1, rows.shape).transpose(0, 1)
 
 
 @kernel_op()
