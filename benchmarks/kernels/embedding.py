@@ -79,7 +79,8 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
     dtype_, dposition, dword = (torch.empty(TASKS, n, width, device=device) for n in (TYPES, POSITIONS, distinct))
     rows_of = (batch.task_tokens, batch.cu_seqlens, batch.word_order, batch.word_offsets[: distinct + 1])
     sink = EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
-    output = embedding(*index, *parameters, EPS, P, seed, 0, sink)
+    word, position, type_ = tables
+    output = embedding(*index, word, position, type_, gamma, beta, EPS, P, seed, 0, sink)
 
     def ours_backward() -> None:
         output.backward(dy, retain_graph=True)

@@ -15,12 +15,6 @@ from tests.tolerance import poisoned_memory
 ISAS = _C.isas().split()
 
 
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_memory():
-        yield
-
-
 def running(floor: str) -> Iterator[torch.device]:
     """Runs ops by the floor (`native avx2` names an instruction set) inside; yields the device of their tensors.
 
@@ -32,7 +26,7 @@ def running(floor: str) -> Iterator[torch.device]:
     before = _C.isa()
     if isa:
         _C.set_isa(isa)
-    with backend.force(name):  # type: ignore[arg-type]
+    with backend.force(name), poisoned_memory():  # type: ignore[arg-type]
         yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
     _C.set_isa(before)
 
