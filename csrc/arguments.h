@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Arguments of the encoder's ops: torch tensors as Python passes them, and the checks that stand before any loop.
 //
-// An op's binding lists its arguments once, asks an `Arguments` for each pointer, and hands the loops of csrc/cpu a plain
-// struct. Whatever could lead out of a tensor throws std::invalid_argument, a ValueError in Python, before anything is
-// written. No result depends on the number of threads.
+// An op's binding lists its arguments once, gets each pointer from an `Arguments`, and passes a plain struct to the loops of
+// csrc/cpu. An argument that would lead out of a tensor throws std::invalid_argument (a ValueError in Python) before
+// anything is written.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -61,7 +61,7 @@ class Arguments {
   // Ascending offsets int32 [count + 1] from 0 to at most `limit`.
   const int32_t* offsets(const char* name, const Tensor& tensor, int64_t limit);
 
-  // Indices int32 [count], of which the first `used` must lie in [0, limit).
+  // Indices int32 [count], of which the first `used` must be in [0, limit).
   const int32_t* indices(const char* name, const Tensor& tensor, int64_t count, int64_t used, int64_t limit);
 
   // A gradient [T, ...] to be written, fp32 or bf16, each task's part contiguous and any distance from the next; None: not

@@ -58,7 +58,7 @@ void backward(const Tensor& dy, const Tensor& tokens, const Tensor& positions, c
               const Tensor& position, const Tensor& type, const Tensor& gamma, const Tensor& mean, const Tensor& rstd,
               const Tensor& bounds, const Tensor& /*cu_seqlens*/, const Tensor& word_order, const Tensor& word_offsets,
               double p, const Tensor& seed, int64_t site, const Tensor& dword, const Tensor& dposition,
-              const Tensor& dtype, const Tensor& dgamma, const Tensor& dbeta, int threads) {
+              const Tensor& d_type_table, const Tensor& dgamma, const Tensor& dbeta, int threads) {
   Arguments a;
   Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});
@@ -70,7 +70,7 @@ void backward(const Tensor& dy, const Tensor& tokens, const Tensor& positions, c
   const Groups by_word{a.indices("word_order", word_order, op.rows, offsets[words], op.rows), offsets, words};
   const TaskGradient dtables[] = {a.gradient("dword", dword, {tasks, words, op.width}),
                                   a.gradient("dposition", dposition, {tasks, op.lookups[1].count, op.width}),
-                                  a.gradient("dtype", dtype, {tasks, op.lookups[2].count, op.width})};
+                                  a.gradient("d_type_table", d_type_table, {tasks, op.lookups[2].count, op.width})};
   op.dgamma = a.gradient("dgamma", dgamma, {tasks, op.width});
   op.dbeta = a.gradient("dbeta", dbeta, {tasks, op.width});
   op.slots = a.floats(slot_floats(op.rows, tasks, 2, op.width)), op.dz = a.floats(op.rows * op.width);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every launcher asks of the device."""
+"""Properties of the device that launchers choose their settings by."""
 
 from __future__ import annotations
 

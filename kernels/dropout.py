@@ -26,7 +26,7 @@ def _kept(words, p: tl.constexpr):
 
 @triton.jit
 def keep_scale_quads(seed, site, plane, row, quad, p: tl.constexpr):
-    """What dropout multiplies elements with: 0 with probability p, else 1 / (1 - p); fp32 [R, 4 C].
+    """The dropout factors of elements: 0 with probability p, else 1 / (1 - p); fp32 [R, 4 C].
 
     `seed` int64 (loaded); `site`, `plane` int32; row [R, 1] and quad [1, C] int32. Columns 4 c to 4 c + 3 of the result
     are the elements of columns 4 quad[c] to 4 quad[c] + 3.

@@ -33,7 +33,7 @@ struct Attention {
   // Backward: lse as the forward wrote it.
   const void* dout;
   void* dqkv;
-  // Who does what: the items, and `pitch` floats of scratch for each thread.
+  // The plan: items in the order that threads take them, and `pitch` floats of scratch for each thread.
   const AttentionItem* items;
   int64_t count;
   float* scratch;

@@ -21,7 +21,7 @@ from minbert_fast.ops.library import kernel_op
 def reference(
     x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, keep: Tensor | float = 1.0
 ) -> Tensor:
-    """What the op computes, in plain PyTorch; `keep` is what dropout multiplies x + bias with."""
+    """The op in plain PyTorch; `keep` [N, H] is the dropout factor of each element, 0 or 1 / (1 - p)."""
     return F.layer_norm(residual + (x + bias) * keep, gamma.shape, gamma, beta, eps)
 
 
@@ -52,7 +52,7 @@ def add_norm(
     from (seed int64 [1], site). Differentiable once in all five tensors. With `into` (x [N, H]), parameters are
     constants, their gradients go into the sink apart by task, and rows from bounds[T] on get and give none.
 
-    Raises ValueError if shapes or dtypes disagree, or p is no probability below 1 or has no seed.
+    Raises ValueError if shapes or dtypes disagree, p is not in [0, 1), or p > 0 has no seed.
     """
     width = x.shape[-1]
     segments.expect("residual", residual, x.shape, x.dtype)

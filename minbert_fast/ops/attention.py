@@ -22,7 +22,7 @@ def reference(qkv: Tensor, attended: Tensor, scale: float, keep: Tensor | float 
     """softmax(q k^T scale) v in plain PyTorch ("Attention Is All You Need", eq. 1): out [B, S, h * d], lse [B, h, S].
 
     qkv [B, S, 3, h, d]. Positions where `attended` [B, S] is false are not attended to and give zeros. `keep`
-    [B, h, S, S] is what dropout multiplies the probabilities with.
+    [B, h, S, S] are the dropout factors of the probabilities, 0 or 1 / (1 - p).
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, S, d]
     scores = (q @ k.transpose(2, 3)).to(segments.statistics_dtype(qkv.dtype)) * scale
@@ -47,7 +47,7 @@ def attention(
     max_seqlen bounds every sentence's length. Probabilities are dropped with probability dropout_p by the mask of
     (seed int64 [1], site). Returns [N, h * d]; rows of no sentence are zero.
 
-    Raises ValueError if shapes or dtypes disagree, or dropout_p is no probability below 1 or has no seed.
+    Raises ValueError if shapes or dtypes disagree, dropout_p is not in [0, 1), or dropout_p > 0 has no seed.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape [N, 3, heads, head_dim], not {list(qkv.shape)}")
@@ -85,7 +85,7 @@ def attention_dense(
 
 
 def _keep(rows: Tensor, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor | float:
-    """What dropout multiplies probabilities with [B, h, S, S], by the row numbers [B, S]."""
+    """The dropout factors of the probabilities [B, h, S, S]; `rows` [B, S] are the row numbers of the queries."""
     if p == 0.0:
         return 1.0
     assert seed is not None

@@ -19,7 +19,7 @@ from minbert_fast.ops.library import kernel_op
 
 
 def reference(x: Tensor, bias: Tensor) -> Tensor:
-    """What the op computes, in plain PyTorch (Hendrycks & Gimpel 2016)."""
+    """The op in plain PyTorch (Hendrycks & Gimpel 2016)."""
     return F.gelu(x + bias)
 
 

@@ -53,7 +53,7 @@ def keep_rows(seed: Tensor | None, site: int, rows: int, like: Tensor, p: float)
 
 
 def keep_mask(seed: Tensor, site: int, rows: Tensor, columns: int, p: float, plane: int = 0) -> Tensor:
-    """What dropout multiplies elements (plane, rows[i], 0..columns) with: 0 with probability p, else 1 / (1 - p).
+    """The dropout factors of elements (plane, rows[i], 0..columns): 0 with probability p, else 1 / (1 - p).
 
     `seed` int64 [1], `rows` integers [R] on the same device -> fp32 [R, columns].
     """

@@ -22,7 +22,7 @@ def reference(
     tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
     gamma: Tensor, beta: Tensor, eps: float, keep: Tensor | float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """What the op computes, in plain PyTorch; `keep` is what dropout multiplies the normalised rows with."""
+    """The op in plain PyTorch; `keep` [N, H] is the dropout factor of each element, 0 or 1 / (1 - p)."""
     total = F.embedding(tokens, word) + F.embedding(positions, position) + F.embedding(types, type_)
     return F.layer_norm(total, gamma.shape, gamma, beta, eps) * keep
 
@@ -66,7 +66,7 @@ def embedding(
     `into`, parameters are constants, their gradients go into the sink apart by task, and rows from bounds[T] on add to
     none.
 
-    Raises ValueError if shapes or dtypes disagree, or p is no probability below 1 or has no seed.
+    Raises ValueError if shapes or dtypes disagree, p is not in [0, 1), or p > 0 has no seed.
     """
     width = word.shape[-1]
     for name, table in (("position", position), ("type_", type_)):
@@ -155,7 +155,7 @@ def _dense_backward(
     dy: Tensor, p: float, seed: Tensor | None, site: int, tokens: Tensor, positions: Tensor, types: Tensor,
     word: Tensor, position: Tensor, type_: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of the tables, as large as the tables, and of gamma and beta: plain PyTorch, whose gather sorts."""
+    """Dense gradients of the tables, and those of gamma and beta, in plain PyTorch (deterministic: it sorts the rows)."""
     keep = dropout.keep_rows(seed, site, len(tokens), word, p)
     lookups = ((word, tokens), (position, positions), (type_, types))
     z = sum(table[index].to(keep.dtype) for table, index in lookups)

@@ -56,9 +56,9 @@ def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable[..
 def kernel_op(*mutates_args: str) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: makes a function the op `minbert_fast::<its name>`, which a kernel of the same name computes.
 
-    The function lists the op's arguments and allocates its outputs; tracing learns their shapes from it. The op passes
-    the arguments (contiguous, but for those of `mutates_args`) and the outputs on, in this order, to the function of its
-    name in `minbert_fast.kernels.<its module>` on a GPU, in the extension on a CPU.
+    The function declares the op's arguments and allocates its outputs; tracing takes the outputs' shapes from it. On a
+    GPU the op calls the function of its name in `minbert_fast.kernels.<its module>`, on a CPU that of the extension. It
+    passes the arguments, then the outputs. It makes tensors contiguous first, except those of `mutates_args`.
     """
 
     def declare(function: Callable[..., Any]) -> Op:
@@ -74,7 +74,8 @@ def kernel_op(*mutates_args: str) -> Callable[[Callable[..., Any]], Op]:
             outputs = made if isinstance(made, tuple) else () if made is None else (made,)
             if implementation(arguments[0]) == "triton":
                 kernels = importlib.import_module(f"minbert_fast.kernels.{module}")
-                _on_its_device(getattr(kernels, name))(*arguments, *outputs)
+                with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+                    getattr(kernels, name)(*arguments, *outputs)
             else:
                 native.call(name, *arguments, *outputs)
             return made

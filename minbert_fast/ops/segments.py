@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops share: checks of shapes, the tasks' row ranges, and an op's formula with gradients apart by task."""
+"""Helpers of the ops: checks of shapes, the tasks' row ranges, and a formula's gradients apart by task."""
 
 from __future__ import annotations
 

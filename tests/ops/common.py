@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of the ops share: outputs as they lie in J, and what each task's gradient should be."""
+"""Helpers of the ops' tests: gradients as slices of J, and each task's expected gradient."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the extension's ops refuse: nothing that reaches compiled code can make it read or write astray."""
+"""The extension checks its arguments: none can make compiled code read or write outside a tensor."""
 
 from __future__ import annotations
 

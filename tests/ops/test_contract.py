@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op with parameters promises: under plain autograd, with a sink, to torch.library, and what it refuses."""
+"""Promises that all ops with parameters share: plain autograd, sinks, torch.library, and errors."""
 
 from __future__ import annotations
 
