@@ -35,7 +35,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 WARNINGS = ["-Wall", "-Wextra"]
 
 # Kept in step with csrc/isa.h, which says what a processor must have for each.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma"]
 # GCC 12 takes the undefined operands inside its own AVX-512 headers for mistakes of ours.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", *GCC_NOISE]

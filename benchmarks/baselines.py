@@ -25,7 +25,7 @@ from minbert_fast import surgery as methods
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.ops import reference
+from minbert_fast.step import naive
 from minbert_fast.tasks import MultitaskModel
 
 LR = 1e-5
@@ -60,7 +60,7 @@ class _PerTaskStep:
             else:
                 loss.backward()
         if self.surgery:
-            reference.write_gradient(self.shared, self._combine(torch.stack(rows)))
+            naive.write_gradient(self.shared, self._combine(torch.stack(rows)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.own_gradients)  # at once: other candidates need the memory
         return torch.stack(losses)

@@ -38,8 +38,8 @@ sanitized=(-m pytest -q -W default -p no:cacheprovider tests/surgery -m gpu
 run() { # run PART
     case $1 in
         tests)
-            part "tests" "$PYTHON" "${tests[@]}" -m gpu --ignore tests/kernels
-            part "kernel tests" "$PYTHON" "${tests[@]}" tests/kernels # on a GPU, all of them run there
+            part "tests" "$PYTHON" "${tests[@]}" -m gpu --ignore tests/kernels --ignore tests/ops
+            part "kernel tests" "$PYTHON" "${tests[@]}" tests/kernels tests/ops # on a GPU, all of them run there
             ;;
         train) part "train" "$PYTHON" -m minbert_fast.train --device cuda --output runs/gpu --overwrite ;;
         step | surgery | kernels | encode)

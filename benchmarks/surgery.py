@@ -19,9 +19,9 @@ from benchmarks import gradients, harness
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import surgery
 from minbert_fast.common import pages
-from minbert_fast.ops import reference
 from minbert_fast.ops import surgery as ops
 from minbert_fast.ops.surgery import AdamWSettings
+from minbert_fast.step import naive
 
 TASKS = (2, 3, 8, 32)
 # The classic loop walks over P twice for each pair of tasks: beyond this many products of pairs and parameters it would
@@ -115,7 +115,7 @@ def _surgery(J: Tensor) -> tuple[dict[str, Candidate], list[str]]:
         return torch.mv(J.T, w.to(J.dtype))
 
     def classic() -> Tensor:
-        return reference.pcgrad(list(J), orders)
+        return naive.pcgrad(list(J), orders)
 
     def check() -> None:
         exact["w"], _ = ops.pcgrad_weights(_exact_gram(J), on_device)

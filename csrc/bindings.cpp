@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the extension. It takes raw pointers, sizes and strides; minbert_fast/native checks them first.
+// The Python face of the extension. Surgery takes raw pointers, which minbert_fast/ops/native checks; the encoder's ops take
+// tensors (arguments.h).
 #include "bindings.h"
 
 #include "isa.h"
@@ -15,5 +16,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   minbert::bind_surgery(m);
-  minbert::bind_layers(m);
+  minbert::bind_add_norm(m);
+  minbert::bind_attention(m);
+  minbert::bind_bias_gelu(m);
+  minbert::bind_embedding(m);
+  minbert::bind_linear(m);
 }

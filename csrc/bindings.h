@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of the module's Python face, one function a room.
+// The parts of the module's Python face, one function an op.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,7 +7,13 @@
 namespace minbert {
 
 void bind_surgery(pybind11::module_& m);
-void bind_layers(pybind11::module_& m);
+void bind_add_norm(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
+void bind_bias_gelu(pybind11::module_& m);
+void bind_embedding(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
+
+using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 // Tensors arrive as the integers of Tensor.data_ptr(); 0 stands for an absent one.
 template <class T>

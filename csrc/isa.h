@@ -22,7 +22,7 @@
 namespace minbert {
 
 // portable: what the compiler assumes by itself (SSE2 on x86-64, NEON on AArch64)
-// avx2: AVX2, FMA, F16C       avx512: F, BW, DQ, VL       avx512bf16: AVX-512 and its bf16 instructions
+// avx2: AVX2, FMA             avx512: F, BW, DQ, VL       avx512bf16: AVX-512 and its bf16 instructions
 enum class Isa { portable, avx2, avx512, avx512bf16 };
 
 Isa isa();                             // the one in use

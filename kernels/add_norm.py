@@ -4,14 +4,11 @@
 A program holds whole rows on chip: the forward reads x and residual once and writes y, the backward reads dy, x and
 residual and writes dx and dresidual; the sum before the norm and the dropout mask are computed again, not stored.
 Statistics and all arithmetic are fp32. Per-task dgamma, dbeta and dbias leave through column_sums.py.
-
-    xhat = (z - mean) rstd,  g = dy gamma,  dz = rstd (g - mean(g) - xhat mean(g xhat))      (Ba et al. 2016)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,34 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import check_probability, multiprocessors
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
 from minbert_fast.kernels.launches import Launch
-
-
-@dataclass(frozen=True)
-class RowTile:
-    """Rows a program holds at once and the warps that share them.
-
-    A warp covers 256 columns with 16-byte loads of bf16, so a row's sums over columns meet across few warps and the
-    sums over rows stay inside a thread.
-    """
-
-    block: int  # columns, a power of two
-    rows: int
-    num_warps: int
-
-    @staticmethod
-    def of(width: int) -> RowTile:
-        if not 1 <= width <= 4096:
-            raise ValueError(f"hidden size must be between 1 and 4096, not {width}")
-        block = max(64, triton.next_power_of_2(width))
-        return RowTile(block, rows=max(1, min(4, 4096 // block)), num_warps=max(1, block // 256))
-
-    def programs(self, device: torch.device) -> int:
-        """Programs that share a backward: eight warps a multiprocessor."""
-        return multiprocessors(device) * max(1, 8 // self.num_warps)
+from minbert_fast.kernels.layer_norm import RowTile, norm_gradient, normalise
 
 
 @triton.jit
@@ -85,13 +58,8 @@ def _add_norm_forward(
     residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
     branch, keep = _branch(x_ptr, bias, offsets, mask, seed, site, row, P, BLOCK)
-    z = residual + branch * keep
-    mean = tl.sum(z, 1) / WIDTH  # columns beyond WIDTH are zero: x, bias and residual load as such
-    centred = tl.where(within[None, :], z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
-    gamma = tl.load(gamma_ptr + columns, mask=within, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + columns, mask=within, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
+    z = residual + branch * keep  # zero beyond WIDTH: x, bias and residual load as such
+    y, mean, rstd = normalise(z, gamma_ptr, beta_ptr, columns, within, eps, WIDTH)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
@@ -141,14 +109,9 @@ def _add_norm_backward(
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 branch, keep = _branch(x_ptr, bias, offsets, mask, seed, site, row, P, BLOCK)
-                mean = tl.load(mean_ptr + row, mask=row < high, other=0.0)[:, None]
-                rstd = tl.load(rstd_ptr + row, mask=row < high, other=0.0)[:, None]
-                xhat = tl.where(mask, (residual + branch * keep - mean) * rstd, 0.0)
-                g = dy * gamma[None, :]
-                along = tl.sum(g * xhat, 1) / WIDTH
-                shift = tl.sum(g, 1) / WIDTH
-                dz = (g - shift[:, None] - xhat * along[:, None]) * rstd
-                dx = tl.where(mask, dz * keep, 0.0)
+                z = residual + branch * keep
+                dz, xhat = norm_gradient(dy, z, gamma, mean_ptr, rstd_ptr, row, mask, row < high, WIDTH)
+                dx = dz * keep
                 tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
                 tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 dgamma += tl.sum(dy * xhat, 0)
@@ -167,100 +130,36 @@ def _add_norm_backward(
 
 
 def add_norm_forward(
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    p: float, seed: Tensor | None, site: int, y: Tensor, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
     """x, residual [N, H] contiguous; bias, gamma, beta [H] -> y [N, H] and fp32 mean, rstd [N]."""
-    check_probability(p, seed)
     rows, width = x.shape
     tile = RowTile.of(width)
-    y = torch.empty_like(x)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
     if rows:
         _add_norm_forward[(triton.cdiv(rows, tile.rows),)](
-            x,
-            bias,
-            residual,
-            gamma,
-            beta,
-            y,
-            mean,
-            rstd,
-            seed,
-            site,
-            rows,
-            eps,
-            P=p,
-            WIDTH=width,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
+            x, bias, residual, gamma, beta, y, mean, rstd, seed, site, rows, eps, **tile.launch(width, p)
         )
-    return y, mean, rstd
 
 
 def add_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bounds: Tensor,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-    dgamma: Tensor | None,
-    dbeta: Tensor | None,
-    dbias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Returns dx, dresidual [N, H]; writes dgamma, dbeta, dbias [T, H] (None: not wanted; any task stride).
+    dy: Tensor, x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, bounds: Tensor,
+    p: float, seed: Tensor | None, site: int, dgamma: Tensor | None, dbeta: Tensor | None, dbias: Tensor | None,
+    dx: Tensor, dresidual: Tensor,
+) -> None:  # fmt: skip
+    """Writes dx, dresidual [N, H] and dgamma, dbeta, dbias [T, H] (None: not wanted; any task stride).
 
     Rows from bounds[T] on get zero gradients and add to none.
     """
-    check_probability(p, seed)
     rows, width = x.shape
-    tile = RowTile.of(width)
+    tile, tasks = RowTile.of(width), bounds.numel() - 1
     partition = Partition.among(rows, tile.rows, tile.programs(x.device))
-    tasks = bounds.numel() - 1
     partials = partition.partials(tasks, 3, width, x.device)
-    dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
     _add_norm_backward[(partition.programs,)](
-        dy,
-        x,
-        bias,
-        residual,
-        gamma,
-        mean,
-        rstd,
-        bounds,
-        dx,
-        dresidual,
-        partials,
-        seed,
-        site,
-        rows,
-        tasks,
-        partition.rows_per_program,
-        P=p,
-        WIDTH=width,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-    )
+        dy, x, bias, residual, gamma, mean, rstd, bounds, dx, dresidual, partials, seed, site,
+        rows, tasks, partition.rows_per_program, **tile.launch(width, p),
+    )  # fmt: skip
     finish(partials, bounds, partition, (dgamma, dbeta, dbias))
-    return dx, dresidual
 
 
 def launches() -> Iterator[Launch]:
@@ -280,6 +179,7 @@ def launches() -> Iterator[Launch]:
         bounds = torch.empty(4, dtype=torch.int32, device="meta")
         out = torch.empty(3, width, dtype=torch.float32, device="meta")
         label = f"{str(dtype)[6:]} {width} p={p}"
-        yield Launch(f"forward {label}", partial(add_norm_forward, x, vector, x, vector, vector, 1e-12, p, seed, 1))
-        backward = partial(add_norm_backward, x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, out, out, out)
-        yield Launch(f"backward {label}", backward)
+        forward = (x, vector, x, vector, vector, 1e-12, p, seed, 1, x, rows, rows)
+        yield Launch(f"forward {label}", partial(add_norm_forward, *forward))
+        backward = (x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, out, out, out, x, x)
+        yield Launch(f"backward {label}", partial(add_norm_backward, *backward))

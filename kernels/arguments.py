@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every launcher asks of the device and of its arguments."""
+"""Properties of the device that launchers choose their settings by."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
-from torch import Tensor
 
 
 @functools.cache
@@ -41,11 +39,3 @@ def all_registers(device: torch.device, warps: int) -> dict[str, int]:
     if device.type == "cpu" or triton.runtime.driver.active.get_current_target().backend != "cuda":
         return {}
     return {"maxnreg": min(255, 65536 // (32 * warps))}
-
-
-def check_probability(p: float, seed: Tensor | None) -> None:
-    """Raises ValueError unless p is a dropout probability in [0, 1) and there is a seed to draw from where p > 0."""
-    if not (math.isfinite(p) and 0.0 <= p < 1.0):
-        raise ValueError(f"dropout probability must be in [0, 1), not {p}")
-    if p > 0.0 and seed is None:
-        raise ValueError("dropout needs a seed: an int64 tensor of one element on the activations' device")

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked multi-head self-attention on packed tokens: launchers of the short and the tiled kernels, and which runs when.
 
-    attention_forward(qkv, cu_seqlens, max_seqlen, scale, p, seed, site) -> out, lse
-    attention_backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, p, seed, site) -> dqkv
-    attention_dense_forward / _backward: the same on a rectangle [B, S] with a mask of attended positions
-
 Nothing here reads a device tensor's values: grids come from capacities and from `max_seqlen`, the caller's bound on a
 sentence's length, so every launch can be captured in a CUDA graph. Sentences longer than `max_seqlen` are the caller's
 error and stay unwritten. Products of fp32 tensors are full fp32 ("ieee"), never TF32.
@@ -22,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import all_registers, check_probability, multiprocessors
-from minbert_fast.kernels.attention_short import dropout_keeps, short_backward, short_forward
+from minbert_fast.kernels.arguments import all_registers, multiprocessors
+from minbert_fast.kernels.attention_short import short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward_keys, tiled_backward_queries, tiled_forward
 from minbert_fast.kernels.launches import Launch
 
@@ -70,29 +66,22 @@ _TABLES: dict[tuple[int, int], LaunchTable] = {
 
 
 def attention_forward(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, max_seqlen: int, scale: float,
+    p: float, seed: Tensor | None, site: int, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
     """softmax(q k^T scale) v within each sentence, the probabilities dropped with probability p.
 
-    qkv [N, 3, h, d] (any row stride; fp32, bf16 or fp16), cu_seqlens [B + 1] int32, seed [1] int64, mask [N] bool or
-    None. Returns out [N, h * d] and lse [h, N] fp32. Rows of no sentence are zero, and so is what attends to nothing.
-    Raises ValueError for a head_dim above 128, an unsupported dtype, or dropout without a seed.
+    qkv [N, 3, h, d] (any row stride; fp32, bf16 or fp16), seed [1] int64. Sentences are cu_seqlens [B + 1] int32, or the
+    rows of a rectangle: mask [B, S] bool, true where a position is attended. Writes out [N, h * d] and lse [h, N] fp32;
+    rows of no sentence are zero, and so is what attends to nothing. Raises ValueError for a head_dim above 128.
     """
-    check_probability(p, seed)
-    qkv = _with_packed_rows(qkv)
-    rows, _, heads, width = qkv.shape
+    rows, _, heads, _ = qkv.shape
+    cu_seqlens, mask = _sentences(qkv, cu_seqlens, mask)
     sentences = cu_seqlens.numel() - 1
     if sentences == 0 or rows == 0:
-        return qkv.new_zeros(rows, heads * width), qkv.new_zeros(heads, rows, dtype=torch.float32)
-    out = torch.empty(rows, heads * width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
+        out.zero_()
+        lse.zero_()
+        return
     tensors = (qkv, out, lse, cu_seqlens, mask, seed if p else None)
     table, constants = _table(qkv), _constants(qkv, p)
     tiles, (warps, _) = _short_tiles(table, max_seqlen)
@@ -107,40 +96,27 @@ def attention_forward(
             T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
             **all_registers(qkv.device, tile.warps),
         )  # fmt: skip
-    return out, lse
 
 
 def attention_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """dqkv [N, 3, h, d] from dout [N, h * d] (any row stride) and what the forward took and returned.
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None,
+    max_seqlen: int, scale: float, p: float, seed: Tensor | None, site: int, dqkv: Tensor,
+) -> None:  # fmt: skip
+    """Writes dqkv [N, 3, h, d] from dout [N, h * d] and what the forward took and wrote.
 
     Deterministic: each gradient is summed by one program in a fixed order. Rows of no sentence are zero.
     """
-    check_probability(p, seed)
-    qkv = _with_packed_rows(qkv)
-    dout = dout if dout.stride(1) == 1 else dout.contiguous()
     rows, _, heads, _ = qkv.shape
+    cu_seqlens, mask = _sentences(qkv, cu_seqlens, mask)
     sentences = cu_seqlens.numel() - 1
     if sentences == 0 or rows == 0:
-        return torch.zeros(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    seed = seed if p else None
+        dqkv.zero_()
+        return
+    where = (cu_seqlens, mask, seed if p else None, rows, sentences, heads)
     table, constants = _table(qkv), _constants(qkv, p)
     tiles, (_, warps) = _short_tiles(table, max_seqlen)
     short_backward[(sentences * heads,)](
-        dout, qkv, lse, dqkv, cu_seqlens, mask, seed,
-        rows, sentences, heads, dout.stride(0), qkv.stride(0), scale, site,
+        dout, qkv, lse, dqkv, *where, dout.stride(0), qkv.stride(0), scale, site,
         TILES=tiles, num_warps=warps, num_stages=1, **constants,
     )  # fmt: skip
     if max_seqlen > table.longest_short:
@@ -149,88 +125,22 @@ def attention_backward(
             (tiled_backward_queries, table.backward_queries),
         ):
             kernel[(_programs(qkv, tile, table.longest_short),)](
-                dout, qkv, out, lse, dqkv, cu_seqlens, mask, seed,
-                rows, sentences, heads, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
+                dout, qkv, out, lse, dqkv, *where, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
                 T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
                 **all_registers(qkv.device, tile.warps),
             )  # fmt: skip
-    return dqkv
 
 
-def attention_dense_forward(
-    qkv: Tensor, mask: Tensor, scale: float, p: float = 0.0, seed: Tensor | None = None, site: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Attention on a rectangle: qkv [B, S, 3, h, d], mask [B, S], nonzero where a position is attended, anywhere.
-
-    Returns out [B, S, h * d] and lse [h, B * S]. Queries with mask 0, and rows that attend to nothing, give zeros.
-    """
-    batch, length = mask.shape
-    out, lse = attention_forward(*_as_packed(qkv, mask), length, scale, p, seed, site, _as_bytes(mask))
-    return out.view(batch, length, -1), lse
-
-
-def attention_dense_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor,
-    scale: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-) -> Tensor:
-    """dqkv [B, S, 3, h, d] from dout [B, S, h * d] and what the forward took and returned."""
-    packed, offsets = _as_packed(qkv, mask)
-    flat, length = out.flatten(0, 1), mask.shape[1]
-    dqkv = attention_backward(
-        dout.reshape(flat.shape), packed, flat, lse, offsets, length, scale, p, seed, site, _as_bytes(mask)
-    )
-    return dqkv.view(qkv.shape)
-
-
-@triton.jit
-def _dropout_factors(out_ptr, seed_ptr, site, rows, length, P: tl.constexpr, K: tl.constexpr):
-    row, head = tl.program_id(0) * 64 + tl.arange(0, 64), tl.program_id(1)
-    key = tl.arange(0, K)
-    keeps = dropout_keeps(seed_ptr, site, head, row, 0, K, P)
-    position = (head * rows + row).to(tl.int64)[:, None] * length + key[None, :]
-    mask = (row < rows)[:, None] & (key < length)[None, :]
-    tl.store(out_ptr + position, tl.where(keeps != 0, 1.0 / (1.0 - P), 0.0), mask=mask)
-
-
-def attention_dropout_mask(rows: int, heads: int, max_seqlen: int, p: float, seed: Tensor, site: int = 0) -> Tensor:
-    """The factors that attention multiplies its probabilities with: 0 or 1 / (1 - p), fp32 [h, N, max_seqlen].
-
-    Element [head, row, key] belongs to query row `row` of the packed batch (b * S + s of a rectangle) and to key number
-    `key` of its sentence; it depends on these, the seed and the site alone. For tests.
-    """
-    factors = torch.empty(heads, rows, max_seqlen, dtype=torch.float32, device=seed.device)
-    keys = max(4, triton.next_power_of_2(max_seqlen))
-    grid = (triton.cdiv(rows, 64), heads)
-    _dropout_factors[grid](factors, seed, site, rows, max_seqlen, P=p, K=keys, enable_fp_fusion=True)
-    return factors
-
-
-def _with_packed_rows(qkv: Tensor) -> Tensor:
-    """qkv with its [3, h, d] of a row side by side; rows may lie any distance apart."""
-    _, three, heads, width = qkv.shape
-    if three != 3 or width > WIDEST_HEAD:
-        raise ValueError(f"qkv must be [N, 3, heads, head_dim] with head_dim up to {WIDEST_HEAD}, got {(*qkv.shape,)}")
-    if qkv.dtype not in _TYPES:
-        raise ValueError(f"attention runs in float32, bfloat16 or float16, not {qkv.dtype}")
-    return qkv if qkv.stride()[1:] == (heads * width, width, 1) else qkv.contiguous()
-
-
-def _as_packed(qkv: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rectangle as packed rows: qkv [B * S, 3, h, d], offsets [B + 1]."""
+def _sentences(qkv: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Offsets [B + 1] of the sentences, and the mask of attended rows [N] as bytes; a rectangle's rows lie packed."""
+    if qkv.shape[3] > WIDEST_HEAD:
+        raise ValueError(f"attention takes a head_dim up to {WIDEST_HEAD}, not {qkv.shape[3]}")
+    if mask is None:
+        assert cu_seqlens is not None
+        return cu_seqlens, None
     batch, length = mask.shape
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device) * length
-    return qkv.flatten(0, 1), offsets
-
-
-def _as_bytes(mask: Tensor) -> Tensor:
-    return (mask != 0).view(torch.uint8).flatten()
+    return offsets, mask.view(torch.uint8).flatten()
 
 
 def _constants(qkv: Tensor, p: float) -> dict[str, Any]:
@@ -240,13 +150,9 @@ def _constants(qkv: Tensor, p: float) -> dict[str, Any]:
     if triton.knobs.runtime.interpret and qkv.dtype == torch.bfloat16:
         compute = tl.float32  # the interpreter multiplies bf16's raw bits
     return {
-        "HEAD_DIM": width,
-        "D": max(16, triton.next_power_of_2(width)),
-        "P": p,
-        "COMPUTE": compute,
-        "PRECISION": "ieee",
-        "enable_fp_fusion": True,
-    }
+        "HEAD_DIM": width, "D": max(16, triton.next_power_of_2(width)), "P": p, "COMPUTE": compute,
+        "PRECISION": "ieee", "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def _table(qkv: Tensor) -> LaunchTable:
@@ -277,13 +183,11 @@ def launches() -> Iterator[Launch]:
             table = _table(qkv)
             for longest in [16 << tile for tile in range(len(table.short))] + [2 * table.longest_short]:
                 shape = f"{name} head_dim {width}, {longest} tokens"
-                rest = (offsets, longest, width**-0.5, 0.1, seed, 5)
-                yield Launch(f"forward {shape}", partial(attention_forward, qkv, *rest))
-                yield Launch(f"backward {shape}", partial(attention_backward, out, qkv, out, lse, *rest))
-    dense = torch.empty(32, 128, 3, 12, 64, dtype=torch.bfloat16, device="meta")
-    mask = torch.empty(32, 128, dtype=torch.bool, device="meta")
-    yield Launch("dense forward bfloat16 head_dim 64", partial(attention_dense_forward, dense, mask, 0.125))
-    out, lse = torch.empty(32, 128, 768, dtype=torch.bfloat16, device="meta"), torch.empty(12, 4096, device="meta")
-    yield Launch(
-        "dense backward bfloat16 head_dim 64", partial(attention_dense_backward, out, dense, out, lse, mask, 0.125)
-    )
+                rest = (offsets, None, longest, width**-0.5, 0.1, seed, 5)
+                yield Launch(f"forward {shape}", partial(attention_forward, qkv, *rest, out, lse))
+                yield Launch(f"backward {shape}", partial(attention_backward, out, qkv, out, lse, *rest, qkv))
+    qkv, out = (torch.empty(4096, *shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 12, 64), (768,)))
+    lse, mask = torch.empty(12, 4096, device="meta"), torch.empty(32, 128, dtype=torch.bool, device="meta")
+    rest = (None, mask, 128, 0.125, 0.0, None, 0)
+    yield Launch("dense forward bfloat16 head_dim 64", partial(attention_forward, qkv, *rest, out, lse))
+    yield Launch("dense backward bfloat16 head_dim 64", partial(attention_backward, out, qkv, out, lse, *rest, qkv))

@@ -100,27 +100,19 @@ def _bias_gelu_backward(
         tl.store(dx_ptr + offsets, tl.zeros((ROWS, COLUMNS), dx_ptr.dtype.element_ty), mask=mask)
 
 
-def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+_LAUNCH = {"ROWS": TILE.rows, "COLUMNS": TILE.columns, "num_warps": TILE.num_warps, "enable_fp_fusion": True}
+
+
+def bias_gelu_forward(x: Tensor, bias: Tensor, y: Tensor) -> None:
     """x [N, F] contiguous, bias [F] -> y [N, F]."""
     rows, width = x.shape
-    y = torch.empty_like(x)
     if rows:
-        _bias_gelu_forward[(triton.cdiv(width, TILE.columns), triton.cdiv(rows, TILE.rows))](
-            x,
-            bias,
-            y,
-            rows,
-            WIDTH=width,
-            ROWS=TILE.rows,
-            COLUMNS=TILE.columns,
-            num_warps=TILE.num_warps,
-            enable_fp_fusion=True,
-        )
-    return y
+        grid = (triton.cdiv(width, TILE.columns), triton.cdiv(rows, TILE.rows))
+        _bias_gelu_forward[grid](x, bias, y, rows, WIDTH=width, **_LAUNCH)
 
 
-def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor | None) -> Tensor:
-    """Returns dx [N, F]; writes dbias [T, F] (None: not wanted; any task stride).
+def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor | None, dx: Tensor) -> None:
+    """Writes dx [N, F] and dbias [T, F] (None: not wanted; any task stride).
 
     Rows from bounds[T] on get zero gradients and add to none.
     """
@@ -128,25 +120,10 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbia
     tasks = bounds.numel() - 1
     partition = Partition.of(rows, TILE.rows_per_program)
     partials = partition.partials(tasks, 1, width, x.device)
-    dx = torch.empty_like(x)
     _bias_gelu_backward[(triton.cdiv(width, TILE.columns), partition.programs)](
-        dy,
-        x,
-        bias,
-        bounds,
-        dx,
-        partials,
-        rows,
-        tasks,
-        partition.rows_per_program,
-        WIDTH=width,
-        ROWS=TILE.rows,
-        COLUMNS=TILE.columns,
-        num_warps=TILE.num_warps,
-        enable_fp_fusion=True,
+        dy, x, bias, bounds, dx, partials, rows, tasks, partition.rows_per_program, WIDTH=width, **_LAUNCH
     )
     finish(partials, bounds, partition, (dbias,))
-    return dx
 
 
 def launches() -> Iterator[Launch]:
@@ -157,5 +134,5 @@ def launches() -> Iterator[Launch]:
         bounds = torch.empty(4, dtype=torch.int32, device="meta")
         dbias = torch.empty(3, width, dtype=torch.float32, device="meta")
         label = f"{str(dtype)[6:]} {width}"
-        yield Launch(f"forward {label}", partial(bias_gelu_forward, x, bias))
-        yield Launch(f"backward {label}", partial(bias_gelu_backward, x, x, bias, bounds, dbias))
+        yield Launch(f"forward {label}", partial(bias_gelu_forward, x, bias, x))
+        yield Launch(f"backward {label}", partial(bias_gelu_backward, x, x, bias, bounds, dbias, x))

@@ -41,14 +41,8 @@ class Partition:
         return torch.empty(self.programs + tasks - 1, quantities, width, dtype=torch.float32, device=device)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    slots: int = 32  # partial rows loaded at once
-    columns: int = 64
-    num_warps: int = 4
-
-
-_LAUNCH = _Launch()
+#: Partial rows that `finish` loads at once, and their columns.
+SLOTS, COLUMNS = 32, 64
 
 
 @triton.jit
@@ -120,17 +114,8 @@ def finish(partials: Tensor, bounds: Tensor, partition: Partition, outputs: Sequ
         return
     padded = [*outputs, None, None][:3]
     strides = [0 if out is None else out.stride(0) for out in padded]
-    grid = (triton.cdiv(width, _LAUNCH.columns), bounds.numel() - 1, quantities)
+    grid = (triton.cdiv(width, COLUMNS), bounds.numel() - 1, quantities)
     _finish_column_sums[grid](
-        partials,
-        bounds,
-        *padded,
-        *strides,
-        partition.rows_per_program,
-        QUANTITIES=quantities,
-        WIDTH=width,
-        SLOTS=_LAUNCH.slots,
-        COLUMNS=_LAUNCH.columns,
-        num_warps=_LAUNCH.num_warps,
-        enable_fp_fusion=True,
-    )
+        partials, bounds, *padded, *strides, partition.rows_per_program, QUANTITIES=quantities, WIDTH=width,
+        SLOTS=SLOTS, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -25,22 +25,11 @@ def _kept(words, p: tl.constexpr):
 
 
 @triton.jit
-def keep_scale(seed, site, plane, row, column, p: tl.constexpr):
-    """What dropout multiplies each element with: 0 with probability p, else 1 / (1 - p); fp32.
-
-    `seed` int64 (loaded); `site`, `plane`, `row`, `column` int32, broadcast to the result's shape.
-    """
-    zero = (plane + row + column) * 0
-    a, b, c, d = tl.philox(seed, zero + column // 4, zero + row, zero + plane, zero + site, _ROUNDS)
-    lane = zero + column % 4
-    return _kept(tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)), p)
-
-
-@triton.jit
 def keep_scale_quads(seed, site, plane, row, quad, p: tl.constexpr):
-    """The same values for whole groups of four columns, at a quarter of the draws: row [R, 1], quad [1, C] -> [R, 4 C].
+    """The dropout factors of elements: 0 with probability p, else 1 / (1 - p); fp32 [R, 4 C].
 
-    Column 4 c + i of the result is column 4 quad[c] + i of `keep_scale`.
+    `seed` int64 (loaded); `site`, `plane` int32; row [R, 1] and quad [1, C] int32. Columns 4 c to 4 c + 3 of the result
+    are the elements of columns 4 quad[c] to 4 quad[c] + 3.
     """
     zero = (plane + row + quad) * 0
     a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero + plane, zero + site, _ROUNDS)

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.add_norm import RowTile
-from minbert_fast.kernels.arguments import all_registers, check_probability
+from minbert_fast.kernels.arguments import all_registers
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
 from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.layer_norm import RowTile, norm_gradient, normalise
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,9 @@ MAX_TYPES = 8
 
 @triton.jit
 def _summed(
-    tokens_ptr,
-    positions_ptr,
-    types_ptr,
-    word_ptr,
-    position_ptr,
-    type_ptr,
-    row,
-    valid,
-    columns,
-    within,
+    tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, valid, columns, within,
     WIDTH: tl.constexpr,
-):
+):  # fmt: skip
     """word + position + type rows [ROWS, BLOCK] in fp32, zero outside the mask, and the rows' types."""
     token = tl.load(tokens_ptr + row, mask=valid, other=0).to(tl.int64)
     position = tl.load(positions_ptr + row, mask=valid, other=0).to(tl.int64)
@@ -104,12 +95,7 @@ def _embedding_forward(
     z, _ = _summed(
         tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, row < rows, columns, within, WIDTH
     )
-    mean = tl.sum(z, 1) / WIDTH
-    centred = tl.where(within[None, :], z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
-    gamma = tl.load(gamma_ptr + columns, mask=within, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + columns, mask=within, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
+    y, mean, rstd = normalise(z, gamma_ptr, beta_ptr, columns, within, eps, WIDTH)
     if P > 0.0:
         y *= keep_scale_quads(tl.load(seed_ptr), site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
     offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
@@ -132,7 +118,7 @@ def _embedding_backward(
     rstd_ptr,  # [rows] fp32
     bounds_ptr,  # [tasks + 1] int32
     dz_ptr,  # [rows, WIDTH]
-    partials_ptr,  # [programs + tasks - 1, 2 + K, WIDTH] fp32: dgamma, dbeta, dtype
+    partials_ptr,  # [programs + tasks - 1, 2 + K, WIDTH] fp32: dgamma, dbeta, types
     seed_ptr,  # [1] int64
     site,
     rows,
@@ -158,45 +144,30 @@ def _embedding_backward(
         if low < high:
             dgamma = tl.zeros((BLOCK,), tl.float32)
             dbeta = tl.zeros((BLOCK,), tl.float32)
-            dtype = tl.zeros((KINDS, BLOCK), tl.float32)
+            dkinds = tl.zeros((KINDS, BLOCK), tl.float32)
             for first in range(low, high, ROWS):
                 row = first + tl.arange(0, ROWS)
                 valid = row < high
                 mask = valid[:, None] & within[None, :]
                 offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
                 z, kind = _summed(
-                    tokens_ptr,
-                    positions_ptr,
-                    types_ptr,
-                    word_ptr,
-                    position_ptr,
-                    type_ptr,
-                    row,
-                    valid,
-                    columns,
-                    within,
+                    tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, valid, columns, within,
                     WIDTH,
-                )
+                )  # fmt: skip
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 if P > 0.0:
                     dy *= keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
-                mean = tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None]
-                rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
-                xhat = tl.where(mask, (z - mean) * rstd, 0.0)
-                g = dy * gamma[None, :]
-                along = tl.sum(g * xhat, 1) / WIDTH
-                shift = tl.sum(g, 1) / WIDTH
-                dz = tl.where(mask, (g - shift[:, None] - xhat * along[:, None]) * rstd, 0.0)
+                dz, xhat = norm_gradient(dy, z, gamma, mean_ptr, rstd_ptr, row, mask, valid, WIDTH)
                 tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
                 dgamma += tl.sum(dy * xhat, 0)
                 dbeta += tl.sum(dy, 0)
                 for k in tl.static_range(K):
                     share = tl.sum(tl.where((kind == k)[:, None], dz, 0.0), 0)
-                    dtype += tl.where((kinds == k)[:, None], share[None, :], 0.0)
+                    dkinds += tl.where((kinds == k)[:, None], share[None, :], 0.0)
             store_partial(partials_ptr, program + task, 0, dgamma, columns, 2 + K, WIDTH)
             store_partial(partials_ptr, program + task, 1, dbeta, columns, 2 + K, WIDTH)
             for k in tl.static_range(K):
-                share = tl.sum(tl.where((kinds == k)[:, None], dtype, 0.0), 0)
+                share = tl.sum(tl.where((kinds == k)[:, None], dkinds, 0.0), 0)
                 store_partial(partials_ptr, program + task, 2 + k, share, columns, 2 + K, WIDTH)
     for first in range(tl.maximum(begin, tl.load(bounds_ptr + tasks)), end, ROWS):  # padding: rows of no task
         row = first + tl.arange(0, ROWS)
@@ -280,158 +251,59 @@ def _embedding_gather(
 
 
 def embedding_forward(
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, beta: Tensor, eps: float, p: float, seed: Tensor | None, site: int,
+    y: Tensor, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
     """Indices [N] int32; word [V, H], position [S, H], type_ [K, H] contiguous; gamma, beta [H].
 
-    Returns y [N, H] in the tables' dtype and fp32 mean, rstd [N].
+    Writes y [N, H] in the tables' dtype and fp32 mean, rstd [N].
     """
-    check_probability(p, seed)
-    rows, width = tokens.numel(), word.shape[1]
+    rows, width = y.shape
     tile = RowTile.of(width)
-    y = torch.empty(rows, width, dtype=word.dtype, device=word.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=word.device)
-    rstd = torch.empty_like(mean)
     if rows:
         _embedding_forward[(triton.cdiv(rows, tile.rows),)](
-            tokens,
-            positions,
-            types,
-            word,
-            position,
-            type_,
-            gamma,
-            beta,
-            y,
-            mean,
-            rstd,
-            seed,
-            site,
-            rows,
-            eps,
-            P=p,
-            WIDTH=width,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-        )
-    return y, mean, rstd
+            tokens, positions, types, word, position, type_, gamma, beta, y, mean, rstd, seed, site, rows, eps,
+            **tile.launch(width, p),
+        )  # fmt: skip
 
 
-def embedding_norm_backward(
-    dy: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bounds: Tensor,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-    dgamma: Tensor | None,
-    dbeta: Tensor | None,
-    dtype: Tensor | None,
-) -> Tensor:
-    """The first stage: returns dz [N, H]; writes dgamma, dbeta [T, H] and dtype [T, K, H] (None: not wanted)."""
-    check_probability(p, seed)
+def embedding_backward(
+    dy: Tensor, tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, mean: Tensor, rstd: Tensor, bounds: Tensor, cu_seqlens: Tensor, word_order: Tensor,
+    word_offsets: Tensor, p: float, seed: Tensor | None, site: int, dword: Tensor | None, dposition: Tensor | None,
+    d_type_table: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes dword [T, U, H], dposition [T, S, H], d_type_table [T, K, H], dgamma, dbeta [T, H].
+
+    None: not wanted; any task stride. Sentences are cu_seqlens [B + 1] and their positions count from 0; word_order,
+    word_offsets as PackedBatch has them.
+    """
     (rows, width), kinds = dy.shape, type_.shape[0]
     if kinds > MAX_TYPES:
         raise ValueError(f"at most {MAX_TYPES} token types, not {kinds}")
-    tile = RowTile.of(width)
+    tile, tasks = RowTile.of(width), bounds.numel() - 1
     tile = replace(tile, rows=max(1, tile.rows // 2))  # the sums by type need the other half of the registers
     partition = Partition.among(rows, tile.rows, tile.programs(dy.device))
-    tasks = bounds.numel() - 1
     partials = partition.partials(tasks, 2 + kinds, width, dy.device)
     dz = torch.empty_like(dy)
     _embedding_backward[(partition.programs,)](
-        dy,
-        tokens,
-        positions,
-        types,
-        word,
-        position,
-        type_,
-        gamma,
-        mean,
-        rstd,
-        bounds,
-        dz,
-        partials,
-        seed,
-        site,
-        rows,
-        tasks,
-        partition.rows_per_program,
-        P=p,
-        K=kinds,
-        KINDS=triton.next_power_of_2(kinds),
-        WIDTH=width,
-        ROWS=tile.rows,
-        BLOCK=tile.block,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-        **all_registers(dy.device, tile.num_warps),
-    )
-    finish(partials, bounds, partition, (dgamma, dbeta, dtype))
-    return dz
-
-
-def embedding_gather(
-    dz: Tensor,
-    bounds: Tensor,
-    cu_seqlens: Tensor,
-    word_order: Tensor,
-    word_offsets: Tensor,
-    dword: Tensor | None,
-    dposition: Tensor | None,
-) -> None:
-    """The second stage: writes dword [T, U, H] and dposition [T, S, H] (None: not wanted; any task stride).
-
-    Sentences are cu_seqlens [B + 1] and their positions count from 0; word_order, word_offsets as PackedBatch has them.
-    """
+        dy, tokens, positions, types, word, position, type_, gamma, mean, rstd, bounds, dz, partials, seed, site,
+        rows, tasks, partition.rows_per_program, K=kinds, KINDS=triton.next_power_of_2(kinds),
+        **tile.launch(width, p), **all_registers(dy.device, tile.num_warps),
+    )  # fmt: skip
+    finish(partials, bounds, partition, (dgamma, dbeta, d_type_table))
     if dword is None and dposition is None:
         return
-    width = dz.shape[1]
     gather = Gather.of(width)
-    words = 0 if dword is None else dword.shape[1]
-    rows_of_positions = 0 if dposition is None else dposition.shape[1]
-    grid = (rows_of_positions + words, bounds.numel() - 1, triton.cdiv(width, gather.columns))
-    _embedding_gather[grid](
-        dz,
-        bounds,
-        cu_seqlens,
-        word_order,
-        word_offsets,
-        dposition,
-        dword,
-        0 if dposition is None else dposition.stride(0),
-        0 if dword is None else dword.stride(0),
-        rows_of_positions,
-        cu_seqlens.numel() - 1,
-        WIDTH=width,
-        ROWS=gather.rows,
-        COLUMNS=gather.columns,
-        SCAN=gather.scan,
-        num_warps=gather.num_warps,
-        enable_fp_fusion=True,
-    )
+    places = 0 if dposition is None else dposition.shape[1]
+    programs = places + (0 if dword is None else dword.shape[1])
+    _embedding_gather[(programs, tasks, triton.cdiv(width, gather.columns))](
+        dz, bounds, cu_seqlens, word_order, word_offsets, dposition, dword,
+        0 if dposition is None else dposition.stride(0), 0 if dword is None else dword.stride(0),
+        places, cu_seqlens.numel() - 1, WIDTH=width, ROWS=gather.rows, COLUMNS=gather.columns, SCAN=gather.scan,
+        num_warps=gather.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def launches() -> Iterator[Launch]:
@@ -442,23 +314,17 @@ def launches() -> Iterator[Launch]:
         (torch.float32, 768),
         *((torch.bfloat16, width) for width in (100, 128, 384, 2048, 4096)),
     ]:
-        index = torch.empty(2816, dtype=torch.int32, device="meta")
-        offsets = torch.empty(2817, dtype=torch.int32, device="meta")
+        index, offsets, bounds = (torch.empty(n, dtype=torch.int32, device="meta") for n in (2816, 2817, 4))
         tables = [torch.empty(size, width, dtype=dtype, device="meta") for size in (30522, 512, 2)]
-        vector = torch.empty(width, dtype=torch.float32, device="meta")
-        rows = torch.empty(2816, dtype=torch.float32, device="meta")
+        vector, rows = (torch.empty(n, dtype=torch.float32, device="meta") for n in (width, 2816))
         dy = torch.empty(2816, width, dtype=dtype, device="meta")
         seed = torch.empty(1, dtype=torch.int64, device="meta")
-        bounds = torch.empty(4, dtype=torch.int32, device="meta")
         small = torch.empty(3, width, dtype=torch.float32, device="meta")
-        dtypes, dwords, dpositions = (
-            torch.empty(3, size, width, dtype=torch.float32, device="meta") for size in (2, 2816, 512)
-        )
+        large = [torch.empty(3, size, width, dtype=torch.float32, device="meta") for size in (2816, 512, 2)]
         label = f"{str(dtype)[6:]} {width}"
-        inputs = (index, index, index, *tables)
-        forward = partial(embedding_forward, *inputs, vector, vector, 1e-12, 0.1, seed, 1)
-        yield Launch(f"forward {label}", forward)
-        norm = partial(embedding_norm_backward, dy, *inputs, vector, rows, rows, bounds, 0.1, seed, 1)
-        yield Launch(f"norm_backward {label}", partial(norm, small, small, dtypes))
-        gather = partial(embedding_gather, dy, bounds, offsets, index, offsets, dwords, dpositions)
-        yield Launch(f"gather {label}", gather)
+        inputs = (index, index, index, *tables, vector)
+        forward = (*inputs, vector, 1e-12, 0.1, seed, 1, dy, rows, rows)
+        yield Launch(f"forward {label}", partial(embedding_forward, *forward))
+        saved = (*inputs, rows, rows, bounds, offsets, index, offsets)
+        backward = (dy, *saved, 0.1, seed, 1, *large, small, small)
+        yield Launch(f"backward {label}", partial(embedding_backward, *backward))

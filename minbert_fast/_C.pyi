@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The compiled extension (csrc/). Pointers are integers, 0 for an absent tensor; minbert_fast.ops.native checks before it
-# calls. The names that begin with cuda_, and Queue, are there when has_cuda is.
+# calls. The names that begin with cuda_, and Queue, are there when has_cuda is. The encoder's ops are not listed: each
+# takes the tensors and numbers of the op of its name (minbert_fast.ops.library), its outputs, and a number of threads.
 
 has_cuda: bool
 max_tasks: int
@@ -51,108 +52,3 @@ def cuda_pcgrad_weights(
 def cuda_clip_scale(
     queue: Queue, gram: int, w: int, tasks: int, extra: int, max_norm: float, scalars: int, norm: int
 ) -> None: ...
-
-max_width: int
-
-class Dropout:
-    def __init__(self, p: float, seed: int, site: int) -> None: ...
-
-class Segments:
-    def __init__(self, bounds: int, tasks: int) -> None: ...
-
-class TaskGradient:
-    def __init__(self, data: int, dtype: int, stride: int) -> None: ...
-
-class AddNorm:
-    def __init__(
-        self, dtype: int, rows: int, width: int, x: int, residual: int, bias: int, gamma: int, dropout: Dropout
-    ) -> None: ...
-
-class BiasGelu:
-    def __init__(self, dtype: int, rows: int, width: int, x: int, bias: int) -> None: ...
-
-class Lookup:
-    def __init__(self, table: int, count: int, index: int) -> None: ...
-
-class Embedding:
-    def __init__(
-        self,
-        dtype: int,
-        rows: int,
-        width: int,
-        word: Lookup,
-        position: Lookup,
-        type_: Lookup,
-        gamma: int,
-        dropout: Dropout,
-    ) -> None: ...
-
-class ColumnSums:
-    def __init__(self, dtype: int, rows: int, width: int, stride: int, x: int) -> None: ...
-
-class Attention:
-    @staticmethod
-    def packed(
-        dtype: int,
-        rows: int,
-        heads: int,
-        head_dim: int,
-        stride: int,
-        qkv: int,
-        cu_seqlens: int,
-        sentences: int,
-        scale: float,
-        dropout: Dropout,
-    ) -> Attention: ...
-    @staticmethod
-    def dense(
-        dtype: int,
-        sentences: int,
-        period: int,
-        heads: int,
-        head_dim: int,
-        stride: int,
-        qkv: int,
-        mask: int,
-        scale: float,
-        dropout: Dropout,
-    ) -> Attention: ...
-
-def add_norm_forward(op: AddNorm, beta: int, eps: float, y: int, mean: int, rstd: int, threads: int) -> None: ...
-def add_norm_backward(
-    op: AddNorm,
-    dy: int,
-    mean: int,
-    rstd: int,
-    segments: Segments,
-    dx: int,
-    dresidual: int,
-    dgamma: TaskGradient,
-    dbeta: TaskGradient,
-    dbias: TaskGradient,
-    threads: int,
-) -> None: ...
-def bias_gelu_forward(op: BiasGelu, y: int, threads: int) -> None: ...
-def bias_gelu_backward(
-    op: BiasGelu, dy: int, segments: Segments, dx: int, dbias: TaskGradient, threads: int
-) -> None: ...
-def embedding_forward(op: Embedding, beta: int, eps: float, y: int, mean: int, rstd: int, threads: int) -> None: ...
-def embedding_backward(
-    op: Embedding,
-    dy: int,
-    mean: int,
-    rstd: int,
-    segments: Segments,
-    word_order: int,
-    word_offsets: int,
-    words: int,
-    dgamma: TaskGradient,
-    dbeta: TaskGradient,
-    dword: TaskGradient,
-    dposition: TaskGradient,
-    dtype: TaskGradient,
-    threads: int,
-) -> None: ...
-def column_sums(op: ColumnSums, segments: Segments, out: TaskGradient, threads: int) -> None: ...
-def attention_forward(op: Attention, out: int, lse: int, threads: int) -> None: ...
-def attention_backward(op: Attention, dout: int, dout_stride: int, lse: int, dqkv: int, threads: int) -> None: ...

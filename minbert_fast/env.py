@@ -24,7 +24,6 @@ from minbert_fast.common.provenance import commit, cores, package_version, proce
 from minbert_fast.common.version import __version__
 from minbert_fast.ops import native
 from minbert_fast.ops.backend import triton_available
-from minbert_fast.ops.native.layers import instruction_set
 
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub",
@@ -55,7 +54,7 @@ def collect_facts() -> dict[str, Any]:
         "processor": processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "instruction set": instruction_set(),
+        "instruction set": native.instruction_set(),
         "extension": "with CUDA kernels" if native.HAS_CUDA else "CPU only",
         "triton usable": triton_available(),
         "CUDA of torch": torch.version.cuda,

@@ -43,12 +43,13 @@ PROVOCATIONS = {
         "J, out = torch.zeros(2, 1000), torch.zeros(2, 2)\n"
         "C.gram(C.Matrix(J.data_ptr(), 0, 2, 1001, 1000), out.data_ptr(), False, 1)",
     ),
-    # Two tasks whose sums go to one place are summed by two threads.
+    # Two calls that write to one place at a time.
     "sanitized-thread": (
         "ThreadSanitizer: data race",
-        "x, out, bounds = torch.ones(64, 256), torch.zeros(256), torch.tensor([0, 32, 64], dtype=torch.int32)\n"
-        "sums, segments = C.ColumnSums(0, 64, 256, 256, x.data_ptr()), C.Segments(bounds.data_ptr(), 2)\n"
-        "C.column_sums(sums, segments, C.TaskGradient(out.data_ptr(), 0, 0), 2)",
+        "from threading import Thread\n"
+        "x, out, bounds = torch.ones(640, 256), torch.zeros(1, 256), torch.tensor([0, 640], dtype=torch.int32)\n"
+        "threads = [Thread(target=lambda: [C.column_sums(x, bounds, out, 1) for _ in range(200)]) for _ in range(2)]\n"
+        "[thread.start() for thread in threads]\n[thread.join() for thread in threads]",
     ),
 }
 

@@ -162,11 +162,14 @@ def poisoned_memory() -> Iterator[None]:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             tensor = make(*args, **kwargs)
+            filled = tensor.detach()
             if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
                 return tensor
             if tensor.is_floating_point():
-                return tensor.fill_(math.nan)
-            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max // 2)
+                filled.fill_(math.nan)
+            elif tensor.dtype != torch.bool:
+                filled.fill_(torch.iinfo(tensor.dtype).max // 2)
+            return tensor
 
         return made
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import EPS, TASKS, Case, P, backward_of, bounds, close, compiled, draw, dtypes, label
-from minbert_fast.ops import reference
+from minbert_fast.ops.add_norm import add_norm_backward, add_norm_forward, reference
 from minbert_fast.ops.dropout import keep_mask
 
 SIZES = {"cpu": [(2770, 384), (2770, 768)], "cuda": [(2770, 384), (2770, 768), (8192, 768), (32768, 768), (8192, 1024)]}
@@ -31,10 +31,9 @@ def _cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> I
     x, residual, dy = (draw(rows, width, dtype=dtype, device=device) for _ in range(3))
     bias, gamma, beta = (draw(width, dtype=dtype, device=device) for _ in range(3))
     seed = torch.tensor([1], device=device)
-    ops = torch.ops.minbert_fast
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = ops.add_norm(x, bias, residual, gamma, beta, EPS, P, seed, 0)
+        result: tuple[Tensor, Tensor, Tensor] = add_norm_forward(x, bias, residual, gamma, beta, EPS, P, seed, 0)
         return result
 
     def eager(x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ def _cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> I
         leaves = [t.float().requires_grad_() for t in (x, bias, residual, gamma, beta)]
         keep = keep_mask(seed, 0, torch.arange(rows, device=device), width, P)
         a, b, c, d, e = leaves
-        return reference.add_norm(a, b, c, d, e, EPS, keep), leaves
+        return reference(a, b, c, d, e, EPS, keep), leaves
 
     def check() -> None:
         close("y", ours()[0], exact()[0].detach(), dtype)
@@ -68,7 +67,7 @@ def _cases(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> I
     tasks = bounds(rows, device)
 
     def ours_backward() -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = ops.add_norm_backward(
+        result: tuple[Tensor, Tensor] = add_norm_backward(
             dy, x, bias, residual, gamma, mean, rstd, tasks, P, seed, 0, *own
         )
         return result

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import EPS, TASKS, Case, P, backward_of, close, draw, dtypes, label
 from minbert_fast.model.packing import PackedBatch, pack
-from minbert_fast.ops import reference
 from minbert_fast.ops.dropout import keep_mask
+from minbert_fast.ops.embedding import EmbeddingSink, embedding, embedding_forward, reference
 
 VOCABULARY, POSITIONS, TYPES = 30522, 512, 2
 SIZES = {"cpu": [(160, 384), (160, 768)], "cuda": [(160, 384), (160, 768), (1900, 768)]}  # sentences, hidden size
@@ -48,10 +48,9 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
     *tables, gamma, beta = parameters = [draw(*size, dtype=dtype, device=device) for size in sizes]
     dy = draw(rows, width, dtype=dtype, device=device)
     seed = torch.tensor([1], device=device)
-    ops = torch.ops.minbert_fast
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = ops.embedding(*index, *tables, gamma, beta, EPS, P, seed, 0)
+        result: tuple[Tensor, Tensor, Tensor] = embedding_forward(*index, *tables, gamma, beta, EPS, P, seed, 0)
         return result
 
     def eager(word: Tensor, position: Tensor, type_: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
         leaves = [t.float().requires_grad_() for t in parameters]
         keep = keep_mask(seed, 0, torch.arange(rows, device=device), width, P)
         word, position, type_, scale, shift = leaves
-        return reference.embedding(*index, word, position, type_, scale, shift, EPS, keep), leaves
+        return reference(*index, word, position, type_, scale, shift, EPS, keep), leaves
 
     def check() -> None:
         close("y", ours()[0], exact()[0].detach(), dtype)
@@ -79,8 +78,9 @@ def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.dev
     small = torch.empty(2, TASKS, width, device=device)
     dtype_, dposition, dword = (torch.empty(TASKS, n, width, device=device) for n in (TYPES, POSITIONS, distinct))
     rows_of = (batch.task_tokens, batch.cu_seqlens, batch.word_order, batch.word_offsets[: distinct + 1])
-    sink = ops.EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
-    output = ops.embedding(*index, *parameters, EPS, P, seed, 0, sink)
+    sink = EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
+    word, position, type_ = tables
+    output = embedding(*index, word, position, type_, gamma, beta, EPS, P, seed, 0, sink)
 
     def ours_backward() -> None:
         output.backward(dy, retain_graph=True)

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = LayerNorm(residual + dropout(x + bias)): one pass over memory forward and one backward. The sum before the norm and
 // the dropout factors are made again in the backward, not stored.
-#include "cpu/column_sums.h"
+#include "cpu/add_norm.h"
+
 #include "cpu/layer_norm.h"
-#include "cpu/layer_kernels.h"
-#include "cpu/philox.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -34,7 +33,7 @@ Row<T> row_of(const AddNorm& op, int64_t row, float* keep) {
 }
 
 template <class T>
-void forward_row(const AddNorm& op, int64_t row, const float* beta, float eps, T* y, float* mean, float* rstd) {
+void forward_row(const AddNorm& op, int64_t row) {
   alignas(64) float keep[kMaxWidth], z[kMaxWidth];
   const Row<T> in = row_of<T>(op, row, keep);
   Sum total;
@@ -43,25 +42,25 @@ void forward_row(const AddNorm& op, int64_t row, const float* beta, float eps, T
     store(z + i, v);
     total.add(slot, v);
   });
-  const Statistics s = statistics(z, op.width, total.total(), eps);
-  y += row * op.width;
+  const Statistics s = statistics(z, op.width, total.total(), op.eps);
+  T* y = static_cast<T*>(op.y) + row * op.width;
   for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
     const vfloat xhat = (load(z + i) - s.mean) * s.rstd;
-    store(y + i, xhat * load(op.gamma + i, lanes) + load(beta + i, lanes), lanes);
+    store(y + i, xhat * load(op.gamma + i, lanes) + load(op.beta + i, lanes), lanes);
   });
-  mean[row] = s.mean;
-  rstd[row] = s.rstd;
+  op.mean[row] = s.mean;
+  op.rstd[row] = s.rstd;
 }
 
 template <class T>
-void backward_row(const AddNorm& op, int64_t row, const T* dy, Statistics s, T* dx, T* dresidual, float* slot,
-                  int64_t pitch) {
+void backward_row(const AddNorm& op, int64_t row, float* slot, int64_t pitch) {
   alignas(64) float keep[kMaxWidth], xhat[kMaxWidth];
   const Row<T> in = row_of<T>(op, row, keep);
   const int64_t at = row * op.width;
-  dy += at, dx += at, dresidual += at;
+  const T* dy = static_cast<const T*>(op.dy) + at;
+  T *dx = static_cast<T*>(op.dx) + at, *dresidual = static_cast<T*>(op.dresidual) + at;
   const NormGradient gradient = norm_gradient(
-      op.width, s, op.gamma,
+      op.width, {op.mean[row], op.rstd[row]}, op.gamma,
       [&](int64_t i, auto lanes) __attribute__((always_inline)) { return in.sum(i, lanes); },
       [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(dy + i, lanes); },
       xhat, slot + kGamma * pitch, slot + kBeta * pitch);
@@ -75,52 +74,29 @@ void backward_row(const AddNorm& op, int64_t row, const T* dy, Statistics s, T* 
   });
 }
 
-template <class T>
-void forward(const AddNorm& op, const float* beta, float eps, T* y, float* mean, float* rstd, int threads) {
-  const Chunks chunks = row_chunks(op.rows);
-  parallel_for(chunks.count, threads, [&](int64_t chunk) {
-    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row)
-      forward_row(op, row, beta, eps, y, mean, rstd);
-  });
-}
-
-template <class T>
-void backward(const AddNorm& op, const T* dy, const float* mean, const float* rstd, const Segments& segments, T* dx,
-              T* dresidual, const TaskGradient& dgamma, const TaskGradient& dbeta, const TaskGradient& dbias,
-              float* slots, int threads) {
-  const TaskSums sums(segments, op.rows, kSums, op.width, slots);
-  parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-    sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-      for (int64_t row = begin; row < end; ++row)
-        backward_row(op, row, dy, {mean[row], rstd[row]}, dx, dresidual, slot, sums.pitch());
-    });
-    const int64_t first = sums.padding(chunk) * op.width, count = sums.end(chunk) * op.width - first;
-    std::memset(dx + first, 0, static_cast<size_t>(count) * sizeof(T));
-    std::memset(dresidual + first, 0, static_cast<size_t>(count) * sizeof(T));
-  });
-  sums.finish(kGamma, dgamma, threads);
-  sums.finish(kBeta, dbeta, threads);
-  sums.finish(kBias, dbias, threads);
-}
-
 }  // namespace
 
-void add_norm_rows(const AddNorm& op, const float* beta, float eps, void* y, float* mean, float* rstd, int threads) {
-  if (op.dtype == DType::bf16)
-    forward(op, beta, eps, static_cast<bfloat16*>(y), mean, rstd, threads);
-  else
-    forward(op, beta, eps, static_cast<float*>(y), mean, rstd, threads);
+void add_norm_forward(const AddNorm& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    for_rows(op.rows, threads, [&](int64_t row) { forward_row<decltype(element)>(op, row); });
+  });
 }
 
-void add_norm_rows_backward(const AddNorm& op, const void* dy, const float* mean, const float* rstd,
-                            const Segments& segments, void* dx, void* dresidual, const TaskGradient& dgamma,
-                            const TaskGradient& dbeta, const TaskGradient& dbias, float* slots, int threads) {
-  const auto run = [&](auto element) {
+void add_norm_backward(const AddNorm& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
     using T = decltype(element);
-    backward(op, static_cast<const T*>(dy), mean, rstd, segments, static_cast<T*>(dx), static_cast<T*>(dresidual),
-             dgamma, dbeta, dbias, slots, threads);
-  };
-  op.dtype == DType::bf16 ? run(bfloat16{}) : run(float{});
+    const TaskSums sums(op.segments, op.rows, kSums, op.width, op.slots);
+    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
+      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
+        for (int64_t row = begin; row < end; ++row) backward_row<T>(op, row, slot, sums.pitch());
+      });
+      sums.clear_padding(chunk, static_cast<T*>(op.dx));
+      sums.clear_padding(chunk, static_cast<T*>(op.dresidual));
+    });
+    sums.finish(kGamma, op.dgamma, threads);
+    sums.finish(kBeta, op.dbeta, threads);
+    sums.finish(kBias, op.dbias, threads);
+  });
 }
 
 }  // namespace MINBERT_ISA

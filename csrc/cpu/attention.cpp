@@ -6,11 +6,11 @@
 //
 // n rows of the sentence, d head width; N and D the same rounded up to whole registers; W words of a row of d elements,
 // rounded up too; M queries of a block.
+#include "cpu/attention.h"
+
 #include <math.h>
 
-#include "cpu/layer_kernels.h"
 #include "cpu/matmul.h"
-#include "cpu/philox.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -116,7 +116,7 @@ void multiply(float* values, const float* factors, int64_t n) {
 }
 
 template <class T>
-void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, float* lse, float* memory) {
+void forward_head(const Attention& op, const Sentence& s, int64_t head, float* memory) {
   using Kind = typename ProductOf<T>::Kind;
   const int64_t n = s.count, d = op.head_dim, M = attention_block(n);
   const int64_t N = round_up(n, kLanes), D = round_up(d, kLanes), W = round_up(Kind::words(d), kLanes);
@@ -125,22 +125,23 @@ void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, 
   const Words rows = scratch.matrix(n, W), keys_t = scratch.matrix(W, N), stacked = scratch.matrix(n, D);
   const Words queries = scratch.matrix(M, W), scores = scratch.matrix(M, N), result = scratch.matrix(M, D);
 
-  const int64_t part = op.heads * d;
+  const int64_t part = op.heads * d, stride = 3 * part;
   const T* qkv = static_cast<const T*>(op.qkv) + head * d;
-  gather<Kind, T>(s, {qkv + part, op.stride, d}, 0, n, rows);
+  const HeadRows<T> out{static_cast<T*>(op.out) + head * d, part, d};
+  gather<Kind, T>(s, {qkv + part, stride, d}, 0, n, rows);
   transpose(rows, n, keys_t);
-  gather<Kind, T>(s, {qkv + 2 * part, op.stride, d}, 0, n, rows);
+  gather<Kind, T>(s, {qkv + 2 * part, stride, d}, 0, n, rows);
   const Words values = Kind::stack(rows, n, D, stacked);
 
   for (int64_t first = 0; first < n; first += M) {
     const int64_t count = n - first < M ? n - first : M;
-    gather<Kind, T>(s, {qkv, op.stride, d}, first, count, queries);
+    gather<Kind, T>(s, {qkv, stride, d}, first, count, queries);
     product<Kind>(count, N, Kind::words(d), {queries.data, W, 1}, keys_t, scores);
     float inverse[kAttentionBlock];
     for (int64_t i = 0; i < count; ++i) {
       const Softmax softened = softmax(scores.row(i), n, op.scale * kLog2E);
       inverse[i] = softened.inverse;
-      lse[head * op.rows + s.row(first + i)] = softened.log2_sum * kLn2;
+      op.lse[head * op.rows + s.row(first + i)] = softened.log2_sum * kLn2;
       if (op.dropout.active) {
         draw(op.dropout, head, s, first + i, op.period, keep.data);
         multiply(scores.row(i), keep.data, n);
@@ -152,7 +153,7 @@ void forward_head(const Attention& op, const Sentence& s, int64_t head, T* out, 
       float* row = result.row(i);
       for_columns(D, [&](int64_t k, auto, int) { store(row + k, load(row + k) * inverse[i]); });
     }
-    scatter<T>(s, result, first, count, {out + head * d, part, d});
+    scatter<T>(s, result, first, count, out);
   }
 }
 
@@ -179,8 +180,7 @@ void softmax_backward(float* weight, float* dscore, const float* keep, int64_t n
 }
 
 template <class T>
-void backward_head(const Attention& op, const Sentence& s, int64_t head, HeadRows<const T> dout, const float* lse,
-                   T* dqkv, float* memory) {
+void backward_head(const Attention& op, const Sentence& s, int64_t head, float* memory) {
   using Kind = typename ProductOf<T>::Kind;
   const int64_t n = s.count, d = op.head_dim, M = attention_block(n);
   const int64_t N = round_up(n, kLanes), D = round_up(d, kLanes), W = round_up(Kind::words(d), kLanes);
@@ -193,25 +193,26 @@ void backward_head(const Attention& op, const Sentence& s, int64_t head, HeadRow
   const Words weights = scratch.matrix(M, N), dscores = scratch.matrix(M, N), dqueries = scratch.matrix(M, D);
   const Words weights_stacked = scratch.matrix(M, N), dscores_stacked = scratch.matrix(M, N);
 
-  const int64_t part = op.heads * d;
+  const int64_t part = op.heads * d, stride = 3 * part;
   const T* qkv = static_cast<const T*>(op.qkv) + head * d;
-  T* gradient = dqkv + head * d;
-  gather<Kind, T>(s, {qkv + 2 * part, op.stride, d}, 0, n, rows);
+  const HeadRows<const T> dout{static_cast<const T*>(op.dout) + head * d, part, d};
+  T* gradient = static_cast<T*>(op.dqkv) + head * d;
+  gather<Kind, T>(s, {qkv + 2 * part, stride, d}, 0, n, rows);
   transpose(rows, n, values_t);
-  gather<Kind, T>(s, {qkv + part, op.stride, d}, 0, n, rows);
+  gather<Kind, T>(s, {qkv + part, stride, d}, 0, n, rows);
   transpose(rows, n, keys_t);
   const Words keys = Kind::stack(rows, n, D, keys_stacked);
 
   for (int64_t first = 0; first < n; first += M) {
     const int64_t count = n - first < M ? n - first : M;
-    gather<Kind, T>(s, {qkv, op.stride, d}, first, count, queries);
+    gather<Kind, T>(s, {qkv, stride, d}, first, count, queries);
     gather<Kind, T>(s, dout, first, count, cotangents);
     product<Kind>(count, N, Kind::words(d), {queries.data, W, 1}, keys_t, weights);
     product<Kind>(count, N, Kind::words(d), {cotangents.data, W, 1}, values_t, dscores);
     for (int64_t i = 0; i < count; ++i) {
       if (op.dropout.active) draw(op.dropout, head, s, first + i, op.period, keep.data);
       softmax_backward(weights.row(i), dscores.row(i), op.dropout.active ? keep.data : nullptr, n, op.scale,
-                       lse[head * op.rows + s.row(first + i)]);
+                       op.lse[head * op.rows + s.row(first + i)]);
       Kind::pack_row(weights.row(i), N);
       Kind::pack_row(dscores.row(i), N);
     }
@@ -223,10 +224,10 @@ void backward_head(const Attention& op, const Sentence& s, int64_t head, HeadRow
     product<Kind>(n, D, depth, {dscores_t.data, 1, N}, Kind::stack(queries, count, D, queries_stacked), dkeys,
                   first > 0);
     product<Kind>(count, D, Kind::words(n), {dscores.data, N, 1}, keys, dqueries);
-    scatter<T>(s, dqueries, first, count, {gradient, 3 * part, d});
+    scatter<T>(s, dqueries, first, count, {gradient, stride, d});
   }
-  scatter<T>(s, dkeys, 0, n, {gradient + part, 3 * part, d});
-  scatter<T>(s, dvalues, 0, n, {gradient + 2 * part, 3 * part, d});
+  scatter<T>(s, dkeys, 0, n, {gradient + part, stride, d});
+  scatter<T>(s, dvalues, 0, n, {gradient + 2 * part, stride, d});
 }
 
 // Rows that take part in no sentence, zeroed in one pass before the sentences are written. `body(row)` zeroes one.
@@ -247,52 +248,40 @@ void for_absent_rows(const Attention& op, const Body& body) {
   }
 }
 
-template <class T>
-void forward(const Attention& op, const AttentionPlan& plan, T* out, float* lse, int threads) {
-  const int64_t part = op.heads * op.head_dim;
-  for_absent_rows(op, [&](int64_t row) {
-    std::memset(out + row * part, 0, static_cast<size_t>(part) * sizeof(T));
-    for (int64_t head = 0; head < op.heads; ++head) lse[head * op.rows + row] = 0;
-  });
-  parallel_for(plan.count, threads, [&](int64_t i) {
-    const AttentionItem& item = plan.items[i];
-    const Sentence s(op, item.sentence);
+// body(sentence, head, scratch) for every head of every sentence, by the plan.
+template <class Body>
+void for_heads(const Attention& op, int threads, const Body& body) {
+  parallel_for(op.count, threads, [&](int64_t i) {
+    const AttentionItem& item = op.items[i];
+    const Sentence sentence(op, item.sentence);
     for (int64_t head = item.first; head < item.last; ++head)
-      forward_head(op, s, head, out, lse, plan.scratch + thread_number() * plan.pitch);
-  });
-}
-
-template <class T>
-void backward(const Attention& op, const AttentionPlan& plan, const T* dout, int64_t dout_stride, const float* lse,
-              T* dqkv, int threads) {
-  const int64_t part = op.heads * op.head_dim;
-  for_absent_rows(op, [&](int64_t row) {
-    std::memset(dqkv + row * 3 * part, 0, static_cast<size_t>(3 * part) * sizeof(T));
-  });
-  parallel_for(plan.count, threads, [&](int64_t i) {
-    const AttentionItem& item = plan.items[i];
-    const Sentence s(op, item.sentence);
-    for (int64_t head = item.first; head < item.last; ++head)
-      backward_head<T>(op, s, head, {dout + head * op.head_dim, dout_stride, op.head_dim}, lse, dqkv,
-                       plan.scratch + thread_number() * plan.pitch);
+      body(sentence, head, op.scratch + thread_number() * op.pitch);
   });
 }
 
 }  // namespace
 
-void attention_items(const Attention& op, const AttentionPlan& plan, void* out, float* lse, int threads) {
-  if (op.dtype == DType::bf16)
-    forward(op, plan, static_cast<bfloat16*>(out), lse, threads);
-  else
-    forward(op, plan, static_cast<float*>(out), lse, threads);
+void attention_forward(const Attention& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t part = op.heads * op.head_dim;
+    for_absent_rows(op, [&](int64_t row) {
+      std::memset(static_cast<T*>(op.out) + row * part, 0, static_cast<size_t>(part) * sizeof(T));
+      for (int64_t head = 0; head < op.heads; ++head) op.lse[head * op.rows + row] = 0;
+    });
+    for_heads(op, threads, [&](const Sentence& s, int64_t head, float* memory) { forward_head<T>(op, s, head, memory); });
+  });
 }
 
-void attention_items_backward(const Attention& op, const AttentionPlan& plan, const void* dout, int64_t dout_stride,
-                              const float* lse, void* dqkv, int threads) {
-  if (op.dtype == DType::bf16)
-    backward(op, plan, static_cast<const bfloat16*>(dout), dout_stride, lse, static_cast<bfloat16*>(dqkv), threads);
-  else
-    backward(op, plan, static_cast<const float*>(dout), dout_stride, lse, static_cast<float*>(dqkv), threads);
+void attention_backward(const Attention& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t stride = 3 * op.heads * op.head_dim;
+    for_absent_rows(op, [&](int64_t row) {
+      std::memset(static_cast<T*>(op.dqkv) + row * stride, 0, static_cast<size_t>(stride) * sizeof(T));
+    });
+    for_heads(op, threads, [&](const Sentence& s, int64_t head, float* memory) { backward_head<T>(op, s, head, memory); });
+  });
 }
 
 }  // namespace MINBERT_ISA

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = GELU(x + bias) = u Phi(u), the erf form (Hendrycks & Gimpel 2016), and the column sums that are bias gradients.
-#include "cpu/column_sums.h"
-#include "cpu/layer_kernels.h"
+// y = GELU(x + bias) = u Phi(u), the erf form (Hendrycks & Gimpel 2016).
+#include "cpu/bias_gelu.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -55,86 +54,46 @@ inline vfloat gelu_slope(vfloat u) {
                                0.0177256719f, -0.024661509f, 0.0102562531f);
 }
 
-template <class T>
-void forward(const BiasGelu& op, T* y, int threads) {
-  const T* x = static_cast<const T*>(op.x);
-  const Chunks chunks = row_chunks(op.rows);
-  parallel_for(chunks.count, threads, [&](int64_t chunk) {
-    const float* bias = op.bias;  // a local that no store can change
-    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-      const T* from = x + row * op.width;
-      T* to = y + row * op.width;
+}  // namespace
+
+void bias_gelu_forward(const BiasGelu& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    using T = decltype(element);
+    for_rows(op.rows, threads, [&](int64_t row) {
+      const float* bias = op.bias;  // a local that no store can change
+      const T* from = static_cast<const T*>(op.x) + row * op.width;
+      T* to = static_cast<T*>(op.y) + row * op.width;
       for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
         const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
         store(to + i, gelu<T>(u), lanes);
       });
-    }
-  });
-}
-
-template <class T>
-void backward(const BiasGelu& op, const T* dy, const Segments& segments, T* dx, const TaskGradient& dbias, float* slots,
-              int threads) {
-  const T* x = static_cast<const T*>(op.x);
-  const TaskSums sums(segments, op.rows, 1, op.width, slots);
-  parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-    const float* bias = op.bias;
-    sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T *from = x + row * op.width, *cotangent = dy + row * op.width;
-        T* to = dx + row * op.width;
-        for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
-          const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
-          const vfloat gradient = load(cotangent + i, lanes) * gelu_slope<T>(u);
-          store(to + i, gradient, lanes);
-          store(slot + i, load(slot + i) + gradient);
-        });
-      }
-    });
-    const int64_t first = sums.padding(chunk) * op.width, count = sums.end(chunk) * op.width - first;
-    std::memset(dx + first, 0, static_cast<size_t>(count) * sizeof(T));
-  });
-  sums.finish(0, dbias, threads);
-}
-
-template <class T>
-void add_rows(const ColumnSums& op, const Segments& segments, const TaskGradient& out, float* slots, int threads) {
-  const T* x = static_cast<const T*>(op.x);
-  const TaskSums sums(segments, op.rows, 1, op.width, slots);
-  parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-    sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-      for (int64_t row = begin; row < end; ++row)
-        for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
-          store(slot + i, load(slot + i) + load(x + row * op.stride + i, lanes));
-        });
     });
   });
-  sums.finish(0, out, threads);
 }
 
-}  // namespace
-
-void bias_gelu_rows(const BiasGelu& op, void* y, int threads) {
-  if (op.dtype == DType::bf16)
-    forward(op, static_cast<bfloat16*>(y), threads);
-  else
-    forward(op, static_cast<float*>(y), threads);
-}
-
-void bias_gelu_rows_backward(const BiasGelu& op, const void* dy, const Segments& segments, void* dx,
-                             const TaskGradient& dbias, float* slots, int threads) {
-  if (op.dtype == DType::bf16)
-    backward(op, static_cast<const bfloat16*>(dy), segments, static_cast<bfloat16*>(dx), dbias, slots, threads);
-  else
-    backward(op, static_cast<const float*>(dy), segments, static_cast<float*>(dx), dbias, slots, threads);
-}
-
-void column_sums_rows(const ColumnSums& op, const Segments& segments, const TaskGradient& out, float* slots,
-                      int threads) {
-  if (op.dtype == DType::bf16)
-    add_rows<bfloat16>(op, segments, out, slots, threads);
-  else
-    add_rows<float>(op, segments, out, slots, threads);
+void bias_gelu_backward(const BiasGelu& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    using T = decltype(element);
+    const TaskSums sums(op.segments, op.rows, 1, op.width, op.slots);
+    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
+      const float* bias = op.bias;
+      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t at = row * op.width;
+          const T *from = static_cast<const T*>(op.x) + at, *cotangent = static_cast<const T*>(op.dy) + at;
+          T* to = static_cast<T*>(op.dx) + at;
+          for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
+            const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
+            const vfloat gradient = load(cotangent + i, lanes) * gelu_slope<T>(u);
+            store(to + i, gradient, lanes);
+            store(slot + i, load(slot + i) + gradient);
+          });
+        }
+      });
+      sums.clear_padding(chunk, static_cast<T*>(op.dx));
+    });
+    sums.finish(0, op.dbias, threads);
+  });
 }
 
 }  // namespace MINBERT_ISA

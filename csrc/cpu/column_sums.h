@@ -8,9 +8,21 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
-#include "layers.h"
 
 namespace minbert {
+
+// Token-row bounds of the tasks: task t owns rows bounds[t] to bounds[t + 1]; rows from bounds[T] on are padding.
+struct Segments {
+  const int32_t* bounds;
+  int64_t tasks;
+};
+
+// A gradient kept apart by task [T, ...]: task t's begins `stride` elements behind task t - 1's. Null data: not wanted.
+struct TaskGradient {
+  void* data;
+  DType dtype;  // f32 or bf16
+  int64_t stride;
+};
 
 inline Chunks row_chunks(int64_t rows) { return {rows, 16, 128}; }
 
@@ -20,6 +32,15 @@ inline int64_t slot_floats(int64_t rows, int64_t tasks, int64_t sums, int64_t wi
 }
 
 namespace MINBERT_ISA {
+
+// body(row) for every row, by chunks.
+template <class Body>
+inline void for_rows(int64_t rows, int threads, const Body& body) {
+  const Chunks chunks = row_chunks(rows);
+  parallel_for(chunks.count, threads, [&](int64_t chunk) {
+    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) body(row);
+  });
+}
 
 class TaskSums {
  public:
@@ -40,9 +61,12 @@ class TaskSums {
     }
   }
 
-  // Rows of `chunk` that belong to no task: from the result on to the chunk's end.
-  int64_t padding(int64_t chunk) const {
-    return smallest(chunks_.end(chunk), largest(chunks_.begin(chunk), segments_.bounds[segments_.tasks]));
+  // Zeros for the rows [., width] of `chunk` that belong to no task.
+  template <class T>
+  void clear_padding(int64_t chunk, T* rows) const {
+    const int64_t end = chunks_.end(chunk);
+    const int64_t first = smallest(end, largest(chunks_.begin(chunk), segments_.bounds[segments_.tasks]));
+    std::memset(rows + first * width_, 0, static_cast<size_t>((end - first) * width_) * sizeof(T));
   }
 
   // out[t] = sum number `sum` over all rows of task t; zeros for a task without rows.
@@ -52,15 +76,13 @@ class TaskSums {
     parallel_for(segments_.tasks * columns.count, threads, [&](int64_t item) {
       const int64_t task = item / columns.count, part = item % columns.count;
       const int64_t begin = columns.begin(part), count = columns.end(part) - begin;
-      if (out.dtype == DType::bf16)
-        add_slots(sum, task, begin, count, static_cast<bfloat16*>(out.data) + task * out.stride + begin);
-      else
-        add_slots(sum, task, begin, count, static_cast<float*>(out.data) + task * out.stride + begin);
+      with_element(out.dtype, [&](auto element) {
+        add_slots(sum, task, begin, count, static_cast<decltype(element)*>(out.data) + task * out.stride + begin);
+      });
     });
   }
 
   int64_t chunks() const { return chunks_.count; }
-  int64_t end(int64_t chunk) const { return chunks_.end(chunk); }
   int64_t pitch() const { return pitch_; }
 
  private:

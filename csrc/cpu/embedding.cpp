@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])). The backward first makes dz, the gradient of
 // the sum, row by row; then each row of each table's gradient adds up its own rows of dz, in ascending order.
-#include "cpu/column_sums.h"
+#include "cpu/embedding.h"
+
 #include "cpu/layer_norm.h"
-#include "cpu/layer_kernels.h"
-#include "cpu/philox.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -35,7 +34,7 @@ void draw(const Embedding& op, int64_t row, float* keep) {
 }
 
 template <class T>
-void forward_row(const Embedding& op, int64_t row, const float* beta, float eps, T* y, float* mean, float* rstd) {
+void forward_row(const Embedding& op, int64_t row) {
   alignas(64) float keep[kMaxWidth], z[kMaxWidth];
   const Row<T> in(op, row);
   draw(op, row, keep);
@@ -45,57 +44,35 @@ void forward_row(const Embedding& op, int64_t row, const float* beta, float eps,
     store(z + i, v);
     total.add(slot, v);
   });
-  const Statistics s = statistics(z, op.width, total.total(), eps);
-  y += row * op.width;
+  const Statistics s = statistics(z, op.width, total.total(), op.eps);
+  T* y = static_cast<T*>(op.y) + row * op.width;
   for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
     const vfloat xhat = (load(z + i) - s.mean) * s.rstd;
-    const vfloat v = xhat * load(op.gamma + i, lanes) + load(beta + i, lanes);
+    const vfloat v = xhat * load(op.gamma + i, lanes) + load(op.beta + i, lanes);
     store(y + i, op.dropout.active ? v * load(keep + i) : v, lanes);
   });
-  mean[row] = s.mean;
-  rstd[row] = s.rstd;
+  op.mean[row] = s.mean;
+  op.rstd[row] = s.rstd;
 }
 
 template <class T>
-void backward_row(const Embedding& op, int64_t row, const T* dy, Statistics s, float* dz, float* slot, int64_t pitch) {
+void backward_row(const Embedding& op, int64_t row, float* slot, int64_t pitch) {
   alignas(64) float keep[kMaxWidth], xhat[kMaxWidth];
   const Row<T> in(op, row);
   draw(op, row, keep);
-  dy += row * op.width, dz += row * op.width;
+  const T* dy = static_cast<const T*>(op.dy) + row * op.width;
+  float* dz = op.dz + row * op.width;
   const auto cotangent = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const vfloat v = load(dy + i, lanes);
     return op.dropout.active ? v * load(keep + i) : v;
   };
   const NormGradient gradient = norm_gradient(
-      op.width, s, op.gamma,
+      op.width, {op.mean[row], op.rstd[row]}, op.gamma,
       [&](int64_t i, auto lanes) __attribute__((always_inline)) { return in.sum(i, lanes); }, cotangent, xhat,
       slot + kGamma * pitch, slot + kBeta * pitch);
   for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
     store(dz + i, gradient(cotangent(i, lanes) * load(op.gamma + i, lanes), load(xhat + i)), lanes);
   });
-}
-
-template <class T>
-void forward(const Embedding& op, const float* beta, float eps, T* y, float* mean, float* rstd, int threads) {
-  const Chunks chunks = row_chunks(op.rows);
-  parallel_for(chunks.count, threads, [&](int64_t chunk) {
-    for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row)
-      forward_row(op, row, beta, eps, y, mean, rstd);
-  });
-}
-
-template <class T>
-void backward(const Embedding& op, const T* dy, const float* mean, const float* rstd, const Segments& segments,
-              float* dz, const TaskGradient& dgamma, const TaskGradient& dbeta, float* slots, int threads) {
-  const TaskSums sums(segments, op.rows, kSums, op.width, slots);
-  parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-    sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-      for (int64_t row = begin; row < end; ++row)
-        backward_row(op, row, dy, {mean[row], rstd[row]}, dz, slot, sums.pitch());
-    });
-  });
-  sums.finish(kGamma, dgamma, threads);
-  sums.finish(kBeta, dbeta, threads);
 }
 
 constexpr int64_t kBlock = 256;  // columns summed at a time
@@ -125,39 +102,40 @@ const int32_t* first_from(const int32_t* begin, const int32_t* end, int32_t boun
 
 }  // namespace
 
-void embedding_rows(const Embedding& op, const float* beta, float eps, void* y, float* mean, float* rstd, int threads) {
-  if (op.dtype == DType::bf16)
-    forward(op, beta, eps, static_cast<bfloat16*>(y), mean, rstd, threads);
-  else
-    forward(op, beta, eps, static_cast<float*>(y), mean, rstd, threads);
+void embedding_forward(const Embedding& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    for_rows(op.rows, threads, [&](int64_t row) { forward_row<decltype(element)>(op, row); });
+  });
 }
 
-void embedding_rows_backward(const Embedding& op, const void* dy, const float* mean, const float* rstd,
-                             const Segments& segments, float* dz, const TaskGradient& dgamma, const TaskGradient& dbeta,
-                             float* slots, int threads) {
-  if (op.dtype == DType::bf16)
-    backward(op, static_cast<const bfloat16*>(dy), mean, rstd, segments, dz, dgamma, dbeta, slots, threads);
-  else
-    backward(op, static_cast<const float*>(dy), mean, rstd, segments, dz, dgamma, dbeta, slots, threads);
+void embedding_backward(const Embedding& op, int threads) {
+  with_element(op.dtype, [&](auto element) {
+    const TaskSums sums(op.segments, op.rows, kSums, op.width, op.slots);
+    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
+      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
+        for (int64_t row = begin; row < end; ++row) backward_row<decltype(element)>(op, row, slot, sums.pitch());
+      });
+    });
+    sums.finish(kGamma, op.dgamma, threads);
+    sums.finish(kBeta, op.dbeta, threads);
+  });
 }
 
-void gather_sums(const float* x, int64_t width, const Groups& groups, const Segments& segments, const TaskGradient& out,
-                 int threads) {
+void gather_sums(const Embedding& op, const Groups& groups, const TaskGradient& out, int threads) {
   if (!out.data) return;
   constexpr int64_t kBatch = 8;  // groups a thread takes at a time
-  const int64_t batches = (groups.count + kBatch - 1) / kBatch, blocks = (width + kBlock - 1) / kBlock;
-  parallel_for(segments.tasks * batches * blocks, threads, [&](int64_t item) {
+  const int64_t batches = (groups.count + kBatch - 1) / kBatch, blocks = (op.width + kBlock - 1) / kBlock;
+  parallel_for(op.segments.tasks * batches * blocks, threads, [&](int64_t item) {
     const int64_t task = item / blocks / batches, first = item / blocks % batches * kBatch;
-    const int64_t column = item % blocks * kBlock, n = width - column < kBlock ? width - column : kBlock;
+    const int64_t column = item % blocks * kBlock, n = op.width - column < kBlock ? op.width - column : kBlock;
     for (int64_t group = first; group < first + kBatch && group < groups.count; ++group) {
       const int32_t *begin = groups.order + groups.offsets[group], *end = groups.order + groups.offsets[group + 1];
-      begin = first_from(begin, end, segments.bounds[task]);
-      end = first_from(begin, end, segments.bounds[task + 1]);
-      const int64_t at = task * out.stride + group * width + column;
-      if (out.dtype == DType::bf16)
-        add_group(x + column, width, begin, end - begin, n, static_cast<bfloat16*>(out.data) + at);
-      else
-        add_group(x + column, width, begin, end - begin, n, static_cast<float*>(out.data) + at);
+      begin = first_from(begin, end, op.segments.bounds[task]);
+      end = first_from(begin, end, op.segments.bounds[task + 1]);
+      with_element(out.dtype, [&](auto element) {
+        auto* to = static_cast<decltype(element)*>(out.data) + task * out.stride + group * op.width + column;
+        add_group(op.dz + column, op.width, begin, end - begin, n, to);
+      });
     }
   });
 }

@@ -7,6 +7,9 @@
 #include "cpu/simd.h"
 
 namespace minbert {
+
+constexpr int64_t kMaxWidth = 8192;  // of a row
+
 namespace MINBERT_ISA {
 
 struct Statistics {
@@ -37,6 +40,8 @@ template <class T, class Before>
 inline __attribute__((always_inline)) NormGradient norm_gradient(int64_t width, Statistics s, const float* gamma,
                                                                  const Before& sum_before, const T& cotangent,
                                                                  float* xhat, float* dgamma, float* dbeta) {
+  // A row of one column is its own mean: what is left of it is a rounding error, which rstd would enlarge.
+  if (width == 1) s.rstd = 0;
   Sum shift, along;
   for_columns(width, [&](int64_t i, auto lanes, int slot) __attribute__((always_inline)) {
     const vfloat x = keep_lanes((sum_before(i, lanes) - s.mean) * s.rstd, lanes, 0);

@@ -10,9 +10,17 @@
 #endif
 
 #include "cpu/simd.h"
-#include "layers.h"
 
 namespace minbert {
+
+// Keep or drop as a pure function of (seed, site, plane, row, column).
+struct Dropout {
+  bool active;
+  uint64_t seed;
+  uint32_t site;
+  uint32_t threshold;  // drop where a draw is below it: p * 2^32
+  float scale;         // 1 / (1 - p)
+};
 namespace MINBERT_ISA {
 
 typedef uint64_t vlong __attribute__((vector_size(kLanes * 4)));

@@ -83,6 +83,15 @@ inline void store(T* p, vfloat v, Some some) {
   std::memcpy(p, whole, static_cast<size_t>(some.count) * sizeof(T));
 }
 
+// body(T{}) for the activations' element type T.
+template <class Body>
+inline void with_element(DType dtype, const Body& body) {
+  if (dtype == DType::bf16)
+    body(bfloat16{});
+  else
+    body(float{});
+}
+
 // Vectors made of a function of the lane, constants for certain: loops would leave it to the optimiser.
 template <class V, class Of, int... Lane>
 constexpr V make_lanes(std::integer_sequence<int, Lane...>) {

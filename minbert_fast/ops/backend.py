@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -14,17 +13,15 @@ from torch import Tensor
 
 Implementation = Literal["triton", "native", "torch"]
 
-_forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
+_forced: Implementation | None = None
 
 
-@functools.cache
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def triton_available() -> bool:
-    """Whether Triton can be imported (it is a Linux package)."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether Triton is installed (CUDA builds of torch bring it on Linux); this imports nothing."""
+    return _TRITON
 
 
 def implementation(tensor: Tensor) -> Implementation:
@@ -32,26 +29,26 @@ def implementation(tensor: Tensor) -> Implementation:
 
     PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none.
     """
-    forced = _forced.get()
-    if forced is not None:
-        return forced
+    if _forced is not None:
+        return _forced
     if tensor.dtype == torch.float64:
         return "torch"
     if tensor.device.type == "cpu":
         return "torch" if tensor.dtype == torch.float16 else "native"
-    if tensor.device.type == "cuda" and triton_available():
+    if tensor.device.type == "cuda" and _TRITON:
         return "triton"
     return "torch"
 
 
 @contextmanager
 def force(choice: Implementation) -> Iterator[None]:
-    """Runs every op inside the block by one implementation (tests: the interpreter on CPU tensors, the reference)."""
-    token = _forced.set(choice)
+    """Runs every op inside the block, in every thread, by one implementation (for tests and benchmarks)."""
+    global _forced
+    before, _forced = _forced, choice
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def drops_padding(tensor: Tensor) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minbert_fast.ops.segments import statistics_dtype
+
 _ROUNDS = 7
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,8 +34,26 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     return a, b, c, d
 
 
+def check(p: float, seed: Tensor | None) -> None:
+    """Raises ValueError unless p is a dropout probability in [0, 1) and has a seed if it is not 0."""
+    if not 0.0 <= p < 1.0 or (p > 0.0 and seed is None):
+        raise ValueError(f"dropout needs 0 <= p < 1 and, where p > 0, a seed: p is {p}, seed is {seed}")
+
+
+def keep_rows(seed: Tensor | None, site: int, rows: int, like: Tensor, p: float) -> Tensor:
+    """`keep_mask` of rows 0 to `rows` for as many columns as `like` has, in its dtype of statistics.
+
+    Ones [rows, 1] without dropout.
+    """
+    dtype = statistics_dtype(like.dtype)
+    if p == 0.0:
+        return like.new_ones(rows, 1, dtype=dtype)
+    assert seed is not None
+    return keep_mask(seed, site, torch.arange(rows, device=like.device), like.shape[1], p).to(dtype)
+
+
 def keep_mask(seed: Tensor, site: int, rows: Tensor, columns: int, p: float, plane: int = 0) -> Tensor:
-    """What dropout multiplies elements (plane, rows[i], 0..columns) with: 0 with probability p, else 1 / (1 - p).
+    """The dropout factors of elements (plane, rows[i], 0..columns): 0 with probability p, else 1 / (1 - p).
 
     `seed` int64 [1], `rows` integers [R] on the same device -> fp32 [R, columns].
     """

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])): how a sentence enters the encoder."""
+"""y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])): how a sentence enters the encoder.
+
+Shapes: N token rows, V words, S positions, K types, H hidden, T tasks, U distinct words of a batch. Statistics are fp32.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from minbert_fast.ops import segments
-from minbert_fast.ops.add_norm import norm_backward
+from minbert_fast.ops import dropout, segments
 from minbert_fast.ops.backend import implementation
-from minbert_fast.ops.dropout import keep_mask
-from minbert_fast.ops.library import custom_op
-from minbert_fast.ops.native import layers
+from minbert_fast.ops.library import kernel_op
+
+
+def reference(
+    tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, beta: Tensor, eps: float, keep: Tensor | float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The op in plain PyTorch; `keep` [N, H] is the dropout factor of each element, 0 or 1 / (1 - p)."""
+    total = F.embedding(tokens, word) + F.embedding(positions, position) + F.embedding(types, type_)
+    return F.layer_norm(total, gamma.shape, gamma, beta, eps) * keep
 
 
 class EmbeddingSink(NamedTuple):
@@ -28,7 +39,7 @@ class EmbeddingSink(NamedTuple):
     word_offsets: Tensor  # [U + 1] int32, where each distinct word's rows begin in word_order
     dword: Tensor | None = None  # [T, U, H] by distinct word, any task stride; overwritten, as those below
     dposition: Tensor | None = None  # [T, S, H]
-    dtype: Tensor | None = None  # [T, K, H]
+    d_type_table: Tensor | None = None  # [T, K, H]
     dgamma: Tensor | None = None  # [T, H]
     dbeta: Tensor | None = None  # [T, H]
 
@@ -48,311 +59,114 @@ def embedding(
     site: int = 0,
     into: EmbeddingSink | None = None,
 ) -> Tensor:
-    """Rows [N, H] of the summed embeddings, normalised (statistics in fp32), with dropout.
+    """Rows [N, H] of the summed embeddings, normalised, with dropout.
 
     tokens, positions, types int32 [N]; word [V, H], position [S, H], type_ [K, H] of one dtype; gamma, beta [H] of that
     dtype or fp32. Dropout with probability p draws from (seed int64 [1], site). Differentiable once in all five. With
-    `into`, parameters count as constants, their gradients go into the sink apart by task, and rows from bounds[T] on
-    add to none.
+    `into`, parameters are constants, their gradients go into the sink apart by task, and rows from bounds[T] on add to
+    none.
 
-    Raises ValueError where shapes or dtypes disagree, or p is no probability below 1 or has no seed.
+    Raises ValueError if shapes or dtypes disagree, p is not in [0, 1), or p > 0 has no seed.
     """
     width = word.shape[-1]
     for name, table in (("position", position), ("type_", type_)):
-        if table.shape[1:] != (width,) or table.dtype != word.dtype:
-            raise ValueError(
-                f"{name} {table.dtype} {list(table.shape)} does not match word {word.dtype} {list(word.shape)}"
-            )
+        segments.expect(name, table, (table.shape[0], width), word.dtype)
     for name, vector in (("gamma", gamma), ("beta", beta)):
-        if vector.shape != (width,):
-            raise ValueError(f"{name} must have shape [{width}], not {list(vector.shape)}")
+        segments.expect(name, vector, (width,))
     for name, index in (("tokens", tokens), ("positions", positions), ("types", types)):
-        if index.shape != tokens.shape or index.dim() != 1 or index.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32 [{tokens.shape[0]}], not {index.dtype} {list(index.shape)}")
-    if not 0.0 <= p < 1.0 or (p > 0.0 and seed is None):
-        raise ValueError(f"dropout needs 0 <= p < 1 and, where p > 0, a seed: p is {p}, seed is {seed}")
-    arguments = (tokens, positions, types, word, position, type_, gamma, beta, eps, p, seed, site)
-    if into is not None:
-        return _EmbeddingInto.apply(*arguments, into, segments.anchor(word.device))
-    y: Tensor = _forward(*arguments)[0]
-    return y
+        segments.expect(name, index, (tokens.numel(),), torch.int32)
+    dropout.check(p, seed)
+    arguments = (tokens, positions, types, word, position, type_, gamma, beta, eps, p, seed, site, into)
+    if implementation(word) == "torch":
+        return _plain(*arguments)
+    return _Embedding.apply(*arguments, None if into is None else segments.anchor(word.device))
 
 
-@custom_op("embedding", mutates_args=())
-def _forward(
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(
+    tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, beta: Tensor, eps: float, p: float, seed: Tensor | None, site: int, into: EmbeddingSink | None,
+) -> Tensor:  # fmt: skip
+    def formula(tokens: Tensor, positions: Tensor, types: Tensor, keep: Tensor, *parameters: Tensor) -> Tensor:
+        word, position, type_, gamma, beta = (t.to(keep.dtype) for t in parameters)
+        return reference(tokens, positions, types, word, position, type_, gamma, beta, eps, keep)
+
+    rows = (tokens, positions, types, dropout.keep_rows(seed, site, len(tokens), word, p))
+    parameters = (word, position, type_, gamma, beta)
+    if into is None:
+        return formula(*rows, *parameters).to(word.dtype)
+    stores = [segments.into(view) for view in into[4:]]
+    if into.dword is not None:
+        stores[0] = _touched_rows(into.dword, into, tokens)
+    return segments.by_task(formula, rows, parameters, into.bounds, stores).to(word.dtype)
+
+
+def _touched_rows(dword: Tensor, into: EmbeddingSink, tokens: Tensor) -> segments.Store:
+    """Writes the gradient [V, H] of each distinct word of the batch to dword[task]; zeros for words without rows."""
+    first = into.word_order[into.word_offsets[:-1].clamp(max=len(tokens) - 1)]
+    used = into.word_offsets.diff()[:, None] > 0
+    return lambda task, gradient: dword[task].copy_(gradient[tokens[first]] * used)
+
+
+@kernel_op()
+def embedding_forward(
+    tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, beta: Tensor, eps: float, p: float, seed: Tensor | None, site: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y [N, H], mean [N], rstd [N]."""
-    match implementation(word):
-        case "triton":
-            from minbert_fast.kernels import embedding as kernels
-
-            tables = (word.contiguous(), position.contiguous(), type_.contiguous())
-            return kernels.embedding_forward(tokens, positions, types, *tables, gamma, beta, eps, p, seed, site)
-        case "native":
-            tables = (word.contiguous(), position.contiguous(), type_.contiguous())
-            return layers.embedding_forward(tokens, positions, types, *tables, gamma, beta, eps, p, seed, site)
-        case "torch":
-            z = _summed(tokens, positions, types, word, position, type_)
-            y, mean, rstd = torch.native_layer_norm(z, gamma.shape, gamma.to(z.dtype), beta.to(z.dtype), eps)
-            return _dropped(y, p, seed, site).to(word.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    statistics = word.new_empty(tokens.shape[0], dtype=torch.float32)
+    return word.new_empty(tokens.shape[0], word.shape[1]), statistics, torch.empty_like(statistics)
 
 
-@_forward.register_fake
-def _(
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = tokens.shape[0]
-    statistics = word.new_empty(rows, dtype=segments.statistics_dtype(word.dtype))
-    return word.new_empty(rows, word.shape[1]), statistics, torch.empty_like(statistics)
+@kernel_op("dword", "dposition", "d_type_table", "dgamma", "dbeta")
+def embedding_backward(
+    dy: Tensor, tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, mean: Tensor, rstd: Tensor, bounds: Tensor, cu_seqlens: Tensor, word_order: Tensor,
+    word_offsets: Tensor, p: float, seed: Tensor | None, site: int, dword: Tensor | None, dposition: Tensor | None,
+    d_type_table: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes each task's gradients, as EmbeddingSink says."""
 
 
-@custom_op("embedding_norm_backward", mutates_args=("dgamma", "dbeta", "dtype"))
-def _norm_backward(
-    dy: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bounds: Tensor,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-    dgamma: Tensor | None,
-    dbeta: Tensor | None,
-    dtype: Tensor | None,
-) -> Tensor:
-    """dz [N, H], the gradient of the summed rows; writes each task's dgamma, dbeta [T, H] and dtype [T, K, H]."""
-    match implementation(word):
-        case "triton":
-            from minbert_fast.kernels import embedding as kernels
-
-            tables = (word.contiguous(), position.contiguous(), type_.contiguous())
-            return kernels.embedding_norm_backward(
-                dy.contiguous(),
-                tokens,
-                positions,
-                types,
-                *tables,
-                gamma,
-                mean,
-                rstd,
-                bounds,
-                p,
-                seed,
-                site,
-                dgamma,
-                dbeta,
-                dtype,
-            )
-        case "native" | "torch":
-            z = _summed(tokens, positions, types, word, position, type_)
-            dy = _dropped(dy.to(z.dtype), p, seed, site)
-            dz = norm_backward(dy, z, gamma, mean, rstd, bounds, dgamma, dbeta)
-            if dtype is not None:
-                for task, (begin, end) in enumerate(segments.segments(bounds)):
-                    dtype[task] = _summed_by(types[begin:end], dz[begin:end], type_.shape[0])
-            return dz.to(word.dtype)
-
-
-@_norm_backward.register_fake
-def _(
-    dy: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    bounds: Tensor,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-    dgamma: Tensor | None,
-    dbeta: Tensor | None,
-    dtype: Tensor | None,
-) -> Tensor:
-    return dy.new_empty(dy.shape)
-
-
-@custom_op("embedding_gather", mutates_args=("dword", "dposition"))
-def _gather(
-    dz: Tensor,
-    bounds: Tensor,
-    cu_seqlens: Tensor,
-    word_order: Tensor,
-    word_offsets: Tensor,
-    dword: Tensor | None,
-    dposition: Tensor | None,
-) -> None:
-    """Adds up dz [N, H] by task and distinct word (dword [T, U, H]), by task and position (dposition [T, S, H])."""
-    match implementation(dz):
-        case "triton":
-            from minbert_fast.kernels import embedding as kernels
-
-            kernels.embedding_gather(dz, bounds, cu_seqlens, word_order, word_offsets, dword, dposition)
-        case "native" | "torch":
-            rows = torch.arange(len(dz), device=dz.device)
-            words = torch.empty_like(rows)
-            distinct = torch.arange(len(word_offsets) - 1, device=dz.device)
-            counts = word_offsets.diff()
-            words[word_order[: int(counts.sum())].long()] = distinct.repeat_interleave(counts)
-            sentence = torch.searchsorted(cu_seqlens.long(), rows, right=True) - 1
-            places = rows - cu_seqlens.long()[sentence]
-            for task, (begin, end) in enumerate(segments.segments(bounds)):
-                if dword is not None:
-                    dword[task] = _summed_by(words[begin:end], dz[begin:end], dword.shape[1])
-                if dposition is not None:
-                    dposition[task] = _summed_by(places[begin:end], dz[begin:end], dposition.shape[1])
-
-
-@_gather.register_fake
-def _(
-    dz: Tensor,
-    bounds: Tensor,
-    cu_seqlens: Tensor,
-    word_order: Tensor,
-    word_offsets: Tensor,
-    dword: Tensor | None,
-    dposition: Tensor | None,
-) -> None:
-    return None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, beta, _, ctx.p, seed, ctx.site = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.beta_dtype = beta.dtype
-    ctx.save_for_backward(*tensors, mean, rstd, seed)
-
-
-def _autograd(ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None) -> tuple[Tensor | None, ...]:
-    tokens, positions, types, word, position, type_, gamma, mean, rstd, seed = ctx.saved_tensors
-    dgamma = gamma.new_empty(1, *gamma.shape)
-    dbeta = torch.empty_like(dgamma, dtype=ctx.beta_dtype)
-    dtype = type_.new_empty(1, *type_.shape)
-    bounds = segments.one_segment(tokens.shape[0], word.device)
-    inputs = (tokens, positions, types, word, position, type_)
-    dz = _norm_backward(dy, *inputs, gamma, mean, rstd, bounds, ctx.p, seed, ctx.site, dgamma, dbeta, dtype)
-    dword = _dense_gradient(dz, tokens, word) if ctx.needs_input_grad[3] else None
-    dposition = _dense_gradient(dz, positions, position) if ctx.needs_input_grad[4] else None
-    return None, None, None, dword, dposition, dtype[0], dgamma[0], dbeta[0], None, None, None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-class _EmbeddingInto(torch.autograd.Function):
+class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        tokens: Tensor,
-        positions: Tensor,
-        types: Tensor,
-        word: Tensor,
-        position: Tensor,
-        type_: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        eps: float,
-        p: float,
-        seed: Tensor | None,
-        site: int,
-        into: EmbeddingSink,
-        anchor: Tensor,
-    ) -> Tensor:
+        ctx: Any, tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+        gamma: Tensor, beta: Tensor, eps: float, p: float, seed: Tensor | None, site: int,
+        into: EmbeddingSink | None, anchor: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         inputs = (tokens, positions, types, word, position, type_, gamma)
-        y, mean, rstd = _forward(*inputs, beta, eps, p, seed, site)
-        ctx.p, ctx.site, ctx.into = p, site, into
+        y, mean, rstd = embedding_forward(*inputs, beta, eps, p, seed, site)
+        ctx.p, ctx.site, ctx.into, ctx.beta_dtype = p, site, into, beta.dtype
         ctx.save_for_backward(*inputs, mean, rstd, seed)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
-        into: EmbeddingSink = ctx.into
-        *tensors, seed = ctx.saved_tensors
-        if implementation(dy) == "native":
-            tokens, positions, types, word, position, type_, gamma, mean, rstd = tensors
-            layers.embedding_backward(
-                dy.contiguous(),
-                tokens,
-                positions,
-                types,
-                word,
-                position,
-                type_,
-                gamma,
-                mean,
-                rstd,
-                into.bounds,
-                into.word_order,
-                into.word_offsets,
-                ctx.p,
-                seed,
-                ctx.site,
-                into.dgamma,
-                into.dbeta,
-                into.dword,
-                into.dposition,
-                into.dtype,
-            )
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, seed = ctx.saved_tensors
+        if ctx.into:
+            embedding_backward(dy, *saved, *ctx.into[:4], ctx.p, seed, ctx.site, *ctx.into[4:])
             return (None,) * 14
-        dz = _norm_backward(dy, *tensors, into.bounds, ctx.p, seed, ctx.site, into.dgamma, into.dbeta, into.dtype)
-        _gather(dz, into.bounds, into.cu_seqlens, into.word_order, into.word_offsets, into.dword, into.dposition)
-        return (None,) * 14
+        *gradients, dbeta = _dense_backward(dy, ctx.p, seed, ctx.site, *saved)
+        return None, None, None, *gradients, dbeta.to(ctx.beta_dtype), *(None,) * 6
 
 
-def _summed(tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor) -> Tensor:
-    """word + position + type rows [N, H] in the dtype of statistics."""
-    dtype = segments.statistics_dtype(word.dtype)
-    return word[tokens].to(dtype) + position[positions].to(dtype) + type_[types].to(dtype)
-
-
-def _dropped(y: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    if p == 0.0:
-        return y
-    assert seed is not None
-    return y * keep_mask(seed, site, torch.arange(len(y), device=y.device), y.shape[1], p).to(y.dtype)
-
-
-def _summed_by(index: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Rows [n, H] added up by index -> [size, H], in the dtype of statistics."""
-    total = rows.new_zeros(size, rows.shape[1], dtype=segments.statistics_dtype(rows.dtype))
-    return total.index_add_(0, index, rows.to(total.dtype))
-
-
-def _dense_gradient(dz: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """The gradient of table[index], dense like the table; sorts on a GPU, so deterministic."""
-    wide = dz.to(segments.statistics_dtype(dz.dtype))
-    return torch.ops.aten.embedding_dense_backward(wide, index, table.shape[0], -1, False).to(table.dtype)
+def _dense_backward(
+    dy: Tensor, p: float, seed: Tensor | None, site: int, tokens: Tensor, positions: Tensor, types: Tensor,
+    word: Tensor, position: Tensor, type_: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Dense gradients of the tables, and those of gamma and beta, in plain PyTorch (deterministic: it sorts the rows)."""
+    keep = dropout.keep_rows(seed, site, len(tokens), word, p)
+    lookups = ((word, tokens), (position, positions), (type_, types))
+    z = sum(table[index].to(keep.dtype) for table, index in lookups)
+    gamma_ = gamma.to(keep.dtype)
+    dz, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+        dy.to(keep.dtype) * keep, z, gamma.shape, mean[:, None], rstd[:, None], gamma_, gamma_, [True] * 3
+    )
+    rounded = dz.to(word.dtype).to(dz.dtype)
+    dword, dposition = (
+        torch.ops.aten.embedding_dense_backward(rounded, index, table.shape[0], -1, False).to(table.dtype)
+        for table, index in lookups[:2]
+    )
+    d_type_table = torch.zeros_like(type_, dtype=dz.dtype).index_add_(0, types, dz).to(type_.dtype)
+    return dword, dposition, d_type_table, dgamma.to(gamma.dtype), dbeta

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an op becomes one that torch knows: a schema, a kernel for every device, a fake for tracing, autograd.
+"""How a function becomes an op that torch knows: a schema, an implementation, a fake for tracing.
 
 The same that `torch.library.custom_op` makes, by the calls beneath it (PyTorch's "Python custom operators" manual):
 `custom_op` imports all of torch._dynamo, a second or more, at the first call of any op, whether or not anything compiles.
@@ -8,25 +8,32 @@ The same that `torch.library.custom_op` makes, by the calls beneath it (PyTorch'
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from minbert_fast.ops import native
+from minbert_fast.ops.backend import implementation
 
 NAMESPACE = "minbert_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 class Op:
-    """A registered op; called like the function it was made of (arguments by position)."""
+    """A registered op; called like the function that declared it (arguments by position)."""
 
-    def __init__(self, name: str, function: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
-        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+    def __init__(
+        self, name: str, declared: Callable[..., Any], mutates_args: tuple[str, ...], run: Callable[..., Any]
+    ) -> None:
+        schema = torch.library.infer_schema(declared, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _on_its_device(_counting(function, mutates_args)), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _counting(run, _places(declared, mutates_args)), "CompositeExplicitAutograd")
         self.name = f"{NAMESPACE}::{name}"
-        self.__doc__ = function.__doc__
+        self.__doc__ = declared.__doc__
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *arguments: Any) -> Any:
@@ -37,9 +44,51 @@ class Op:
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
         return function
 
-    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """The op's backward, `backward(ctx, *gradients)`, and what it keeps of the forward."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Op]:
+    """Decorator: makes a function of tensors and numbers the op `minbert_fast::name`.
+
+    `mutates_args` names the arguments that it writes to. The op's outputs take no gradient.
+    """
+    return lambda function: Op(name, function, mutates_args, _on_its_device(function))
+
+
+def kernel_op(*mutates_args: str) -> Callable[[Callable[..., Any]], Op]:
+    """Decorator: makes a function the op `minbert_fast::<its name>`, which a kernel of the same name computes.
+
+    The function declares the op's arguments and allocates its outputs; tracing takes the outputs' shapes from it. On a
+    GPU the op calls the function of its name in `minbert_fast.kernels.<its module>`, on a CPU that of the extension. It
+    passes the arguments, then the outputs. It makes tensors contiguous first, except those of `mutates_args`.
+    """
+
+    def declare(function: Callable[..., Any]) -> Op:
+        name, module = function.__name__, function.__module__.rpartition(".")[2]
+        written = _places(function, mutates_args)
+
+        def run(*arguments: Any) -> Any:
+            arguments = tuple(
+                argument.contiguous() if isinstance(argument, Tensor) and place not in written else argument
+                for place, argument in enumerate(arguments)
+            )
+            made = function(*arguments)
+            outputs = made if isinstance(made, tuple) else () if made is None else (made,)
+            if implementation(arguments[0]) == "triton":
+                kernels = importlib.import_module(f"minbert_fast.kernels.{module}")
+                with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+                    getattr(kernels, name)(*arguments, *outputs)
+            else:
+                native.call(name, *arguments, *outputs)
+            return made
+
+        op = Op(name, function, mutates_args, run)
+        op.register_fake(function)
+        return op
+
+    return declare
+
+
+def _places(function: Callable[..., Any], names: tuple[str, ...]) -> frozenset[int]:
+    return frozenset(place for place, name in enumerate(inspect.signature(function).parameters) if name in names)
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,26 +102,16 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def _counting(function: Callable[..., Any], mutates_args: tuple[str, ...]) -> Callable[..., Any]:
+def _counting(function: Callable[..., Any], written: frozenset[int]) -> Callable[..., Any]:
     """`function`, which after writing through addresses tells autograd so: a saved tensor that changed is an error."""
-    if not mutates_args:
+    if not written:
         return function
-    places = [place for place, name in enumerate(inspect.signature(function).parameters) if name in mutates_args]
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
         result = function(*arguments)
-        written = [arguments[place] for place in places if arguments[place] is not None]
-        torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+        tensors = [arguments[place] for place in written if arguments[place] is not None]
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
         return result
 
     return called
-
-
-def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Op]:
-    """Decorator: makes a function of tensors and numbers the op `minbert_fast::name`.
-
-    `mutates_args` names the arguments that it writes to. An op without `register_autograd` is for backward passes and
-    updates: its outputs take no gradient.
-    """
-    return lambda function: Op(name, function, mutates_args)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = x W^T (+ b), whose weight gradient can be kept apart by task: J[t] = dY[rows of t]^T X[rows of t]."""
+"""y = x W^T (+ b), whose weight gradient can be kept apart by task: J[t] = dY[rows of t]^T X[rows of t].
+
+Shapes: N token rows, I inputs, O outputs, T tasks.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minbert_fast.ops import segments
+from minbert_fast.ops import native, segments
 from minbert_fast.ops.backend import implementation
 from minbert_fast.ops.library import custom_op
-from minbert_fast.ops.native import layers
 
 
 class LinearSink(NamedTuple):
@@ -26,44 +28,42 @@ class LinearSink(NamedTuple):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, into: LinearSink | None = None) -> Tensor:
     """x [..., I] W^T (+ bias) -> [..., O]; weight [O, I].
 
-    With `into` (x [N, I]), weight and bias count as constants and their gradients go into the sink apart by task; rows
-    from bounds[T] on add to none. Without it, this is torch.nn.functional.linear.
+    With `into` (x [N, I]), weight and bias are constants and their gradients go into the sink apart by task; rows from
+    bounds[T] on add to none. Without it, this is torch.nn.functional.linear.
     """
     if into is None:
         return F.linear(x, weight, bias)
     return _LinearInto.apply(x, weight, bias, into, segments.anchor(x.device))
 
 
-@custom_op("segment_gradients", mutates_args=("dweight", "dbias"))
-def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
+@custom_op("linear_gradients", mutates_args=("dweight", "dbias"))
+def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """dy [N, O], x [N, I] of one dtype -> dweight[t] = dy[rows of t]^T x[rows of t] [T, O, I], dbias [T, O].
 
     Sums are fp32 whatever the inputs. Outputs are overwritten, with zeros for an empty task.
     """
     choice = implementation(dy)
-    match choice:
-        case "triton":
-            from minbert_fast.kernels import segment_gradients as kernels
+    if choice == "triton":
+        from minbert_fast.kernels import linear as kernels
 
-            kernels.segment_gradients(dy.contiguous(), x.contiguous(), bounds, dweight, dbias)
-        case "native" | "torch":
-            for task, (begin, end) in enumerate(segments.segments(bounds)):
-                rows = dy[begin:end]
-                if dweight is not None:
-                    _product(rows.T, x[begin:end], dweight[task])
-                if dbias is not None and choice == "torch":
-                    dbias[task] = rows.sum(0, dtype=segments.statistics_dtype(dy.dtype))
-            if dbias is not None and choice == "native":
-                layers.column_sums(dy.contiguous(), bounds, dbias)
+        return kernels.linear_gradients(dy.contiguous(), x.contiguous(), bounds, dweight, dbias)
+    for task, (begin, end) in enumerate(segments.segments(bounds)):
+        if dweight is not None:
+            _product(dy[begin:end].T, x[begin:end], dweight[task])
+        if dbias is not None and choice == "torch":
+            dbias[task] = dy[begin:end].sum(0, dtype=segments.statistics_dtype(dy.dtype))
+    if dbias is not None and choice == "native":
+        native.call("column_sums", dy.contiguous(), bounds, dbias)
+    return None
 
 
-@segment_gradients.register_fake
+@linear_gradients.register_fake
 def _(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     return None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b; where their dtypes differ, a CPU rounds to the operands' first, as plain PyTorch's gradient is."""
+    """out = a b. If their dtypes differ, a CPU first rounds to the operands' dtype, as plain PyTorch's gradient is."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.device.type == "cuda" and out.dtype == torch.float32:
@@ -82,5 +82,5 @@ class _LinearInto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        segment_gradients(dy, x, *ctx.into)
+        linear_gradients(dy, x, *ctx.into)
         return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None, None

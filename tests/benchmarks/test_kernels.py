@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for op, sizes in (("add_norm", (40, 64)), ("bias_gelu", (40, 64)), ("embedding", (9, 64))):
         monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "SIZES", {"cpu": [sizes]})
-    products = import_module("benchmarks.kernels.segment_gradients")
+    products = import_module("benchmarks.kernels.linear")
     monkeypatch.setattr(products, "ROWS", {"cpu": [40]})
     monkeypatch.setattr(products, "MATRICES", [(32, 16)])
 
@@ -39,7 +39,7 @@ def test_every_candidate_runs_and_ours_is_right() -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_rows_compare_ours_with_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "OPS", ("segment_gradients",))
+    monkeypatch.setattr(kernels, "OPS", ("linear",))
     rows = list(kernels.run(CPU, harness.Ceilings(1e9, 1e9, 1e9)))
     assert set(rows[0].speedup) == {"torch.mm a task", "torch.mm, tasks summed"}
     assert all(row.median is not None for row in rows)

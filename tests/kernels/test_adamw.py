@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast.kernels.adamw import Options, adamw, adamw_rows
-from minbert_fast.ops import reference as plain
+from minbert_fast.step import naive
 
 COUNT = 1500  # more than one program, and a tail
 
@@ -32,7 +32,7 @@ def expected(start: Tensor, gradients: list[Tensor], lr: float, options: Options
     if options.torch_style:
         optimizer = torch.optim.AdamW([parameter], lr=lr, **settings)  # type: ignore[arg-type]
     else:
-        optimizer = plain.AdamW([parameter], lr=lr, correct_bias=options.correct_bias, **settings)  # type: ignore[arg-type]
+        optimizer = naive.AdamW([parameter], lr=lr, correct_bias=options.correct_bias, **settings)  # type: ignore[arg-type]
     for gradient in gradients:
         parameter.grad = gradient.double()
         optimizer.step()
@@ -155,7 +155,7 @@ def test_course_check(device: torch.device) -> None:
     rng = np.random.default_rng(0)
     examples = torch.tensor(rng.uniform(size=[60, 3]), dtype=torch.float32, device=device)
     parameter = nn.Parameter(weight.double())
-    optimizer = plain.AdamW([parameter], lr=1e-3, weight_decay=1e-4)
+    optimizer = naive.AdamW([parameter], lr=1e-3, weight_decay=1e-4)
     p, m, v = weight.flatten().clone(), torch.zeros(6, device=device), torch.zeros(6, device=device)
 
     def gradient(w: Tensor, x: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minbert_fast.ops import reference
 from minbert_fast.ops import surgery as ops
 from minbert_fast.ops.backend import Implementation, force
 from minbert_fast.ops.surgery import AdamWSettings
+from minbert_fast.step import naive
 from tests.surgery import oracles
 from tests.tolerance import assert_within_budget
 
@@ -158,7 +158,7 @@ def test_a_run_follows_the_optimizer_it_imitates(kind: str) -> None:
     if s.style == "torch":
         optimizer = torch.optim.AdamW([theirs], betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
     else:
-        optimizer = reference.AdamW([theirs], 0.0, s.betas, s.eps, s.weight_decay, s.correct_bias)
+        optimizer = naive.AdamW([theirs], 0.0, s.betas, s.eps, s.weight_decay, s.correct_bias)
     p, m, v = start.clone(), torch.zeros(200), torch.zeros(200)
     for step in range(1, 51):
         lr = 1e-2 / step

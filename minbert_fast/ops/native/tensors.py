@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 #: The codes of csrc/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16)
 
 
 def check(

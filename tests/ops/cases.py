@@ -12,8 +12,10 @@ from torch import Tensor
 
 from minbert_fast import ops
 from minbert_fast.model.packing import PackedBatch, pack
-from minbert_fast.ops import reference as plain
+from minbert_fast.ops.add_norm import reference as add_norm
+from minbert_fast.ops.bias_gelu import reference as bias_gelu
 from minbert_fast.ops.dropout import keep_mask
+from minbert_fast.ops.embedding import reference as embedding
 
 WIDTH, INNER, EPS, SITE = 24, 20, 1e-12, 3
 LENGTHS = [[4, 2], [], [3, 5, 1]]  # sentences of three tasks, the second without any
@@ -37,24 +39,24 @@ class Case:
         return tuple(n for n in self.inputs if n not in self.activations)
 
 
-def packed() -> PackedBatch:
+def packed(device: torch.device | str = "cpu") -> PackedBatch:
     """The batch whose rows the cases are on: 15 tokens, 2 rows of padding."""
     generator = torch.Generator().manual_seed(5)
     sentences = [[torch.randint(WORDS, (n,), generator=generator).numpy() for n in task] for task in LENGTHS]
     types = [[torch.randint(TYPES, (n,), generator=generator).numpy() for n in task] for task in LENGTHS]
-    return pack(sentences, types, token_capacity=sum(map(sum, LENGTHS)) + PADDING)
+    return pack(sentences, types, token_capacity=sum(map(sum, LENGTHS)) + PADDING).to(torch.device(device))
 
 
-def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
+def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Case:
     """The case of op `name` with dropout p, inputs of `dtype`."""
-    batch, seed = packed(), torch.tensor([77])
+    batch, seed = packed(device), torch.tensor([77], device=device)
     rows = len(batch.tokens)
     generator = torch.Generator().manual_seed(len(name))
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    keep = keep_mask(seed, SITE, torch.arange(rows), WIDTH, p).to(dtype)
+    keep = keep_mask(seed, SITE, torch.arange(rows, device=device), WIDTH, p).to(dtype)
     if name == "add_norm":
         return Case(
             {n: draw(*s) for n, s in zip(
@@ -63,7 +65,7 @@ def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
             )},
             ("x", "residual"),
             lambda *t, into=None: ops.add_norm(*t, EPS, p, seed, SITE, into),
-            lambda *t: plain.add_norm(*t, EPS, keep),
+            lambda *t: add_norm(*t, EPS, keep),
             lambda bounds, **g: ops.AddNormSink(bounds, g.get("gamma"), g.get("beta"), g.get("bias")),
             dict.fromkeys(("bias", "gamma", "beta"), (WIDTH,)),
         )  # fmt: skip
@@ -72,7 +74,7 @@ def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
             {"x": draw(rows, WIDTH), "bias": draw(WIDTH)},
             ("x",),
             lambda *t, into=None: ops.bias_gelu(*t, into=into),
-            plain.bias_gelu,
+            bias_gelu,
             lambda bounds, **g: ops.BiasGeluSink(bounds, g.get("bias")),
             {"bias": (WIDTH,)},
         )
@@ -93,7 +95,7 @@ def make(name: str, p: float = 0.0, dtype: torch.dtype = torch.float64) -> Case:
         tables,
         (),
         lambda *t, into=None: ops.embedding(*indices, *t, EPS, p, seed, SITE, into),
-        lambda *t: plain.embedding(*indices, *t, EPS, keep),
+        lambda *t: embedding(*indices, *t, EPS, keep),
         lambda bounds, **g: ops.EmbeddingSink(
             bounds, batch.cu_seqlens, batch.word_order, batch.word_offsets,
             *(g.get(n) for n in ("word", "position", "type_", "gamma", "beta")),

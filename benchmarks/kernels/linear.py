@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""segment_gradients: every task's weight gradient, against a product a task and against one product for all tasks.
+"""linear: every task's weight gradient, against a product a task and against one product for all tasks.
 
 FLOPs: 2 N O I, the same for all three (a sum over rows, cut at other places). Bytes: inputs e N (O + I), output 4 T
 O I.
@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.harness import Candidate
 from benchmarks.kernels.case import TASKS, Case, bounds, close, draw, label
+from minbert_fast.ops.linear import linear_gradients
 
 MATRICES = [(384, 384), (1152, 384), (1536, 384), (384, 1536), (768, 768), (2304, 768), (3072, 768), (768, 3072)]
 ROWS = {"cpu": [2770], "cuda": [2770, 32768]}
@@ -31,10 +32,9 @@ def _case(rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torc
     cut = tasks.tolist()
     out = torch.empty(TASKS, outputs, inputs, device=device)
     each = torch.empty(TASKS, outputs, inputs, device=device, dtype=dtype)
-    ops = torch.ops.minbert_fast
 
     def ours() -> None:
-        ops.segment_gradients(dy, x, tasks, out, None)
+        linear_gradients(dy, x, tasks, out, None)
 
     def product_a_task() -> None:
         for task in range(TASKS):
@@ -49,7 +49,7 @@ def _case(rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torc
     flops = 2 * rows * outputs * inputs
     moved = dy.element_size() * rows * (outputs + inputs) + 4 * out.numel()
     return Case(
-        label("segment_gradients", dtype, rows, outputs, inputs),
+        label("linear backward", dtype, rows, outputs, inputs),
         {
             "ours": Candidate(ours, check, moved, flops),
             "torch.mm a task": Candidate(product_a_task, None, moved, flops),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from minbert_fast.ops.linear import segment_gradients
+from minbert_fast.ops.linear import linear_gradients
 
 _BOTH_WAYS = """
 import sys
@@ -33,7 +33,7 @@ def test_a_tensor_that_an_op_wrote_to_cannot_be_used_as_saved() -> None:
     bounds = torch.tensor([0, 1, 4], dtype=torch.int32)
     J, w = torch.zeros(2, 2, 3), torch.ones(2, 2, 3, requires_grad=True)
     product = (J * w).sum()  # saves J
-    segment_gradients(dy, x, bounds, J, None)
+    linear_gradients(dy, x, bounds, J, None)
     torch.testing.assert_close(J, torch.stack([dy[:1].T @ x[:1], dy[1:].T @ x[1:]]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
@@ -42,5 +42,5 @@ def test_a_tensor_that_an_op_wrote_to_cannot_be_used_as_saved() -> None:
 def test_ops_write_to_inference_tensors_too() -> None:
     with torch.inference_mode():
         J = torch.zeros(1, 2, 3)
-        segment_gradients(torch.ones(4, 2), torch.ones(4, 3), torch.tensor([0, 4], dtype=torch.int32), J, None)
+        linear_gradients(torch.ones(4, 2), torch.ones(4, 3), torch.tensor([0, 4], dtype=torch.int32), J, None)
     assert (J == 4).all()

@@ -71,26 +71,12 @@ def choose(dy: Tensor, x: Tensor, tasks: int) -> Tile:
 
 @triton.jit
 def _matrix_tile(
-    dy_ptr,
-    x_ptr,
-    bounds_ptr,
-    dweight_ptr,
-    task,
-    tile,  # number of the tile in its task
-    outputs,
-    inputs,
-    dy_stride,
-    x_stride,
-    dweight_stride,
-    tiles_out,
-    tiles_in,
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
+    dy_ptr, x_ptr, bounds_ptr, dweight_ptr,
+    task, tile,  # number of the tile in its task
+    outputs, inputs, dy_stride, x_stride, dweight_stride, tiles_out, tiles_in,
+    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     group = tile // (GROUP * tiles_in)
     members = tl.minimum(tiles_out - group * GROUP, GROUP)
     within = tile % (GROUP * tiles_in)
@@ -119,17 +105,9 @@ def _matrix_tile(
 
 @triton.jit
 def _bias_tile(
-    dy_ptr,
-    bounds_ptr,
-    dbias_ptr,
-    task,
-    tile,
-    outputs,
-    dy_stride,
-    dbias_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    dy_ptr, bounds_ptr, dbias_ptr, task, tile, outputs, dy_stride, dbias_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     out = tile * COLUMNS + tl.arange(0, COLUMNS)
     low = tl.load(bounds_ptr + task)
     high = tl.load(bounds_ptr + task + 1)
@@ -144,7 +122,7 @@ def _bias_tile(
 
 
 @triton.jit
-def _segment_gradients(
+def _linear_gradients(
     dy_ptr,  # [rows, outputs]
     x_ptr,  # [rows, inputs]
     bounds_ptr,  # [tasks + 1] int32
@@ -172,44 +150,20 @@ def _segment_gradients(
     program = tl.program_id(0)
     if program < matrix_tiles:
         if dweight_ptr is not None:
+            task, tile = program // (tiles_out * tiles_in), program % (tiles_out * tiles_in)
             _matrix_tile(
-                dy_ptr,
-                x_ptr,
-                bounds_ptr,
-                dweight_ptr,
-                program // (tiles_out * tiles_in),
-                program % (tiles_out * tiles_in),
-                outputs,
-                inputs,
-                dy_stride,
-                x_stride,
-                dweight_stride,
-                tiles_out,
-                tiles_in,
-                OUT,
-                IN,
-                ROWS,
-                GROUP,
-                STAGES,
-                UPCAST,
-            )
+                dy_ptr, x_ptr, bounds_ptr, dweight_ptr, task, tile, outputs, inputs, dy_stride, x_stride, dweight_stride,
+                tiles_out, tiles_in, OUT, IN, ROWS, GROUP, STAGES, UPCAST,
+            )  # fmt: skip
     else:
         if dbias_ptr is not None:
+            task, tile = (program - matrix_tiles) // bias_tiles, (program - matrix_tiles) % bias_tiles
             _bias_tile(
-                dy_ptr,
-                bounds_ptr,
-                dbias_ptr,
-                (program - matrix_tiles) // bias_tiles,
-                (program - matrix_tiles) % bias_tiles,
-                outputs,
-                dy_stride,
-                dbias_stride,
-                BIAS_ROWS,
-                BIAS_COLUMNS,
+                dy_ptr, bounds_ptr, dbias_ptr, task, tile, outputs, dy_stride, dbias_stride, BIAS_ROWS, BIAS_COLUMNS
             )
 
 
-def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
+def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """dy [N, O], x [N, I] (any row stride) -> dweight [T, O, I], dbias [T, O] (None: not wanted; any task stride).
 
     Outputs are fp32 or bf16 and overwritten. Rows from bounds[T] on count for no task.
@@ -225,35 +179,15 @@ def segment_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | N
     bias_tiles = 0 if dbias is None else triton.cdiv(outputs, BIAS_COLUMNS)
     if matrix_tiles + bias_tiles == 0:
         return
-    _segment_gradients[(matrix_tiles + tasks * bias_tiles,)](
-        dy,
-        x,
-        bounds,
-        dweight,
-        dbias,
-        outputs,
-        inputs,
-        dy.stride(0),
-        x.stride(0),
-        0 if dweight is None else dweight.stride(0),
-        0 if dbias is None else dbias.stride(0),
-        tiles_out,
-        tiles_in,
-        matrix_tiles,
-        bias_tiles,
-        OUT=tile.outputs,
-        IN=tile.inputs,
-        ROWS=tile.rows,
-        GROUP=GROUP,
-        BIAS_ROWS=BIAS_ROWS,
-        BIAS_COLUMNS=BIAS_COLUMNS,
-        STAGES=tile.num_stages,
-        UPCAST=dy.device.type == "cpu" and dy.dtype == torch.bfloat16,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=True,
+    _linear_gradients[(matrix_tiles + tasks * bias_tiles,)](
+        dy, x, bounds, dweight, dbias, outputs, inputs, dy.stride(0), x.stride(0),
+        0 if dweight is None else dweight.stride(0), 0 if dbias is None else dbias.stride(0),
+        tiles_out, tiles_in, matrix_tiles, bias_tiles,
+        OUT=tile.outputs, IN=tile.inputs, ROWS=tile.rows, GROUP=GROUP, BIAS_ROWS=BIAS_ROWS, BIAS_COLUMNS=BIAS_COLUMNS,
+        STAGES=tile.num_stages, UPCAST=dy.device.type == "cpu" and dy.dtype == torch.bfloat16,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **all_registers(dy.device, tile.num_warps),
-    )
+    )  # fmt: skip
 
 
 def launches() -> Iterator[Launch]:
@@ -275,4 +209,4 @@ def launches() -> Iterator[Launch]:
             dweight = torch.empty(3, outputs, inputs, dtype=out, device="meta")
             dbias = torch.empty(3, outputs, dtype=out, device="meta")
             label = f"{str(dtype)[6:]} {outputs}x{inputs} -> {str(out)[6:]}"
-            yield Launch(label, partial(segment_gradients, dy, x, bounds, dweight, dbias))
+            yield Launch(label, partial(linear_gradients, dy, x, bounds, dweight, dbias))

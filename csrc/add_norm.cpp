@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// add_norm on the CPU: checks of its arguments; the loops are in cpu/add_norm.cpp.
+#include "cpu/add_norm.h"
+
+#include "arguments.h"
+#include "bindings.h"
+
+namespace minbert {
+namespace {
+
+AddNorm inputs(Arguments& a, const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& gamma, double p,
+               const Tensor& seed, int64_t site) {
+  AddNorm op{};
+  op.x = a.dense("x", x, {kAny, kAny}, kActivations);
+  op.dtype = x.dtype(), op.rows = x.size(0), op.width = x.size(1);
+  Arguments::width(op.width);
+  op.residual = a.dense("residual", residual, {op.rows, op.width}, {op.dtype});
+  op.bias = a.vector("bias", bias, op.width, op.dtype);
+  op.gamma = a.vector("gamma", gamma, op.width, op.dtype);
+  op.dropout = a.dropout(p, seed, site);
+  return op;
+}
+
+void forward(const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& gamma, const Tensor& beta,
+             float eps, double p, const Tensor& seed, int64_t site, const Tensor& y, const Tensor& mean,
+             const Tensor& rstd, int threads) {
+  Arguments a;
+  AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
+  op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
+  op.y = a.dense("y", y, {op.rows, op.width}, {op.dtype});
+  op.mean = a.dense<float>("mean", mean, {op.rows}, {DType::f32});
+  op.rstd = a.dense<float>("rstd", rstd, {op.rows}, {DType::f32});
+  call_add_norm_forward(op, threads);
+}
+
+void backward(const Tensor& dy, const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& gamma,
+              const Tensor& mean, const Tensor& rstd, const Tensor& bounds, double p, const Tensor& seed, int64_t site,
+              const Tensor& dgamma, const Tensor& dbeta, const Tensor& dbias, const Tensor& dx, const Tensor& dresidual,
+              int threads) {
+  Arguments a;
+  AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
+  op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});
+  op.mean = a.dense<float>("mean", mean, {op.rows}, {DType::f32});
+  op.rstd = a.dense<float>("rstd", rstd, {op.rows}, {DType::f32});
+  op.segments = a.segments(bounds, op.rows);
+  op.dx = a.dense("dx", dx, {op.rows, op.width}, {op.dtype});
+  op.dresidual = a.dense("dresidual", dresidual, {op.rows, op.width}, {op.dtype});
+  op.dgamma = a.gradient("dgamma", dgamma, {op.segments.tasks, op.width});
+  op.dbeta = a.gradient("dbeta", dbeta, {op.segments.tasks, op.width});
+  op.dbias = a.gradient("dbias", dbias, {op.segments.tasks, op.width});
+  op.slots = a.floats(slot_floats(op.rows, op.segments.tasks, 3, op.width));
+  call_add_norm_backward(op, threads);
+}
+
+}  // namespace
+
+void bind_add_norm(pybind11::module_& m) {
+  m.def("add_norm_forward", &forward, Unlocked());
+  m.def("add_norm_backward", &backward, Unlocked());
+}
+
+}  // namespace minbert

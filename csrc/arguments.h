@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the encoder's ops: torch tensors as Python passes them, and the checks that stand before any loop.
+//
+// An op's binding lists its arguments once, gets each pointer from an `Arguments`, and passes a plain struct to the loops of
+// csrc/cpu. An argument that would lead out of a tensor throws std::invalid_argument (a ValueError in Python) before
+// anything is written.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/column_sums.h"
+#include "cpu/layer_norm.h"
+#include "cpu/philox.h"
+#include "dtype.h"
+
+namespace minbert {
+
+// A view of a strided torch tensor, laid out like DLPack's DLTensor (dmlc.github.io/dlpack), or none.
+struct Tensor {
+  char* data = nullptr;
+  int32_t device = 0, device_index = 0;
+  int32_t ndim = -1;  // -1: None
+  uint8_t code = 0, bits = 0;
+  uint16_t lanes = 0;
+  const int64_t *shape = nullptr, *strides = nullptr;
+  uint64_t offset = 0;
+
+  explicit operator bool() const { return ndim >= 0; }
+  int64_t size(int dimension) const { return dimension < ndim ? shape[dimension] : 0; }
+  DType dtype() const;
+};
+
+// Reads a torch.Tensor through torch's DLPack exchange functions: no Python call, no reference taken. False for any
+// other object; throws what torch raises for a tensor that has no address (sparse, meta).
+bool read_tensor(PyObject* object, Tensor& tensor);
+
+constexpr int64_t kAny = -1;  // any size
+inline constexpr std::initializer_list<DType> kActivations{DType::f32, DType::bf16};
+
+class Arguments {
+ public:
+  // The address of a contiguous CPU tensor of this shape and one of these dtypes; the name is for the error.
+  template <class T = void>
+  T* dense(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+           std::initializer_list<DType> dtypes) {
+    return static_cast<T*>(contiguous(name, tensor, shape, dtypes));
+  }
+
+  // A bias or a LayerNorm weight [width], fp32 or of the activations' dtype, as fp32.
+  const float* vector(const char* name, const Tensor& tensor, int64_t width, DType dtype);
+
+  // Token-row bounds of the tasks int32 [T + 1], ascending from 0 to at most `rows`.
+  Segments segments(const Tensor& bounds, int64_t rows);
+
+  // Ascending offsets int32 [count + 1] from 0 to at most `limit`.
+  const int32_t* offsets(const char* name, const Tensor& tensor, int64_t limit);
+
+  // Indices int32 [count], of which the first `used` must be in [0, limit).
+  const int32_t* indices(const char* name, const Tensor& tensor, int64_t count, int64_t used, int64_t limit);
+
+  // A gradient [T, ...] to be written, fp32 or bf16, each task's part contiguous and any distance from the next; None: not
+  // wanted. It must share memory with no tensor asked for before it.
+  TaskGradient gradient(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape);
+
+  // Dropout of probability p in [0, 1), drawn from (seed int64 [1], site).
+  Dropout dropout(double p, const Tensor& seed, int64_t site);
+
+  // Uninitialised memory, aligned to the largest register; it lives as long as these arguments.
+  float* floats(int64_t count);
+
+  static void width(int64_t width);  // that LayerNorm takes
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  // Memory of `count` parts of `size` bytes, `pitch` bytes from one to the next.
+  struct Span {
+    const char* name;
+    uintptr_t begin, size, pitch, count;
+    bool output;
+
+    bool meets(const Span& other) const;
+  };
+
+  void* contiguous(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
+                   std::initializer_list<DType> dtypes);
+
+  std::vector<Span> spans_;
+  std::vector<std::unique_ptr<float, Free>> memory_;
+};
+
+}  // namespace minbert
+
+template <>
+struct pybind11::detail::type_caster<minbert::Tensor> {
+  PYBIND11_TYPE_CASTER(minbert::Tensor, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) { return source.is_none() || minbert::read_tensor(source.ptr(), value); }
+};

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// embedding on the CPU: checks of its arguments, and which rows each position and type has; the loops are in
+// cpu/embedding.cpp.
+#include "cpu/embedding.h"
+
+#include "arguments.h"
+#include "bindings.h"
+
+namespace minbert {
+namespace {
+
+Embedding inputs(Arguments& a, const Tensor& tokens, const Tensor& positions, const Tensor& types, const Tensor& word,
+                 const Tensor& position, const Tensor& type, const Tensor& gamma, double p, const Tensor& seed,
+                 int64_t site) {
+  Embedding op{};
+  op.dtype = word.dtype(), op.rows = tokens.size(0), op.width = word.size(1);
+  Arguments::width(op.width);
+  const auto lookup = [&](const char* table_name, const Tensor& table, const char* name, const Tensor& index) {
+    const void* rows = a.dense(table_name, table, {kAny, op.width}, &table == &word ? kActivations : std::initializer_list<DType>{op.dtype});
+    return Lookup{rows, table.size(0), a.indices(name, index, op.rows, op.rows, table.size(0))};
+  };
+  op.lookups[0] = lookup("word", word, "tokens", tokens);
+  op.lookups[1] = lookup("position", position, "positions", positions);
+  op.lookups[2] = lookup("type_", type, "types", types);
+  op.gamma = a.vector("gamma", gamma, op.width, op.dtype);
+  op.dropout = a.dropout(p, seed, site);
+  return op;
+}
+
+void forward(const Tensor& tokens, const Tensor& positions, const Tensor& types, const Tensor& word,
+             const Tensor& position, const Tensor& type, const Tensor& gamma, const Tensor& beta, float eps, double p,
+             const Tensor& seed, int64_t site, const Tensor& y, const Tensor& mean, const Tensor& rstd, int threads) {
+  Arguments a;
+  Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
+  op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
+  op.y = a.dense("y", y, {op.rows, op.width}, {op.dtype});
+  op.mean = a.dense<float>("mean", mean, {op.rows}, {DType::f32});
+  op.rstd = a.dense<float>("rstd", rstd, {op.rows}, {DType::f32});
+  call_embedding_forward(op, threads);
+}
+
+// Rows by what they look up: a stable counting sort.
+struct Sorted {
+  std::vector<int32_t> order, offsets;
+
+  Sorted(const Lookup& lookup, int64_t rows)
+      : order(static_cast<size_t>(rows)), offsets(static_cast<size_t>(lookup.count) + 1) {
+    for (int64_t row = 0; row < rows; ++row) ++offsets[static_cast<size_t>(lookup.index[row]) + 1];
+    for (size_t k = 1; k < offsets.size(); ++k) offsets[k] += offsets[k - 1];
+    std::vector<int32_t> next(offsets);
+    for (int64_t row = 0; row < rows; ++row)
+      order[static_cast<size_t>(next[static_cast<size_t>(lookup.index[row])]++)] = static_cast<int32_t>(row);
+  }
+};
+
+// cu_seqlens is for kernels that find positions by sentences.
+void backward(const Tensor& dy, const Tensor& tokens, const Tensor& positions, const Tensor& types, const Tensor& word,
+              const Tensor& position, const Tensor& type, const Tensor& gamma, const Tensor& mean, const Tensor& rstd,
+              const Tensor& bounds, const Tensor& /*cu_seqlens*/, const Tensor& word_order, const Tensor& word_offsets,
+              double p, const Tensor& seed, int64_t site, const Tensor& dword, const Tensor& dposition,
+              const Tensor& d_type_table, const Tensor& dgamma, const Tensor& dbeta, int threads) {
+  Arguments a;
+  Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
+  op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});
+  op.mean = a.dense<float>("mean", mean, {op.rows}, {DType::f32});
+  op.rstd = a.dense<float>("rstd", rstd, {op.rows}, {DType::f32});
+  op.segments = a.segments(bounds, op.rows);
+  const int32_t* offsets = a.offsets("word_offsets", word_offsets, op.rows);
+  const int64_t words = word_offsets.size(0) - 1, tasks = op.segments.tasks;
+  const Groups by_word{a.indices("word_order", word_order, op.rows, offsets[words], op.rows), offsets, words};
+  const TaskGradient dtables[] = {a.gradient("dword", dword, {tasks, words, op.width}),
+                                  a.gradient("dposition", dposition, {tasks, op.lookups[1].count, op.width}),
+                                  a.gradient("d_type_table", d_type_table, {tasks, op.lookups[2].count, op.width})};
+  op.dgamma = a.gradient("dgamma", dgamma, {tasks, op.width});
+  op.dbeta = a.gradient("dbeta", dbeta, {tasks, op.width});
+  op.slots = a.floats(slot_floats(op.rows, tasks, 2, op.width)), op.dz = a.floats(op.rows * op.width);
+  call_embedding_backward(op, threads);
+  call_gather_sums(op, by_word, dtables[0], threads);
+  for (int i = 1; i < 3; ++i) {
+    const Sorted sorted(op.lookups[i], op.rows);
+    const Groups groups{sorted.order.data(), sorted.offsets.data(), op.lookups[i].count};
+    call_gather_sums(op, groups, dtables[i], threads);
+  }
+}
+
+}  // namespace
+
+void bind_embedding(pybind11::module_& m) {
+  m.def("embedding_forward", &forward, Unlocked());
+  m.def("embedding_backward", &backward, Unlocked());
+}
+
+}  // namespace minbert
