@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "surgery.h"
 
@@ -21,7 +22,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes the queue's device current for as long as it lives.
+// Makes a device current for as long as it lives.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -40,7 +41,7 @@ class OnDevice {
   bool changed_ = false;
 };
 
-inline cudaStream_t stream(const Queue& q) { return static_cast<cudaStream_t>(q.stream); }
+inline cudaStream_t stream(const Where& at) { return static_cast<cudaStream_t>(at.stream); }
 
 // Blocks for `work` threads' worth of work: enough, and at most one wave of the device.
 inline int grid_size(int device, int64_t work, int blocks_per_processor = kBlocksPerProcessor) {
@@ -52,10 +53,31 @@ inline int grid_size(int device, int64_t work, int blocks_per_processor = kBlock
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Every row begins on a 16-byte boundary.
-template <class E>
-bool rows_aligned(const Matrix& j) {
-  return aligned(j.data) && (j.rows == 1 || j.stride * sizeof(E) % 16 == 0);
+// launch(tasks), the number of tasks a compile-time constant; 0 for more than kMost.
+template <int kMost, class Launch>
+void for_tasks(int64_t tasks, const Launch& launch) {
+  if (kMost == 0 || tasks == kMost)
+    launch(std::integral_constant<int, kMost>());
+  else if constexpr (kMost > 0)
+    for_tasks<kMost - 1>(tasks, launch);
+}
+
+// launch(J's elements by their type, for_tasks' constant, whether all of J's rows and `others` begin on 16 bytes).
+template <int kMost, class Launch>
+void specialise(const Matrix& j, bool others, const Launch& launch) {
+  const auto typed = [&](const auto* data) {
+    const bool all = others && aligned(data) && (j.rows == 1 || j.stride * sizeof(*data) % 16 == 0);
+    for_tasks<kMost>(j.rows, [&](auto tasks) {
+      if (all)
+        launch(data, tasks, std::true_type());
+      else
+        launch(data, tasks, std::false_type());
+    });
+  };
+  if (j.dtype == DType::bf16)
+    typed(static_cast<const bfloat16*>(j.data));
+  else
+    typed(static_cast<const float*>(j.data));
 }
 
 __device__ inline float widen(float x) { return x; }

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minbert_fast.ops import native
+
 Implementation = Literal["triton", "native", "torch"]
 
 _forced: ContextVar[Implementation | None] = ContextVar("forced implementation", default=None)
@@ -42,6 +44,13 @@ def implementation(tensor: Tensor) -> Implementation:
     if tensor.device.type == "cuda" and triton_available():
         return "triton"
     return "torch"
+
+
+def surgery_implementation(tensor: Tensor) -> Implementation:
+    """The same for surgery's ops and AdamW, which the extension has for a GPU too, if it was built with CUDA."""
+    if tensor.is_cuda and native.HAS_CUDA and _forced.get() is None:
+        return "native"
+    return implementation(tensor)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.ops import surgery as ops
+from minbert_fast import ops
 from minbert_fast.parallel.world import World
 from minbert_fast.step.flat import FlatParameters, Piece, Run, TaskGradients
 

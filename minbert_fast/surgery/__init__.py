@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from minbert_fast.ops import surgery as ops
+from minbert_fast import ops
 from minbert_fast.surgery import solvers
 
 Reduction = Literal["sum", "mean"]
