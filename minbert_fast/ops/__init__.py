@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of the encoder, of gradient surgery and AdamW, a file each: picks Triton, the C++ extension or PyTorch (backend.py), with autograd.
+"""Ops, a file each: the encoder's, gradient surgery's and AdamW. backend.py picks Triton, the C++ extension or PyTorch.
 
-Every op of the encoder works two ways. Plainly, it is differentiable in all its tensors, for code that uses autograd. With a sink
-(`into`), its backward writes parameter gradients apart by task into the sink's views, and only activations get
-gradients.
+Every op of the encoder works two ways. Plainly, it is differentiable in all its tensors, for code that uses autograd.
+With a sink (`into`), its backward writes parameter gradients apart by task into the sink's views, and only activations
+get gradients.
 """
 
 from minbert_fast.ops.adamw import AdamWStep, adamw

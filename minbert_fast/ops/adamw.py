@@ -35,7 +35,9 @@ class AdamWStep(NamedTuple):
     """
 
     J: Tensor  # the tasks' gradients, fp32 or bf16; rows any distance apart
-    w: Tensor | None  # [T]; None when J is one task's plain gradient. A row of weight 0 takes no part, even if not finite
+    w: (
+        Tensor | None
+    )  # [T]; None when J is one task's plain gradient. A row of weight 0 takes no part, even if not finite
     p: Tensor  # the parameters
     m: Tensor  # Adam's first moment, of p's shape
     v: Tensor  # Adam's second moment

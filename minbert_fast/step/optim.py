@@ -14,7 +14,7 @@ from minbert_fast import ops
 from minbert_fast.common import pages
 from minbert_fast.ops.adamw import GRADIENT_SCALE, LEARNING_RATE, SCALARS, SKIP, STEP, check_settings
 from minbert_fast.recipes.recipe import OptimizerOptions
-from minbert_fast.step.flat import FlatParameters, Piece, Run
+from minbert_fast.step.flat import FlatParameters, Piece
 
 
 class AdamW(torch.optim.Optimizer):

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import surgery
+from minbert_fast import ops, surgery
 from minbert_fast.common import pages
-from minbert_fast import ops
 
 # Elements of one task's gradients that are gathered at a time: large enough for full speed, small beside the model.
 _BUCKET = 1 << 24

@@ -28,9 +28,7 @@ def check_gradients(J: Tensor, ndim: int = 2) -> None:
 
 def matrix(J: Tensor) -> _C.Matrix:
     """J [T, ...] for the extension, which sees [T, columns]."""
-    return _C.Matrix(
-        J.data_ptr(), DTYPE_CODES[J.dtype], J.shape[0], J.shape[1:].numel(), row_stride("J", J)
-    )
+    return _C.Matrix(J.data_ptr(), DTYPE_CODES[J.dtype], J.shape[0], J.shape[1:].numel(), row_stride("J", J))
 
 
 def adamw_struct(step: tuple[Any, ...]) -> _C.AdamW:
