@@ -251,7 +251,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def report(device: torch.device, measured: Ceilings, rows: list[Row]) -> dict[str, Any]:
-    """Everything as one JSON object; figures to five significant places."""
+    """Everything as one JSON object; figures to five significant places, a row's empty fields left out."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -260,10 +260,19 @@ def report(device: torch.device, measured: Ceilings, rows: list[Row]) -> dict[st
             return {k: rounded(v) for k, v in value.items()}
         return [rounded(v) for v in value] if isinstance(value, list) else value
 
-    result: dict[str, Any] = rounded({**environment(device, measured), "rows": [asdict(row) for row in rows]})
+    filled = [{key: value for key, value in asdict(row).items() if value} for row in rows]
+    result: dict[str, Any] = rounded({**environment(device, measured), "rows": filled})
     return result
 
 
+def read_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report, every field there."""
+    return [asdict(Row(**row)) for row in result["rows"]]
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """A report as a file, a row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    head = json.dumps({**result, "rows": []}, indent=1).removesuffix("[]\n}")
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    path.write_text(f"{head}[\n  {rows}\n ]\n}}\n", encoding="utf-8")

@@ -19,14 +19,14 @@ ELEMENTS, NUM_WARPS = 1024, 4  # a program's parameters: two 16-byte loads a thr
 @triton.jit
 def combined(j_ptr, w_ptr, j_stride, offsets, mask, T: tl.constexpr):
     """sum_t w[t] J[t] at `offsets` (w None: J[0]), in the order of the tasks. Rows of weight 0 are not read."""
-    if w_ptr is None:
-        return tl.load(j_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.zeros(offsets.shape, tl.float32)
     for t in tl.static_range(T):
-        weight = tl.load(w_ptr + t)
-        wanted = mask & (tl.broadcast_to(weight, offsets.shape) != 0.0)
-        row = tl.load(j_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
-        gradient = tl.fma(tl.broadcast_to(weight, offsets.shape), row, gradient)
+        if w_ptr is None:
+            gradient += tl.load(j_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        else:
+            weight = tl.broadcast_to(tl.load(w_ptr + t), offsets.shape)
+            row = tl.load(j_ptr + offsets, mask=mask & (weight != 0.0), other=0.0).to(tl.float32)
+            gradient = tl.fma(weight, row, gradient)
         j_ptr += j_stride
     return gradient
 

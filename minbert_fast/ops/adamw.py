@@ -12,7 +12,7 @@ schedule without being captured again:
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def _check(a: AdamWStep) -> None:
     distinct(J=a.J, w=a.w, p=a.p, m=a.m, v=a.v, copy=a.copy, scalars=a.scalars, row_slot=a.row_slot)
 
 
-def _run(*arguments: Tensor) -> None:
+def _run(*arguments: Any) -> None:
     step = AdamWStep(*arguments)
     _check(step)
     match surgery_implementation(step.J):

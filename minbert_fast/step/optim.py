@@ -165,12 +165,11 @@ class FlatAdamW:
 
     def _step(self, piece: Piece, J: Tensor, w: Tensor | None, row_slot: Tensor | None = None) -> None:
         flat, run, o, span = self.flat, piece.run, self.options, slice(piece.begin, piece.end)
-        buffers = [flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept]]
-        if flat.compute is not flat.data:
-            buffers.append(flat.compute[span])
+        buffers = [flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept], flat.compute[span]]
         if row_slot is not None:
             buffers = [buffer.view(-1, J.shape[2]) for buffer in buffers]
-        p, m, v, copy = [*buffers, None][:4]
+        p, m, v, low = buffers
+        copy = None if flat.compute is flat.data else low
         scalars = self.scalars[self._row_of[run.label]]
         settings = (run.lr_factor, *o.betas, o.eps, run.weight_decay, o.correct_bias)
         ops.adamw(ops.AdamWStep(J, w, p, m, v, scalars, copy, row_slot, *settings))

@@ -19,7 +19,7 @@ from tests.test_report import make_run
 
 def write(folder: Path, suite: str, rows: list[Row]) -> None:
     found = harness.report(torch.device("cpu"), harness.Ceilings(3e10, 1e11, 2e11), rows)
-    (folder / f"cpu-{suite}.json").write_text(json.dumps(found))
+    harness.write_json(folder / f"cpu-{suite}.json", found)
 
 
 def step_row(case: str, name: str, median: float, tokens: int = 2770, **more: Any) -> Row:
