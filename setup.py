@@ -44,14 +44,7 @@ X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf
 # Code for these GPUs, and PTX of the last one known, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = [75, 80, 90, 100]
 # Without contraction a result does not depend on which variant of a kernel computes it; hot loops call fmaf themselves.
-NVCC_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fmad=false",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-Werror=all-warnings",
-    "--threads=0",
-]
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings --threads=0".split()
 
 
 def run(command: list[str]) -> None:
@@ -73,7 +66,7 @@ def find_nvcc() -> Path | None:
         return Path(found)
     if wish == "1":
         raise SystemExit("minbert_fast: MINBERT_FAST_CUDA=1, but there is no nvcc (set CUDA_HOME, or put it on PATH)")
-    print("minbert_fast: no nvcc found (CUDA_HOME, PATH): building for the CPU only; CUDA tensors will use PyTorch")
+    print("minbert_fast: no nvcc found (CUDA_HOME, PATH): building for the CPU only; GPUs will use Triton")
     return None
 
 

@@ -17,8 +17,9 @@ namespace minbert {
 
 constexpr int kMaxTasks = 64;
 
-// Where an op runs: on at most `threads` threads of the CPU, or on a GPU's stream (a cudaStream_t). No result depends on
-// the number of threads. A GPU's ops are queued and wait for nothing; a launch that fails throws std::runtime_error.
+// Where an op runs: on at most `threads` threads of the CPU, or on a stream (cudaStream_t) of a GPU, the current device.
+// No result depends on the number of threads. A GPU's ops are queued and wait for nothing; a launch that fails throws
+// std::runtime_error.
 struct Where {
   int device;
   void* stream;

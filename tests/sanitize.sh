@@ -16,10 +16,10 @@ case ${1:-} in address | thread) kind=$1 && shift ;; esac
 run= select=
 if [ "$kind" = address ]; then
   sanitizers=address,undefined flags=-fno-sanitize-recover=all library=libasan.so
-  [ $# -gt 0 ] || set -- tests/surgery tests/layers tests/test_native_build.py tests/test_native_attention.py
+  [ $# -gt 0 ] || set -- tests/surgery tests/ops tests/layers tests/test_native_build.py tests/test_native_attention.py
 else
   sanitizers=thread flags=-DMINBERT_PLAIN_THREADS library=libtsan.so
-  [ $# -gt 0 ] || set -- tests/surgery/test_gram_combine.py tests/surgery/test_adamw.py tests/layers/test_layers.py \
+  [ $# -gt 0 ] || set -- tests/ops/test_gram.py tests/ops/test_adamw.py tests/layers/test_layers.py \
     tests/test_native_build.py tests/test_native_attention.py
   export OMP_NUM_THREADS=4 MKL_NUM_THREADS=4  # torch goes by the smaller one
   # All instruction sets share out work alike, and ThreadSanitizer sees no instructions that are named one by one.

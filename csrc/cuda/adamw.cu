@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AdamW on g = w J in one pass: g lives in registers only.
+// AdamW on g = w J in one pass: g lives in registers only. Dense and by rows are one kernel.
 #include "cuda/combine.cuh"
 
 namespace minbert {
@@ -21,38 +21,13 @@ __device__ inline void update(const AdamWCoefficients& a, const AdamW& to, int64
   if (to.copy) store<kAligned>(to.copy + at, p);
 }
 
-template <int kTasks, bool kAligned, class E>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    adamw_kernel(const E* j, int tasks, int64_t stride, const float* w, AdamW to) {
-  constexpr int kStep = 4;
-  __shared__ float weights[kMaxTasks];
-  __shared__ AdamWCoefficients shared;
-  stage_weights(w, tasks, weights);
-  if (threadIdx.x == 0) shared = adamw_coefficients(to);
-  __syncthreads();
-  const AdamWCoefficients a = shared;
-  if (a.skip) return;
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kStep;
-  for (int64_t column = first; column < to.count; column += int64_t{gridDim.x} * kThreads * kStep) {
-    if (column + kStep <= to.count) {
-      float g[kStep];
-      combine_columns<kTasks, kAligned>(j, tasks, stride, weights, column, g);
-      update<kAligned>(a, to, column, g);
-    } else {
-      for (int64_t c = column; c < to.count; ++c) {
-        float g[1];
-        combine_columns<kTasks, false>(j, tasks, stride, weights, c, g);
-        update<false>(a, to, c, g);
-      }
-    }
-  }
-}
+constexpr int kStep = 4, kPiece = kStep * kWarp;  // parameters of a thread, and of a warp
 
-// Rows of `width` parameters, a warp a row.
+// A warp takes a piece of a row at a time.
 template <int kTasks, bool kAligned, class E>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    adamw_rows_kernel(const E* j, int tasks, int64_t stride, int64_t slots, const float* w, AdamW to) {
-  constexpr int kStep = kAligned ? 4 : 1;
+    adamw_kernel(const E* j, int tasks, int64_t stride, int64_t slots, const float* w, unsigned pieces_per_row,
+                 unsigned pieces, AdamW to) {
   __shared__ float weights[kMaxTasks];
   __shared__ AdamWCoefficients shared;
   stage_weights(w, tasks, weights);
@@ -60,15 +35,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   __syncthreads();
   const AdamWCoefficients a = shared;
   if (a.skip) return;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp), width = to.width, rows = to.count / width;
-  for (int64_t row = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; row < rows; row += warps) {
-    const int64_t slot = to.row_slot[row];
+  const unsigned warps = gridDim.x * (kThreads / kWarp), lane = threadIdx.x % kWarp;
+  for (unsigned piece = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp; piece < pieces; piece += warps) {
+    const int64_t row = piece / pieces_per_row, begin = row * to.width;
+    const int64_t column = int64_t{piece % pieces_per_row} * kPiece + lane * kStep;
+    const int64_t slot = to.row_slot ? to.row_slot[row] : 0;
     const bool touched = slot >= 0 && slot < slots;  // a slot that does not exist cannot be reported from here
-    for (int64_t column = lane * kStep; column < width; column += kWarp * kStep) {
+    if (column + kStep <= to.width) {
       float g[kStep] = {};
-      if (touched) combine_columns<kTasks, kAligned>(j, tasks, stride, weights, slot * width + column, g);
-      update<kAligned>(a, to, row * width + column, g);
+      if (touched) combine_columns<kTasks, kAligned>(j, tasks, stride, weights, slot * to.width + column, g);
+      update<kAligned>(a, to, begin + column, g);
+    } else {
+      for (int64_t c = column; c < to.width; ++c) {
+        float g[1] = {};
+        if (touched) combine_columns<kTasks, false>(j, tasks, stride, weights, slot * to.width + c, g);
+        update<false>(a, to, begin + c, g);
+      }
     }
   }
 }
@@ -77,17 +59,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
 void adamw(const Where& at, const Matrix& j, const float* w, const AdamW& to) {
   if (to.count == 0) return;
-  const OnDevice here(at.device);
-  const bool all = aligned(to.p) && aligned(to.m) && aligned(to.v) && aligned(to.copy) && (!to.row_slot || to.width % 8 == 0);
-  const int64_t rows = to.count / to.width, slots = j.columns / to.width;
-  const int blocks = grid_size(at.device, to.row_slot ? rows * kWarp : to.count / 4);
-  specialise<4>(j, all, [&](const auto* data, auto constant, auto is_aligned) {
-    const int tasks = static_cast<int>(j.rows);
-    if (to.row_slot)
-      adamw_rows_kernel<constant.value, is_aligned.value>
-          <<<blocks, kThreads, 0, stream(at)>>>(data, tasks, j.stride, slots, w, to);
-    else
-      adamw_kernel<constant.value, is_aligned.value><<<blocks, kThreads, 0, stream(at)>>>(data, tasks, j.stride, w, to);
+  const int64_t rows = to.count / to.width, pieces_per_row = (to.width + kPiece - 1) / kPiece;
+  const int64_t pieces = rows * pieces_per_row;
+  if (pieces >= int64_t{1} << 31) throw std::runtime_error("adamw: too many parameters for one launch");
+  const bool all = aligned(to.p) && aligned(to.m) && aligned(to.v) && aligned(to.copy) &&
+                   (!to.row_slot || to.width % 8 == 0);
+  const int blocks = grid_size(at.device, pieces * kWarp);
+  specialise<4>(j, all, [&](const auto* data, auto tasks, auto is_aligned) {
+    adamw_kernel<tasks.value, is_aligned.value><<<blocks, kThreads, 0, stream(at)>>>(
+        data, static_cast<int>(j.rows), j.stride, j.columns / to.width, w, static_cast<unsigned>(pieces_per_row),
+        static_cast<unsigned>(pieces), to);
   });
   check(cudaGetLastError(), "adamw");
 }

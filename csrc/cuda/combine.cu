@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }  // namespace
 
 void combine(const Where& at, const Matrix& j, const float* w, float* out) {
-  const OnDevice here(at.device);
   specialise<4>(j, aligned(out), [&](const auto* data, auto tasks, auto is_aligned) {
     const int blocks = grid_size(at.device, j.columns * sizeof(*data) / 16);
     combine_kernel<tasks.value, is_aligned.value>

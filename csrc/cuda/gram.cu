@@ -164,7 +164,6 @@ int64_t gram_workspace(const Where& at, int64_t tasks, int64_t columns) {
 }
 
 void gram(const Where& at, const Matrix& j, void* workspace, float* out, bool accumulate) {
-  const OnDevice here(at.device);
   const int tasks = static_cast<int>(j.rows), blocks = first_stage_blocks(at, tasks, j.columns);
   float* partials = static_cast<float*>(workspace);
   const cudaStream_t s = stream(at);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CUDA kernel here shares: the caller's device and stream, errors as exceptions, 16-byte loads and stores.
+// What every CUDA kernel here shares: the caller's stream, errors as exceptions, 16-byte loads and stores.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,25 +21,6 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
-
-// Makes a device current for as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    changed_ = before_ != device;
-    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 inline cudaStream_t stream(const Where& at) { return static_cast<cudaStream_t>(at.stream); }
 
@@ -83,11 +64,12 @@ void specialise(const Matrix& j, bool others, const Launch& launch) {
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
+__device__ inline void narrow(float x, float& to) { to = x; }
 // Round to nearest, ties to even; NaN stays NaN.
-__device__ inline bfloat16 narrow(float x) {
+__device__ inline void narrow(float x, bfloat16& to) {
   const unsigned bits = __float_as_uint(x);
   const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded)};
+  to.bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
 }
 
 template <class E, int N>
@@ -107,27 +89,16 @@ __device__ inline void load(const E* p, float (&x)[N]) {
   }
 }
 
-template <bool kAligned, int N>
-__device__ inline void store(float* p, const float (&x)[N]) {
-  constexpr int kPack = kAligned ? 4 : 1;
+// p [N] = x [N], rounded, in accesses of up to 16 bytes when kAligned.
+template <bool kAligned, class E, int N>
+__device__ inline void store(E* p, const float (&x)[N]) {
+  constexpr int kPack = kAligned ? (16 / sizeof(E) < N ? 16 / sizeof(E) : N) : 1;
 #pragma unroll
   for (int i = 0; i < N; i += kPack) {
-    Pack<float, kPack> pack;
+    Pack<E, kPack> pack;
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) pack.value[k] = x[i + k];
-    *reinterpret_cast<Pack<float, kPack>*>(p + i) = pack;
-  }
-}
-
-template <bool kAligned, int N>
-__device__ inline void store(bfloat16* p, const float (&x)[N]) {
-  constexpr int kPack = kAligned ? N : 1;
-#pragma unroll
-  for (int i = 0; i < N; i += kPack) {
-    Pack<bfloat16, kPack> pack;
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) pack.value[k] = narrow(x[i + k]);
-    *reinterpret_cast<Pack<bfloat16, kPack>*>(p + i) = pack;
+    for (int k = 0; k < kPack; ++k) narrow(x[i + k], pack.value[k]);
+    *reinterpret_cast<Pack<E, kPack>*>(p + i) = pack;
   }
 }
 

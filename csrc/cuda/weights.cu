@@ -41,14 +41,12 @@ __global__ void __launch_bounds__(kMaxTasks)
 
 void pcgrad_weights(const Where& at, const float* gram, const int32_t* order, int tasks, bool mean, float* w,
                     int32_t* nonfinite) {
-  const OnDevice here(at.device);
   pcgrad_kernel<<<1, kMaxTasks, 0, stream(at)>>>(gram, order, tasks, mean, w, nonfinite);
   check(cudaGetLastError(), "pcgrad weights");
 }
 
 void clip_scale(const Where& at, const float* gram, const float* w, int tasks, float max_norm, const float* extra,
                 float* scalars, float* norm) {
-  const OnDevice here(at.device);
   clip_kernel<<<1, kMaxTasks, 0, stream(at)>>>(gram, w, tasks, extra, max_norm, scalars, norm);
   check(cudaGetLastError(), "clip scale");
 }

@@ -43,7 +43,7 @@ def address(argument: Any) -> Any:
 
 
 def call(name: str, on: Tensor, *arguments: Any) -> Any:
-    """Calls the extension's `name` on the device of `on`: on torch's number of threads, or on the current stream.
+    """Calls the extension's `name` on the device of `on`, the current one: on torch's number of threads or its stream.
 
     The extension reads and writes through plain addresses: the caller has checked every tensor.
     """
