@@ -44,7 +44,14 @@ X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf
 # Code for these GPUs, and PTX of the last one known, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = [75, 80, 90, 100]
 # Without contraction a result does not depend on which variant of a kernel computes it; hot loops call fmaf themselves.
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -Werror=all-warnings --threads=0".split()
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Werror=all-warnings",
+    "--threads=0",
+]
 
 
 def run(command: list[str]) -> None:

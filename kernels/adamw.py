@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One AdamW step over flat parameters, joined with surgery's combination: g = w J lives in registers only.
 
-What changes from step to step is read from the device, so that a captured graph follows a schedule: `scalars` is fp32
-[4] = (learning rate, step from 1, gradient scale, skip). Where skip is not 0, nothing changes.
+The kernel reads the numbers of a step from the device, so that a captured graph follows a schedule: `scalars` is fp32
+[4] = (learning rate, step from 1, gradient scale, skip). If skip is not 0, nothing changes.
 
     g = scale sum_t w[t] J[t],  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
     p = (1 - lr decay) (p - rate m / (sqrt(v) + eps)),  rate = lr sqrt(1 - beta2^t) / (1 - beta1^t)
@@ -28,7 +28,7 @@ from minbert_fast.kernels.launches import Launch
 @triton.jit
 def _one_minus_power(step, log_beta):
     """1 - beta^step without cancellation where beta^step is near 1; fp32."""
-    x = tl.maximum(step * log_beta, -80.0)  # beta^step below e^-80 is nothing beside 1
+    x = tl.maximum(step * log_beta, -80.0)  # 1 - e^-80 is 1 in fp32
     series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0)))
     near = -x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * series)))
     return tl.where(x > -0.3, near, 1.0 - tl.exp(x))

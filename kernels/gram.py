@@ -2,7 +2,7 @@
 """G [T, T] = J J^T in two launches, without atomics: each program sums its own columns, then the sums are added in order.
 
 Tasks are taken in groups of 8 (fewer if T is smaller). A program of the first launch multiplies every task of one
-group with every task of another, column by column: a thread keeps the sums of its own columns in registers. Up to 8
+group with every task of another, column by column: each thread keeps the sums of its columns in registers. Up to 8
 tasks J is read once; more groups meet in pairs, and their programs for the same columns run side by side, so that all
 but the first read from the L2 cache. Bytes a column: e T, e those of an element of J.
 """

@@ -88,7 +88,7 @@ def hardware(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=["native", "triton", "torch"])
 def anywhere(request: pytest.FixtureRequest, hardware: torch.device) -> Iterator[torch.device]:
-    """A device on which surgery's ops run by one implementation in turn; their outputs begin as NaN."""
+    """A device, and one implementation that runs surgery's ops there. Outputs begin as NaN."""
     if request.param == "native" and hardware.type == "cuda" and not native.HAS_CUDA:
         pytest.skip("the extension was built without CUDA")
     if request.param == "triton" and hardware.type == "cpu" and torch.cuda.is_available():

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One AdamW step on the combined gradient g = w J, in one pass over memory that never writes g.
 
-The numbers of a step lie in one small fp32 tensor on the parameters' device, so that a captured graph follows a
-schedule without being captured again:
+One small fp32 tensor on the parameters' device holds the numbers of a step, so that a captured graph follows a schedule:
 
     scalars [4] = learning rate | step, counted from 1 | factor of the gradient | skip: not 0 leaves everything as it is
 

@@ -31,8 +31,8 @@ def pcgrad_reference(gram: Tensor, order: Tensor, mean: bool) -> tuple[Tensor, T
 def pcgrad_weights(gram: Tensor, order: Tensor, mean: bool = False) -> tuple[Tensor, Tensor]:
     """PCGrad (Yu et al. 2020, arXiv:2001.06782) on the device, from the Gram matrix [T, T] alone.
 
-    order int32 [T, T]: row i lists the tasks against which task i's gradient is projected, in turn (i itself is passed
-    over). Returns w [T], so that w J is the sum (or mean) of the projected gradients, and nonfinite int32 [T]: 1 for a
+    order int32 [T, T]: row i lists the tasks against which task i's gradient is projected, in turn (i itself is
+    skipped). Returns w [T], so that w J is the sum (or mean) of the projected gradients, and nonfinite int32 [T]: 1 for a
     task whose gradient is not finite. Such a task gets weight 0, and the others the weights they would have without it.
     """
     w, nonfinite = _pcgrad_weights(gram, order, mean)

@@ -95,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
 class FlatAdamW:
     """The same AdamW over `FlatParameters`: J, w, p, m, v -> p, m, v and the product copy, one pass over memory.
 
-    What takes its step together (the shared encoder with its words; each head) has a row of `scalars` on the device:
+    The shared encoder with its words, and each head, has a row of `scalars` on the device:
     learning rate, step count, gradient scale, skip, as in ops/adamw.py, so that a captured graph follows the
     schedule. A step whose gradient is not finite changes nothing, step counts included.
 

@@ -150,8 +150,8 @@ def test_bias_correction_at_any_step(anywhere: torch.device, step: int) -> None:
     moment, square = 0.9 * 0.3 + 0.1 * 0.1, 0.999 * 0.04 + 0.001 * 0.1**2
     first, second = 1 - 0.9**step, math.sqrt(1 - 0.999**step)
     wanted = -second / first * moment / (math.sqrt(square) + 1e-6)
-    plain = backend.surgery_implementation(p) == "torch"  # its fp32 rounds beta^t, which is near 1
-    torch.testing.assert_close(p, torch.full_like(p, wanted), rtol=2e-6 + (2e-7 / second**2 if plain else 0), atol=0)
+    plain = backend.surgery_implementation(p) == "torch"  # its fp32 rounds beta, which costs 1 - beta^t up to 6e-5
+    torch.testing.assert_close(p, torch.full_like(p, wanted), rtol=1e-4 if plain else 2e-6, atol=0)
 
 
 def test_same_bits_for_any_number_of_threads(isa: str, threads: None) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minbert_fast import ops, surgery
-from minbert_fast.ops import AdamWStep, weights
+from minbert_fast.ops import AdamWStep, backend, native, weights
 from minbert_fast.ops.adamw import _adamw
 from minbert_fast.ops.backend import force
 from minbert_fast.ops.combine import _combine
@@ -57,6 +58,17 @@ def every_op(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 def test_opcheck(hardware: torch.device, name: str) -> None:
     op, arguments = every_op(hardware)[name]
     torch.library.opcheck(op.overload, tuple(arguments))
+
+
+def test_a_gpu_uses_triton_if_the_extension_was_built_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    J: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    for has_cuda, has_triton, expected in ((True, True, "native"), (False, True, "triton"), (False, False, "torch")):
+        monkeypatch.setattr(native, "HAS_CUDA", has_cuda)
+        monkeypatch.setattr(backend, "triton_available", lambda has_triton=has_triton: has_triton)
+        assert backend.surgery_implementation(J) == expected
+    with force("triton"):
+        monkeypatch.setattr(native, "HAS_CUDA", True)
+        assert backend.surgery_implementation(J) == "triton"
 
 
 def test_compiled_step_is_the_eager_step(hardware: torch.device) -> None:
