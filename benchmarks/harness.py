@@ -251,7 +251,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def report(device: torch.device, measured: Ceilings, rows: list[Row]) -> dict[str, Any]:
-    """Everything as one JSON object; figures to five significant places, a row's empty fields left out."""
+    """Everything as one JSON object; figures to five significant places."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, float):
@@ -260,14 +260,8 @@ def report(device: torch.device, measured: Ceilings, rows: list[Row]) -> dict[st
             return {k: rounded(v) for k, v in value.items()}
         return [rounded(v) for v in value] if isinstance(value, list) else value
 
-    filled = [{key: value for key, value in asdict(row).items() if value} for row in rows]
-    result: dict[str, Any] = rounded({**environment(device, measured), "rows": filled})
+    result: dict[str, Any] = rounded({**environment(device, measured), "rows": [asdict(row) for row in rows]})
     return result
-
-
-def read_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a report, every field there."""
-    return [asdict(Row(**row)) for row in result["rows"]]
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

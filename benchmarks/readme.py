@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, conflicts, figures, harness
+from benchmarks import ablation, conflicts, figures
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def suite(name: str, device: str, results: Path = RESULTS, table: Table | None =
     result = json.loads(path.read_text(encoding="utf-8"))
     ceilings = result["ceilings"]
     lines = [
-        *(table or SUITES[name])(harness.read_rows(result)),
+        *(table or SUITES[name])(result["rows"]),
         "",
         f"{result['device']}, {result['threads']} threads, load {result['load'][0]}, torch {result['versions']['torch']}, "
         f"commit {result['commit']}, {result['date'][:10]}. Measured there: a copy {ceilings['copy_GB_per_s']:.0f} GB/s, "
@@ -165,7 +165,7 @@ def draw(results: Path = RESULTS, folder: Path = FIGURES) -> None:
     for device in DEVICES:
         path = results / f"{device}-step.json"
         if path.exists():
-            rows = harness.read_rows(json.loads(path.read_text(encoding="utf-8")))
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
             (folder / f"step-{device}.svg").write_text(figures.speeds(rows), encoding="utf-8")
             if any(row["name"] == "ours, more examples" for row in rows):  # a run cut short has none
                 (folder / f"scaling-{device}.svg").write_text(figures.scaling(rows), encoding="utf-8")
