@@ -43,7 +43,15 @@ X86_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf
 
 # Code for these GPUs, and PTX of the last one known, which later GPUs compile for themselves.
 CUDA_ARCHITECTURES = [75, 80, 90, 100]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings", "--threads=0"]
+# Without contraction a result does not depend on which variant of a kernel computes it; hot loops call fmaf themselves.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Werror=all-warnings",
+    "--threads=0",
+]
 
 
 def run(command: list[str]) -> None:
@@ -65,7 +73,7 @@ def find_nvcc() -> Path | None:
         return Path(found)
     if wish == "1":
         raise SystemExit("minbert_fast: MINBERT_FAST_CUDA=1, but there is no nvcc (set CUDA_HOME, or put it on PATH)")
-    print("minbert_fast: no nvcc found (CUDA_HOME, PATH): building for the CPU only; CUDA tensors will use PyTorch")
+    print("minbert_fast: no nvcc found (CUDA_HOME, PATH): building for the CPU only; GPUs will use Triton")
     return None
 
 

@@ -240,5 +240,8 @@ def report(device: torch.device, measured: Ceilings, rows: list[Row]) -> dict[st
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """A report as a file, a row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    head = json.dumps({**result, "rows": []}, indent=1).removesuffix("[]\n}")
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    path.write_text(f"{head}[\n  {rows}\n ]\n}}\n", encoding="utf-8")

@@ -2,8 +2,8 @@
 """Gradient surgery: from J [T, P] to the combined gradient, and to updated parameters, ours and everyone else's.
 
 Bytes a parameter that each op has to move, e bytes an element of J (4 for fp32, 2 for bf16):
-    gram e T | combine e T + 4 | combine_adamw e T + 24 (p, m, v read and written), + 2 with a bf16 copy
-    surgery = gram + combine | step = gram + combine_adamw
+    gram e T | combine e T + 4 | adamw e T + 24 (p, m, v read and written), + 2 with a bf16 copy
+    surgery = gram + combine
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from torch import Tensor
 
 from benchmarks import gradients, harness
 from benchmarks.harness import Candidate, Ceilings, Row
-from minbert_fast import surgery
+from minbert_fast import ops, surgery
 from minbert_fast.common import pages
-from minbert_fast.ops import surgery as ops
-from minbert_fast.ops.surgery import AdamWSettings
 from minbert_fast.step import naive
 
 TASKS = (2, 3, 8, 32)
 # The classic loop walks over P twice for each pair of tasks: beyond this many products of pairs and parameters it would
 # take minutes, and is left out.
 CLASSIC_LIMIT = 64 * 120e6
-SETTINGS = AdamWSettings(weight_decay=0.01)
 timed = partial(harness.measure, seconds=4.0)  # there are many cases
 
 
@@ -52,18 +49,10 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
 
 
 def _cases(name: str, J: Tensor, device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    yield from harness.case("surgery", f"{name}: gram", _gram(J), device, ceilings, timer=timed, baselines=["J @ J.T"])
-    combine = harness.case(
-        "surgery", f"{name}: combine", _combine(J), device, ceilings, timer=timed, baselines=["torch.mv"]
-    )
-    yield from combine
-    whole, baselines = _surgery(J)
-    yield from harness.case("surgery", f"{name}: surgery", whole, device, ceilings, timer=timed, baselines=baselines)
-    steps = _step(J)
-    baselines = [key for key in steps if key != "ours"]
-    yield from harness.case(
-        "surgery", f"{name}: combine + AdamW", steps, device, ceilings, timer=timed, baselines=baselines
-    )
+    for op, make in (("gram", _gram), ("combine", _combine), ("surgery", _surgery), ("combine + AdamW", _step)):
+        ways = make(J)
+        baselines = [way for way in ways if way != "ours"]
+        yield from harness.case("surgery", f"{name}: {op}", ways, device, ceilings, timer=timed, baselines=baselines)
 
 
 def _gram(J: Tensor) -> dict[str, Candidate]:
@@ -98,7 +87,7 @@ def _combine(J: Tensor) -> dict[str, Candidate]:
     }
 
 
-def _surgery(J: Tensor) -> tuple[dict[str, Candidate], list[str]]:
+def _surgery(J: Tensor) -> dict[str, Candidate]:
     """PCGrad's combined gradient, all in the same task orders where the method lets us choose them."""
     tasks, device = len(J), J.device
     order = surgery.task_orders(tasks, torch.Generator().manual_seed(0))
@@ -136,7 +125,7 @@ def _surgery(J: Tensor) -> tuple[dict[str, Candidate], list[str]]:
         pass
     if tasks * tasks * J.shape[1] <= CLASSIC_LIMIT and J.dtype == torch.float32:
         candidates["classic loop"] = Candidate(classic, None, moved)
-    return candidates, [key for key in candidates if key != "ours"]
+    return candidates
 
 
 def _step(J: Tensor) -> dict[str, Candidate]:
@@ -144,14 +133,11 @@ def _step(J: Tensor) -> dict[str, Candidate]:
     device, parameters = J.device, J.shape[1]
     w = torch.ones(len(J), device=device)
     p, m, v = (pages.zeros(parameters, device=device) for _ in range(3))
-    scalars = torch.tensor([1e-5, 10.0, 1.0, 0.0], device=device)
+    step = ops.AdamWStep(J, w, p, m, v, torch.tensor([1e-5, 10.0, 1.0, 0.0], device=device), weight_decay=0.01)
     theirs = torch.nn.Parameter(pages.zeros(parameters, device=device))
     theirs.grad = pages.zeros(parameters, device=device).fill_(1)
     fused = torch.optim.AdamW([theirs], lr=1e-5, fused=True)
     low = w.to(J.dtype)
-
-    def ours() -> None:
-        ops.combine_adamw(J, w, p, m, v, scalars, SETTINGS)
 
     def combined_first() -> None:
         theirs.grad = torch.mv(J.T, low).float()
@@ -159,16 +145,16 @@ def _step(J: Tensor) -> dict[str, Candidate]:
 
     def check() -> None:
         p.zero_(), m.zero_(), v.zero_()
-        ours()
+        ops.adamw(step)
         g = _sample(J).double().T @ w.double()
         torch.testing.assert_close(_sample(m).double(), 0.1 * g, rtol=1e-4, atol=1e-9)
         size = 1e-5 * (1 - 0.999**10) ** 0.5 / (1 - 0.9**10)
-        change = size * 0.1 * g / ((0.001 * g * g).sqrt() + SETTINGS.eps)
+        change = size * 0.1 * g / ((0.001 * g * g).sqrt() + step.eps)
         torch.testing.assert_close(_sample(p).double(), -change * (1 - 1e-5 * 0.01), rtol=1e-3, atol=1e-9)
 
     gradient = J.numel() * J.element_size()
     return {
-        "ours": Candidate(ours, check, gradient + 24 * parameters),
+        "ours": Candidate(lambda: ops.adamw(step), check, gradient + 24 * parameters),
         "torch.mv, AdamW(fused)": Candidate(combined_first, None, gradient + 24 * parameters),
         "AdamW(fused) alone": Candidate(fused.step, None, 28 * parameters),
     }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient surgery on the CPU: scratch memory, fixed-order sums and the T x T arithmetic around the inner loops.
+// Gradient surgery's ops for Python. Here is what the CPU does around the inner loops of csrc/cpu: final sums, checks of
+// indices, T x T arithmetic. The caller, minbert_fast/ops, has checked everything else.
 #include "surgery.h"
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "bindings.h"
 #include "cpu/kernels.h"
-#include "surgery_weights.h"
+#include "weights.h"
 
 namespace minbert {
 namespace {
@@ -21,36 +22,34 @@ void check_range(const int32_t* values, int64_t count, int64_t low, int64_t high
 
 }  // namespace
 
-void gram(const Matrix& j, float* out, bool accumulate, int threads) {
+int64_t gram_workspace(const Where&, int64_t tasks, int64_t columns) {
+  return gram_chunks(columns).count * (tasks * (tasks + 1) / 2) * static_cast<int64_t>(sizeof(double));
+}
+
+void gram(const Where& at, const Matrix& j, void* workspace, float* out, bool accumulate) {
   const int64_t tasks = j.rows, pairs = tasks * (tasks + 1) / 2, chunks = gram_chunks(j.columns).count;
-  std::vector<double> partials(static_cast<size_t>(chunks * pairs));
-  call_gram_partials(j, partials.data(), threads);
+  double* partials = static_cast<double*>(workspace);  // [chunks, pairs]
+  call_gram_partials(j, partials, at.threads);
   int64_t pair = 0;
   for (int64_t i = 0; i < tasks; ++i)
     for (int64_t k = i; k < tasks; ++k, ++pair) {
       double total = accumulate ? out[i * tasks + k] : 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partials[static_cast<size_t>(chunk * pairs + pair)];
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partials[chunk * pairs + pair];
       out[i * tasks + k] = out[k * tasks + i] = static_cast<float>(total);
     }
 }
 
-void combine(const Matrix& j, const float* w, float* out, int threads) { call_combine_rows(j, w, out, threads); }
+void combine(const Where& at, const Matrix& j, const float* w, float* out) { call_combine_rows(j, w, out, at.threads); }
 
-void adamw(const Matrix& j, const float* w, const Parameters& p, const AdamWOptions& o, const float* scalars,
-           int threads) {
-  const AdamWCoefficients a = adamw_coefficients(o, scalars);
-  if (!a.skip) call_adamw_dense(j, w, p, a, threads);
+void adamw(const Where& at, const Matrix& j, const float* w, const AdamW& to) {
+  if (to.count == 0) return;
+  if (to.row_slot) check_range(to.row_slot, to.count / to.width, -1, j.columns / to.width, "row_slot");
+  const AdamWCoefficients a = adamw_coefficients(to);
+  if (!a.skip) call_adamw_rows(j, w, to, a, at.threads);
 }
 
-void adamw_rows(const Matrix& j, const float* w, const int32_t* row_slot, int64_t width, const Parameters& p,
-                const AdamWOptions& o, const float* scalars, int threads) {
-  if (p.count == 0) return;
-  check_range(row_slot, p.count / width, -1, j.columns / width, "row_slot");
-  const AdamWCoefficients a = adamw_coefficients(o, scalars);
-  if (!a.skip) call_adamw_sparse(j, w, row_slot, width, p, a, threads);
-}
-
-void pcgrad_weights(const float* gram, const int32_t* order, int tasks, bool mean, float* w, int32_t* nonfinite) {
+void pcgrad_weights(const Where&, const float* gram, const int32_t* order, int tasks, bool mean, float* w,
+                    int32_t* nonfinite) {
   check_range(order, static_cast<int64_t>(tasks) * tasks, 0, tasks, "order");
   double total[kMaxTasks] = {}, c[kMaxTasks];
   for (int task = 0; task < tasks; ++task) {
@@ -61,11 +60,25 @@ void pcgrad_weights(const float* gram, const int32_t* order, int tasks, bool mea
   for (int k = 0; k < tasks; ++k) w[k] = static_cast<float>(mean ? total[k] / tasks : total[k]);
 }
 
-void clip_scale(const float* gram, const float* w, int tasks, const float* extra, float max_norm, float* scalars,
-                float* norm) {
+void clip_scale(const Where&, const float* gram, const float* w, int tasks, float max_norm, const float* extra,
+                float* scalars, float* norm) {
   double square = extra ? *extra : 0;
   for (int task = 0; task < tasks; ++task) square += combined_square_part(gram, w, tasks, task);
   write_clip_scale(square, max_norm, scalars, norm);
+}
+
+void bind_surgery(pybind11::module_& m) {
+  m.attr("max_tasks") = kMaxTasks;
+  bind_struct<Where, int, void*, int>(m, "Where");
+  bind_struct<Matrix, const void*, DType, int64_t, int64_t, int64_t>(m, "Matrix");
+  bind_struct<AdamW, float*, float*, float*, const float*, bfloat16*, const int32_t*, double, double, double, double,
+              double, bool, int64_t, int64_t>(m, "AdamW");
+#define MINBERT_BIND(result, name, arguments) bind(m, #name, name);
+  MINBERT_SURGERY_OPS(MINBERT_BIND)
+#ifdef MINBERT_HAS_CUDA
+#define MINBERT_BIND_CUDA(result, name, arguments) bind(m, "cuda_" #name, cuda::name);
+  MINBERT_SURGERY_OPS(MINBERT_BIND_CUDA)
+#endif
 }
 
 }  // namespace minbert

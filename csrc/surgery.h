@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What gradient surgery works on, the same on the CPU and on a GPU. T tasks, P parameters, J [T, P] their gradients.
+// Gradient surgery's four ops (gram, weights, combine, adamw), the same on the CPU and on a GPU.
+// T tasks, P parameters, J [T, P] the tasks' gradients.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +17,15 @@ namespace minbert {
 
 constexpr int kMaxTasks = 64;
 
+// Where an op runs: on at most `threads` threads of the CPU, or on a stream (cudaStream_t) of a GPU, the current device.
+// No result depends on the number of threads. A GPU's ops are queued and wait for nothing; a launch that fails throws
+// std::runtime_error.
+struct Where {
+  int device;
+  void* stream;
+  int threads;
+};
+
 // J: `rows` gradients of `columns` elements, fp32 or bf16, `stride` elements from one row to the next.
 struct Matrix {
   const void* data;
@@ -23,90 +33,68 @@ struct Matrix {
   int64_t rows, columns, stride;
 };
 
-// A flat block of parameters and Adam's moments, all fp32; `copy` is its bf16 image, or null.
-struct Parameters {
-  float *p, *m, *v;
-  bfloat16* copy;
-  int64_t count;
-};
-
-struct AdamWOptions {
+// One AdamW step, its members in the order of AdamWStep in minbert_fast/ops/adamw.py. All are fp32 but the copy.
+struct AdamW {
+  float *p, *m, *v;  // parameters and Adam's moments
+  const float* scalars;
+  bfloat16* copy;           // of p, or null
+  const int32_t* row_slot;  // row r's gradient is slot row_slot[r] of J [T, slots, width], -1 for none. Null: one row, slot 0
   double lr_factor, beta1, beta2, eps, weight_decay;
   bool correct_bias;
-  bool torch_style;  // torch.optim.AdamW: decay first, eps after the bias correction. Else the course's AdamW
+  int64_t count, width;  // parameters, in all and in a row
 };
 
-// Where the step's own numbers lie in the `scalars` tensor, so that a captured graph follows a schedule.
-enum Scalar { kLearningRate = 0, kStep = 1, kGradientScale = 2, kSkip = 3, kScalars = 4 };
+// Places in the `scalars` tensor, which holds what changes from step to step: a captured graph then follows a schedule.
+enum Scalar { kLearningRate = 0, kStep = 1, kGradientScale = 2, kSkip = 3 };
 
-// Both kinds of AdamW in one formula: p = after * (before * p - rate * m / (root * sqrt(v) + eps)).
-//   course: rate = lr * sqrt(1 - beta2^t) / (1 - beta1^t), root = 1, decay after the update
-//   torch:  rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t), decay before it
+// p = decay * (p - rate * m / (sqrt(v) + eps)), with rate = lr * sqrt(1 - beta2^t) / (1 - beta1^t).
 struct AdamWCoefficients {
-  float scale, beta1, beta2, rest1, rest2, eps, rate, root, before, after;
+  float scale, beta1, beta2, rest1, rest2, eps, rate, decay;
   bool skip;
 
   MINBERT_HD void update(float gradient, float& p, float& m, float& v) const {
     const float g = scale * gradient;
     m = beta1 * m + rest1 * g;
     v = beta2 * v + rest2 * g * g;
-    p = after * (before * p - rate * m / (root * sqrtf(v) + eps));
+    p = decay * (p - rate * m / (sqrtf(v) + eps));
   }
 };
 
-MINBERT_HD inline AdamWCoefficients adamw_coefficients(const AdamWOptions& o, const float* scalars) {
-  const double lr = scalars[kLearningRate] * o.lr_factor, step = scalars[kStep];
+MINBERT_HD inline AdamWCoefficients adamw_coefficients(const AdamW& o) {
+  const double lr = o.scalars[kLearningRate] * o.lr_factor, step = o.scalars[kStep];
   const double correction1 = o.correct_bias ? 1 - pow(o.beta1, step) : 1;
   const double correction2 = o.correct_bias ? sqrt(1 - pow(o.beta2, step)) : 1;
-  const double decay = 1 - lr * o.weight_decay;
   AdamWCoefficients c;
-  c.scale = scalars[kGradientScale];
+  c.scale = o.scalars[kGradientScale];
   c.beta1 = static_cast<float>(o.beta1);
   c.beta2 = static_cast<float>(o.beta2);
   c.rest1 = static_cast<float>(1 - o.beta1);
   c.rest2 = static_cast<float>(1 - o.beta2);
   c.eps = static_cast<float>(o.eps);
-  c.rate = static_cast<float>(o.torch_style ? lr / correction1 : lr * correction2 / correction1);
-  c.root = static_cast<float>(o.torch_style ? 1 / correction2 : 1);
-  c.before = static_cast<float>(o.torch_style ? decay : 1);
-  c.after = static_cast<float>(o.torch_style ? 1 : decay);
-  c.skip = scalars[kSkip] != 0;
+  c.rate = static_cast<float>(lr * correction2 / correction1);
+  c.decay = static_cast<float>(1 - lr * o.weight_decay);
+  c.skip = o.scalars[kSkip] != 0;
   return c;
 }
 
-// On the CPU. `threads` bounds the threads used; no result depends on it.
-void gram(const Matrix& j, float* out, bool accumulate, int threads);
-void combine(const Matrix& j, const float* w, float* out, int threads);
-void adamw(const Matrix& j, const float* w, const Parameters& p, const AdamWOptions& o, const float* scalars, int threads);
-// Parameters [V, H] of which few rows have a gradient: j [T, U * H], row v's is slot row_slot[v], -1 for none.
-void adamw_rows(const Matrix& j, const float* w, const int32_t* row_slot, int64_t width, const Parameters& p,
-                const AdamWOptions& o, const float* scalars, int threads);
-void pcgrad_weights(const float* gram, const int32_t* order, int tasks, bool mean, float* w, int32_t* nonfinite);
-void clip_scale(const float* gram, const float* w, int tasks, const float* extra, float max_norm, float* scalars,
-                float* norm);
+// The ops by name, for what declares and binds them. gram's workspace holds gram_workspace bytes. w null stands for one
+// task of weight 1; rows of weight 0 are not read.
+#define MINBERT_SURGERY_OPS(OP)                                                                                   \
+  OP(int64_t, gram_workspace, (const Where& at, int64_t tasks, int64_t columns))                                  \
+  OP(void, gram, (const Where& at, const Matrix& j, void* workspace, float* out, bool accumulate))                \
+  OP(void, combine, (const Where& at, const Matrix& j, const float* w, float* out))                               \
+  OP(void, adamw, (const Where& at, const Matrix& j, const float* w, const AdamW& to))                            \
+  OP(void, pcgrad_weights, (const Where& at, const float* gram, const int32_t* order, int tasks, bool mean,       \
+                            float* w, int32_t* nonfinite))                                                        \
+  OP(void, clip_scale, (const Where& at, const float* gram, const float* w, int tasks, float max_norm,            \
+                        const float* extra, float* scalars, float* norm))
+#define MINBERT_DECLARE(result, name, arguments) result name arguments;
 
+MINBERT_SURGERY_OPS(MINBERT_DECLARE)
 #ifdef MINBERT_HAS_CUDA
-// The same on a GPU. All is queued on `stream` and none of it waits; a launch that fails throws std::runtime_error.
 namespace cuda {
-
-struct Queue {
-  int device;
-  void* stream;  // cudaStream_t
-};
-
-int64_t gram_workspace(int device, int64_t tasks, int64_t columns);  // floats that gram needs
-void gram(const Queue& q, const Matrix& j, float* workspace, float* out, bool accumulate);
-void combine(const Queue& q, const Matrix& j, const float* w, float* out);
-void adamw(const Queue& q, const Matrix& j, const float* w, const Parameters& p, const AdamWOptions& o,
-           const float* scalars);
-void adamw_rows(const Queue& q, const Matrix& j, const float* w, const int32_t* row_slot, int64_t width,
-                const Parameters& p, const AdamWOptions& o, const float* scalars);
-void pcgrad_weights(const Queue& q, const float* gram, const int32_t* order, int tasks, bool mean, float* w,
-                    int32_t* nonfinite);
-void clip_scale(const Queue& q, const float* gram, const float* w, int tasks, const float* extra, float max_norm,
-                float* scalars, float* norm);
-
-}  // namespace cuda
+MINBERT_SURGERY_OPS(MINBERT_DECLARE)
+}
 #endif
 
 }  // namespace minbert

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from minbert_fast import _C
+from minbert_fast.ops import native
+from minbert_fast.ops.backend import force
+from tests.tolerance import poisoned_memory
 
 # Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before any kernel is defined, so for the
 # whole test process.
@@ -79,3 +82,19 @@ def threads() -> Iterator[None]:
 def one_thread(threads: None) -> None:
     """For tiny models, whom a second thread only costs (pytest.mark.usefixtures)."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def hardware(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param, 0 if request.param == "cuda" else None)
+
+
+@pytest.fixture(params=["native", "triton", "torch"])
+def anywhere(request: pytest.FixtureRequest, hardware: torch.device) -> Iterator[torch.device]:
+    """A device, and one implementation that runs surgery's ops there. Outputs begin as NaN."""
+    if request.param == "native" and hardware.type == "cuda" and not native.HAS_CUDA:
+        pytest.skip("the extension was built without CUDA")
+    if request.param == "triton" and hardware.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("with a GPU Triton's kernels are compiled for it, and the interpreter is off")
+    with force(request.param), poisoned_memory():
+        yield hardware

@@ -19,8 +19,7 @@ if [ "$kind" = address ]; then
   [ $# -gt 0 ] || set -- tests/surgery tests/ops tests/test_native_build.py
 else
   sanitizers=thread flags=-DMINBERT_PLAIN_THREADS library=libtsan.so
-  [ $# -gt 0 ] || set -- tests/surgery/test_gram_combine.py tests/surgery/test_adamw.py tests/ops \
-    tests/test_native_build.py
+  [ $# -gt 0 ] || set -- tests/ops tests/test_native_build.py
   export OMP_NUM_THREADS=4 MKL_NUM_THREADS=4  # torch goes by the smaller one
   # All instruction sets share out work alike, and ThreadSanitizer sees no instructions that are named one by one.
   select="not triton and not avx"

@@ -43,7 +43,7 @@ FACE = len(ROOMS)  # the rank of the top level: it may import from every room
 
 # Only here may code ask which device there is, or of what kind a tensor is: where implementations are chosen, where the
 # command line's device is, and where the extension's entry point for a tensor is.
-DEVICE_ASKERS = {"ops/backend.py", "ops/surgery.py", "common/device.py", "ops/native/surgery.py"}
+DEVICE_ASKERS = {"ops/backend.py", "common/device.py", "ops/native/surgery.py"}
 DEVICE_QUESTIONS = {"is_available", "is_cuda"}
 
 

@@ -123,7 +123,15 @@ def test_cuda_compiles_without_a_warning(architecture: int, tmp_path: Path) -> N
     if not nvcc:
         pytest.skip("nvcc is not installed")
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        command = [nvcc, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-Werror=all-warnings"]
+        command = [
+            nvcc,
+            "-cubin",
+            f"-arch=sm_{architecture}",
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "-Werror=all-warnings",
+        ]
         command += ["-Xptxas=-v", f"-I{ROOT / 'csrc'}", "-DMINBERT_HAS_CUDA", str(source), "-o", str(tmp_path / "x")]
         report = subprocess.run(command, capture_output=True, text=True, check=False)
         assert report.returncode == 0, report.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Candidate
+from minbert_fast.ops import backend
 
 TASKS = 3
 P = 0.1
@@ -55,6 +56,21 @@ def close(name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     got, wanted = actual.detach().double(), exact.detach().double()
     error = float((got - wanted).norm() / wanted.norm())
     assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}, allowed {TOLERANCE[dtype]:.0e}"
+
+
+def triton_too(ours: Candidate, J: Tensor) -> dict[str, Candidate]:
+    """A surgery op as it runs on J's device, and by Triton where the extension's CUDA kernels come first."""
+    if J.device.type != "cuda" or backend.surgery_implementation(J) == "triton" or not backend.triton_available():
+        return {"ours": ours}
+
+    def forced(run: Callable[[], object]) -> Callable[[], object]:
+        def call() -> None:
+            with backend.force("triton"):
+                run()
+
+        return call
+
+    return {"ours": ours, "triton": Candidate(forced(ours.run), forced(ours.check or ours.run), ours.bytes)}
 
 
 def backward_of(y: Tensor, inputs: list[Tensor], dy: Tensor) -> Callable[[], object]:

@@ -15,8 +15,6 @@ MINBERT_KERNEL(gram_partials, (const Matrix& j, double* partials, int threads))
 
 // w null stands for one task of weight 1. Rows of weight zero are not read.
 MINBERT_KERNEL(combine_rows, (const Matrix& j, const float* w, float* out, int threads))
-MINBERT_KERNEL(adamw_dense, (const Matrix& j, const float* w, const Parameters& p, const AdamWCoefficients& a, int threads))
-MINBERT_KERNEL(adamw_sparse, (const Matrix& j, const float* w, const int32_t* row_slot, int64_t width,
-                              const Parameters& p, const AdamWCoefficients& a, int threads))
+MINBERT_KERNEL(adamw_rows, (const Matrix& j, const float* w, const AdamW& to, const AdamWCoefficients& a, int threads))
 
 }  // namespace minbert

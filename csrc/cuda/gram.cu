@@ -37,7 +37,7 @@ __device__ void write_block_sums(float (&sums)[N], float* partial) {
 }
 
 // partials [blocks, T (T + 1) / 2]
-template <class E, int T, bool kAligned>
+template <int T, bool kAligned, class E>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
     gram_small(const E* j, int64_t stride, int64_t columns, float* partials) {
   constexpr int kStep = T <= 3 ? 16 / sizeof(E) : 4;  // columns a thread takes at a time
@@ -60,14 +60,14 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
 #pragma unroll
       for (int b = a; b < T; ++b, ++pair)
 #pragma unroll
-        for (int k = 0; k < kStep; ++k) sums[pair] += x[a][k] * x[b][k];
+        for (int k = 0; k < kStep; ++k) sums[pair] = fmaf(x[a][k], x[b][k], sums[pair]);
   }
   write_block_sums(sums, partials + int64_t{blockIdx.x} * pair_count(T));
 }
 
 // T is the number of tasks rounded up to 16, 32 or 64. Threads form (T/4)^2 tiles in kGroups groups, and a group takes
 // every kGroups-th column. Sums move to double every 1,024 columns.
-template <class E, int T, bool kAligned>
+template <int T, bool kAligned, class E>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
     gram_large(const E* j, int tasks, int64_t stride, int64_t columns, float* partials) {
   constexpr int kColumns = 64, kTiles = T / 4, kGroups = kThreads / (kTiles * kTiles), kFlush = 1024 / kColumns;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
 #pragma unroll
       for (int r = 0; r < 4; ++r)
 #pragma unroll
-        for (int s = 0; s < 4; ++s) sums[r][s] += x[r] * y[s];
+        for (int s = 0; s < 4; ++s) sums[r][s] = fmaf(x[r], y[s], sums[r][s]);
     }
     if (++staged % kFlush == 0) {
 #pragma unroll
@@ -152,61 +152,37 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int first_stage_blocks(int device, int64_t tasks, int64_t columns) {
+int first_stage_blocks(const Where& at, int64_t tasks, int64_t columns) {
   const int64_t work = tasks <= kSmallTasks ? columns / 4 : columns * 4;
-  return grid_size(device, work, blocks_per_processor(static_cast<int>(tasks)));
-}
-
-template <class E, bool kAligned>
-void first_stage(const Matrix& j, int blocks, cudaStream_t s, float* partials) {
-  const E* data = static_cast<const E*>(j.data);
-  const int tasks = static_cast<int>(j.rows);
-  switch (tasks) {
-#define MINBERT_SMALL(T) \
-  case T: return gram_small<E, T, kAligned><<<blocks, kThreads, 0, s>>>(data, j.stride, j.columns, partials);
-    MINBERT_SMALL(1)
-    MINBERT_SMALL(2)
-    MINBERT_SMALL(3)
-    MINBERT_SMALL(4)
-    MINBERT_SMALL(5)
-    MINBERT_SMALL(6)
-    MINBERT_SMALL(7)
-    MINBERT_SMALL(8)
-#undef MINBERT_SMALL
-  }
-  if (tasks <= 16)
-    gram_large<E, 16, kAligned><<<blocks, kThreads, 0, s>>>(data, tasks, j.stride, j.columns, partials);
-  else if (tasks <= 32)
-    gram_large<E, 32, kAligned><<<blocks, kThreads, 0, s>>>(data, tasks, j.stride, j.columns, partials);
-  else
-    gram_large<E, 64, kAligned><<<blocks, kThreads, 0, s>>>(data, tasks, j.stride, j.columns, partials);
-}
-
-template <class E>
-void first_stage(const Matrix& j, int blocks, cudaStream_t s, float* partials) {
-  if (rows_aligned<E>(j))
-    first_stage<E, true>(j, blocks, s, partials);
-  else
-    first_stage<E, false>(j, blocks, s, partials);
+  return grid_size(at.device, work, blocks_per_processor(static_cast<int>(tasks)));
 }
 
 }  // namespace
 
-int64_t gram_workspace(int device, int64_t tasks, int64_t columns) {
-  return first_stage_blocks(device, tasks, columns) * (tasks * (tasks + 1) / 2);
+int64_t gram_workspace(const Where& at, int64_t tasks, int64_t columns) {
+  return first_stage_blocks(at, tasks, columns) * (tasks * (tasks + 1) / 2) * static_cast<int64_t>(sizeof(float));
 }
 
-void gram(const Queue& q, const Matrix& j, float* workspace, float* out, bool accumulate) {
-  const OnDevice here(q.device);
-  const int tasks = static_cast<int>(j.rows), blocks = first_stage_blocks(q.device, tasks, j.columns);
-  if (j.dtype == DType::bf16)
-    first_stage<bfloat16>(j, blocks, stream(q), workspace);
-  else
-    first_stage<float>(j, blocks, stream(q), workspace);
+void gram(const Where& at, const Matrix& j, void* workspace, float* out, bool accumulate) {
+  const int tasks = static_cast<int>(j.rows), blocks = first_stage_blocks(at, tasks, j.columns);
+  float* partials = static_cast<float*>(workspace);
+  const cudaStream_t s = stream(at);
+  specialise<kSmallTasks>(j, true, [&](const auto* data, auto constant, auto is_aligned) {
+    constexpr int kTasks = constant.value;
+    constexpr bool kAligned = is_aligned.value;
+    if constexpr (kTasks > 0)
+      gram_small<kTasks, kAligned><<<blocks, kThreads, 0, s>>>(data, j.stride, j.columns, partials);
+    else if (tasks <= 16)
+      gram_large<16, kAligned><<<blocks, kThreads, 0, s>>>(data, tasks, j.stride, j.columns, partials);
+    else if (tasks <= 32)
+      gram_large<32, kAligned><<<blocks, kThreads, 0, s>>>(data, tasks, j.stride, j.columns, partials);
+    else
+      gram_large<64, kAligned><<<blocks, kThreads, 0, s>>>(data, tasks, j.stride, j.columns, partials);
+  });
   check(cudaGetLastError(), "gram, first stage");
   const int warps_per_block = kThreads / static_cast<int>(kWarp);
   const int finish = (pair_count(tasks) + warps_per_block - 1) / warps_per_block;
-  gram_finish<<<finish, kThreads, 0, stream(q)>>>(workspace, blocks, tasks, out, accumulate);
+  gram_finish<<<finish, kThreads, 0, s>>>(partials, blocks, tasks, out, accumulate);
   check(cudaGetLastError(), "gram, second stage");
 }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CUDA kernel here shares: the caller's device and stream, errors as exceptions, 16-byte loads and stores.
+// What every CUDA kernel here shares: the caller's stream, errors as exceptions, 16-byte loads and stores.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "surgery.h"
 
@@ -21,26 +22,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes the queue's device current for as long as it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    changed_ = before_ != device;
-    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-inline cudaStream_t stream(const Queue& q) { return static_cast<cudaStream_t>(q.stream); }
+inline cudaStream_t stream(const Where& at) { return static_cast<cudaStream_t>(at.stream); }
 
 // Blocks for `work` threads' worth of work: enough, and at most one wave of the device.
 inline int grid_size(int device, int64_t work, int blocks_per_processor = kBlocksPerProcessor) {
@@ -52,20 +34,42 @@ inline int grid_size(int device, int64_t work, int blocks_per_processor = kBlock
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Every row begins on a 16-byte boundary.
-template <class E>
-bool rows_aligned(const Matrix& j) {
-  return aligned(j.data) && (j.rows == 1 || j.stride * sizeof(E) % 16 == 0);
+// launch(tasks), the number of tasks a compile-time constant; 0 for more than kMost.
+template <int kMost, class Launch>
+void for_tasks(int64_t tasks, const Launch& launch) {
+  if (kMost == 0 || tasks == kMost)
+    launch(std::integral_constant<int, kMost>());
+  else if constexpr (kMost > 0)
+    for_tasks<kMost - 1>(tasks, launch);
+}
+
+// launch(J's elements by their type, for_tasks' constant, whether all of J's rows and `others` begin on 16 bytes).
+template <int kMost, class Launch>
+void specialise(const Matrix& j, bool others, const Launch& launch) {
+  const auto typed = [&](const auto* data) {
+    const bool all = others && aligned(data) && (j.rows == 1 || j.stride * sizeof(*data) % 16 == 0);
+    for_tasks<kMost>(j.rows, [&](auto tasks) {
+      if (all)
+        launch(data, tasks, std::true_type());
+      else
+        launch(data, tasks, std::false_type());
+    });
+  };
+  if (j.dtype == DType::bf16)
+    typed(static_cast<const bfloat16*>(j.data));
+  else
+    typed(static_cast<const float*>(j.data));
 }
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
+__device__ inline void narrow(float x, float& to) { to = x; }
 // Round to nearest, ties to even; NaN stays NaN.
-__device__ inline bfloat16 narrow(float x) {
+__device__ inline void narrow(float x, bfloat16& to) {
   const unsigned bits = __float_as_uint(x);
   const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded)};
+  to.bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
 }
 
 template <class E, int N>
@@ -85,27 +89,16 @@ __device__ inline void load(const E* p, float (&x)[N]) {
   }
 }
 
-template <bool kAligned, int N>
-__device__ inline void store(float* p, const float (&x)[N]) {
-  constexpr int kPack = kAligned ? 4 : 1;
+// p [N] = x [N], rounded, in accesses of up to 16 bytes when kAligned.
+template <bool kAligned, class E, int N>
+__device__ inline void store(E* p, const float (&x)[N]) {
+  constexpr int kPack = kAligned ? (16 / sizeof(E) < N ? 16 / sizeof(E) : N) : 1;
 #pragma unroll
   for (int i = 0; i < N; i += kPack) {
-    Pack<float, kPack> pack;
+    Pack<E, kPack> pack;
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) pack.value[k] = x[i + k];
-    *reinterpret_cast<Pack<float, kPack>*>(p + i) = pack;
-  }
-}
-
-template <bool kAligned, int N>
-__device__ inline void store(bfloat16* p, const float (&x)[N]) {
-  constexpr int kPack = kAligned ? N : 1;
-#pragma unroll
-  for (int i = 0; i < N; i += kPack) {
-    Pack<bfloat16, kPack> pack;
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) pack.value[k] = narrow(x[i + k]);
-    *reinterpret_cast<Pack<bfloat16, kPack>*>(p + i) = pack;
+    for (int k = 0; k < kPack; ++k) narrow(x[i + k], pack.value[k]);
+    *reinterpret_cast<Pack<E, kPack>*>(p + i) = pack;
   }
 }
 

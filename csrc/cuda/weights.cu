@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Surgery's T x T arithmetic on the device: one block, a thread a task, nothing for the host to wait for.
+// Surgery's T x T arithmetic on the device: one block, a thread a task.
 #include "cuda/launch.cuh"
-#include "surgery_weights.h"
+#include "weights.h"
 
 namespace minbert {
 namespace cuda {
@@ -39,17 +39,15 @@ __global__ void __launch_bounds__(kMaxTasks)
 
 }  // namespace
 
-void pcgrad_weights(const Queue& q, const float* gram, const int32_t* order, int tasks, bool mean, float* w,
+void pcgrad_weights(const Where& at, const float* gram, const int32_t* order, int tasks, bool mean, float* w,
                     int32_t* nonfinite) {
-  const OnDevice here(q.device);
-  pcgrad_kernel<<<1, kMaxTasks, 0, stream(q)>>>(gram, order, tasks, mean, w, nonfinite);
+  pcgrad_kernel<<<1, kMaxTasks, 0, stream(at)>>>(gram, order, tasks, mean, w, nonfinite);
   check(cudaGetLastError(), "pcgrad weights");
 }
 
-void clip_scale(const Queue& q, const float* gram, const float* w, int tasks, const float* extra, float max_norm,
+void clip_scale(const Where& at, const float* gram, const float* w, int tasks, float max_norm, const float* extra,
                 float* scalars, float* norm) {
-  const OnDevice here(q.device);
-  clip_kernel<<<1, kMaxTasks, 0, stream(q)>>>(gram, w, tasks, extra, max_norm, scalars, norm);
+  clip_kernel<<<1, kMaxTasks, 0, stream(at)>>>(gram, w, tasks, extra, max_norm, scalars, norm);
   check(cudaGetLastError(), "clip scale");
 }
 

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops of the encoder, a file each: picks Triton, the C++ extension or PyTorch (backend.py), with autograd.
+"""Ops, a file each: the encoder's, gradient surgery's and AdamW. backend.py picks Triton, the C++ extension or PyTorch.
 
-Every op works two ways. Plainly, it is differentiable in all its tensors, for code that uses autograd. With a sink
-(`into`), its backward writes parameter gradients apart by task into the sink's views, and only activations get
-gradients.
+Every op of the encoder works two ways. Plainly, it is differentiable in all its tensors, for code that uses autograd.
+With a sink (`into`), its backward writes parameter gradients apart by task into the sink's views, and only activations
+get gradients.
 """
 
+from minbert_fast.ops.adamw import AdamWStep, adamw
 from minbert_fast.ops.add_norm import AddNormSink, add_norm
 from minbert_fast.ops.attention import attention, attention_dense
 from minbert_fast.ops.bias_gelu import BiasGeluSink, bias_gelu
+from minbert_fast.ops.combine import combine
 from minbert_fast.ops.embedding import EmbeddingSink, embedding
+from minbert_fast.ops.gram import gram
 from minbert_fast.ops.linear import LinearSink, linear
+from minbert_fast.ops.weights import clip_scale, pcgrad_weights
 
 __all__ = [
+    "AdamWStep",
     "AddNormSink",
     "BiasGeluSink",
     "EmbeddingSink",
     "LinearSink",
+    "adamw",
     "add_norm",
     "attention",
     "attention_dense",
     "bias_gelu",
+    "clip_scale",
+    "combine",
     "embedding",
+    "gram",
     "linear",
+    "pcgrad_weights",
 ]

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minbert_fast.ops import native
+
 Implementation = Literal["triton", "native", "torch"]
 
 _forced: Implementation | None = None
@@ -38,6 +40,13 @@ def implementation(tensor: Tensor) -> Implementation:
     if tensor.device.type == "cuda" and _TRITON:
         return "triton"
     return "torch"
+
+
+def surgery_implementation(tensor: Tensor) -> Implementation:
+    """The same for surgery's ops and AdamW, which the extension has for a GPU too, if it was built with CUDA."""
+    if tensor.is_cuda and native.HAS_CUDA and _forced is None:
+        return "native"
+    return implementation(tensor)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from minbert_fast import ops
 from minbert_fast.common import pages
-from minbert_fast.ops import surgery as ops
 
 ALIGNMENT = 64  # elements; a cache line of fp32 is 16, of bf16 32: every parameter starts on one in both buffers
 

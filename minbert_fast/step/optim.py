@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minbert_fast import ops
 from minbert_fast.common import pages
-from minbert_fast.ops import surgery as ops
-from minbert_fast.ops.native.surgery import GRADIENT_SCALE, LEARNING_RATE, SKIP, STEP
+from minbert_fast.ops.adamw import GRADIENT_SCALE, LEARNING_RATE, SCALARS, SKIP, STEP, check_settings
 from minbert_fast.recipes.recipe import OptimizerOptions
-from minbert_fast.step.flat import FlatParameters, Piece, Run
+from minbert_fast.step.flat import FlatParameters, Piece
 
 
 class AdamW(torch.optim.Optimizer):
@@ -38,12 +38,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         if lr < 0.0:
             raise ValueError(f"lr = {lr}: expected 0 or more")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas = {betas}: expected 0 <= beta < 1")
-        if eps < 0.0:
-            raise ValueError(f"eps = {eps}: expected 0 or more")
-        if weight_decay < 0.0:
-            raise ValueError(f"weight_decay = {weight_decay}: expected 0 or more")
+        check_settings(betas, eps, weight_decay)
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, settings)
 
@@ -100,8 +95,8 @@ class AdamW(torch.optim.Optimizer):
 class FlatAdamW:
     """The same AdamW over `FlatParameters`: J, w, p, m, v -> p, m, v and the product copy, one pass over memory.
 
-    What takes its step together (the shared encoder with its words; each head) has a row of `scalars` on the device:
-    learning rate, step count, gradient scale, skip, as in `native.surgery`, so that a captured graph follows the
+    The shared encoder with its words, and each head, has a row of `scalars` on the device:
+    learning rate, step count, gradient scale, skip, as in ops/adamw.py, so that a captured graph follows the
     schedule. A step whose gradient is not finite changes nothing, step counts included.
 
     `pieces` are the elements that this optimizer moves and keeps moments of; all of them, unless processes share the work.
@@ -116,7 +111,7 @@ class FlatAdamW:
         self.exp_avg = pages.zeros(kept, device=device)
         self.exp_avg_sq = pages.zeros(kept, device=device)
         self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
-        self.scalars = torch.zeros(len(self._row_of), 4, device=device)
+        self.scalars = torch.zeros(len(self._row_of), SCALARS, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}
         slots = 0 if flat.words is None else flat.words.shape[0] + 1
         self._row_slot = torch.empty(slots, dtype=torch.int32, device=device)
@@ -145,7 +140,7 @@ class FlatAdamW:
         return self._counted[labels]
 
     def step_shared(self, J: Tensor, w: Tensor) -> None:
-        """Updates the shared region with the combination w [T] of J [T, shared], which has the moments' places."""
+        """Updates the shared region with the combination w [T] of J [T, shared], which is laid out like the moments."""
         for piece in self._pieces("shared"):
             self._step(piece, J[:, piece.kept], w)
 
@@ -162,34 +157,25 @@ class FlatAdamW:
         slots = self._row_slot
         slots.fill_(-1)
         slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
-        flat, scalars = self.flat, self.scalars[self._row_of["words"]]
+        flat = self.flat
         assert flat.words is not None
-        width = flat.words.shape[1]
+        begin, width = flat.slot(flat.words).begin, flat.words.shape[1]
         for piece in self._pieces("words"):  # whole rows
-            p, m, v, copy = self._buffers(piece)
-            first = (piece.begin - flat.slot(flat.words).begin) // width
-            own = slots[first : first + p.numel() // width]
-            table, first_moment, second_moment = (x.view(-1, width) for x in (p, m, v))
-            low = None if copy is None else copy.view(-1, width)
-            settings = self._settings(piece.run)
-            ops.combine_adamw_rows(rows, w, own, table, first_moment, second_moment, scalars, settings, low)
+            self._step(piece, rows, w, slots[(piece.begin - begin) // width : (piece.end - begin) // width])
 
-    def _step(self, piece: Piece, gradient: Tensor, w: Tensor | None) -> None:
-        scalars = self.scalars[self._row_of[piece.run.label]]
-        p, m, v, copy = self._buffers(piece)
-        ops.combine_adamw(gradient, w, p, m, v, scalars, self._settings(piece.run), copy)
+    def _step(self, piece: Piece, J: Tensor, w: Tensor | None, row_slot: Tensor | None = None) -> None:
+        flat, run, o, span = self.flat, piece.run, self.options, slice(piece.begin, piece.end)
+        buffers = [flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept], flat.compute[span]]
+        if row_slot is not None:
+            buffers = [buffer.view(-1, J.shape[2]) for buffer in buffers]
+        p, m, v, low = buffers
+        copy = None if flat.compute is flat.data else low
+        scalars = self.scalars[self._row_of[run.label]]
+        settings = (run.lr_factor, *o.betas, o.eps, run.weight_decay, o.correct_bias)
+        ops.adamw(ops.AdamWStep(J, w, p, m, v, scalars, copy, row_slot, *settings))
 
     def _pieces(self, label: str) -> list[Piece]:
         return [piece for piece in self.pieces if piece.run.label == label]
-
-    def _buffers(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        flat, span = self.flat, slice(piece.begin, piece.end)
-        copy = None if flat.compute is flat.data else flat.compute[span]
-        return flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept], copy
-
-    def _settings(self, run: Run) -> ops.AdamWSettings:
-        o = self.options
-        return ops.AdamWSettings(o.betas, o.eps, run.weight_decay, o.correct_bias, "course", run.lr_factor)
 
     def whole(self, kept: Tensor) -> Tensor:
         """The moments of every trainable element, from `kept`, those of this optimizer's pieces."""

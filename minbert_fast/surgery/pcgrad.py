@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert_fast.ops import surgery as ops
+from minbert_fast import ops
 from minbert_fast.surgery.base import Reduction, Stateless, nonfinite
 
 

@@ -21,9 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minbert_fast import surgery
+from minbert_fast import ops, surgery
 from minbert_fast.common import pages
-from minbert_fast.ops import surgery as ops
 from minbert_fast.surgery.pcgrad import ClassicProjections
 from minbert_fast.surgery.torchjd import FromTorchJD
 

@@ -65,21 +65,14 @@ def adamw(
     eps: float,
     weight_decay: float,
     correct_bias: bool = True,
-    style: str = "course",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step at the dtype of the tensors given; new p, m and v."""
     beta1, beta2 = betas
-    if style == "torch":
-        p = p * (1 - lr * weight_decay)
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    if style == "torch":
-        p = p - lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
-    else:
-        size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) if correct_bias else lr
-        p = p - size * m / (v.sqrt() + eps)
-        p = p - lr * weight_decay * p
-    return p, m, v
+    size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) if correct_bias else lr
+    p = p - size * m / (v.sqrt() + eps)
+    return p - lr * weight_decay * p, m, v
 
 
 def random_rows(tasks: int, columns: int, dtype: torch.dtype = torch.float32, spare: int = 0, seed: int = 0) -> Tensor:

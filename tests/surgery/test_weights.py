@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minbert_fast import surgery
-from minbert_fast.ops import surgery as ops
+from minbert_fast import ops, surgery
 from minbert_fast.ops.backend import Implementation, force
 from minbert_fast.surgery import (
     aligned_mtl,

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The custom ops as torch sees them: opcheck, torch.compile, CUDA graphs, streams."""
+"""Surgery's ops as torch sees them: opcheck, torch.compile, CUDA graphs, streams."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast import surgery
-from minbert_fast.ops import surgery as ops
+from minbert_fast import ops, surgery
+from minbert_fast.ops import AdamWStep, backend, native, weights
+from minbert_fast.ops.adamw import _adamw
 from minbert_fast.ops.backend import force
-from minbert_fast.ops.surgery import AdamWSettings
+from minbert_fast.ops.combine import _combine
+from minbert_fast.ops.gram import _gram
 from tests.surgery import oracles
-
-SETTINGS = AdamWSettings(weight_decay=0.01)
 
 
 def step(J: Tensor, order: Tensor, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, copy: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def step(J: Tensor, order: Tensor, p: Tensor, m: Tensor, v: Tensor, scalars: Ten
     gram = ops.gram(J)
     w, _ = ops.pcgrad_weights(gram, order)
     norm = ops.clip_scale(gram, w, 1.0, scalars)
-    ops.combine_adamw(J, w, p, m, v, scalars, SETTINGS, copy)
+    ops.adamw(AdamWStep(J, w, p, m, v, scalars, copy, weight_decay=0.01))
     return norm
 
 
@@ -39,44 +40,48 @@ def tensors(device: torch.device, seed: int = 0) -> list[Tensor]:
 def every_op(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     J, order, p, m, v, scalars, copy = tensors(device)
     gram, w, extra = ops.gram(J), torch.rand(3, device=device), torch.ones(1, device=device)
-    numbers = ops._flat(SETTINGS)
     table = torch.arange(-1, 2, dtype=torch.int32, device=device)
     rows = [t.view(3, 1000) for t in (p, m, v)]
     return {
-        "gram": (ops._gram, (J, gram, True)),
-        "pcgrad_weights": (ops._pcgrad_weights, (gram, order, False)),
-        "clip_scale": (ops._clip_scale, (gram, w, 1.0, extra, scalars)),
-        "clip_scale, J alone": (ops._clip_scale, (gram, w, 0.0, None, scalars)),
-        "combine": (ops._combine, (J, w, torch.empty_like(p))),
-        "combine_adamw": (ops._combine_adamw, (J, w, None, p, m, v, copy, scalars, *numbers)),
-        "combine_adamw, plain": (ops._combine_adamw, (J[:1], None, None, p, m, v, None, scalars, *numbers)),
-        "combine_adamw, rows": (
-            ops._combine_adamw, (J.view(3, 3, 1000)[:, :2], w, table, *rows, None, scalars, *numbers),
-        ),
-    }  # fmt: skip
+        "gram": (_gram, (J, gram, True)),
+        "pcgrad_weights": (weights._pcgrad_weights, (gram, order, False)),
+        "clip_scale": (weights._clip_scale, (gram, w, 1.0, extra, scalars)),
+        "clip_scale, J alone": (weights._clip_scale, (gram, w, 0.0, None, scalars)),
+        "combine": (_combine, (J, w, torch.empty_like(p))),
+        "adamw": (_adamw, AdamWStep(J, w, p, m, v, scalars, copy, weight_decay=0.01)),
+        "adamw, plain": (_adamw, AdamWStep(J[:1], None, p, m, v, scalars)),
+        "adamw, rows": (_adamw, AdamWStep(J.view(3, 3, 1000)[:, :2], w, *rows, scalars, row_slot=table)),
+    }
 
 
-@pytest.mark.parametrize("implementation", ["native", "torch"])
 @pytest.mark.parametrize("name", every_op(torch.device("cpu")))
-def test_opcheck(device: torch.device, name: str, implementation: str) -> None:
-    op, arguments = every_op(device)[name]
-    with force(implementation):  # type: ignore[arg-type]
-        torch.library.opcheck(op.overload, arguments)
+def test_opcheck(hardware: torch.device, name: str) -> None:
+    op, arguments = every_op(hardware)[name]
+    torch.library.opcheck(op.overload, tuple(arguments))
 
 
-def test_compiled_step_is_the_eager_step(device: torch.device) -> None:
+def test_a_gpu_uses_triton_if_the_extension_was_built_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    J: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda"))
+    for has_cuda, has_triton, expected in ((True, True, "native"), (False, True, "triton"), (False, False, "torch")):
+        monkeypatch.setattr(native, "HAS_CUDA", has_cuda)
+        monkeypatch.setattr(backend, "triton_available", lambda has_triton=has_triton: has_triton)
+        assert backend.surgery_implementation(J) == expected
+    with force("triton"):
+        monkeypatch.setattr(native, "HAS_CUDA", True)
+        assert backend.surgery_implementation(J) == "triton"
+
+
+def test_compiled_step_is_the_eager_step(hardware: torch.device) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for seed in range(2):
-        ours, theirs = tensors(device, seed), tensors(device, seed)
+        ours, theirs = tensors(hardware, seed), tensors(hardware, seed)
         assert torch.equal(compiled(*ours), step(*theirs))
         assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
-def test_torch_and_native_agree(device: torch.device, pieces: int) -> None:
-    ours, theirs = tensors(device), tensors(device)
-    with force("native"):
-        step(*ours)
+def test_implementations_agree(anywhere: torch.device) -> None:
+    ours, theirs = tensors(anywhere), tensors(anywhere)
+    step(*ours)
     with force("torch"):
         step(*theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -84,8 +89,10 @@ def test_torch_and_native_agree(device: torch.device, pieces: int) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_the_step_and_follows_the_scalars() -> None:
-    device = torch.device("cuda", 0)
+def test_cuda_graph_replays_the_step_and_follows_the_scalars(anywhere: torch.device) -> None:
+    if anywhere.type == "cpu":
+        pytest.skip("a CUDA graph needs a GPU")
+    device = anywhere
     inputs, eager = tensors(device), tensors(device)
     warm = tensors(device)
     side = torch.cuda.Stream()
