@@ -12,18 +12,16 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minbert_fast.common import pages
+from minbert_fast.common import pages, provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,15 +173,18 @@ def ceilings(device: torch.device) -> Ceilings:
 def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
     """Where and with what the rows were measured."""
     cuda = device.type == "cuda"
+    commit = provenance.current_commit()
     return {
-        "commit": commit(),
+        "commit": f"{commit[:12]}{commit[40:]}" if commit else "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
         "load": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {"torch": str(torch.__version__)}
-        | {name: version(name) for name in ("triton", "transformers", "torchjd", "numpy")},
+        "versions": {
+            name: provenance.installed_version(name)
+            for name in ("torch", "triton", "transformers", "torchjd", "numpy")
+        },
         "ceilings": {
             "copy_GB_per_s": measured.copy / 1e9,
             "fp32_TFLOP_per_s": measured.fp32 / 1e12,
@@ -192,32 +193,9 @@ def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The checkout's commit, "-dirty" when it has been changed since; "unknown" outside a checkout or without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return run.stdout.strip() or "unknown"
-
-
 def processor() -> str:
-    """The CPU's name and how many of it this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {count} cores"
-
-
-def version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    """The CPU's name and how many of its cores this process may use."""
+    return f"{provenance.processor_name()}, {provenance.usable_cores()} cores"
 
 
 def available_bytes(device: torch.device) -> int:

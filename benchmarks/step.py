@@ -25,6 +25,7 @@ from benchmarks import baselines, batches, harness
 from benchmarks.gradients import CONFIGS
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import BertConfig, BertModel
+from minbert_fast.common import provenance
 from minbert_fast.common.schema import build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
@@ -127,7 +128,7 @@ def everyone(method: str, low: torch.dtype, device: torch.device) -> dict[str, M
     if low != torch.float32:
         makers["ours, fp32"] = partial(ours, dtype=torch.float32, device=device)
     makers["packed, torch's kernels"] = lambda model, recipe: baselines.PackedStep(model, apart, low)
-    if harness.version("transformers") and (not apart or harness.version("torchjd")):
+    if provenance.installed_version("transformers") and (not apart or provenance.installed_version("torchjd")):
         makers["transformers"] = lambda model, recipe: baselines.PaddedStep(model, apart, low)
         if low != torch.float32:
             makers["transformers, fp32"] = lambda model, recipe: baselines.PaddedStep(model, apart, torch.float32)

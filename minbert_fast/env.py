@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bug report needs: versions, the machine, what this build holds and what runs here.
+"""Prints what a bug report needs: versions, the machine, this build's features.
 
-python -m minbert_fast.env            a line a fact
+python -m minbert_fast.env            one fact per line
 python -m minbert_fast.env --json     the same as one JSON object
 """
 
@@ -13,16 +13,20 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from minbert_fast.common import products
+from minbert_fast.common import onednn_cache
 from minbert_fast.common.cli import Parser, run
 from minbert_fast.common.device import choose_device, choose_precision
-from minbert_fast.common.provenance import commit
+from minbert_fast.common.provenance import (
+    current_commit,
+    describe_device,
+    installed_version,
+    processor_name,
+    usable_cores,
+)
 from minbert_fast.common.version import __version__
 from minbert_fast.ops import native
 from minbert_fast.ops.backend import triton_available
@@ -34,7 +38,7 @@ PACKAGES = (
 )  # fmt: skip
 VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE"),
-    *products.VARIABLES,
+    *onednn_cache.VARIABLES,
 )
 
 
@@ -45,60 +49,41 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def facts() -> dict[str, Any]:
-    """Everything, by name."""
+def collect_facts() -> dict[str, Any]:
+    """All facts by name, in the order in which they are printed."""
     device = choose_device("auto")
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "minbert_fast": __version__,
-        "commit": commit(),
+        "commit": current_commit(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor_name(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction set": instruction_set(),
         "extension": "with CUDA kernels" if native.HAS_CUDA else "CPU only",
         "triton usable": triton_available(),
         "CUDA of torch": torch.version.cuda,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": describe_device(device),
         "precision (auto)": choose_precision("auto", device),
     }
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        found |= {"compute capability": f"{major}.{minor}", "devices": torch.cuda.device_count()}
-        found["device memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
-    found |= {name: version(name) for name in PACKAGES}
-    found["torch"] = str(torch.__version__)  # with the build (+cu130), which the package's metadata may lack
-    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def version(name: str) -> str | None:
-    """The installed version of a package, None if there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        facts |= {"compute capability": f"{major}.{minor}", "devices": torch.cuda.device_count()}
+        facts["device memory"] = f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} GiB"
+    facts |= {name: installed_version(name) for name in PACKAGES}
+    return facts | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the facts."""
     options = parser().parse_args(arguments)
-    found = facts()
+    facts = collect_facts()
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(facts, indent=2))
         return
-    width = max(map(len, found))
-    for name, value in found.items():
+    width = max(map(len, facts))
+    for name, value in facts.items():
         print(f"{name:<{width}}  {'-' if value is None else value}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ends other than by finishing: one line for the user and an exit status."""
+"""Exceptions that end a run with one line for the user and an exit status."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 
 class RunError(Exception):
-    """A run cannot start or go on; the message is one line for the user."""
+    """A run cannot start or continue; the message is one line for the user."""
 
     status = 1
 
 
 class InterruptError(RunError):
-    """SIGTERM or Ctrl-C stopped the run; the exit status is the shell's: 128 + signal number."""
+    """SIGTERM or Ctrl-C stopped the run. The exit status is the shell's: 128 + signal number."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -27,19 +27,14 @@ class InterruptError(RunError):
 
     @property
     def signal_name(self) -> str:
-        """The signal as people call it."""
+        """The signal's name for a message."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failure of the file system inside the block into one line that names `path` and the reason.
-
-    Raises RunError.
-    """
+    """Turns a write error inside the block into a RunError: one line with `path` and the reason."""
     try:
         yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise RunError(f"{path}: cannot be written ({error})") from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
