@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minbert_fast.common import pages, provenance
+from minbert_fast.common import huge_pages, provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +159,7 @@ def _fill(row: Row, candidate: Candidate, times: list[float], ceilings: Ceilings
 def ceilings(device: torch.device) -> Ceilings:
     """Measured now, on this machine, with torch's own copy and product."""
     elements = 1 << (28 if device.type == "cuda" else 26)
-    source, target = (pages.zeros(elements, device=device) for _ in range(2))
+    source, target = (huge_pages.zeros(elements, device=device) for _ in range(2))
     size = 8192 if device.type == "cuda" else 1536
     functions: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -182,8 +182,7 @@ def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
         "load": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
         "versions": {
-            name: provenance.installed_version(name)
-            for name in ("torch", "triton", "transformers", "torchjd", "numpy")
+            name: provenance.installed_version(name) for name in ("torch", "triton", "transformers", "torchjd", "numpy")
         },
         "ceilings": {
             "copy_GB_per_s": measured.copy / 1e9,

@@ -3,7 +3,7 @@
 
 import sys
 
-from minbert_fast.common import cli, products
+from minbert_fast.common import cli, onednn_cache
 from minbert_fast.common.version import __version__
 from minbert_fast.model import packing
 from minbert_fast.model.bert import BertLayer, BertModel, BertSelfAttention
@@ -31,4 +31,4 @@ __all__ = [
 # Import paths of earlier versions.
 sys.modules |= {f"{__name__}.cli": cli, f"{__name__}.config": recipe, f"{__name__}.packing": packing}
 
-products.bound_caches()
+onednn_cache.limit_caches()

@@ -20,7 +20,8 @@ from typing import Any
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.storage import write_bytes, write_json
-from minbert_fast.data import FORMATS, DataError, find_tables, sample_directory
+from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import Recipe, recipe_names
@@ -42,8 +43,10 @@ def parser() -> cli.Parser:
     command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
     command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
     command.add_argument("--output", metavar="DIR", required=True, help="a directory for all runs and the table")
-    command.add_argument("--max-steps", metavar="N", type=cli.count, help="steps a recipe, or a stage of it, at most")
-    command.add_argument("--seed", metavar="N", type=cli.count)
+    command.add_argument(
+        "--max-steps", metavar="N", type=cli.whole_number, help="steps a recipe, or a stage of it, at most"
+    )
+    command.add_argument("--seed", metavar="N", type=cli.whole_number)
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--backend", choices=("auto", "fast", "reference"), default="auto")
     return command

@@ -43,14 +43,18 @@ def parser() -> cli.Parser:
     )
     command.add_argument("--grid", metavar="KEY=A,B,...", action="append", default=[], required=True)
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--random", metavar="N", type=cli.count, help="so many combinations, drawn at random")
-    how.add_argument("--optuna", metavar="N", type=cli.count, help="so many combinations, proposed by Optuna")
+    how.add_argument("--random", metavar="N", type=cli.whole_number, help="so many combinations, drawn at random")
+    how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="so many combinations, proposed by Optuna")
     command.add_argument("--metric", default="score", help="dev metric to make large (default: score)")
     command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
     command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
     command.add_argument("--output", metavar="DIR", required=True, help="a directory for all runs and the table")
-    command.add_argument("--max-steps", metavar="N", type=cli.count, help="steps a run, or a stage of it, at most")
-    command.add_argument("--seed", metavar="N", type=cli.count, default=0, help="of the search itself (default: 0)")
+    command.add_argument(
+        "--max-steps", metavar="N", type=cli.whole_number, help="steps a run, or a stage of it, at most"
+    )
+    command.add_argument(
+        "--seed", metavar="N", type=cli.whole_number, default=0, help="of the search itself (default: 0)"
+    )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return command
 

@@ -81,7 +81,7 @@ def test_text_lines_to_npy(
 
 
 def test_chunks_stream_in_order(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines.read_sentences, "__defaults__", (None, 2))
+    monkeypatch.setattr(lines, "CHUNK", 2)
     (tmp_path / "in.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
     assert run_encode(tmp_path / "in.txt", tmp_path / "out.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=1e-4, atol=1e-5)

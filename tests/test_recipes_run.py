@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every recipe trains for a few steps, each of its stages too, on the sample data; reproduce and search run them."""
+"""Every recipe trains all its stages for a few steps on the sample data; the commands reproduce and search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minbert_fast.trainer.job import Options, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A part of the sample data, with reviews and triplets made of the same sentences."""
+    """A part of the sample data, with reviews and triplets built from the same sentences."""
     folder = tmp_path_factory.mktemp("data")
     chance = random.Random(0)
     for path in sample_directory().data.glob("*.csv"):
@@ -60,7 +60,7 @@ def test_every_recipe_trains(name: str, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if Recipe.load(name).published])
-def test_a_published_recipe_says_where_it_comes_from(name: str) -> None:
+def test_a_published_recipe_names_its_source(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.source
     assert set(recipe.published) <= set(reproduce.METRICS)
@@ -73,9 +73,7 @@ def run(main: Any, *arguments: object) -> int:
     return cli.run(main, [str(a) for a in arguments])
 
 
-def test_reproduce_makes_one_table_and_goes_on_where_it_was(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reproduce_writes_one_table_and_resumes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--data", data, "--output", tmp_path, "--max-steps", 1]
     assert run(reproduce.main, "finetune-cycle", "bertology-baseline", *flags) == 0
     printed = capsys.readouterr().out
@@ -94,10 +92,10 @@ def test_reproduce_makes_one_table_and_goes_on_where_it_was(
     assert (tmp_path / "bertology-baseline" / "summary.json").is_file()
 
 
-def test_a_finished_run_stands_only_for_what_was_asked(
+def test_a_finished_run_is_reused_only_for_the_same_settings(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """More steps go on; another seed is another run, and never answered from the old one's results."""
+    """More steps continue the run; another seed is another run and never reuses old results."""
     flags = ["siamese-product", "--data", data, "--output", tmp_path]
     for steps in (1, 2):
         assert run(reproduce.main, *flags, "--max-steps", steps) == 0
@@ -107,7 +105,7 @@ def test_a_finished_run_stands_only_for_what_was_asked(
     assert "recipe.training.seed was" in capsys.readouterr().err
 
 
-def test_the_table_says_what_it_was_measured_with(data: Path, tmp_path: Path) -> None:
+def test_the_table_names_its_conditions(data: Path, tmp_path: Path) -> None:
     without = tmp_path / "data"
     shutil.copytree(data, without, ignore=shutil.ignore_patterns("nli-*", "cache"))
     model = sample_directory().model
@@ -122,7 +120,7 @@ def test_the_table_says_what_it_was_measured_with(data: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "runs" / "table.json").read_text())[0]["without"] == ["nli"]
 
 
-def test_a_recipe_that_cannot_run_leaves_the_others_running(
+def test_a_recipe_that_fails_does_not_stop_the_others(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lonely = tmp_path / "data"
@@ -138,7 +136,7 @@ def test_a_recipe_that_cannot_run_leaves_the_others_running(
     assert rows[1]["steps"] == 1
 
 
-def test_search_ranks_every_combination_and_goes_on(
+def test_search_ranks_every_combination_and_resumes(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = ["--grid", "lr=1e-3,2e-3", "--grid", "surgery=none,pcgrad"]
@@ -184,7 +182,7 @@ def test_a_random_search_draws_different_combinations() -> None:
         (["--grid", "lr=1e-3", "--random", "1", "--optuna", "1"], "--optuna"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_runs(
+def test_errors_are_one_line_before_anything_runs(
     arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(search.main, *arguments, "--output", tmp_path / "out") == 2
@@ -213,7 +211,7 @@ def test_optuna_proposes_within_the_grid(data: Path, tmp_path: Path) -> None:
         {"tasks": {"paraphrase": {"encoder": "both"}}},
     ],
 )
-def test_a_finished_run_stands_for_no_other_recipe(change: dict[str, Any]) -> None:
+def test_a_finished_run_is_not_reused_for_another_recipe(change: dict[str, Any]) -> None:
     recipe = Recipe.load("default")
     assert stands_for(recipe, recipe.with_values({}, "test"))
     assert not stands_for(recipe, recipe.with_values(change, "test"))

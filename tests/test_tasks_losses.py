@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each loss against its formula, written out with loops over plain floats; gradients stay finite at zero vectors."""
+"""Each loss against its formula, computed with loops over floats; gradients at zero vectors are finite."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_hinge():
     assert float(losses.hinge(s, y)) == pytest.approx(expected)
 
 
-def test_cosine_embedding_is_pytorchs_for_yes_and_no():
+def test_cosine_embedding_equals_pytorchs_for_labels_0_and_1():
     u, v = vectors(2)
     t = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     expected = F.cosine_embedding_loss(u, v, 2 * t - 1, margin=0.2)

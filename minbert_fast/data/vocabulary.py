@@ -60,7 +60,9 @@ def read_vocabulary(folder: Path) -> tuple[Path, Vocabulary, int | None]:
         lines = _read_text(path).split("\n")
         if not lines[-1]:
             lines.pop()
-        words = {line.removesuffix("\r"): index for index, line in enumerate(lines)}  # of duplicates the last one counts
+        words = {
+            line.removesuffix("\r"): index for index, line in enumerate(lines)
+        }  # of duplicates the last one counts
         with errors_name(path):
             _check_words(words)
         return path, Vocabulary(words, **options), max_length

@@ -123,7 +123,9 @@ class RegularisationOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 0, "r_drop", "smart", "noise", "step", "radius", "proximal")
         check_below_one(self, "momentum")
-        check(not (self.r_drop and self.smart), "r_drop and smart: set only one; both use the second copy of an example")
+        check(
+            not (self.r_drop and self.smart), "r_drop and smart: set only one; both use the second copy of an example"
+        )
 
     @property
     def duplicates_examples(self) -> bool:

@@ -62,7 +62,7 @@ class ReferenceStep:
         laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         with torch.autocast(batch.packed.tokens.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = self.model.losses_padded(batch, self.extras.agreement)
+            losses = self.model.losses_padded(batch, self.extras.consistency)
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
@@ -74,7 +74,7 @@ class ReferenceStep:
         skip = nonfinite.any() | ~torch.isfinite(norm)
         if not skip:
             self.optimizer.step()
-        weighted = self.extras.after(values, batch.present(), skip)
+        weighted = self.extras.after(values, batch.active_tasks(), skip)
         laps.lap("optimizer")
         return StepResult(values, norm, None, nonfinite, weighted, laps.seconds)
 
@@ -97,7 +97,7 @@ class ReferenceStep:
             reference.write_gradient(self.shared, merged)
             laps.lap("surgery")
         for label, entry in self.entries.values():
-            if label in batch.tasks and not batch.examples(label):
+            if label in batch.tasks and not batch.num_examples(label):
                 entry.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -127,7 +127,7 @@ class OnePassStep:
             nonfinite |= surgery.nonfinite(gram)
         elif self.recipe.surgery.reduction == "mean":
             w = w / len(batch.tasks)
-        present = batch.present()
+        present = batch.active_tasks()
         head_square = self.head_gradient.square().sum()[None]
         norm = self.optimizer.clip(gram, w, head_square)
         laps.lap("surgery" if self.apart else "clipping")
@@ -150,7 +150,7 @@ class OnePassStep:
         """Fills J, the word rows and the heads' gradients with this batch's share; returns its losses [T]."""
         packed = batch.packed
         self.head_gradient.zero_()
-        if batch.whole is not None and packed.num_tokens == 0:  # a step too small to give this process anything
+        if batch.totals is not None and packed.num_tokens == 0:  # a step too small to give this process anything
             self.gradients.zero()
             self.exchange.open()
             if self.flat.words is not None:
@@ -164,7 +164,7 @@ class OnePassStep:
         )
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             hidden = self.model.encoder.encode_packed(run, packed)
-        losses = [loss * batch.share(name) for name, loss in self.extras.losses(batch, hidden).items()]
+        losses = [loss * batch.loss_fraction(name) for name, loss in self.extras.losses(batch, hidden).items()]
         scaled = self.extras.scaled(losses)
         laps.lap("forward")
         if self.apart:

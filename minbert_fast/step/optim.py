@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.ops import surgery as ops
 from minbert_fast.ops.native.surgery import GRADIENT_SCALE, LEARNING_RATE, SKIP, STEP
 from minbert_fast.recipes.recipe import OptimizerOptions
@@ -113,8 +113,8 @@ class FlatAdamW:
         self.pieces = flat.pieces() if pieces is None else tuple(pieces)
         device = flat.data.device
         kept = max((piece.kept.stop for piece in self.pieces), default=0)
-        self.exp_avg = pages.zeros(kept, device=device)
-        self.exp_avg_sq = pages.zeros(kept, device=device)
+        self.exp_avg = huge_pages.zeros(kept, device=device)
+        self.exp_avg_sq = huge_pages.zeros(kept, device=device)
         self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
         self.scalars = torch.zeros(len(self._row_of), 4, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}

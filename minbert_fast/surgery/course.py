@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import surgery
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.ops import surgery as ops
 
 # Elements of one task's gradients that are gathered at a time: large enough for full speed, small beside the model.
@@ -193,7 +193,7 @@ def _gather(tasks: list[_Gradients], positions: list[int]) -> _Bucket:
     """Moves the tasks' gradients of these parameters into one J; a task that did not reach a parameter has zeros."""
     example = [next(task[i] for task in tasks if i in task) for i in positions]
     dtype = torch.bfloat16 if example[0].dtype == torch.bfloat16 else torch.float32
-    J = pages.empty(len(tasks), sum(g.numel() for g in example), dtype=dtype, device=example[0].device)
+    J = huge_pages.empty(len(tasks), sum(g.numel() for g in example), dtype=dtype, device=example[0].device)
     for row, task in zip(J, tasks, strict=True):
         for i, piece in zip(positions, row.split([g.numel() for g in example]), strict=True):
             gradient = task.pop(i, None)

@@ -114,7 +114,7 @@ class Task(ABC):
     options: Any
 
     Options: ClassVar[type]
-    head_class: ClassVar[Callable[[Any, BertConfig, dict[str, nn.Module]], Head]]
+    head_class: ClassVar[type]  # a Head that is built from options, config and shared modules (`build_head`)
     labelled: ClassVar[bool] = True
     stem: ClassVar[str] = ""  # start of the prediction file's name, if the task is called like its kind
     header: ClassVar[str] = ""  # second column of the prediction file
@@ -182,7 +182,8 @@ class Task(ABC):
 
     def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> Head:
         """A new head. `shared` holds the modules that heads of one model share, by name."""
-        return type(self).head_class(self.options, config, shared)
+        head: Head = self.head_class(self.options, config, shared)
+        return head
 
     def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
         """The task's metrics; each name starts with the task's. The default is that of a task with classes."""

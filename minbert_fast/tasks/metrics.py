@@ -20,7 +20,7 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Counts [classes, classes]: rows are labels, columns predictions. Raises ValueError for a value outside 0 to classes - 1."""
+    """Counts [classes, classes]: rows are labels, columns predictions. Raises ValueError for other values."""
     predictions, labels = _check_columns(predictions, labels)
     for values in (predictions, labels):
         if len(values) and not (np.isin(values, np.arange(classes))).all():

@@ -62,14 +62,15 @@ class NliHead(Head):
         return HeadOutput(torch.stack([cosine(anchor, positive), cosine(anchor, negative)], dim=-1), vectors)
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
+        anchor, positive, negative = output.vectors
         total = output.scores.new_zeros(())
         for name, weight in self.options.objectives.items():
             if name == "regression":
-                part = losses.entailment_regression(*output.vectors)
+                part = losses.entailment_regression(anchor, positive, negative)
             elif name == "contrastive":
-                part = losses.contrastive(*output.vectors, self.options.temperature)
+                part = losses.contrastive(anchor, positive, negative, self.options.temperature)
             else:
-                part = losses.triplet(*output.vectors, self.options.margin)
+                part = losses.triplet(anchor, positive, negative, self.options.margin)
             total = total + weight * part
         return total
 
@@ -84,7 +85,7 @@ class NliTask(Task):
     options: NliOptions
 
     Options: ClassVar[type] = NliOptions
-    head_class = NliHead
+    head_class: ClassVar[type] = NliHead
     labelled: ClassVar[bool] = False
     stem: ClassVar[str] = "nli"
     header: ClassVar[str] = "Follows_Closer_Than_Contradicts"

@@ -173,12 +173,13 @@ class PairHead(Head):
         if name in ("mse", "l1"):
             target = 2 * t - 1 if options.labels == "signed" else t
             return losses.squared_error(s, target) if name == "mse" else losses.absolute_error(s, target)
+        u, v = output.vectors
         if name == "cosine_embedding":
-            return losses.cosine_embedding(*output.vectors, t, options.margin)
+            return losses.cosine_embedding(u, v, t, options.margin)
         if name == "cosent":
-            return losses.cosent(*output.vectors, t, options.temperature)
+            return losses.cosent(u, v, t, options.temperature)
         assert name == "ranking"
-        return losses.ranking(*output.vectors, t, options.temperature)
+        return losses.ranking(u, v, t, options.temperature)
 
 
 @dataclass(frozen=True)

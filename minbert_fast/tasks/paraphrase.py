@@ -47,7 +47,7 @@ class ParaphraseTask(PairTask):
     options: ParaphraseOptions
 
     Options: ClassVar[type] = ParaphraseOptions
-    head_class = ParaphraseHead
+    head_class: ClassVar[type] = ParaphraseHead
     stem: ClassVar[str] = "para"
     header: ClassVar[str] = "Predicted_Is_Paraphrase"
 

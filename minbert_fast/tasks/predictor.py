@@ -22,7 +22,10 @@ import numpy as np
 
 from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data import FORMATS, Table, Tokenizer, tokenize_table
+from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.files import Table
+from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import inference, sentence_modules, weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling

@@ -142,7 +142,7 @@ class MaskedTask(TextTask):
     options: MaskedOptions
 
     Options: ClassVar[type] = MaskedOptions
-    head_class = MaskedHead
+    head_class: ClassVar[type] = MaskedHead
 
     @property
     def pooling(self) -> Pooling:
@@ -207,7 +207,7 @@ class NextSentenceTask(TextTask):
     options: NextSentenceOptions
 
     Options: ClassVar[type] = NextSentenceOptions
-    head_class = NextSentenceHead
+    head_class: ClassVar[type] = NextSentenceHead
 
     @property
     def encoder(self) -> Encoder:

@@ -110,7 +110,7 @@ class SentimentTask(Task):
     options: SentimentOptions
 
     Options: ClassVar[type] = SentimentOptions
-    head_class = SentimentHead
+    head_class: ClassVar[type] = SentimentHead
     stem: ClassVar[str] = "sst"
     header: ClassVar[str] = "Predicted_Sentiment"
 

@@ -48,7 +48,7 @@ class SimilarityTask(PairTask):
     options: SimilarityOptions
 
     Options: ClassVar[type] = SimilarityOptions
-    head_class = SimilarityHead
+    head_class: ClassVar[type] = SimilarityHead
     stem: ClassVar[str] = "sts"
     header: ClassVar[str] = "Predicted_Similiary"  # sic: part of the format
     metric: ClassVar[str] = "pearson"

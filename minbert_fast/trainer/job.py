@@ -18,9 +18,12 @@ import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
 from minbert_fast.common.errors import RunError, writing
-from minbert_fast.common.provenance import commit, environment, tensors_digest
+from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
-from minbert_fast.data import Tokenizer, TokenTable, read_table, sample_directory
+from minbert_fast.data.files import read_table
+from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.parallel.world import World, joined
@@ -111,7 +114,7 @@ class _Job:
         self.options = options
         self.files = files
         self.notices: list[str] = []
-        self.commit = commit()  # now: the checkout may move on while a long run goes on
+        self.commit = current_commit()  # now: the checkout may move on while a long run goes on
         self.world = world
         self.device = device
         self.precision = choose_precision(recipe.training.precision, self.device)
@@ -158,7 +161,7 @@ class _Job:
         torch.manual_seed(self.recipe.training.seed)  # heads start from it
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
         if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
-            for name in self.model.adopt(weights.pretraining_heads(source), str(source)):
+            for name in self.model.load_pretraining_heads(weights.pretraining_heads(source), str(source)):
                 self.say(f"tasks.{name} starts from the model's own pre-training head")
         self.captures = Captures()
         means = Means(
@@ -243,7 +246,7 @@ class _Job:
                 f"{self.files.path}: cannot go on with another run: {shown}{more}; --resume goes alone, or with the "
                 "flags that the run was started with"
             )
-        for line in differences(found.state["environment"], environment(self.device)):
+        for line in differences(found.state["environment"], describe_environment(self.device)):
             self.say(f"{line}: what follows may differ in the last bits from an uninterrupted run")
         self.say(f"going on after step {found.step}")
         return found
@@ -278,7 +281,7 @@ class _Job:
             files=self.files,
             evaluate=self._evaluate,
             save=self._save,
-            constants={"fingerprint": self.fingerprint(), "environment": environment(self.device)},
+            constants={"fingerprint": self.fingerprint(), "environment": describe_environment(self.device)},
             progress=lambda done, total: progress_for(done, total, self.world.is_main),
             eager_fetch=self.device.type == "cpu",
             world=self.world,
@@ -369,7 +372,7 @@ class _Job:
             "description": self.recipe.description,
             "demonstration": self.demonstration,
             "backend": self.backend,
-            **environment(self.device),
+            **describe_environment(self.device),
             "precision": self.precision,
             "timings": state.timings,
             "peak_memory_bytes": peak_memory(self.device),

@@ -379,7 +379,7 @@ class Trainer:
 
     def _memory_advice(self, stage: Stage, batch: MultitaskBatch) -> str:
         options = stage.recipe
-        examples = sum(batch.examples(task) for task in batch.tasks)
+        examples = sum(batch.num_examples(task) for task in batch.tasks)
         return (
             f"out of memory at step {self.state.step + 1}, a batch of {examples} examples with "
             f"{batch.packed.num_tokens:,} tokens (longest sentence {batch.packed.max_seqlen}): lower --batch-size (now "

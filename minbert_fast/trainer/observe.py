@@ -69,8 +69,8 @@ def _observation(step: int, batch: MultitaskBatch, weighted: bool, values: list[
     weights, gram = (gram[:count], gram[count:]) if weighted else ([], gram)
     skipped = tuple(task for task, flag in zip(tasks, flags, strict=True) if flag)
     if not skipped and not math.isfinite(grad_norm):  # each is finite, their sum is not
-        skipped = tuple(batch.present())
-    present = batch.present()
+        skipped = tuple(batch.active_tasks())
+    present = batch.active_tasks()
     cosines = {}
     for i in range(count if gram else 0):
         for j in range(i):

@@ -11,18 +11,13 @@ from typing import Literal
 import torch
 
 from minbert_fast import surgery
-from minbert_fast.data import (
-    EXACT,
-    Collator,
-    Sampler,
-    Tokenizer,
-    TokenTable,
-    choose_buckets,
-    pin,
-    prefetch,
-    training_batches,
-)
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.buckets import EXACT, choose_buckets
+from minbert_fast.data.collate import Collator, training_batches
+from minbert_fast.data.prefetch import prefetch
+from minbert_fast.data.sampling import Sampler
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import Captures, GraphedStep
@@ -30,7 +25,7 @@ from minbert_fast.step.extras.smart import check_smart
 from minbert_fast.step.one_pass import OnePassStep, make_step
 from minbert_fast.step.stepping import Backend, TrainingStep
 from minbert_fast.tasks import MultitaskModel, stage_tasks
-from minbert_fast.tasks.memory import check_memories, fill_memories
+from minbert_fast.tasks.labelled_sentences import check_encoder_frozen, embed_labelled_sentences
 from minbert_fast.trainer.loop import Stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,11 +52,11 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     # An unknown method is refused now, not when the stage begins.
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
     tables = {name: means.train[name] for name in tasks}
-    check_memories(means.model, recipe)
+    check_encoder_frozen(means.model, recipe)
     check_smart(recipe, means.backend)
     training = recipe.training
     encoders = {name: task.encoder for name, task in tasks.items()}
-    sampler = Sampler.of(
+    sampler = Sampler.from_tables(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
@@ -72,9 +67,11 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     alone = means.world.size == 1 and means.backend == "fast"
     graphs = training.graphs and method.capturable and means.device.type == "cuda" and alone
     longest = recipe.data.max_length
-    made = {name: task.maker(means.tokenizer, training.seed + index) for name, task in tasks.items()}
+    made = {name: task.example_generator(means.tokenizer, training.seed + index) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
-    twins = frozenset(name for name, task in tasks.items() if recipe.regularisation.twins and task.predicts)
+    twins = frozenset(
+        name for name, task in tasks.items() if recipe.regularisation.duplicates_examples and task.predicts
+    )
     buckets = choose_buckets(sampler, tables, longest, encoders, twins) if graphs else EXACT
     collator = Collator(tables, longest, encoders, buckets, means.world.rank, means.world.size, twins, makers)
     own = whole.stages[index].get("training", {}) if whole.stages else {}
@@ -84,7 +81,7 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
 
     def begin() -> TrainingStep:
         means.model.configure(tasks)
-        fill_memories(means.model, recipe, tables, means.precision)
+        embed_labelled_sentences(means.model, recipe, tables, means.precision)
         step = make_step(means.backend, means.model, trained, DTYPES[means.precision], means.world)
         if not graphs:
             return step
@@ -94,7 +91,7 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     def batches(start: int) -> Generator[tuple[int, MultitaskBatch], None, None]:
         made = training_batches(sampler, collator, start, steps)
         if means.device.type == "cuda":
-            made = ((step, pin(batch)) for step, batch in made)
+            made = ((step, batch.pin_memory()) for step, batch in made)
         with closing(prefetch(made)) as ahead:
             for step, batch in ahead:
                 yield step, batch.to(means.device, non_blocking=True)
@@ -107,5 +104,5 @@ def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         begin=begin,
         batches=batches,
-        place=lambda task, row: tables[task].place(row),
+        place=lambda task, row: tables[task].locate(row),
     )

@@ -19,7 +19,7 @@ from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.extras.smart import Adversary, Teacher
 from minbert_fast.step.extras.weighting import task_weights
 from minbert_fast.step.flat import Entry, FlatParameters
-from minbert_fast.tasks import Agreement, MultitaskModel
+from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
 
 class Extras:
@@ -38,7 +38,7 @@ class Extras:
         self.average = average
         self.adversary = adversary
         self.teacher = teacher
-        self.agreement = Agreement(asked.smart or asked.r_drop, both=not asked.smart)
+        self.consistency = ConsistencyLoss(asked.smart or asked.r_drop, both=not asked.smart)
         self.weighting = task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device)
 
     @classmethod
@@ -66,8 +66,8 @@ class Extras:
     def losses(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, Tensor]:
         """The model's losses, with what else is asked of its answers."""
         if self.teacher is not None:
-            return self.teacher.losses(self.model, batch, hidden, self.agreement)
-        return self.model.losses(batch, hidden, agreement=self.agreement)
+            return self.teacher.losses(self.model, batch, hidden, self.consistency)
+        return self.model.losses(batch, hidden, consistency=self.consistency)
 
     def scaled(self, losses: Sequence[Tensor]) -> Sequence[Tensor]:
         """Each loss times its dynamic weight."""
