@@ -19,8 +19,9 @@ from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.formats import find_tables
 from minbert_fast.evaluate import main
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from minbert_fast.tasks import MultitaskModel, build_tasks, evaluation
 from minbert_fast.tasks.evaluation import evaluate
+from tests.small import read_predictions
 
 ROWS = 40
 RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"encoder": "cross"}, "similarity": {}}}, "test")
@@ -55,10 +56,11 @@ def checkpoint(model: MultitaskModel, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def test_predictions_do_not_depend_on_the_batch_size(model, tables):
+def test_predictions_do_not_depend_on_the_batch_size(model, tables, monkeypatch):
     counted = []
     whole = evaluate(model, tables, progress=counted.append)
-    small = evaluate(model, tables, token_budget=100)
+    monkeypatch.setitem(evaluation.TOKEN_BUDGET, "cpu", 100)
+    small = evaluate(model, tables)
     assert sum(counted) == sum(map(len, tables.values())) == 3 * ROWS
     for name, result in whole.tasks.items():
         alone = small.tasks[name]
@@ -104,7 +106,7 @@ def test_written_files_contain_predictions_and_the_worst_errors(model, tables, f
     result = evaluate(model, tables)
     texts = {n: read_table(p, n).sentences for n, p in find_tables(files, "dev").paths.items()}
     result.write(tmp_path, texts)
-    ids, values = predictions.read(tmp_path / "sts-dev-output.csv")
+    ids, values = read_predictions(tmp_path / "sts-dev-output.csv")
     assert ids == result.tasks["similarity"].ids
     np.testing.assert_allclose(values, result.tasks["similarity"].predictions, rtol=1e-6)
     details = json.loads((tmp_path / "details.json").read_text())
@@ -146,9 +148,7 @@ def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_pa
     assert run(main, [*common, "--data", str(files), "--json", str(both[0])]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "score"
     assert run(main, [*common, "--similarity", str(files / "sts-dev.csv"), "--json", str(both[1])]) == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1].endswith("of similarity alone")
-    )  # not the course's score
+    assert capsys.readouterr().out.splitlines()[-1].endswith("of similarity alone")  # not the course's score
     whole, one = (json.loads(path.read_text()) for path in both)
     assert set(one) == {"similarity_pearson", "similarity_spearman", "score"}
     assert one["similarity_pearson"] == pytest.approx(whole["similarity_pearson"])

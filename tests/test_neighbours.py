@@ -17,10 +17,10 @@ from minbert_fast.data import Tokenizer, read_table
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.model.bert import BertModel
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, predictions
+from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.neighbours import LabelledSentences
 from minbert_fast.tasks.predictor import Predictor
-from tests.small import TRAIN_ROWS, small_data, small_run
+from tests.small import TRAIN_ROWS, read_predictions, small_data, small_run
 
 STAGES = ("--recipe", "bertology-sst-to-sts", "--lr", "1e-3", "--set", "tasks.sentiment.neighbours=3")
 
@@ -93,7 +93,7 @@ def test_votes_over_all_of_sst_train_save_and_predict(data: Path, tmp_path: Path
     assert int((stored.labels >= 0).sum()) == TRAIN_ROWS
     predictor = Predictor.from_pretrained(tmp_path / "run" / "best")
     (sentences,) = read_table(data / "ids-sst-dev.csv", "sentiment").sentences
-    written = predictions.read(tmp_path / "run" / "predictions" / "sst-dev-output.csv")[1]
+    written = read_predictions(tmp_path / "run" / "predictions" / "sst-dev-output.csv")[1]
     assert np.array_equal(predictor.sentiment(sentences), written)
 
 

@@ -262,7 +262,7 @@ def test_the_encoder_is_saved_once(tmp_path: Path, collator: Collator) -> None:
         ("mlm", {"text": []}, "expected at least one data set"),
         ("mlm", {"rate": 0.0}, "rate = 0.0"),
         ("mlm", {"balanced": True}, "no classes"),
-        ("mlm", {"pooling": "max"}, "words are guessed one by one"),
+        ("mlm", {"pooling": "max"}, "predicted from token rows, without pooling"),
         ("nsp", {"text": ["sentiment"]}, "'sentiment' has no pairs"),
     ],
 )

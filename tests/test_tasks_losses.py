@@ -33,15 +33,6 @@ def distance(u: Tensor, v: Tensor) -> float:
 LABELS = torch.tensor([1.0, 0.0, 0.6, 0.6, 0.2], dtype=torch.float64)
 
 
-def test_binary_cross_entropy():
-    s = torch.tensor([2.0, -1.0, 0.0, 3.0, -4.0], dtype=torch.float64)
-    total = 0.0
-    for x, t in zip(s.tolist(), LABELS.tolist(), strict=True):
-        p = 1 / (1 + math.exp(-x))
-        total -= t * math.log(p) + (1 - t) * math.log(1 - p)
-    assert float(losses.binary_cross_entropy(s, LABELS)) == pytest.approx(total / N)
-
-
 def test_hinge():
     s = torch.tensor([2.0, -1.0, 0.3, -0.5, 0.0], dtype=torch.float64)
     y = 2 * LABELS - 1

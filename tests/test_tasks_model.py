@@ -15,7 +15,7 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_task, build_tasks, stage_tasks
+from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -135,8 +135,8 @@ def test_tasks_of_all_stages_have_heads():
     recipe = build(Recipe, {"tasks": {"sentiment": {"dropout": 0.3}}, "stages": stages}, "test")
     assert list(build_tasks(recipe)) == ["sentiment", "nli"]
     first, second = recipe.resolved_stages()
-    assert list(stage_tasks(first)) == ["nli"]
-    assert stage_tasks(second)["sentiment"].options.dropout == 0.3
+    assert list(build_tasks(first)) == ["nli"]
+    assert build_tasks(second)["sentiment"].options.dropout == 0.3
 
 
 def test_save_and_load_keep_every_bit(tmp_path: Path):

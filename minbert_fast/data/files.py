@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,19 +75,8 @@ def read_table(
     Raises DataError (one line that names the place) if the file is not a readable file of this format.
     """
     with TableReader(path, task, labeled=labeled, max_bad_rows=max_bad_rows) as reader:
-        parts = list(reader.chunks())
-    labels = [part.labels for part in parts if part.labels is not None]
-    return Table(
-        task=reader.layout.task,
-        path=reader.path,
-        sentences=tuple(
-            [text for part in parts for text in part.sentences[column]] for column in range(reader.layout.arity)
-        ),
-        labels=np.concatenate(labels) if labels else None,
-        ids=[name for part in parts for name in part.ids],
-        lines=np.concatenate([part.lines for part in parts]),
-        bad_rows=tuple(bad for part in parts for bad in part.bad_rows),
-    )
+        (table,) = reader.chunks(sys.maxsize)
+    return table
 
 
 class TableReader:

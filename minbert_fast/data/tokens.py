@@ -117,9 +117,7 @@ class TokenTable:
 
 
 def truncate(sentence: np.ndarray, max_length: int) -> np.ndarray:
-    """[CLS] .. [SEP] shortened to `max_length` tokens; [SEP] is kept. Raises ValueError if max_length < 2."""
-    if max_length < 2:
-        raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
+    """[CLS] .. [SEP] shortened to `max_length` >= 2 tokens; [SEP] is kept."""
     if len(sentence) <= max_length:
         return sentence
     return np.concatenate([sentence[: max_length - 1], sentence[-1:]])
@@ -128,11 +126,9 @@ def truncate(sentence: np.ndarray, max_length: int) -> np.ndarray:
 def join_pair(first: np.ndarray, second: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Joins two [CLS] .. [SEP] sentences into [CLS] a [SEP] b [SEP]: word ids [n] and token types int32 [n] (0, then 1).
 
-    A pair above `max_length` tokens is shortened like transformers' "longest_first": the longer sentence first, then
-    both equally. Raises ValueError if max_length < 3.
+    A pair above `max_length` >= 3 tokens is shortened like transformers' "longest_first": the longer sentence first, then
+    both equally.
     """
-    if max_length < 3:
-        raise ValueError(f"max_length is {max_length}, expected at least 3 ([CLS] and two [SEP])")
     a, b = len(first) - 2, len(second) - 2  # without [CLS] and [SEP]
     budget = max_length - 3
     if a + b > budget:

@@ -28,6 +28,7 @@ from minbert_fast.common.schema import (
     to_toml,
 )
 from minbert_fast.common.storage import inside, regular
+from minbert_fast.data.sampling import Scheme
 from minbert_fast.model.config import BertConfig, Pooling  # noqa: F401  (BertConfig: an import path of earlier versions)
 
 
@@ -51,7 +52,7 @@ class DataOptions:
     directory: str = ""
     files: Mapping[str, Any] = field(default_factory=dict)  # {dataset: {split: path}}; take precedence over directory
     cache: str = ""  # token cache directory; empty: the user's cache directory
-    scheme: Literal["cycle", "each-once", "sequential"] = "cycle"
+    scheme: Scheme = "cycle"
     max_length: int = 128  # tokens
     max_bad_rows: float = 0.01  # share of a file's rows
 

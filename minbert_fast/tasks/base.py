@@ -14,7 +14,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from minbert_fast.common.schema import ConfigError, build, check, check_at_least
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.model.config import BertConfig, Pooling
-from minbert_fast.tasks import metrics, predictions
+from minbert_fast.tasks import metrics
 
 if TYPE_CHECKING:
     from minbert_fast.data.pretraining import ExampleGenerator
@@ -197,10 +196,6 @@ class Task(ABC):
         """Name of the prediction file; the three course tasks have the course's names."""
         stem = self.stem if self.name == self.kind else self.name
         return f"{stem}-{split}-output.csv"
-
-    def write_predictions(self, path: Path, ids: Sequence[str], values: np.ndarray) -> None:
-        """Writes `values` [n] in the course's format, atomically. Raises ValueError unless there are n ids."""
-        predictions.write(path, self.header, ids, values)
 
 
 # ---- Registry ------------------------------------------------------------------------------------------------------

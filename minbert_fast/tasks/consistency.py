@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import Head, HeadOutput
+from minbert_fast.tasks.losses import symmetric_divergence
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,5 @@ def divergence(head: Head, first: HeadOutput, second: HeadOutput) -> Tensor:
     """
     p, q = head.logits(first), head.logits(second)
     if p is None or q is None:
-        return losses.squared_error(first.scores, second.scores)
-    return losses.symmetric_divergence(p, q)
+        return F.mse_loss(first.scores, second.scores)
+    return symmetric_divergence(p, q)

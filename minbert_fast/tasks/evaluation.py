@@ -21,7 +21,7 @@ from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks.base import HeadOutput, Task
 from minbert_fast.tasks.metrics import confusion_matrix, course_score
 from minbert_fast.tasks.model import MultitaskModel
-from minbert_fast.tasks.predictions import write_text
+from minbert_fast.tasks.predictions import write_predictions, write_text
 
 MAX_ERRORS = 25  # errors listed per task
 
@@ -73,7 +73,7 @@ class Evaluation:
         """Writes one file per task in the course's format, each atomically."""
         for result in self.tasks.values():
             path = directory / result.task.prediction_file(split)
-            result.task.write_predictions(path, list(result.ids), result.predictions)
+            write_predictions(path, result.task.header, list(result.ids), result.predictions)
 
 
 def evaluate(
@@ -82,13 +82,12 @@ def evaluate(
     *,
     precision: Precision = "fp32",
     max_length: int = 128,
-    token_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Runs the model over `tables` (by task name), on the model's device and without dropout.
 
-    Sentences are truncated to `max_length` tokens or the model's positions and batched by length, up to `token_budget`
-    tokens per batch (None: a default for the device). `progress` gets the number of rows of each batch.
+    Sentences are truncated to `max_length` tokens or the model's positions, and batched by length. `progress` gets the
+    number of rows of each batch.
     """
     training = model.training
     model.eval()
@@ -96,9 +95,7 @@ def evaluate(
         results = {}
         snapshot = Snapshot(model.encoder, DTYPES[precision])
         for name, table in tables.items():
-            predictions, probabilities = predict(
-                model, name, table, snapshot, max_length=max_length, token_budget=token_budget, progress=progress
-            )
+            predictions, probabilities = predict(model, name, table, snapshot, max_length=max_length, progress=progress)
             task = model.tasks[name]
             measurable = len(table) and (table.labels is not None or not task.labelled)
             results[name] = TaskResult(
@@ -121,7 +118,6 @@ def predict(
     snapshot: Snapshot,
     *,
     max_length: int,
-    token_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Predictions [n] and probabilities [n, C] (None for a regression) of task `name`, in the order of the table's rows.
@@ -134,7 +130,7 @@ def predict(
         name,
         table,
         max_length=min(max_length, model.encoder.config.max_position_embeddings),
-        token_budget=token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
+        token_budget=TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
         encoder=model.tasks[name].encoder,
     )
     for index, batch in enumerate(batches):

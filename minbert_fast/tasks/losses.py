@@ -16,21 +16,6 @@ from torch.nn import functional as F
 from minbert_fast.tasks.base import cosine, normalize
 
 
-def binary_cross_entropy(s: Tensor, t: Tensor) -> Tensor:
-    """Mean of -t log sigmoid(s) - (1 - t) log(1 - sigmoid(s)); t may have any value from 0 to 1."""
-    return F.binary_cross_entropy_with_logits(s, t)
-
-
-def squared_error(s: Tensor, target: Tensor) -> Tensor:
-    """Mean of (s - target)^2."""
-    return F.mse_loss(s, target)
-
-
-def absolute_error(s: Tensor, target: Tensor) -> Tensor:
-    """Mean of |s - target|."""
-    return F.l1_loss(s, target)
-
-
 def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Mean of (KL(p | q) + KL(q | p)) / 2 over rows of unnormalised log-probabilities [n, C]."""
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
@@ -96,8 +81,8 @@ def entailment_regression(anchor: Tensor, positive: Tensor, negative: Tensor) ->
     parts have equal weight.
     """
     parts = (
-        squared_error(cosine(anchor, positive), torch.ones_like(anchor[:, 0])),
-        squared_error(cosine(anchor, negative), torch.zeros_like(anchor[:, 0])),
-        squared_error(cosine(anchor, positive.roll(1, 0)), torch.full_like(anchor[:, 0], 0.5)),
+        F.mse_loss(cosine(anchor, positive), torch.ones_like(anchor[:, 0])),
+        F.mse_loss(cosine(anchor, negative), torch.zeros_like(anchor[:, 0])),
+        F.mse_loss(cosine(anchor, positive.roll(1, 0)), torch.full_like(anchor[:, 0], 0.5)),
     )
     return torch.stack(parts).mean()

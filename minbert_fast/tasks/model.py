@@ -11,14 +11,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
@@ -30,24 +32,13 @@ from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, Task
 from minbert_fast.tasks.consistency import ConsistencyLoss
 
 
-class SavesTokenizer(Protocol):
-    """Writes tokenizer files into a directory."""
-
-    def save(self, directory: Path) -> None: ...
-
-
 def build_tasks(recipe: Recipe) -> dict[str, Task]:
-    """All tasks of the recipe and its stages, in order. Raises ConfigError for a mistake in their options."""
+    """All tasks of the recipe and of its stages, in order. Raises ConfigError for a mistake in their options."""
     tables = dict(recipe.tasks)
     for stage in recipe.resolved_stages():
         for name, options in stage.tasks.items():
             tables.setdefault(name, options)
     return {name: build_task(name, options) for name, options in tables.items()}
-
-
-def stage_tasks(stage: Recipe) -> dict[str, Task]:
-    """The tasks that one resolved stage trains. Raises ConfigError for a mistake in their options."""
-    return {name: build_task(name, options) for name, options in stage.tasks.items()}
 
 
 class MultitaskModel(nn.Module):
@@ -209,7 +200,7 @@ class MultitaskModel(nn.Module):
 
     # ---- Files -------------------------------------------------------------------------------------------------
 
-    def save(self, directory: Path, recipe_toml: str, tokenizer: SavesTokenizer | None = None) -> None:
+    def save(self, directory: Path, recipe_toml: str, tokenizer: Tokenizer | None = None) -> None:
         """Writes a model directory: encoder and tokenizer in Hugging Face layout, heads.safetensors, recipe.toml."""
         self.encoder.save_pretrained(directory)
         if tokenizer is not None:
@@ -253,13 +244,9 @@ def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict
 
 def _pad(packed: PackedBatch, offsets: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The sentences between `offsets` as word ids, token types and mask, [n, S] each."""
-    lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64, device=packed.tokens.device)
-    types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, (begin, length) in enumerate(zip(offsets, lengths, strict=False)):
-        ids[row, :length] = packed.tokens[begin : begin + length]
-        types[row, :length] = packed.types[begin : begin + length]
-        mask[row, :length] = 1
+    columns = (packed.tokens.long(), packed.types.long(), torch.ones_like(packed.tokens).long())
+    spans = [slice(begin, end) for begin, end in itertools.pairwise(offsets)]
+    ids, types, mask = (pad_sequence([column[span] for span in spans], batch_first=True) for column in columns)
     return ids, types, mask
 
 

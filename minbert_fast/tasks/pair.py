@@ -165,14 +165,14 @@ class PairHead(Head):
     def _loss(self, name: str, output: HeadOutput, t: Tensor) -> Tensor:
         s, options = output.scores, self.options
         if name == "bce":
-            return losses.binary_cross_entropy(s, t)
+            return F.binary_cross_entropy_with_logits(s, t)
         if name == "cross_entropy":
             return F.cross_entropy(s, (t * (self.levels - 1)).round().long())  # nearest class
         if name == "hinge":
             return losses.hinge(s, 2 * t - 1)
         if name in ("mse", "l1"):
             target = 2 * t - 1 if options.labels == "signed" else t
-            return losses.squared_error(s, target) if name == "mse" else losses.absolute_error(s, target)
+            return F.mse_loss(s, target) if name == "mse" else F.l1_loss(s, target)
         u, v = output.vectors
         if name == "cosine_embedding":
             return losses.cosine_embedding(u, v, t, options.margin)

@@ -11,7 +11,7 @@ import numpy as np
 from minbert_fast.model.weights import write_atomically
 
 
-def write(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> None:
+def write_predictions(path: Path, header: str, ids: Sequence[str], values: np.ndarray) -> None:
     """Writes a file atomically: the line `id \\t <header> \\n`, then one line `{id} , {value} \\n` per row.
 
     Integer arrays (classes) are written as whole numbers, other arrays as floats. Raises ValueError if the numbers of ids
@@ -42,18 +42,3 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically; creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode("utf-8"))
-
-
-def read(path: Path) -> tuple[list[str], np.ndarray]:
-    """Ids and values (fp64) of a prediction file. Raises ValueError naming file and line if it is malformed."""
-    ids, values = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], start=2):
-        row, comma, value = line.rpartition(" , ")
-        try:
-            if not comma:
-                raise ValueError
-            values.append(float(value))
-        except ValueError:
-            raise ValueError(f"{path}:{number}: expected '<id> , <prediction>', found {line!r}") from None
-        ids.append(row)
-    return ids, np.array(values)

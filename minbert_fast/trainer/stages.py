@@ -24,7 +24,7 @@ from minbert_fast.step.captured import Captures, GraphedStep
 from minbert_fast.step.extras.smart import check_smart
 from minbert_fast.step.one_pass import OnePassStep, make_step
 from minbert_fast.step.stepping import Backend, TrainingStep
-from minbert_fast.tasks import MultitaskModel, stage_tasks
+from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.labelled_sentences import check_encoder_frozen, embed_labelled_sentences
 from minbert_fast.trainer.loop import Stage
 
@@ -48,7 +48,7 @@ class Means:
 def make_stage(means: Means, whole: Recipe, index: int) -> Stage:
     """Stage number `index` of the recipe. Raises ConfigError for what it asks that there is not."""
     recipe = whole.resolved_stages()[index]
-    tasks = stage_tasks(recipe)
+    tasks = build_tasks(recipe)
     # An unknown method is refused now, not when the stage begins.
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
     tables = {name: means.train[name] for name in tasks}
