@@ -99,20 +99,6 @@ def load_tokens(
     bad_rows = tuple(BadRow(path, line, reason) for line, reason in lines_and_reasons)
     good = len(arrays["lines"])
     check_bad_rows(path, good + len(bad_rows), len(bad_rows), next(iter(bad_rows), None), max_bad_rows)
-    return _table(layout, path, arrays, bad_rows, source_hash)
-
-
-def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
-    """The rows of a table as word ids, in memory."""
-    layout = format_of(table.task)
-    builder = _Builder(layout, tokenizer, table.labels is not None, None)
-    builder.add(table)
-    return _table(layout, table.path, builder.arrays(), table.bad_rows, "")
-
-
-def _table(
-    layout: FileFormat, path: Path, arrays: dict[str, np.ndarray], bad_rows: tuple[BadRow, ...], source_hash: str
-) -> TokenTable:
     return TokenTable(
         task=layout.task,
         path=path,
@@ -123,6 +109,12 @@ def _table(
         bad_rows=bad_rows,
         source_hash=source_hash,
     )
+
+
+def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
+    """The rows of a table as word ids, in memory."""
+    columns, ids = tuple(map(tokenizer.encode, table.sentences)), Text.of(table.ids)
+    return TokenTable(table.task, table.path, columns, table.labels, ids, table.lines, table.bad_rows, source_hash="")
 
 
 class _Builder:

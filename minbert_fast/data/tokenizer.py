@@ -34,10 +34,7 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.model_max_length = model_max_length
         self._rust = _build(vocabulary)
-        self.unk_id = self._special("unk")
-        self.sep_id = self._special("sep")
-        self.pad_id = self._special("pad")
-        self.cls_id = self._special("cls")
+        self.unk_id, self.sep_id, self.pad_id, self.cls_id = map(self._special, ("unk", "sep", "pad", "cls"))
         mask = vocabulary.special["mask"]
         self.mask_id: int | None = self._rust.token_to_id(mask)  # None: the vocabulary has no [MASK]
         self.vocab_size: int = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1

@@ -71,14 +71,12 @@ def read_vocabulary(folder: Path) -> tuple[Path, Vocabulary, int | None]:
 
 def _read_options(config: dict[str, Any]) -> dict[str, Any]:
     """The Vocabulary fields that tokenizer_config.json sets. Raises ValueError for a wrong type."""
-    options: dict[str, Any] = {}
-    for key, name in (
-        ("do_lower_case", "lowercase"),
-        ("strip_accents", "strip_accents"),
-        ("tokenize_chinese_chars", "chinese_characters"),
-    ):
-        if config.get(key) is not None:
-            options[name] = _expect(config[key], bool, key)
+    names = {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "chinese_characters",
+    }
+    options = {name: _expect(config[key], bool, key) for key, name in names.items() if config.get(key) is not None}
     special = dict(SPECIAL)
     for role in special:
         token = config.get(f"{role}_token")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from minbert_fast.common.device import DTYPES, Precision
-from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.collate import evaluation_batches
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
@@ -111,6 +110,7 @@ def evaluate(
         model.train(training)
 
 
+@torch.inference_mode()
 def predict(
     model: MultitaskModel,
     name: str,
@@ -125,6 +125,7 @@ def predict(
     `snapshot` is that of the model's encoder; the model must be in evaluation mode.
     """
     device = next(model.encoder.parameters()).device
+    head = model.head(name)
     predictions, probabilities = np.empty(0, np.float32), None
     batches = evaluation_batches(
         name,
@@ -135,29 +136,18 @@ def predict(
     )
     for index, batch in enumerate(batches):
         rows = batch.rows[name]
-        batch_predictions, batch_probabilities = predict_batch(model, name, batch.to(device), snapshot)
+        batch = batch.to(device)
+        output: HeadOutput = head(model.inputs(batch, snapshot.hidden(PackedRows(batch.packed)))[name])
+        values, shares = head.predict(output).cpu().numpy(), head.probabilities(output)
         if index == 0:
-            predictions = np.empty(len(table), batch_predictions.dtype)
-            if batch_probabilities is not None:
-                probabilities = np.empty((len(table), batch_probabilities.shape[1]), np.float32)
-        predictions[rows] = batch_predictions
-        if probabilities is not None:
-            probabilities[rows] = batch_probabilities
+            predictions = np.empty(len(table), values.dtype)
+            probabilities = None if shares is None else np.empty((len(table), shares.shape[1]), np.float32)
+        predictions[rows] = values
+        if probabilities is not None and shares is not None:
+            probabilities[rows] = shares.cpu().numpy()
         if progress is not None:
             progress(len(rows))
     return predictions, probabilities
-
-
-@torch.inference_mode()
-def predict_batch(
-    model: MultitaskModel, name: str, batch: MultitaskBatch, snapshot: Snapshot
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions [n] and probabilities [n, C] (None for a regression) of one task's batch, copied to the host."""
-    hidden = snapshot.hidden(PackedRows(batch.packed))
-    head = model.head(name)
-    output: HeadOutput = head(model.inputs(batch, hidden)[name])
-    probabilities = head.probabilities(output)
-    return head.predict(output).cpu().numpy(), None if probabilities is None else probabilities.cpu().numpy()
 
 
 def _details(result: TaskResult, texts: Sequence[Sequence[str]] | None) -> dict[str, Any]:

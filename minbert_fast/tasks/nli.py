@@ -80,10 +80,7 @@ class NliHead(Head):
 
 
 @register("nli")
-@dataclass(frozen=True)
 class NliTask(Task):
-    options: NliOptions
-
     Options: ClassVar[type] = NliOptions
     head_class: ClassVar[type] = NliHead
     labelled: ClassVar[bool] = False

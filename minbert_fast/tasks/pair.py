@@ -16,7 +16,7 @@ Shapes: n examples, H hidden, D width of a vector, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -32,6 +32,13 @@ from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptio
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
 PairLoss = Literal["bce", "cross_entropy", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"]
+FEATURES: dict[Feature, Callable[[Tensor, Tensor], Tensor]] = {
+    "u": lambda u, v: u,
+    "v": lambda u, v: v,
+    "abs_diff": lambda u, v: (u - v).abs(),
+    "product": lambda u, v: u * v,
+    "cosine": lambda u, v: cosine(u, v)[:, None],
+}
 VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # losses of the vectors instead of the score
 
 
@@ -121,7 +128,7 @@ class PairHead(Head):
             for x in joint:
                 score = score + self.together(x).squeeze(-1)
             return HeadOutput(score, vectors)
-        features = [_feature(name, *vectors) for name in options.features] if vectors else []
+        features = [FEATURES[name](*vectors) for name in options.features] if vectors else []
         x = torch.cat([*features, *joint], dim=-1)
         if "features" in options.dropout_at:
             x = F.dropout(x, options.dropout, self.training)
@@ -191,15 +198,3 @@ class PairTask(Task):
     @property
     def encoder(self) -> Encoder:
         return self.options.encoder
-
-
-def _feature(name: Feature, u: Tensor, v: Tensor) -> Tensor:
-    if name == "u":
-        return u
-    if name == "v":
-        return v
-    if name == "abs_diff":
-        return (u - v).abs()
-    if name == "product":
-        return u * v
-    return cosine(u, v)[:, None]

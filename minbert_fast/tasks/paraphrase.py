@@ -42,10 +42,7 @@ class ParaphraseHead(PairHead):
 
 
 @register("paraphrase")
-@dataclass(frozen=True)
 class ParaphraseTask(PairTask):
-    options: ParaphraseOptions
-
     Options: ClassVar[type] = ParaphraseOptions
     head_class: ClassVar[type] = ParaphraseHead
     stem: ClassVar[str] = "para"

@@ -122,10 +122,6 @@ class MaskedHead(Head):
         total = F.cross_entropy(output.scores, words, ignore_index=IGNORED, reduction="sum")
         return total / (words != IGNORED).sum().clamp(min=1)
 
-    def predict(self, output: HeadOutput) -> Tensor:
-        """The most likely word at each masked position [M]."""
-        return output.scores.argmax(-1)
-
     def published_parameters(self) -> dict[str, Tensor]:
         return {
             "cls.predictions.transform.dense.weight": self.dense.weight,
@@ -137,10 +133,7 @@ class MaskedHead(Head):
 
 
 @register("mlm")
-@dataclass(frozen=True)
 class MaskedTask(TextTask):
-    options: MaskedOptions
-
     Options: ClassVar[type] = MaskedOptions
     head_class: ClassVar[type] = MaskedHead
 
@@ -194,18 +187,12 @@ class NextSentenceHead(Head):
         assert labels is not None
         return F.cross_entropy(output.scores, labels)
 
-    def predict(self, output: HeadOutput) -> Tensor:
-        return output.scores.argmax(-1)
-
     def published_parameters(self) -> dict[str, Tensor]:
         return {"cls.seq_relationship.weight": self.output.weight, "cls.seq_relationship.bias": self.output.bias}
 
 
 @register("nsp")
-@dataclass(frozen=True)
 class NextSentenceTask(TextTask):
-    options: NextSentenceOptions
-
     Options: ClassVar[type] = NextSentenceOptions
     head_class: ClassVar[type] = NextSentenceHead
 

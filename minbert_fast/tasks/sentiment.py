@@ -91,9 +91,6 @@ class SentimentHead(Head):
         assert labels is not None
         return F.cross_entropy(output.scores, labels.long(), label_smoothing=self.options.label_smoothing)
 
-    def predict(self, output: HeadOutput) -> Tensor:
-        return output.scores.argmax(-1)
-
     def logits(self, output: HeadOutput) -> Tensor:
         return output.scores
 
@@ -105,10 +102,7 @@ class SentimentHead(Head):
 
 
 @register("sentiment")
-@dataclass(frozen=True)
 class SentimentTask(Task):
-    options: SentimentOptions
-
     Options: ClassVar[type] = SentimentOptions
     head_class: ClassVar[type] = SentimentHead
     stem: ClassVar[str] = "sst"

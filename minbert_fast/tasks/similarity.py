@@ -43,10 +43,7 @@ class SimilarityHead(PairHead):
 
 
 @register("similarity")
-@dataclass(frozen=True)
 class SimilarityTask(PairTask):
-    options: SimilarityOptions
-
     Options: ClassVar[type] = SimilarityOptions
     head_class: ClassVar[type] = SimilarityHead
     stem: ClassVar[str] = "sts"
