@@ -206,9 +206,9 @@ def test_a_single_pair_is_never_replaced() -> None:
 
 @pytest.fixture(scope="module")
 def collator(corpus: Corpus, pairs: Corpus, tables: dict[str, TokenTable], tokenizer: Tokenizer) -> Collator:
-    makers = {"mlm": WordMasking(tokenizer, 0.15, 5, "mlm"), "nsp": SentencePairing(5, "nsp")}
+    generators = {"mlm": WordMasking(tokenizer, 0.15, 5, "mlm"), "nsp": SentencePairing(5, "nsp")}
     rows = {"sentiment": tables["sentiment"], "mlm": corpus, "nsp": pairs}
-    return Collator(rows, 24, {"nsp": "cross"}, generators=makers)
+    return Collator(rows, 24, {"nsp": "cross"}, generators=generators)
 
 
 def test_labels_point_to_their_words_in_the_packed_batch(collator: Collator) -> None:

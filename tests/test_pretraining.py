@@ -63,8 +63,8 @@ def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
     tasks = build_tasks(recipe())
     tables = {name: task.table([found[source] for source in task.sources]) for name, task in tasks.items()}
     made = {name: task.example_generator(tokenizer, 5) for name, task in tasks.items()}
-    makers = {name: maker for name, maker in made.items() if maker is not None}
-    return Collator(tables, 32, {"nsp": "cross"}, generators=makers)
+    generators = {name: generator for name, generator in made.items() if generator is not None}
+    return Collator(tables, 32, {"nsp": "cross"}, generators=generators)
 
 
 def batch_of(collator: Collator, step: int = 0, **sizes: int) -> MultitaskBatch:
