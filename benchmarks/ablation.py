@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import harness
 from minbert_fast.common.schema import merge
 from minbert_fast.common.storage import write_json
-from minbert_fast.data import find_tables
+from minbert_fast.data.formats import find_tables
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer.experiments import Trial, markdown_table, run_or_resume

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness import ROOT
-from minbert_fast.data import FORMATS, Tokenizer, read_table
+from minbert_fast.data import Tokenizer, read_table
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.formats import FORMATS
 from minbert_fast.model.packing import pack
 from minbert_fast.tasks import MultitaskModel
 

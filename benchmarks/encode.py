@@ -29,7 +29,8 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import BertConfig, BertModel, Predictor
-from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.data.formats import find_tables
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
 

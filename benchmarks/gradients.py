@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from minbert_fast import BertConfig, BertModel
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.common.schema import build
-from minbert_fast.data import Collator, Tokenizer, find_tables, read_table, sample_directory, tokenize_table
+from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.collate import Collator
+from minbert_fast.data.formats import find_tables
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
@@ -26,7 +29,7 @@ PARAMETERS = {"MiniLM-L6": 22_713_216, "BERT-base": 109_482_240}
 def random_gradients(tasks: int, parameters: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """J [T, P] of realistic magnitude; rows share a common part, so that some pairs of tasks conflict."""
     generator = torch.Generator(device).manual_seed(0)
-    J = pages.zeros(tasks, parameters, dtype=dtype, device=device)
+    J = huge_pages.zeros(tasks, parameters, dtype=dtype, device=device)
     for task, row in enumerate(J):
         row.copy_(torch.randn(parameters, generator=generator, device=device).mul_(1e-3 * (1 + task)))
         if task:
@@ -49,7 +52,7 @@ def real_gradients(model: str, device: torch.device) -> Tensor:
     step = OnePassStep(network, recipe, torch.float32)
     step(batch.to(device), 1.0)
     flat, words = step.flat, step.gradients.words(batch.packed.num_words, CONFIGS[model].hidden_size)
-    J = pages.zeros(3, flat.words_end, device=device)
+    J = huge_pages.zeros(3, flat.words_end, device=device)
     J[:, : flat.shared_end] = step.gradients.J
     ids = batch.packed.word_ids[: batch.packed.num_words].to(device).long()
     flat.view(J, network.encoder.word_embedding.weight).index_copy_(1, ids, words)

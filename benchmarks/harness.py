@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from minbert_fast.common import pages
-from minbert_fast.common.provenance import commit, cores, package_version, processor
+from minbert_fast.common import huge_pages
+from minbert_fast.common.provenance import cores, current_commit, package_version, processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +159,7 @@ def _fill(row: Row, candidate: Candidate, times: list[float], ceilings: Ceilings
 def ceilings(device: torch.device) -> Ceilings:
     """Measures the ceilings of this machine with torch's copy and matrix product."""
     elements = 1 << (28 if device.type == "cuda" else 26)
-    source, target = (pages.zeros(elements, device=device) for _ in range(2))
+    source, target = (huge_pages.zeros(elements, device=device) for _ in range(2))
     size = 8192 if device.type == "cuda" else 1536
     functions: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -174,7 +174,7 @@ def environment(device: torch.device, measured: Ceilings) -> dict[str, Any]:
     """Commit, date, device, versions and ceilings of a measurement."""
     cuda = device.type == "cuda"
     return {
-        "commit": commit(abbreviated=True) or "unknown",
+        "commit": current_commit(abbreviated=True) or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if cuda else cpu(),
         "threads": torch.get_num_threads(),

@@ -23,7 +23,11 @@ import torch
 
 from benchmarks import harness
 from minbert_fast import BertModel
-from minbert_fast.data import Collator, Sampler, Tokenizer, find_tables, load_tokens, sample_directory, training_batches
+from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.collate import Collator, training_batches
+from minbert_fast.data.formats import find_tables
+from minbert_fast.data.sampling import Sampler
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
@@ -50,7 +54,7 @@ def compare(
     tasks = build_tasks(recipe)
     paths = find_tables(data, "train", tuple(task.dataset for task in tasks.values())).paths
     tables = {name: load_tokens(paths[task.dataset], task.dataset, tokenizer) for name, task in tasks.items()}
-    sampler = Sampler.of(tables, batch_size, seed=0)
+    sampler = Sampler.from_tables(tables, batch_size, seed=0)
     collator = Collator(tables, recipe.data.max_length)
     curves = {}
     for name, (dtype, seed) in RUNS.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import gradients, harness
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import ops, surgery
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.step import naive
 
 TASKS = (2, 3, 8, 32)
@@ -73,7 +73,7 @@ def _gram(J: Tensor) -> dict[str, Candidate]:
 
 def _combine(J: Tensor) -> dict[str, Candidate]:
     w = torch.linspace(0.5, 1.5, len(J), device=J.device)
-    out = pages.zeros(J.shape[1], device=J.device)
+    out = huge_pages.zeros(J.shape[1], device=J.device)
     moved = J.numel() * J.element_size() + 4 * J.shape[1]
     low = w.to(J.dtype)
 
@@ -92,7 +92,7 @@ def _surgery(J: Tensor) -> dict[str, Candidate]:
     tasks, device = len(J), J.device
     order = surgery.task_orders(tasks, torch.Generator().manual_seed(0))
     on_device, orders = order.to(device), order.tolist()
-    out = pages.zeros(J.shape[1], device=device)
+    out = huge_pages.zeros(J.shape[1], device=device)
     exact: dict[str, Tensor] = {}
 
     def ours() -> Tensor:
@@ -132,10 +132,10 @@ def _step(J: Tensor) -> dict[str, Candidate]:
     """From J and w to new parameters. The baseline's fused AdamW is timed alone too, on a gradient that lies ready."""
     device, parameters = J.device, J.shape[1]
     w = torch.ones(len(J), device=device)
-    p, m, v = (pages.zeros(parameters, device=device) for _ in range(3))
+    p, m, v = (huge_pages.zeros(parameters, device=device) for _ in range(3))
     step = ops.AdamWStep(J, w, p, m, v, torch.tensor([1e-5, 10.0, 1.0, 0.0], device=device), weight_decay=0.01)
-    theirs = torch.nn.Parameter(pages.zeros(parameters, device=device))
-    theirs.grad = pages.zeros(parameters, device=device).fill_(1)
+    theirs = torch.nn.Parameter(huge_pages.zeros(parameters, device=device))
+    theirs.grad = huge_pages.zeros(parameters, device=device).fill_(1)
     fused = torch.optim.AdamW([theirs], lr=1e-5, fused=True)
     low = w.to(J.dtype)
 

@@ -10,7 +10,7 @@ if sys.argv[0] == "-m" and "OMP_WAIT_POLICY" not in os.environ:
     # whenever other processes share the machine. With this bound they sleep after about 0.1 ms.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from minbert_fast.common import cli, products
+from minbert_fast.common import cli, onednn_cache
 from minbert_fast.common.version import __version__
 from minbert_fast.model import packing
 from minbert_fast.model.bert import BertLayer, BertModel, BertSelfAttention
@@ -38,4 +38,4 @@ __all__ = [
 # Import paths of earlier versions, which still work.
 sys.modules |= {f"{__name__}.cli": cli, f"{__name__}.config": recipe, f"{__name__}.packing": packing}
 
-products.bound_caches()
+onednn_cache.limit_caches()

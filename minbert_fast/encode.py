@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minbert_fast.common.cli import Parser, add_device_flags, run
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
-from minbert_fast.data import read_sentences
+from minbert_fast.data.lines import read_sentences
 from minbert_fast.tasks.predictor import Predictor
 
 TENSOR = "embeddings"  # the tensor's name in a .safetensors file

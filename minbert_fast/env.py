@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from minbert_fast.common import products
+from minbert_fast.common import onednn_cache
 from minbert_fast.common.cli import Parser, run
 from minbert_fast.common.device import choose_device, choose_precision
-from minbert_fast.common.provenance import commit, cores, package_version, processor
+from minbert_fast.common.provenance import cores, current_commit, package_version, processor
 from minbert_fast.common.version import __version__
 from minbert_fast.ops import native
 from minbert_fast.ops.backend import triton_available
@@ -32,7 +32,7 @@ PACKAGES = (
 VARIABLES = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS"),
     *("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE"),
-    *products.VARIABLES,
+    *onednn_cache.VARIABLES,
 )
 
 
@@ -48,7 +48,7 @@ def collect_facts() -> dict[str, Any]:
     device = choose_device("auto")
     found: dict[str, Any] = {
         "minbert_fast": __version__,
-        "commit": commit(),
+        "commit": current_commit(),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "processor": processor(),

@@ -18,7 +18,11 @@ from minbert_fast.common.cli import Parser, add_device_flags, run
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json
-from minbert_fast.data import MAIN_TASKS, Tokenizer, TokenTable, find_tables, load_tokens, read_table
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.files import read_table
+from minbert_fast.data.formats import MAIN_TASKS, find_tables
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.evaluation import Evaluation, evaluate

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from minbert_fast.common.cli import Parser, add_device_flags, run
 from minbert_fast.common.storage import is_stream, whole_file
-from minbert_fast.data import FORMATS, Table, TableReader
+from minbert_fast.data.files import Table, TableReader
+from minbert_fast.data.formats import FORMATS
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
 from minbert_fast.tasks.predictor import Predictions, Predictor

@@ -20,7 +20,8 @@ from typing import Any
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.storage import write_bytes, write_json
-from minbert_fast.data import FORMATS, DataError, find_tables, sample_directory
+from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import Recipe, recipe_names
@@ -48,7 +49,7 @@ def parser() -> cli.Parser:
     command = cli.Parser("reproduce", __doc__ or "")
     command.add_argument("names", nargs="*", metavar="NAME", help="recipes (default: all with published scores)")
     add_series_flags(command)
-    command.add_argument("--seed", metavar="N", type=cli.count, help="seed of all runs (default: the recipe's)")
+    command.add_argument("--seed", metavar="N", type=cli.whole_number, help="seed of all runs (default: the recipe's)")
     command.add_argument("--backend", choices=("auto", "fast", "reference"), default="auto")
     return command
 

@@ -50,11 +50,13 @@ def parser() -> cli.Parser:
     )
     command.add_argument("--grid", metavar="KEY=A,B,...", action="append", required=True, help="(repeatable)")
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--random", metavar="N", type=cli.count, help="run N random combinations")
-    how.add_argument("--optuna", metavar="N", type=cli.count, help="run N combinations that Optuna proposes")
+    how.add_argument("--random", metavar="N", type=cli.whole_number, help="run N random combinations")
+    how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="run N combinations that Optuna proposes")
     command.add_argument("--metric", default="score", help="dev metric to maximize (default: score)")
     add_series_flags(command)
-    command.add_argument("--seed", metavar="N", type=cli.count, default=0, help="seed of the search (default: 0)")
+    command.add_argument(
+        "--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)"
+    )
     return command
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on a generated file of millions of rows: time and memory of making the token cache, of steps, of a rebuild.
+"""Trains on a generated file of millions of rows: time and memory of building the token cache, of steps, of a rebuild.
 
     python -m tests.large_data [--rows 10000000] [--longest 20] [--folder DIR] [--steps 3]
 
@@ -27,11 +27,11 @@ import numpy as np
 from minbert_fast.data import sample_directory
 
 HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
-BLOCK = 10_000  # rows that are written at a time
+BLOCK = 10_000  # rows per write
 
 
 def write_rows(path: Path, rows: int, longest: int = 20, seed: int = 0) -> None:
-    """Writes a paraphrase file of pairs of 1 to `longest` words each, of the sample model's vocabulary."""
+    """Writes a paraphrase file of sentences of 1 to `longest` words from the sample model's vocabulary."""
     words = [w for w in (sample_directory().model / "vocab.txt").read_text().split() if w.isalpha()]
     draw = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file:
@@ -48,13 +48,13 @@ def write_rows(path: Path, rows: int, longest: int = 20, seed: int = 0) -> None:
 
 
 def used_seconds() -> float:
-    """Processor seconds of all ended children."""
+    """CPU seconds of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def watched(arguments: list[str]) -> dict[str, Any]:
-    """Runs training to its end: its seconds, those of all its threads, and peaks of its memory in MiB."""
+    """Runs training to its end; returns wall seconds, CPU seconds and peak memory in MiB."""
     began, before = time.monotonic(), used_seconds()
     process = subprocess.Popen(
         [sys.executable, "-m", "minbert_fast.train", *arguments],
@@ -80,7 +80,7 @@ def watched(arguments: list[str]) -> dict[str, Any]:
 
 
 def measure(folder: Path, rows: int, longest: int, steps: int) -> None:
-    """All parts, on a file of `rows` rows in `folder`, which needs room for some 250 bytes a row."""
+    """Runs all parts on a file of `rows` rows in `folder`, which needs about 250 bytes per row."""
     source, cache = folder / "rows.csv", folder / "cache"
     flags = ["--device", "cpu", "--max-steps", str(steps), "--set", f"data.cache={cache}"]
 

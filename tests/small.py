@@ -6,6 +6,8 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from minbert_fast.data import sample_directory
 
 TRAIN_ROWS, DEV_ROWS = 40, 24
@@ -23,8 +25,14 @@ def small_data(folder: Path) -> Path:
     return folder
 
 
+def read_predictions(path: Path) -> tuple[list[str], np.ndarray]:
+    """Ids and values (fp64) of a prediction file in the course's format."""
+    rows = [line.rpartition(" , ") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return [row[0] for row in rows], np.array([float(row[2]) for row in rows])
+
+
 def small_run(data: Path, output: Path, *more: str) -> list[str]:
-    """Flags of a run on `data` in fp32: 8 examples per task, so 5 steps per epoch; one log line per step."""
+    """Flags of a run on `data`: 8 examples per task, 5 steps per epoch, fp32, one log line per step."""
     flags = [
         "--data",
         str(data),

@@ -91,7 +91,8 @@ def test_packed_equals_padded(small: BertModel) -> None:
     rng = np.random.default_rng(0)
     sentences = [[rng.integers(1, 97, n).tolist() for n in lengths] for lengths in ((3, 1, 17), (9,), (2, 30))]
     batch = pack(sentences, token_capacity=70, sentence_capacity=9)
-    ids, mask = batch.padded()
+    flat = [torch.tensor(sentence) for task in sentences for sentence in task]
+    ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (flat, [torch.ones_like(t) for t in flat]))
     with torch.no_grad():
         packed = small(batch)["last_hidden_state"]
         padded = small(ids, mask)["last_hidden_state"]

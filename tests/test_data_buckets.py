@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bucket sizes: the least padding, against every choice there is; and batches that fit."""
+"""Bucket sizes: the padding is minimal (checked against every possible choice), and batches fit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import itertools
 import numpy as np
 import pytest
 
-from minbert_fast.data import Collator, Sampler, Tokenizer, choose_buckets, load_tokens, sample_directory
-from minbert_fast.data.buckets import least_padding
+from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data.buckets import choose_buckets, choose_capacities
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.collate import Collator
+from minbert_fast.data.sampling import Sampler
 
 
 def padding(sizes: np.ndarray, capacities: tuple[int, ...]) -> int:
@@ -18,9 +21,9 @@ def padding(sizes: np.ndarray, capacities: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_choice_pads_less(seed: int, count: int) -> None:
+def test_padding_is_minimal(seed: int, count: int) -> None:
     sizes = np.random.default_rng(seed).integers(1, 40, 8)
-    found = least_padding(sizes, count)
+    found = choose_capacities(sizes, count)
     assert found == sorted(found)
     assert len(found) <= count
     assert found[-1] == sizes.max()
@@ -30,17 +33,17 @@ def test_no_choice_pads_less(seed: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["cycle", "each-once", "sequential"])
-def test_the_sample_data_need_few_sizes_and_little_padding(scheme: str) -> None:
+def test_sample_data_needs_few_sizes_and_little_padding(scheme: str) -> None:
     sample = sample_directory()
     tokenizer = Tokenizer.from_pretrained(sample.model)
     files = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
     tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
-    sampler = Sampler.of(tables, 8, scheme)
+    sampler = Sampler.from_tables(tables, 8, scheme)
     buckets = choose_buckets(sampler, tables, max_length=32, encoders={"paraphrase": "both"}, count=3)
     assert buckets.seqlen == (32,)
     assert len(buckets.tokens) <= 3
     collator = Collator(tables, 32, {"paraphrase": "both"}, buckets)
-    batches = [collator(sampler.rows(0, step)) for step in range(sampler.steps_per_epoch)]
+    batches = [collator(sampler.rows(step)) for step in range(sampler.steps_per_epoch)]
     assert {batch.packed.cu_seqlens.numel() - 1 for batch in batches} == set(buckets.sentences)
     assert {batch.packed.tokens.numel() for batch in batches} <= set(buckets.tokens)
     used = sum(batch.packed.num_tokens for batch in batches)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token cache: the same rows as the file, made anew when anything changed, whole or absent, in bounded memory."""
+"""The token cache: the same rows as the file, rebuilt after any change, complete or absent, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minbert_fast.data import (
-    Collator,
-    DataError,
-    Sampler,
-    TableReader,
-    Tokenizer,
-    TokenTable,
-    load_tokens,
-    read_table,
-    sample_directory,
-    tokenize_table,
-)
+from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data import cache as cache_module
-from minbert_fast.data.cache import BLOCK
+from minbert_fast.data.cache import BLOCK, load_tokens, tokenize_table
+from minbert_fast.data.collate import Collator
+from minbert_fast.data.files import TableReader
+from minbert_fast.data.formats import DataError
+from minbert_fast.data.sampling import Sampler
+from minbert_fast.data.tokens import TokenTable
 from tests.large_data import write_rows
 
 TEXTS = ("a good film", "", "😀 bad", 'he said "no"', "word " * 300)
@@ -41,7 +35,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Pairs, one row of them bad."""
+    """A file of pairs with one bad row."""
     rows = [f"{i}\tid{i}\t{TEXTS[i % 5].replace(chr(34), '')}\t{TEXTS[i % 3]}\t{i % 2}\n" for i in range(40)]
     path = tmp_path / "quora-train.csv"
     path.write_text("\tid\tsentence1\tsentence2\tis_duplicate\n" + "".join(rows) + "40\tid40\ta\tb\t7\n")
@@ -49,7 +43,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def load(source: Path, tokenizer: Tokenizer, **more: Any) -> tuple[TokenTable, bool]:
-    """The table, and whether it had to be built."""
+    """The table, and whether it was built (True) or read from the cache."""
     built: list[int] = []
     folder = more.pop("cache_dir", source.parent / "cache")
     table = load_tokens(
@@ -78,7 +72,7 @@ def entries(source: Path) -> list[Path]:
 # ---- The same rows as the file ------------------------------------------------------------------------------------------
 
 
-def test_built_read_back_and_in_memory_are_one(source: Path, tokenizer: Tokenizer) -> None:
+def test_built_cached_and_in_memory_tables_are_equal(source: Path, tokenizer: Tokenizer) -> None:
     built, was_built = load(source, tokenizer)
     cached, again = load(source, tokenizer)
     assert (was_built, again) == (True, False)
@@ -86,12 +80,12 @@ def test_built_read_back_and_in_memory_are_one(source: Path, tokenizer: Tokenize
     assert contents(built) == contents(cached) == contents(direct)
     assert len(built) == 40
     assert [bad.line for bad in built.bad_rows] == [42]
-    assert built.place(3) == f"{source}:5"
+    assert built.locate(3) == f"{source}:5"
     for row, text in enumerate(read_table(source, "paraphrase", max_bad_rows=0.1).sentences[0]):
         assert cached.columns[0][row].tolist() == tokenizer.encode([text])[0].tolist()
 
 
-def test_lengths_count_the_tokens_of_both_forms(source: Path, tokenizer: Tokenizer) -> None:
+def test_lengths_of_separate_and_joint_sequences(source: Path, tokenizer: Tokenizer) -> None:
     table, _ = load(source, tokenizer)
     first, second = ([len(sentence) for sentence in column] for column in table.columns)
     assert table.lengths().tolist() == [list(pair) for pair in zip(first, second, strict=True)]
@@ -110,22 +104,22 @@ def test_chunks_of_any_size_give_the_same_entry(
     assert contents(pieces) == contents(whole)
 
 
-# ---- Made anew when anything changed ------------------------------------------------------------------------------------
+# ---- Rebuilt after any change -------------------------------------------------------------------------------------------
 
 
-def test_a_changed_source_is_read_anew(source: Path, tokenizer: Tokenizer) -> None:
+def test_a_changed_source_is_read_again(source: Path, tokenizer: Tokenizer) -> None:
     before, _ = load(source, tokenizer)
     status = source.stat()
     text = source.read_text().replace("bad", "odd", 1)
     source.write_text(text)
-    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))  # the content counts, not the clock
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))  # the key is the content, not the time
     after, built = load(source, tokenizer)
     assert built
     assert contents(after) != contents(before)
     assert after.source_hash != before.source_hash
 
 
-def test_another_tokenizer_is_another_entry(source: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_another_tokenizer_gets_another_entry(source: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     load(source, tokenizer)
     other = tmp_path / "tokenizer"
     other.mkdir()
@@ -145,10 +139,10 @@ def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tokeniz
         load_tokens(source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=source.parent / "c", progress=touch)
 
 
-# ---- Whole or absent ----------------------------------------------------------------------------------------------------
+# ---- Complete or absent -------------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_damage_is_found_and_made_good(source: Path, tokenizer: Tokenizer) -> None:
+def test_every_kind_of_damage_is_detected_and_repaired(source: Path, tokenizer: Tokenizer) -> None:
     whole, _ = load(source, tokenizer)
     expected = contents(whole)
     (entry,) = entries(source)
@@ -187,7 +181,7 @@ def test_without_room_for_a_cache_the_tokens_stay_in_memory(
         assert entries(source) == []
 
 
-def test_leftovers_of_killed_processes_go_away(source: Path, tokenizer: Tokenizer) -> None:
+def test_unfinished_entries_of_killed_processes_are_deleted(source: Path, tokenizer: Tokenizer) -> None:
     load(source, tokenizer)
     (entry,) = entries(source)
     old, new = (entry.with_name(f".{entry.name}.{pid}.tmp") for pid in ("1", "2"))
@@ -199,8 +193,8 @@ def test_leftovers_of_killed_processes_go_away(source: Path, tokenizer: Tokenize
     assert entries(source) == [new, entry]
 
 
-def test_entries_that_nobody_opens_go_after_a_month(source: Path, tokenizer: Tokenizer) -> None:
-    """Those of files that have changed, or are gone; what else lies in the folder stays."""
+def test_entries_not_opened_for_a_month_are_deleted(source: Path, tokenizer: Tokenizer) -> None:
+    """Only cache entries are deleted; other files in the folder stay."""
     before, now = (time.time() - days * 86_400 for days in (31, 29))
     load(source, tokenizer)
     (used,) = entries(source)
@@ -210,7 +204,7 @@ def test_entries_that_nobody_opens_go_after_a_month(source: Path, tokenizer: Tok
     for path, age in ((foreign, before), (unused, before), (recent, now), (left, before), (used, before)):
         path.mkdir(exist_ok=True)
         os.utime(path, (age, age))
-    _, built = load(source, tokenizer)  # opened: in use from now on
+    _, built = load(source, tokenizer)  # opened: counts as used from now on
     assert not built
     assert {unused, left} <= set(used.parent.iterdir())
     source.write_text(source.read_text().replace("a good film", "a bad film"))
@@ -222,8 +216,8 @@ def test_entries_that_nobody_opens_go_after_a_month(source: Path, tokenizer: Tok
     assert len(names) == 4
 
 
-def test_two_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None:
-    """Threads stand in for processes: each builds in a folder of its own, and the last one finds the entry there."""
+def test_two_processes_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None:
+    """Uses threads instead of processes: each builds in a separate folder, and the last one finds the entry there."""
     expected = contents(load(source, tokenizer, cache_dir=source.parent / "other")[0])
     both = threading.Barrier(2)
     found: list[list[Any]] = []
@@ -251,10 +245,10 @@ def test_two_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None
     assert len(entries(source)) == 1
 
 
-def test_another_process_is_quicker_by_a_moment(
+def test_another_process_publishes_the_entry_first(
     source: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its entry appears just before ours gets its name: nothing fails, and nobody hears of it."""
+    """The other entry appears just before ours is renamed: no error, and no notice."""
     rename = Path.rename
 
     def late(path: Path, target: Path) -> Path:
@@ -278,7 +272,7 @@ def test_another_process_is_quicker_by_a_moment(
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Building and reading back; tests/large_data.py measures a whole run on millions of rows."""
+    """Building and reading; tests/large_data.py measures a whole run on millions of rows."""
     monkeypatch.setattr(TableReader.chunks, "__defaults__", (128,))
     monkeypatch.setattr(cache_module, "BLOCK", BLOCK // 256)
     peaks = {}
@@ -310,10 +304,10 @@ def test_progress_reaches_the_end_of_the_file(tmp_path: Path, tokenizer: Tokeniz
 def test_a_sampler_keeps_four_bytes_a_row_and_loses_none() -> None:
     rows = 50_000
     table = TokenTable("x", Path(), (), None, None, np.arange(rows), (), "")  # type: ignore[arg-type]
-    sampler = Sampler.of({"x": table}, 1_000, seed=3)
+    sampler = Sampler.from_tables({"x": table}, 1_000, seed=3)
     tracemalloc.start()
     try:
-        drawn = np.concatenate([sampler.rows(0, step)["x"] for step in range(sampler.steps_per_epoch)])
+        drawn = np.concatenate([sampler.rows(step)["x"] for step in range(sampler.steps_per_epoch)])
         kept = tracemalloc.get_traced_memory()[0] - drawn.nbytes
     finally:
         tracemalloc.stop()
@@ -322,7 +316,7 @@ def test_a_sampler_keeps_four_bytes_a_row_and_loses_none() -> None:
     assert kept < 5 * rows
 
 
-def test_batches_come_straight_from_the_map(source: Path, tokenizer: Tokenizer) -> None:
+def test_batches_read_from_the_memory_map(source: Path, tokenizer: Tokenizer) -> None:
     load(source, tokenizer)
     table, _ = load(source, tokenizer)
     assert not table.columns[0].flat.flags.owndata

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading data files: every row is used or reported; every other mistake is one line with its place."""
+"""Reading data files: every row is used or reported; every other error is one line that names its place."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minbert_fast.data import FORMATS, BadRow, DataError, TableReader, find_tables, read_table
-from minbert_fast.data.files import MAX_LINE_BYTES, MAX_RECORD_LINES, _OpenQuoteError, _split_quoted
+from minbert_fast.data import read_table
+from minbert_fast.data.files import (
+    MAX_LINE_BYTES,
+    MAX_RECORD_LINES,
+    BadRow,
+    TableReader,
+    _OpenQuoteError,
+    _split_quoted,
+)
+from minbert_fast.data.formats import FORMATS, DataError, find_tables
 
 SENTIMENT_HEADER = "\tid\tsentence\tsentiment\n"
 PAIR_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
@@ -28,7 +36,7 @@ def write(folder: Path, content: str | bytes, name: str = "data.csv") -> Path:
 
 
 def refused(path: Path | str, task: str = "sentiment", **options: object) -> str:
-    """The message with which a file is refused: one line."""
+    """The message of the error when reading `path`, which must be one line."""
     with pytest.raises(DataError) as caught:
         read_table(path, task, **options)  # type: ignore[arg-type]
     message = str(caught.value)
@@ -37,16 +45,16 @@ def refused(path: Path | str, task: str = "sentiment", **options: object) -> str
 
 
 def reports(path: Path, task: str = "sentiment") -> list[str]:
-    """What is reported of a file whose bad rows are tolerated, without the path."""
+    """The bad rows of a file that tolerates them, without the path."""
     table = read_table(path, task, max_bad_rows=1.0)
     return [str(bad).removeprefix(f"{path}:") for bad in table.bad_rows]
 
 
-# ------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------------- rows that are used
 
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
-    """SST's test file has an extra column, and any order will do."""
+    """SST's test file has an extra column; columns may have any order."""
     path = write(tmp_path, "sentiment\textra\tsentence\t\tid\n3\tx\tA good film .\t0\tabc\n")
     table = read_table(path, "sentiment")
     assert table.sentences == (["A good film ."],)
@@ -54,7 +62,6 @@ def test_columns_are_found_by_name(tmp_path: Path) -> None:
     assert table.labels is not None
     assert table.labels.tolist() == [3]
     assert table.labels.dtype == np.int64
-    assert table.place(0) == f"{path}:2"
 
 
 def test_pairs_have_float_labels(tmp_path: Path) -> None:
@@ -64,7 +71,6 @@ def test_pairs_have_float_labels(tmp_path: Path) -> None:
     assert table.labels is not None
     assert table.labels.dtype == np.float32
     assert table.labels.tolist() == [1.0, 0.0]
-    assert table.arity == 2
 
 
 def test_triplets_are_comma_separated_without_labels(tmp_path: Path) -> None:
@@ -91,7 +97,7 @@ def test_line_ends_and_byte_order_mark(tmp_path: Path, end: str, bom: bytes) -> 
     assert table.bad_rows == ()
 
 
-def test_text_of_every_kind_survives(tmp_path: Path) -> None:
+def test_text_of_every_kind_is_preserved(tmp_path: Path) -> None:
     texts = [
         "",
         " ",
@@ -123,7 +129,7 @@ def test_quoted_field_over_line_breaks(tmp_path: Path) -> None:
     assert table.bad_rows == ()
 
 
-def test_chunks_join_to_the_whole(tmp_path: Path) -> None:
+def test_chunks_add_up_to_the_table(tmp_path: Path) -> None:
     rows = "".join(f"{i}\tid{i}\tsentence {i}\t{i % 7}\n" for i in range(50))
     path = write(tmp_path, SENTIMENT_HEADER + rows)
     whole = read_table(path, "sentiment", max_bad_rows=0.5)
@@ -157,7 +163,7 @@ def test_splitting_agrees_with_the_strict_csv_reader(text: str) -> None:
         assert _split_quoted(text, "\t") == (expected or [""])
 
 
-# -------------------------------------------------------------------------------------- what is reported
+# -------------------------------------------------------------------------------------- rows that are reported
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,7 @@ def test_splitting_agrees_with_the_strict_csv_reader(text: str) -> None:
         (b"0\ta\t" + b"x" * MAX_LINE_BYTES + b"\t3", "a line of 1,048,583 bytes, expected at most 1,048,576"),
     ],
 )
-def test_bad_row_is_reported_and_costs_no_other(tmp_path: Path, row: bytes, reason: str) -> None:
+def test_bad_row_is_reported_and_no_other_row_is_lost(tmp_path: Path, row: bytes, reason: str) -> None:
     content = SENTIMENT_HEADER.encode() + b"0\ta\tgood\t3\n" + row + b'\n2\tc\t"quoted"\t1\n'
     path = write(tmp_path, content)
     assert reports(path) == [f"3: {reason}"]
@@ -189,7 +195,7 @@ def test_bad_row_is_reported_and_costs_no_other(tmp_path: Path, row: bytes, reas
     assert table.lines.tolist() == [2, 4]
 
 
-def test_similarity_takes_fractions_within_its_range(tmp_path: Path) -> None:
+def test_similarity_accepts_fractions_within_its_range(tmp_path: Path) -> None:
     rows = "0\ta\tx\ty\t4.999\n1\tb\tx\ty\t5.0\n2\tc\tx\ty\t5.001\n3\td\tx\ty\t1e1\n"
     path = write(tmp_path, "\tid\tsentence1\tsentence2\tsimilarity\n" + rows)
     assert reports(path, "similarity") == [
@@ -201,13 +207,13 @@ def test_similarity_takes_fractions_within_its_range(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        '0\ta\t"open\tx\t1\n1\tb\ty\tz\t0\n2\tc\tv\tw\t1\n',  # nothing closes it
-        '0\ta\t"open\tx\t1\n1\tb\t"y"\tz\t0\n2\tc\tv\tw\t1\n',  # the next row's quote would
+        '0\ta\t"open\tx\t1\n1\tb\ty\tz\t0\n2\tc\tv\tw\t1\n',  # never closed
+        '0\ta\t"open\tx\t1\n1\tb\t"y"\tz\t0\n2\tc\tv\tw\t1\n',  # the next row's quote would close it
         '0\ta\tx\t"1\n1\tb\ty" q\tz\t0\n2\tc\tv\tw\t1\n',
-        '0\ta\t"open\tx\t1\n1\tb\ty"\tz\t0\n2\tc\tv\tw\t1\n',  # a closing quote that suits
+        '0\ta\t"open\tx\t1\n1\tb\ty"\tz\t0\n2\tc\tv\tw\t1\n',  # a closing quote further down
     ],
 )
-def test_unbalanced_quote_swallows_no_row(tmp_path: Path, rows: str) -> None:
+def test_unbalanced_quote_spoils_no_other_row(tmp_path: Path, rows: str) -> None:
     table = read_table(write(tmp_path, PAIR_HEADER + rows), "paraphrase", max_bad_rows=1.0)
     assert [bad.line for bad in table.bad_rows] == [2]
     assert table.lines.tolist() == [3, 4]
@@ -233,7 +239,7 @@ def test_bad_rows_are_tolerated_below_the_limit_only(tmp_path: Path) -> None:
     assert len(read_table(clean, "sentiment", max_bad_rows=0.0)) == 99
 
 
-# --------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------- files that are refused
 
 
 @pytest.mark.parametrize(
@@ -299,7 +305,7 @@ def test_find_tables_knows_the_course_s_test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
-def test_find_tables_refuses_what_holds_no_data(tmp_path: Path, kind: str) -> None:
+def test_find_tables_refuses_a_directory_without_data(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind
     if kind == "empty":
         folder.mkdir()
@@ -323,7 +329,7 @@ def test_find_tables_refuses_what_holds_no_data(tmp_path: Path, kind: str) -> No
         ("nli-triplets-train.csv", "triplets", 20_000),
     ],
 )
-def test_real_files_are_read_whole(shared_data: Path, name: str, task: str, rows: int) -> None:
+def test_real_files_are_read_completely(shared_data: Path, name: str, task: str, rows: int) -> None:
     table = read_table(shared_data / name, task, max_bad_rows=0.0)
     assert len(table) == rows
     layout = FORMATS[task]

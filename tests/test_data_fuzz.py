@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutated data and tokenizer files: a clean parse or one line that names the file; no row lost in silence."""
+"""Mutated data and tokenizer files are either parsed or refused with one line; no row is lost silently."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from minbert_fast.data import FORMATS, DataError, Tokenizer, read_table, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.data.formats import FORMATS, DataError
 
 TASKS = ("sentiment", "paraphrase", "similarity", "triplets")
 ROWS = 25
 
 
 def base_file(task: str, random_: random.Random) -> bytes:
-    """A clean file with quotes, doubled quotes and line breaks in it."""
+    """A valid file with quotes, doubled quotes and line breaks."""
     layout = FORMATS[task]
     rows = []
     for index in range(ROWS):
@@ -98,13 +99,13 @@ MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def check_message(error: DataError, place: Path) -> None:
-    """One line that begins with the place."""
+    """The message is one line that starts with the place."""
     assert "\n" not in str(error)
     assert str(error).startswith(str(place))
 
 
 def check(path: Path, task: str) -> bool:
-    """Reads a file and checks what came out; True if it was used."""
+    """Reads a file and checks the result; True if the file was accepted."""
     try:
         table = read_table(path, task, max_bad_rows=0.5)
     except DataError as error:
@@ -120,9 +121,9 @@ def check(path: Path, task: str) -> bool:
     lines = path.read_bytes().split(b"\n")
     for start, following in zip(starts, [*starts[1:], len(lines) + 1], strict=True):
         between = [line for line in lines[start : following - 1] if line not in (b"", b"\r")]
-        if between:  # lines that began no row: they continue a quoted field, as Python's reader agrees
+        if between:  # lines on which no row begins: they continue a quoted field, and Python's csv reader agrees
             text = b"\n".join(line.removesuffix(b"\r") for line in lines[start - 1 : following - 1])
-            record = text.decode().rstrip("\n").replace("\r", " ")  # to us a lone CR is a space
+            record = text.decode().rstrip("\n").replace("\r", " ")  # our reader treats a lone CR as a space
             assert len(list(csv.reader([record], delimiter=FORMATS[task].separator, strict=True))) == 1
     before = [line for line in lines[: starts[0] - 1] if line.removeprefix(b"\xef\xbb\xbf") not in (b"", b"\r")]
     assert len(before) == 1, "between the header and the first row stands a line that nobody counted"

@@ -23,8 +23,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minbert_fast.data import Collator, Encoder, Sampler, Tokenizer, load_tokens, sample_directory
+from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.collate import Collator
+from minbert_fast.data.sampling import Sampler
+from minbert_fast.data.tokens import Encoder
 from minbert_fast.parallel.connect import connect
 from minbert_fast.parallel.exchange import AllReduce
 from minbert_fast.parallel.world import World
@@ -225,14 +229,14 @@ def test_shares_make_up_the_whole_step() -> None:
     tokenizer = Tokenizer.from_pretrained(sample.model)
     files: dict[str, Any] = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
     tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
-    rows = Sampler.of(tables, 5).rows(0, 0)
+    rows = Sampler.from_tables(tables, 5).rows(0)
     kinds: tuple[Encoder, ...] = ("bi", "cross", "both")
     for together in ({"paraphrase": kind} for kind in kinds):
         whole = Collator(tables, 64, together)(rows)
         parts = [Collator(tables, 64, together, rank=rank, ranks=3)(rows) for rank in range(3)]
         assert sum(part.packed.num_tokens for part in parts) == whole.packed.num_tokens
         for task in tables:
-            assert sum(part.share(task) for part in parts) == pytest.approx(1)
+            assert sum(part.loss_fraction(task) for part in parts) == pytest.approx(1)
             assert sorted(r for part in parts for r in part.rows[task]) == sorted(rows[task])
         words = whole.packed.word_ids[: whole.packed.num_words]
         counted = torch.zeros(len(words), dtype=torch.int64)

@@ -20,6 +20,7 @@ from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data import Tokenizer, lines, read_table, sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from tests.small import read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = str(sample_directory().model)
@@ -81,7 +82,7 @@ def test_text_lines_to_npy(
 
 
 def test_chunks_stream_in_order(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines.read_sentences, "__defaults__", (None, 2))
+    monkeypatch.setattr(lines, "CHUNK", 2)
     (tmp_path / "in.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
     assert run_encode(tmp_path / "in.txt", tmp_path / "out.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=1e-4, atol=1e-5)
@@ -171,10 +172,10 @@ def test_predictions_in_both_formats(checkpoint: Path, tmp_path: Path, task: str
     model = Predictor.from_pretrained(checkpoint, device="cpu", precision="fp32")
     table = read_table(DATA / file, task)
     expected = model.predict(task, *table.sentences)
-    ids, values = predictions.read(tmp_path / "out.csv")
+    ids, values = read_predictions(tmp_path / "out.csv")
     assert ids == table.ids
     np.testing.assert_array_equal(values, expected.values.astype(np.float64))
-    model.tasks[task].write_predictions(tmp_path / "whole.csv", table.ids, expected.values)
+    predictions.write_predictions(tmp_path / "whole.csv", model.tasks[task].header, table.ids, expected.values)
     assert (tmp_path / "whole.csv").read_bytes() == (tmp_path / "out.csv").read_bytes()
     objects = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [one["id"] for one in objects] == ids
@@ -199,7 +200,7 @@ def test_labels_are_optional_and_bad_rows_are_reported(
     captured = capsys.readouterr()
     assert "151 predictions, 1 rows left out" in captured.out
     assert "test.csv:152: 1 fields, expected 2" in captured.err
-    assert predictions.read(tmp_path / "out.csv")[0][-1] == "last"
+    assert read_predictions(tmp_path / "out.csv")[0][-1] == "last"
 
 
 def test_prediction_mistakes_are_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

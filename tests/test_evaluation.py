@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation over the sample data: every row once and in place, whatever the batches; the command and its mistakes."""
+"""Evaluation on the sample data: one prediction per row in order, for any batch size; the command and its errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from minbert_fast import BertModel
 from minbert_fast.common.cli import run
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError, build
-from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory, tokenize_table
+from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.formats import find_tables
 from minbert_fast.evaluate import main
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from minbert_fast.tasks import MultitaskModel, build_tasks, evaluation
 from minbert_fast.tasks.evaluation import evaluate
+from tests.small import read_predictions
 
 ROWS = 40
 RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"encoder": "cross"}, "similarity": {}}}, "test")
@@ -26,7 +29,7 @@ RECIPE = build(Recipe, {"tasks": {"sentiment": {}, "paraphrase": {"encoder": "cr
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with the first rows of the sample's dev files."""
+    """A data directory with the first rows of each dev file of the sample."""
     folder = tmp_path_factory.mktemp("data")
     for path in find_tables(sample_directory().data, "dev").paths.values():
         head = path.read_text(encoding="utf-8").splitlines(keepends=True)[: ROWS + 1]
@@ -53,10 +56,11 @@ def checkpoint(model: MultitaskModel, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def test_batches_of_any_size_give_each_row_its_own_prediction(model, tables):
+def test_predictions_do_not_depend_on_the_batch_size(model, tables, monkeypatch):
     counted = []
     whole = evaluate(model, tables, progress=counted.append)
-    small = evaluate(model, tables, token_budget=100)
+    monkeypatch.setitem(evaluation.TOKEN_BUDGET, "cpu", 100)
+    small = evaluate(model, tables)
     assert sum(counted) == sum(map(len, tables.values())) == 3 * ROWS
     for name, result in whole.tasks.items():
         alone = small.tasks[name]
@@ -68,8 +72,8 @@ def test_batches_of_any_size_give_each_row_its_own_prediction(model, tables):
     assert whole.score == pytest.approx((sum(parts) + (whole.metrics["similarity_pearson"] + 1) / 2) / 3)
 
 
-def test_predictions_are_the_heads_on_one_sentence(model, tables):
-    """Row by row through course code's own path: input_ids and mask, mean over tokens, the head's weights."""
+def test_predictions_equal_the_heads_on_single_sentences(model, tables):
+    """Row by row through the course's path: input_ids and mask, mean over tokens, the head's weights."""
     result = evaluate(model, {"sentiment": tables["sentiment"]}).tasks["sentiment"]
     head = model.heads["sentiment"]
     for row in range(5):
@@ -81,7 +85,7 @@ def test_predictions_are_the_heads_on_one_sentence(model, tables):
         assert result.predictions[row] == shares.argmax()
 
 
-def test_evaluation_leaves_the_model_as_it_was(model, tables):
+def test_evaluation_does_not_change_the_model(model, tables):
     before = {key: t.clone() for key, t in model.state_dict().items()}
     model.train()
     try:
@@ -92,17 +96,17 @@ def test_evaluation_leaves_the_model_as_it_was(model, tables):
     assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())
 
 
-def test_bf16_is_close_to_fp32_and_is_not_it(model, tables):
+def test_bf16_is_close_but_not_equal_to_fp32(model, tables):
     exact = evaluate(model, tables).tasks["similarity"].predictions
     rough = evaluate(model, tables, precision="bf16").tasks["similarity"].predictions
     assert 0 < np.abs(exact - rough).max() < 0.1
 
 
-def test_written_files_hold_predictions_and_the_worst_errors(model, tables, files, tmp_path):
+def test_written_files_contain_predictions_and_the_worst_errors(model, tables, files, tmp_path):
     result = evaluate(model, tables)
     texts = {n: read_table(p, n).sentences for n, p in find_tables(files, "dev").paths.items()}
     result.write(tmp_path, texts)
-    ids, values = predictions.read(tmp_path / "sts-dev-output.csv")
+    ids, values = read_predictions(tmp_path / "sts-dev-output.csv")
     assert ids == result.tasks["similarity"].ids
     np.testing.assert_allclose(values, result.tasks["similarity"].predictions, rtol=1e-6)
     details = json.loads((tmp_path / "details.json").read_text())
@@ -150,7 +154,7 @@ def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_pa
     assert one["similarity_pearson"] == pytest.approx(whole["similarity_pearson"])
 
 
-def test_mistakes_are_one_line_and_no_traceback(checkpoint, files, tmp_path, capsys):
+def test_errors_are_one_line_without_a_traceback(checkpoint, files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("id\tsentence\n1\tgood\n")
     wrong = [
@@ -197,7 +201,7 @@ def test_devices_and_precisions():
 def test_old_gpus(
     capability: tuple[int, int], device: str, precision: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A T4 trains in fp32; what came before it is refused by name, and `auto` passes it over."""
+    """A T4 trains in fp32. An older GPU is refused by name, and `auto` chooses the CPU instead."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -213,7 +217,7 @@ def test_old_gpus(
 
 
 @pytest.mark.slow
-def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, shared_data: Path, tmp_path: Path):
+def test_real_weights_on_real_similarity_equal_transformers(minilm: Path, shared_data: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     recipe = build(Recipe, {"tasks": {"similarity": {}}}, "test")
@@ -233,4 +237,4 @@ def test_real_weights_on_real_similarity_as_transformers_has_it(minilm: Path, sh
             u, v = (stock(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1)
         expected = 5 * torch.cosine_similarity(u, v, dim=0).clamp(min=0).item()
         assert result.predictions[row] == pytest.approx(expected, abs=1e-4)
-    assert result.metrics["similarity_pearson"] > 0.7  # without any training
+    assert result.metrics["similarity_pearson"] > 0.7  # without training

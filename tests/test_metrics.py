@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics against scikit-learn and SciPy, and where those warn or give nan, against what the docstrings promise."""
+"""Metrics against scikit-learn and SciPy; where those warn or return nan, against the docstrings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_classification_metrics_equal_scikit_learn(pairs):
 @pytest.mark.parametrize("n", [2, 3, 17, 1023])
 def test_correlations_equal_scipy(n, seed):
     rng = np.random.default_rng(seed)
-    y = rng.integers(0, 26, n) / 5  # many ties, as similarity labels have
+    y = rng.integers(0, 26, n) / 5  # many ties, like similarity labels
     x = y + rng.normal(size=n).round(1)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         y[0] += 1
@@ -63,7 +63,7 @@ def test_degenerate_correlations_are_zero_without_a_warning(metric):
 
 
 @pytest.mark.parametrize("metric", [metrics.pearson, metrics.spearman])
-def test_a_broken_models_correlation_is_nan(metric):
+def test_correlation_of_a_broken_model_is_nan(metric):
     assert math.isnan(metric(np.array([1.0, np.nan, 2.0]), np.array([1.0, 2.0, 3.0])))
     assert math.isnan(metric(np.array([1.0, np.inf, 2.0]), np.array([1.0, 2.0, 3.0])))
 
@@ -74,7 +74,7 @@ def test_large_and_small_values_keep_their_correlation():
     assert metrics.pearson(x.astype(np.float32), -x) == pytest.approx(-1.0)
 
 
-def test_no_examples_and_wrong_shapes():
+def test_no_examples_and_mismatched_shapes():
     empty = np.array([], dtype=np.int64)
     assert metrics.accuracy(empty, empty) == 0.0
     assert metrics.macro_f1(empty, empty) == 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentiment from similarities to labelled training sentences: the features, the choice of sentences, whole runs."""
+"""Sentiment by comparison with labelled training sentences: features, choice of sentences, whole runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from minbert_fast import train
 from minbert_fast.common import cli
-from minbert_fast.data import Tokenizer, load_tokens, read_table
+from minbert_fast.data import Tokenizer, read_table
+from minbert_fast.data.cache import load_tokens
 from minbert_fast.model.bert import BertModel
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, predictions
+from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.neighbours import LabelledSentences
 from minbert_fast.tasks.predictor import Predictor
-from tests.small import TRAIN_ROWS, small_data, small_run
+from tests.small import TRAIN_ROWS, read_predictions, small_data, small_run
 
 STAGES = ("--recipe", "bertology-sst-to-sts", "--lr", "1e-3", "--set", "tasks.sentiment.neighbours=3")
 
@@ -31,40 +32,40 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_features_are_cosines_and_labels() -> None:
     torch.manual_seed(0)
-    memory = LabelledSentences(width=7, classes=3, per_class=2)
+    stored = LabelledSentences(width=7, classes=3, per_class=2)
     vectors, labels, x = torch.randn(6, 7), torch.tensor([0, 0, 1, 1, 2, 2]), torch.randn(4, 7)
-    memory.remember(vectors, labels)
+    stored.store(vectors, labels)
     expected = torch.empty(4, 12)
     for i in range(4):
         for j in range(6):
             expected[i, j] = (x[i] * vectors[j]).sum() / (x[i].square().sum().sqrt() * vectors[j].square().sum().sqrt())
             expected[i, 6 + j] = labels[j]
-    torch.testing.assert_close(memory(x), expected)
+    torch.testing.assert_close(stored(x), expected)
 
 
-def test_each_class_gives_as_many_sentences() -> None:
-    memory = LabelledSentences(width=2, classes=3, per_class=4)
+def test_each_class_has_equally_many_sentences() -> None:
+    stored = LabelledSentences(width=2, classes=3, per_class=4)
     labels = np.array([0] * 50 + [1] * 2 + [2] * 9)
-    rows = memory.choose(labels, seed=5)
+    rows = stored.choose(labels, seed=5)
     assert labels[rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert len(set(rows[labels[rows] == 0])) == 4
     assert set(rows[labels[rows] == 1]) == {50, 51}, "a rare class's sentences recur"
-    np.testing.assert_array_equal(rows, memory.choose(labels, seed=5))
-    assert (rows != memory.choose(labels, seed=6)).any()
+    np.testing.assert_array_equal(rows, stored.choose(labels, seed=5))
+    assert (rows != stored.choose(labels, seed=6)).any()
     with pytest.raises(ValueError, match="class 1"):
-        memory.choose(np.array([0, 2]), seed=5)
+        stored.choose(np.array([0, 2]), seed=5)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_nearest_vote_by_their_cosines(training: bool) -> None:
-    """In training the nearest is the sentence itself."""
+def test_nearest_sentences_vote_weighted_by_cosine(training: bool) -> None:
+    """In training the nearest sentence is the sentence itself, and is ignored."""
     torch.manual_seed(0)
-    memory = LabelledSentences(width=7, classes=3, per_class=4, nearest=3, temperature=0.2).train(training)
+    stored = LabelledSentences(width=7, classes=3, per_class=4, nearest=3, temperature=0.2).train(training)
     vectors, labels = torch.randn(9, 7), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
-    memory.remember(torch.randn(12, 7), torch.zeros(12))
-    memory.remember(vectors, labels)
+    stored.store(torch.randn(12, 7), torch.zeros(12))
+    stored.store(vectors, labels)
     x = vectors[[1, 5, 8]] * 2.5 if training else torch.randn(3, 7)
-    for row, votes in zip(x, memory(x), strict=True):
+    for row, votes in zip(x, stored(x), strict=True):
         cosines = [float(row @ v / (row.norm() * v.norm())) for v in vectors]
         order = sorted(range(9), key=lambda i: -cosines[i])
         near = order[1:4] if training else order[:3]
@@ -74,31 +75,31 @@ def test_the_nearest_vote_by_their_cosines(training: bool) -> None:
             assert votes[label].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_where_the_nearest_vote_all_sentences_are_there_once() -> None:
-    memory = LabelledSentences(width=2, classes=3, per_class=20, nearest=2)
+def test_with_votes_no_sentence_is_repeated() -> None:
+    stored = LabelledSentences(width=2, classes=3, per_class=20, nearest=2)
     labels = np.array([0] * 50 + [1] * 2 + [2] * 9)
-    rows = memory.choose(labels, seed=5)
+    rows = stored.choose(labels, seed=5)
     assert np.bincount(labels[rows]).tolist() == [20, 2, 9]
     assert len(set(rows)) == len(rows)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_votes_of_all_of_sst_are_learned_saved_and_predicted_with(data: Path, tmp_path: Path) -> None:
+def test_votes_over_all_of_sst_train_save_and_predict(data: Path, tmp_path: Path) -> None:
     flags = small_run(data, tmp_path / "run", "--recipe", "wish-nearest", "--lr", "1e-3", "--epochs", "1")
     assert cli.run(train.main, flags) == 0
     model = MultitaskModel.load(tmp_path / "run" / "best")
-    memory = model.head("sentiment").memory()
-    assert memory is not None
-    assert int((memory.labels >= 0).sum()) == TRAIN_ROWS
+    stored = model.head("sentiment").labelled_sentences()
+    assert stored is not None
+    assert int((stored.labels >= 0).sum()) == TRAIN_ROWS
     predictor = Predictor.from_pretrained(tmp_path / "run" / "best")
     (sentences,) = read_table(data / "ids-sst-dev.csv", "sentiment").sentences
-    written = predictions.read(tmp_path / "run" / "predictions" / "sst-dev-output.csv")[1]
+    written = read_predictions(tmp_path / "run" / "predictions" / "sst-dev-output.csv")[1]
     assert np.array_equal(predictor.sentiment(sentences), written)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_remembers_what_its_own_encoder_makes_of_the_sentences(data: Path, tmp_path: Path) -> None:
-    """And the same after a stop within the stage that uses them."""
+def test_stored_vectors_come_from_the_runs_own_encoder(data: Path, tmp_path: Path) -> None:
+    """They are the same after an interruption in the stage that uses them."""
     for name, cuts in (("whole", ()), ("cut", ("13",))):
         for steps in (*cuts, "20"):
             more = ("--resume",) if steps == "20" and cuts else ()
@@ -110,10 +111,10 @@ def test_a_run_remembers_what_its_own_encoder_makes_of_the_sentences(data: Path,
 
     found = load_file(last[0] / "heads.safetensors")
     model = MultitaskModel.load(last[0])
-    memory = model.head("sentiment").memory()
-    assert memory is not None
+    stored = model.head("sentiment").labelled_sentences()
+    assert stored is not None
     table = load_tokens(data / "ids-sst-train.csv", "sentiment", Tokenizer.from_pretrained(last[0]), cache_dir=data)
-    rows = memory.choose(table.labels, Recipe.load(str(last[0] / "recipe.toml")).training.seed)
+    rows = stored.choose(table.labels, Recipe.load(str(last[0] / "recipe.toml")).training.seed)
     encoder = BertModel.from_pretrained(last[0]).eval()
     for row, vector in zip(rows, found["sentiment.neighbours.vectors"], strict=True):
         ids = torch.from_numpy(np.asarray(table.columns[0][row], dtype=np.int64))[None]

@@ -12,7 +12,9 @@ import torch
 
 from minbert_fast import BertModel, Predictor
 from minbert_fast.common.schema import ConfigError, build
-from minbert_fast.data import Tokenizer, find_tables, read_table, sample_directory, tokenize_table
+from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.formats import find_tables
 from minbert_fast.model.inference import Snapshot, encode
 from minbert_fast.model.sentence_modules import SentenceModules, read, write
 from minbert_fast.recipes.recipe import Recipe

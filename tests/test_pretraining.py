@@ -16,8 +16,11 @@ from torch import Tensor
 from minbert_fast import BertConfig, BertModel, evaluate
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, build
-from minbert_fast.data import Buckets, Collator, Tokenizer, load_tokens, sample_directory
+from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.buckets import Buckets
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.collate import Collator
 from minbert_fast.model import weights
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
@@ -60,9 +63,9 @@ def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
     }
     tasks = build_tasks(recipe())
     tables = {name: task.table([found[source] for source in task.sources]) for name, task in tasks.items()}
-    made = {name: task.maker(tokenizer, 5) for name, task in tasks.items()}
-    makers = {name: maker for name, maker in made.items() if maker is not None}
-    return Collator(tables, 32, {"nsp": "cross"}, makers=makers)
+    made = {name: task.example_generator(tokenizer, 5) for name, task in tasks.items()}
+    generators = {name: generator for name, generator in made.items() if generator is not None}
+    return Collator(tables, 32, {"nsp": "cross"}, generators=generators)
 
 
 def batch_of(collator: Collator, step: int = 0, **sizes: int) -> MultitaskBatch:
@@ -75,7 +78,7 @@ def batch_of(collator: Collator, step: int = 0, **sizes: int) -> MultitaskBatch:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with BERT's encoder and both of its pre-training heads, as transformers writes it."""
+    """A directory with BERT's encoder and both pre-training heads, written by transformers."""
     from transformers import BertForPreTraining
 
     torch.manual_seed(1)
@@ -96,7 +99,7 @@ def stock_config() -> Any:
 
 
 def padded(batch: MultitaskBatch, task: str) -> tuple[dict[str, Tensor], Tensor]:
-    """A task's sequences as transformers takes them, and its labels: [B, S] of words (-100: not asked), or [B]."""
+    """A task's sequences in the form of transformers, and its labels: [B, S] words (-100: ignored), or [B]."""
     index = batch.tasks.index(task)
     first, last = batch.packed.task_sentences[index : index + 2].tolist()
     offsets = batch.packed.cu_seqlens[first : last + 1].tolist()
@@ -119,12 +122,12 @@ def padded(batch: MultitaskBatch, task: str) -> tuple[dict[str, Tensor], Tensor]
     return arguments, wanted if labels.dim() == 2 else labels
 
 
-def test_losses_and_gradients_are_those_of_transformers(pretrained: Path, collator: Collator) -> None:
+def test_losses_and_gradients_equal_transformers(pretrained: Path, collator: Collator) -> None:
     from transformers import BertForMaskedLM, BertForNextSentencePrediction
 
     batch = batch_of(collator, mlm=9, nsp=7)
     model = MultitaskModel(BertModel.from_pretrained(pretrained), build_tasks(recipe()), "mean")
-    assert model.adopt(weights.pretraining_heads(pretrained), "here") == ["mlm", "nsp"]
+    assert model.load_pretraining_heads(weights.pretraining_heads(pretrained), "here") == ["mlm", "nsp"]
     losses = model.losses(batch, model.encoder(batch.packed)["last_hidden_state"])
     for task, stock_class in (("mlm", BertForMaskedLM), ("nsp", BertForNextSentencePrediction)):
         stock = stock_class.from_pretrained(pretrained).eval()
@@ -136,26 +139,26 @@ def test_losses_and_gradients_are_those_of_transformers(pretrained: Path, collat
         expected.backward()
         embeddings = stock.bert.embeddings.word_embeddings.weight.grad
         torch.testing.assert_close(model.encoder.word_embedding.weight.grad, embeddings, atol=1e-5, rtol=1e-4)
-        for name, parameter in model.head(task).published().items():
+        for name, parameter in model.head(task).published_parameters().items():
             torch.testing.assert_close(parameter.grad, stock.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
 
 
-def test_a_head_in_parts_or_of_another_shape_is_refused(pretrained: Path) -> None:
+def test_an_incomplete_head_or_one_of_another_shape_is_refused(pretrained: Path) -> None:
     found = weights.pretraining_heads(pretrained)
     model = make_model(recipe())
     del found["cls.predictions.transform.dense.bias"]
     with pytest.raises(weights.WeightsError, match=r"model: missing cls.predictions.transform.dense.bias"):
-        model.adopt(found, "model")
+        model.load_pretraining_heads(found, "model")
     found = {key: tensor[:1] for key, tensor in weights.pretraining_heads(pretrained).items()}
     with pytest.raises(weights.WeightsError, match="has shape"):
-        model.adopt(found, "model")
+        model.load_pretraining_heads(found, "model")
     before = copy.deepcopy(model.state_dict())
-    assert model.adopt({}, "model") == []
+    assert model.load_pretraining_heads({}, "model") == []
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_nothing_to_guess_costs_nothing(collator: Collator) -> None:
-    """Sentences without a word: the loss is 0, not 0 / 0."""
+def test_without_masked_words_the_loss_is_zero(collator: Collator) -> None:
+    """Sentences without words: the loss is 0, not 0 / 0."""
     model = make_model(recipe())
     batch = batch_of(collator)
     batch.labels["mlm"][:, 1] = -100
@@ -176,7 +179,7 @@ def test_j_with_a_head_tied_to_the_word_embedding(collator: Collator) -> None:
     assert step.flat.words is None
     assert step.gradients.owns(word)
     assert model.heads["mlm"].words.weight is word
-    assert step.gradients.view(word)[1].any(1).all()  # the softmax reaches every word
+    assert step.gradients.view(word)[1].any(1).all()  # the softmax has a gradient for every word
     check_j(make_model(chosen), chosen, batch_of(collator, mlm=0))
 
 
@@ -191,7 +194,7 @@ def test_without_surgery_one_row_of_j_is_the_sum(collator: Collator) -> None:
 
 
 @pytest.mark.parametrize("method", ["none", "pcgrad"])
-def test_ten_steps_follow_the_naive_steps(method: str, collator: Collator) -> None:
+def test_ten_steps_equal_the_naive_steps(method: str, collator: Collator) -> None:
     chosen = recipe(method)
     losses = []
     for backend in ("fast", "reference"):
@@ -201,9 +204,9 @@ def test_ten_steps_follow_the_naive_steps(method: str, collator: Collator) -> No
 
 
 @pytest.mark.parametrize("method", ["none", "pcgrad"])
-def test_a_batch_at_capacity_trains_as_its_bare_self(method: str, collator: Collator) -> None:
+def test_a_padded_batch_trains_like_the_exact_one(method: str, collator: Collator) -> None:
     chosen = recipe(method)
-    room = Collator(collator.tables, 32, collator.encoders, BUCKETS, makers=collator.makers)
+    room = Collator(collator.tables, 32, collator.encoders, BUCKETS, generators=collator.generators)
     bare, padded = (OnePassStep(make_model(chosen), chosen, torch.float32) for _ in range(2))
     for index in range(3):
         one = bare(batch_of(collator, index), 1.0)
@@ -212,17 +215,17 @@ def test_a_batch_at_capacity_trains_as_its_bare_self(method: str, collator: Coll
     torch.testing.assert_close(padded.flat.data, bare.flat.data, atol=1e-6, rtol=1e-5)
 
 
-def test_the_step_asks_the_device_nothing(collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_does_not_synchronise(collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
     for method in ("none", "pcgrad"):
         chosen = recipe(method)
-        room = Collator(collator.tables, 32, collator.encoders, BUCKETS, makers=collator.makers)
+        room = Collator(collator.tables, 32, collator.encoders, BUCKETS, generators=collator.generators)
         assert strangers(make_model(chosen), chosen, at_capacity(batch_of(room)), monkeypatch) == []
 
 
 @pytest.mark.gpu
-def test_graphs_train_as_the_eager_step_does(collator: Collator) -> None:
+def test_graphs_train_like_the_eager_step(collator: Collator) -> None:
     chosen = recipe()
-    room = Collator(collator.tables, 32, collator.encoders, BUCKETS, makers=collator.makers)
+    room = Collator(collator.tables, 32, collator.encoders, BUCKETS, generators=collator.generators)
     model = make_model(chosen).cuda()
     eager = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
     graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))
@@ -260,11 +263,11 @@ def test_the_encoder_is_saved_once(tmp_path: Path, collator: Collator) -> None:
         ("mlm", {"text": []}, "expected at least one data set"),
         ("mlm", {"rate": 0.0}, "rate = 0.0"),
         ("mlm", {"balanced": True}, "no classes"),
-        ("mlm", {"pooling": "max"}, "words are guessed one by one"),
+        ("mlm", {"pooling": "max"}, "predicted from token rows, without pooling"),
         ("nsp", {"text": ["sentiment"]}, "'sentiment' has no pairs"),
     ],
 )
-def test_mistakes_in_options_are_named(kind: str, options: dict[str, Any], expected: str) -> None:
+def test_errors_name_the_option(kind: str, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         build_task(kind, options)
 
@@ -280,7 +283,7 @@ def small_recipe(data: Path, **training: Any) -> Recipe:
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """Cut within the pre-training stage, and again in the one after it."""
+    """Interrupted in the pre-training stage, and again in the next one."""
     data = small_data(tmp_path / "data")
     whole = train(small_recipe(data, max_steps=30), Options(tmp_path / "whole", device="cpu"))
     for steps in (3, 27, 30):
@@ -294,7 +297,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
         frozenset({"loss/mlm"}),  # there are fewer pairs than sentences
         frozenset({"loss/sentiment", "loss/paraphrase", "loss/similarity"}),
     }
-    # What only trains has no scores, and no command takes it for something to predict.
+    # A pre-training task has no scores, and no command predicts with it.
     assert not [key for line in lines for key in line if key.startswith(("dev/mlm", "dev/nsp"))]
     assert set(Predictor.from_pretrained(cut / "last", device="cpu").tasks) == {"sentiment", "paraphrase", "similarity"}
     scores = tmp_path / "scores.json"
@@ -303,7 +306,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert "sentiment_accuracy" in json.loads(scores.read_text())
 
 
-def test_early_stopping_waits_for_the_stage_whose_heads_are_judged(tmp_path: Path) -> None:
+def test_early_stopping_applies_only_to_stages_with_dev_scores(tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")
     chosen = small_recipe(data, patience=1, evaluate_every=1)
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
@@ -316,7 +319,7 @@ def test_early_stopping_waits_for_the_stage_whose_heads_are_judged(tmp_path: Pat
     assert evaluated[1] < every[1]
 
 
-def test_pretraining_starts_from_the_models_own_heads_and_learns(
+def test_pretraining_starts_from_published_heads_and_learns(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = small_data(tmp_path / "data")
@@ -326,7 +329,7 @@ def test_pretraining_starts_from_the_models_own_heads_and_learns(
         for path in source.iterdir():
             if source is pretrained or "token" in path.name or path.name == "vocab.txt":
                 (model / path.name).write_bytes(path.read_bytes())
-    # Nothing else trains, so there are no dev scores.
+    # No other task trains, so there are no dev scores.
     base = small_recipe(data, epochs=12).with_values({"model": {"name": str(model)}}, "test")
     alone = {"tasks": {"mlm": {"rate": 0.3}}, "stages": ()}
     chosen = build(Recipe, {**vars(base), **alone}, "test")
@@ -339,7 +342,7 @@ def test_pretraining_starts_from_the_models_own_heads_and_learns(
 
 
 @pytest.mark.parametrize("asked", [{"r_drop": 1.0}, {"smart": 1.0, "proximal": 1.0}])
-def test_regularisation_of_labelled_tasks_leaves_the_others_alone(asked: dict[str, float], tmp_path: Path) -> None:
+def test_regularisation_applies_only_to_labelled_tasks(asked: dict[str, float], tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")
     values = {"regularisation": asked, "training": {"max_steps": 12}, "data": {"scheme": "each-once"}}
     chosen = small_recipe(data).with_values(values, "test")
@@ -349,5 +352,5 @@ def test_regularisation_of_labelled_tasks_leaves_the_others_alone(asked: dict[st
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [{key for key in line if key.startswith("loss/")} for line in lines if line["step"]]
     assert losses[0] == {f"loss/{name}" for name in together}
-    assert losses[-1] == {"loss/mlm"}  # the last steps have no twins
+    assert losses[-1] == {"loss/mlm"}  # the last steps have no duplicated examples
     assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 0

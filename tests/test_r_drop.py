@@ -16,25 +16,21 @@ import torch
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data import (
-    Collator,
-    Encoder,
-    Sampler,
-    Tokenizer,
-    TokenTable,
-    choose_buckets,
-    load_tokens,
-    sample_directory,
-)
+from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.buckets import choose_buckets
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.collate import Collator
+from minbert_fast.data.sampling import Sampler
+from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.one_pass import OnePassStep
-from minbert_fast.tasks import Agreement, HeadOutput, MultitaskModel, build_task, build_tasks
-from minbert_fast.tasks.agreement import divergence
+from minbert_fast.tasks import ConsistencyLoss, HeadOutput, MultitaskModel, build_task, build_tasks
+from minbert_fast.tasks.consistency import divergence
 from tests.test_graph import strangers
 from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
@@ -111,7 +107,7 @@ def unlike_twins(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0)
             first += n
     labels = {name: torch.cat([label, label]) for name, label in parts[0].labels.items()}
     rows = {name: np.tile(each, 2) for name, each in parts[0].rows.items()}
-    twins = MultitaskBatch(pack(both), tuple(sizes), parts[0].arity, labels, rows, twins=frozenset(sizes))
+    twins = MultitaskBatch(pack(both), tuple(sizes), parts[0].arity, labels, rows, duplicated=frozenset(sizes))
     return twins, parts[0], replace(parts[1], labels=parts[0].labels)
 
 
@@ -127,8 +123,10 @@ def test_the_loss_of_twins_is_that_of_either_and_their_divergence(both: bool) ->
     """Also for losses that compare examples: a copy is never its twin's negative."""
     model = make_model(recipe(tasks=RANKED))
     twins, *parts = unlike_twins(model, SIZES | {"paraphrase": 3})
-    found = model.losses(twins, model.encoder(twins.packed)["last_hidden_state"], agreement=Agreement(0.7, both))
-    padded = model.losses_padded(twins, Agreement(0.7, both))
+    found = model.losses(
+        twins, model.encoder(twins.packed)["last_hidden_state"], consistency=ConsistencyLoss(0.7, both)
+    )
+    padded = model.losses_padded(twins, ConsistencyLoss(0.7, both))
     hidden = [model.encoder(part.packed)["last_hidden_state"] for part in parts]
     one, other = (model.losses(part, h) for part, h in zip(parts, hidden, strict=True))
     answers = [model.outputs(part, h) for part, h in zip(parts, hidden, strict=True)]
@@ -168,11 +166,11 @@ def twice(batch: MultitaskBatch) -> MultitaskBatch:
     for name in batch.tasks:
         sentences.append([])
         for _ in range(batch.arity[name]):
-            column, every = every[: batch.examples(name)], every[batch.examples(name) :]
+            column, every = every[: batch.num_examples(name)], every[batch.num_examples(name) :]
             sentences[-1] += column + column
     labels = {name: torch.cat([label, label]) for name, label in batch.labels.items()}
     rows = {name: np.tile(each, 2) for name, each in batch.rows.items()}
-    return replace(batch, packed=pack(sentences), labels=labels, rows=rows, twins=frozenset(batch.tasks))
+    return replace(batch, packed=pack(sentences), labels=labels, rows=rows, duplicated=frozenset(batch.tasks))
 
 
 def test_twins_differ_by_their_dropout_alone() -> None:
@@ -215,15 +213,15 @@ def sequences(batch: MultitaskBatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("encoder", ["bi", "cross", "both"])
 def test_a_collator_packs_all_examples_then_all_again(tables: dict[str, TokenTable], encoder: Encoder) -> None:
-    rows = Sampler.of(tables, 3).rows(0, 0)
+    rows = Sampler.from_tables(tables, 3).rows(0)
     encoders: dict[str, Encoder] = {"paraphrase": encoder}
     plain = Collator(tables, 64, encoders)(rows)
-    twins = Collator(tables, 64, encoders, twins=frozenset(tables))(rows)
+    twins = Collator(tables, 64, encoders, duplicated=frozenset(tables))(rows)
     once, found = sequences(plain), sequences(twins)
     columns = [once[i : i + 3] for i in range(0, len(once), 3)]
     assert found == [sentence for column in columns for sentence in column + column]
     for task in tables:
-        assert twins.examples(task) == 6
+        assert twins.num_examples(task) == 6
         assert twins.rows[task].tolist() == [*rows[task], *rows[task]]
         assert torch.equal(twins.labels[task], plain.labels[task].repeat(2))
     assert twins.step_tokens == 2 * plain.step_tokens
@@ -241,12 +239,12 @@ def kinds(plain: MultitaskBatch, columns: list[list[tuple[int, ...]]]) -> list[n
 
 
 def test_both_copies_of_an_example_go_to_one_process(tables: dict[str, TokenTable]) -> None:
-    rows = Sampler.of(tables, 5).rows(0, 0)
-    whole = Collator(tables, 64, twins=frozenset(tables))(rows)
-    parts = [Collator(tables, 64, rank=rank, ranks=3, twins=frozenset(tables))(rows) for rank in range(3)]
+    rows = Sampler.from_tables(tables, 5).rows(0)
+    whole = Collator(tables, 64, duplicated=frozenset(tables))(rows)
+    parts = [Collator(tables, 64, rank=rank, ranks=3, duplicated=frozenset(tables))(rows) for rank in range(3)]
     assert sum(part.packed.num_tokens for part in parts) == whole.packed.num_tokens == parts[0].step_tokens
     for task in tables:
-        assert sum(part.share(task) for part in parts) == pytest.approx(1)
+        assert sum(part.loss_fraction(task) for part in parts) == pytest.approx(1)
         for part in parts:
             mine = part.rows[task]
             assert np.array_equal(mine[: len(mine) // 2], mine[len(mine) // 2 :])
@@ -254,14 +252,14 @@ def test_both_copies_of_an_example_go_to_one_process(tables: dict[str, TokenTabl
 
 
 def test_shares_of_twins_make_up_the_losses_of_the_step(tables: dict[str, TokenTable]) -> None:
-    rows = Sampler.of(tables, 5).rows(0, 0)
+    rows = Sampler.from_tables(tables, 5).rows(0)
     tasks = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}}
     encoder = BertModel.from_pretrained(sample_directory().model).eval()
     model = MultitaskModel(encoder, build_tasks(recipe(tasks=tasks))).eval()
 
     def losses(rank: int, ranks: int) -> Tensor:
-        batch = Collator(tables, 64, rank=rank, ranks=ranks, twins=frozenset(tables))(rows)
-        found = model.losses(batch, encoder(batch.packed)["last_hidden_state"], agreement=Agreement(1.0))
+        batch = Collator(tables, 64, rank=rank, ranks=ranks, duplicated=frozenset(tables))(rows)
+        found = model.losses(batch, encoder(batch.packed)["last_hidden_state"], consistency=ConsistencyLoss(1.0))
         return torch.stack(list(found.values())).detach()
 
     whole, parts = losses(0, 1), [losses(rank, 2) for rank in range(2)]
@@ -269,11 +267,11 @@ def test_shares_of_twins_make_up_the_losses_of_the_step(tables: dict[str, TokenT
 
 
 def test_buckets_have_room_for_twins(tables: dict[str, TokenTable]) -> None:
-    sampler = Sampler.of(tables, 4)
-    buckets = choose_buckets(sampler, tables, 64, twins=frozenset(tables))
-    collator = Collator(tables, 64, buckets=buckets, twins=frozenset(tables))
+    sampler = Sampler.from_tables(tables, 4)
+    buckets = choose_buckets(sampler, tables, 64, duplicated=frozenset(tables))
+    collator = Collator(tables, 64, buckets=buckets, duplicated=frozenset(tables))
     for step in range(5):
-        batch = collator(sampler.rows(0, step))
+        batch = collator(sampler.rows(step))
         assert batch.packed.tokens.numel() in buckets.tokens
         assert batch.packed.cu_seqlens.numel() - 1 == buckets.sentences[0]
 
@@ -282,7 +280,7 @@ def test_buckets_have_room_for_twins(tables: dict[str, TokenTable]) -> None:
 
 
 def test_the_wished_for_recipe_drops_twice() -> None:
-    assert Recipe.load("wish-r-drop").regularisation.twins
-    assert not Recipe.load("bertology-head-mod").regularisation.twins
+    assert Recipe.load("wish-r-drop").regularisation.duplicates_examples
+    assert not Recipe.load("bertology-head-mod").regularisation.duplicates_examples
     with pytest.raises(ConfigError, match=r"r_drop = -1\.0: expected 0 or more"):
         Recipe().with_values({"regularisation": {"r_drop": -1.0}}, "test")

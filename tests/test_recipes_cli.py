@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m minbert_fast.recipes`: every recipe is listed, and shown so that it loads again."""
+"""`python -m minbert_fast.recipes` lists every recipe, and shows a recipe as TOML that loads again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_recipe_shown_loads_again(name: str, capsys: pytest.CaptureFixture[str
         (["dance"], "dance"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(recipes.main, arguments) == 2
     error = capsys.readouterr().err
     assert expected in error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sets each published recipe apart, against its formula written out: heads and losses built from the very files."""
+"""Heads and losses built from the recipe files, against the formulas of the published experiments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])  # paraphrases
 
 
 def head_of(recipe: str, task: str) -> Head:
-    """The task's head with dropout off; tied layers as in the whole model."""
+    """The task's head without dropout; shared layers as in the whole model."""
     torch.manual_seed(3)
     shared: dict[str, nn.Module] = {}
     heads = {name: t.build_head(CONFIG, shared) for name, t in build_tasks(Recipe.load(recipe)).items()}
@@ -82,7 +82,7 @@ def test_sbert_exp3_paraphrase_is_the_cosine_of_projections() -> None:
 
 
 def test_sbert_exp4_drops_before_the_similarity_projection_and_exp1_does_not() -> None:
-    """What dropout touched differs between two calls."""
+    """Vectors after dropout differ between two calls."""
     for recipe, differs in (("sbert-exp1", False), ("sbert-exp4", True)):
         head = head_of(recipe, "similarity").train()
         first, second = (run(head, *vectors(2)).vectors[0] for _ in range(2))
@@ -111,7 +111,7 @@ MEETINGS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("recipe", MEETINGS)
-def test_siamese_pairs_meet_in_a_softmax(recipe: str) -> None:
+def test_siamese_pairs_are_classified_by_a_softmax(recipe: str) -> None:
     head, loss = loss_of(recipe, "paraphrase", Y)
     scores = linear(head.output, torch.cat(MEETINGS[recipe](*vectors(2)), 1))
     assert scores.shape == (ROWS, 2)
@@ -140,7 +140,7 @@ def test_siamese_similarity_over_six_classes() -> None:
     assert loss == pytest.approx(softmax_loss(scores, torch.tensor([0, 1, 2, 4, 5])), rel=1e-5)
 
 
-def test_siamese_draws_a_quarter_of_quora_balanced() -> None:
+def test_siamese_draws_a_balanced_quarter_of_quora() -> None:
     options = build_tasks(Recipe.load("siamese"))["paraphrase"].options
     assert (options.fraction, options.balanced) == (0.25, True)
     assert {Recipe.load(f"siamese{end}").model.pooling for end in ("", "-max", "-cls")} == {"mean", "max", "cls"}
@@ -155,7 +155,7 @@ def test_bertology_baseline_similarity_is_linear() -> None:
     assert loss == pytest.approx((score - T / 5).square().mean().item(), rel=1e-5)
 
 
-def test_bertology_shared_layers_are_one_stack_under_both_pair_tasks() -> None:
+def test_bertology_pair_tasks_share_one_stack() -> None:
     shared: dict[str, nn.Module] = {}
     tasks = build_tasks(Recipe.load("bertology-shared"))
     paraphrase, similarity = (tasks[name].build_head(CONFIG, shared).eval() for name in ("paraphrase", "similarity"))
@@ -211,7 +211,7 @@ def test_bertology_nli_objectives_alone_and_together() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["bertology-freeze-sst", "bertology-sst-to-sts"])
-def test_bertology_sentiment_follows_on_a_frozen_encoder(recipe: str) -> None:
+def test_bertology_sentiment_trains_on_a_frozen_encoder(recipe: str) -> None:
     pairs, sentiment = Recipe.load(recipe).resolved_stages()
     assert (set(pairs.tasks), pairs.model.freeze) == ({"paraphrase", "similarity"}, False)
     assert (set(sentiment.tasks), sentiment.model.freeze) == ({"sentiment"}, True)
@@ -237,16 +237,16 @@ def test_enhancing_cosine_embedding_has_a_margin() -> None:
         assert loss == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-def test_enhancing_classes_are_whole_similarities() -> None:
+def test_enhancing_classes_predicts_whole_similarities() -> None:
     head = head_of("enhancing-classes", "similarity")
     expected = (cosines(*vectors(2)).clamp(0, 1) * 5).round()
     torch.testing.assert_close(head.predict(run(head, *vectors(2))), expected)
 
 
-def test_enhancing_mlm_guesses_words_by_the_word_embedding() -> None:
+def test_enhancing_mlm_predicts_words_with_the_word_embedding() -> None:
     head = head_of("enhancing-mlm", "mlm")
     (hidden,) = vectors(1)
-    labels = torch.tensor([[0, 3], [2, 17], [4, 0], [0, -100]])  # the last asks for nothing
+    labels = torch.tensor([[0, 3], [2, 17], [4, 0], [0, -100]])  # the last one is ignored
     offsets = torch.arange(ROWS + 1, dtype=torch.int32)
     loss = head.loss(head(TaskInput((hidden,), hidden, offsets, max_seqlen=1, first=0, labels=labels)), labels)
     x = linear(head.dense, hidden[[0, 2, 4]])
@@ -258,7 +258,7 @@ def test_enhancing_mlm_guesses_words_by_the_word_embedding() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["enhancing-mlm-nsp", "wish-nsp"])
-def test_next_sentences_are_told_by_a_linear_layer_on_the_pooler(recipe: str) -> None:
+def test_next_sentence_prediction_is_a_linear_layer_on_the_pooler(recipe: str) -> None:
     head = head_of(recipe, "nsp")
     assert build_tasks(Recipe.load(recipe))["nsp"].pooling == "pooler"
     answers = torch.tensor([0, 1, 1, 0, 1])
@@ -276,17 +276,17 @@ def test_enhancing_mlm_pretrains_before_the_cosine_embedding_loss() -> None:
         assert build_tasks(Recipe.load(recipe))["mlm"].options.rate == 0.15
 
 
-# ---- What the reports asked for ------------------------------------------------------------------------------------------
+# ---- Future work of the reports ------------------------------------------------------------------------------------------
 
 
-def test_wished_for_similarity_by_cosent() -> None:
+def test_wish_cosent() -> None:
     _, loss = loss_of("wish-cosent", "similarity", T)
     c = cosines(*vectors(2)) / 0.05
     total = 1 + sum((c[j] - c[i]).exp() for i in range(ROWS) for j in range(ROWS) if T[i] > T[j])
     assert loss == pytest.approx(torch.as_tensor(total).log().item(), rel=1e-5)
 
 
-def test_wished_for_ranking_beside_the_paraphrase_loss() -> None:
+def test_wish_ranking_is_added_to_the_paraphrase_loss() -> None:
     head, loss = loss_of("wish-ranking", "paraphrase", Y)
     u, v = vectors(2)
     own = bce(linear(head.output, torch.cat([u, v, (u - v).abs()], 1))[:, 0], Y)

@@ -23,8 +23,8 @@ from minbert_fast.step.captured import GraphedStep
 from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.extras.smart import Adversary, second_copies
 from minbert_fast.step.one_pass import OnePassStep
-from minbert_fast.tasks import Agreement, MultitaskModel, build_tasks
-from minbert_fast.tasks.agreement import divergence, halves
+from minbert_fast.tasks import ConsistencyLoss, MultitaskModel, build_tasks
+from minbert_fast.tasks.consistency import divergence, split_copies
 from tests.small import small_data, small_run
 from tests.test_graph import strangers
 from tests.test_r_drop import twice, unlike_twins
@@ -65,7 +65,7 @@ def apart(model: MultitaskModel, batch: MultitaskBatch, noise: Tensor) -> Tensor
     """The divergences of the tasks in all, by ordinary autograd."""
     hidden = model.encoder.encode_packed(Perturbed(noise), batch.packed)
     outputs = model.outputs(batch, hidden)
-    return torch.stack([divergence(model.head(name), *halves(outputs[name])) for name in batch.tasks]).sum()
+    return torch.stack([divergence(model.head(name), *split_copies(outputs[name])) for name in batch.tasks]).sum()
 
 
 # ---- The adversary -------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_second_copies_leave_out_padding_and_tasks_without_twins() -> None:
     batch = make_batch(model, SIZES, token_capacity=400, sentence_capacity=40)
     assert second_copies(batch).sum() == 0
     some = copy.copy(batch)
-    object.__setattr__(some, "twins", frozenset({"sentiment"}))  # five examples: the last three would be copies
+    object.__setattr__(some, "duplicated", frozenset({"sentiment"}))  # five examples: the last three would be copies
     offsets = batch.packed.cu_seqlens.tolist()
     assert second_copies(some)[:, 0].nonzero().flatten().tolist() == list(range(offsets[2], offsets[5]))
 
@@ -155,7 +155,7 @@ def test_a_smart_step_has_the_gradients_of_loss_and_divergence(surgery: str) -> 
 
     plain = twice(make_batch(model, SIZES))
     hidden = model.encoder.encode_packed(Perturbed(expected_noise), plain.packed)
-    losses = model.losses(plain, hidden, agreement=Agreement(2.0, both=False))
+    losses = model.losses(plain, hidden, consistency=ConsistencyLoss(2.0, both=False))
     torch.testing.assert_close(result.losses, torch.stack(list(losses.values())).detach(), atol=1e-5, rtol=1e-4)
     weight = model.encoder.bert_layers[0].interm_dense.weight
     own = dict(step.model.named_parameters())["encoder.bert_layers.0.interm_dense.weight"]
@@ -221,7 +221,7 @@ def test_the_proximal_loss_is_the_divergence_from_the_teachers_answers(twins: bo
         hidden = [m.encoder(batch.packed)["last_hidden_state"] for m in (step.model, teacher)]
         answers = [m.outputs(batch, h) for m, h in zip((step.model, teacher), hidden, strict=True)]
         if twins:
-            answers = [{name: halves(each)[0] for name, each in answer.items()} for answer in answers]
+            answers = [{name: split_copies(each)[0] for name, each in answer.items()} for answer in answers]
         pulls = [divergence(step.model.head(n), answers[0][n], answers[1][n]) for n in SIZES]
         expected = plain.compute(batch).losses + 3.0 * torch.stack(pulls)
         torch.testing.assert_close(step(batch, 1.0).losses, expected.detach(), atol=1e-5, rtol=1e-4)
@@ -329,7 +329,7 @@ def test_graphs_train_with_all_extras_as_the_eager_step_does(asked: dict[str, fl
 
 def test_the_wished_for_recipe_is_smart() -> None:
     asked = Recipe.load("wish-smart").regularisation
-    assert (asked.smart, asked.proximal, asked.twins) == (1.0, 1.0, True)
+    assert (asked.smart, asked.proximal, asked.duplicates_examples) == (1.0, 1.0, True)
 
 
 @pytest.mark.parametrize(

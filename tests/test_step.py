@@ -62,7 +62,7 @@ def separate_backwards(model: MultitaskModel, batch: MultitaskBatch) -> list[dic
     for name in batch.tasks:
         twin.zero_grad()
         loss = twin.losses_padded(batch)[name]
-        if batch.examples(name):
+        if batch.num_examples(name):
             loss.backward()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in twin.named_parameters()})
     return gradients

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks from options: mistakes in one line, heads against their formulas, prediction files byte for byte."""
+"""Tasks built from options: errors are one line, heads equal their formulas, prediction files match byte for byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.model.config import BertConfig
-from minbert_fast.tasks import HeadOutput, TaskInput, build_task, predictions
+from minbert_fast.tasks import HeadOutput, TaskInput, build_task
+from minbert_fast.tasks.predictions import write_predictions
 
 CONFIG = BertConfig(vocab_size=20, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 
@@ -30,7 +31,7 @@ def make_head(name: str, **options):
     return build_task(name, options).build_head(CONFIG, {})
 
 
-def test_every_mistake_is_one_line_that_names_its_place():
+def test_every_error_is_one_line_that_names_its_place():
     wrong = [
         ("sentiment", {"dropuot": 0.1}, "tasks.sentiment: unknown key 'dropuot'; did you mean 'dropout'"),
         ("sentiment", {"dropout": 1.0}, "tasks.sentiment.dropout = 1.0"),
@@ -61,12 +62,12 @@ def test_every_mistake_is_one_line_that_names_its_place():
         assert "\n" not in str(caught.value)
 
 
-def test_a_task_takes_its_kind_from_its_name_or_its_options():
+def test_a_tasks_kind_is_its_name_or_its_option():
     cfimdb = build_task("cfimdb", {"kind": "sentiment", "data": "polarity"})
     assert (cfimdb.kind, cfimdb.dataset, cfimdb.primary) == ("sentiment", "polarity", "cfimdb_accuracy")
     assert cfimdb.prediction_file("test") == "cfimdb-test-output.csv"
     assert cfimdb.build_head(CONFIG, {}).output.out_features == 2
-    names = [build_task(name).prediction_file() for name in ("sentiment", "paraphrase", "similarity")]
+    names = [build_task(name).prediction_file("dev") for name in ("sentiment", "paraphrase", "similarity")]
     assert names == ["sst-dev-output.csv", "para-dev-output.csv", "sts-dev-output.csv"]
 
 
@@ -124,7 +125,7 @@ def test_signed_labels_are_from_minus_1_to_1():
     torch.testing.assert_close(head.predict(output), 5 * (c + 1) / 2)
 
 
-def test_features_stand_side_by_side_in_the_order_named():
+def test_features_are_concatenated_in_the_given_order():
     names = ["cosine", "product", "v", "abs_diff", "u"]
     head = make_head("paraphrase", features=names, dropout=0.0)
     inputs = make_input(2)
@@ -160,7 +161,7 @@ def test_auxiliary_losses_are_added_with_their_weights():
 
 @pytest.mark.parametrize("loss", ["bce", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"])
 @pytest.mark.parametrize("name", ["paraphrase", "similarity"])
-def test_every_loss_of_the_cosine_head_falls_when_followed_downhill(name, loss):
+def test_every_loss_of_the_cosine_head_decreases_along_its_gradient(name, loss):
     head = make_head(name, head="cosine", loss=loss, project=True, dropout=0.0, calibrated=True, scale=2.0)
     inputs = make_input(2, n=8)
     labels = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]) * (5 if name == "similarity" else 1)
@@ -171,11 +172,11 @@ def test_every_loss_of_the_cosine_head_falls_when_followed_downhill(name, loss):
         head.loss(head(inputs), labels).backward()
         optimizer.step()
     assert head.loss(head(inputs), labels) < first
-    degrees = head.degree(head(inputs))
+    degrees = head.similarity(head(inputs))
     assert ((degrees >= 0) & (degrees <= 1)).all()
 
 
-def test_pairs_read_together_have_one_embedding():
+def test_a_cross_encoded_pair_has_one_embedding():
     task = build_task("paraphrase", {"encoder": "cross", "dropout": 0.0})
     assert (task.arity, task.encoder) == (1, "cross")
     head = task.build_head(CONFIG, {})
@@ -185,8 +186,8 @@ def test_pairs_read_together_have_one_embedding():
     )
 
 
-def test_pairs_read_both_ways_add_what_reading_together_says():
-    """score = factor cos(u, v) + offset + a . x + b, where x reads the pair as one; at first a and b are nothing."""
+def test_encoder_both_adds_a_linear_function_of_the_joint_embedding():
+    """score = factor cos(u, v) + offset + a . x + b, with x the joint embedding; a and b are 0 at first."""
     task = build_task(
         "similarity", {"encoder": "both", "calibrated": True, "scale": 0.8, "offset": 0.1, "dropout": 0.0}
     )
@@ -209,7 +210,7 @@ def test_pairs_read_both_ways_add_what_reading_together_says():
 
 
 @pytest.mark.parametrize(("placement", "changes"), [(["embedding"], True), (["features"], True), ([], False)])
-def test_dropout_acts_where_it_is_placed_and_in_training_alone(placement, changes):
+def test_dropout_acts_at_its_place_and_only_in_training(placement, changes):
     head = make_head("paraphrase", dropout=0.5, dropout_at=placement)
     inputs = make_input(2, n=64)
     still = head.eval()(inputs).scores
@@ -233,7 +234,7 @@ def test_nli_objectives_are_summed_with_their_weights():
     assert task.evaluate(head.predict(output).numpy(), None) == {"nli_accuracy": follows.float().mean().item()}
 
 
-def test_a_threshold_moves_the_decision():
+def test_the_threshold_sets_the_decision():
     scores = torch.tensor([-2.0, 0.0, 2.0])
     for threshold, expected in ((0.05, [1.0, 1.0, 1.0]), (0.6, [0.0, 0.0, 1.0]), (0.99, [0.0, 0.0, 0.0])):
         head = make_head("paraphrase", threshold=threshold)
@@ -257,24 +258,19 @@ def test_a_batch_of_one_has_a_finite_loss(name):
 # ---- Prediction files ------------------------------------------------------------------------------------------------
 
 
-def test_prediction_files_are_the_courses_byte_for_byte(tmp_path: Path):
-    build_task("sentiment").write_predictions(tmp_path / "a" / "s.csv", ["x", "y"], np.array([3, 0]))
+def test_prediction_files_equal_the_courses_byte_for_byte(tmp_path: Path):
+    write_predictions(tmp_path / "a" / "s.csv", build_task("sentiment").header, ["x", "y"], np.array([3, 0]))
     assert (tmp_path / "a" / "s.csv").read_bytes() == b"id \t Predicted_Sentiment \nx , 3 \ny , 0 \n"
-    build_task("paraphrase").write_predictions(tmp_path / "p.csv", ["x"], np.array([1.0], np.float32))
+    write_predictions(tmp_path / "p.csv", build_task("paraphrase").header, ["x"], np.array([1.0], np.float32))
     assert (tmp_path / "p.csv").read_bytes() == b"id \t Predicted_Is_Paraphrase \nx , 1.0 \n"
-    build_task("similarity").write_predictions(tmp_path / "t.csv", ["x"], np.array([2.5], np.float32))
+    write_predictions(tmp_path / "t.csv", build_task("similarity").header, ["x"], np.array([2.5], np.float32))
     assert (tmp_path / "t.csv").read_bytes() == b"id \t Predicted_Similiary \nx , 2.5 \n"
-    ids, values = predictions.read(tmp_path / "t.csv")
-    assert (ids, values.tolist()) == (["x"], [2.5])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "p.csv", "t.csv"]  # no temporary file stays
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "p.csv", "t.csv"]  # no temporary file is left
 
 
-def test_prediction_files_refuse_what_would_not_read_back(tmp_path: Path):
+def test_prediction_files_refuse_unreadable_rows(tmp_path: Path):
     with pytest.raises(ValueError, match="1 ids for 2 predictions"):
-        build_task("sentiment").write_predictions(tmp_path / "s.csv", ["x"], np.array([3, 0]))
+        write_predictions(tmp_path / "s.csv", build_task("sentiment").header, ["x"], np.array([3, 0]))
     with pytest.raises(ValueError, match="line break"):
-        build_task("sentiment").write_predictions(tmp_path / "s.csv", ["x\n"], np.array([3]))
+        write_predictions(tmp_path / "s.csv", build_task("sentiment").header, ["x\n"], np.array([3]))
     assert not (tmp_path / "s.csv").exists()
-    (tmp_path / "bad.csv").write_text("id \t Predicted_Sentiment \nx , 3 \ny;4\n")
-    with pytest.raises(ValueError, match=r"bad.csv:3: expected"):
-        predictions.read(tmp_path / "bad.csv")

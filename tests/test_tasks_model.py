@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The multitask model: the same losses packed and padded, gradients too; tied layers, stages, files."""
+"""The multitask model: equal losses and gradients packed and padded; shared layers, stages, files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_task, build_tasks, stage_tasks
+from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -62,7 +62,7 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(pooling):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_tasks_pool_and_weigh_as_their_options_say():
+def test_options_set_a_tasks_pooling_and_weight():
     model = make_model({"sentiment": {"dropout": 0.0, "pooling": "cls", "weight": 3.0}, "similarity": {}})
     batch = make_batch(model, {"sentiment": 3, "similarity": 4})
     hidden = model.encoder(batch.packed)["last_hidden_state"]
@@ -77,14 +77,6 @@ def test_tasks_pool_and_weigh_as_their_options_say():
     torch.testing.assert_close(inputs.embeddings[1][0], hidden[begin:end].mean(0))
 
 
-def test_a_pooler_handed_in_stands_for_the_encoders():
-    model = make_model({"sentiment": {}}, pooling="pooler")
-    batch = make_batch(model, {"sentiment": 3})
-    hidden = model.encoder(batch.packed)["last_hidden_state"]
-    doubled = model.sentence_embeddings(batch.packed, hidden, pooler=lambda first: 2 * first)
-    torch.testing.assert_close(doubled[:3], 2 * hidden[batch.packed.cu_seqlens[:3].long()])
-
-
 def test_losses_are_fp32_under_autocast():
     model = make_model()
     batch = make_batch(model, {"sentiment": 3, "paraphrase": 2, "similarity": 2, "nli": 2})
@@ -94,13 +86,13 @@ def test_losses_are_fp32_under_autocast():
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
-def test_tied_layers_are_the_same_parameters():
+def test_shared_layers_are_the_same_parameters():
     stack = {"shared_layers": "pair", "dropout": 0.0}
     model = make_model({"paraphrase": dict(stack), "similarity": stack | {"dropout_at": ["embedding"]}})
     assert model.heads["paraphrase"].stack is model.heads["similarity"].stack
     shared = set(map(id, model.heads["paraphrase"].stack.parameters()))
     assert len(shared) == 4
-    assert len(model.head_parameters()) == len(shared) + 2  # and the paraphrase output's
+    assert len(model.head_parameters()) == len(shared) + 2  # and the paraphrase output layer
     assert shared <= set(map(id, model.head_parameters(["similarity"])))
     with pytest.raises(ConfigError, match=r"2 layers with dropout 0.5 here, 2 layers with dropout 0.0 in another"):
         make_model({"paraphrase": stack, "similarity": stack | {"dropout": 0.5}})
@@ -122,7 +114,7 @@ def test_extra_layers_run_on_token_rows_and_learn():
         build_task("sentiment", {"extra_layers": 1, "pooling": "pooler"})
 
 
-def test_a_stage_changes_losses_and_weights_but_no_parameters():
+def test_a_stage_changes_losses_and_weights_but_not_parameters():
     model = make_model()
     before = torch.get_rng_state()
     model.configure({"similarity": build_task("similarity", {"loss": "l1", "weight": 2.0})})
@@ -143,8 +135,8 @@ def test_tasks_of_all_stages_have_heads():
     recipe = build(Recipe, {"tasks": {"sentiment": {"dropout": 0.3}}, "stages": stages}, "test")
     assert list(build_tasks(recipe)) == ["sentiment", "nli"]
     first, second = recipe.resolved_stages()
-    assert list(stage_tasks(first)) == ["nli"]
-    assert stage_tasks(second)["sentiment"].options.dropout == 0.3
+    assert list(build_tasks(first)) == ["nli"]
+    assert build_tasks(second)["sentiment"].options.dropout == 0.3
 
 
 def test_save_and_load_keep_every_bit(tmp_path: Path):
@@ -163,7 +155,7 @@ def test_save_and_load_keep_every_bit(tmp_path: Path):
     assert not loaded.training
 
 
-def test_loading_what_is_no_trained_model_is_one_line(tmp_path: Path):
+def test_loading_a_directory_without_a_trained_model_is_one_line(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"holds no recipe.toml"):
         MultitaskModel.load(tmp_path)
     recipe = build(Recipe, {"tasks": {"sentiment": {}}}, "test")

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the embedded demonstration: three small tasks from a grammar of its own, and a tiny untrained BERT.
+"""Generates the embedded demonstration: three small tasks from a grammar, and a tiny untrained BERT.
 
-    python -m minbert_fast.data.make_sample [DIRECTORY]
+    python tools/make_sample.py [DIRECTORY]
 
-The same files come out on every machine: all chance is raw bits of Philox. Each task can be learned, and
-none by looking at single words:
+The output is the same on every machine: all random choices come from raw bits of Philox. Each task can be learned, but
+not from single words:
 
-- sentiment: reviews whose grade follows from words of graded strength, intensifiers, negation and contrast;
-- paraphrase: questions of (intent, subject); a paraphrase changes their wording, a negative one of the two;
-- similarity: scenes of (who, does what, where, how), whose score falls with each part that differs, by its
-  weight and by how far apart the two fillings are.
+- sentiment: reviews; their grade follows from words of graded strength, intensifiers, negation and contrast;
+- paraphrase: questions about an (intent, subject) pair; a paraphrase rewords the question, a negative example changes the
+  intent or the subject;
+- similarity: scenes of (who, does what, where, how); each differing part lowers the score by its weight, less if the two
+  variants are closely related.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from minbert_fast.data.vocabulary import SPECIAL, Vocabulary
 TRAIN_ROWS, DEV_ROWS = 2000, 300
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 POSITIONS = 128
-WEIGHT_DEVIATION = 0.05  # at this width BERT's 0.02 takes twice as many steps to get going
+WEIGHT_DEVIATION = 0.05  # at this width, BERT's 0.02 needs twice as many steps
 
 Row = tuple[tuple[str, ...], str]  # sentences, label
 Item = TypeVar("Item")
 
 
-class Chance:
-    """Random choices from raw bits, which no release of NumPy changes."""
+class RandomSource:
+    """Random choices from raw bits, which are the same in every release of NumPy."""
 
     def __init__(self, seed: int) -> None:
         self._philox = np.random.Philox(key=[seed, 0])
@@ -59,7 +60,7 @@ class Chance:
         return self.pick([item for item in items if item != than])
 
     def uniform(self, *shape: int) -> np.ndarray:
-        """float32 values of deviation 1 around 0, evenly spread."""
+        """float32 values, uniformly distributed with mean 0 and standard deviation 1."""
         bits = self._philox.random_raw(int(np.prod(shape))) >> np.uint64(40)
         return ((bits.astype(np.float64) / (1 << 23) - 1) * 3**0.5).astype(np.float32).reshape(shape)
 
@@ -107,34 +108,34 @@ VERDICTS = {
 }
 
 
-def clause(chance: Chance) -> tuple[str, int]:
+def generate_clause(random: RandomSource) -> tuple[str, int]:
     """A statement about a film, and its grade from -2 to 2."""
-    grade = chance.pick((-2, -1, 0, 1, 2))
-    if chance.below(4) == 0:
-        return chance.pick(VERDICTS[grade]), grade
-    form = chance.pick(("plain", "plain", "stronger", "weaker", "negated"))
-    words = chance.pick(ADJECTIVES[grade])
+    grade = random.pick((-2, -1, 0, 1, 2))
+    if random.below(4) == 0:
+        return random.pick(VERDICTS[grade]), grade
+    form = random.pick(("plain", "plain", "stronger", "weaker", "negated"))
+    words = random.pick(ADJECTIVES[grade])
     if form == "stronger":
-        words, grade = f"{chance.pick(STRONGER)} {words}", 2 * sign(grade)
+        words, grade = f"{random.pick(STRONGER)} {words}", 2 * sign(grade)
     elif form == "weaker":
-        words, grade = f"{chance.pick(WEAKER)} {words}", sign(grade)
+        words, grade = f"{random.pick(WEAKER)} {words}", sign(grade)
     elif form == "negated":
-        words, grade = f"{chance.pick(('not', 'hardly', 'never'))} {words}", -sign(grade)
-    return f"the {chance.pick(ASPECTS)} is {words}", grade
+        words, grade = f"{random.pick(('not', 'hardly', 'never'))} {words}", -sign(grade)
+    return f"the {random.pick(ASPECTS)} is {words}", grade
 
 
-def review(chance: Chance) -> Row:
+def generate_review(random: RandomSource) -> Row:
     """A review and its grade from 0 to 4; after `but` the second statement counts twice."""
-    text, grade = clause(chance)
-    form = chance.pick(("one", "and", "but", "although"))
+    text, grade = generate_clause(random)
+    form = random.pick(("one", "and", "but", "although"))
     if form != "one":
-        other, second = clause(chance)
+        other, second = generate_clause(random)
         if form == "and":
-            text, grade = f"{text} and {other}", half_away(grade + second, 2)
+            text, grade = f"{text} and {other}", round_half_away(grade + second, 2)
         elif form == "but":
-            text, grade = f"{text} , but {other}", half_away(grade + 2 * second, 3)
+            text, grade = f"{text} , but {other}", round_half_away(grade + 2 * second, 3)
         else:
-            text, grade = f"although {text} , {other}", half_away(grade + 2 * second, 3)
+            text, grade = f"although {text} , {other}", round_half_away(grade + 2 * second, 3)
     return ((f"{text[0].upper()}{text[1:]} .",), str(grade + 2))
 
 
@@ -143,8 +144,8 @@ def sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def half_away(value: int, divisor: int) -> int:
-    """value / divisor, rounded, halves away from 0."""
+def round_half_away(value: int, divisor: int) -> int:
+    """value / divisor, rounded to the nearest integer, halves away from 0."""
     return sign(value) * ((2 * abs(value) + divisor) // (2 * divisor))
 
 
@@ -180,24 +181,24 @@ INTENTS = (
 )
 
 
-def questions(chance: Chance) -> Row:
-    """Two questions, and whether they ask the same."""
-    intent, subject = chance.pick(INTENTS), chance.pick(SUBJECTS)
-    wording, name = chance.pick(intent), chance.pick(subject)
+def generate_questions(random: RandomSource) -> Row:
+    """Two questions, and whether they have the same meaning."""
+    intent, subject = random.pick(INTENTS), random.pick(SUBJECTS)
+    wording, name = random.pick(intent), random.pick(subject)
     first = wording.format(name)
-    if chance.below(2):
-        return (first, chance.other(intent, wording).format(chance.pick(subject))), "1.0"
-    if chance.below(2):
-        subject = chance.other(SUBJECTS, subject)
+    if random.below(2):
+        return (first, random.other(intent, wording).format(random.pick(subject))), "1.0"
+    if random.below(2):
+        subject = random.other(SUBJECTS, subject)
     else:
-        intent = chance.other(INTENTS, intent)
-    return (first, chance.pick(intent).format(chance.pick(subject))), "0.0"
+        intent = random.other(INTENTS, intent)
+    return (first, random.pick(intent).format(random.pick(subject))), "0.0"
 
 
 # --------------------------------------------------------------------------------------------- similarity
 
-# Each part of a scene: families of close fillings, each filling in two wordings of one meaning. Fillings of a
-# family share words and wordings mostly do not, so that counting common words is no way to the score.
+# The variants of each part of a scene, grouped into families of related variants; each variant has two wordings. Variants of
+# a family share words and the two wordings mostly do not, so that counting common words does not give the score.
 WHO = (
     (
         ("A man", "A guy"),
@@ -232,34 +233,34 @@ HOW = (
     (("all alone", "without company"), ("with friends", "among pals")),
 )
 PARTS = ((WHO, 14), (DOES, 18), (WHERE, 12), (HOW, 6))  # weights in tenths of the score
-CLOSE = 0.4  # what a part is worth that differs within its family
+CLOSE = 0.4  # credit for two variants of the same family
 
 
-def scenes(chance: Chance) -> Row:
+def generate_scenes(random: RandomSource) -> Row:
     """Two scenes and their similarity from 0 to 5, in steps of 0.2."""
     first, second = [], []
     score = 0.0
-    # How likely a part is to stay as it is varies from pair to pair, so that all scores are common.
-    keep = chance.pick((0, 2, 4, 6, 8, 9))
+    # The probability that a part stays the same varies from pair to pair, so that all scores are frequent.
+    keep = random.pick((0, 2, 4, 6, 8, 9))
     for families, weight in PARTS:
-        family = chance.pick(families)
-        filling = chance.pick(family)
-        first.append(chance.pick(filling))
+        family = random.pick(families)
+        variant = random.pick(family)
+        first.append(random.pick(variant))
         worth = 1.0
-        if chance.below(10) >= keep:
-            if chance.below(3) == 0:
-                filling, worth = chance.other(family, filling), CLOSE
+        if random.below(10) >= keep:
+            if random.below(3) == 0:
+                variant, worth = random.other(family, variant), CLOSE
             else:
-                filling, worth = chance.pick(chance.other(families, family)), 0.0
-        # Mostly in the other wording, for the same reason.
-        second.append(chance.other(filling, first[-1]) if chance.below(4) else chance.pick(filling))
+                variant, worth = random.pick(random.other(families, family)), 0.0
+        # Mostly in the other wording, so that common words do not give the score.
+        second.append(random.other(variant, first[-1]) if random.below(4) else random.pick(variant))
         score += worth * weight / 10
     sentences = tuple(agree(" ".join(parts)) + "." for parts in (first, second))
     return sentences, f"{round(score * 5) / 5:.1f}"
 
 
 def agree(sentence: str) -> str:
-    """Puts the verb in the plural after two or a pair."""
+    """Changes the verb to the plural if the subject is plural."""
     if not sentence.startswith(("Two ", "A pair ")):
         return sentence
     return re.sub(r"\b(chew|spoon|toss|pull|watch)e?s\b", r"\1", sentence.replace(" is ", " are ", 1))
@@ -267,19 +268,19 @@ def agree(sentence: str) -> str:
 
 # -------------------------------------------------------------------------------------------------- files
 
-TASKS: dict[str, Callable[[Chance], Row]] = {
-    "sentiment": review,
-    "paraphrase": questions,
-    "similarity": scenes,
+TASKS: dict[str, Callable[[RandomSource], Row]] = {
+    "sentiment": generate_review,
+    "paraphrase": generate_questions,
+    "similarity": generate_scenes,
 }
 
 
-def rows_of(task: str, seed: int) -> list[Row]:
-    """Distinct rows of a task, enough for both splits."""
-    chance = Chance(seed)
+def generate_rows(task: str, seed: int) -> list[Row]:
+    """Distinct rows of a task for both splits."""
+    random = RandomSource(seed)
     rows: dict[tuple[str, ...], str] = {}
     while len(rows) < TRAIN_ROWS + DEV_ROWS:
-        sentences, label = TASKS[task](chance)
+        sentences, label = TASKS[task](random)
         if len(set(sentences)) == len(sentences):
             rows.setdefault(sentences, label)
     return list(rows.items())
@@ -297,8 +298,8 @@ def write_table(path: Path, task: str, rows: Sequence[Row]) -> None:
             writer.writerow([index, name, *sentences, label])
 
 
-def vocabulary_of(texts: Sequence[str]) -> Vocabulary:
-    """The texts' own words, whole, the commonest first, after the letters to spell any other word with."""
+def build_vocabulary(texts: Sequence[str]) -> Vocabulary:
+    """Letters, from which every word can be spelled, then the words of the texts by descending frequency."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     counts: dict[str, int] = {}
     for text in texts:
@@ -309,14 +310,14 @@ def vocabulary_of(texts: Sequence[str]) -> Vocabulary:
     return Vocabulary({piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
 
 
-def weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Random weights of a BERT encoder under Hugging Face's names."""
-    chance = Chance(seed)
+def generate_weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Random weights of a BERT encoder with Hugging Face's parameter names."""
+    random = RandomSource(seed)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     tensors: dict[str, np.ndarray] = {}
 
     def linear(name: str, outputs: int, inputs: int) -> None:
-        tensors[f"{name}.weight"] = chance.uniform(outputs, inputs) * np.float32(WEIGHT_DEVIATION)
+        tensors[f"{name}.weight"] = random.uniform(outputs, inputs) * np.float32(WEIGHT_DEVIATION)
         tensors[f"{name}.bias"] = np.zeros(outputs, dtype=np.float32)
 
     def norm(name: str) -> None:
@@ -329,7 +330,7 @@ def weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
         ("token_type", "type_vocab_size"),
     ):
         scale = np.float32(WEIGHT_DEVIATION)
-        tensors[f"embeddings.{table}_embeddings.weight"] = chance.uniform(config[size], hidden) * scale
+        tensors[f"embeddings.{table}_embeddings.weight"] = random.uniform(config[size], hidden) * scale
     norm("embeddings.LayerNorm")
     for layer in range(config["num_hidden_layers"]):
         base = f"encoder.layer.{layer}"
@@ -346,7 +347,7 @@ def weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
 
 def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
     """Writes the tiny model and its tokenizer."""
-    tokenizer = Tokenizer(vocabulary_of(texts), model_max_length=POSITIONS)
+    tokenizer = Tokenizer(build_vocabulary(texts), model_max_length=POSITIONS)
     tokenizer.save(folder)
     sizes = {
         **SHAPE,
@@ -366,16 +367,16 @@ def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
         "pad_token_id": tokenizer.pad_id,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    content = save(weights(sizes, seed), metadata={"format": "pt"})
+    content = save(generate_weights(sizes, seed), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(content)
 
 
-def make(directory: Path, seed: int = 1) -> None:
-    """Writes the whole demonstration into `directory`."""
+def make_sample(directory: Path, seed: int = 1) -> None:
+    """Writes the complete demonstration into `directory`."""
     (directory / "model").mkdir(parents=True, exist_ok=True)
     texts = []
     for number, task in enumerate(TASKS):
-        rows = rows_of(task, seed + number)
+        rows = generate_rows(task, seed + number)
         stem = FORMATS[task].stem
         write_table(directory / f"{stem}-train.csv", task, rows[:TRAIN_ROWS])
         write_table(directory / f"{stem}-dev.csv", task, rows[TRAIN_ROWS:])
@@ -385,13 +386,11 @@ def make(directory: Path, seed: int = 1) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m minbert_fast.data.make_sample", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python tools/make_sample.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "directory", nargs="?", type=Path, default=sample_directory().data, help="default: in the package"
     )
-    make(parser.parse_args().directory)
+    make_sample(parser.parse_args().directory)
 
 
 if __name__ == "__main__":

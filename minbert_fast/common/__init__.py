@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every room may use: files written atomically, checked options, errors, devices, versions."""
+"""Shared by all rooms: atomic file writes, checked options, errors, devices and versions."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all entry points share: a user's mistake is one line and an exit status, never a traceback.
+"""Shared by all commands: a user's mistake prints one line and sets the exit status; it never shows a traceback.
 
 Exit status: 0 done; 1 the run failed (disk, memory, ...); 2 a mistake in flags, recipe, data or model files;
 128 + n stopped by signal n.
@@ -21,11 +21,11 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.version import __version__
 
-TRACEBACK = "MINBERT_FAST_TRACEBACK"  # set it to see where an error came from
+TRACEBACK = "MINBERT_FAST_TRACEBACK"  # environment variable: if set, errors print their traceback too
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line. Abbreviated flags are refused: a new flag would change them."""
+    """An argument parser whose errors are one line. It refuses abbreviated flags: a new flag could change their meaning."""
 
     def __init__(self, module: str, description: str) -> None:
         super().__init__(
@@ -37,19 +37,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"minbert_fast {__version__}")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse overloads it
-        """As argparse does it, but a flag that does not exist brings the nearest one to mind."""
-        found, unknown = self.parse_known_args(args, namespace)
-        flags = [flag for flag in unknown if flag.startswith("--")]
-        for flag in flags[:1]:
-            close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, n=1)
-            if close:
-                self.error(f"unrecognized arguments: {' '.join(unknown)}; did you mean {close[0]}?")
+        """Like argparse, but the error for an unknown flag suggests the closest known one."""
+        options, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return found
+            flag = next((flag for flag in unknown if flag.startswith("--")), "")
+            close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return options
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError instead of printing the usage and leaving."""
+        """Raises ConfigError. argparse would print the usage and exit."""
         raise ConfigError(f"{message} (--help lists the flags)")
 
 
@@ -59,24 +57,24 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
 
 
-def count(text: str) -> int:
-    """A flag's value as a whole number, 0 or more. Raises argparse.ArgumentTypeError."""
+def whole_number(text: str) -> int:
+    """The `type` of a flag that takes a whole number, 0 or more. Raises argparse.ArgumentTypeError."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
     return int(text)
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs an entry point's `main(arguments)` (default: the command line's) and returns the exit status.
+    """Runs a command's `main(arguments)` and returns the exit status. `arguments` default to sys.argv[1:].
 
-    ValueErrors (ConfigError and DataError among them), failures of the file system and of a run become one line on
-    standard error; anything else is a bug and keeps its traceback.
+    ValueError (such as ConfigError and DataError), OSError and RunError become one line on standard error. Any other
+    exception is a bug and keeps its traceback.
     """
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes any arguments
     try:
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+    except BrokenPipeError:  # the reader of the output has exited, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except RunError as error:

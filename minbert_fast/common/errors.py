@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ends other than by finishing: one line for the user and an exit status."""
+"""Exceptions that end a run with one line for the user and an exit status."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 
 class RunError(Exception):
-    """A run cannot start or go on; the message is one line for the user."""
+    """A run cannot start or continue; the message is one line for the user."""
 
     status = 1
 
 
 class InterruptError(RunError):
-    """SIGTERM or Ctrl-C stopped the run; the exit status is the shell's: 128 + signal number."""
+    """SIGTERM or Ctrl-C stopped the run. The exit status is the shell's: 128 + signal number."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -27,13 +27,13 @@ class InterruptError(RunError):
 
     @property
     def signal_name(self) -> str:
-        """The signal as people call it."""
+        """The signal's name for a message."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
 
 @contextmanager
 def translate_write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError or SafetensorError inside the block into a RunError that names `path` and the reason."""
+    """Turns a write error inside the block into a RunError: one line with `path` and the reason."""
     try:
         yield
     except (OSError, SafetensorError) as error:

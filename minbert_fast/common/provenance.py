@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run takes place, from which code, and a fingerprint of the weights it starts from."""
+"""Facts that identify a run: commit, machine, library versions, and a digest of the weights it starts from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minbert_fast.common.version import __version__
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values."""
+    """SHA-256 over names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -28,18 +28,22 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a run takes place: what its last bits depend on beside the recipe."""
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Device, threads and library versions: together with the recipe they determine a run's results to the last bit."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": describe_device(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "minbert_fast": __version__,
             "python": platform.python_version(),
-            "torch": str(torch.__version__),  # with the build (+cu130), which the package's metadata may lack
-            **{name: metadata.version(name) for name in ("numpy", "tokenizers", "safetensors")},
+            **{name: installed_version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
         },
     }
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def processor() -> str:
@@ -63,7 +67,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def commit(abbreviated: bool = False) -> str | None:
+def current_commit(abbreviated: bool = False) -> str | None:
     """The commit of the checkout that this package runs from; None outside a checkout or without git.
 
     `abbreviated` gives 12 digits, and "-dirty" after them if tracked files have been changed.
@@ -76,4 +80,29 @@ def commit(abbreviated: bool = False) -> str | None:
         command = ["git", "-C", str(root), *(describe if abbreviated else ["rev-parse", "HEAD"])]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor_name() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int | None:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
+    if package == "torch":
+        return str(torch.__version__)  # the package metadata may lack the build (+cu130)
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None

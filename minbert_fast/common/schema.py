@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen dataclasses from plain mappings (JSON, TOML) and back: every key known, every value of its type.
+"""Frozen dataclasses from plain mappings (JSON, TOML) and back; keys and types are checked.
 
-A user's mistake becomes one `ConfigError` line that names the place (`file: section.key`), the value and what was
-expected; no `getattr(config, ..., default)` anywhere else.
+A user's mistake becomes a one-line `ConfigError` that names the place (`file: section.key`), the value and the expected
+form.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 D = TypeVar("D")
 
 
 class ConfigError(ValueError):
-    """A configuration value, key or file is not as expected; the message is one line for the user."""
+    """A configuration value, key or file is wrong; the message is one line for the user."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -29,11 +30,25 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = ": ") -> D:
-    """An instance of dataclass `cls` from `values`; nested dataclasses from nested mappings.
+def check_at_least(options: object, minimum: float, *names: str) -> None:
+    """Raises ConfigError unless each attribute in `names` is None, or finite and at least `minimum`."""
+    for name in names:
+        value = getattr(options, name)
+        check(value is None or minimum <= value < math.inf, f"{name} = {value}: expected {minimum} or more")
 
-    `separator` stands between `where` and a key in messages: a colon after a file, a dot after a section. Raises
-    ConfigError for an unknown key, a value of the wrong type or one that `cls` itself refuses.
+
+def check_below_one(options: object, *names: str) -> None:
+    """Raises ConfigError unless each attribute in `names` is None or in [0, 1)."""
+    for name in names:
+        value = getattr(options, name)
+        check(value is None or 0 <= value < 1, f"{name} = {value}: expected 0 <= {name} < 1")
+
+
+def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = ": ") -> D:
+    """A new instance of dataclass `cls` with `values`; nested mappings become nested dataclasses.
+
+    Messages put `separator` between `where` and a key: a colon after a file, a dot after a section. Raises ConfigError
+    for an unknown key, a value of the wrong type, or a value that `cls` itself rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -53,7 +68,12 @@ def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = 
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; raises ConfigError naming `where`."""
+    """`value` converted to the annotated type `hint`. Raises ConfigError naming `where`."""
+
+    def refuse(expected: str) -> NoReturn:
+        text = repr(value)
+        raise ConfigError(f"{where} = {text if len(text) <= 80 else text[:77] + '...'}: expected {expected}")
+
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -68,36 +88,35 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 continue
         return convert(value, options[-1], where)
     if origin is typing.Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where} = {_shown(value)}: expected one of {', '.join(map(str, arguments))}")
-        return value
+        return value if value in arguments else refuse(f"one of {', '.join(map(str, arguments))}")
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} = {_shown(value)}: expected a table of keys")
-        return build(typing.cast(type, hint), value, where, ".")
+        return build(typing.cast(type, hint), value, where, ".") if isinstance(value, Mapping) else refuse(_TABLE)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} = {_shown(value)}: expected a list")
+            refuse("a list")
         if arguments[-1] is Ellipsis:
-            return tuple(convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
-        if len(value) != len(arguments):
-            raise ConfigError(f"{where} = {_shown(value)}: expected {len(arguments)} values")
+            arguments = (arguments[0],) * len(value)
+        elif len(value) != len(arguments):
+            refuse(f"{len(arguments)} values")
         return tuple(convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
-    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} = {_shown(value)}: expected a table of keys")
+            refuse(_TABLE)
         return {str(key): convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} = {_shown(value)}: expected {_named(hint)}")
+        refuse({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint)))
     return value
 
 
+_TABLE = "a table of keys"
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top, tables merged key by key, everything else replaced."""
+    """`base` updated with `over`: nested tables are merged key by key, all other values replaced."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
@@ -108,28 +127,25 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists, ready for JSON or TOML; None entries left out."""
+    """`value` with dataclasses as dicts and tuples as lists, ready for JSON or TOML; entries of None are omitted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, Path) else value
 
 
 def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
-    """`values` (the output of `plain`) as TOML text: plain keys first, then a section a table."""
+    """`values` (from `plain`) as TOML text: first the plain keys, then one section per table."""
     lines = [f"{_key(k)} = {_toml_value(v)}" for k, v in values.items() if not _is_section(v)]
     for key, value in values.items():
-        name = f"{prefix}{_key(key)}"
-        if isinstance(value, Mapping):
-            lines += ["", f"[{name}]", to_toml(value, f"{name}.").rstrip("\n")]
-        elif _is_section(value):
-            for item in value:
-                lines += ["", f"[[{name}]]", to_toml(item, f"{name}.").rstrip("\n")]
+        if _is_section(value):
+            name = f"{prefix}{_key(key)}"
+            single = isinstance(value, Mapping)
+            for table in [value] if single else value:
+                lines += ["", f"[{name}]" if single else f"[[{name}]]", to_toml(table, f"{name}.").rstrip("\n")]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -148,16 +164,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, int | float):
         return repr(value)
     raise TypeError(f"no TOML form for {type(value).__name__}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _named(hint: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data files tokenized once: memory-mapped arrays in a cache directory, rebuilt when anything changes.
+"""The token cache: each data file is tokenized once, into memory-mapped arrays, and again when anything changes.
 
-An entry is a directory named after what decides its content (the file's bytes, the tokenizer, the format),
-with one raw array a file and a meta.json that gives each array's type, size and checksum. Entries are
-written under a temporary name, flushed and renamed, so that whatever carries a final name is whole; a
-damaged one is found by its checksums and rebuilt. Whoever makes an entry removes those that nobody has opened
-for a month. Where nothing can be written, the arrays stay in memory.
+An entry is a directory named after everything that determines its content: the file's bytes, the tokenizer, the format.
+It holds one raw array per file, and a meta.json with each array's dtype, length and checksum. Entries are written under a
+temporary name, flushed and renamed, so an entry with a final name is complete. Checksums detect damaged entries, which are
+rebuilt. Writing an entry also deletes those that were not opened for a month. If the directory cannot be written, the
+arrays stay in memory.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Text, Tokens, TokenTable
 
-VERSION = 1  # of the layout below; entries of another version are not found
-BLOCK = 1 << 20  # bytes of a file that are in memory at a time
-ABANDONED_SECONDS = 86_400  # an unfinished entry of this age belongs to no living process
-UNUSED_SECONDS = 30 * 86_400  # since an entry was last opened, of a file that has changed or gone
+VERSION = 1  # of the layout of an entry; entries of other versions are ignored
+BLOCK = 1 << 20  # bytes of a file that are read at a time
+ABANDONED_SECONDS = 86_400  # an unfinished entry of this age belongs to no running process
+UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
 ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{32}")
 UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
 
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
 
+# An entry's arrays by name, and its bad rows as (line, reason).
+_Entry = tuple[dict[str, np.ndarray], list[tuple[int, str]]]
+
 
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/minbert_fast, or ~/.cache/minbert_fast."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification asks that relative paths be ignored.
+    # The XDG specification says to ignore relative paths.
     root = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~")) / ".cache"
     return root / "minbert_fast"
 
@@ -61,11 +64,10 @@ def load_tokens(
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> TokenTable:
-    """The rows of a data file as word ids, from the cache if they are there, else read, tokenized and
-    cached.
+    """The rows of a data file as word ids: from the cache, or else read, tokenized and cached.
 
-    Memory stays bounded whatever the file's size. `progress` is called while the file is tokenized,
-    `notify` with a line for the user where the cache cannot be used. Raises DataError as `read_table` does.
+    Memory is bounded for files of any size. `progress` is called during tokenization; `notify` gets one line for the user
+    if the cache cannot be written. Raises DataError like `read_table`.
     """
     layout, path = format_of(task), Path(path)
     labeled = labeled and layout.label is not None
@@ -73,10 +75,10 @@ def load_tokens(
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     name = _entry_name(path, layout, labeled, source_hash, tokenizer)
     entry = folder / name
-    found = _open(entry)
+    found = _open_entry(entry)
     if found is not None:
         with suppress(OSError):
-            os.utime(entry)  # in use
+            os.utime(entry)  # marks the entry as used
     else:
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
@@ -95,30 +97,8 @@ def load_tokens(
                 raise DataError(f"{show_path(path)}: changed while it was read")
     arrays, lines_and_reasons = found
     bad_rows = tuple(BadRow(path, line, reason) for line, reason in lines_and_reasons)
-    used = len(arrays["lines"])
-    check_bad_rows(path, used + len(bad_rows), len(bad_rows), next(iter(bad_rows), None), max_bad_rows)
-    return _table(layout, path, arrays, bad_rows, source_hash)
-
-
-def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
-    """The rows of a table as word ids, in memory."""
-    layout = format_of(table.task)
-    builder = _Builder(layout, tokenizer, table.labels is not None, None)
-    builder.add(table)
-    return _table(layout, table.path, builder.arrays(), table.bad_rows, "")
-
-
-# An entry's arrays by name, and the bad rows as pairs of line and reason.
-_Entry = tuple[dict[str, np.ndarray], list[tuple[int, str]]]
-
-
-def _table(
-    layout: FileFormat,
-    path: Path,
-    arrays: dict[str, np.ndarray],
-    bad_rows: tuple[BadRow, ...],
-    source_hash: str,
-) -> TokenTable:
+    good = len(arrays["lines"])
+    check_bad_rows(path, good + len(bad_rows), len(bad_rows), next(iter(bad_rows), None), max_bad_rows)
     return TokenTable(
         task=layout.task,
         path=path,
@@ -131,8 +111,14 @@ def _table(
     )
 
 
+def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
+    """The rows of a table as word ids, in memory."""
+    columns, ids = tuple(map(tokenizer.encode, table.sentences)), Text.of(table.ids)
+    return TokenTable(table.task, table.path, columns, table.labels, ids, table.lines, table.bad_rows, source_hash="")
+
+
 class _Builder:
-    """Grows an entry's arrays part by part, in files of `folder` or in memory (None)."""
+    """Builds an entry's arrays part by part, in files of `folder`, or in memory if it is None."""
 
     def __init__(self, layout: FileFormat, tokenizer: Tokenizer, labeled: bool, folder: Path | None) -> None:
         self.tokenizer = tokenizer
@@ -142,31 +128,30 @@ class _Builder:
             types["labels"] = layout.label.dtype
         for column in range(layout.arity):
             types |= {f"tokens{column}": word, f"offsets{column}": "int64"}
-        self.growing = {name: _Growing(dtype, folder and folder / name) for name, dtype in types.items()}
+        self.growing = {name: _GrowingArray(dtype, folder and folder / name) for name, dtype in types.items()}
         for name, array in self.growing.items():
             if "offsets" in name:
                 array.append(np.zeros(1, dtype=np.int64))
 
     def add(self, part: Table) -> None:
-        """Tokenizes and appends rows."""
-        grow = self.growing
+        """Tokenizes rows and appends them."""
         for column, texts in enumerate(part.sentences):
-            tokens = self.tokenizer.encode(texts)
-            grow[f"offsets{column}"].append(tokens.offsets[1:] + grow[f"tokens{column}"].count)
-            grow[f"tokens{column}"].append(tokens.flat)
-        names = Text.of(part.ids)
-        grow["id_offsets"].append(names.offsets[1:] + grow["ids"].count)
-        grow["ids"].append(names.flat)
-        grow["lines"].append(part.lines)
+            self._append(f"tokens{column}", f"offsets{column}", self.tokenizer.encode(texts))
+        self._append("ids", "id_offsets", Text.of(part.ids))
+        self.growing["lines"].append(part.lines)
         if part.labels is not None:
-            grow["labels"].append(part.labels)
+            self.growing["labels"].append(part.labels)
+
+    def _append(self, name: str, offsets: str, pieces: Tokens | Text) -> None:
+        self.growing[offsets].append(pieces.offsets[1:] + self.growing[name].count)
+        self.growing[name].append(pieces.flat)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays, once all parts are in."""
+        """The complete arrays; call it after the last `add`."""
         return {name: array.finish() for name, array in self.growing.items()}
 
 
-class _Growing:
+class _GrowingArray:
     """An array that grows at its end, in a file or in memory, with a running checksum."""
 
     def __init__(self, dtype: str, path: Path | None) -> None:
@@ -184,7 +169,7 @@ class _Growing:
         else:
             data = values.tobytes()
             self.checksum = zlib.crc32(data, self.checksum)
-            # Opened anew each time: a part is thousands of rows, and no handle outlives a failure.
+            # Opened for each part (thousands of rows), so that a failure leaves no open file.
             with open(self.path, "ab") as file:
                 file.write(data)
 
@@ -205,9 +190,9 @@ def _build(
     progress: Progress | None,
     folder: Path | None,
 ) -> _Entry:
-    """Reads and tokenizes a file; with a folder, writes a whole entry there.
+    """Reads and tokenizes a file; writes a complete entry into `folder` unless it is None.
 
-    The tokenizer works on all cores (the tokenizers library's own threads), beside the thread that reads ahead.
+    A background thread reads ahead while the tokenizer runs on all cores, in threads of the tokenizers library.
     """
     builder = _Builder(layout, tokenizer, labeled, folder)
     bad_rows: list[tuple[int, str]] = []
@@ -233,8 +218,8 @@ def _build(
     return arrays, bad_rows
 
 
-def _open(entry: Path) -> _Entry | None:
-    """A cached entry's arrays, mapped; None if there is none or it is damaged in any way."""
+def _open_entry(entry: Path) -> _Entry | None:
+    """A cached entry with its arrays memory-mapped; None if it does not exist or is damaged."""
     try:
         meta: Any = json.loads((entry / "meta.json").read_text(encoding="ascii"))
         body = meta["body"]
@@ -243,9 +228,7 @@ def _open(entry: Path) -> _Entry | None:
         arrays = {}
         for name, (dtype, count, checksum) in body["arrays"].items():
             path = entry / name
-            if path.stat().st_size != count * np.dtype(dtype).itemsize:
-                return None
-            if _file_checksum(path) != checksum:
+            if path.stat().st_size != count * np.dtype(dtype).itemsize or _file_checksum(path) != checksum:
                 return None
             arrays[name] = _map(path, np.dtype(dtype), count)
         return arrays, [(line, reason) for line, reason in body["bad_rows"]]
@@ -254,7 +237,7 @@ def _open(entry: Path) -> _Entry | None:
 
 
 def _file_checksum(path: Path) -> int:
-    """Read block by block: pages of a map would count as the process's memory from then on."""
+    """CRC-32 of a file, read block by block: the pages of a memory map would count as the process's memory."""
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -263,17 +246,17 @@ def _file_checksum(path: Path) -> int:
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    # As a plain array: the memmap subclass is several times slower to slice. Empty files cannot be mapped.
+    # A plain array: slicing a memmap is several times slower. Empty files cannot be mapped.
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,))) if count else np.empty(0, dtype)
 
 
 def _prepare(folder: Path, temporary: Path) -> None:
-    """Makes the temporary directory, and removes those that killed processes left and entries long unused."""
+    """Creates the temporary directory; deletes unfinished entries of killed processes, and unused entries."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         unfinished = UNFINISHED.fullmatch(old.name)
         if not unfinished and not ENTRY.fullmatch(old.name):
-            continue  # not ours
+            continue  # not a cache entry
         with suppress(OSError):
             age = time.time() - old.stat().st_mtime
             if old == temporary or age > (ABANDONED_SECONDS if unfinished else UNUSED_SECONDS):
@@ -282,9 +265,9 @@ def _prepare(folder: Path, temporary: Path) -> None:
 
 
 def _publish(temporary: Path, entry: Path) -> None:
-    """Gives a whole entry its final name, in place of a damaged one.
+    """Renames a complete entry to its final name, replacing a damaged entry.
 
-    Asks only after the renaming failed: between a question and the renaming another process may do the same.
+    It tries to rename first and checks afterwards: another process may publish the same entry at any time.
     """
     flush_directory(temporary)
     while True:
@@ -292,8 +275,8 @@ def _publish(temporary: Path, entry: Path) -> None:
             temporary.rename(entry)
             break
         except OSError:
-            if _open(entry) is not None:
-                return  # another process was quicker; its arrays are the same
+            if _open_entry(entry) is not None:
+                return  # another process was faster; its arrays are the same
             if not os.path.lexists(entry):
                 raise
         with suppress(FileNotFoundError):
@@ -310,7 +293,7 @@ def _entry_name(path: Path, layout: FileFormat, labeled: bool, source_hash: str,
 
 
 def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:
-    """The hash of a file's content, and what tells whether the file was touched since."""
+    """The hash of a file's content, and a signature that changes when the file is modified."""
     digest = hashlib.blake2b(digest_size=16)
     with open_regular(path) as file:
         signature = _signature(os.fstat(file.fileno()))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the course's data files: every row is used or reported with its file, line and reason.
+"""Reads the course's data files: every row is either used, or reported with file, line and reason.
 
-The files are tab-separated (nli-triplets: comma-separated) with a header line and are read by column name,
-so extra columns and any column order will do. Quoting is CSV's: a field that begins with `"` ends at its
-closing quote and doubles the quotes inside. Such a field may hold separators or line breaks but not both;
-thereby a quote that nobody closes costs its own row and never the rows after it.
+The files are tab-separated (nli-triplets: comma-separated) with a header line. Columns are found by name; extra columns
+and any column order are allowed. Quoting follows CSV: a field that starts with `"` ends at its closing quote, and quotes
+inside it are doubled. A quoted field may contain separators or line breaks but not both, so that an unclosed quote
+spoils its own row and never the rows after it.
 
     rows read = rows in the table + rows reported
 """
@@ -13,25 +13,27 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
 from minbert_fast.data.formats import DataError, FileFormat, format_of, show, show_path
 
-MAX_LINE_BYTES = 1 << 20  # a row longer than this is damage, not text
-MAX_RECORD_LINES = 100  # how far a quoted field may run over line breaks
+MAX_LINE_BYTES = 1 << 20  # a longer line is reported as a bad row
+MAX_RECORD_LINES = 100  # a quoted field may continue over this many further lines
 CHUNK_ROWS = 8192
+
+Line = bytes | ValueError  # a line without its end; an error in place of a line that is too long
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that was read and not used. `str()` gives `file:line: reason`."""
+    """A row that was read but not used. `str()` gives `file:line: reason`."""
 
     path: Path
     line: int
@@ -47,73 +49,44 @@ class Table:
 
     task: str
     path: Path
-    sentences: tuple[list[str], ...]  # one list a sentence of the example, each as long as the table
-    labels: np.ndarray | None  # [n] in the format's dtype; None where the file has none to give
+    sentences: tuple[list[str], ...]  # one list [n] per sentence of an example
+    labels: np.ndarray | None  # [n] in the format's dtype; None for an unlabelled file
     ids: list[str]
-    lines: np.ndarray  # [n] int64: where each row begins in the file
+    lines: np.ndarray  # [n] int64: the line where each row begins in the file
     bad_rows: tuple[BadRow, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
-    def arity(self) -> int:
-        """Sentences of an example."""
-        return len(self.sentences)
-
-    @property
     def rows_read(self) -> int:
-        """Rows that the file held: those of the table and those reported."""
+        """Rows that were read: those of the table and the bad ones."""
         return len(self) + len(self.bad_rows)
-
-    def place(self, row: int) -> str:
-        """`file:line` of a row."""
-        return f"{show_path(self.path)}:{self.lines[row]}"
 
 
 def read_table(
-    path: str | os.PathLike[str],
-    task: str | FileFormat,
-    *,
-    labeled: bool = True,
-    max_bad_rows: float = 0.01,
+    path: str | os.PathLike[str], task: str | FileFormat, *, labeled: bool = True, max_bad_rows: float = 0.01
 ) -> Table:
-    """Reads one file whole.
+    """Reads a whole file into memory.
 
-    `labeled=False` neither asks for the label column nor reads it. Malformed rows are left out and listed in
-    `bad_rows`; if they are `max_bad_rows` of all rows or more, the file is refused.
+    With `labeled=False` the file needs no label column. Malformed rows are listed in `bad_rows`. A file whose share of
+    bad rows reaches `max_bad_rows` is rejected.
 
-    Raises DataError (one line, with the place) for what is no readable file of this format.
+    Raises DataError (one line that names the place) if the file is not a readable file of this format.
     """
     with TableReader(path, task, labeled=labeled, max_bad_rows=max_bad_rows) as reader:
-        parts = list(reader.chunks())
-    labels = [part.labels for part in parts if part.labels is not None]
-    return Table(
-        task=reader.layout.task,
-        path=reader.path,
-        sentences=tuple(
-            [text for part in parts for text in part.sentences[column]] for column in range(reader.layout.arity)
-        ),
-        labels=np.concatenate(labels) if labels else None,
-        ids=[name for part in parts for name in part.ids],
-        lines=np.concatenate([part.lines for part in parts]),
-        bad_rows=tuple(bad for part in parts for bad in part.bad_rows),
-    )
+        (table,) = reader.chunks(sys.maxsize)
+    return table
 
 
 class TableReader:
-    """Streams a data file in chunks of rows, so that a file of any size is read in bounded memory.
+    """Reads a data file in chunks of rows, in bounded memory. Use it as a context manager.
 
-    `size` is the file's size in bytes and `position` how far it was read, for progress.
+    `size` is the file's size and `position` the number of bytes read so far.
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        task: str | FileFormat,
-        *,
-        labeled: bool = True,
-        max_bad_rows: float = 0.01,
+        self, path: str | os.PathLike[str], task: str | FileFormat, *, labeled: bool = True, max_bad_rows: float = 0.01
     ) -> None:
         self.layout = format_of(task)
         self.labeled = labeled and self.layout.label is not None
@@ -132,15 +105,13 @@ class TableReader:
     def __enter__(self) -> TableReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[Table]:
-        """Yields tables of up to `rows` rows, good and bad together.
+        """Yields tables of up to `rows` rows, bad rows included.
 
-        Raises DataError at the end of the file if too many rows were bad or there were none.
+        Raises DataError at the end of the file if it has no rows or too many bad ones.
         """
         read = bad = 0
         first_bad: BadRow | None = None
@@ -148,9 +119,9 @@ class TableReader:
         while not done:
             good: list[tuple[int, list[str], float]] = []
             reported: list[BadRow] = []
-            for line, record in self._lines:
+            for line, raw in self._lines:
                 try:
-                    good.append((line, *self._parse(record)))
+                    good.append((line, *self._parse(raw)))
                 except ValueError as error:
                     reported.append(BadRow(self.path, line, str(error)))
                 if len(good) + len(reported) == rows:
@@ -166,30 +137,31 @@ class TableReader:
         check_bad_rows(self.path, read, bad, first_bad, self.max_bad_rows)
 
     def _read_header(self) -> tuple[list[int], int]:
-        """The positions of the columns that this format needs, and the number of columns."""
+        """The positions of the columns that the format needs, and the number of columns."""
         try:
-            line, record = next(self._lines)
+            line, raw = next(self._lines)
         except StopIteration:
             raise DataError(f"{show_path(self.path)}: empty file") from None
-        wanted = self.layout.columns(self.labeled)
         place = f"{show_path(self.path)}:{line}"
+        separator = self.layout.separator
         try:
-            names = [name.strip() for name in record.fields(self.layout.separator, width=None)]
+            names = [name.strip() for name in self._lines.split(raw, separator, width=None)]
         except ValueError as error:
             raise DataError(f"{place}: {error}") from None
+        wanted = self.layout.columns(self.labeled)
         for name in wanted:
             if names.count(name) != 1:
                 problem = "no column" if name not in names else "more than one column"
-                kind = {"\t": "tab", ",": "comma"}.get(self.layout.separator, show(self.layout.separator))
+                kind = {"\t": "tab", ",": "comma"}.get(separator, show(separator))
                 raise DataError(
                     f"{place}: {problem} {show(name)}; expected {kind}-separated columns "
-                    f"{', '.join(wanted)}, found {show(self.layout.separator.join(names), 100)}"
+                    f"{', '.join(wanted)}, found {show(separator.join(names), 100)}"
                 )
         return [names.index(name) for name in wanted], len(names)
 
-    def _parse(self, record: _Record) -> tuple[list[str], float]:
-        """Id and sentences in the format's order, and the label. Raises ValueError with the reason."""
-        fields = record.fields(self.layout.separator, self._width)
+    def _parse(self, raw: Line) -> tuple[list[str], float]:
+        """A row's id and sentences in the format's order, and its label. Raises ValueError with the reason."""
+        fields = self._lines.split(raw, self.layout.separator, self._width)
         values = [fields[column] for column in self._columns]
         label = self.layout.label.parse(values.pop()) if self.labeled and self.layout.label else 0.0
         return values, label
@@ -197,20 +169,19 @@ class TableReader:
     def _table(self, good: list[tuple[int, list[str], float]], reported: tuple[BadRow, ...]) -> Table:
         label = self.layout.label
         first = 1 if self.layout.id_column else 0
-        lines = np.array([line for line, _, _ in good], dtype=np.int64)
         return Table(
             task=self.layout.task,
             path=self.path,
             sentences=tuple([values[first + column] for _, values, _ in good] for column in range(self.layout.arity)),
             labels=np.array([y for _, _, y in good], dtype=label.dtype) if self.labeled and label else None,
             ids=[values[0].strip() if first else str(line) for line, values, _ in good],
-            lines=lines,
+            lines=np.array([line for line, _, _ in good], dtype=np.int64),
             bad_rows=reported,
         )
 
 
 def check_bad_rows(path: Path, read: int, bad: int, first: BadRow | None, limit: float) -> None:
-    """Raises DataError if `bad` of `read` rows are the fraction `limit` or more, or leave nothing to use."""
+    """Raises DataError if the share of bad rows reaches `limit`, or if no good row is left."""
     if read == 0:
         raise DataError(f"{show_path(path)}: no rows after the header")
     if bad and (bad >= limit * read or bad == read):
@@ -220,71 +191,20 @@ def check_bad_rows(path: Path, read: int, bad: int, first: BadRow | None, limit:
         )
 
 
-class _Record:
-    """One row's text, unsplit; draws further lines for a quoted field that runs over line breaks."""
-
-    def __init__(self, raw: bytes | ValueError, following: _Lines) -> None:
-        self._raw = raw
-        self._following = following
-
-    def fields(self, separator: str, width: int | None) -> list[str]:
-        """The row's fields, `width` of them unless None. Raises ValueError with the reason."""
-        text = _decode(self._raw)
-        if '"' not in text:
-            fields = text.split(separator)
-        else:
-            try:
-                fields = _split_quoted(text, separator)
-            except _OpenQuoteError as error:
-                joined = self._join(text, separator, width)
-                if joined is None:
-                    raise ValueError(str(error)) from None
-                fields = joined
-        if width is not None and len(fields) != width:
-            raise ValueError(f"{len(fields)} fields, expected {width}")
-        return fields
-
-    def _join(self, text: str, separator: str, width: int | None) -> list[str] | None:
-        """The fields of this line and those after it, if these close its open quote and make a whole row."""
-        for count, raw in enumerate(self._following.peek(MAX_RECORD_LINES), start=1):
-            try:
-                line = _decode(raw)
-            except ValueError:
-                return None
-            text = f"{text}\n{line}"
-            if '"' not in line:
-                if separator in line:
-                    return None
-                continue
-            try:
-                fields = _split_quoted(text, separator)
-            except _OpenQuoteError:
-                if separator in line:
-                    return None
-                continue
-            except ValueError:
-                return None
-            if len(fields) != width or any("\n" in field and separator in field for field in fields):
-                return None
-            self._following.skip(count)
-            return fields
-        return None
-
-
 class _Lines:
-    """A file's records, one a non-blank line: pairs of line number and _Record. Lines end in LF or CRLF."""
+    """Iterates over the non-blank lines of a file as (line number, line). Lines end in LF or CRLF."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._path = path
-        self._ahead: deque[bytes | ValueError] = deque()
+        self._ahead: deque[Line] = deque()  # lines that were read but not yet yielded
         self._number = 0
         self.position = 0
 
     def __iter__(self) -> _Lines:
         return self
 
-    def __next__(self) -> tuple[int, _Record]:
+    def __next__(self) -> tuple[int, Line]:
         while True:
             raw = self._ahead.popleft() if self._ahead else self._read()
             if raw is None:
@@ -293,11 +213,51 @@ class _Lines:
             if self._number == 1 and isinstance(raw, bytes):
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw:
-                return self._number, _Record(raw, self)
+                return self._number, raw
 
-    def peek(self, count: int) -> Iterator[bytes | ValueError]:
-        """Up to `count` lines after the current one, which stay to be read."""
-        for index in range(count):
+    def split(self, raw: Line, separator: str, width: int | None) -> list[str]:
+        """The fields of the line just yielded, `width` of them unless None. Raises ValueError with the reason.
+
+        Consumes the following lines if a quoted field continues there.
+        """
+        text = _decode(raw)
+        try:
+            fields = _split_quoted(text, separator) if '"' in text else text.split(separator)
+        except _OpenQuoteError as error:
+            joined = self._join(text, separator, width)
+            if joined is None:
+                raise ValueError(str(error)) from None
+            fields = joined
+        if width is not None and len(fields) != width:
+            raise ValueError(f"{len(fields)} fields, expected {width}")
+        return fields
+
+    def _join(self, text: str, separator: str, width: int | None) -> list[str] | None:
+        """The fields of `text` and the following lines, if those close its open quote and complete the row."""
+        for count, raw in enumerate(self._peek(), start=1):
+            try:
+                line = _decode(raw)
+                text = f"{text}\n{line}"
+                fields = _split_quoted(text, separator) if '"' in line else None
+            except _OpenQuoteError:
+                fields = None
+            except ValueError:
+                return None
+            if fields is None:  # the quote is still open: a field with a line break may have no separator
+                if separator in line:
+                    return None
+                continue
+            if len(fields) != width or any("\n" in field and separator in field for field in fields):
+                return None
+            for _ in range(count):
+                self._ahead.popleft()
+            self._number += count
+            return fields
+        return None
+
+    def _peek(self) -> Iterator[Line]:
+        """The next lines, up to MAX_RECORD_LINES, without consuming them."""
+        for index in range(MAX_RECORD_LINES):
             if index == len(self._ahead):
                 raw = self._read()
                 if raw is None:
@@ -305,14 +265,8 @@ class _Lines:
                 self._ahead.append(raw)
             yield self._ahead[index]
 
-    def skip(self, count: int) -> None:
-        """Passes over lines that `peek` showed."""
-        for _ in range(count):
-            self._ahead.popleft()
-        self._number += count
-
-    def _read(self) -> bytes | ValueError | None:
-        """The next line without its end; a complaint in place of a line too long; None at the end."""
+    def _read(self) -> Line | None:
+        """Reads the next line; None at the end of the file."""
         try:
             raw = self._file.readline(MAX_LINE_BYTES + 1)
             length = len(raw)
@@ -336,8 +290,8 @@ class _OpenQuoteError(ValueError):
     """The line ends inside a quoted field."""
 
 
-def _decode(raw: bytes | ValueError) -> str:
-    """A line's text. Raises ValueError with the reason for a line that is no UTF-8 text."""
+def _decode(raw: Line) -> str:
+    """A line's text. Raises ValueError with the reason if the line is too long or not UTF-8 text."""
     if isinstance(raw, ValueError):
         raise raw
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -352,7 +306,7 @@ def _decode(raw: bytes | ValueError) -> str:
 
 
 def _split_quoted(text: str, separator: str) -> list[str]:
-    """The fields of a record with quotes in it. Raises _OpenQuoteError at an open end, else ValueError."""
+    """The fields of a row with quotes. Raises _OpenQuoteError if a quote is not closed, ValueError for other errors."""
     fields: list[str] = []
     begin = 0
     while True:
@@ -363,7 +317,7 @@ def _split_quoted(text: str, separator: str) -> list[str]:
             fields.append(text[begin:end])
         else:
             end = text.find('"', begin + 1)
-            while end >= 0 and text.startswith('"', end + 1):  # doubled: a quote of the text
+            while end >= 0 and text.startswith('"', end + 1):  # a doubled quote is part of the text
                 end = text.find('"', end + 2)
             if end < 0:
                 raise _OpenQuoteError(f"a quote is opened and never closed: {show(text[begin:])}")
@@ -379,18 +333,17 @@ def _split_quoted(text: str, separator: str) -> list[str]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading; a directory, a FIFO or a device raises DataError at once."""
-    # Without O_NONBLOCK the mere opening of a FIFO waits for a writer.
+    """Opens a regular file for reading. Raises DataError for a directory, a FIFO or a device."""
+    # Without O_NONBLOCK, opening a FIFO blocks until a writer opens it.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
-    except OSError as error:
-        raise DataError(f"{show_path(path)}: cannot be opened: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in the path
-        raise DataError(f"{show_path(path)}: cannot be opened: {error}") from error
-    kind = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(kind):
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{show_path(path)}: cannot be opened: {reason}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        name = "a directory" if stat.S_ISDIR(kind) else "a FIFO" if stat.S_ISFIFO(kind) else "a special file"
-        raise DataError(f"{show_path(path)}: {name}, expected a regular file")
+        kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a special file"
+        raise DataError(f"{show_path(path)}: {kind}, expected a regular file")
     return os.fdopen(descriptor, "rb")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the course's data files look like, where they lie, and how complaints about them are worded.
+"""Formats of the data files, the search for files in a directory, and the wording of error messages.
 
-A format is data: columns, separator, the label's range. Adding a task's files is adding a line to FORMATS.
+A format is data: columns, separator, the label's range. A new kind of file is one more FileFormat (`add_format`).
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)  # float() takes far more: nan, 1_0, ...
+# float() would also accept nan, 1_0 and more.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 
 
 class DataError(ValueError):
-    """A data or tokenizer file that cannot be used; the message is one line with the place and the reason."""
+    """A data or tokenizer file cannot be used; the message is one line with the place and the reason."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """The label column of a format: numbers from `low` to `high`, whole ones only if `whole`."""
+    """The label column of a format: numbers from `low` to `high`, whole numbers only if `whole`."""
 
     column: str
     low: int
     high: int
     whole: bool
-    dtype: str  # of the label array: int64 for classes, float32 for what a pair task regresses on
+    dtype: str  # of the label array: int64 for classes, float32 for regression and pair tasks
 
     def parse(self, text: str) -> float:
-        """The label in `text`. Raises ValueError with the reason: the value, and what was expected."""
+        """The label in `text`. Raises ValueError with the value and what was expected."""
         kind = "a whole number" if self.whole else "a number"
         if _NUMBER.fullmatch(text.strip()):
             value = float(text)
@@ -42,22 +43,22 @@ class Label:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What one task's files look like."""
+    """The format of one task's files."""
 
     task: str
     stem: str  # files are called {stem}-{split}.csv
-    text_columns: tuple[str, ...]  # one a sentence of the example
+    text_columns: tuple[str, ...]  # one per sentence of an example
     label: Label | None
-    id_column: str | None = "id"  # None: the line number serves
+    id_column: str | None = "id"  # None: the line number is the id
     separator: str = "\t"
 
     @property
     def arity(self) -> int:
-        """Sentences of an example."""
+        """Sentences per example."""
         return len(self.text_columns)
 
     def names(self, split: str) -> tuple[str, ...]:
-        """File names of a split by preference; the course calls its unlabeled tests `test-student`."""
+        """File names of a split in order of preference; the course calls its unlabelled tests `test-student`."""
         names = (f"{self.stem}-{split}.csv",)
         return (*names, f"{self.stem}-test-student.csv") if split == "test" else names
 
@@ -83,13 +84,13 @@ MAIN_TASKS = ("sentiment", "paraphrase", "similarity")
 
 
 def add_format(layout: FileFormat) -> None:
-    """Makes the files of another task known, under `layout.task`. Raises ValueError where that name is taken."""
+    """Registers a format under `layout.task`. Raises ValueError if that name has a different format."""
     if _KNOWN.setdefault(layout.task, layout) != layout:
         raise ValueError(f"the files of {layout.task!r} have another format already")
 
 
 def format_of(task: str | FileFormat) -> FileFormat:
-    """The format of a task given by name. Raises DataError for an unknown name."""
+    """The format registered for a task name. Raises DataError for an unknown name."""
     if isinstance(task, FileFormat):
         return task
     if task not in FORMATS:
@@ -99,7 +100,7 @@ def format_of(task: str | FileFormat) -> FileFormat:
 
 @dataclass(frozen=True)
 class Discovery:
-    """The files found for a split, by task in the order asked for, and what to tell the user."""
+    """The files of a split by task, in the requested order, and notices for the user."""
 
     paths: dict[str, Path]
     notices: tuple[str, ...]
@@ -108,9 +109,9 @@ class Discovery:
 def find_tables(
     directory: str | os.PathLike[str], split: str = "train", tasks: tuple[str, ...] = MAIN_TASKS
 ) -> Discovery:
-    """Looks for the files of `tasks` in a data directory; a task without a file is dropped with a notice.
+    """Finds the files of `tasks` in a data directory; a task without a file is omitted with a notice.
 
-    Raises DataError if `directory` is none, or has a file for no task at all.
+    Raises DataError if `directory` is not a directory or has no file for any task.
     """
     folder = Path(directory)
     if not os.path.isdir(folder):
@@ -118,16 +119,16 @@ def find_tables(
         raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")
     paths: dict[str, Path] = {}
     notices: list[str] = []
-    for layout in map(format_of, tasks):
-        names = layout.names(split)
-        found = next((folder / name for name in names if os.path.exists(folder / name)), None)
-        if found:
-            paths[layout.task] = found
+    wanted = {layout.task: layout.names(split) for layout in map(format_of, tasks)}
+    for task, names in wanted.items():
+        path = next((folder / name for name in names if os.path.exists(folder / name)), None)
+        if path:
+            paths[task] = path
         else:
-            notices.append(f"no {' or '.join(names)} in {show_path(folder)}: task {layout.task} is left out")
+            notices.append(f"no {' or '.join(names)} in {show_path(folder)}: task {task} is left out")
     if not paths:
-        names = tuple(name for layout in map(format_of, tasks) for name in layout.names(split))
-        raise DataError(f"{show_path(folder)}: no data files; expected one or more of {', '.join(names)}")
+        expected = ", ".join(name for names in wanted.values() for name in names)
+        raise DataError(f"{show_path(folder)}: no data files; expected one or more of {expected}")
     return Discovery(paths, tuple(notices))
 
 
@@ -137,6 +138,6 @@ def show(value: str, limit: int = 60) -> str:
 
 
 def show_path(path: os.PathLike[str] | str) -> str:
-    """A path for a message: as it is where it can be printed, else quoted."""
+    """A path for a message: unchanged if printable, else quoted."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences from files of no task: a text file with one a line, or one column of a table."""
+"""Reads sentences for `encode`: from a text file with one sentence per line, or from one column of a table."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from minbert_fast.data.files import TableReader, open_regular
 from minbert_fast.data.formats import DataError, FileFormat, show, show_path
 
 STANDARD_INPUT = Path("-")
-TABLES = (".csv", ".tsv")  # files with a header line, tabs or commas between the columns
+TABLES = (".csv", ".tsv")  # files with a header line; columns are separated by tabs or commas
+CHUNK = 16_384  # sentences
 
 
-def read_sentences(path: Path, column: str | None = None, chunk: int = 16_384) -> Iterator[list[str]]:
-    """Yields lists of up to `chunk` sentences: lines of a text file (`-`: standard input), or a table's `column`.
+def read_sentences(path: Path, column: str | None = None) -> Iterator[list[str]]:
+    """Yields lists of sentences: the lines of a text file (`-`: standard input), or a table's `column`.
 
-    An empty line is an empty sentence, so that sentence i is line i. A table without a `column` given is read by
-    its column `sentence`, or by its only one. Raises DataError (one line, with the place) for what cannot be read; here no
-    row is ever left out.
+    An empty line is an empty sentence, so sentence i is line i. The default column of a table is `sentence`, or its only
+    column. Raises DataError (one line that names the place) for the first line that cannot be read.
     """
     if path.suffix.lower() in TABLES:
-        yield from _column(path, column, chunk)
+        yield from _read_column(path, column)
         return
     if column is not None:
         raise DataError(f"{show_path(path)}: a column needs a file that ends in {' or '.join(TABLES)}")
     if path == STANDARD_INPUT:
-        yield from _lines(sys.stdin.buffer, "standard input", chunk)
+        yield from _read_lines(sys.stdin.buffer, "standard input")
     else:
         with open_regular(path) as file:
-            yield from _lines(file, show_path(path), chunk)
+            yield from _read_lines(file, show_path(path))
 
 
-def _lines(file: BinaryIO, name: str, chunk: int) -> Iterator[list[str]]:
+def _read_lines(file: BinaryIO, name: str) -> Iterator[list[str]]:
     done = 0
-    while raw := list(islice(file, chunk)):
+    while raw := list(islice(file, CHUNK)):
         sentences = []
         for line in raw:
             done += 1
@@ -50,7 +50,7 @@ def _lines(file: BinaryIO, name: str, chunk: int) -> Iterator[list[str]]:
         yield sentences
 
 
-def _column(path: Path, column: str | None, chunk: int) -> Iterator[list[str]]:
+def _read_column(path: Path, column: str | None) -> Iterator[list[str]]:
     with open_regular(path) as file:
         head = file.readline(1 << 20).decode("utf-8-sig", errors="replace").rstrip("\r\n")
     separator = "\t" if "\t" in head else ","
@@ -58,14 +58,11 @@ def _column(path: Path, column: str | None, chunk: int) -> Iterator[list[str]]:
     if column is None:
         column = names[0] if len(names) == 1 else "sentence"
         if column not in names:
-            raise DataError(
-                f"{show_path(path)}: which column? --column names one of {show(', '.join(filter(None, names)), 200)}"
-            )
-    layout = FileFormat(
-        task="sentences", stem="", text_columns=(column,), label=None, id_column=None, separator=separator
-    )
+            known = show(", ".join(filter(None, names)), 200)
+            raise DataError(f"{show_path(path)}: which column? --column names one of {known}")
+    layout = FileFormat("sentences", "", (column,), label=None, id_column=None, separator=separator)
     with TableReader(path, layout) as reader:
-        for table in reader.chunks(chunk):
+        for table in reader.chunks(CHUNK):
             if table.bad_rows:
                 raise DataError(str(table.bad_rows[0]))
             yield table.sentences[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes next is made while what is there is worked on: batches during a step, rows during their tokenizing."""
+"""Computes the next items in a background thread: batches during a step, rows during tokenization."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from contextlib import suppress
 from typing import TypeVar
 
 Item = TypeVar("Item")
+DEPTH = 2  # items that may wait in the queue
 
 
-def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Yields `items`, made up to `depth` ahead by a thread; whatever is raised there is raised here.
+def prefetch(items: Iterable[Item]) -> Generator[Item, None, None]:
+    """Yields `items`, which a background thread computes ahead. Exceptions of the thread are raised here.
 
-    The thread ends when the items do, or when this generator is closed (leaving a `for` loop closes it).
+    The thread ends after the last item, or when this generator is closed.
     """
-    # An item in a list of one, an exception, or None at the end.
-    ready: queue.Queue[list[Item] | BaseException | None] = queue.Queue(maxsize=max(1, depth))
+    # An item in a list of length one, an exception, or None at the end.
+    ready: queue.Queue[list[Item] | BaseException | None] = queue.Queue(maxsize=DEPTH)
     stop = threading.Event()
 
     def work() -> None:
@@ -34,15 +35,12 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, Non
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while True:
-            item = ready.get()
-            if item is None:
-                return
+        while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item[0]
     finally:
         stop.set()
-        while thread.is_alive():  # perhaps waiting for room
+        while thread.is_alive():  # it may be blocked on a full queue
             with suppress(queue.Empty):
                 ready.get(timeout=0.01)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples made from text that has no labels: words to guess, and sentences that belong together or do not.
+"""Training examples generated from unlabelled text: masked words, and pairs of sentences that do or do not follow.
 
-A *maker* turns rows of a table into sequences and the answers that a head is to find in them, anew at each step: a pure
-function of (seed, task, step, row), so that training resumes at any step, and several processes that train together make
-what one would. The text is that of other tasks' files, laid together by `all_sentences` or `all_pairs`.
+An `ExampleGenerator` turns table rows into sequences and targets, different ones at each step. It is a pure function of
+(seed, task, step, row): training resumes at any step, and the shards of several processes add up to the batch of one.
+The text comes from the files of other tasks, concatenated by `collect_sentences` or `collect_pairs`.
 """
 
 from __future__ import annotations
@@ -16,83 +16,64 @@ from typing import Protocol
 
 import numpy as np
 
+from minbert_fast.data.sampling import philox
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, cut, join
+from minbert_fast.data.tokens import Text, Tokens, TokenTable, join_pair, offsets_of, truncate
 
-IGNORED = -100  # the answer of a place that asks for none, as torch's cross_entropy has it
-
-# ---- What a maker makes ---------------------------------------------------------------------------------------------
+IGNORED = -100  # the target of a position without one, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
-class Made:
-    """One task's examples of a step: a sequence each, and what is to be found in it."""
+class GeneratedExamples:
+    """One task's examples of a step: one sequence per example, and the targets to predict from it."""
 
-    sequences: list[np.ndarray]  # word ids
-    types: list[np.ndarray]  # token types
-    answers: list[np.ndarray]  # int64 [k] a sequence, k its own
-    places: list[np.ndarray] | None = None  # int64 [k]: the tokens that the answers are for; None: the whole sequence
+    sequences: list[tuple[np.ndarray, np.ndarray | None]]  # word ids, token types (None: all 0)
+    targets: list[np.ndarray]  # int64 [k] per sequence; k may differ
+    positions: list[np.ndarray] | None = None  # int64 [k]: the tokens that the targets belong to; None: the sequence
 
-    def share(self, rank: int, ranks: int) -> Made:
-        """Every `ranks`th example from `rank` on."""
-        mine = slice(rank, None, ranks)
-        places = None if self.places is None else self.places[mine]
-        return Made(self.sequences[mine], self.types[mine], self.answers[mine], places)
+    def shard(self, rank: int, ranks: int) -> GeneratedExamples:
+        """Every `ranks`th example, starting at `rank`."""
+        local = slice(rank, None, ranks)
+        positions = None if self.positions is None else self.positions[local]
+        return GeneratedExamples(self.sequences[local], self.targets[local], positions)
 
     @property
-    def count(self) -> int:
-        """Answers in all."""
-        return sum(map(len, self.answers))
+    def num_targets(self) -> int:
+        """Targets of all examples."""
+        return sum(map(len, self.targets))
 
-    def labels(self, room: int | None = None) -> np.ndarray:
-        """All answers [M], or with places [M, 2]: token row, counted from the first sequence's first, and answer.
+    def labels(self, capacity: int | None = None) -> np.ndarray:
+        """The M targets [M]; with positions [M, 2]: token row (from the task's first token), target.
 
-        Places are padded to `room` with IGNORED answers, so that shapes can be kept to a few sizes.
+        Labels with positions are padded to `capacity` rows with IGNORED targets, so that shapes stay within few sizes.
         """
-        answers: np.ndarray = np.concatenate([np.empty(0, np.int64), *self.answers])
-        if self.places is None:
-            return answers
-        begins = np.cumsum([0, *map(len, self.sequences)])
-        rows = [place + begin for place, begin in zip(self.places, begins, strict=False)]
-        labels = np.zeros((len(answers) if room is None else room, 2), np.int64)
+        targets: np.ndarray = np.concatenate([np.empty(0, np.int64), *self.targets])
+        if self.positions is None:
+            return targets
+        begins = offsets_of([len(ids) for ids, _ in self.sequences])
+        rows = [position + begin for position, begin in zip(self.positions, begins, strict=False)]
+        labels = np.zeros((len(targets) if capacity is None else capacity, 2), np.int64)
         labels[:, 1] = IGNORED
-        labels[: len(answers), 0] = np.concatenate([np.empty(0, np.int64), *rows])
-        labels[: len(answers), 1] = answers
+        labels[: len(targets), 0] = np.concatenate([np.empty(0, np.int64), *rows])
+        labels[: len(targets), 1] = targets
         return labels
 
 
-class Maker(Protocol):
-    """Makes a task's examples."""
+class ExampleGenerator(Protocol):
+    """Generates a task's examples."""
 
-    def __call__(self, table: TokenTable, rows: np.ndarray, step: int, max_length: int) -> Made:
+    def __call__(self, table: TokenTable, rows: np.ndarray, step: int, max_length: int) -> GeneratedExamples:
         """The examples of `rows` at `step`, in sequences of up to `max_length` tokens."""
 
-    def most(self, tokens: int, examples: int) -> int:
-        """Answers that so many examples can have in so many tokens, at most."""
+    def max_targets(self, tokens: int, examples: int) -> int:
+        """The largest number of targets that `examples` sequences of `tokens` tokens in all can have."""
 
 
-# ---- Two makers -----------------------------------------------------------------------------------------------------
+class WordMasking:
+    """Masks words to predict (Devlin et al. 2019, section 3.1): 80 % become [MASK], 10 % a random word, 10 % stay.
 
-
-class _Stream:
-    """Random bits of (seed, name), and in it of (step, row): counters of Philox, whatever was drawn before."""
-
-    def __init__(self, seed: int, name: str) -> None:
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        self.key = [seed % (1 << 64), int.from_bytes(digest, "little")]
-
-    def bits(self, step: int, row: int, count: int) -> np.ndarray:
-        """uint64 [count]."""
-        # The lower half of the counter counts the numbers drawn.
-        bits: np.ndarray = np.random.Philox(key=self.key, counter=[0, 0, row, step]).random_raw(count)
-        return bits
-
-
-class Masking:
-    """Words to guess (Devlin et al. 2019, section 3.1): of those drawn, 80 % are [MASK], 10 % random, 10 % themselves.
-
-    A sentence of n words has `rate` n of them drawn, rounded up or down by chance so that `rate` is what is drawn on
-    average. Special tokens are no words: they are neither drawn nor put in a word's place.
+    A sentence of n words has `rate` * n of them masked, rounded up or down at random so that the mean is exact. Special
+    tokens are never masked and never replace a word.
     """
 
     def __init__(self, tokenizer: Tokenizer, rate: float, seed: int, task: str) -> None:
@@ -104,103 +85,101 @@ class Masking:
         self.mask_id = tokenizer.mask_id
         self.special = np.array(special)
         self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special)
-        self._stream = _Stream(seed, f"masking/{task}")
+        self._stream = (seed, f"masking/{task}")
 
-    def __call__(self, table: TokenTable, rows: np.ndarray, step: int, max_length: int) -> Made:
+    def __call__(self, table: TokenTable, rows: np.ndarray, step: int, max_length: int) -> GeneratedExamples:
         (column,) = table.columns
-        made = Made([], [], [], [])
-        assert made.places is not None
+        examples = GeneratedExamples([], [], [])
+        assert examples.positions is not None
         for row in rows.tolist():
-            sentence = cut(column[row], max_length)
-            places, put = self._draw(sentence, step, row)
+            sentence = truncate(column[row], max_length)
+            positions, replacements = self._draw(sentence, step, row)
             masked = sentence.astype(np.int32)
-            masked[places] = put
-            made.sequences.append(masked)
-            made.types.append(np.zeros(len(masked), np.int32))
-            made.places.append(places)
-            made.answers.append(sentence[places].astype(np.int64))
-        return made
+            masked[positions] = replacements
+            examples.sequences.append((masked, None))
+            examples.positions.append(positions)
+            examples.targets.append(sentence[positions].astype(np.int64))
+        return examples
 
     def _draw(self, sentence: np.ndarray, step: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens are to be guessed, ascending, and what stands in their place."""
+        """The masked positions, ascending, and the word ids that replace them."""
         words = np.flatnonzero(~np.isin(sentence, self.special))
-        first, *parts = np.split(self._stream.bits(step, row, 1 + 3 * len(words)), 1 + len(words) * np.arange(3))
-        order, fate, other = parts
+        bits = philox(*self._stream, step, row).random_raw(1 + 3 * len(words))
+        first, order, fate, other = np.split(bits, 1 + len(words) * np.arange(3))
         count = min(len(words), int(self.rate * len(words) + first.item() / 2**64))
-        places = np.sort(words[np.argsort(order, kind="stable")[:count]])
+        positions = np.sort(words[np.argsort(order, kind="stable")[:count]])
         fate, other = fate[:count] % 10, self.words[other[:count] % len(self.words)]
-        return places, np.select([fate < 8, fate == 8], [self.mask_id, other], sentence[places])
+        return positions, np.select([fate < 8, fate == 8], [self.mask_id, other], sentence[positions])
 
-    def most(self, tokens: int, examples: int) -> int:
+    def max_targets(self, tokens: int, examples: int) -> int:
         return int(self.rate * tokens) + examples
 
 
-class Pairing:
-    """Second sentences that follow, or do not (next-sentence prediction, Devlin et al. 2019, section 3.1).
+class SentencePairing:
+    """Pairs of sentences for next-sentence prediction (Devlin et al. 2019, section 3.1).
 
-    Every second pair on average keeps its own second sentence (answer 0, as in BERT's own head); the others get that of
-    another row (answer 1). Sequences are [CLS] a [SEP] b [SEP].
+    Half of the pairs on average keep their second sentence (target 0, as in BERT's own head); the others get the second
+    sentence of another row (target 1). Sequences are [CLS] a [SEP] b [SEP].
     """
 
     def __init__(self, seed: int, task: str) -> None:
-        self._stream = _Stream(seed, f"pairing/{task}")
+        self._stream = (seed, f"pairing/{task}")
 
-    def __call__(self, table: TokenTable, rows: np.ndarray, step: int, max_length: int) -> Made:
+    def __call__(self, table: TokenTable, rows: np.ndarray, step: int, max_length: int) -> GeneratedExamples:
         first, second = table.columns
-        made = Made([], [], [])
+        examples = GeneratedExamples([], [])
         for row in rows.tolist():
-            coin, draw = self._stream.bits(step, row, 2).tolist()
-            other, stranger = row, coin % 2
-            if stranger and len(table) > 1:
+            coin, draw = philox(*self._stream, step, row).random_raw(2).tolist()
+            other = row
+            if coin % 2 and len(table) > 1:
                 other = draw % (len(table) - 1)
                 other += other >= row
-            sequence, types = join(first[row], second[other], max_length)
-            made.sequences.append(sequence)
-            made.types.append(types)
-            made.answers.append(np.array([int(other != row)]))
-        return made
-
-    def most(self, tokens: int, examples: int) -> int:
+            examples.sequences.append(join_pair(first[row], second[other], max_length))
+            examples.targets.append(np.array([int(other != row)]))
         return examples
 
-
-# ---- The text -------------------------------------------------------------------------------------------------------
+    def max_targets(self, tokens: int, examples: int) -> int:
+        return examples
 
 
 @dataclass(frozen=True)
 class Corpus(TokenTable):
-    """The text of several tables as one, in memory: a block of rows a part, without labels."""
+    """The rows of several tables as one unlabelled table in memory, part after part."""
 
     parts: tuple[TokenTable, ...] = ()
 
-    def place(self, row: int) -> str:
+    def locate(self, row: int) -> str:
         """`file:line` of a row."""
         for part in self.parts:
             if row < len(part):
-                return part.place(row)
+                return part.locate(row)
             row -= len(part)
         raise IndexError(f"row {row} beyond the last one")
 
 
-def all_sentences(name: str, tables: Sequence[TokenTable]) -> Corpus:
-    """Every sentence of `tables` as a row of its own: table by table, column by column."""
+def collect_sentences(name: str, tables: Sequence[TokenTable]) -> Corpus:
+    """Every sentence of `tables` as one row: table by table, column by column."""
     blocks = [(table, column) for table in tables for column in table.columns]
-    return _corpus(name, [table for table, _ in blocks], [[column] for _, column in blocks])
+    return _concatenate(name, [table for table, _ in blocks], [[column] for _, column in blocks])
 
 
-def all_pairs(name: str, tables: Sequence[TokenTable]) -> Corpus:
+def collect_pairs(name: str, tables: Sequence[TokenTable]) -> Corpus:
     """The first two sentences of every row of `tables`, table by table."""
-    return _corpus(name, tables, [table.columns[:2] for table in tables])
+    return _concatenate(name, tables, [table.columns[:2] for table in tables])
 
 
-def _corpus(name: str, parts: Sequence[TokenTable], blocks: Sequence[Sequence[Tokens]]) -> Corpus:
+def _concatenate(name: str, parts: Sequence[TokenTable], blocks: Sequence[Sequence[Tokens]]) -> Corpus:
     lines = np.concatenate([part.lines for part in parts])
     files = {part.path: part.source_hash for part in parts}
     digest = hashlib.blake2b(" ".join(files.values()).encode(), digest_size=16)
+    columns = []
+    for column in zip(*blocks, strict=True):
+        offsets = offsets_of(np.concatenate([tokens.lengths for tokens in column]))
+        columns.append(Tokens(np.concatenate([tokens.flat for tokens in column]), offsets))
     return Corpus(
         task=name,
         path=Path("+".join(path.name for path in files)),
-        columns=tuple(_end_to_end(column) for column in zip(*blocks, strict=True)),
+        columns=tuple(columns),
         labels=None,
         ids=Text(np.empty(0, np.uint8), np.zeros(len(lines) + 1, np.int64)),
         lines=lines,
@@ -208,10 +187,3 @@ def _corpus(name: str, parts: Sequence[TokenTable], blocks: Sequence[Sequence[To
         source_hash=digest.hexdigest(),
         parts=tuple(parts),
     )
-
-
-def _end_to_end(columns: Sequence[Tokens]) -> Tokens:
-    lengths = np.concatenate([column.lengths for column in columns])
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Tokens(np.concatenate([column.flat for column in columns]), offsets)

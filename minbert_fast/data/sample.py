@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded demonstration: where the sample data and the tiny model that ship with the package lie."""
+"""The embedded demonstration: sample data and a tiny model that ship with the package."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ class Sample:
 
 
 def sample_directory() -> Sample:
-    """The demonstration as installed. `python -m minbert_fast.data.make_sample` makes it anew."""
+    """The demonstration's directories as installed; `tools/make_sample.py` generates their files."""
     root = Path(str(resources.files("minbert_fast.data") / "sample"))
     return Sample(data=root, model=root / "model")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT's WordPiece tokenizer, by the `tokenizers` library.
+"""BERT's WordPiece tokenizer, based on the `tokenizers` library.
 
-The Rust pipeline is built from a checked vocabulary: BERT's own normalizer, pre-tokenizer and template, and
-nothing that a file might smuggle in (other components, truncation, padding). The word ids equal those of
+The Rust pipeline is built from a checked vocabulary with BERT's normalizer, pre-tokenizer and template. It ignores
+everything else that a tokenizer file may request (other components, truncation, padding). The word ids equal those of
 transformers' BertTokenizerFast.
 """
 
@@ -21,90 +21,60 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from minbert_fast.common.storage import write_text
 from minbert_fast.data.formats import show
-from minbert_fast.data.tokens import Tokens, join
-from minbert_fast.data.vocabulary import Vocabulary, blame, read_vocabulary
+from minbert_fast.data.tokens import Tokens, offsets_of
+from minbert_fast.data.vocabulary import Vocabulary, errors_name, read_vocabulary
 
-BATCH = 1024  # sentences that are out of Rust's hands and not yet in an array
+BATCH = 1024  # sentences per call of the Rust tokenizer; limits the memory of its Python objects
 
 
 class Tokenizer:
-    """Texts to word ids. Single sentences become [CLS] .. [SEP], pairs [CLS] a [SEP] b [SEP]."""
+    """Converts texts to word ids."""
 
     def __init__(self, vocabulary: Vocabulary, model_max_length: int | None = None) -> None:
         """Raises ValueError for a vocabulary without [UNK], [SEP], [PAD] or [CLS]."""
         self.vocabulary = vocabulary
         self.model_max_length = model_max_length
         self._rust = _build(vocabulary)
-        self.unk_id = self._special("unk")
-        self.sep_id = self._special("sep")
-        self.pad_id = self._special("pad")
-        self.cls_id = self._special("cls")
+        self.unk_id, self.sep_id, self.pad_id, self.cls_id = map(self._special, ("unk", "sep", "pad", "cls"))
         mask = vocabulary.special["mask"]
-        self.mask_id: int | None = self._rust.token_to_id(mask)  # None: not made for masked training
+        self.mask_id: int | None = self._rust.token_to_id(mask)  # None: the vocabulary has no [MASK]
         self.vocab_size: int = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
         canonical = json.dumps(asdict(vocabulary), sort_keys=True, ensure_ascii=True)
         self.fingerprint: str = hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, else vocab.txt, with tokenizer_config.json, from a model's directory.
+        """Reads tokenizer.json, or else vocab.txt, and tokenizer_config.json from a model directory.
 
-        Raises DataError (one line) for missing, damaged or foreign files.
+        Raises DataError (one line) if the files are missing, damaged or describe another kind of tokenizer.
         """
-        source = read_vocabulary(Path(directory))
-        with blame(source.path):
-            return cls(source.vocabulary, source.model_max_length)
-
-    @property
-    def lowercase(self) -> bool:
-        """Whether texts are lower-cased."""
-        return self.vocabulary.lowercase
+        path, vocabulary, model_max_length = read_vocabulary(Path(directory))
+        with errors_name(path):
+            return cls(vocabulary, model_max_length)
 
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
-        """Word ids of each text as [CLS] .. [SEP], cut to `max_length` tokens, [SEP] kept.
+        """Word ids of each text as [CLS] .. [SEP], truncated to `max_length` tokens; [SEP] is kept.
 
-        `truncated` of the result counts the texts that were cut. Raises ValueError for `max_length` below
-        2 and what is no string.
+        Raises ValueError if max_length < 2 or a text is not a string.
         """
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
-        truncated = 0
-        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+        lengths: list[int] = []
         parts = [np.empty(0, dtype=np.int32)]
         for begin in range(0, len(texts), BATCH):
             batch = list(texts[begin : begin + BATCH])
             for index, text in enumerate(batch, start=begin):
                 if not isinstance(text, str):
                     raise ValueError(f"sentence {index} is {text!r:.60}, expected a string")
-            encodings = self._rust.encode_batch_fast(batch)
-            sentences = [encoding.ids for encoding in encodings]
+            sentences = [encoding.ids for encoding in self._rust.encode_batch_fast(batch)]
             if max_length is not None:
-                for index, ids in enumerate(sentences):
-                    if len(ids) > max_length:
-                        truncated += 1
-                        sentences[index] = [*ids[: max_length - 1], self.sep_id]
-            lengths = [len(ids) for ids in sentences]
-            offsets[begin + 1 : begin + 1 + len(lengths)] = lengths
-            parts.append(np.fromiter(itertools.chain.from_iterable(sentences), np.int32, sum(lengths)))
-        return Tokens(np.concatenate(parts), np.cumsum(offsets), truncated)
-
-    def encode_pairs(
-        self, first: Sequence[str], second: Sequence[str], max_length: int | None = None
-    ) -> tuple[Tokens, Tokens]:
-        """Word ids of each pair as [CLS] a [SEP] b [SEP], and the token types (0, then 1) laid out alike.
-
-        Pairs beyond `max_length` are cut as `tokens.join` says; `truncated` counts them.
-        Raises ValueError for `max_length` below 3 or lists of unequal length.
-        """
-        left, right = self.encode(first), self.encode(second)
-        joined = [join(a, b, max_length) for a, b in zip(left, right, strict=True)]
-        whole = left.lengths + right.lengths - 1
-        truncated = int((whole > max_length).sum()) if max_length is not None else 0
-        return Tokens.of([ids for ids, _ in joined], truncated), Tokens.of([types for _, types in joined])
+                sentences = [x if len(x) <= max_length else [*x[: max_length - 1], self.sep_id] for x in sentences]
+            lengths += map(len, sentences)
+            parts.append(np.fromiter(itertools.chain.from_iterable(sentences), np.int32, sum(map(len, sentences))))
+        return Tokens(np.concatenate(parts), offsets_of(lengths))
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, vocab.txt, tokenizer_config.json, special_tokens_map.json to `directory`."""
-        folder = Path(directory)
         vocabulary = self.vocabulary
         names = {f"{role}_token": token for role, token in vocabulary.special.items()}
         config = {
@@ -124,7 +94,7 @@ class Tokenizer:
             "special_tokens_map.json": json.dumps(names, indent=2) + "\n",
         }
         for name, text in files.items():
-            write_text(folder / name, text)
+            write_text(Path(directory) / name, text)
 
     def _special(self, role: str) -> int:
         token = self.vocabulary.special[role]
@@ -135,7 +105,7 @@ class Tokenizer:
 
 
 def _build(vocabulary: Vocabulary) -> RustTokenizer:
-    """The Rust pipeline of a vocabulary."""
+    """The Rust tokenizer of a vocabulary."""
     special = vocabulary.special
     rust = RustTokenizer(
         models.WordPiece(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenized sentences: one flat array of word ids and the offsets of the sentences in it.
+"""Tokenized sentences: one flat array of word ids, and the offset of each sentence in it.
 
-Sentences are kept whole, as [CLS] .. [SEP]; they are cut to a length where batches are made, so that one
-tokenized file serves every length.
+Sentences are stored untruncated as [CLS] .. [SEP]. Batches truncate them, so one tokenized file serves every maximum
+length.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ import numpy as np
 from minbert_fast.data.files import BadRow
 from minbert_fast.data.formats import show_path
 
-#: How the sentences of an example become sequences: each for itself, all as one, or each and then all as one.
+#: How the sentences of an example become sequences: one sequence each ("bi"), one joint sequence ("cross"), or both.
 Encoder = Literal["bi", "cross", "both"]
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [n + 1]: where each of n adjacent pieces begins, then the end."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sentences of word ids, each [CLS] .. [SEP], end to end."""
+    """Sentences of word ids, concatenated; each is [CLS] .. [SEP]."""
 
     flat: np.ndarray  # [tokens] word ids, uint16 or int32; may be memory-mapped
     offsets: np.ndarray  # [sentences + 1] int64: where each sentence begins in `flat`, then the end
-    truncated: int = 0  # sentences that were cut when this was made
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -41,26 +47,22 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[sentences] int32: tokens of each sentence."""
+        """Tokens of each sentence, int32 [sentences]."""
         lengths = np.empty(len(self), dtype=np.int32)
-        # Straight into 4 bytes each: there may be millions.
+        # Subtracts into int32 directly: an int64 intermediate of millions of sentences would be twice as large.
         np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
         return lengths
 
     @staticmethod
-    def of(sentences: Sequence[Sequence[int] | np.ndarray], truncated: int = 0) -> Tokens:
-        """Lays sentences of word ids end to end."""
-        offsets = np.zeros(len(sentences) + 1, dtype=np.int64)
-        np.cumsum([len(sentence) for sentence in sentences], out=offsets[1:])
-        flat = np.empty(offsets[-1], dtype=np.int32)
-        for begin, sentence in zip(offsets, sentences, strict=False):
-            flat[begin : begin + len(sentence)] = sentence
-        return Tokens(flat, offsets, truncated)
+    def of(sentences: Sequence[Sequence[int] | np.ndarray]) -> Tokens:
+        """Concatenates sentences of word ids."""
+        parts = [np.empty(0, np.int32), *(np.asarray(sentence, dtype=np.int32) for sentence in sentences)]
+        return Tokens(np.concatenate(parts), offsets_of([len(sentence) for sentence in sentences]))
 
 
 @dataclass(frozen=True)
 class Text:
-    """Short strings end to end in UTF-8, so that millions of them need no Python objects."""
+    """Short strings concatenated in UTF-8, so that millions of them need no Python objects."""
 
     flat: np.ndarray  # [bytes] uint8; may be memory-mapped
     offsets: np.ndarray  # [strings + 1] int64
@@ -73,69 +75,63 @@ class Text:
 
     @staticmethod
     def of(strings: Sequence[str]) -> Text:
-        """Lays strings end to end."""
+        """Concatenates strings."""
         encoded = [string.encode("utf-8") for string in strings]
-        offsets = np.zeros(len(strings) + 1, dtype=np.int64)
-        np.cumsum([len(string) for string in encoded], out=offsets[1:])
-        return Text(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
+        return Text(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets_of([len(each) for each in encoded]))
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A data file, tokenized: what training and evaluation read. n rows of `arity` sentences each."""
+    """A tokenized data file: n rows of `arity` sentences each."""
 
     task: str
     path: Path
-    columns: tuple[Tokens, ...]  # one a sentence of the example, n sentences each, uncut
-    labels: np.ndarray | None  # [n] int64 classes or float32 values; None where there are none
+    columns: tuple[Tokens, ...]  # n untruncated sentences per column; one column per sentence of an example
+    labels: np.ndarray | None  # [n] int64 classes or float32 values; None for an unlabelled file
     ids: Text  # [n]
-    lines: np.ndarray  # [n] int64: where each row begins in the file
+    lines: np.ndarray  # [n] int64: the line where each row begins in the file
     bad_rows: tuple[BadRow, ...]
-    source_hash: str  # of the file's content; empty for rows that came from no file
+    source_hash: str  # of the file's content; empty for rows that were not read from a file
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def arity(self) -> int:
-        """Sentences of an example."""
+        """Sentences per example."""
         return len(self.columns)
 
-    def place(self, row: int) -> str:
+    def locate(self, row: int) -> str:
         """`file:line` of a row."""
         return f"{show_path(self.path)}:{self.lines[row]}"
 
     def lengths(self, encoder: Encoder = "bi") -> np.ndarray:
-        """[n, sequences] int32: tokens of each sequence that a row becomes, uncut."""
-        apart = [column.lengths for column in self.columns]
-        together = [] if encoder == "bi" else [sum(apart, 1 - self.arity)]
-        return np.stack([*([] if encoder == "cross" else apart), *together], axis=1)
+        """Tokens of each sequence of each row before truncation, int32 [n, sequences]."""
+        separate = [column.lengths for column in self.columns]
+        joint = [] if encoder == "bi" else [sum(separate, 1 - self.arity)]
+        return np.stack([*([] if encoder == "cross" else separate), *joint], axis=1)
 
     def count_truncated(self, max_length: int, encoder: Encoder = "bi") -> int:
-        """How many rows lose tokens when sequences are cut to `max_length`."""
+        """The number of rows with a sequence of more than `max_length` tokens."""
         return int((self.lengths(encoder) > max_length).any(axis=1).sum())
 
 
-def cut(sentence: np.ndarray, max_length: int) -> np.ndarray:
-    """[CLS] .. [SEP] cut to `max_length` tokens, [SEP] kept. Raises ValueError below 2 tokens."""
-    if max_length < 2:
-        raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
+def truncate(sentence: np.ndarray, max_length: int) -> np.ndarray:
+    """[CLS] .. [SEP] shortened to `max_length` >= 2 tokens; [SEP] is kept."""
     if len(sentence) <= max_length:
         return sentence
     return np.concatenate([sentence[: max_length - 1], sentence[-1:]])
 
 
-def join(first: np.ndarray, second: np.ndarray, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Makes [CLS] a [SEP] b [SEP] of two [CLS] .. [SEP]: word ids [n] and types [n] int32 (0, then 1).
+def join_pair(first: np.ndarray, second: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Joins two [CLS] .. [SEP] sentences into [CLS] a [SEP] b [SEP]: word ids [n] and token types int32 [n] (0, then 1).
 
-    What exceeds `max_length` is taken from the longer sentence until both are equally long, then from both,
-    as transformers' "longest_first" does. Raises ValueError below 3 tokens.
+    A pair above `max_length` >= 3 tokens is shortened like transformers' "longest_first": the longer sentence first, then
+    both equally.
     """
-    if max_length is not None and max_length < 3:
-        raise ValueError(f"max_length is {max_length}, expected at least 3 ([CLS] and two [SEP])")
     a, b = len(first) - 2, len(second) - 2  # without [CLS] and [SEP]
-    if max_length is not None and a + b + 3 > max_length:
-        budget = max_length - 3
+    budget = max_length - 3
+    if a + b > budget:
         half = budget // 2
         if min(a, b) <= half:
             a, b = (a, budget - a) if a <= b else (budget - b, b)

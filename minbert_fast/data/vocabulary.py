@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a WordPiece vocabulary from tokenizer.json or vocab.txt, as data, every value checked.
+"""Reads a WordPiece vocabulary from tokenizer.json or vocab.txt and checks every value.
 
-A file that describes anything but BERT's pipeline is refused in one line; Rust's own loader never sees it.
+A file that describes any other pipeline than BERT's is rejected with one line. The files never reach Rust's own loader.
 """
 
 from __future__ import annotations
@@ -17,82 +17,80 @@ from typing import Any
 from minbert_fast.data.files import open_regular
 from minbert_fast.data.formats import DataError, show, show_path
 
-MAX_FILE_BYTES = 64 << 20  # files beyond this are not read
+MAX_FILE_BYTES = 64 << 20  # larger files are rejected
 MAX_WORD_ID = 1 << 24
 SPECIAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything that decides which word ids a text gets."""
+    """Everything that determines the word ids of a text."""
 
     words: dict[str, int]
     lowercase: bool = True
-    strip_accents: bool | None = None  # None: as `lowercase`
-    chinese_characters: bool = True  # set apart, each a word
+    strip_accents: bool | None = None  # None: same as `lowercase`
+    chinese_characters: bool = True  # split Chinese characters into one word each
     clean_text: bool = True
     prefix: str = "##"
-    max_word_length: int = 100  # characters; longer words become [UNK]
+    max_word_length: int = 100  # characters; a longer word becomes [UNK]
     special: dict[str, str] = field(default_factory=lambda: dict(SPECIAL))  # role -> token
-    added: tuple[dict[str, Any], ...] = ()  # AddedToken's arguments beside id
+    added: tuple[dict[str, Any], ...] = ()  # the arguments of AddedToken, and `id`
 
 
-@dataclass(frozen=True)
-class Source:
-    """A vocabulary as read, and from which file."""
+def read_vocabulary(folder: Path) -> tuple[Path, Vocabulary, int | None]:
+    """Reads tokenizer.json, or else vocab.txt, and tokenizer_config.json from a model directory.
 
-    path: Path
-    vocabulary: Vocabulary
-    model_max_length: int | None  # tokenizer_config.json's, where it says one
-
-
-def read_vocabulary(folder: Path) -> Source:
-    """Reads tokenizer.json, else vocab.txt, with tokenizer_config.json, from a model's directory.
-
-    Raises DataError (one line) for missing, damaged or foreign files.
+    Returns the vocabulary's file, the vocabulary, and tokenizer_config.json's model_max_length if it has one. Raises
+    DataError (one line) if the files are missing, damaged or describe another kind of tokenizer.
     """
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if os.path.exists(path) else {}
-    with blame(path):
-        options = _options(config)
-        max_length = _sane_length(config.get("model_max_length"))
+    with errors_name(path):
+        options = _read_options(config)
+    max_length = config.get("model_max_length")
+    if not isinstance(max_length, int) or not 2 <= max_length <= 1 << 20:  # transformers writes 1e30 for no limit
+        max_length = None
     path = folder / "tokenizer.json"
     if os.path.exists(path):
         content = _read_json(path)
-        with blame(path):
-            return Source(path, _from_json(content, options), max_length)
+        with errors_name(path):
+            return path, _parse_tokenizer(content, options), max_length
     path = folder / "vocab.txt"
     if os.path.exists(path):
-        words = _read_vocab(path)
-        return Source(path, Vocabulary(words, **options), max_length)
+        lines = _read_text(path).split("\n")
+        if not lines[-1]:
+            lines.pop()
+        words = {
+            line.removesuffix("\r"): index for index, line in enumerate(lines)
+        }  # of duplicates the last one counts
+        with errors_name(path):
+            _check_words(words)
+        return path, Vocabulary(words, **options), max_length
     raise DataError(f"{show_path(folder)}: neither tokenizer.json nor vocab.txt")
 
 
-def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """The Vocabulary fields that tokenizer_config.json decides. Raises ValueError for a wrong type."""
-    options: dict[str, Any] = {}
-    for key, name in (
-        ("do_lower_case", "lowercase"),
-        ("strip_accents", "strip_accents"),
-        ("tokenize_chinese_chars", "chinese_characters"),
-    ):
-        value = config.get(key)
-        if value is not None:
-            options[name] = _expect(value, bool, key)
+def _read_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The Vocabulary fields that tokenizer_config.json sets. Raises ValueError for a wrong type."""
+    names = {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "chinese_characters",
+    }
+    options = {name: _expect(config[key], bool, key) for key, name in names.items() if config.get(key) is not None}
     special = dict(SPECIAL)
     for role in special:
         token = config.get(f"{role}_token")
-        if isinstance(token, dict):  # an AddedToken written out
+        if isinstance(token, dict):  # a serialised AddedToken
             token = token.get("content")
         if token is not None:
             special[role] = _expect(token, str, f"{role}_token")
     return {**options, "special": special}
 
 
-def _from_json(content: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
-    """The vocabulary in a tokenizer.json; `options` take precedence, as in transformers.
+def _parse_tokenizer(content: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
+    """The vocabulary in a tokenizer.json. `options` take precedence, as in transformers.
 
-    Raises ValueError where the file describes anything but BERT's WordPiece.
+    Raises ValueError if the file describes anything but BERT's WordPiece.
     """
     model = _expect(content.get("model"), dict, "model")
     if model.get("type", "WordPiece") != "WordPiece":
@@ -115,13 +113,12 @@ def _from_json(content: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
         fields["strip_accents"] = _expect(normalizer["strip_accents"], bool, "normalizer.strip_accents")
     if not 1 <= fields["max_word_length"] <= 1 << 20:
         raise ValueError(f"max_input_chars_per_word is {fields['max_word_length']}, expected 1 to {1 << 20}")
-    unknown = _expect(model.get("unk_token", "[UNK]"), str, "unk_token")
-    special = {**options["special"], "unk": unknown}
-    return Vocabulary(words, **{**fields, **options, "special": special, "added": _added(content, special)})
+    special = {**options["special"], "unk": _expect(model.get("unk_token", "[UNK]"), str, "unk_token")}
+    return Vocabulary(words, **{**fields, **options, "special": special, "added": _added_tokens(content, special)})
 
 
 def _component(content: dict[str, Any], key: str, kind: str) -> dict[str, Any]:
-    """A component of the pipeline, which must be of one kind."""
+    """A component of the pipeline. Raises ValueError unless its type is `kind`."""
     part: dict[str, Any] = _expect(content.get(key), dict, key)
     if part.get("type") != kind:
         raise ValueError(f"{key} is {show(str(part.get('type')))}, expected {kind!r}: not a BERT tokenizer")
@@ -129,18 +126,17 @@ def _component(content: dict[str, Any], key: str, kind: str) -> dict[str, Any]:
 
 
 def _check_template(part: Any, special: dict[str, str]) -> None:
-    """Raises ValueError if the post-processor is known to make other sequences than [CLS] .. [SEP]."""
+    """Raises ValueError if the post-processor builds other sequences than [CLS] .. [SEP]."""
     if part is None or (isinstance(part, dict) and part.get("type") == "BertProcessing"):
         return
-    cls = {"SpecialToken": {"id": special["cls"], "type_id": 0}}
-    sep = {"SpecialToken": {"id": special["sep"], "type_id": 0}}
+    cls, sep = ({"SpecialToken": {"id": special[role], "type_id": 0}} for role in ("cls", "sep"))
     single = [cls, {"Sequence": {"id": "A", "type_id": 0}}, sep]
     if not isinstance(part, dict) or part.get("type") != "TemplateProcessing" or part.get("single") != single:
         raise ValueError("post_processor makes other sequences than [CLS] .. [SEP]: not a BERT tokenizer")
 
 
-def _added(content: dict[str, Any], special: dict[str, str]) -> tuple[dict[str, Any], ...]:
-    """The added tokens beside BERT's own."""
+def _added_tokens(content: dict[str, Any], special: dict[str, str]) -> tuple[dict[str, Any], ...]:
+    """The added tokens except BERT's special ones."""
     added = []
     for entry in _expect(content.get("added_tokens", []), list, "added_tokens"):
         entry = _expect(entry, dict, "an added token")
@@ -158,14 +154,14 @@ def _added(content: dict[str, Any], special: dict[str, str]) -> tuple[dict[str, 
 
 
 def _check_words(words: dict[str, int]) -> None:
-    """Raises ValueError unless each word has a number of its own, within limits."""
+    """Raises ValueError unless the vocabulary has words and each has a different id within limits."""
     if not words:
         raise ValueError("the vocabulary is empty")
-    numbers = set(words.values())
-    if len(numbers) != len(words):
+    ids = set(words.values())
+    if len(ids) != len(words):
         raise ValueError("two words of the vocabulary share a number")
-    if min(numbers) < 0 or max(numbers) > MAX_WORD_ID:
-        raise ValueError(f"word ids from {min(numbers)} to {max(numbers)}, expected 0 to at most {MAX_WORD_ID}")
+    if min(ids) < 0 or max(ids) > MAX_WORD_ID:
+        raise ValueError(f"word ids from {min(ids)} to {max(ids)}, expected 0 to at most {MAX_WORD_ID}")
 
 
 def _expect(value: Any, kind: type, name: str) -> Any:
@@ -175,26 +171,22 @@ def _expect(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _sane_length(value: Any) -> int | None:
-    """A model_max_length that means something; transformers writes 1e30 for none."""
-    return value if isinstance(value, int) and 2 <= value <= 1 << 20 else None
-
-
 @contextmanager
-def blame(path: Path) -> Iterator[None]:
-    """Turns a ValueError, or whatever Rust raises, into a DataError that names the file."""
+def errors_name(path: Path) -> Iterator[None]:
+    """Turns a ValueError inside the block, and any error of Rust's, into a DataError that names the file."""
     try:
         yield
     except DataError:
         raise
     except BaseException as error:
-        # pyo3's PanicException derives from BaseException and has no name to import.
+        # pyo3's PanicException derives from BaseException and cannot be imported by name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{show_path(path)}: {' '.join(str(error).split())}") from error
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises DataError with the line."""
     with open_regular(path) as file:
         try:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -202,37 +194,22 @@ def _read_bytes(path: Path) -> bytes:
             raise DataError(f"{show_path(path)}: cannot be read: {error.strerror or error}") from error
     if len(content) > MAX_FILE_BYTES:
         raise DataError(f"{show_path(path)}: larger than {MAX_FILE_BYTES:,} bytes")
-    return content
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{show_path(path)}:{line}: byte 0x{content[error.start]:02x} is not UTF-8") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DataError with the line."""
-    content = _read_bytes(path)
+    text = _read_text(path)
     try:
-        value: dict[str, Any] = _expect(json.loads(content.decode("utf-8-sig")), dict, "the content")
+        value: dict[str, Any] = _expect(json.loads(text), dict, "the content")
         return value
     except json.JSONDecodeError as error:
         raise DataError(f"{show_path(path)}:{error.lineno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{show_path(path)}:{line}: byte 0x{content[error.start]:02x} is not UTF-8") from None
     except RecursionError:
         raise DataError(f"{show_path(path)}: nested too deeply") from None
-    except ValueError as error:  # numbers of thousands of digits; content that is no object
+    except ValueError as error:  # a number of thousands of digits, or content that is not an object
         raise DataError(f"{show_path(path)}: {error}") from None
-
-
-def _read_vocab(path: Path) -> dict[str, int]:
-    """A vocab.txt: one word a line, numbered from 0; of a word that stands twice the later number holds."""
-    content = _read_bytes(path)
-    try:
-        lines = content.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{show_path(path)}:{line}: byte 0x{content[error.start]:02x} is not UTF-8") from None
-    if not lines[-1]:
-        lines.pop()
-    words = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
-    with blame(path):
-        _check_words(words)
-    return words

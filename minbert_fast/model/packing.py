@@ -12,7 +12,6 @@ asks the device a question.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,21 +65,6 @@ class PackedBatch:
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
         return {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
-
-    def padded(self, pad_token_id: int = 0) -> tuple[Tensor, Tensor]:
-        """The rectangular view that ordinary BERT takes: input_ids [B, S] int64, attention_mask [B, S] int64.
-
-        For the reference path and for comparisons; asks the device for values, so not for the fast path.
-        """
-        offsets = self.cu_seqlens.tolist()
-        lengths = [end - begin for begin, end in itertools.pairwise(offsets)][: self.num_sentences]
-        width = max(lengths, default=0)
-        ids = torch.full((len(lengths), width), pad_token_id, dtype=torch.int64, device=self.tokens.device)
-        mask = torch.zeros_like(ids)
-        for row, (begin, length) in enumerate(zip(offsets, lengths, strict=False)):
-            ids[row, :length] = self.tokens[begin : begin + length]
-            mask[row, :length] = 1
-        return ids, mask
 
 
 def pack(

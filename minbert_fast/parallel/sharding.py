@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.parallel.exchange import AllReduce, Span
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import OptimizerOptions
@@ -69,7 +69,7 @@ class ShardedGradients(TaskGradients):
         lengths = [sum(shares.size(span) for span in group) * shares.world.size for group in spans]
         layers, device = lengths[:-1], flat.data.device
         rooms = [max(layers[0::2], default=0), max(layers[1::2], default=0), lengths[-1]]
-        self._memory = [pages.zeros(tasks, room, dtype=dtype, device=device) for room in rooms]
+        self._memory = [huge_pages.zeros(tasks, room, dtype=dtype, device=device) for room in rooms]
         self._scratch = [self._memory[i % 2][:, :length] for i, length in enumerate(layers)] + [self._memory[2]]
         for group, scratch in zip(spans, self._scratch, strict=True):
             at = 0
@@ -79,7 +79,7 @@ class ShardedGradients(TaskGradients):
                 self._places.append((span, scratch[:, at : at + room]))
                 kept += shares.size(span)
                 at += room
-        self.J = pages.zeros(tasks, kept, dtype=dtype, device=device)
+        self.J = huge_pages.zeros(tasks, kept, dtype=dtype, device=device)
 
     def scratch(self, number: int) -> Tensor:
         """The scratch memory of layer `number` (after the last layer: of the rest)."""

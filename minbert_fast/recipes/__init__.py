@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: one experiment as data, and every experiment that ships with the package as a TOML file."""
+"""Recipes: one experiment as data; the shipped experiments are the TOML files of this folder."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows the recipes that ship with the package.
 
-`python -m minbert_fast.recipes` lists names, sources and published scores; `... show NAME` prints every value of one,
-resolved, as TOML.
+`python -m minbert_fast.recipes` lists names, sources and published scores; `... show NAME` prints all values of one
+recipe as TOML, inherited values included.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the list of recipes, or one of them."""
+    """Prints the list of recipes, or one recipe."""
     parser = cli.Parser("recipes", "Shows the recipes that ship with the package.")
     parser.add_argument("action", nargs="?", default="list", choices=("list", "show"), help="(default: list)")
     parser.add_argument("name", nargs="?", metavar="NAME", help="show: a recipe's name, or a .toml file")
-    chosen = parser.parse_args(arguments)
-    if (chosen.action == "show") != (chosen.name is not None):
+    options = parser.parse_args(arguments)
+    if (options.action == "show") != (options.name is not None):
         raise ConfigError("expected `list`, or `show NAME`")
-    if chosen.name is not None:
-        print(Recipe.load(chosen.name).to_toml(), end="")
+    if options.name is not None:
+        print(Recipe.load(options.name).to_toml(), end="")
     else:
-        print(listing([Recipe.load(name) for name in recipe_names()]))
+        print(format_list([Recipe.load(name) for name in recipe_names()]))
 
 
-def listing(recipes: Sequence[Recipe]) -> str:
-    """A table of recipes, a line each."""
+def format_list(recipes: Sequence[Recipe]) -> str:
+    """A table with one recipe per line."""
     rows = [("name", "published", "source", "description")]
     for recipe in recipes:
         published = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())

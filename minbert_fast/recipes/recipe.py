@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run does: frozen dataclasses, checked when they are made.
+"""A training run described as data: frozen dataclasses that check their values.
 
-`Recipe` is one experiment as data: sections `model`, `data`,
-`tasks`, `optimizer`, `surgery`, `weighting`, `regularisation`, `training`, `checkpoint`, `logging`, and optional
-`stages` (each a partial recipe laid over the whole, run one after the other). A TOML file may start from another
-(`extends = "name-or-file"`), and any value can be set from the command line (`section.key=value`).
+A recipe has the sections `model`, `data`, `tasks`, `optimizer`, `surgery`, `weighting`, `regularisation`, `training`,
+`checkpoint` and `logging`. Optional `stages` are partial recipes that run in order, each laid over the whole. A TOML file
+may extend another (`extends = "name-or-file"`), and the command line can set any value (`section.key=value`).
 """
 
 from __future__ import annotations
@@ -18,39 +17,47 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from minbert_fast.common.schema import ConfigError, build, check, merge, plain, to_toml
+from minbert_fast.common.schema import (
+    ConfigError,
+    build,
+    check,
+    check_at_least,
+    check_below_one,
+    merge,
+    plain,
+    to_toml,
+)
 from minbert_fast.common.storage import inside, regular
+from minbert_fast.data.sampling import Scheme
 from minbert_fast.model.config import BertConfig, Pooling  # noqa: F401  (BertConfig: an import path of earlier versions)
-
-# ---- Recipes -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The encoder: which weights, how sentences are pooled, what is dropped. Empty name: the embedded tiny model."""
+    """The encoder: its weights, pooling and dropout. An empty name means the embedded tiny model."""
 
     name: str = ""
     pooling: Pooling = "mean"
-    dropout: float | None = None  # hidden and attention dropout; None keeps the model's own configuration
-    freeze: bool = False  # course's `--option pretrain`: heads only
+    dropout: float | None = None  # of hidden states and attention; None keeps the model's configuration
+    freeze: bool = False  # train the heads only (the course's `--option pretrain`)
 
     def __post_init__(self) -> None:
-        check(self.dropout is None or 0 <= self.dropout < 1, f"dropout = {self.dropout}: expected 0 <= p < 1")
+        check_below_one(self, "dropout")
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where examples come from and in what order. Empty directory: the embedded sample data."""
+    """The examples and their order. An empty directory means the embedded sample data."""
 
     directory: str = ""
-    files: Mapping[str, Any] = field(default_factory=dict)  # single files: {dataset: {split: path}}; they go first
+    files: Mapping[str, Any] = field(default_factory=dict)  # {dataset: {split: path}}; take precedence over directory
     cache: str = ""  # token cache directory; empty: the user's cache directory
-    scheme: Literal["cycle", "each-once", "sequential"] = "cycle"
-    max_length: int = 128
-    max_bad_rows: float = 0.01
+    scheme: Scheme = "cycle"
+    max_length: int = 128  # tokens
+    max_bad_rows: float = 0.01  # share of a file's rows
 
     def __post_init__(self) -> None:
-        check(self.max_length >= 2, f"max_length = {self.max_length}: expected at least 2 tokens")
+        check_at_least(self, 2, "max_length")
         check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
         for dataset, splits in self.files.items():
             paths = splits.values() if isinstance(splits, Mapping) else [None]
@@ -59,32 +66,30 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW and its schedule: the rate warms up linearly over `warmup` of the steps, then follows `schedule`."""
+    """AdamW and its schedule: linear warm-up over a share `warmup` of the steps, then `schedule`."""
 
     lr: float = 2e-5
     head_lr: float | None = None  # None: lr
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     weight_decay: float = 0.0
-    decay_all: bool = True  # False: biases and LayerNorms are not decayed
+    decay_all: bool = True  # False: no decay of biases and LayerNorms
     correct_bias: bool = True
     schedule: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     warmup: float = 0.1  # share of all steps
-    gamma: float = 0.96  # exponential: factor an epoch
-    layer_decay: float = 1.0  # learning rate factor from each layer to the one below it
-    clip: float = 1.0  # gradient norm; 0: no clipping
+    gamma: float = 0.96  # exponential: factor per epoch
+    layer_decay: float = 1.0  # learning rate factor from each layer to the layer below
+    clip: float = 1.0  # maximum gradient norm; 0: no clipping
 
     def __post_init__(self) -> None:
-        for name in ("lr", "head_lr", "eps", "weight_decay", "clip", "gamma", "layer_decay"):
-            value = getattr(self, name)
-            check(value is None or (math.isfinite(value) and value >= 0), f"{name} = {value}: expected 0 or more")
+        check_at_least(self, 0, "lr", "head_lr", "eps", "weight_decay", "clip", "gamma", "layer_decay")
         check(all(0 <= b < 1 for b in self.betas), f"betas = {self.betas}: expected 0 <= beta < 1")
         check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: expected a share from 0 to 1")
 
 
 @dataclass(frozen=True)
 class SurgeryOptions:
-    """What happens to the tasks' gradients of the shared encoder before they are added (`none`: nothing)."""
+    """How the tasks' gradients of the shared encoder are combined; `none` adds them unchanged."""
 
     method: str = "none"
     reduction: Literal["sum", "mean"] = "sum"
@@ -92,83 +97,78 @@ class SurgeryOptions:
 
 @dataclass(frozen=True)
 class WeightingOptions:
-    """Weights of the tasks' losses that change as training goes on; they come on top of the tasks' own `weight`."""
+    """Dynamic weights of the tasks' losses; each multiplies the task's own `weight`."""
 
     method: Literal["none", "uncertainty", "dwa"] = "none"
-    lr: float = 0.01  # uncertainty: of the gradient descent on the log-variances
-    temperature: float = 2.0  # dwa: the higher, the more alike the weights
-    window: int = 0  # dwa: steps whose mean losses are compared; 0: an epoch
+    lr: float = 0.01  # uncertainty: learning rate of the log-variances
+    temperature: float = 2.0  # dwa: a higher temperature gives more equal weights
+    window: int = 0  # dwa: compares mean losses over this many steps; 0: an epoch
 
     def __post_init__(self) -> None:
-        check(math.isfinite(self.lr) and self.lr >= 0, f"lr = {self.lr}: expected 0 or more")
+        check_at_least(self, 0, "lr", "window")
         check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
-        check(self.window >= 0, f"window = {self.window}: expected 0 or more")
 
 
 @dataclass(frozen=True)
 class RegularisationOptions:
-    """What is asked of the model beside the labels: that it answers an example alike each time. 0 asks nothing."""
+    """Consistency regularisation: penalties for outputs that change under dropout or perturbation. 0: no penalty."""
 
-    r_drop: float = 0.0  # weight of the divergence between two answers under different dropout
-    smart: float = 0.0  # weight of the divergence between the answers to an example and to its perturbed twin
-    noise: float = 0.003  # smart: standard deviation of the perturbation that the ascent starts from
-    step: float = 0.1  # smart: how far it goes along a gradient whose largest element is 1
+    r_drop: float = 0.0  # weight of the divergence between outputs under two dropout masks
+    smart: float = 0.0  # weight of the divergence between outputs of an example and of its perturbed copy
+    noise: float = 0.003  # smart: standard deviation of the initial perturbation
+    step: float = 0.1  # smart: step size along the gradient, whose largest element is scaled to 1
     radius: float = 0.01  # smart: bound on each element of the perturbation
-    proximal: float = 0.0  # weight of the divergence from the answers of a teacher, the weights' moving average
-    momentum: float = 0.99  # proximal: the average's decay
+    proximal: float = 0.0  # weight of the divergence from a teacher whose weights are a moving average
+    momentum: float = 0.99  # proximal: decay of the moving average
 
     def __post_init__(self) -> None:
-        for name in ("r_drop", "smart", "noise", "step", "radius", "proximal"):
-            value = getattr(self, name)
-            check(math.isfinite(value) and value >= 0, f"{name} = {value}: expected 0 or more")
-        check(0 <= self.momentum < 1, f"momentum = {self.momentum}: expected 0 <= decay < 1")
-        check(not (self.r_drop and self.smart), "r_drop and smart: expected one of them, each has a use for the twins")
+        check_at_least(self, 0, "r_drop", "smart", "noise", "step", "radius", "proximal")
+        check_below_one(self, "momentum")
+        check(
+            not (self.r_drop and self.smart), "r_drop and smart: set only one; both use the second copy of an example"
+        )
 
     @property
-    def twins(self) -> bool:
-        """Whether each example is in its batch twice."""
+    def duplicates_examples(self) -> bool:
+        """Whether a batch holds each example twice."""
         return self.r_drop > 0 or self.smart > 0
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How long, how many, how exact."""
+    """Length of the run, batch size, precision, model selection."""
 
     epochs: int = 1
     max_steps: int | None = None
-    batch_size: int = 32  # examples a task and step; a task's own `batch_size` goes first
+    batch_size: int = 32  # examples per task and step; a task's own `batch_size` takes precedence
     seed: int = 11711
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    graphs: bool = True  # on CUDA: replay the step as captured graphs, one a bucket of batch sizes; false: eagerly
-    shard: bool = False  # several processes: each keeps its part of the gradients and moments only
-    select: str = "score"  # dev metric by which the best model is kept
+    graphs: bool = True  # on CUDA: replay each step as a captured graph; false: run it eagerly
+    shard: bool = False  # several processes: each stores only its part of the gradients and moments
+    select: str = "score"  # the dev metric that chooses the best model
     evaluate_every: int = 0  # steps; 0: at the end of each epoch
-    evaluate_untrained: bool = True  # dev scores before the first step, to compare with
-    patience: int = 0  # early stopping: evaluations without a better score; 0: never
-    max_skipped: int = 10  # steps in a row with losses or gradients that are not finite, before training stops
-    ema: float = 0.0  # decay of a moving average of the weights, which is what is evaluated and saved; 0: none
+    evaluate_untrained: bool = True  # also evaluate before the first step
+    patience: int = 0  # stop after this many evaluations without a better score; 0: never
+    max_skipped: int = 10  # stop after this many consecutive steps with a loss or gradient that is not finite
+    ema: float = 0.0  # decay of a moving average of the weights, which is evaluated and saved; 0: no average
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 0, f"epochs = {self.epochs}: expected 0 or more")
-        check(self.max_steps is None or self.max_steps >= 0, f"max_steps = {self.max_steps}: expected 0 or more")
-        check(self.batch_size >= 1, f"batch_size = {self.batch_size}: expected at least 1")
-        check(0 <= self.seed < 2**63, f"seed = {self.seed}: expected 0 or more")
-        for name in ("evaluate_every", "patience"):
-            check(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: expected 0 or more")
-        check(self.max_skipped >= 1, f"max_skipped = {self.max_skipped}: expected at least 1")
-        check(0 <= self.ema < 1, f"ema = {self.ema}: expected 0 <= decay < 1")
+        check_at_least(self, 0, "epochs", "max_steps", "evaluate_every", "patience")
+        check_at_least(self, 1, "batch_size", "max_skipped")
+        check(0 <= self.seed < 2**63, f"seed = {self.seed}: expected 0 or more, below 2**63")
+        check_below_one(self, "ema")
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Resumable checkpoints: one every `every` steps (0: at the end of each epoch), the newest `keep` kept."""
+    """Resumable checkpoints: one every `every` steps (0: at the end of each epoch); the newest `keep` are kept."""
 
     every: int = 0
     keep: int = 2
 
     def __post_init__(self) -> None:
-        check(self.every >= 0, f"every = {self.every}: expected 0 or more")
-        check(self.keep >= 1, f"keep = {self.keep}: expected at least 1")
+        check_at_least(self, 0, "every")
+        check_at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,15 @@ class LoggingOptions:
     every: int = 10
 
     def __post_init__(self) -> None:
-        check(self.every >= 1, f"every = {self.every}: expected at least 1")
+        check_at_least(self, 1, "every")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One experiment as data.
 
-    `tasks[name]` holds that task's own options (head, loss, batch size, ...); `minbert_fast.tasks` checks them.
-    `stages` are partial recipes, run in order; without any, the recipe is its own single stage.
+    `tasks[name]` holds the options of one task (head, loss, batch size, ...); `minbert_fast.tasks` checks them.
+    `stages` are partial recipes that run in order. A recipe without stages is a single stage.
     """
 
     name: str = "default"
@@ -211,9 +211,9 @@ class Recipe:
             check(isinstance(options, Mapping), f"tasks.{name} = {options!r}: expected a table of keys")
 
     def resolved_stages(self) -> tuple[Recipe, ...]:
-        """One complete recipe a stage, each the whole recipe with the stage's values laid over it.
+        """One complete recipe per stage: the whole recipe updated with the stage's values.
 
-        A stage that names `tasks` trains just those (their options still fall back on the recipe's own).
+        A stage that names `tasks` trains only those; their options default to the recipe's.
         """
         if not self.stages:
             return (self,)
@@ -228,18 +228,18 @@ class Recipe:
         return tuple(resolved)
 
     def to_toml(self) -> str:
-        """The recipe with every value written out; `Recipe.load` reads it back equal."""
+        """All values as TOML text; `Recipe.load` reads an equal recipe from it."""
         return to_toml(plain(self))
 
     def with_values(self, values: Mapping[str, Any], where: str) -> Recipe:
-        """This recipe with `values` (nested as in the file) laid over it."""
+        """This recipe updated with `values`, which are nested as in a file."""
         return build(Recipe, merge(plain(self), values), where)
 
     @classmethod
     def load(cls, name_or_file: str) -> Recipe:
-        """A named recipe of the package, or a TOML file; `extends` is followed. Raises ConfigError."""
+        """Reads a recipe of the package by name, or a TOML file, and the recipes that it extends. Raises ConfigError."""
         path = recipe_path(name_or_file)
-        return build(cls, _read_chain(path, ()), str(path))
+        return build(cls, _read_inherited(path, ()), str(path))
 
 
 def recipe_names() -> list[str]:
@@ -248,13 +248,14 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def recipe_path(name_or_file: str, beside: Path | None = None) -> Path:
-    """The file of a recipe: a path as given, or a name that ships with the package.
+def recipe_path(name_or_file: str, folder: Path | None = None) -> Path:
+    """The file of a recipe, given as a path to a .toml file or as the name of a shipped recipe.
 
-    `beside` is the folder of a recipe that extends this one; a path then stays within it. Raises ValueError.
+    With `folder`, the folder of the recipe that extends this one, a path is relative to it and must stay within it.
+    Raises ValueError.
     """
     if name_or_file.endswith(".toml"):
-        return Path(name_or_file) if beside is None else inside(beside, name_or_file)
+        return Path(name_or_file) if folder is None else inside(folder, name_or_file)
     if name_or_file in recipe_names():
         return Path(str(resources.files("minbert_fast") / "recipes" / f"{name_or_file}.toml"))
     close = difflib.get_close_matches(name_or_file, recipe_names(), n=3)
@@ -262,7 +263,8 @@ def recipe_path(name_or_file: str, beside: Path | None = None) -> Path:
     raise ConfigError(f"recipe {name_or_file!r}: no such recipe; {hint}")
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_inherited(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a recipe file, merged over those of the file that it extends; `seen` are the files read before."""
     try:
         values = tomllib.loads(regular(path).read_bytes().decode("utf-8"))
     except OSError as error:
@@ -271,7 +273,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
-    if path.resolve() in seen:  # asked of a file that could be read: a loop of links cannot be resolved
+    if path.resolve() in seen:  # after reading: resolve() fails for a loop of links
         raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     parent = values.pop("extends", None)
     if parent is None:
@@ -279,17 +281,17 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends = {parent!r}: expected text")
     try:
-        following = recipe_path(parent, path.parent)
+        parent_path = recipe_path(parent, path.parent)
     except ValueError as error:
         raise ConfigError(f"{path}: extends: {error}") from None
-    inherited = _read_chain(following, (*seen, path.resolve()))
+    inherited = _read_inherited(parent_path, (*seen, path.resolve()))
     for own in ("name", "description", "source", "published"):
         inherited.pop(own, None)
     return merge(inherited, values)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """`section.key=value` strings as a nested mapping; values read as TOML, bare words as text."""
+    """A nested mapping from `section.key=value` strings. Values are TOML; what is not TOML is text."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")

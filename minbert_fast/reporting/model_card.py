@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert_fast.common.version import __version__
-from minbert_fast.data import FORMATS
+from minbert_fast.data.formats import FORMATS
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import read_json
 from minbert_fast.tasks import build_tasks

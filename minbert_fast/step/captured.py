@@ -117,7 +117,7 @@ def at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
 
 def _bucket(batch: MultitaskBatch) -> Bucket:
     shapes = tuple(tuple(t.shape) for t in _tensors(batch))
-    return (*shapes, batch.packed.max_seqlen, *(batch.examples(name) for name in batch.tasks))
+    return (*shapes, batch.packed.max_seqlen, *(batch.num_examples(name) for name in batch.tasks))
 
 
 def _tensors(batch: MultitaskBatch) -> list[Tensor]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import ops
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 
 ALIGNMENT = 64  # elements; a cache line of fp32 is 16, of bf16 32: every parameter starts on one in both buffers
 
@@ -136,8 +136,8 @@ class FlatParameters:
         self.words = words.parameter if words else None
         self.trainable = tuple(e for e in everything if e not in frozen)
 
-        self.data = pages.zeros(layout.end, device=device)
-        self.compute = self.data if dtype == torch.float32 else pages.zeros(layout.end, dtype=dtype, device=device)
+        self.data = huge_pages.zeros(layout.end, device=device)
+        self.compute = self.data if dtype == torch.float32 else huge_pages.zeros(layout.end, dtype=dtype, device=device)
         for entry in everything:
             view = self.view(self.data, entry.parameter)
             view.copy_(entry.parameter.detach())
@@ -199,7 +199,7 @@ class TaskGradients:
     def __init__(self, flat: FlatParameters, tasks: int, dtype: torch.dtype) -> None:
         self.flat = flat
         self.tasks = tasks
-        self.J = pages.zeros(tasks, flat.shared_end, dtype=dtype, device=flat.data.device)
+        self.J = huge_pages.zeros(tasks, flat.shared_end, dtype=dtype, device=flat.data.device)
         self._words: Tensor | None = None
 
     def owns(self, parameter: Tensor) -> bool:

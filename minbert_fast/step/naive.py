@@ -160,10 +160,10 @@ class ReferenceStep:
         self.model.train()
         laps = Laps(batch.packed.tokens.device)
         self.optimizer.zero_grad()
-        agreement = next((hook.agreement for hook in self.hooks if isinstance(hook, Consistency)), None)
+        consistency = next((hook.consistency for hook in self.hooks if isinstance(hook, Consistency)), None)
         device = batch.packed.tokens.device.type
         with constant(self.frozen), torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = torch.stack(list(self.model.losses_padded(batch, agreement).values()))
+            losses = torch.stack(list(self.model.losses_padded(batch, consistency).values()))
         laps.lap("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
@@ -177,7 +177,7 @@ class ReferenceStep:
         if not skip:
             self.optimizer.step()
         for hook in self.hooks:
-            hook.after_update(values, batch.present(), skip)
+            hook.after_update(values, batch.active_tasks(), skip)
         laps.lap("optimizer")
         return StepResult(values, norm, None, nonfinite, weights, laps.seconds)
 
@@ -202,7 +202,7 @@ class ReferenceStep:
             write_gradient(self.shared, merged)
             laps.lap("surgery")
         for label, entry in self.entries.values():
-            if label in batch.tasks and not batch.examples(label):
+            if label in batch.tasks and not batch.num_examples(label):
                 entry.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

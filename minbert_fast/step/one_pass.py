@@ -95,7 +95,7 @@ class OnePassStep:
         """The device's part: never waits for the device and copies nothing to it, so that a graph can capture it."""
         self.model.train()
         laps = Laps(self.flat.data.device)
-        present = batch.present()
+        present = batch.active_tasks()
 
         # Packed batch -> hidden [N, H] -> one loss a task.
         with constant(self.frozen):
@@ -155,7 +155,7 @@ class OnePassStep:
 
     def _sentences(self, batch: MultitaskBatch) -> list[int]:
         """The first sentence of each row of J, and the end."""
-        ends = list(itertools.accumulate((batch.examples(t) * batch.arity[t] for t in batch.tasks), initial=0))
+        ends = list(itertools.accumulate((batch.num_examples(t) * batch.arity[t] for t in batch.tasks), initial=0))
         return ends if self.apart else [0, ends[-1]]
 
     def _losses(self, batch: MultitaskBatch, hidden: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import ops
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.ops.adamw import GRADIENT_SCALE, LEARNING_RATE, SCALARS, SKIP, STEP, check_settings
 from minbert_fast.recipes.recipe import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, Piece
@@ -108,8 +108,8 @@ class FlatAdamW:
         self.pieces = flat.pieces() if pieces is None else tuple(pieces)
         device = flat.data.device
         kept = max((piece.kept.stop for piece in self.pieces), default=0)
-        self.exp_avg = pages.zeros(kept, device=device)
-        self.exp_avg_sq = pages.zeros(kept, device=device)
+        self.exp_avg = huge_pages.zeros(kept, device=device)
+        self.exp_avg_sq = huge_pages.zeros(kept, device=device)
         self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
         self.scalars = torch.zeros(len(self._row_of), SCALARS, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}

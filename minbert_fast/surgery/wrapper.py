@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import ops, surgery
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.surgery.pcgrad import ClassicProjections
 from minbert_fast.surgery.torchjd import FromTorchJD
 
@@ -221,7 +221,7 @@ def _gather(tasks: list[_Gradients], owners: tuple[int, ...], positions: list[in
     example = [tasks[owners[0]][i] for i in positions]
     sizes = [g.numel() for g in example]
     dtype = torch.bfloat16 if example[0].dtype == torch.bfloat16 else torch.float32
-    J = pages.empty(len(owners), sum(sizes), dtype=dtype, device=example[0].device)
+    J = huge_pages.empty(len(owners), sum(sizes), dtype=dtype, device=example[0].device)
     del example
     for row, owner in zip(J, owners, strict=True):
         for i, piece in zip(positions, row.split(sizes), strict=True):

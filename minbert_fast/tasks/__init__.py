@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks on top of the encoder, one file a kind: options, head, loss, metrics, prediction format.
+"""Tasks on top of the encoder, one file per kind: options, head, loss, metrics, prediction format.
 
 To add a kind, add a file like `sentiment.py` and import it here.
 """
 
 from minbert_fast.tasks import nli, paraphrase, pretraining, sentiment, similarity  # noqa: F401  (each registers its kind)
-from minbert_fast.tasks.agreement import Agreement
-from minbert_fast.tasks.base import KINDS, Head, HeadOutput, Task, TaskInput, TaskOptions, build_task, register
-from minbert_fast.tasks.metrics import course_score
-from minbert_fast.tasks.model import MultitaskModel, build_tasks, stage_tasks
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, build_task, register
+from minbert_fast.tasks.consistency import ConsistencyLoss
+from minbert_fast.tasks.model import MultitaskModel, build_tasks
 
 __all__ = [
-    "KINDS",
-    "Agreement",
+    "ConsistencyLoss",
     "Head",
     "HeadOutput",
     "MultitaskModel",
@@ -21,7 +19,5 @@ __all__ = [
     "TaskOptions",
     "build_task",
     "build_tasks",
-    "course_score",
     "register",
-    "stage_tasks",
 ]

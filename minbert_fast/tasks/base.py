@@ -1,77 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task is: options from the recipe, a head from sentence embeddings to scores and a loss, metrics, files.
+"""The parts of a task: options from the recipe, a head (sentence embeddings to scores and a loss), metrics, files.
 
-A task kind is one file of this package: a frozen dataclass of options, a `Head`, and a `Task` registered under the
-kind's name. Nothing in a head's forward or loss may wait for the device or depend on values in shapes: the whole
-training step is captured as a CUDA graph.
+A task kind is one file of this package: a frozen dataclass of options, a `Head`, and a `Task` registered under the kind's
+name. A head's forward and loss must not synchronise with the device, and their shapes must not depend on tensor values:
+the training step is captured as a CUDA graph.
 
 Shapes: n examples of the task in the batch, B sentences, N token rows, H hidden, C classes.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import ConfigError, build
+from minbert_fast.common.schema import ConfigError, build, check, check_at_least
+from minbert_fast.data.formats import FORMATS
 from minbert_fast.model.config import BertConfig, Pooling
-from minbert_fast.tasks import predictions
+from minbert_fast.tasks import metrics
 
 if TYPE_CHECKING:
-    from minbert_fast.data import Encoder, Maker, Tokenizer, TokenTable
+    from minbert_fast.data.pretraining import ExampleGenerator
+    from minbert_fast.data.tokenizer import Tokenizer
+    from minbert_fast.data.tokens import Encoder, TokenTable
     from minbert_fast.tasks.neighbours import LabelledSentences
 
 
 @dataclass(frozen=True)
 class TaskInput:
-    """What a head sees: one task's part of the encoded batch."""
+    """A head's input: one task's part of the encoded batch."""
 
-    embeddings: tuple[Tensor, ...]  # one [n, H] per sequence of an example, pooled, fp32
+    embeddings: tuple[Tensor, ...]  # pooled, fp32; one [n, H] per sequence of an example
     hidden: Tensor  # [N, H] token rows of the whole packed batch
-    cu_seqlens: Tensor  # [B + 1] where the sentences of the whole batch lie in hidden
+    cu_seqlens: Tensor  # [B + 1] first row of each sentence of the whole batch, then the end
     max_seqlen: int
-    first: int  # this task's first sequence; it has n * arity: all first ones of the examples, then all second ones
-    labels: Tensor | None = None  # the batch's own for this task, for heads that look only where there is an answer
+    first: int  # the task's first sequence; it has n * arity of them: all first sequences, then all second ones, ...
+    labels: Tensor | None = None  # the task's labels in this batch, for heads that compute only labelled positions
 
 
 class HeadOutput(NamedTuple):
-    """What a head makes of its input, fp32."""
+    """A head's output, fp32."""
 
     scores: Tensor  # [n] or [n, C]
-    vectors: tuple[Tensor, ...] = ()  # the sentences' vectors [n, D], for losses that compare across the batch
+    vectors: tuple[Tensor, ...] = ()  # sentence vectors [n, D], for losses that compare sentences
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options that each kind of task has, a table `[tasks.<name>]` of the recipe."""
+    """Options of every task kind: a table `[tasks.<name>]` of the recipe."""
 
     kind: str = ""  # empty: the task's own name
     pooling: Pooling | None = None  # None: the recipe's `model.pooling`
     batch_size: int | None = None  # None: the recipe's `training.batch_size`
     weight: float = 1.0  # of the task's loss
-    fraction: float = 1.0  # share of the training file drawn an epoch
+    fraction: float = 1.0  # of the training rows, drawn per epoch
     balanced: bool = False  # draw each class equally often
 
     def __post_init__(self) -> None:
-        require(self.batch_size is None or self.batch_size >= 1, f"batch_size = {self.batch_size}: expected 1 or more")
-        require(math.isfinite(self.weight) and self.weight >= 0, f"weight = {self.weight}: expected 0 or more")
-        require(0 < self.fraction <= 1, f"fraction = {self.fraction}: expected a share above 0, up to 1")
+        check_at_least(self, 1, "batch_size")
+        check_at_least(self, 0, "weight")
+        check(0 < self.fraction <= 1, f"fraction = {self.fraction}: expected a share above 0, up to 1")
 
 
 class Head(nn.Module, ABC):
     """The layers of one task on top of the shared encoder; all its arithmetic is fp32.
 
-    `options` may be exchanged between the stages of a recipe (losses, dropout) as long as the parameters still fit.
+    A stage of a recipe may replace `options` (losses, dropout) if the parameters keep their shapes.
     """
 
     options: Any
@@ -82,26 +82,26 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
-        """Mean loss over the n examples (n >= 1), a scalar; labels [n] as in the data file."""
+        """The mean loss over the n >= 1 examples, a scalar; labels [n] are as in the data file."""
 
-    @abstractmethod
     def predict(self, output: HeadOutput) -> Tensor:
-        """Predictions [n] on the scale of the labels, as the course's files have them."""
+        """Predictions [n] on the scale of the labels, as in the prediction files; by default the most likely class."""
+        return output.scores.argmax(-1)
 
     def probabilities(self, output: HeadOutput) -> Tensor | None:
-        """Class probabilities [n, C], or None for a task without classes."""
+        """Class probabilities [n, C]; None for a task without classes."""
         return None
 
     def logits(self, output: HeadOutput) -> Tensor | None:
-        """Unnormalised log-probabilities [n, C] of the classes that the loss knows; None where it knows scores alone."""
+        """Unnormalised log-probabilities [n, C] of the classes in the loss; None for a loss without classes."""
         return None
 
-    def published(self) -> dict[str, Tensor]:
-        """Its parameters by their names in published BERT files, for a head that BERT itself was trained with."""
+    def published_parameters(self) -> dict[str, Tensor]:
+        """Parameters by their names in published BERT files, for heads that BERT was pre-trained with."""
         return {}
 
-    def memory(self) -> LabelledSentences | None:
-        """Labelled training sentences that are to be embedded before the head's stage begins, if it has any."""
+    def labelled_sentences(self) -> LabelledSentences | None:
+        """The labelled training sentences that must be embedded before the head's stage begins, if it uses any."""
         return None
 
 
@@ -113,56 +113,59 @@ class Task(ABC):
     options: Any
 
     Options: ClassVar[type]
+    head_class: ClassVar[type]  # a Head that is built from options, config and shared modules (`build_head`)
     labelled: ClassVar[bool] = True
-    stem: ClassVar[str] = ""  # of the course's prediction file, for the task that bears its kind's name
+    stem: ClassVar[str] = ""  # start of the prediction file's name, if the task is called like its kind
     header: ClassVar[str] = ""  # second column of the prediction file
+    metric: ClassVar[str] = "accuracy"  # the metric that judges the task
 
     @property
     def kind(self) -> str:
         return str(self.options.kind)
 
     @property
-    @abstractmethod
     def dataset(self) -> str:
-        """Which data file belongs to it (key of `minbert_fast.data.FORMATS`); empty for a task that has none of its own."""
+        """The task's data files (a key of `minbert_fast.data.formats.FORMATS`); empty for a task without own files."""
+        return str(self.options.data)
 
     @property
     def predicts(self) -> bool:
-        """Whether it has dev scores and predictions; else it only trains, on what others have (`sources`)."""
+        """Whether the task has dev scores and predictions. Otherwise it only trains, on the files of `sources`."""
         return bool(self.dataset)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Whose training files it learns from (keys of `minbert_fast.data.FORMATS`)."""
+        """The data sets whose training files the task uses (keys of FORMATS)."""
         return (self.dataset,)
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
-        """Its rows, of those of its sources that are there (one or more)."""
+        """The task's rows, from the tables of those of its sources that exist (one or more)."""
         (table,) = tables
         return table
 
-    def maker(self, tokenizer: Tokenizer, seed: int) -> Maker | None:
-        """What makes its examples of its rows, step by step; None where the rows are the examples."""
+    def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator | None:
+        """Generates the task's examples from its rows at each step; None if the rows are the examples."""
         return None
 
     @property
-    @abstractmethod
     def arity(self) -> int:
-        """Sequences an example has in the packed batch."""
+        """Sequences per example in the packed batch."""
+        sentences = FORMATS[self.dataset].arity
+        return {"bi": sentences, "cross": 1, "both": sentences + 1}[self.encoder]
 
     @property
     def encoder(self) -> Encoder:
-        """Whether sentences of a pair are encoded apart, as one sequence [CLS] a [SEP] b [SEP], or both."""
+        """How a pair is encoded: as two sequences, as one sequence [CLS] a [SEP] b [SEP], or both."""
         return "bi"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes 0 to C - 1, or None for a regression."""
+        """Names of the classes 0 to C - 1; None for a regression."""
         return None
 
     @property
     def pooling(self) -> Pooling | None:
-        """How this task's sentences are pooled; None: as the recipe says for all."""
+        """Pooling of the task's sentences; None: the recipe's."""
         pooling: Pooling | None = self.options.pooling
         return pooling
 
@@ -172,26 +175,27 @@ class Task(ABC):
         return float(self.options.weight)
 
     @property
-    @abstractmethod
     def primary(self) -> str:
-        """The metric by which the task is judged."""
+        """The full name of the metric that judges the task."""
+        return f"{self.name}_{self.metric}"
 
-    @abstractmethod
     def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> Head:
-        """A new head; `shared` holds the tied modules of all heads of one model, by name."""
+        """A new head. `shared` holds the modules that heads of one model share, by name."""
+        head: Head = self.head_class(self.options, config, shared)
+        return head
 
-    @abstractmethod
     def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        """The task's metrics, each name starting with the task's."""
+        """The task's metrics; each name starts with the task's. The default is that of a task with classes."""
+        assert labels is not None
+        return {
+            self.primary: metrics.accuracy(predictions, labels),
+            f"{self.name}_macro_f1": metrics.macro_f1(predictions, labels),
+        }
 
-    def prediction_file(self, split: str = "dev") -> str:
-        """Name of the prediction file, the course's own for the three course tasks."""
+    def prediction_file(self, split: str) -> str:
+        """Name of the prediction file; the three course tasks have the course's names."""
         stem = self.stem if self.name == self.kind else self.name
         return f"{stem}-{split}-output.csv"
-
-    def write_predictions(self, path: Path, ids: Sequence[str], values: np.ndarray) -> None:
-        """Writes `values` [n] in the course's format, atomically. Raises ValueError where there is no id a value."""
-        predictions.write(path, self.header, ids, values)
 
 
 # ---- Registry ------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ K = TypeVar("K", bound=type[Task])
 
 
 def register(kind: str) -> Callable[[K], K]:
-    """Class decorator: makes a Task known as `kind` in recipes."""
+    """Class decorator: registers a Task as `kind`, its name in recipes."""
 
     def add(cls: K) -> K:
         assert kind not in KINDS, f"two tasks of kind {kind!r}"
@@ -228,20 +232,9 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     return cls(name, build(cls.Options, values, where, "."))
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with `message` unless `condition` holds (for the options' own checks)."""
-    if not condition:
-        raise ConfigError(message)
+# ---- Shared by several heads ---------------------------------------------------------------------------------------
 
-
-# ---- Pieces that several heads use ---------------------------------------------------------------------------------
-
-WORDS = "encoder.word_embedding"  # under which the tied modules of a model's heads hold the encoder's own
-
-
-def check_dropout(p: float) -> None:
-    """Raises ConfigError unless p is a probability below 1."""
-    require(0 <= p < 1, f"dropout = {p}: expected 0 <= p < 1")
+WORD_EMBEDDING = "encoder.word_embedding"  # key of the encoder's own embedding among the `shared` modules of heads
 
 
 class Stack(nn.Module):
@@ -258,8 +251,14 @@ class Stack(nn.Module):
         return x
 
 
-def shared_stack(name: str, width: int, depth: int, dropout: float, shared: dict[str, nn.Module]) -> Stack:
-    """The stack that all heads of a model know as `name`, made by the first of them. Raises ConfigError on a misfit."""
+def shared_stack(options: Any, width: int, shared: dict[str, nn.Module]) -> Stack | None:
+    """The stack that all heads with the same `options.shared_layers` share; None if that name is empty.
+
+    Raises ConfigError if the name is taken or another head has set a different depth or dropout.
+    """
+    name, depth, dropout = options.shared_layers, options.shared_depth, options.dropout
+    if not name:
+        return None
     stack = shared.setdefault(name, Stack(width, depth, dropout))
     if not isinstance(stack, Stack):
         raise ConfigError(f"shared_layers = {name!r}: expected another name, this one is taken")
@@ -272,16 +271,10 @@ def shared_stack(name: str, width: int, depth: int, dropout: float, shared: dict
 
 
 def cosine(u: Tensor, v: Tensor) -> Tensor:
-    """Cosine of the angle between rows, [n, D] x [n, D] -> [n]; 0 for a zero row, with a finite gradient."""
+    """Cosine similarity of rows, [n, D] x [n, D] -> [n]; a zero row gives 0 and a finite gradient."""
     return F.cosine_similarity(u, v, dim=-1, eps=1e-8)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length 1, [n, D]; a zero row stays zero."""
+def normalize(x: Tensor) -> Tensor:
+    """Rows [n, D] scaled to length 1; a zero row stays zero."""
     return F.normalize(x, dim=-1, eps=1e-8)
-
-
-def as_numpy(x: Tensor) -> np.ndarray:
-    """A tensor's values on the host, in NumPy's dtype of the same kind."""
-    array: np.ndarray = x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype).numpy()
-    return array

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model over data files: predictions, metrics, the course's files, and what the report shows of them."""
+"""Evaluates a trained model on data files: predictions, metrics, prediction files, and details for the report."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ import torch
 
 from minbert_fast.common.device import DTYPES, Precision
 from minbert_fast.common.storage import write_text
-from minbert_fast.data import TokenTable, evaluation_batches
-from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.collate import evaluation_batches
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
-from minbert_fast.tasks import HeadOutput, MultitaskModel, Task
+from minbert_fast.tasks.base import HeadOutput, Task
 from minbert_fast.tasks.metrics import confusion_matrix, course_score
+from minbert_fast.tasks.model import MultitaskModel
+from minbert_fast.tasks.predictions import write_predictions
 
-WORST = 25  # errors listed a task
+MAX_ERRORS = 25  # errors listed per task
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's predictions [n] in the order of its file, with what they are judged by."""
+    """One task's predictions [n] in the order of its file, with labels and metrics."""
 
     task: Task
     ids: Sequence[str]
     labels: np.ndarray | None  # [n]
-    predictions: np.ndarray  # [n] on the labels' scale: integers for classes that print so, else fp32
+    predictions: np.ndarray  # [n] on the labels' scale: integers for classes written as whole numbers, else fp32
     probabilities: np.ndarray | None  # [n, C]
-    metrics: dict[str, float]  # empty where there are no labels to judge by
+    metrics: dict[str, float]  # empty for an unlabelled file
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All tasks' metrics and `score`: the course's, or where none of its tasks is there the mean of the primary."""
+        """All tasks' metrics and `score`: the course's score, or the mean primary metric without course tasks."""
         flat = {key: value for result in self.tasks.values() for key, value in result.metrics.items()}
         score = course_score(flat)
         if score is None:
@@ -54,24 +56,24 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """The overall score; nan where nothing could be judged."""
+        """The overall score; nan without metrics."""
         return self.metrics.get("score", float("nan"))
 
     def write(self, directory: Path, texts: Mapping[str, Sequence[Sequence[str]]], split: str = "dev") -> None:
         """Writes the prediction files, and details.json for the report.
 
-        `texts[task]` are the sentences as their file has them, one list a sentence of an example; a task without
-        them is listed without its worst errors.
+        `texts[task]` are the sentences of the task's file: one list [n] per sentence of an example. Without them the
+        details list no errors.
         """
         self.write_predictions(directory, split)
         details = {name: _details(result, texts.get(name)) for name, result in self.tasks.items()}
         write_text(directory / "details.json", json.dumps({"split": split, "tasks": details}, allow_nan=False) + "\n")
 
     def write_predictions(self, directory: Path, split: str = "dev") -> None:
-        """Writes one file a task in the course's format, each atomically."""
+        """Writes one file per task in the course's format, each atomically."""
         for result in self.tasks.values():
             path = directory / result.task.prediction_file(split)
-            result.task.write_predictions(path, list(result.ids), result.predictions)
+            write_predictions(path, result.task.header, list(result.ids), result.predictions)
 
 
 def evaluate(
@@ -80,13 +82,12 @@ def evaluate(
     *,
     precision: Precision = "fp32",
     max_length: int = 128,
-    token_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Runs the model over `tables` (by task name), on the model's own device, dropout off.
+    """Runs the model over `tables` (by task name), on the model's device and without dropout.
 
-    Sentences are cut to `max_length` tokens or the model's positions, batched by length, up to `token_budget` tokens a
-    batch (None: what suits the device); `progress` is told how many rows each batch had.
+    Sentences are truncated to `max_length` tokens or the model's positions, and batched by length. `progress` gets the
+    number of rows of each batch.
     """
     training = model.training
     model.eval()
@@ -94,30 +95,23 @@ def evaluate(
         results = {}
         snapshot = Snapshot(model.encoder, DTYPES[precision])
         for name, table in tables.items():
-            predictions, probabilities = predict(
-                model,
-                name,
-                table,
-                snapshot,
-                max_length=max_length,
-                token_budget=token_budget,
-                progress=progress,
-            )
+            predictions, probabilities = predict(model, name, table, snapshot, max_length=max_length, progress=progress)
             task = model.tasks[name]
-            judged = table.labels is not None or not task.labelled
+            measurable = len(table) and (table.labels is not None or not task.labelled)
             results[name] = TaskResult(
                 task=task,
                 ids=[table.ids[row] for row in range(len(table))],
                 labels=table.labels,
                 predictions=predictions,
                 probabilities=probabilities,
-                metrics=task.evaluate(predictions, table.labels) if judged and len(table) else {},
+                metrics=task.evaluate(predictions, table.labels) if measurable else {},
             )
         return Evaluation(results)
     finally:
         model.train(training)
 
 
+@torch.inference_mode()
 def predict(
     model: MultitaskModel,
     name: str,
@@ -125,52 +119,40 @@ def predict(
     snapshot: Snapshot,
     *,
     max_length: int,
-    token_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Predictions [n] and probabilities [n, C] (None for a regression) of task `name`, in the order of the table's rows.
 
-    `snapshot` holds the weights of the model's encoder; the model is in evaluation mode.
+    `snapshot` is that of the model's encoder; the model must be in evaluation mode.
     """
     device = next(model.encoder.parameters()).device
-    limit = min(max_length, model.encoder.config.max_position_embeddings)
-    predictions: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
+    head = model.head(name)
+    predictions, probabilities = np.empty(0, np.float32), None
     batches = evaluation_batches(
+        name,
         table,
-        max_length=limit,
-        task=name,
-        token_budget=token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
+        max_length=min(max_length, model.encoder.config.max_position_embeddings),
+        token_budget=TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
         encoder=model.tasks[name].encoder,
     )
-    for batch in batches:
+    for index, batch in enumerate(batches):
         rows = batch.rows[name]
-        values, shares = forward(model, name, batch.to(device), snapshot)
-        if predictions is None:
+        batch = batch.to(device)
+        output: HeadOutput = head(model.inputs(batch, snapshot.hidden(PackedRows.of(batch.packed)))[name])
+        values, shares = head.predict(output).cpu().numpy(), head.probabilities(output)
+        if index == 0:
             predictions = np.empty(len(table), values.dtype)
             probabilities = None if shares is None else np.empty((len(table), shares.shape[1]), np.float32)
         predictions[rows] = values
-        if probabilities is not None:
-            probabilities[rows] = shares
+        if probabilities is not None and shares is not None:
+            probabilities[rows] = shares.cpu().numpy()
         if progress is not None:
             progress(len(rows))
-    return (np.empty(0, np.float32) if predictions is None else predictions), probabilities
-
-
-@torch.inference_mode()
-def forward(
-    model: MultitaskModel, name: str, batch: MultitaskBatch, snapshot: Snapshot
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions [n] and probabilities [n, C] (None for a regression) of one task's batch, fetched to the host."""
-    hidden = snapshot.hidden(PackedRows.of(batch.packed))
-    head = model.head(name)
-    output: HeadOutput = head(model.inputs(batch, hidden)[name])
-    shares = head.probabilities(output)
-    return head.predict(output).cpu().numpy(), None if shares is None else shares.cpu().numpy()
+    return predictions, probabilities
 
 
 def _details(result: TaskResult, texts: Sequence[Sequence[str]] | None) -> dict[str, Any]:
-    """What the report shows of a task, JSON-able."""
+    """A task's results as JSON values, for the report."""
     task, classes = result.task, result.task.class_names
     details: dict[str, Any] = {
         "kind": task.kind,
@@ -185,12 +167,12 @@ def _details(result: TaskResult, texts: Sequence[Sequence[str]] | None) -> dict[
     if classes is not None:
         details["confusion"] = confusion_matrix(result.predictions, result.labels, len(classes)).tolist()
     if texts is not None:
-        details["worst"] = [_worst(result, row, error, texts) for row, error in _errors(result)]
+        details["worst"] = _worst_errors(result, texts)
     return details
 
 
-def _errors(result: TaskResult) -> list[tuple[int, float]]:
-    """The rows that were wrong by most, and how much: probability missing at the truth, or |difference|."""
+def _worst_errors(result: TaskResult, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """The largest errors: 1 - probability of the label for classes, |prediction - label| otherwise."""
     assert result.labels is not None
     rows = np.arange(len(result.labels))
     if result.probabilities is not None:
@@ -199,25 +181,22 @@ def _errors(result: TaskResult) -> list[tuple[int, float]]:
     else:
         size = np.abs(result.predictions - result.labels)
         rows = rows[size > 0]
-    rows = rows[np.argsort(-size[rows], kind="stable")][:WORST]
-    return [(int(row), float(size[row])) for row in rows]
-
-
-def _worst(result: TaskResult, row: int, error: float, texts: Sequence[Sequence[str]]) -> dict[str, Any]:
-    assert result.labels is not None
-    shares = result.probabilities
-    return {
-        "id": result.ids[row],
-        "sentences": [column[row] for column in texts],
-        "label": _rounded(result.labels[row : row + 1])[0],
-        "prediction": _rounded(result.predictions[row : row + 1])[0],
-        "probability": None if shares is None else _finite(float(shares[row].max())),
-        "error": _finite(error),
-    }
+    rows = rows[np.argsort(-size[rows], kind="stable")][:MAX_ERRORS]
+    return [
+        {
+            "id": result.ids[row],
+            "sentences": [column[row] for column in texts],
+            "label": _rounded(result.labels[row : row + 1])[0],
+            "prediction": _rounded(result.predictions[row : row + 1])[0],
+            "probability": None if result.probabilities is None else _finite(float(result.probabilities[row].max())),
+            "error": _finite(float(size[row])),
+        }
+        for row in rows.tolist()
+    ]
 
 
 def _rounded(values: np.ndarray) -> list[Any]:
-    """Numbers for JSON, six decimals at most; what is not finite becomes null."""
+    """Numbers for JSON with at most six decimals; values that are not finite become null."""
     if np.issubdtype(values.dtype, np.integer):
         return list(values.tolist())
     return [_finite(value) for value in values.tolist()]

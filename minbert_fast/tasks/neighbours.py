@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A memory of labelled training sentences: how alike a new sentence is to each of them, and what they were labelled."""
+"""Nearest-neighbour features: compares a sentence with labelled training sentences."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.tasks.base import unit
+from minbert_fast.tasks.base import normalize
 
 
 class LabelledSentences(nn.Module):
-    """Up to `per_class` sentences of each of C classes, embedded once, A = C * per_class in all.
+    """Stored embeddings of up to `per_class` sentences of each of C classes, A = C * per_class in all.
 
-    With `nearest` = 0, every one is a feature: [n, H] -> [n, 2 A], the cosines with the remembered sentences, then their
-    labels, the same for every example. Otherwise the `nearest` ones vote: [n, H] -> [n, C], with k among them
+    With `nearest` = 0, [n, H] -> [n, 2 A]: the cosines with the stored sentences, then the stored labels (the same for every
+    example). Otherwise, [n, H] -> [n, C]: the votes of the `nearest` stored sentences k,
 
-        vote for c = sum over k labelled c of exp(cos_k / temperature) / sum over k of exp(cos_k / temperature)
+        votes[c] = sum over k with label c of exp(cos_k / temperature) / sum over k of exp(cos_k / temperature)
 
-    In training the very nearest is passed over, for there a sentence finds itself. Until `remember` is called,
-    features are the same for every sentence. Vectors and labels are buffers: a saved model keeps them.
+    In training mode the nearest sentence is ignored: it is the sentence itself. Before `store` is called, the output does
+    not depend on the sentence. Vectors and labels are buffers, so a saved model contains them.
     """
 
-    vectors: Tensor  # [A, H], each of length 1; zeros where there was no sentence
-    labels: Tensor  # [A]; -1 where there was none
+    vectors: Tensor  # [A, H], rows of length 1; unused rows are 0
+    labels: Tensor  # [A]; unused entries are -1
 
     def __init__(self, width: int, classes: int, per_class: int, nearest: int = 0, temperature: float = 0.05) -> None:
         super().__init__()
@@ -36,36 +36,36 @@ class LabelledSentences(nn.Module):
 
     @property
     def features(self) -> int:
-        """What it makes of a sentence, numbers."""
+        """Width of the output."""
         return self.classes if self.nearest else 2 * self.classes * self.per_class
 
     def forward(self, x: Tensor) -> Tensor:
-        cosines = unit(x) @ self.vectors.T  # [n, A]
+        cosines = normalize(x) @ self.vectors.T  # [n, A]
         if self.nearest:
-            return self._votes(cosines)
+            return self._vote(cosines)
         return torch.cat([cosines, self.labels.expand(x.shape[0], -1)], dim=-1)
 
-    def _votes(self, cosines: Tensor) -> Tensor:
+    def _vote(self, cosines: Tensor) -> Tensor:
         itself = int(self.training)
         near, index = cosines.masked_fill(self.labels < 0, -torch.inf).topk(self.nearest + itself)  # [n, k]
         shares = (near[:, itself:] / self.temperature).softmax(-1)
-        named = self.labels[index[:, itself:], None] == torch.arange(self.classes, device=index.device)  # [n, k, C]
-        return (shares[:, :, None] * named).sum(1)
+        one_hot = self.labels[index[:, itself:], None] == torch.arange(self.classes, device=index.device)  # [n, k, C]
+        return (shares[:, :, None] * one_hot).sum(1)
 
     @torch.no_grad()
-    def remember(self, vectors: Tensor, labels: Tensor) -> None:
-        """Takes over embeddings [R, H] and labels [R] of R <= A sentences, in place of all it had."""
+    def store(self, vectors: Tensor, labels: Tensor) -> None:
+        """Replaces the stored sentences by R <= A others, given their embeddings [R, H] and labels [R]."""
         count = len(labels)
         self.vectors.zero_()
         self.labels.fill_(-1.0)
-        self.vectors[:count] = unit(vectors.to(self.vectors))
+        self.vectors[:count] = normalize(vectors.to(self.vectors))
         self.labels[:count] = labels.to(self.labels)
 
     def choose(self, labels: np.ndarray, seed: int) -> np.ndarray:
-        """Rows [R] of a training set with `labels`: `per_class` of each class, drawn by `seed`.
+        """Random rows [R] of a training set with `labels`: `per_class` of each class.
 
-        A class with too few sentences gives some of them several times where every one is a feature, and all it has
-        where the nearest vote. Raises ValueError for a class without any.
+        If a class has fewer sentences, they are repeated (`nearest` = 0) or fewer are returned. Raises ValueError for a
+        class without sentences.
         """
         bits = np.random.Philox(key=seed)
         chosen = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentence embeddings from inference: a premise, a hypothesis that follows from it and one that contradicts it.
+"""Sentence embeddings from natural language inference: a premise, an entailed hypothesis and a contradicting one.
 
-Three objectives on triplets without labels: regression of cosines, contrast within the batch, Euclidean triplets. They
-may be trained together, each with its weight. The head has no parameters of its own unless it projects.
+Three objectives on unlabelled triplets: regression of cosines, contrast within the batch, Euclidean triplets. Several may
+be trained together with weights. The head has parameters only with `project = true`.
 """
 
 from __future__ import annotations
@@ -15,44 +15,44 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minbert_fast.common.schema import check, check_at_least
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses, metrics
-from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, register, require
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, register
 
-Objective = Literal["regression", "contrastive", "triplet"]
 OBJECTIVES = ("regression", "contrastive", "triplet")
 
 
 @dataclass(frozen=True)
 class NliOptions(TaskOptions):
-    """`objectives` gives each objective's weight."""
+    """`objectives` maps names of OBJECTIVES to weights."""
 
     data: Literal["triplets"] = "triplets"
-    objectives: Mapping[Objective, float] = field(default_factory=lambda: {"contrastive": 1.0})
-    project: bool = False  # a linear layer on each embedding, thrown away after this task
+    objectives: Mapping[str, float] = field(default_factory=lambda: {"contrastive": 1.0})
+    project: bool = False  # a linear layer on each embedding, used only by this task
     temperature: float = 0.05  # of contrastive
     margin: float = 1.0  # of triplet, a Euclidean distance
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.objectives), "objectives: expected at least one")
+        check(bool(self.objectives), "objectives: expected at least one")
         for name, weight in self.objectives.items():
-            require(name in OBJECTIVES, f"objectives.{name}: expected one of {', '.join(OBJECTIVES)}")
-            require(weight >= 0, f"objectives.{name} = {weight}: expected 0 or more")
-        require(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
-        require(self.margin >= 0, f"margin = {self.margin}: expected 0 or more")
-        require(not self.balanced, "balanced: triplets have no classes to balance")
+            check(name in OBJECTIVES, f"objectives.{name}: expected one of {', '.join(OBJECTIVES)}")
+            check(weight >= 0, f"objectives.{name} = {weight}: expected 0 or more")
+        check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
+        check_at_least(self, 0, "margin")
+        check(not self.balanced, "balanced: triplets have no classes to balance")
 
 
 class NliHead(Head):
-    """Cosines of the premise with both hypotheses, scores [n, 2]: what follows, what contradicts."""
+    """Cosines of the premise with the entailed and the contradicting hypothesis, scores [n, 2]."""
 
     options: NliOptions
 
-    def __init__(self, options: NliOptions, hidden_size: int) -> None:
+    def __init__(self, options: NliOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         super().__init__()
         self.options = options
-        self.projection = nn.Linear(hidden_size, hidden_size) if options.project else None
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size) if options.project else None
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         vectors = inputs.embeddings
@@ -75,34 +75,17 @@ class NliHead(Head):
         return total
 
     def predict(self, output: HeadOutput) -> Tensor:
-        follows, contradicts = output.scores.unbind(-1)
-        return (follows > contradicts).float()
+        entailed, contradicting = output.scores.unbind(-1)
+        return (entailed > contradicting).float()
 
 
 @register("nli")
-@dataclass(frozen=True)
 class NliTask(Task):
-    options: NliOptions
-
     Options: ClassVar[type] = NliOptions
+    head_class: ClassVar[type] = NliHead
     labelled: ClassVar[bool] = False
     stem: ClassVar[str] = "nli"
     header: ClassVar[str] = "Follows_Closer_Than_Contradicts"
-
-    @property
-    def dataset(self) -> str:
-        return self.options.data
-
-    @property
-    def arity(self) -> int:
-        return 3
-
-    @property
-    def primary(self) -> str:
-        return f"{self.name}_accuracy"
-
-    def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> NliHead:
-        return NliHead(self.options, config.hidden_size)
 
     def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
         return {self.primary: metrics.accuracy(predictions, np.ones_like(predictions))}

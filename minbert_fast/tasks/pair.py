@@ -1,60 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two sentences compared: the head that paraphrase and similarity share, every published variant of it by options.
+"""The head of paraphrase and similarity, which compares two sentences; options select every published variant.
 
-    embeddings u, v -> [dropout] -> [tied stack] -> [projection] -> cosine                        -> score
-                                                                 -> features, [dropout], linear   -> score or classes
+    embeddings u, v -> [dropout] -> [shared stack] -> [projection] -> cosine                        -> score
+                                                                   -> features, [dropout], linear   -> score or classes
 
-With `encoder = "cross"` the pair has one embedding, of both sentences read as one sequence, and that is the only feature;
-with "both" it is a further feature of the linear head, and the cosine head adds a linear function of it to its score: what
-reading the sentences together says beyond the cosine, nothing at first.
+With `encoder = "cross"` the pair has one embedding, of the joint sequence, which is the only feature. With "both" the joint
+embedding is one more feature of the linear head; the cosine head adds a linear function of it, initially zero, to its
+score.
 
-A label enters as a degree t from 0 (different) to 1 (the same): the paraphrase label itself, or similarity / 5. The
-head gives the degree back; the two tasks differ in what they make of it.
+Labels are scaled to t from 0 (different) to 1 (same meaning): the paraphrase label itself, or similarity / 5. The head
+predicts t; paraphrase reads it as a probability, similarity scales it back.
 
 Shapes: n examples, H hidden, D width of a vector, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.data import Encoder
+from minbert_fast.common.schema import check, check_at_least, check_below_one
+from minbert_fast.data.tokens import Encoder
+from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import (
-    Head,
-    HeadOutput,
-    Stack,
-    Task,
-    TaskInput,
-    TaskOptions,
-    check_dropout,
-    cosine,
-    require,
-    shared_stack,
-)
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, shared_stack
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
-VectorLoss = Literal["cosine_embedding", "cosent", "ranking"]
 PairLoss = Literal["bce", "cross_entropy", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"]
-VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # act on the vectors, not on the score
+FEATURES: dict[Feature, Callable[[Tensor, Tensor], Tensor]] = {
+    "u": lambda u, v: u,
+    "v": lambda u, v: v,
+    "abs_diff": lambda u, v: (u - v).abs(),
+    "product": lambda u, v: u * v,
+    "cosine": lambda u, v: cosine(u, v)[:, None],
+}
+VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # losses of the vectors instead of the score
 
 
 @dataclass(frozen=True)
 class PairOptions(TaskOptions):
-    """Options of a task on pairs, besides those of every task."""
+    """Options of a task on pairs, in addition to those of every task."""
 
     data: str = ""  # key of the data file's format
-    encoder: Encoder = "bi"  # encode the sentences apart, as one sequence ("cross"), or both
+    encoder: Encoder = "bi"  # encode the sentences separately, jointly ("cross"), or both
     head: Literal["linear", "cosine"] = "linear"
-    features: tuple[Feature, ...] = ("u", "v")  # what the linear head sees, side by side
+    features: tuple[Feature, ...] = ("u", "v")  # input of the linear head, concatenated
     project: bool | int = False  # a linear layer on each vector first: true keeps the width, a number sets it
-    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout that every task naming it shares
+    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
     shared_depth: int = 2
     dropout: float = 0.1
     dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)
@@ -62,48 +59,46 @@ class PairOptions(TaskOptions):
     labels: Literal["unit", "signed"] = "unit"  # range of the targets of mse and l1: [0, 1] or [-1, 1]
     scale: float = 1.0  # score = scale * cosine + offset
     offset: float = 0.0
-    calibrated: bool = False  # learn scale and offset from where these stand
+    calibrated: bool = False  # learn scale and offset, starting from these values
     margin: float = 0.0  # of cosine_embedding
     temperature: float = 0.05  # of cosent and ranking
-    auxiliary: Mapping[VectorLoss, float] = field(default_factory=dict)  # weights of further losses on the vectors
+    auxiliary: Mapping[str, float] = field(default_factory=dict)  # weights of additional losses of VECTOR_LOSSES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dropout(self.dropout)
-        require(bool(self.features), "features = []: expected at least one")
-        require(len(set(self.features)) == len(self.features), f"features = {list(self.features)}: one is named twice")
-        require(self.shared_depth >= 1, f"shared_depth = {self.shared_depth}: expected at least 1")
+        check_below_one(self, "dropout")
+        check(bool(self.features), "features = []: expected at least one")
+        check(len(set(self.features)) == len(self.features), f"features = {list(self.features)}: one is named twice")
+        check_at_least(self, 1, "shared_depth")
         wide = isinstance(self.project, bool) or 1 <= self.project < 2**20
-        require(wide, f"project = {self.project}: expected true, false or a width")
-        require(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
-        require(-1 <= self.margin <= 1, f"margin = {self.margin}: expected a cosine, -1 to 1")
+        check(wide, f"project = {self.project}: expected true, false or a width")
+        check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
+        check(-1 <= self.margin <= 1, f"margin = {self.margin}: expected a cosine, -1 to 1")
         for name, weight in self.auxiliary.items():
-            require(name in VECTOR_LOSSES, f"auxiliary.{name}: expected one of {', '.join(VECTOR_LOSSES)}")
-            require(weight >= 0, f"auxiliary.{name} = {weight}: expected 0 or more")
+            check(name in VECTOR_LOSSES, f"auxiliary.{name}: expected one of {', '.join(VECTOR_LOSSES)}")
+            check(weight >= 0, f"auxiliary.{name} = {weight}: expected 0 or more")
         if self.head == "cosine":
-            require(self.loss != "cross_entropy", 'loss = "cross_entropy" needs head = "linear"')
-            require("features" not in self.dropout_at, 'dropout_at: head = "cosine" has no "features"')
+            check(self.loss != "cross_entropy", 'loss = "cross_entropy" needs head = "linear"')
+            check("features" not in self.dropout_at, 'dropout_at: head = "cosine" has no "features"')
         else:
-            require(self.loss not in VECTOR_LOSSES, f'loss = "{self.loss}" needs head = "cosine"')
-            require(not self.calibrated, 'calibrated = true needs head = "cosine"')
+            check(self.loss not in VECTOR_LOSSES, f'loss = "{self.loss}" needs head = "cosine"')
+            check(not self.calibrated, 'calibrated = true needs head = "cosine"')
         if self.encoder == "cross":
-            require(self.head == "linear", 'encoder = "cross" needs head = "linear", there is no second vector')
-            require(not self.auxiliary, 'auxiliary: encoder = "cross" has no two vectors to compare')
+            check(self.head == "linear", 'encoder = "cross" needs head = "linear", there is no second vector')
+            check(not self.auxiliary, 'auxiliary: encoder = "cross" has no two vectors to compare')
 
 
 class PairHead(Head):
-    """Compares two sentences; `classes` is the number of levels a label has (2 or 6), from 0 to classes - 1."""
+    """Compares two sentences."""
 
     options: PairOptions
+    levels: ClassVar[int]  # number of whole labels, 0 to levels - 1
 
-    def __init__(self, options: PairOptions, hidden_size: int, classes: int, shared: dict[str, nn.Module]) -> None:
+    def __init__(self, options: PairOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         super().__init__()
         self.options = options
-        self.classes = classes
-        width = hidden_size
-        self.stack: Stack | None = None
-        if options.shared_layers:
-            self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
+        width = config.hidden_size
+        self.stack = shared_stack(options, width, shared)
         self.projection: nn.Linear | None = None
         if options.project is not False:
             wanted = width if options.project is True else options.project
@@ -112,7 +107,7 @@ class PairHead(Head):
         if options.head == "linear":
             inputs = sum(1 if f == "cosine" else width for f in options.features)
             inputs = {"bi": inputs, "cross": width, "both": inputs + width}[options.encoder]
-            self.output = nn.Linear(inputs, classes if options.loss == "cross_entropy" else 1)
+            self.output = nn.Linear(inputs, self.levels if options.loss == "cross_entropy" else 1)
             return
         if options.calibrated:
             self.factor = nn.Parameter(torch.tensor(float(options.scale)))
@@ -124,28 +119,27 @@ class PairHead(Head):
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         options = self.options
-        found = tuple(self._vector(x) for x in inputs.embeddings)  # each [n, D]
-        vectors = () if options.encoder == "cross" else found[:2]
-        together = () if options.encoder == "bi" else found[-1:]
+        embedded = tuple(self._vector(x) for x in inputs.embeddings)  # each [n, D]
+        vectors = () if options.encoder == "cross" else embedded[:2]
+        joint = () if options.encoder == "bi" else embedded[-1:]
         if options.head == "cosine":
             factor, offset = (self.factor, self.offset) if options.calibrated else (options.scale, options.offset)
             score = cosine(*vectors) * factor + offset
-            for x in together:
+            for x in joint:
                 score = score + self.together(x).squeeze(-1)
             return HeadOutput(score, vectors)
-        features = [_feature(name, *vectors) for name in options.features] if vectors else []
-        x = torch.cat([*features, *together], dim=-1)
+        features = [FEATURES[name](*vectors) for name in options.features] if vectors else []
+        x = torch.cat([*features, *joint], dim=-1)
         if "features" in options.dropout_at:
             x = F.dropout(x, options.dropout, self.training)
         return HeadOutput(self.output(x).squeeze(-1), vectors)  # [n], or [n, C]
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        options = self.options
-        degree = labels.to(output.scores.dtype) / (self.classes - 1)
-        total = self._loss(options.loss, output, degree)
-        for name, weight in options.auxiliary.items():
-            total = total + weight * self._loss(name, output, degree)
+        t = labels.to(output.scores.dtype) / (self.levels - 1)
+        total = self._loss(self.options.loss, output, t)
+        for name, weight in self.options.auxiliary.items():
+            total = total + weight * self._loss(name, output, t)
         return total
 
     def logits(self, output: HeadOutput) -> Tensor | None:
@@ -155,12 +149,12 @@ class PairHead(Head):
             return torch.stack([torch.zeros_like(output.scores), output.scores], dim=-1)
         return None
 
-    def degree(self, output: HeadOutput) -> Tensor:
-        """How much alike the sentences are, from 0 to 1 [n]."""
+    def similarity(self, output: HeadOutput) -> Tensor:
+        """The predicted t: similarity of the sentences from 0 to 1, [n]."""
         scores, options = output.scores, self.options
         if options.loss == "cross_entropy":
-            levels = torch.arange(self.classes, device=scores.device, dtype=scores.dtype)
-            return scores.softmax(-1) @ levels / (self.classes - 1)
+            levels = torch.arange(self.levels, device=scores.device, dtype=scores.dtype)
+            return scores.softmax(-1) @ levels / (self.levels - 1)
         if options.loss == "bce":
             return scores.sigmoid()
         signed = options.loss in ("hinge", "cosent", "ranking") or (
@@ -175,17 +169,17 @@ class PairHead(Head):
             x = self.stack(x)
         return x if self.projection is None else self.projection(x)
 
-    def _loss(self, name: PairLoss, output: HeadOutput, t: Tensor) -> Tensor:
+    def _loss(self, name: str, output: HeadOutput, t: Tensor) -> Tensor:
         s, options = output.scores, self.options
         if name == "bce":
-            return losses.binary_cross_entropy(s, t)
+            return F.binary_cross_entropy_with_logits(s, t)
         if name == "cross_entropy":
-            return F.cross_entropy(s, (t * (self.classes - 1)).round().long())  # nearest class
+            return F.cross_entropy(s, (t * (self.levels - 1)).round().long())  # nearest class
         if name == "hinge":
             return losses.hinge(s, 2 * t - 1)
         if name in ("mse", "l1"):
             target = 2 * t - 1 if options.labels == "signed" else t
-            return losses.squared(s, target) if name == "mse" else losses.absolute(s, target)
+            return F.mse_loss(s, target) if name == "mse" else F.l1_loss(s, target)
         u, v = output.vectors
         if name == "cosine_embedding":
             return losses.cosine_embedding(u, v, t, options.margin)
@@ -197,30 +191,10 @@ class PairHead(Head):
 
 @dataclass(frozen=True)
 class PairTask(Task):
-    """What tasks on pairs have in common."""
+    """A task on pairs of sentences."""
 
     options: PairOptions
 
     @property
-    def dataset(self) -> str:
-        return self.options.data
-
-    @property
-    def arity(self) -> int:
-        return {"bi": 2, "cross": 1, "both": 3}[self.options.encoder]
-
-    @property
     def encoder(self) -> Encoder:
         return self.options.encoder
-
-
-def _feature(name: Feature, u: Tensor, v: Tensor) -> Tensor:
-    if name == "u":
-        return u
-    if name == "v":
-        return v
-    if name == "abs_diff":
-        return (u - v).abs()
-    if name == "product":
-        return u * v
-    return cosine(u, v)[:, None]

@@ -22,7 +22,10 @@ import numpy as np
 
 from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data import FORMATS, Table, Tokenizer, tokenize_table
+from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.files import Table
+from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import inference, sentence_modules, weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
@@ -136,7 +139,7 @@ class Predictor:
         if modules is not None:
             pooling, normalize, prompt = modules.pooling, modules.normalize, modules.prompt
             max_length, truncate_dim = modules.max_length or max_length, modules.truncate_dim
-            if modules.lowercase and not tokenizer.lowercase:
+            if modules.lowercase and not tokenizer.vocabulary.lowercase:
                 # Accents stay where the tokenizer keeps them: it strips them by default only if it lower-cases itself.
                 kept = tokenizer.vocabulary
                 lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))

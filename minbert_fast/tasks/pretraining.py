@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Further pre-training on the tasks' own text: guess masked words (`mlm`), tell which sentences belong together (`nsp`).
+"""Further pre-training on the tasks' own text: masked language modelling (`mlm`), next-sentence prediction (`nsp`).
 
-Both need no labels: their examples are made anew at each step (`data/pretraining.py`). They train the encoder, mostly in
-a stage of their own before the tasks that count; they have no dev scores and no predictions. Where a model's file holds
-BERT's own pre-training heads, training goes on from those.
+Neither needs labels: their examples are generated at each step (`data/pretraining.py`). They train the encoder, usually in
+a stage before the main tasks, and have no dev scores or predictions. If a model's file contains BERT's own pre-training
+heads, training starts from those.
 
-Shapes: n examples, M words to guess, N token rows, H hidden, V words of the vocabulary.
+Shapes: n examples, M masked words, N token rows, H hidden, V words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,40 +19,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import ConfigError
-from minbert_fast.data import (
-    FORMATS,
-    MAIN_TASKS,
-    Encoder,
-    Maker,
-    Masking,
-    Pairing,
-    Tokenizer,
-    TokenTable,
-    all_pairs,
-    all_sentences,
+from minbert_fast.common.schema import ConfigError, check
+from minbert_fast.data.formats import FORMATS, MAIN_TASKS
+from minbert_fast.data.pretraining import (
+    IGNORED,
+    ExampleGenerator,
+    SentencePairing,
+    WordMasking,
+    collect_pairs,
+    collect_sentences,
 )
-from minbert_fast.data.pretraining import IGNORED
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.config import BertConfig, Pooling
-from minbert_fast.tasks.base import WORDS, Head, HeadOutput, Task, TaskInput, TaskOptions, register, require
+from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, TaskOptions, register
 
 
 @dataclass(frozen=True)
 class TextOptions(TaskOptions):
-    """`text` names the data sets whose training files it learns from; those that are not there are left out."""
+    """`text` names the data sets whose training files provide the text; missing ones are ignored."""
 
     text: tuple[str, ...] = MAIN_TASKS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.text), "text = []: expected at least one data set")
+        check(bool(self.text), "text = []: expected at least one data set")
         for name in self.text:
-            require(name in FORMATS, f"text: {name!r}: expected some of {', '.join(FORMATS)}")
-        require(not self.balanced, "balanced: text has no classes to balance")
+            check(name in FORMATS, f"text: {name!r}: expected some of {', '.join(FORMATS)}")
+        check(not self.balanced, "balanced: text has no classes to balance")
 
 
 class TextTask(Task):
-    """A task that only trains, on the text of others."""
+    """A task that only trains, on the text of other tasks' files."""
 
     labelled: ClassVar[bool] = False
 
@@ -69,10 +67,6 @@ class TextTask(Task):
     def arity(self) -> int:
         return 1
 
-    @property
-    def primary(self) -> str:
-        return f"{self.name}_accuracy"
-
     def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
         return {}
 
@@ -82,20 +76,20 @@ class TextTask(Task):
 
 @dataclass(frozen=True)
 class MaskedOptions(TextOptions):
-    """BERT's own: 15 % of the words."""
+    """BERT's own setting: 15 % of the words."""
 
-    rate: float = 0.15  # share of the words that are to be guessed
+    rate: float = 0.15  # share of the words that are masked
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.rate <= 1, f"rate = {self.rate}: expected a share above 0, up to 1")
-        require(self.pooling is None, "pooling: words are guessed one by one, from no sentence embedding")
+        check(0 < self.rate <= 1, f"rate = {self.rate}: expected a share above 0, up to 1")
+        check(self.pooling is None, "pooling: masked words are predicted from token rows, without pooling")
 
 
 class MaskedHead(Head):
-    """Scores of every word of the vocabulary at each masked place, [M, V]: dense, GELU, LayerNorm, output embedding.
+    """Scores [M, V] of every word of the vocabulary at each masked position: dense, GELU, LayerNorm, output embedding.
 
-    The output embedding is the encoder's word embedding, so that both uses train one matrix (Press & Wolf 2017).
+    The output embedding is the encoder's word embedding, so both uses train one matrix (Press & Wolf 2017).
     """
 
     options: MaskedOptions
@@ -103,9 +97,9 @@ class MaskedHead(Head):
     def __init__(self, options: MaskedOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         super().__init__()
         self.options = options
-        if WORDS not in shared:
-            shared[WORDS] = nn.Embedding(config.vocab_size, config.hidden_size)
-        words = shared[WORDS]
+        if WORD_EMBEDDING not in shared:
+            shared[WORD_EMBEDDING] = nn.Embedding(config.vocab_size, config.hidden_size)
+        words = shared[WORD_EMBEDDING]
         assert isinstance(words, nn.Embedding)
         self.words = words
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -122,17 +116,13 @@ class MaskedHead(Head):
         return HeadOutput(F.linear(x, self.words.weight, self.bias))
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
-        """Mean over the words to guess, as transformers' BertForMaskedLM has it; 0 where there is none."""
+        """The mean over the masked words, as in transformers' BertForMaskedLM; 0 without masked words."""
         assert labels is not None
         words = labels[:, 1]
         total = F.cross_entropy(output.scores, words, ignore_index=IGNORED, reduction="sum")
         return total / (words != IGNORED).sum().clamp(min=1)
 
-    def predict(self, output: HeadOutput) -> Tensor:
-        """The likeliest word at each place [M]."""
-        return output.scores.argmax(-1)
-
-    def published(self) -> dict[str, Tensor]:
+    def published_parameters(self) -> dict[str, Tensor]:
         return {
             "cls.predictions.transform.dense.weight": self.dense.weight,
             "cls.predictions.transform.dense.bias": self.dense.bias,
@@ -143,25 +133,20 @@ class MaskedHead(Head):
 
 
 @register("mlm")
-@dataclass(frozen=True)
 class MaskedTask(TextTask):
-    options: MaskedOptions
-
     Options: ClassVar[type] = MaskedOptions
+    head_class: ClassVar[type] = MaskedHead
 
     @property
     def pooling(self) -> Pooling:
-        return "cls"  # the cheapest, and no pooler takes part: nothing looks at it
-
-    def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> MaskedHead:
-        return MaskedHead(self.options, config, shared)
+        return "cls"  # the head ignores sentence embeddings; this is the cheapest pooling, without the pooler's weights
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
-        return all_sentences(self.name, tables)
+        return collect_sentences(self.name, tables)
 
-    def maker(self, tokenizer: Tokenizer, seed: int) -> Maker:
+    def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator:
         try:
-            return Masking(tokenizer, self.options.rate, seed, self.name)
+            return WordMasking(tokenizer, self.options.rate, seed, self.name)
         except ValueError as error:
             raise ConfigError(f"tasks.{self.name}: {error}") from None
 
@@ -171,7 +156,7 @@ class MaskedTask(TextTask):
 
 @dataclass(frozen=True)
 class NextSentenceOptions(TextOptions):
-    """BERT's own: the pair as one sequence, a linear layer on the pooler's output."""
+    """BERT's own setting: the pair as one sequence, a linear layer on the pooler's output."""
 
     text: tuple[str, ...] = ("paraphrase", "similarity")
     pooling: Pooling | None = "pooler"
@@ -179,15 +164,15 @@ class NextSentenceOptions(TextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.text:
-            require(FORMATS[name].arity >= 2, f"text: {name!r} has no pairs of sentences")
+            check(FORMATS[name].arity >= 2, f"text: {name!r} has no pairs of sentences")
 
 
 class NextSentenceHead(Head):
-    """Scores [n, 2]: the second sentence belongs to the first, it comes from somewhere else."""
+    """Scores [n, 2]: the second sentence follows the first, or it comes from another row."""
 
     options: NextSentenceOptions
 
-    def __init__(self, options: NextSentenceOptions, config: BertConfig) -> None:
+    def __init__(self, options: NextSentenceOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         super().__init__()
         self.options = options
         self.output = nn.Linear(config.hidden_size, 2)
@@ -202,29 +187,21 @@ class NextSentenceHead(Head):
         assert labels is not None
         return F.cross_entropy(output.scores, labels)
 
-    def predict(self, output: HeadOutput) -> Tensor:
-        return output.scores.argmax(-1)
-
-    def published(self) -> dict[str, Tensor]:
+    def published_parameters(self) -> dict[str, Tensor]:
         return {"cls.seq_relationship.weight": self.output.weight, "cls.seq_relationship.bias": self.output.bias}
 
 
 @register("nsp")
-@dataclass(frozen=True)
 class NextSentenceTask(TextTask):
-    options: NextSentenceOptions
-
     Options: ClassVar[type] = NextSentenceOptions
+    head_class: ClassVar[type] = NextSentenceHead
 
     @property
     def encoder(self) -> Encoder:
         return "cross"
 
-    def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> NextSentenceHead:
-        return NextSentenceHead(self.options, config)
-
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
-        return all_pairs(self.name, tables)
+        return collect_pairs(self.name, tables)
 
-    def maker(self, tokenizer: Tokenizer, seed: int) -> Maker:
-        return Pairing(seed, self.name)
+    def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator:
+        return SentencePairing(seed, self.name)

@@ -1,30 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a sentence feel like? Five classes (SST) or two (`data = "polarity"`, CFIMDB)."""
+"""Sentiment classification of a sentence: five classes (SST) or two (`data = "polarity"`, CFIMDB)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minbert_fast.common.schema import check, check_at_least, check_below_one
 from minbert_fast.model.config import BertConfig
-from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import (
-    Head,
-    HeadOutput,
-    Stack,
-    Task,
-    TaskInput,
-    TaskOptions,
-    check_dropout,
-    register,
-    require,
-    shared_stack,
-)
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, register, shared_stack
 from minbert_fast.tasks.layers import TokenLayers
 from minbert_fast.tasks.neighbours import LabelledSentences
 
@@ -39,33 +27,32 @@ class SentimentOptions(TaskOptions):
     """The baseline: dropout, linear on the sentence embedding, cross-entropy."""
 
     data: Literal["sentiment", "polarity"] = "sentiment"
-    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout that every task naming it shares
+    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
     shared_depth: int = 2
-    extra_layers: int = 0  # BERT layers of the task's own, between the encoder and its pooling
-    neighbours: int = 0  # labelled training sentences of each class to compare with, in place of the embedding itself
-    nearest: int = 0  # of these, how many vote on a sentence; the votes go beside its embedding. 0: all are features
-    temperature: float = 0.05  # of the votes: the lower, the more the very nearest decide
+    extra_layers: int = 0  # BERT layers of this task, between the encoder and the pooling
+    neighbours: int = 0  # compare with this many labelled training sentences per class; 0: use the embedding itself
+    nearest: int = 0  # number of nearest neighbours whose votes are added to the embedding; 0: all cosines are features
+    temperature: float = 0.05  # of the votes; a lower temperature gives the nearest ones more weight
     dropout: float = 0.1
-    label_smoothing: float = 0.0  # share of each target spread evenly over all classes
+    label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_dropout(self.dropout)
-        require(self.shared_depth >= 1, f"shared_depth = {self.shared_depth}: expected at least 1")
-        require(0 <= self.extra_layers <= 48, f"extra_layers = {self.extra_layers}: expected 0 to 48")
-        require(
+        check_below_one(self, "dropout", "label_smoothing")
+        check_at_least(self, 1, "shared_depth")
+        check(0 <= self.extra_layers <= 48, f"extra_layers = {self.extra_layers}: expected 0 to 48")
+        check(
             not (self.extra_layers and self.pooling == "pooler"),
             'pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max',
         )
-        require(0 <= self.neighbours <= 100_000, f"neighbours = {self.neighbours}: expected 0 or more")
-        require(
+        check(0 <= self.neighbours <= 100_000, f"neighbours = {self.neighbours}: expected 0 to 100000")
+        check(
             not (self.neighbours and (self.extra_layers or self.shared_layers)),
-            "neighbours: compared by the encoder's own embeddings, without extra_layers or shared_layers",
+            "neighbours: compares the encoder's own embeddings, so extra_layers and shared_layers must be unset",
         )
-        most = max(1, self.neighbours * len(CLASSES[self.data]))
-        require(0 <= self.nearest < most, f"nearest = {self.nearest}: expected fewer than there are neighbours in all")
-        require(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing = {self.label_smoothing}: expected 0 <= share < 1")
+        total = max(1, self.neighbours * len(CLASSES[self.data]))
+        check(0 <= self.nearest < total, f"nearest = {self.nearest}: expected fewer than the {total} neighbours")
+        check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
 
 
 class SentimentHead(Head):
@@ -78,9 +65,7 @@ class SentimentHead(Head):
         self.options = options
         width = config.hidden_size
         self.layers = TokenLayers(config, options.extra_layers) if options.extra_layers else None
-        self.stack: Stack | None = None
-        if options.shared_layers:
-            self.stack = shared_stack(options.shared_layers, width, options.shared_depth, options.dropout, shared)
+        self.stack = shared_stack(options, width, shared)
         classes = len(CLASSES[options.data])
         self.neighbours: LabelledSentences | None = None
         if options.neighbours:
@@ -95,8 +80,8 @@ class SentimentHead(Head):
         else:
             x = self.layers(inputs, self.options.pooling or "mean")
         if self.neighbours is not None:
-            found = self.neighbours(x)
-            x = torch.cat([x, found], dim=-1) if self.options.nearest else found
+            features = self.neighbours(x)
+            x = torch.cat([x, features], dim=-1) if self.options.nearest else features
         x = F.dropout(x, self.options.dropout, self.training)
         if self.stack is not None:
             x = self.stack(x)
@@ -106,13 +91,10 @@ class SentimentHead(Head):
         assert labels is not None
         return F.cross_entropy(output.scores, labels.long(), label_smoothing=self.options.label_smoothing)
 
-    def predict(self, output: HeadOutput) -> Tensor:
-        return output.scores.argmax(-1)
-
     def logits(self, output: HeadOutput) -> Tensor:
         return output.scores
 
-    def memory(self) -> LabelledSentences | None:
+    def labelled_sentences(self) -> LabelledSentences | None:
         return self.neighbours
 
     def probabilities(self, output: HeadOutput) -> Tensor:
@@ -120,36 +102,12 @@ class SentimentHead(Head):
 
 
 @register("sentiment")
-@dataclass(frozen=True)
 class SentimentTask(Task):
-    options: SentimentOptions
-
     Options: ClassVar[type] = SentimentOptions
+    head_class: ClassVar[type] = SentimentHead
     stem: ClassVar[str] = "sst"
     header: ClassVar[str] = "Predicted_Sentiment"
 
     @property
-    def dataset(self) -> str:
-        return self.options.data
-
-    @property
-    def arity(self) -> int:
-        return 1
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         return CLASSES[self.options.data]
-
-    @property
-    def primary(self) -> str:
-        return f"{self.name}_accuracy"
-
-    def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> SentimentHead:
-        return SentimentHead(self.options, config, shared)
-
-    def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        assert labels is not None
-        return {
-            self.primary: metrics.accuracy(predictions, labels),
-            f"{self.name}_macro_f1": metrics.macro_f1(predictions, labels),
-        }

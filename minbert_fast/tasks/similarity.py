@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How alike do two sentences mean? Labels from 0 to 5, judged by Pearson's correlation (STS)."""
+"""Semantic textual similarity: how similar are two sentences? Labels from 0 to 5, Pearson correlation (STS)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from minbert_fast.model.config import BertConfig
+from minbert_fast.common.schema import check
 from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import HeadOutput, register, require
+from minbert_fast.tasks.base import HeadOutput, register
 from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask
-
-TOP = 5  # highest label
 
 
 @dataclass(frozen=True)
@@ -29,35 +27,28 @@ class SimilarityOptions(PairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.data == "similarity", f'data = "{self.data}": expected "similarity"')
-        require(not self.balanced, "balanced: similarity has no classes to balance")
+        check(self.data == "similarity", f'data = "{self.data}": expected "similarity"')
+        check(not self.balanced, "balanced: similarity has no classes to balance")
 
 
 class SimilarityHead(PairHead):
-    """The head's degree of likeness on the labels' scale."""
+    """The pair's similarity on the labels' scale, 0 to 5."""
 
     options: SimilarityOptions
+    levels = 6
 
     def predict(self, output: HeadOutput) -> Tensor:
-        similarity = self.degree(output) * TOP
-        return similarity.round() if self.options.rounded else similarity
+        label = self.similarity(output) * (self.levels - 1)
+        return label.round() if self.options.rounded else label
 
 
 @register("similarity")
-@dataclass(frozen=True)
 class SimilarityTask(PairTask):
-    options: SimilarityOptions
-
     Options: ClassVar[type] = SimilarityOptions
+    head_class: ClassVar[type] = SimilarityHead
     stem: ClassVar[str] = "sts"
     header: ClassVar[str] = "Predicted_Similiary"  # sic: part of the format
-
-    @property
-    def primary(self) -> str:
-        return f"{self.name}_pearson"
-
-    def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> SimilarityHead:
-        return SimilarityHead(self.options, config.hidden_size, TOP + 1, shared)
+    metric: ClassVar[str] = "pearson"
 
     def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
         assert labels is not None

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from minbert_fast.common.schema import plain
-from minbert_fast.data import FORMATS, DataError, Tokenizer, TokenTable, find_tables, load_tokens, sample_directory
+from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_tasks
 from minbert_fast.trainer.progress import file_progress

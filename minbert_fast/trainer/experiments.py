@@ -104,7 +104,7 @@ def add_series_flags(command: cli.Parser) -> None:
         "--output", metavar="DIR", type=Path, required=True, help="a directory for all runs and the table"
     )
     command.add_argument(
-        "--max-steps", metavar="N", type=cli.count, help="most steps of a run, or of each of its stages"
+        "--max-steps", metavar="N", type=cli.whole_number, help="most steps of a run, or of each of its stages"
     )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

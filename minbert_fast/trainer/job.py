@@ -18,9 +18,12 @@ import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
 from minbert_fast.common.errors import RunError, translate_write_errors
-from minbert_fast.common.provenance import commit, environment, tensors_digest
+from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
-from minbert_fast.data import Tokenizer, TokenTable, read_table, sample_directory
+from minbert_fast.data.files import read_table
+from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.parallel.world import World, joined
@@ -114,7 +117,7 @@ class _Job:
     def run(self) -> None:
         """Loads everything, trains, and writes last/, predictions, summary.json and the report."""
         check_trackers(self.options.report_to)
-        self.commit = commit()  # read now: the checkout may change during a long run
+        self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
         self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
@@ -169,7 +172,7 @@ class _Job:
         torch.manual_seed(self.recipe.training.seed)  # for the initial weights of the heads
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
         if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
-            for task in self.model.adopt(weights.pretraining_heads(source), str(source)):
+            for task in self.model.load_pretraining_heads(weights.pretraining_heads(source), str(source)):
                 self.notify(f"tasks.{task} starts from the model's own pre-training head")
         self.captures = Captures()
         where = self.device, self.precision, self.backend, self.world
@@ -231,7 +234,7 @@ class _Job:
                 f"{self.files.path} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; give --resume "
                 "alone, or with the flags that the run was started with"
             )
-        for line in differences(found.state["environment"], environment(self.device)):
+        for line in differences(found.state["environment"], describe_environment(self.device)):
             self.notify(f"{line}: results may differ in the last bits from those of an uninterrupted run")
         self.notify(f"resuming after step {found.step}")
         return found
@@ -261,7 +264,7 @@ class _Job:
             files=self.files,
             evaluate=self._evaluate,
             save=self._save,
-            constants={"fingerprint": self.fingerprint(), "environment": environment(self.device)},
+            constants={"fingerprint": self.fingerprint(), "environment": describe_environment(self.device)},
             fetch_every_step=self.device.type == "cpu",
             world=self.world,
         )
@@ -344,7 +347,7 @@ class _Job:
             "description": self.recipe.description,
             "demonstration": self.demonstration,
             "backend": self.backend,
-            **environment(self.device),
+            **describe_environment(self.device),
             "precision": self.precision,
             "timings": state.timings,
             "peak_memory_bytes": peak_memory(self.device),

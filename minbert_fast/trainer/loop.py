@@ -359,7 +359,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> str:
-    examples = sum(batch.examples(task) for task in batch.tasks)
+    examples = sum(batch.num_examples(task) for task in batch.tasks)
     return (
         f"out of memory at step {step}, a batch of {examples} examples with {batch.packed.num_tokens:,} tokens (longest "
         f"sentence {batch.packed.max_seqlen}): lower --batch-size (now {stage.recipe.training.batch_size}) or "

@@ -67,7 +67,7 @@ class Observer:
 
 
 def _unpack(step: int, batch: MultitaskBatch, weighted: bool, values: list[float]) -> Observation:
-    tasks, present = batch.tasks, batch.present()
+    tasks, present = batch.tasks, batch.active_tasks()
     count = len(tasks)
     losses, flags, (grad_norm, *rest) = values[:count], values[count : 2 * count], values[2 * count :]
     weights, gram = (rest[:count], rest[count:]) if weighted else ([], rest)

@@ -11,18 +11,13 @@ import torch
 
 from minbert_fast import surgery
 from minbert_fast.common.device import DTYPES, Precision
-from minbert_fast.data import (
-    EXACT,
-    Collator,
-    Sampler,
-    Tokenizer,
-    TokenTable,
-    choose_buckets,
-    pin,
-    prefetch,
-    training_batches,
-)
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.buckets import EXACT, choose_buckets
+from minbert_fast.data.collate import Collator, training_batches
+from minbert_fast.data.prefetch import prefetch
+from minbert_fast.data.sampling import Sampler
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.parallel.connect import connect
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
@@ -31,8 +26,8 @@ from minbert_fast.step.captured import Captures, GraphedStep
 from minbert_fast.step.extras.smart import check_smart
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
-from minbert_fast.tasks import MultitaskModel, stage_tasks
-from minbert_fast.tasks.memory import check_memories, fill_memories
+from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.tasks.labelled_sentences import check_encoder_frozen, embed_labelled_sentences
 from minbert_fast.trainer.loop import Stage
 
 
@@ -54,12 +49,12 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     """Builds stage number `index` of the recipe. Raises ConfigError for values that cannot be carried out."""
     recipe = whole.resolved_stages()[index]
     training = recipe.training
-    tasks = stage_tasks(recipe)
+    tasks = build_tasks(recipe)
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
-    check_memories(context.model, recipe)
+    check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)
     tables = {name: context.train[name] for name in tasks}
-    sampler = Sampler.of(
+    sampler = Sampler.from_tables(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
@@ -71,9 +66,11 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
     max_length = recipe.data.max_length
     encoders = {name: task.encoder for name, task in tasks.items()}
-    made = {name: task.maker(context.tokenizer, training.seed + index) for name, task in tasks.items()}
+    made = {name: task.example_generator(context.tokenizer, training.seed + index) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
-    twins = frozenset(name for name, task in tasks.items() if recipe.regularisation.twins and task.predicts)
+    twins = frozenset(
+        name for name, task in tasks.items() if recipe.regularisation.duplicates_examples and task.predicts
+    )
     buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
     world = context.world
     collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)
@@ -83,7 +80,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
 
     def build_step() -> TrainingStep:
         context.model.configure(tasks)
-        fill_memories(context.model, recipe, tables, context.precision)
+        embed_labelled_sentences(context.model, recipe, tables, context.precision)
         connected = connect(world, training.shard)
         step = make_step(context.backend, context.model, with_window, DTYPES[context.precision], connected)
         if not graphs:
@@ -94,7 +91,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     def batches(start: int) -> Generator[MultitaskBatch, None, None]:
         made = training_batches(sampler, collator, start, steps)
         if context.device.type == "cuda":
-            made = ((step, pin(batch)) for step, batch in made)
+            made = ((step, batch.pin_memory()) for step, batch in made)
         with closing(prefetch(made)) as ahead:
             for _, batch in ahead:
                 yield batch.to(context.device, non_blocking=True)
@@ -108,5 +105,5 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         build_step=build_step,
         batches=batches,
-        locate=lambda task, row: tables[task].place(row),
+        locate=lambda task, row: tables[task].locate(row),
     )

@@ -23,7 +23,7 @@ def flat_hooks(model: MultitaskModel, recipe: Recipe, flat: FlatParameters, dtyp
     adversary = Adversary(model, flat, options) if options.smart else None
     teacher = Teacher(model, flat, options, dtype) if options.proximal else None
     hooks = (
-        Consistency(model, options, adversary, teacher) if options.twins or options.proximal else None,
+        Consistency(model, options, adversary, teacher) if options.duplicates_examples or options.proximal else None,
         task_weights(recipe.weighting, list(recipe.tasks), flat.data.device),
         WeightAverage.of_flat(recipe.training.ema, flat),
     )
@@ -33,7 +33,7 @@ def flat_hooks(model: MultitaskModel, recipe: Recipe, flat: FlatParameters, dtyp
 def separate_hooks(model: MultitaskModel, recipe: Recipe, entries: Sequence[Entry]) -> list[StepHook]:
     """The hooks of a step over parameters that lie apart in memory. SMART needs flat ones (`smart.check_smart`)."""
     hooks = (
-        Consistency(model, recipe.regularisation) if recipe.regularisation.twins else None,
+        Consistency(model, recipe.regularisation) if recipe.regularisation.duplicates_examples else None,
         task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device),
         WeightAverage.of_entries(recipe.training.ema, entries),
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.step.flat import Entry, FlatParameters
 from minbert_fast.step.hooks import StepHook
 
@@ -48,7 +48,7 @@ class WeightAverage(StepHook):
         if not decay:
             return None
         values = flat.data[: flat.trainable_end]
-        average = pages.empty(len(values), device=values.device).copy_(values)
+        average = huge_pages.empty(len(values), device=values.device).copy_(values)
         return cls(decay, [values], [average], {e.name: flat.view(average, e.parameter) for e in flat.trainable})
 
     @classmethod

@@ -12,7 +12,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import RegularisationOptions
 from minbert_fast.step.extras.smart import Adversary, Teacher
 from minbert_fast.step.hooks import StepHook
-from minbert_fast.tasks import Agreement, MultitaskModel
+from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
 
 class Consistency(StepHook):
@@ -28,15 +28,15 @@ class Consistency(StepHook):
         self.model = model
         self.adversary = adversary
         self.teacher = teacher
-        self.agreement = Agreement(options.smart or options.r_drop, both=not options.smart)
+        self.consistency = ConsistencyLoss(options.smart or options.r_drop, both=not options.smart)
 
     def embedding_noise(self, batch: MultitaskBatch, bounds: Tensor, seed: Tensor) -> Tensor | None:
         return None if self.adversary is None else self.adversary.noise(batch, bounds, seed)
 
     def losses(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, Tensor]:
         if self.teacher is not None:
-            return self.teacher.losses(self.model, batch, hidden, self.agreement)
-        return self.model.losses(batch, hidden, agreement=self.agreement)
+            return self.teacher.losses(self.model, batch, hidden, self.consistency)
+        return self.model.losses(batch, hidden, consistency=self.consistency)
 
     def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         if self.teacher is not None:

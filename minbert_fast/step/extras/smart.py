@@ -4,8 +4,8 @@
     loss of a task + smart    * divergence of the answers to an example x and to its perturbed twin x~    (Adversary)
                    + proximal * divergence of the answers from those of a momentum teacher                (Teacher)
 
-Both divergences are `tasks.agreement.divergence`. The perturbation is added to the embedding layer's output (after LayerNorm
-and dropout, elements of about 1), where the paper has the word embeddings: it stays large enough to be seen in bf16.
+Both divergences are `tasks.consistency.divergence`. The paper perturbs the word embeddings; this code perturbs the embedding
+layer's output, after LayerNorm and dropout, whose elements are about 1: the perturbation stays visible in bf16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert_fast.common import pages
+from minbert_fast.common import huge_pages
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.inference import Snapshot
@@ -26,8 +26,8 @@ from minbert_fast.model.passes import PackedRows
 from minbert_fast.recipes.recipe import Recipe, RegularisationOptions
 from minbert_fast.step.flat import FlatParameters
 from minbert_fast.step.flat_pass import OnePass
-from minbert_fast.tasks import Agreement, MultitaskModel
-from minbert_fast.tasks.agreement import divergence, halves
+from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
+from minbert_fast.tasks.consistency import divergence, split_copies
 
 SUFFIX = "teacher"
 
@@ -64,7 +64,7 @@ class Adversary:
         delta = clamp(start + step * g, -radius, radius), where start is normal noise.
         """
         packed, options = batch.packed, self.options
-        twins = [name for name in batch.tasks if name in batch.twins and batch.examples(name)]
+        twins = [name for name in batch.tasks if name in batch.duplicated and batch.num_examples(name)]
         if not twins:
             return None
         second = second_copies(batch)  # [N, 1]
@@ -73,7 +73,7 @@ class Adversary:
         with torch.enable_grad():
             run = OnePass(self.flat, None, packed, bounds, seed, start)
             outputs = self.model.outputs(batch, self.model.encoder.encode_packed(run, packed))
-            apart = [divergence(self.model.head(name), *halves(outputs[name])) for name in twins]
+            apart = [divergence(self.model.head(name), *split_copies(outputs[name])) for name in twins]
             (gradient,) = torch.autograd.grad(torch.stack(apart).sum(), start)
         largest = gradient.abs().amax(-1, keepdim=True)
         step = options.step * gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
@@ -86,9 +86,9 @@ def second_copies(batch: MultitaskBatch) -> Tensor:
     marks = torch.zeros(packed.cu_seqlens.numel(), device=packed.tokens.device)  # one more than there are sentences
     first = 0
     for name in batch.tasks:
-        n = batch.examples(name)
+        n = batch.num_examples(name)
         for begin in range(first, first + n * batch.arity[name], max(1, n)):
-            if name in batch.twins:
+            if name in batch.duplicated:
                 marks[begin + n // 2 : begin + n] = 1.0
         first += n * batch.arity[name]
     rows = torch.arange(packed.tokens.numel(), dtype=torch.int32, device=marks.device)
@@ -113,13 +113,13 @@ class Teacher:
         self.dtype = dtype
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         values = flat.data[: flat.trainable_end]
-        self._weights = pages.empty(len(values), device=values.device).copy_(values)
+        self._weights = huge_pages.empty(len(values), device=values.device).copy_(values)
         own = dict(self.model.named_parameters())
         for entry in flat.trainable:
             own[entry.name].data = flat.view(self._weights, entry.parameter)
 
     def losses(
-        self, model: MultitaskModel, batch: MultitaskBatch, hidden: Tensor, agreement: Agreement
+        self, model: MultitaskModel, batch: MultitaskBatch, hidden: Tensor, consistency: ConsistencyLoss
     ) -> dict[str, Tensor]:
         """`model.losses`, each with its share of the way to the teacher: of first copies, where there are twins."""
         outputs = model.outputs(batch, hidden)
@@ -128,12 +128,12 @@ class Teacher:
             taught = self.model.outputs(batch, encoded)
         found = {}
         for name, output in outputs.items():
-            found[name] = model.loss(name, output, batch, agreement)
-            if batch.examples(name) and model.tasks[name].predicts:
+            found[name] = model.loss(name, output, batch, consistency)
+            if batch.num_examples(name) and model.tasks[name].predicts:
                 mine, its = output, taught[name]
-                if name in batch.twins:
-                    mine, its = halves(mine)[0], halves(its)[0]
-                weight = model.tasks[name].weight * self.options.proximal * batch.share(name)
+                if name in batch.duplicated:
+                    mine, its = split_copies(mine)[0], split_copies(its)[0]
+                weight = model.tasks[name].weight * self.options.proximal * batch.loss_fraction(name)
                 found[name] = found[name] + weight * divergence(model.head(name), mine, its)
         return found
 

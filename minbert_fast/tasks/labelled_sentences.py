@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills the heads' memories of labelled sentences, before the stage that uses them begins."""
+"""Embeds the labelled training sentences that heads compare with, before their stage begins."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ import torch
 
 from minbert_fast.common.device import DTYPES, Precision
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data import Collator, TokenTable
+from minbert_fast.data.collate import Collator
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.inference import Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks.model import MultitaskModel
 
-CHUNK = 256  # sentences embedded together
+CHUNK = 256  # sentences per batch
 
 
-def check_memories(model: MultitaskModel, recipe: Recipe) -> None:
-    """Raises ConfigError where a stage would train the encoder away from the sentences that a head remembers."""
+def check_encoder_frozen(model: MultitaskModel, recipe: Recipe) -> None:
+    """Raises ConfigError if a stage with labelled sentences trains the encoder: their embeddings would become stale."""
     for name in recipe.tasks:
-        if model.head(name).memory() is not None and not recipe.model.freeze:
+        if model.head(name).labelled_sentences() is not None and not recipe.model.freeze:
             raise ConfigError(f"tasks.{name}.neighbours: the stage that trains it needs model.freeze = true")
 
 
 @torch.no_grad()
-def fill_memories(
+def embed_labelled_sentences(
     model: MultitaskModel, recipe: Recipe, tables: Mapping[str, TokenTable], precision: Precision
 ) -> None:
-    """Embeds the remembered sentences of each of the stage's heads with the encoder as it is.
+    """Chooses and embeds the labelled sentences of a stage's heads with the current encoder.
 
-    A pure function of weights, data and seed, so a resumed run remembers the same. Raises ConfigError.
+    A pure function of weights, data and seed, so that a resumed run stores the same ones. Raises ConfigError.
     """
     for name, table in tables.items():
-        memory = model.head(name).memory()
-        if memory is None:
+        stored = model.head(name).labelled_sentences()
+        if stored is None:
             continue
         assert table.labels is not None
         try:
-            rows = memory.choose(table.labels, recipe.training.seed)
+            rows = stored.choose(table.labels, recipe.training.seed)
         except ValueError as error:
             raise ConfigError(f"tasks.{name}.neighbours: {table.path}: {error}") from None
         collate, snapshot = Collator({name: table}, recipe.data.max_length), Snapshot(model.encoder, DTYPES[precision])
         vectors: list[torch.Tensor] = []
         for begin in range(0, len(rows), CHUNK):
-            batch = collate({name: rows[begin : begin + CHUNK]}).to(memory.vectors.device)
+            batch = collate({name: rows[begin : begin + CHUNK]}).to(stored.vectors.device)
             vectors += model.inputs(batch, snapshot.hidden(PackedRows.of(batch.packed)))[name].embeddings
-        memory.remember(torch.cat(vectors), torch.from_numpy(table.labels[rows]))
+        stored.store(torch.cat(vectors), torch.from_numpy(table.labels[rows]))

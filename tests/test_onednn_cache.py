@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of ever new sizes do not make a process grow: oneDNN's caches of compiled products are bounded."""
+"""oneDNN's caches of compiled matrix products are bounded, so a process does not grow with new batch sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from minbert_fast.common import products
+from minbert_fast.common import onednn_cache
 
 MANY = """
 import ctypes, torch{first}
@@ -29,8 +29,8 @@ print(used[1] - used[0])
 
 
 def growth(first: str = "") -> int:
-    """Bytes by which the heap of a process grows over 300 products of new shapes."""
-    environment = {key: value for key, value in os.environ.items() if key not in products.VARIABLES}
+    """Growth of a process's heap over 300 products of new shapes, in bytes."""
+    environment = {key: value for key, value in os.environ.items() if key not in onednn_cache.VARIABLES}
     command = [sys.executable, "-c", MANY.format(first=first)]
     return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
@@ -38,16 +38,16 @@ def growth(first: str = "") -> int:
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc says how much of its heap is in use"
 )
-def test_products_of_new_shapes_are_forgotten() -> None:
+def test_products_of_new_shapes_do_not_grow_the_heap() -> None:
     unbounded = growth()
     if unbounded < 20e6:
         pytest.skip(f"this processor's products keep little: {unbounded / 1e6:.0f} MB of 300 shapes")
     assert growth(", minbert_fast") < unbounded / 10
 
 
-def test_what_the_user_set_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = products.VARIABLES
+def test_values_of_the_environment_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = onednn_cache.VARIABLES
     monkeypatch.setenv(first, "7")
     monkeypatch.delenv(second, raising=False)
-    products.bound_caches()
-    assert (os.environ[first], os.environ[second]) == ("7", str(products.KEPT))
+    onednn_cache.limit_caches()
+    assert (os.environ[first], os.environ[second]) == ("7", str(onednn_cache.CAPACITY))
