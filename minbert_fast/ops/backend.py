@@ -36,7 +36,7 @@ def implementation(tensor: Tensor) -> Implementation:
         return "torch"
     if tensor.device.type == "cpu":
         return "torch" if tensor.dtype == torch.float16 else "native"
-    if tensor.device.type == "meta" or (tensor.device.type == "cuda" and _TRITON):
+    if tensor.device.type == "meta" or (tensor.device.type == "cuda" and triton_available()):
         return "triton"
     return "torch"
 
