@@ -29,7 +29,8 @@ def triton_available() -> bool:
 def implementation(tensor: Tensor) -> Implementation:
     """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch.
 
-    PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none.
+    PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none. A meta tensor, which only has the ops traced,
+    stands for one on a GPU.
     """
     if _forced is not None:
         return _forced
@@ -37,7 +38,7 @@ def implementation(tensor: Tensor) -> Implementation:
         return "torch"
     if tensor.device.type == "cpu":
         return "torch" if tensor.dtype == torch.float16 else "native"
-    if tensor.device.type == "cuda" and _TRITON:
+    if tensor.device.type == "meta" or (tensor.device.type == "cuda" and triton_available()):
         return "triton"
     return "torch"
 
