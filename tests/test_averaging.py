@@ -164,7 +164,7 @@ class AveragingRun(Run):
         self.begun: list[Tensor] = []
         return super().go(resume)
 
-    def begin(self) -> StandIn:
+    def build_step(self) -> StandIn:
         self.begun.append(self.model.weight.detach().clone())
         return Averaging(self)
 
@@ -204,5 +204,5 @@ def test_an_averaged_run_cut_short_keeps_the_average_and_goes_on(tmp_path: Path,
 
 def test_the_wished_for_recipe_averages() -> None:
     assert Recipe.load("wish-ema").training.ema == 0.99
-    with pytest.raises(ConfigError, match=r"ema = 1\.0: expected 0 <= decay < 1"):
+    with pytest.raises(ConfigError, match=r"ema = 1\.0: expected 0 <= ema < 1"):
         TrainingOptions(ema=1.0)

@@ -335,9 +335,9 @@ def test_the_wished_for_recipe_is_smart() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"smart": 1.0, "r_drop": 1.0}, "r_drop and smart: expected one of them"),
+        ({"smart": 1.0, "r_drop": 1.0}, "r_drop and smart: set only one"),
         ({"smart": -1.0}, "smart = -1.0: expected 0 or more"),
-        ({"momentum": 1.0}, "momentum = 1.0: expected 0 <= decay < 1"),
+        ({"momentum": 1.0}, "momentum = 1.0: expected 0 <= momentum < 1"),
     ],
 )
 def test_mistakes_are_named(values: dict[str, float], message: str) -> None:

@@ -405,7 +405,7 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(
     [
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["--epochs", "-1"], "command line: training.epochs = -1: expected 0 or more"),
-        (["--batch-size", "0"], "batch_size = 0: expected at least 1"),
+        (["--batch-size", "0"], "batch_size = 0: expected 1 or more"),
         (["--lr", "nan"], "lr = nan: expected 0 or more"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),

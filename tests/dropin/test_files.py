@@ -30,6 +30,7 @@ from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.flat import Entry, FlatParameters
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from tests.small import read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def writers(path: Path) -> None:
     storage.write_text(path, "text\n")
     storage.write_bytes(path, b"bytes\n")
     storage.write_json(path, {"json": 1})
-    predictions.write(path, "Predicted", ["a"], np.array([1]))
+    predictions.write_predictions(path, "Predicted", ["a"], np.array([1]))
     with storage.whole_file(path) as file:
         file.write(b"by bits\n")
 
@@ -75,7 +76,7 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     for write, expected in (
         (lambda: storage.write_text(fifo, "text\n"), b"text\n"),
         (lambda: storage.write_json(fifo, [1]), b"[\n  1\n]\n"),
-        (lambda: predictions.write(fifo, "P", ["a"], np.array([1])), b"id \t P \na , 1 \n"),
+        (lambda: predictions.write_predictions(fifo, "P", ["a"], np.array([1])), b"id \t P \na , 1 \n"),
         (lambda: storage.write_tensors(fifo, {"a": torch.zeros(2)}) and None, None),
     ):
         thread, found = read_from(fifo)
@@ -165,7 +166,7 @@ def test_predictions_alone_stand_on_standard_output(checkpoint: Path, tmp_path: 
         cwd=ROOT, capture_output=True, check=True, text=True,
     )  # fmt: skip
     (tmp_path / "out.csv").write_text(done.stdout)
-    assert len(predictions.read(tmp_path / "out.csv")[0]) > 100
+    assert len(read_predictions(tmp_path / "out.csv")[0]) > 100
     assert re.search(r"[\d,]+ predictions\n$", done.stderr)
 
 
