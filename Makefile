@@ -14,14 +14,14 @@ PARTS ?=
 train: $(READY)  ## the main job on the embedded sample: a demonstration of about a minute
 	$(RUN) -m minbert_fast.train --output runs/demo --overwrite
 
-test: $(READY)  ## the test suite (GPU tests skip without one)
-	$(RUN) -m pytest -q
+test: $(READY)  ## the tests, a process a core; .ci/run runs what takes longer too (GPU tests skip without a GPU)
+	$(RUN) -m pytest -q -m "not ci" -n auto --maxprocesses 8 --dist worksteal
 
-lint: $(READY)
+lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-types: $(READY)
+types: $(VENV)/.dev
 	$(RUN) -m mypy
 
 kernels: $(READY)  ## every Triton kernel compiled for sm_75, sm_80, sm_90, sm_100 and gfx942, without a GPU
@@ -30,10 +30,10 @@ kernels: $(READY)  ## every Triton kernel compiled for sm_75, sm_80, sm_90, sm_1
 bench: $(READY)  ## all benchmarks on this machine
 	$(RUN) -m benchmarks.run all
 
-docs: $(READY)  ## the documentation site, in build/site
+docs: $(VENV)/.docs  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict --site-dir build/site
 
-wheel: $(READY)  ## dist/: the sdist and, from it, a CPU wheel, tried in a clean environment
+wheel: $(VENV)/.dev  ## dist/: the sdist and, from it, a CPU wheel, tried in a clean environment
 	PYTHON=$(RUN) tests/wheel.sh
 
 # torch first, from the constraints file, so that nothing else pulls in another build of it.
@@ -41,7 +41,12 @@ $(READY): $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test,dev,plots,docs]'
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+# What only lint, types, wheel and the documentation site need.
+$(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(READY)
+	$(RUN) -m pip install --quiet -c constraints.txt '.[$*]' --no-deps --dry-run >/dev/null
 	touch $@
 
 # On a CUDA machine that has torch and a compiler already, and perhaps no network: build, test, sanitize, measure.

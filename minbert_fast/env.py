@@ -27,7 +27,7 @@ from minbert_fast.ops.backend import triton_available
 
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface_hub",
-    "transformers", "sentence-transformers", "torchjd", "tensorboard", "wandb", "matplotlib",
+    "transformers", "sentence-transformers", "torchjd", "tensorboard", "wandb",
 )  # fmt: skip
 VARIABLES = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS"),

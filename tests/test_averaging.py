@@ -185,6 +185,7 @@ def test_a_run_judges_and_keeps_the_average_and_the_next_stage_starts_from_it(tm
     assert json.loads((tmp_path / "last" / "weight.json").read_text()) == run.judged[10].tolist()
 
 
+@pytest.mark.ci
 def test_an_averaged_run_killed_anywhere_ends_as_if_never_killed(tmp_path: Path) -> None:
     killed_anywhere(AveragingRun, tmp_path, STAGED)
 

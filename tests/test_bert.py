@@ -172,6 +172,7 @@ def test_autocast_computes_in_bf16_and_stays_close(small: BertModel) -> None:
     torch.testing.assert_close(cast.float(), exact, atol=0.06, rtol=0.06)
 
 
+@pytest.mark.ci
 def test_sts_behaviour_of_real_weights(minilm: Path, shared_data: Path) -> None:
     """Mean-pooled MiniLM embeddings rank the STS dev pairs as published models of this kind do."""
     from scipy.stats import spearmanr

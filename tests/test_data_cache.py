@@ -269,6 +269,7 @@ def test_another_process_publishes_the_entry_first(
 # ---- In bounded memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ import pytest
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.formats import FORMATS, DataError
 
+pytestmark = pytest.mark.ci
+
 TASKS = ("sentiment", "paraphrase", "similarity", "triplets")
 ROWS = 25
 

@@ -85,7 +85,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (4, False), (2, True), (4, True)])
+@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))])
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
     flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
@@ -96,6 +96,7 @@ def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, al
     assert a["dev"]["score"] == pytest.approx(b["dev"]["score"], abs=0.01)
 
 
+@pytest.mark.ci
 def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path) -> None:
     flags = ["--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
     succeed(2, tmp_path, "--max-steps", "4", *flags)
@@ -130,6 +131,7 @@ def refused_together(ended: Sequence[subprocess.CompletedProcess[str]], reason: 
     assert any(re.match(f"error: cannot train together: {reason}", line) for line in lines), lines
 
 
+@pytest.mark.ci
 def test_two_machines_train_as_one_process_and_go_on_from_the_same_checkpoint(alone: Path, tmp_path: Path) -> None:
     machines = [tmp_path / "first", tmp_path / "second"]
     for machine in machines:
@@ -148,6 +150,7 @@ def test_two_machines_train_as_one_process_and_go_on_from_the_same_checkpoint(al
     same(alone, machines[0] / "run")
 
 
+@pytest.mark.ci
 def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
     machines = [tmp_path / "first", tmp_path / "second"]
     for machine in machines:
@@ -161,6 +164,7 @@ def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
     assert not (machines[0] / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.ci
 def test_ranks_hide_the_words_that_one_process_hides(tmp_path: Path) -> None:
     """Masked words are a mean over words, next sentences over pairs; the word embedding's gradient is dense."""
     flags = ["--recipe", "enhancing-mlm-nsp", "--max-steps", "5", "--precision", "fp32"]
@@ -170,6 +174,7 @@ def test_ranks_hide_the_words_that_one_process_hides(tmp_path: Path) -> None:
         same(tmp_path / "alone", tmp_path / name, ("mlm", "nsp"))
 
 
+@pytest.mark.ci
 def test_bf16_and_plain_sums_train_too(tmp_path: Path) -> None:
     succeed(2, tmp_path, "--max-steps", "4", "--precision", "bf16", "--surgery", "none", "--output", "run")
     assert np.isfinite(losses(tmp_path / "run")).all()
@@ -198,6 +203,7 @@ def workers(parent: int) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
+@pytest.mark.ci
 def test_a_killed_rank_ends_the_run_which_goes_on_later(tmp_path: Path) -> None:
     begun = start(tmp_path)
     os.kill(max(workers(begun.pid)), signal.SIGKILL)
@@ -209,6 +215,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_later(tmp_path: Path) -> None:
     succeed(1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--max-steps", "1")
 
 
+@pytest.mark.ci
 def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
     begun = start(tmp_path)
     os.kill(max(workers(begun.pid)), signal.SIGTERM)
@@ -218,6 +225,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
     assert "Traceback (most recent call last):\n  File" not in error.split("stopped after step")[0]
 
 
+@pytest.mark.ci
 def test_the_reference_backend_is_for_one_process(tmp_path: Path) -> None:
     done = run(2, tmp_path, "--backend", "reference", "--output", "run", "--max-steps", "1")
     assert done.returncode != 0

@@ -97,7 +97,15 @@ def run_command(line: str, checkout: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*runs as plain modules")  # what docs/using.md says of a changed model
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", [page for page in PAGES if list(pieces(page))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=() if page.name in ("README.md", "quickstart.md", "using.md") else pytest.mark.ci)
+        for page in PAGES
+        if list(pieces(page))
+    ],
+    ids=lambda page: page.name,
+)
 def test_everything_on_the_page_runs(page: Path, checkout: Path) -> None:
     names: dict[str, object] = {"__name__": "page"}
     for piece in pieces(page):
@@ -166,6 +174,7 @@ def test_commands_that_are_only_shown_exist(page: Path, capsys: pytest.CaptureFi
             assert flag in known, f"{page.name}: {module} has no {flag}"
 
 
+@pytest.mark.ci
 def test_the_worked_example_trains_and_is_evaluated(checkout: Path) -> None:
     data = checkout / "data"
     data.mkdir()
@@ -186,6 +195,7 @@ def test_the_worked_example_trains_and_is_evaluated(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="no mkdocs")
 def test_the_built_site_needs_no_network_and_search_works_from_disk(tmp_path: Path) -> None:
     site = tmp_path / "site"

@@ -49,6 +49,7 @@ def own_mounts() -> list[str]:
     return prefix
 
 
+@pytest.mark.ci
 def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_path: Path) -> None:
     prefix = own_mounts()
     data = small_data(tmp_path / "data")

@@ -138,6 +138,7 @@ def test_stages_resumed_in_the_middle_end_as_if_never_stopped(backend: Backend, 
         assert torch.equal(p, q), name
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_of_two_stages_resumed_in_each_ends_as_if_never_stopped(backend: str, tmp_path: Path) -> None:
     recipe_file = tmp_path / "two.toml"

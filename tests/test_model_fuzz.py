@@ -23,6 +23,8 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from tests.test_data_fuzz import drop_span, flip_byte, insert, mutate_json, repeat_span, truncate
 
+pytestmark = pytest.mark.ci
+
 Mutation = Callable[[bytes, random.Random], bytes]
 BINARY: tuple[Mutation, ...] = (
     truncate, drop_span, flip_byte, repeat_span, insert(b"\0" * 8), insert(b"\xff" * 8), insert(b"{"),

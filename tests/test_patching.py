@@ -239,6 +239,7 @@ def test_what_is_no_bert_is_refused() -> None:
     assert minbert_fast.patch(model).forward is forward
 
 
+@pytest.mark.ci
 def test_the_trainer_example_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]) -> None:
     pytest.importorskip("accelerate")
     monkeypatch.setattr(sys, "argv", ["trainer.py", "--output", str(tmp_path), "--steps", "250"])

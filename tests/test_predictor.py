@@ -135,6 +135,7 @@ def test_modules_survive_the_round_trip(tmp_path: Path, pooling, normalize):
         assert all(torch.equal(after.pooler[name], tensor) for name, tensor in pooler.items())
 
 
+@pytest.mark.ci
 def test_real_sentence_transformers_give_the_same_vectors(minilm: Path, tmp_path: Path):
     """The published directory, and one that the installed version saved."""
     library = pytest.importorskip("sentence_transformers")

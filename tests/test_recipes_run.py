@@ -18,6 +18,8 @@ from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.trainer.experiments import limit_steps, same_experiment
 from minbert_fast.trainer.job import Options, train
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

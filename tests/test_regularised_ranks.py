@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.test_distributed import losses, same, succeed
+
+pytestmark = pytest.mark.ci
 
 FLAGS = ["--max-steps", "6", "--precision", "fp32", "--output", "run", "--set", "training.ema=0.8"]
 

@@ -23,6 +23,8 @@ import pytest
 
 from tests.small import small_data, small_run
 
+pytestmark = pytest.mark.ci
+
 RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 TIMES = ("step_seconds", "time")
 FLAGS = ("--lr", "1e-3", "--epochs", "4", "--surgery", "pcgrad", "--set", "checkpoint.every=1")

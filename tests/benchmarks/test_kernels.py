@@ -27,6 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "MATRICES", [(32, 16)])
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("tiny")
 def test_every_candidate_runs_and_ours_is_right() -> None:
     seen = set()

@@ -25,6 +25,7 @@ def _few_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("method", ["pcgrad", pytest.param("none", marks=pytest.mark.slow)])
 def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))

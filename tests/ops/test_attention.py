@@ -148,10 +148,12 @@ def test_head_widths(width: int, device: torch.device) -> None:
     check(*rows_of(lengths, 1, width, torch.float32, device), lengths)
 
 
+@pytest.mark.ci
 def test_long_sentence(triton: torch.device) -> None:
     check(*rows_of((300,), 1, 16, torch.float16, triton), (300,), p=0.1)
 
 
+@pytest.mark.ci
 def test_more_sentences_than_one_scan_of_the_offsets(triton: torch.device) -> None:
     """The tiled kernels look for long sentences 256 at a time; here the long ones stand on both sides of that."""
     lengths = (0,) * 250 + (35, 1, 40) + (0,) * 10 + (33,)
@@ -184,6 +186,7 @@ def test_any_strides(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.ci
 def test_rows_beyond_int32(triton: torch.device) -> None:
     """20 rows, 2^27 elements apart: the last lies behind element 2^31 (pages never touched take no memory)."""
     from minbert_fast.kernels import attention as launchers
