@@ -46,7 +46,7 @@ $(READY): $(SOURCES)
 
 # What only lint, types, wheel and the documentation site need.
 $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(READY)
-	$(RUN) -m pip install --quiet -c constraints.txt '.[$*]' --no-deps --dry-run >/dev/null
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@
 
 # On a CUDA machine that has torch and a compiler already, and perhaps no network: build, test, sanitize, measure.
