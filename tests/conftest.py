@@ -23,9 +23,11 @@ from tests.tolerance import poisoned_memory
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Two threads show what several would; an environment that asks for another number gets it.
+# Two threads show what several would, but one a process where pytest-xdist runs several processes. An environment that asks
+# for another number gets it.
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // processes)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -85,7 +85,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))])
+@pytest.mark.parametrize(
+    ("ranks", "shard"),
+    [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))],
+)
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
     flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]

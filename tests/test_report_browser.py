@@ -15,9 +15,7 @@ from minbert_fast.reporting.report import write_report
 from tests.browser import Page, browser, chromium
 from tests.test_report import make_run
 
-pytestmark = pytest.mark.ci
-
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium")
+pytestmark = [pytest.mark.ci, pytest.mark.skipif(chromium() is None, reason="no Chromium")]
 PAGES = ("report", "comparison")
 A4 = 718  # CSS pixels between the margins
 
