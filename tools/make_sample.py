@@ -72,16 +72,7 @@ ASPECTS = (
     "humor", "lead actor", "direction", "first half", "final scene", "villain",
 )  # fmt: skip
 ADJECTIVES = {
-    2: (
-        "superb",
-        "brilliant",
-        "wonderful",
-        "stunning",
-        "flawless",
-        "unforgettable",
-        "masterful",
-        "magnificent",
-    ),
+    2: ("superb", "brilliant", "wonderful", "stunning", "flawless", "unforgettable", "masterful", "magnificent"),
     1: ("good", "pleasant", "decent", "charming", "enjoyable", "solid", "likable", "neat"),
     0: ("familiar", "conventional", "quiet", "simple", "lengthy", "modest", "ordinary", "unusual"),
     -1: ("dull", "weak", "slow", "clumsy", "bland", "forgettable", "uneven", "thin"),
@@ -90,20 +81,10 @@ ADJECTIVES = {
 STRONGER = ("very", "truly", "remarkably", "deeply")
 WEAKER = ("somewhat", "mildly", "a bit", "rather")
 VERDICTS = {
-    2: (
-        "I loved every minute of it",
-        "do not miss this one",
-        "it deserves every award",
-        "I could watch it forever",
-    ),
+    2: ("I loved every minute of it", "do not miss this one", "it deserves every award", "I could watch it forever"),
     1: ("I had a nice time", "it is worth a look", "I would see it again", "it kept me smiling"),
     0: ("it runs for two hours", "it was filmed last year", "it opens on Friday", "I saw it with a friend"),
-    -1: (
-        "I lost interest halfway",
-        "I expected more",
-        "it is not worth the ticket",
-        "I checked my watch twice",
-    ),
+    -1: ("I lost interest halfway", "I expected more", "it is not worth the ticket", "I checked my watch twice"),
     -2: ("I hated every minute of it", "avoid it at all costs", "I walked out", "I want my money back"),
 }
 
@@ -162,16 +143,8 @@ SUBJECTS = (
     ("sailing", "steering a boat"), ("juggling", "juggling balls"), ("calligraphy", "beautiful handwriting"),
 )  # fmt: skip
 INTENTS = (
-    (
-        "How can I learn {} quickly?",
-        "What is the fastest way to master {}?",
-        "How do I pick up {} in a short time?",
-    ),
-    (
-        "What does it cost to study {}?",
-        "How expensive are lessons in {}?",
-        "How much money do courses in {} take?",
-    ),
+    ("How can I learn {} quickly?", "What is the fastest way to master {}?", "How do I pick up {} in a short time?"),
+    ("What does it cost to study {}?", "How expensive are lessons in {}?", "How much money do courses in {} take?"),
     ("Why is {} so hard?", "What makes {} difficult?", "For what reason do people struggle with {}?"),
     ("Which book about {} is best?", "What should I read on {}?", "Can you recommend a text about {}?"),
     ("Is {} good for children?", "Should kids try {}?", "At what age can a child begin with {}?"),
@@ -200,12 +173,7 @@ def generate_questions(random: RandomSource) -> Row:
 # The variants of each part of a scene, grouped into families of related variants; each variant has two wordings. Variants of
 # a family share words and the two wordings mostly do not, so that counting common words does not give the score.
 WHO = (
-    (
-        ("A man", "A guy"),
-        ("A woman", "A lady"),
-        ("An old man", "A grandfather"),
-        ("An old woman", "A grandmother"),
-    ),
+    (("A man", "A guy"), ("A woman", "A lady"), ("An old man", "A grandfather"), ("An old woman", "A grandmother")),
     (("A dog", "A hound"), ("A young dog", "A puppy"), ("A cat", "A pussycat"), ("A young cat", "A kitten")),
     (("A child", "A kid"), ("A girl", "A daughter"), ("A boy", "A son")),
     (("Two soldiers", "A pair of troopers"), ("Two nurses", "A pair of caregivers")),
@@ -218,11 +186,7 @@ DOES = (
     (("is looking at a train", "watches railway cars"), ("is looking at birds", "watches sparrows")),
 )
 WHERE = (
-    (
-        ("in the park", "on public grounds"),
-        ("in the garden", "between flower beds"),
-        ("in the grass", "on a lawn"),
-    ),
+    (("in the park", "on public grounds"), ("in the garden", "between flower beds"), ("in the grass", "on a lawn")),
     (("at the beach", "by an ocean"), ("at the river", "near a stream"), ("at the lake", "beside a pond")),
     (("in the kitchen", "next to an oven"), ("in the bedroom", "close to a bed")),
     (("on the street", "along a road"), ("on the platform", "inside a station")),
@@ -349,12 +313,7 @@ def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
     """Writes the tiny model and its tokenizer."""
     tokenizer = Tokenizer(build_vocabulary(texts), model_max_length=POSITIONS)
     tokenizer.save(folder)
-    sizes = {
-        **SHAPE,
-        "vocab_size": tokenizer.vocab_size,
-        "max_position_embeddings": POSITIONS,
-        "type_vocab_size": 2,
-    }
+    sizes = {**SHAPE, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": POSITIONS, "type_vocab_size": 2}
     config = {
         "architectures": ["BertModel"],
         "model_type": "bert",
