@@ -20,6 +20,7 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -52,7 +53,6 @@ class RandomSource:
         return int(self._philox.random_raw()) % limit
 
     def pick(self, items: Sequence[Item]) -> Item:
-        """One of `items`."""
         return items[self.below(len(items))]
 
     def other(self, items: Sequence[Item], than: Item) -> Item:
@@ -121,7 +121,6 @@ def generate_review(random: RandomSource) -> Row:
 
 
 def sign(value: int) -> int:
-    """-1, 0 or 1."""
     return (value > 0) - (value < 0)
 
 
@@ -265,10 +264,7 @@ def write_table(path: Path, task: str, rows: Sequence[Row]) -> None:
 def build_vocabulary(texts: Sequence[str]) -> Vocabulary:
     """Letters, from which every word can be spelled, then the words of the texts by descending frequency."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    counts: dict[str, int] = {}
-    for text in texts:
-        for word in re.findall(r"\w+", text.lower()):
-            counts[word] = counts.get(word, 0) + 1
+    counts = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
     common = sorted(counts, key=lambda word: (-counts[word], word))
     pieces = [*SPECIAL.values(), *".,?!;:'\"-()", *letters, *(f"##{letter}" for letter in letters), *common]
     return Vocabulary({piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
@@ -277,36 +273,22 @@ def build_vocabulary(texts: Sequence[str]) -> Vocabulary:
 def generate_weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
     """Random weights of a BERT encoder with Hugging Face's parameter names."""
     random = RandomSource(seed)
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    tensors: dict[str, np.ndarray] = {}
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        tensors[f"{name}.weight"] = random.uniform(outputs, inputs) * np.float32(WEIGHT_DEVIATION)
-        tensors[f"{name}.bias"] = np.zeros(outputs, dtype=np.float32)
-
-    def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = np.ones(hidden, dtype=np.float32)
-        tensors[f"{name}.bias"] = np.zeros(hidden, dtype=np.float32)
-
-    for table, size in (
-        ("word", "vocab_size"),
-        ("position", "max_position_embeddings"),
-        ("token_type", "type_vocab_size"),
-    ):
-        scale = np.float32(WEIGHT_DEVIATION)
-        tensors[f"embeddings.{table}_embeddings.weight"] = random.uniform(config[size], hidden) * scale
-    norm("embeddings.LayerNorm")
-    for layer in range(config["num_hidden_layers"]):
-        base = f"encoder.layer.{layer}"
-        for role in ("query", "key", "value"):
-            linear(f"{base}.attention.self.{role}", hidden, hidden)
-        linear(f"{base}.attention.output.dense", hidden, hidden)
-        norm(f"{base}.attention.output.LayerNorm")
-        linear(f"{base}.intermediate.dense", inner, hidden)
-        linear(f"{base}.output.dense", hidden, inner)
-        norm(f"{base}.output.LayerNorm")
-    linear("pooler.dense", hidden, hidden)
-    return tensors
+    hidden, inner, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    tables = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
+    shapes = {f"embeddings.{table}_embeddings": (config[size], hidden) for table, size in tables.items()}
+    norms = ["embeddings.LayerNorm"]
+    for base in (f"encoder.layer.{layer}" for layer in range(layers)):
+        square = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+        shapes |= {f"{base}.{name}": (hidden, hidden) for name in square}
+        shapes |= {f"{base}.intermediate.dense": (inner, hidden), f"{base}.output.dense": (hidden, inner)}
+        norms += [f"{base}.attention.output.LayerNorm", f"{base}.output.LayerNorm"]
+    shapes["pooler.dense"] = (hidden, hidden)
+    tensors = {
+        f"{name}.weight": random.uniform(*shape) * np.float32(WEIGHT_DEVIATION) for name, shape in shapes.items()
+    }
+    tensors |= {f"{name}.bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items() if "_emb" not in name}
+    tensors |= {f"{name}.weight": np.ones(hidden, np.float32) for name in norms}
+    return tensors | {f"{name}.bias": np.zeros(hidden, np.float32) for name in norms}
 
 
 def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
@@ -344,11 +326,9 @@ def make_sample(directory: Path, seed: int = 1) -> None:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python tools/make_sample.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "directory", nargs="?", type=Path, default=sample_directory().data, help="default: in the package"
-    )
+    target = sample_directory().data
+    parser.add_argument("directory", nargs="?", type=Path, default=target, help="default: in the package")
     make_sample(parser.parse_args().directory)
 
 

@@ -223,7 +223,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     with whole_file(path) as file:
-        for content in itertools.chain([len(encoded).to_bytes(8, "little"), encoded], map(raw, tensors.values())):
+        head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+        for content in itertools.chain(head, map(raw, tensors.values())):
             file.write(content)
             digest.update(content)
     return digest.hexdigest()

@@ -16,7 +16,6 @@ from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the list of recipes, or one recipe."""
     parser = cli.Parser("recipes", "Shows the recipes that ship with the package.")
     parser.add_argument("action", nargs="?", default="list", choices=("list", "show"), help="(default: list)")
     parser.add_argument("name", nargs="?", metavar="NAME", help="show: a recipe's name, or a .toml file")

@@ -197,8 +197,6 @@ def _worst_errors(result: TaskResult, texts: Sequence[Sequence[str]]) -> list[di
 
 def _rounded(values: np.ndarray) -> list[Any]:
     """Numbers for JSON with at most six decimals; values that are not finite become null."""
-    if np.issubdtype(values.dtype, np.integer):
-        return list(values.tolist())
     return [_finite(value) for value in values.tolist()]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT layers that belong to one task: on top of the shared encoder's token rows, with a pooling of their own."""
+"""BERT layers of one task, on top of the shared encoder's token rows, and a pooling."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from minbert_fast.tasks.base import TaskInput
 
 
 class TokenLayers(nn.Module):
-    """`depth` layers like the encoder's, drawn afresh, with the encoder's dropout; hidden rows [N, H] -> [n, H].
+    """`depth` layers like the encoder's, newly initialised, with the encoder's dropout; hidden rows [N, H] -> [n, H].
 
-    They run over all rows of the packed batch, which keeps shapes static: a recipe gives them a stage of their own.
+    They process all N rows of the packed batch, also those of other tasks, because shapes must not depend on the data. A
+    recipe saves this work with a stage that trains this task alone.
     """
 
     def __init__(self, config: BertConfig, depth: int) -> None:
@@ -29,7 +30,7 @@ class TokenLayers(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, inputs: TaskInput, pooling: Mode) -> Tensor:
-        """One vector an example [n, H], for tasks of one sentence an example."""
+        """One vector per example [n, H], for tasks with one sentence per example."""
         hidden = inputs.hidden.to(torch.promote_types(inputs.hidden.dtype, torch.float32))
         rows = Sentences(inputs.cu_seqlens, inputs.max_seqlen, hidden.shape[0])
         plan = fused.plan(self, None, self.layers, read_layer)

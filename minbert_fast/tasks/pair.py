@@ -157,9 +157,8 @@ class PairHead(Head):
             return scores.softmax(-1) @ levels / (self.levels - 1)
         if options.loss == "bce":
             return scores.sigmoid()
-        signed = options.loss in ("hinge", "cosent", "ranking") or (
-            options.loss in ("mse", "l1") and options.labels == "signed"
-        )
+        regression = options.loss in ("mse", "l1")
+        signed = options.loss in ("hinge", "cosent", "ranking") or (regression and options.labels == "signed")
         return ((scores + 1) / 2 if signed else scores).clamp(0.0, 1.0)
 
     def _vector(self, x: Tensor) -> Tensor:
@@ -183,18 +182,14 @@ class PairHead(Head):
         u, v = output.vectors
         if name == "cosine_embedding":
             return losses.cosine_embedding(u, v, t, options.margin)
-        if name == "cosent":
-            return losses.cosent(u, v, t, options.temperature)
-        assert name == "ranking"
-        return losses.ranking(u, v, t, options.temperature)
+        loss = losses.cosent if name == "cosent" else losses.ranking
+        return loss(u, v, t, options.temperature)
 
 
-@dataclass(frozen=True)
 class PairTask(Task):
     """A task on pairs of sentences."""
 
-    options: PairOptions
-
     @property
     def encoder(self) -> Encoder:
-        return self.options.encoder
+        encoder: Encoder = self.options.encoder
+        return encoder
