@@ -85,7 +85,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))])
+@pytest.mark.parametrize(
+    ("ranks", "shard"),
+    [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))],
+)
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
     flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
@@ -107,7 +110,7 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path)
 
 
 def on_two_machines(folders: Sequence[Path], *flags: str) -> list[subprocess.CompletedProcess[str]]:
-    """A rank on each of two machines that share nothing: folders, caches and torchruns of their own."""
+    """Runs one rank on each of two machines, with separate folders, caches and torchrun processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

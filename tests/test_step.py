@@ -305,7 +305,7 @@ def test_a_restored_step_continues_bit_identically(backend: str) -> None:
 
 
 def test_dropout_streams_are_the_steps_own() -> None:
-    """Two runs of one seed agree bit for bit whatever torch's global generator did before; another seed differs."""
+    """Runs with one seed agree bit for bit for any state of torch's global generator; another seed differs."""
     dropped = BertConfig(**(vars(CONFIG) | {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}))
 
     def run(seed: int) -> Tensor:

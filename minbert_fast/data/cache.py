@@ -33,6 +33,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Text, Tokens, TokenTable
 
 VERSION = 1  # of an entry's layout; entries of other versions are ignored
+BLOCK = 1 << 20  # bytes of a cached array that are read at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
 UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
 ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{32}")
@@ -72,7 +73,9 @@ def load_tokens(
     labeled = labeled and layout.label is not None
     source_hash, signature = _hash_file(path)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    name = _entry_name(path, layout, labeled, source_hash, tokenizer)
+    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, repr(layout), labeled)
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
+    name = f"{stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}"
     entry = folder / name
     found = _open_entry(entry)
     if found is not None:
@@ -221,7 +224,7 @@ def _file_checksum(path: Path) -> int:
     """CRC-32 of a file, read block by block: the pages of a memory map would count as the process's memory."""
     checksum = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(BLOCK):
             checksum = zlib.crc32(block, checksum)
     return checksum
 
@@ -264,13 +267,6 @@ def _publish(temporary: Path, entry: Path) -> None:
             entry.rename(temporary / "damaged")
     shutil.rmtree(entry / "damaged", ignore_errors=True)
     flush_directory(entry.parent)
-
-
-def _entry_name(path: Path, layout: FileFormat, labeled: bool, source_hash: str, tokenizer: Tokenizer) -> str:
-    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, repr(layout), labeled)
-    key = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
-    return f"{stem}-{key}"
 
 
 def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:

@@ -73,7 +73,7 @@ class WordMasking:
     """Masks words to predict (Devlin et al. 2019, section 3.1): 80 % become [MASK], 10 % a random word, 10 % stay.
 
     A sentence of n words has `rate` * n of them masked, rounded up or down at random so that the mean is exact. Special
-    tokens are never masked and never replace a word.
+    tokens are neither masked nor drawn as random words.
     """
 
     def __init__(self, tokenizer: Tokenizer, rate: float, seed: int, task: str) -> None:

@@ -25,13 +25,13 @@ CHUNK = 256  # sentences that are embedded at a time
 class LabelledSentences(nn.Module):
     """Stored embeddings of up to `per_class` sentences of each of C classes, A = C * per_class in all.
 
-    With `nearest` = 0, [n, H] -> [n, 2 A]: the cosines with the stored sentences, then the stored labels (the same for every
-    example). Otherwise, [n, H] -> [n, C]: the votes of the `nearest` stored sentences k,
+    With `nearest` = 0, [n, H] -> [n, 2 A]: the cosines with the stored sentences, then the stored labels, which are the same
+    for every example. With `nearest` > 0, [n, H] -> [n, C]: the votes of the `nearest` stored sentences,
 
-        votes[c] = sum over k with label c of exp(cos_k / temperature) / sum over k of exp(cos_k / temperature)
+        votes[c] = sum of exp(cos_k / temperature) over those with label c / the same sum over all of them
 
-    In training mode the nearest sentence is ignored: it is the sentence itself. Before `store` is called, the output does
-    not depend on the sentence. Vectors and labels are buffers, so a saved model contains them.
+    Training ignores the nearest sentence, because it is the sentence itself. Before `store` is called, the output is the
+    same for every sentence. Vectors and labels are buffers, so a saved model contains them.
     """
 
     vectors: Tensor  # [A, H], rows of length 1; unused rows are 0
@@ -91,7 +91,7 @@ class LabelledSentences(nn.Module):
 
 
 def check_encoder_frozen(model: MultitaskModel, recipe: Recipe) -> None:
-    """Raises ConfigError if a stage with labelled sentences trains the encoder: their embeddings would become stale."""
+    """Raises ConfigError if a stage with labelled sentences trains the encoder: their embeddings would be outdated."""
     for name in recipe.tasks:
         if model.head(name).labelled_sentences() is not None and not recipe.model.freeze:
             raise ConfigError(f"tasks.{name}.neighbours: the stage that trains it needs model.freeze = true")
@@ -103,7 +103,7 @@ def embed_labelled_sentences(
 ) -> None:
     """Chooses and embeds the labelled sentences of a stage's heads with the current encoder.
 
-    A pure function of weights, data and seed, so that a resumed run stores the same ones. Raises ConfigError.
+    Weights, data and seed alone determine them, so a resumed run stores the same ones. Raises ConfigError.
     """
     for name, table in tables.items():
         stored = model.head(name).labelled_sentences()

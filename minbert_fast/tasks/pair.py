@@ -4,9 +4,8 @@
     embeddings u, v -> [dropout] -> [shared stack] -> [projection] -> cosine                        -> score
                                                                    -> features, [dropout], linear   -> score or classes
 
-With `encoder = "cross"` the pair has one embedding, of the joint sequence, which is the only feature. With "both" the joint
-embedding is one more feature of the linear head; the cosine head adds a linear function of it, initially zero, to its
-score.
+With `encoder = "cross"` the only feature is the embedding of the joint sequence. With "both" the linear head gets the joint
+embedding as one more feature; the cosine head adds a linear function of it to its score, which is initially zero.
 
 Labels are scaled to t from 0 (different) to 1 (same meaning): the paraphrase label itself, or similarity / 5. The head
 predicts t; paraphrase reads it as a probability, similarity scales it back.

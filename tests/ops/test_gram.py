@@ -52,8 +52,17 @@ def test_numbers_of_tasks(isa: str, tasks: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tasks", "columns", "spare"),
-    [(1, 0, 0), (1, 1, 0), (2, 1024, 8), (3, 3001, 3), (5, 1, 0), (8, 700, 3), (9, 300, 8), (17, 129, 1),
-     pytest.param(64, 33, 5, marks=pytest.mark.ci)],
+    [
+        (1, 0, 0),
+        (1, 1, 0),
+        (2, 1024, 8),
+        (3, 3001, 3),
+        (5, 1, 0),
+        (8, 700, 3),
+        (9, 300, 8),
+        (17, 129, 1),
+        pytest.param(64, 33, 5, marks=pytest.mark.ci),
+    ],
 )
 def test_every_implementation(anywhere: torch.device, tasks: int, columns: int, spare: int, dtype: torch.dtype) -> None:
     """Twice the same bits, for every group of tasks and tail that Triton's and CUDA's kernels know."""
