@@ -140,7 +140,7 @@ class MultitaskModel(nn.Module):
     ) -> Tensor:
         """The mean loss of task `name` times its weight, from its head's output; 0 without examples.
 
-        For a batch that is one process's share of a step: its part of the step's mean (the parts add up to the mean).
+        With several processes, this is the part of the step's mean that this process's examples contribute.
         """
         if batch.num_examples(name) == 0:
             return output.scores.sum()  # the sum of no elements: 0, and part of the autograd graph

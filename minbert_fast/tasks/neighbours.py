@@ -53,11 +53,8 @@ class LabelledSentences(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         cosines = normalize(x) @ self.vectors.T  # [n, A]
-        if self.nearest:
-            return self._vote(cosines)
-        return torch.cat([cosines, self.labels.expand(x.shape[0], -1)], dim=-1)
-
-    def _vote(self, cosines: Tensor) -> Tensor:
+        if not self.nearest:
+            return torch.cat([cosines, self.labels.expand(x.shape[0], -1)], dim=-1)
         itself = int(self.training)
         near, index = cosines.masked_fill(self.labels < 0, -torch.inf).topk(self.nearest + itself)  # [n, k]
         shares = (near[:, itself:] / self.temperature).softmax(-1)

@@ -20,10 +20,10 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses, metrics
 from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, register
 
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {  # of the options, then premise, entailed and contradicting [n, D]
-    "regression": lambda options, *vectors: losses.entailment_regression(*vectors),
-    "contrastive": lambda options, *vectors: losses.contrastive(*vectors, options.temperature),
-    "triplet": lambda options, *vectors: losses.triplet(*vectors, options.margin),
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {  # of options, premises, entailed and contradicting hypotheses
+    "regression": lambda options, a, e, c: losses.entailment_regression(a, e, c),
+    "contrastive": lambda options, a, e, c: losses.contrastive(a, e, c, options.temperature),
+    "triplet": lambda options, a, e, c: losses.triplet(a, e, c, options.margin),
 }
 
 
