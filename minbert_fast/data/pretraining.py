@@ -149,7 +149,6 @@ class Corpus(TokenTable):
     parts: tuple[TokenTable, ...] = ()
 
     def locate(self, row: int) -> str:
-        """`file:line` of a row."""
         for part in self.parts:
             if row < len(part):
                 return part.locate(row)

@@ -102,7 +102,6 @@ class Tokenizer:
 
 
 def _build(vocabulary: Vocabulary) -> RustTokenizer:
-    """The Rust tokenizer of a vocabulary."""
     special = vocabulary.special
     rust = RustTokenizer(
         models.WordPiece(

@@ -221,10 +221,10 @@ class MultitaskModel(nn.Module):
         """
         directory = Path(directory)
         for name in ("recipe.toml", "heads.safetensors"):
-            if (directory / "best" / name).is_file() and not (directory / name).is_file():
-                raise ConfigError(f"{directory}: the output of a training run; its model is {directory / 'best'}")
             if not (directory / name).is_file():
-                raise ConfigError(f"{directory}: no trained model, it holds no {name}")
+                trained = (directory / "best" / name).is_file()
+                output = f"the output of a training run; its model is {directory / 'best'}"
+                raise ConfigError(f"{directory}: {output if trained else f'no trained model, it holds no {name}'}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
         try:
             tasks = build_tasks(recipe)
