@@ -92,7 +92,11 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        return build(typing.cast(type, hint), value, where, ".") if isinstance(value, Mapping) else refuse(_TABLE)
+        return (
+            build(typing.cast(type, hint), value, where, ".")
+            if isinstance(value, Mapping)
+            else refuse("a table of keys")
+        )
     if origin is tuple:
         if not isinstance(value, list | tuple):
             refuse("a list")
@@ -103,16 +107,13 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return tuple(convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            refuse(_TABLE)
+            refuse("a table of keys")
         return {str(key): convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         refuse({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint)))
     return value
-
-
-_TABLE = "a table of keys"
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,10 +80,9 @@ class WordMasking:
         """Raises ValueError for a vocabulary without [MASK]."""
         if tokenizer.mask_id is None:
             raise ValueError(f"task {task} needs a [MASK] in the vocabulary, and there is none")
-        special = (tokenizer.unk_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id)
         self.rate = rate
         self.mask_id = tokenizer.mask_id
-        self.special = np.array(special)
+        self.special = np.array([tokenizer.unk_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.cls_id, self.mask_id])
         self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special)
         self._stream = (seed, f"masking/{task}")
 

@@ -29,7 +29,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def format_list(recipes: Sequence[Recipe]) -> str:
-    """A table with one recipe per line."""
     rows = [("name", "published", "source", "description")]
     for recipe in recipes:
         published = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())

@@ -292,8 +292,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        nested: Any = value
         for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        values = merge(values, nested)
+            value = {part: value}
+        values = merge(values, value)
     return values
