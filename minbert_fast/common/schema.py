@@ -92,11 +92,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        return (
-            build(typing.cast(type, hint), value, where, ".")
-            if isinstance(value, Mapping)
-            else refuse("a table of keys")
-        )
+        if not isinstance(value, Mapping):
+            refuse("a table of keys")
+        return build(typing.cast(type, hint), value, where, ".")
     if origin is tuple:
         if not isinstance(value, list | tuple):
             refuse("a list")

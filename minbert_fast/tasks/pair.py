@@ -186,8 +186,6 @@ class PairHead(Head):
 
 
 class PairTask(Task):
-    """A task on pairs of sentences."""
-
     @property
     def encoder(self) -> Encoder:
         encoder: Encoder = self.options.encoder
