@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real course data (`MINBERT_FAST_DATA`, else ../shared/data beside the checkout)."""
+    """The folder of real course data: `MINBERT_FAST_DATA`, else ../shared/data relative to the checkout."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("MINBERT_FAST_DATA", default))
     if not folder.is_dir():
@@ -65,7 +65,7 @@ def minilm() -> Path:
 
 @pytest.fixture(params=_C.isas().split())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this build and processor share, in turn."""
+    """One test per instruction set that both this build and this processor support."""
     before = _C.isa()
     _C.set_isa(request.param)
     yield request.param

@@ -3,9 +3,9 @@
 
     python -m tests.large_data [--rows 10000000] [--longest 20] [--folder DIR] [--steps 3]
 
-Each part is a run of `minbert_fast.train` in a process of its own, whose memory is watched from outside. Prints a line
-of JSON a part: seconds, and the peak of the process's own memory (RssAnon; pages of mapped files, which the kernel takes
-back as it likes, are apart). A run of the sample data, the same in all else, says what a process needs anyhow.
+Each part is a run of `minbert_fast.train` in a separate process; this process measures its memory. Prints one JSON line
+per part: seconds, and the peak of the process's own memory (RssAnon: without pages of mapped files, which the kernel can
+free at any time). A run with the sample data and the same settings gives the memory that any run needs.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def module_of(path: Path) -> str:
 
 
 def rank_of(module: str) -> int:
-    """Where a module's room stands in ROOMS; the top level (`minbert_fast` and the commands) comes last."""
+    """The index of a module's room in ROOMS; the top level (`minbert_fast` and the commands) comes last."""
     parts = module.split(".")
     return RANK.get(parts[1], FACE) if len(parts) > 1 else FACE
 
@@ -127,7 +127,7 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_every_room_has_its_place_and_its_purpose() -> None:
-    """Each folder is in ROOMS and says in one sentence what it holds; beside them only the face and the commands."""
+    """Each folder is in ROOMS and has a one-sentence description; other files are `__init__.py` and the commands."""
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders | {"kernels"} == set(ROOMS)
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *COMMANDS}
@@ -230,7 +230,7 @@ def test_nothing_runs_at_import() -> None:
 
 
 def test_import_paths_of_earlier_versions() -> None:
-    """README and docs showed these before the rooms had their present names."""
+    """Earlier versions of README and docs showed these imports."""
     code = """
 from minbert_fast import AdamW, BertConfig, BertModel, PCGrad, Predictor, patch, surgery
 from minbert_fast import cli, evaluate, train
@@ -243,7 +243,7 @@ from minbert_fast.tasks import Head, HeadOutput, Task, TaskInput, TaskOptions, r
 
 
 def test_the_architecture_page_is_true() -> None:
-    """Rooms in the order of their imports, every file it names, and a batch's way of at most twelve steps."""
+    """The page lists the rooms in import order, names existing files, and follows a batch in at most twelve steps."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)/` \|", page, re.M) == list(ROOMS)
     named = re.findall(r"`([\w/]+(?:/|\.py|\.cpp))`", page)

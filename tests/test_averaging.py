@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averaged weights: against the sum written out, beside either step, and as what a run judges, keeps and goes on from."""
+"""Averaged weights equal the written-out sum in both steps; a run evaluates, saves and resumes them."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path)
 
 
 def on_two_machines(folders: Sequence[Path], *flags: str) -> list[subprocess.CompletedProcess[str]]:
-    """A rank on each of two machines that share nothing: folders, caches and torchruns of their own."""
+    """Runs one rank on each of two machines, with separate folders, caches and torchrun processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

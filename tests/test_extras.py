@@ -19,7 +19,7 @@ ADDED = ("training.ema=0.8", "weighting.window=3", "regularisation.proximal=0.5"
 
 @pytest.mark.parametrize("more", [("weighting.method=dwa", "regularisation.r_drop=0.5"), ("regularisation.smart=0.5",)])
 def test_a_run_cut_and_resumed_is_as_never_cut(more: tuple[str, ...], tmp_path: Path) -> None:
-    """Step 4 is within an epoch and within a window; dropout, head dropout and perturbations are drawn anew each step."""
+    """Step 4 is within an epoch and within a window; each step draws new dropout masks and perturbations."""
     data = small_data(tmp_path / "data")
     flags = [word for value in (*ADDED, *more) for word in ("--set", value)]
     for name, cuts in (("whole", ("8",)), ("cut", ("4", "8"))):

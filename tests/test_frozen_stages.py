@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one stage freezes trains again in the next, equally on both backends; and a frozen parameter collects nothing."""
+"""Parameters frozen in one stage train in the next, equally on both backends; frozen parameters collect no gradients."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What graph capture rests on: a padded batch trains as its bare self, the step asks the device nothing; and graphs."""
+"""Graph capture and its conditions: padding does not change a step, and a step never waits for the device."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def computed_on_meta(chosen: Any, sizes: Mapping[str, int], monkeypatch: pytest.
 def strangers(
     model: MultitaskModel, chosen: Recipe, batch: MultitaskBatch, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    """What a step on `batch` asks the device, by the names of operations; tensors on the meta device have no values."""
+    """Names of the operations of a step on `batch` that read tensor values; tensors on the meta device have none."""
     # Autocast knows no meta device; these regions only turn it off.
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     step, batch = OnePassStep(model.to("meta"), chosen, torch.bfloat16), batch.to("meta")
@@ -81,7 +81,7 @@ def strangers(
 @pytest.mark.parametrize("surgery", ["none", "pcgrad"])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
 def test_the_step_asks_the_device_nothing(surgery: str, pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the meta device have no values: whoever asks for one, as capture forbids, fails."""
+    """Graph capture forbids reading a tensor's value; on the meta device such a read fails."""
     chosen = recipe(surgery={"method": surgery}, model={"pooling": pooling})
     assert computed_on_meta(chosen, SIZES, monkeypatch) == []
 

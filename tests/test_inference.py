@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences to vectors on the packed path: equal to the drop-in model sentence by sentence, whatever the batches."""
+"""The packed path gives each sentence the vector of the drop-in model, for any batches."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_the_tests_run_the_build_they_mean_to() -> None:
         assert torch.get_num_threads() > 1, "with one thread there is nothing to find"
 
 
-# What each of tests/sanitize.sh's builds must complain of, past the checks that stand before the extension.
+# Errors that each build of tests/sanitize.sh must report if the checks before the extension are bypassed.
 PROVOCATIONS = {
     # A J one element shorter than it claims is read beyond its end.
     "sanitized-address": (

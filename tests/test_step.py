@@ -40,11 +40,14 @@ def make_model(chosen: Recipe, encoder: type[BertModel] = BertModel) -> Multitas
     return MultitaskModel(encoder(CONFIG), build_tasks(chosen), chosen.model.pooling)
 
 
-def make_batch(model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0, **capacities: int) -> MultitaskBatch:
+def make_batch(
+    model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0, lowest_word: int = 1, **capacities: int
+) -> MultitaskBatch:
     rng = np.random.default_rng(seed)
     arity = {name: model.tasks[name].arity for name in sizes}
     sentences = [
-        [rng.integers(1, 61, rng.integers(1, 20)).tolist() for _ in range(n * arity[name])] for name, n in sizes.items()
+        [rng.integers(lowest_word, 61, rng.integers(1, 20)).tolist() for _ in range(n * arity[name])]
+        for name, n in sizes.items()
     ]
     labels: dict[str, Tensor] = {}
     for name, n in sizes.items():
@@ -103,6 +106,17 @@ def test_j_equals_separate_fp64_backwards() -> None:
     step = check_j(model, chosen, make_batch(model, SIZES))
     assert step.flat.words is model.encoder.word_embedding.weight
     assert not step.others
+
+
+def test_the_padding_word_in_a_text_gets_no_gradient() -> None:
+    """nn.Embedding gives the row of `padding_idx` no gradient; the one-pass step did, if a text contained `[PAD]`."""
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    batch = make_batch(model, SIZES, lowest_word=0)
+    assert batch.packed.word_ids[0] == model.encoder.word_embedding.padding_idx == 0
+    step = check_j(model, chosen, batch)
+    assert not step._word_rows(batch)[:, 0].any()
+    assert step._word_rows(batch)[:, 1].any()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "max", "pooler"])
@@ -291,7 +305,7 @@ def test_a_restored_step_continues_bit_identically(backend: str) -> None:
 
 
 def test_dropout_streams_are_the_steps_own() -> None:
-    """Two runs of one seed agree bit for bit whatever torch's global generator did before; another seed differs."""
+    """Runs with one seed agree bit for bit for any state of torch's global generator; another seed differs."""
     dropped = BertConfig(**(vars(CONFIG) | {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}))
 
     def run(seed: int) -> Tensor:

@@ -509,7 +509,7 @@ def test_training_works_in_a_thread(data: Path, tmp_path: Path) -> None:
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_waiting_threads_leave_a_busy_machine_to_others(chosen: dict[str, str], expected: str | None) -> None:
-    """A demonstration beside other jobs took 110 s, and 20 s once OpenMP threads that wait sleep soon."""
+    """On a busy machine a demonstration took 110 s; it takes 20 s if waiting OpenMP threads go to sleep early."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | chosen
     command = [sys.executable, "-m", "minbert_fast.env", "--json"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error budget: a fast implementation may err at most twice as much as plain PyTorch at the same dtype.
 
-Both errors are taken against the same formula in fp64, so no test carries a tolerance of its own:
+Both errors are measured against the same formula in fp64, so tests need no tolerances:
 
     expected = reference(formula, inputs, cotangents)          # outputs and input gradients, fp64 and at the dtype
     expected.check(outputs + gradients)
 
-Beside it, what tests of kernels share: outputs poisoned with NaN before a kernel writes them, and awkward shapes.
+Kernel tests also share: outputs that are filled with NaN before a kernel writes them, and awkward shapes.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills whatever torch.empty and its relatives hand out with NaN (floats) or a huge number (integers).
+    """Fills the tensors of torch.empty and its variants with NaN (floats) or a huge number (integers).
 
     An output element that a kernel forgets to write then fails `assert_within_budget` instead of being zero by luck.
     """

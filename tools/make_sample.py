@@ -20,6 +20,7 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -52,7 +53,6 @@ class RandomSource:
         return int(self._philox.random_raw()) % limit
 
     def pick(self, items: Sequence[Item]) -> Item:
-        """One of `items`."""
         return items[self.below(len(items))]
 
     def other(self, items: Sequence[Item], than: Item) -> Item:
@@ -72,16 +72,7 @@ ASPECTS = (
     "humor", "lead actor", "direction", "first half", "final scene", "villain",
 )  # fmt: skip
 ADJECTIVES = {
-    2: (
-        "superb",
-        "brilliant",
-        "wonderful",
-        "stunning",
-        "flawless",
-        "unforgettable",
-        "masterful",
-        "magnificent",
-    ),
+    2: ("superb", "brilliant", "wonderful", "stunning", "flawless", "unforgettable", "masterful", "magnificent"),
     1: ("good", "pleasant", "decent", "charming", "enjoyable", "solid", "likable", "neat"),
     0: ("familiar", "conventional", "quiet", "simple", "lengthy", "modest", "ordinary", "unusual"),
     -1: ("dull", "weak", "slow", "clumsy", "bland", "forgettable", "uneven", "thin"),
@@ -90,20 +81,10 @@ ADJECTIVES = {
 STRONGER = ("very", "truly", "remarkably", "deeply")
 WEAKER = ("somewhat", "mildly", "a bit", "rather")
 VERDICTS = {
-    2: (
-        "I loved every minute of it",
-        "do not miss this one",
-        "it deserves every award",
-        "I could watch it forever",
-    ),
+    2: ("I loved every minute of it", "do not miss this one", "it deserves every award", "I could watch it forever"),
     1: ("I had a nice time", "it is worth a look", "I would see it again", "it kept me smiling"),
     0: ("it runs for two hours", "it was filmed last year", "it opens on Friday", "I saw it with a friend"),
-    -1: (
-        "I lost interest halfway",
-        "I expected more",
-        "it is not worth the ticket",
-        "I checked my watch twice",
-    ),
+    -1: ("I lost interest halfway", "I expected more", "it is not worth the ticket", "I checked my watch twice"),
     -2: ("I hated every minute of it", "avoid it at all costs", "I walked out", "I want my money back"),
 }
 
@@ -140,7 +121,6 @@ def generate_review(random: RandomSource) -> Row:
 
 
 def sign(value: int) -> int:
-    """-1, 0 or 1."""
     return (value > 0) - (value < 0)
 
 
@@ -162,16 +142,8 @@ SUBJECTS = (
     ("sailing", "steering a boat"), ("juggling", "juggling balls"), ("calligraphy", "beautiful handwriting"),
 )  # fmt: skip
 INTENTS = (
-    (
-        "How can I learn {} quickly?",
-        "What is the fastest way to master {}?",
-        "How do I pick up {} in a short time?",
-    ),
-    (
-        "What does it cost to study {}?",
-        "How expensive are lessons in {}?",
-        "How much money do courses in {} take?",
-    ),
+    ("How can I learn {} quickly?", "What is the fastest way to master {}?", "How do I pick up {} in a short time?"),
+    ("What does it cost to study {}?", "How expensive are lessons in {}?", "How much money do courses in {} take?"),
     ("Why is {} so hard?", "What makes {} difficult?", "For what reason do people struggle with {}?"),
     ("Which book about {} is best?", "What should I read on {}?", "Can you recommend a text about {}?"),
     ("Is {} good for children?", "Should kids try {}?", "At what age can a child begin with {}?"),
@@ -200,12 +172,7 @@ def generate_questions(random: RandomSource) -> Row:
 # The variants of each part of a scene, grouped into families of related variants; each variant has two wordings. Variants of
 # a family share words and the two wordings mostly do not, so that counting common words does not give the score.
 WHO = (
-    (
-        ("A man", "A guy"),
-        ("A woman", "A lady"),
-        ("An old man", "A grandfather"),
-        ("An old woman", "A grandmother"),
-    ),
+    (("A man", "A guy"), ("A woman", "A lady"), ("An old man", "A grandfather"), ("An old woman", "A grandmother")),
     (("A dog", "A hound"), ("A young dog", "A puppy"), ("A cat", "A pussycat"), ("A young cat", "A kitten")),
     (("A child", "A kid"), ("A girl", "A daughter"), ("A boy", "A son")),
     (("Two soldiers", "A pair of troopers"), ("Two nurses", "A pair of caregivers")),
@@ -218,11 +185,7 @@ DOES = (
     (("is looking at a train", "watches railway cars"), ("is looking at birds", "watches sparrows")),
 )
 WHERE = (
-    (
-        ("in the park", "on public grounds"),
-        ("in the garden", "between flower beds"),
-        ("in the grass", "on a lawn"),
-    ),
+    (("in the park", "on public grounds"), ("in the garden", "between flower beds"), ("in the grass", "on a lawn")),
     (("at the beach", "by an ocean"), ("at the river", "near a stream"), ("at the lake", "beside a pond")),
     (("in the kitchen", "next to an oven"), ("in the bedroom", "close to a bed")),
     (("on the street", "along a road"), ("on the platform", "inside a station")),
@@ -301,10 +264,7 @@ def write_table(path: Path, task: str, rows: Sequence[Row]) -> None:
 def build_vocabulary(texts: Sequence[str]) -> Vocabulary:
     """Letters, from which every word can be spelled, then the words of the texts by descending frequency."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    counts: dict[str, int] = {}
-    for text in texts:
-        for word in re.findall(r"\w+", text.lower()):
-            counts[word] = counts.get(word, 0) + 1
+    counts = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
     common = sorted(counts, key=lambda word: (-counts[word], word))
     pieces = [*SPECIAL.values(), *".,?!;:'\"-()", *letters, *(f"##{letter}" for letter in letters), *common]
     return Vocabulary({piece: index for index, piece in enumerate(dict.fromkeys(pieces))})
@@ -313,48 +273,29 @@ def build_vocabulary(texts: Sequence[str]) -> Vocabulary:
 def generate_weights(config: dict[str, int], seed: int) -> dict[str, np.ndarray]:
     """Random weights of a BERT encoder with Hugging Face's parameter names."""
     random = RandomSource(seed)
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    tensors: dict[str, np.ndarray] = {}
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        tensors[f"{name}.weight"] = random.uniform(outputs, inputs) * np.float32(WEIGHT_DEVIATION)
-        tensors[f"{name}.bias"] = np.zeros(outputs, dtype=np.float32)
-
-    def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = np.ones(hidden, dtype=np.float32)
-        tensors[f"{name}.bias"] = np.zeros(hidden, dtype=np.float32)
-
-    for table, size in (
-        ("word", "vocab_size"),
-        ("position", "max_position_embeddings"),
-        ("token_type", "type_vocab_size"),
-    ):
-        scale = np.float32(WEIGHT_DEVIATION)
-        tensors[f"embeddings.{table}_embeddings.weight"] = random.uniform(config[size], hidden) * scale
-    norm("embeddings.LayerNorm")
-    for layer in range(config["num_hidden_layers"]):
-        base = f"encoder.layer.{layer}"
-        for role in ("query", "key", "value"):
-            linear(f"{base}.attention.self.{role}", hidden, hidden)
-        linear(f"{base}.attention.output.dense", hidden, hidden)
-        norm(f"{base}.attention.output.LayerNorm")
-        linear(f"{base}.intermediate.dense", inner, hidden)
-        linear(f"{base}.output.dense", hidden, inner)
-        norm(f"{base}.output.LayerNorm")
-    linear("pooler.dense", hidden, hidden)
-    return tensors
+    hidden, inner, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    tables = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
+    shapes = {f"embeddings.{table}_embeddings": (config[size], hidden) for table, size in tables.items()}
+    norms = ["embeddings.LayerNorm"]
+    for base in (f"encoder.layer.{layer}" for layer in range(layers)):
+        square = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+        shapes |= {f"{base}.{name}": (hidden, hidden) for name in square}
+        shapes |= {f"{base}.intermediate.dense": (inner, hidden), f"{base}.output.dense": (hidden, inner)}
+        norms += [f"{base}.attention.output.LayerNorm", f"{base}.output.LayerNorm"]
+    shapes["pooler.dense"] = (hidden, hidden)
+    tensors = {
+        f"{name}.weight": random.uniform(*shape) * np.float32(WEIGHT_DEVIATION) for name, shape in shapes.items()
+    }
+    tensors |= {f"{name}.bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items() if "_emb" not in name}
+    tensors |= {f"{name}.weight": np.ones(hidden, np.float32) for name in norms}
+    return tensors | {f"{name}.bias": np.zeros(hidden, np.float32) for name in norms}
 
 
 def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
     """Writes the tiny model and its tokenizer."""
     tokenizer = Tokenizer(build_vocabulary(texts), model_max_length=POSITIONS)
     tokenizer.save(folder)
-    sizes = {
-        **SHAPE,
-        "vocab_size": tokenizer.vocab_size,
-        "max_position_embeddings": POSITIONS,
-        "type_vocab_size": 2,
-    }
+    sizes = {**SHAPE, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": POSITIONS, "type_vocab_size": 2}
     config = {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -385,11 +326,9 @@ def make_sample(directory: Path, seed: int = 1) -> None:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python tools/make_sample.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "directory", nargs="?", type=Path, default=sample_directory().data, help="default: in the package"
-    )
+    target = sample_directory().data
+    parser.add_argument("directory", nargs="?", type=Path, default=target, help="default: in the package")
     make_sample(parser.parse_args().directory)
 
 

@@ -52,7 +52,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --device and --precision."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
 

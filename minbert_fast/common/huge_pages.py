@@ -21,19 +21,14 @@ HUGE_PAGE_BYTES = 2 << 20
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """`torch.empty`; a long CPU tensor requests huge pages."""
     tensor = torch.empty(*shape, dtype=dtype, device=device)
-    if tensor.device.type == "cpu":
-        _request_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length >= HUGE_PAGE_BYTES:  # the result is not checked: a refusal has no effect
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return tensor
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """`torch.zeros`; a long CPU tensor requests huge pages."""
     return empty(*shape, dtype=dtype, device=device).zero_()
-
-
-def _request_huge_pages(address: int, length: int) -> None:
-    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (address + length) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end - begin >= HUGE_PAGE_BYTES and sys.platform == "linux":
-        # A refusal has no effect, so the result is not checked.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)

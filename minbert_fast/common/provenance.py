@@ -31,19 +31,15 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Device, threads and library versions: together with the recipe they determine a run's results to the last bit."""
     return {
-        "device": describe_device(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {
             "minbert_fast": __version__,
             "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")},
+            "torch": str(torch.__version__),  # the package metadata may lack the build (+cu130)
+            **{name: package_version(name) for name in ("numpy", "tokenizers", "safetensors")},
         },
     }
-
-
-def describe_device(device: torch.device) -> str:
-    """The GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def processor() -> str:
@@ -80,29 +76,4 @@ def current_commit(abbreviated: bool = False) -> str | None:
         command = ["git", "-C", str(root), *(describe if abbreviated else ["rev-parse", "HEAD"])]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def processor_name() -> str:
-    """The CPU's name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int | None:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def installed_version(package: str) -> str | None:
-    """The installed version of a package; None if it is not installed."""
-    if package == "torch":
-        return str(torch.__version__)  # the package metadata may lack the build (+cu130)
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
         return None

@@ -92,7 +92,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
-        return build(typing.cast(type, hint), value, where, ".") if isinstance(value, Mapping) else refuse(_TABLE)
+        if not isinstance(value, Mapping):
+            refuse("a table of keys")
+        return build(typing.cast(type, hint), value, where, ".")
     if origin is tuple:
         if not isinstance(value, list | tuple):
             refuse("a list")
@@ -103,16 +105,13 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return tuple(convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            refuse(_TABLE)
+            refuse("a table of keys")
         return {str(key): convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         refuse({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint)))
     return value
-
-
-_TABLE = "a table of keys"
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,9 +158,7 @@ def _key(key: str) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
+    if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one room through which the package writes files.
+"""Writes all files of the package.
 
-A file or directory is either whole or absent: temporary name, flush to the disk, rename. Symbolic links are followed.
-A stream (`-`, a pipe, a device, the file that the shell opened as standard output) is written to, never replaced.
+A file or directory is complete or absent: it is written under a temporary name, flushed to the disk and renamed. Symbolic
+links are followed. A stream (`-`, a pipe, a device, the file that the shell opened as standard output) is never replaced.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,17 +46,16 @@ _DTYPES = {
 
 
 def regular(path: Path) -> Path:
-    """`path`, for reading. Raises OSError for a FIFO or a device, whose opening or reading might never end."""
+    """Returns `path` if it can be read. Raises OSError for a FIFO or a device: opening or reading it might never end."""
     mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of directories, open() complains itself
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() rejects directories itself
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path
 
 
 def inside(directory: Path, name: str) -> Path:
     """`directory / name`, where `name` comes from a file. Raises ValueError if it leads out of the directory."""
-    parts = PurePath(name).parts
-    if PurePath(name).is_absolute() or ".." in parts:
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
         raise ValueError(f"{name!r} leads out of the directory")
     return directory / name
 
@@ -77,9 +77,9 @@ def flush_directory(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A seekable file to write to, folders as needed; it gets its name when the block ends without error.
+    """A seekable file to write to. It gets its name when the block ends without error; missing folders are created.
 
-    A stream (see `is_stream`) is yielded as it is: what the block writes goes out at once. Raises OSError.
+    A stream (see `is_stream`) is written directly. Raises OSError.
     """
     if is_stream(path):
         with _open_stream(path) as file:
@@ -102,7 +102,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether `path` is `-`, a pipe, a device or this process's standard output: what must not be replaced."""
+    """Whether `path` must not be replaced: `-`, a pipe, a device or this process's standard output."""
     if path == STDOUT or _standard(path) is not None:
         return True
     try:
@@ -113,7 +113,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _standard(path: Path) -> int | None:
-    """The descriptor of standard output or error, where `path` names the same open file, pipe or device."""
+    """The descriptor of standard output or error if `path` names the same open file, pipe or device, else None."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if os.path.samestat(path.stat(), os.fstat(descriptor)):
@@ -122,30 +122,30 @@ def _standard(path: Path) -> int | None:
 
 
 def _open_stream(path: Path) -> BinaryIO:
-    """A stream, open for writing. Standard output keeps its place in the file: opening its name would start at 0."""
+    """Opens a stream for writing. Standard output keeps its position in the file; opening it by name would start at 0."""
     descriptor = 1 if path == STDOUT else _standard(path)
     if descriptor is None:
         return path.open("wb")
     for text in (sys.stdout, sys.stderr):
-        text.flush()  # what was printed before stands before
+        text.flush()  # earlier prints come first
     return os.fdopen(os.dup(descriptor), "wb")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole: a reader finds the old content or the new one. Folders are made as needed."""
+    """Replaces a file atomically: a reader finds the old content or the new one. Missing folders are created."""
     with whole_file(path) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file whole."""
+    """Replaces a UTF-8 text file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 class ArrayFile:
-    """Rows of numbers written as they come to a .npy or .safetensors file; how many there are is filled in at the end.
+    """Appends rows to an fp32 array [n, width] in a .npy or .safetensors file; the header with n is written at the end.
 
-    Use as a context manager. Arrays are fp32 [n, width]; a safetensors file calls its one tensor `name`.
+    Use it as a context manager. `name` is the name of a safetensors file's only tensor.
     """
 
     HEADER = 128  # bytes reserved for either format's header
@@ -163,9 +163,17 @@ class ArrayFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.file.seek(0)
-            self.file.write(self._header())
+        if kind is not None:
+            return
+        self.file.seek(0)
+        shape = (self.rows, self.width)
+        if self.name is None:  # numpy pads this header to HEADER bytes
+            layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self.file, layout)
+        else:
+            entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * self.rows * self.width]}
+            text = json.dumps({self.name: entry}, separators=(",", ":"))
+            self.file.write((self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8).encode())
 
     def write(self, rows: np.ndarray) -> None:
         """Appends rows [n, width]."""
@@ -173,23 +181,9 @@ class ArrayFile:
         self.file.write(np.ascontiguousarray(rows, dtype="<f4").data)
         self.rows += len(rows)
 
-    def _header(self) -> bytes:
-        if self.name is None:  # numpy's format, version 1.0: magic, length of the text, the text ending in a line feed
-            text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({self.rows}, {self.width}), }}"
-            return (
-                b"\x93NUMPY\x01\x00"
-                + (self.HEADER - 10).to_bytes(2, "little")
-                + text.ljust(self.HEADER - 11).encode()
-                + b"\n"
-            )
-        offsets = [0, 4 * self.rows * self.width]
-        entry = {"dtype": "F32", "shape": [self.rows, self.width], "data_offsets": offsets}
-        text = json.dumps({self.name: entry}, separators=(",", ":"))
-        return (self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8).encode()
-
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole; numbers that are not finite become null."""
+    """Replaces a file by `value` as indented JSON, atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -207,7 +201,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in place of every number that JSON has no form for, in mappings and lists throughout."""
+    """`value` with None in place of nan and infinities, which JSON cannot express; mappings and lists are searched."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -216,7 +210,7 @@ def finite(value: Any) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a safetensors file tensor by tensor, flushed to the disk; returns the SHA-256 of what was written.
+    """Writes a safetensors file tensor by tensor, flushed to the disk; returns the SHA-256 of the file.
 
     The library's own writer copies all tensors first and reports a full disk without its errno.
     """
@@ -229,19 +223,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
     with whole_file(path) as file:
-
-        def put(content: bytes | memoryview) -> None:
+        head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+        for content in itertools.chain(head, map(raw, tensors.values())):
             file.write(content)
             digest.update(content)
-
-        put(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors.values():
-            put(raw(tensor))
     return digest.hexdigest()
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """A tensor's values as bytes, row by row, without a copy where they lie so already."""
+    """A tensor's values as bytes, row by row; a contiguous CPU tensor is not copied."""
     data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return data
 
@@ -253,10 +243,9 @@ def file_digest(path: Path) -> str:
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Makes or replaces directory `path` (a link's target) by what `fill(directory)` writes.
+    """Creates or replaces directory `path` (a link's target); `fill(directory)` writes its files.
 
-    A crash leaves the old directory or the new one, under its own name or (for the moment between two renames) under
-    the name that `sweep` brings it back from.
+    A crash leaves the old directory or the new one. Between two renames it has a temporary name, which `sweep` restores.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
@@ -277,7 +266,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Brings back directories that a crash left between two renames, and removes what was only half written."""
+    """Restores directories that a crash left between two renames; removes incomplete files and directories."""
     for entry in sorted(directory.glob(f"{TEMPORARY}*.old")):
         target = directory / entry.name.removeprefix(TEMPORARY).removesuffix(".old")
         if not target.exists():

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's version, in the one place that build, docs and result files read it from."""
+"""The package's version; the build, the docs and result files read it here."""
 
 __version__ = "0.1.0"

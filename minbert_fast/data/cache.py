@@ -32,9 +32,9 @@ from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Text, Tokens, TokenTable
 
-VERSION = 1  # of the layout of an entry; entries of other versions are ignored
-BLOCK = 1 << 20  # bytes of a file that are read at a time
-ABANDONED_SECONDS = 86_400  # an unfinished entry of this age belongs to no running process
+VERSION = 1  # of an entry's layout; entries of other versions are ignored
+BLOCK = 1 << 20  # bytes of a cached array that are read at a time
+ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
 UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
 ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{32}")
 UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
@@ -73,7 +73,9 @@ def load_tokens(
     labeled = labeled and layout.label is not None
     source_hash, signature = _hash_file(path)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    name = _entry_name(path, layout, labeled, source_hash, tokenizer)
+    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, repr(layout), labeled)
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
+    name = f"{stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}"
     entry = folder / name
     found = _open_entry(entry)
     if found is not None:
@@ -117,40 +119,6 @@ def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
     return TokenTable(table.task, table.path, columns, table.labels, ids, table.lines, table.bad_rows, source_hash="")
 
 
-class _Builder:
-    """Builds an entry's arrays part by part, in files of `folder`, or in memory if it is None."""
-
-    def __init__(self, layout: FileFormat, tokenizer: Tokenizer, labeled: bool, folder: Path | None) -> None:
-        self.tokenizer = tokenizer
-        word = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
-        types = {"lines": "int64", "ids": "uint8", "id_offsets": "int64"}
-        if labeled and layout.label:
-            types["labels"] = layout.label.dtype
-        for column in range(layout.arity):
-            types |= {f"tokens{column}": word, f"offsets{column}": "int64"}
-        self.growing = {name: _GrowingArray(dtype, folder and folder / name) for name, dtype in types.items()}
-        for name, array in self.growing.items():
-            if "offsets" in name:
-                array.append(np.zeros(1, dtype=np.int64))
-
-    def add(self, part: Table) -> None:
-        """Tokenizes rows and appends them."""
-        for column, texts in enumerate(part.sentences):
-            self._append(f"tokens{column}", f"offsets{column}", self.tokenizer.encode(texts))
-        self._append("ids", "id_offsets", Text.of(part.ids))
-        self.growing["lines"].append(part.lines)
-        if part.labels is not None:
-            self.growing["labels"].append(part.labels)
-
-    def _append(self, name: str, offsets: str, pieces: Tokens | Text) -> None:
-        self.growing[offsets].append(pieces.offsets[1:] + self.growing[name].count)
-        self.growing[name].append(pieces.flat)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The complete arrays; call it after the last `add`."""
-        return {name: array.finish() for name, array in self.growing.items()}
-
-
 class _GrowingArray:
     """An array that grows at its end, in a file or in memory, with a running checksum."""
 
@@ -176,7 +144,7 @@ class _GrowingArray:
     def finish(self) -> np.ndarray:
         if self.path is None:
             return np.concatenate([np.empty(0, dtype=self.dtype), *self.parts])
-        self.path.touch()  # of no rows, too
+        self.path.touch()  # creates the file of an array without rows
         flush_file(self.path)
         return _map(self.path, self.dtype, self.count)
 
@@ -194,7 +162,21 @@ def _build(
 
     A background thread reads ahead while the tokenizer runs on all cores, in threads of the tokenizers library.
     """
-    builder = _Builder(layout, tokenizer, labeled, folder)
+    types = {"lines": "int64", "ids": "uint8", "id_offsets": "int64"}
+    if labeled and layout.label:
+        types["labels"] = layout.label.dtype
+    for column in range(layout.arity):
+        word = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
+        types |= {f"tokens{column}": word, f"offsets{column}": "int64"}
+    growing = {name: _GrowingArray(dtype, folder and folder / name) for name, dtype in types.items()}
+    for name, array in growing.items():
+        if "offsets" in name:
+            array.append(np.zeros(1, dtype=np.int64))
+
+    def append(name: str, offsets: str, pieces: Tokens | Text) -> None:
+        growing[offsets].append(pieces.offsets[1:] + growing[name].count)
+        growing[name].append(pieces.flat)
+
     bad_rows: list[tuple[int, str]] = []
     rows = 0
     with (
@@ -202,18 +184,20 @@ def _build(
         closing(prefetch(reader.chunks())) as parts,
     ):
         for part in parts:
-            builder.add(part)
+            for column, texts in enumerate(part.sentences):
+                append(f"tokens{column}", f"offsets{column}", tokenizer.encode(texts))
+            append("ids", "id_offsets", Text.of(part.ids))
+            growing["lines"].append(part.lines)
+            if part.labels is not None:
+                growing["labels"].append(part.labels)
             bad_rows += [(bad.line, bad.reason) for bad in part.bad_rows]
             rows += part.rows_read
             if progress:
                 progress(rows, reader.position, reader.size)
-    arrays = builder.arrays()
+    arrays = {name: array.finish() for name, array in growing.items()}
     if folder is not None:
-        body = {
-            "version": VERSION,
-            "arrays": {n: [a.dtype.name, a.count, a.checksum] for n, a in builder.growing.items()},
-            "bad_rows": bad_rows,
-        }
+        summary = {name: [array.dtype.name, array.count, array.checksum] for name, array in growing.items()}
+        body = {"version": VERSION, "arrays": summary, "bad_rows": bad_rows}
         write_text(folder / "meta.json", json.dumps({"body": body, "checksum": _checksum(body)}))
     return arrays, bad_rows
 
@@ -285,21 +269,12 @@ def _publish(temporary: Path, entry: Path) -> None:
     flush_directory(entry.parent)
 
 
-def _entry_name(path: Path, layout: FileFormat, labeled: bool, source_hash: str, tokenizer: Tokenizer) -> str:
-    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, repr(layout), labeled)
-    key = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
-    return f"{stem}-{key}"
-
-
 def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:
     """The hash of a file's content, and a signature that changes when the file is modified."""
-    digest = hashlib.blake2b(digest_size=16)
     with open_regular(path) as file:
         signature = _signature(os.fstat(file.fileno()))
         try:
-            while block := file.read(BLOCK):
-                digest.update(block)
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
             raise DataError(f"{show_path(path)}: cannot be read: {error.strerror or error}") from error
     return digest.hexdigest(), signature

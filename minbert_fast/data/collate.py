@@ -11,7 +11,7 @@ import torch
 
 from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.data.buckets import EXACT, Buckets
-from minbert_fast.data.pretraining import ExampleGenerator, GeneratedExamples
+from minbert_fast.data.pretraining import ExampleGenerator
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder, TokenTable, join_pair, truncate
 from minbert_fast.model.packing import pack
@@ -87,11 +87,20 @@ class Collator:
             max_seqlen=_round_up(max(sizes, default=0), self.buckets.seqlen),
             words=words,
         )
+        labels = {}
+        for task, table in self.tables.items():
+            if task in generated:
+                padded = self.buckets.tokens and len(rows[task])
+                tokens = packed.tokens.numel()
+                capacity = self.generators[task].max_targets(tokens, len(rows[task])) if padded else None
+                labels[task] = torch.from_numpy(generated[task].labels(capacity))
+            elif table.labels is not None:
+                labels[task] = torch.from_numpy(table.labels[rows[task]])
         return MultitaskBatch(
             packed=packed,
             tasks=tuple(self.tables),
             arity={task: len(each) for task, each in columns.items()},
-            labels=self._labels(rows, generated, packed.tokens.numel()),
+            labels=labels,
             rows=rows,
             totals=totals,
             duplicated=self.duplicated,
@@ -112,19 +121,6 @@ class Collator:
             first, second = table.columns
             columns.append([join_pair(first[row], second[row], self.max_length) for row in rows])
         return columns
-
-    def _labels(
-        self, rows: Mapping[str, np.ndarray], generated: Mapping[str, GeneratedExamples], tokens: int
-    ) -> dict[str, torch.Tensor]:
-        labels = {}
-        for task, table in self.tables.items():
-            if task in generated:
-                padded = self.buckets.tokens and len(rows[task])
-                capacity = self.generators[task].max_targets(tokens, len(rows[task])) if padded else None
-                labels[task] = torch.from_numpy(generated[task].labels(capacity))
-            elif table.labels is not None:
-                labels[task] = torch.from_numpy(table.labels[rows[task]])
-        return labels
 
 
 def training_batches(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the course's data files: every row is either used, or reported with file, line and reason.
+"""Reads data files. Every row is either used, or reported with file, line and reason.
 
 The files are tab-separated (nli-triplets: comma-separated) with a header line. Columns are found by name; extra columns
 and any column order are allowed. Quoting follows CSV: a field that starts with `"` ends at its closing quote, and quotes
@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -224,16 +225,15 @@ class _Lines:
         try:
             fields = _split_quoted(text, separator) if '"' in text else text.split(separator)
         except _OpenQuoteError as error:
-            joined = self._join(text, separator, width)
-            if joined is None:
+            fields = self._join(text, separator, width)
+            if not fields:
                 raise ValueError(str(error)) from None
-            fields = joined
         if width is not None and len(fields) != width:
             raise ValueError(f"{len(fields)} fields, expected {width}")
         return fields
 
-    def _join(self, text: str, separator: str, width: int | None) -> list[str] | None:
-        """The fields of `text` and the following lines, if those close its open quote and complete the row."""
+    def _join(self, text: str, separator: str, width: int | None) -> list[str]:
+        """The fields of `text` and the following lines; none unless those lines close the open quote and the row."""
         for count, raw in enumerate(self._peek(), start=1):
             try:
                 line = _decode(raw)
@@ -242,18 +242,18 @@ class _Lines:
             except _OpenQuoteError:
                 fields = None
             except ValueError:
-                return None
+                break
             if fields is None:  # the quote is still open: a field with a line break may have no separator
                 if separator in line:
-                    return None
+                    break
                 continue
             if len(fields) != width or any("\n" in field and separator in field for field in fields):
-                return None
+                break
             for _ in range(count):
                 self._ahead.popleft()
             self._number += count
             return fields
-        return None
+        return []
 
     def _peek(self) -> Iterator[Line]:
         """The next lines, up to MAX_RECORD_LINES, without consuming them."""
@@ -332,7 +332,7 @@ def _split_quoted(text: str, separator: str) -> list[str]:
         begin = end + 1
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading. Raises DataError for a directory, a FIFO or a device."""
     # Without O_NONBLOCK, opening a FIFO blocks until a writer opens it.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable
-from contextlib import suppress
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-DEPTH = 2  # items that may wait in the queue
+DEPTH = 3  # items that are computed ahead
 
 
 def prefetch(items: Iterable[Item]) -> Generator[Item, None, None]:
@@ -18,29 +17,12 @@ def prefetch(items: Iterable[Item]) -> Generator[Item, None, None]:
 
     The thread ends after the last item, or when this generator is closed.
     """
-    # An item in a list of length one, an exception, or None at the end.
-    ready: queue.Queue[list[Item] | BaseException | None] = queue.Queue(maxsize=DEPTH)
-    stop = threading.Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                ready.put([item])
-                if stop.is_set():
-                    return
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    end: Any = object()
+    iterator, pool = iter(items), ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item[0]
+        ahead = deque(pool.submit(next, iterator, end) for _ in range(DEPTH))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, iterator, end))
+            yield item
     finally:
-        stop.set()
-        while thread.is_alive():  # it may be blocked on a full queue
-            with suppress(queue.Empty):
-                ready.get(timeout=0.01)
+        pool.shutdown(cancel_futures=True)

@@ -73,17 +73,16 @@ class WordMasking:
     """Masks words to predict (Devlin et al. 2019, section 3.1): 80 % become [MASK], 10 % a random word, 10 % stay.
 
     A sentence of n words has `rate` * n of them masked, rounded up or down at random so that the mean is exact. Special
-    tokens are never masked and never replace a word.
+    tokens are neither masked nor drawn as random words.
     """
 
     def __init__(self, tokenizer: Tokenizer, rate: float, seed: int, task: str) -> None:
         """Raises ValueError for a vocabulary without [MASK]."""
         if tokenizer.mask_id is None:
             raise ValueError(f"task {task} needs a [MASK] in the vocabulary, and there is none")
-        special = (tokenizer.unk_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id)
         self.rate = rate
         self.mask_id = tokenizer.mask_id
-        self.special = np.array(special)
+        self.special = np.array([tokenizer.unk_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.cls_id, self.mask_id])
         self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special)
         self._stream = (seed, f"masking/{task}")
 
@@ -149,7 +148,6 @@ class Corpus(TokenTable):
     parts: tuple[TokenTable, ...] = ()
 
     def locate(self, row: int) -> str:
-        """`file:line` of a row."""
         for part in self.parts:
             if row < len(part):
                 return part.locate(row)

@@ -68,8 +68,7 @@ class TaskSampler:
             share = self.count // len(classes) + (index < self.count % len(classes))
             parts.append(np.resize(members, share))  # repeats the rows of a rare label
         rows: np.ndarray = np.concatenate(parts)
-        shuffled: np.ndarray = rows[_shuffle(len(rows), bits)]
-        return shuffled
+        return np.asarray(rows[_shuffle(len(rows), bits)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -35,9 +36,12 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.model_max_length = model_max_length
         self._rust = _build(vocabulary)
-        self.unk_id, self.sep_id, self.pad_id, self.cls_id = map(self._special, ("unk", "sep", "pad", "cls"))
-        mask = vocabulary.special["mask"]
-        self.mask_id: int | None = self._rust.token_to_id(mask)  # None: the vocabulary has no [MASK]
+        ids: dict[str, Any] = {role: self._rust.token_to_id(token) for role, token in vocabulary.special.items()}
+        for role in ("unk", "sep", "pad", "cls"):
+            if ids[role] is None:
+                raise ValueError(f"the vocabulary has no {vocabulary.special[role]}")
+        self.unk_id, self.sep_id, self.pad_id, self.cls_id = ids["unk"], ids["sep"], ids["pad"], ids["cls"]
+        self.mask_id: int | None = ids["mask"]  # None: the vocabulary has no [MASK]
         self.vocab_size: int = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
         canonical = json.dumps(asdict(vocabulary), sort_keys=True, ensure_ascii=True)
         self.fingerprint: str = hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
@@ -96,16 +100,8 @@ class Tokenizer:
         for name, text in files.items():
             write_text(Path(directory) / name, text)
 
-    def _special(self, role: str) -> int:
-        token = self.vocabulary.special[role]
-        index: int | None = self._rust.token_to_id(token)
-        if index is None:
-            raise ValueError(f"the vocabulary has no {token}")
-        return index
-
 
 def _build(vocabulary: Vocabulary) -> RustTokenizer:
-    """The Rust tokenizer of a vocabulary."""
     special = vocabulary.special
     rust = RustTokenizer(
         models.WordPiece(

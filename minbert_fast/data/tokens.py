@@ -55,7 +55,6 @@ class Tokens:
 
     @staticmethod
     def of(sentences: Sequence[Sequence[int] | np.ndarray]) -> Tokens:
-        """Concatenates sentences of word ids."""
         parts = [np.empty(0, np.int32), *(np.asarray(sentence, dtype=np.int32) for sentence in sentences)]
         return Tokens(np.concatenate(parts), offsets_of([len(sentence) for sentence in sentences]))
 
@@ -75,7 +74,6 @@ class Text:
 
     @staticmethod
     def of(strings: Sequence[str]) -> Text:
-        """Concatenates strings."""
         encoded = [string.encode("utf-8") for string in strings]
         return Text(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets_of([len(each) for each in encoded]))
 

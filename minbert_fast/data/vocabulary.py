@@ -60,9 +60,7 @@ def read_vocabulary(folder: Path) -> tuple[Path, Vocabulary, int | None]:
         lines = _read_text(path).split("\n")
         if not lines[-1]:
             lines.pop()
-        words = {
-            line.removesuffix("\r"): index for index, line in enumerate(lines)
-        }  # of duplicates the last one counts
+        words = {line.removesuffix("\r"): index for index, line in enumerate(lines)}  # the last of duplicates counts
         with errors_name(path):
             _check_words(words)
         return path, Vocabulary(words, **options), max_length
@@ -135,20 +133,17 @@ def _check_template(part: Any, special: dict[str, str]) -> None:
         raise ValueError("post_processor makes other sequences than [CLS] .. [SEP]: not a BERT tokenizer")
 
 
-def _added_tokens(content: dict[str, Any], special: dict[str, str]) -> tuple[dict[str, Any], ...]:
+def _added_tokens(file: dict[str, Any], special: dict[str, str]) -> tuple[dict[str, Any], ...]:
     """The added tokens except BERT's special ones."""
     added = []
-    for entry in _expect(content.get("added_tokens", []), list, "added_tokens"):
-        entry = _expect(entry, dict, "an added token")
-        token = {
-            "content": _expect(entry.get("content"), str, "an added token's content"),
-            "id": _expect(entry.get("id"), int, "an added token's id"),
-        }
-        if not token["content"]:
+    for entry in _expect(file.get("added_tokens", []), list, "added_tokens"):
+        content = _expect(_expect(entry, dict, "an added token").get("content"), str, "an added token's content")
+        token = {"content": content, "id": _expect(entry.get("id"), int, "an added token's id")}
+        if not content:
             raise ValueError("an added token is empty")
         for key in ("single_word", "lstrip", "rstrip", "normalized", "special"):
             token[key] = _expect(entry.get(key, False), bool, f"an added token's {key}")
-        if token["content"] not in special.values():
+        if content not in special.values():
             added.append(token)
     return tuple(added)
 
@@ -165,7 +160,7 @@ def _check_words(words: dict[str, int]) -> None:
 
 
 def _expect(value: Any, kind: type, name: str) -> Any:
-    """`value`, if it is of type `kind`. Raises ValueError."""
+    """Returns `value`. Raises ValueError unless it is of type `kind`."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name} is {show(repr(value))}, expected {kind.__name__}")
     return value
@@ -205,8 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DataError with the line."""
     text = _read_text(path)
     try:
-        value: dict[str, Any] = _expect(json.loads(text), dict, "the content")
-        return value
+        return dict(_expect(json.loads(text), dict, "the content"))
     except json.JSONDecodeError as error:
         raise DataError(f"{show_path(path)}:{error.lineno}: not JSON: {error.msg}") from None
     except RecursionError:

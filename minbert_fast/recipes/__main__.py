@@ -16,7 +16,6 @@ from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the list of recipes, or one recipe."""
     parser = cli.Parser("recipes", "Shows the recipes that ship with the package.")
     parser.add_argument("action", nargs="?", default="list", choices=("list", "show"), help="(default: list)")
     parser.add_argument("name", nargs="?", metavar="NAME", help="show: a recipe's name, or a .toml file")
@@ -30,7 +29,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def format_list(recipes: Sequence[Recipe]) -> str:
-    """A table with one recipe per line."""
     rows = [("name", "published", "source", "description")]
     for recipe in recipes:
         published = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())

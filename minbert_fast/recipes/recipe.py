@@ -17,16 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from minbert_fast.common.schema import (
-    ConfigError,
-    build,
-    check,
-    check_at_least,
-    check_below_one,
-    merge,
-    plain,
-    to_toml,
-)
+from minbert_fast.common.schema import ConfigError, build, check, check_at_least, check_below_one, merge, plain, to_toml
 from minbert_fast.common.storage import inside, regular
 from minbert_fast.data.sampling import Scheme
 from minbert_fast.model.config import BertConfig, Pooling  # noqa: F401  (BertConfig: an import path of earlier versions)
@@ -301,8 +292,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        nested: Any = value
         for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        values = merge(values, nested)
+            value = {part: value}
+        values = merge(values, value)
     return values

@@ -186,10 +186,17 @@ class OnePassStep:
                 row = self.gradients.view(p)[0]
                 row.zero_() if p.grad is None else row.copy_(p.grad)
             p.grad = None
-        word = self.model.encoder.word_embedding.weight
-        if any(p is word for p in self.others):  # a head uses the words too: its dense gradient, and the sparse rows
-            ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
-            self.gradients.view(word).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
+        word = self.model.encoder.word_embedding
+        tied = any(p is word.weight for p in self.others)
+        if self.flat.words is None and not tied:
+            return
+        ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
+        if word.padding_idx is not None and len(ids):  # as in nn.Embedding, the padding word's row gets no gradient
+            padding = ids == word.padding_idx
+            index = padding.int().argmax()[None]
+            rows.index_copy_(1, index, rows[:, index].masked_fill(padding.any(), 0))
+        if tied:  # a head uses the words too: its dense gradient, and the sparse rows
+            self.gradients.view(word.weight).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
 
     def _write_others(self, losses: Sequence[Tensor]) -> None:
         """Writes per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""

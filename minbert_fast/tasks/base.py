@@ -115,7 +115,7 @@ class Task(ABC):
     Options: ClassVar[type]
     head_class: ClassVar[type]  # a Head that is built from options, config and shared modules (`build_head`)
     labelled: ClassVar[bool] = True
-    stem: ClassVar[str] = ""  # start of the prediction file's name, if the task is called like its kind
+    stem: ClassVar[str] = ""  # start of the prediction file's name, if the task has its kind's name
     header: ClassVar[str] = ""  # second column of the prediction file
     metric: ClassVar[str] = "accuracy"  # the metric that judges the task
 

@@ -127,7 +127,7 @@ def predict(
     """
     device = next(model.encoder.parameters()).device
     head = model.head(name)
-    predictions, probabilities = np.empty(0, np.float32), None
+    rows, predictions, probabilities = [], [], []
     batches = evaluation_batches(
         name,
         table,
@@ -135,20 +135,19 @@ def predict(
         token_budget=TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]),
         encoder=model.tasks[name].encoder,
     )
-    for index, batch in enumerate(batches):
-        rows = batch.rows[name]
+    for batch in batches:
+        rows.append(batch.rows[name])
         batch = batch.to(device)
         output: HeadOutput = head(model.inputs(batch, snapshot.hidden(PackedRows.of(batch.packed)))[name])
-        values, shares = head.predict(output).cpu().numpy(), head.probabilities(output)
-        if index == 0:
-            predictions = np.empty(len(table), values.dtype)
-            probabilities = None if shares is None else np.empty((len(table), shares.shape[1]), np.float32)
-        predictions[rows] = values
-        if probabilities is not None and shares is not None:
-            probabilities[rows] = shares.cpu().numpy()
+        predictions.append(head.predict(output).cpu().numpy())
+        if (shares := head.probabilities(output)) is not None:
+            probabilities.append(shares.cpu().numpy())
         if progress is not None:
-            progress(len(rows))
-    return predictions, probabilities
+            progress(len(rows[-1]))
+    if not rows:
+        return np.empty(0, np.float32), None
+    order = np.argsort(np.concatenate(rows))
+    return np.concatenate(predictions)[order], np.concatenate(probabilities)[order] if probabilities else None
 
 
 def _details(result: TaskResult, texts: Sequence[Sequence[str]] | None) -> dict[str, Any]:
@@ -197,8 +196,6 @@ def _worst_errors(result: TaskResult, texts: Sequence[Sequence[str]]) -> list[di
 
 def _rounded(values: np.ndarray) -> list[Any]:
     """Numbers for JSON with at most six decimals; values that are not finite become null."""
-    if np.issubdtype(values.dtype, np.integer):
-        return list(values.tolist())
     return [_finite(value) for value in values.tolist()]
 
 

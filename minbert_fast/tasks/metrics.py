@@ -31,9 +31,7 @@ def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int) 
 
 def normalised_confusion(matrix: np.ndarray) -> np.ndarray:
     """Each row divided by its sum (the diagonal is the recall); a class without examples gives a row of zeros."""
-    totals = matrix.sum(axis=1, keepdims=True)
-    shares: np.ndarray = matrix / np.maximum(totals, 1)
-    return shares
+    return np.asarray(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
 
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -72,8 +70,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, [n] -> [n] fp64; equal values get the average of their ranks."""
     _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    averaged: np.ndarray = (last - (counts - 1) / 2)[codes]
-    return averaged
+    return np.asarray((last - (counts - 1) / 2)[codes])
 
 
 def course_score(metrics: Mapping[str, float]) -> float | None:

@@ -128,7 +128,9 @@ class MultitaskModel(nn.Module):
 
     def _encode_padded(self, packed: PackedBatch, offsets: list[int], mode: Pooling) -> tuple[Tensor, Tensor]:
         """Pooled vectors [n, H] and token rows of the sentences between `offsets`, from the encoder's own modules."""
-        ids, types, mask = _pad(packed, offsets)
+        spans = [slice(begin, end) for begin, end in itertools.pairwise(offsets)]
+        columns = (packed.tokens.long(), packed.types.long(), torch.ones_like(packed.tokens).long())
+        ids, types, mask = (pad_sequence([column[span] for span in spans], batch_first=True) for column in columns)
         hidden = self.encoder.stock(ids, mask, types)  # [n, S, H]
         pooled = _pool_padded(hidden, mask, mode, self.encoder)
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
@@ -138,7 +140,7 @@ class MultitaskModel(nn.Module):
     ) -> Tensor:
         """The mean loss of task `name` times its weight, from its head's output; 0 without examples.
 
-        For a batch that is one process's share of a step: its part of the step's mean (the parts add up to the mean).
+        With several processes, this is the part of the step's mean that this process's examples contribute.
         """
         if batch.num_examples(name) == 0:
             return output.scores.sum()  # the sum of no elements: 0, and part of the autograd graph
@@ -149,7 +151,6 @@ class MultitaskModel(nn.Module):
         return head.loss(output, labels) * weight
 
     def head(self, name: str) -> Head:
-        """The head of task `name`."""
         head = self.heads[name]
         assert isinstance(head, Head)
         return head
@@ -165,7 +166,7 @@ class MultitaskModel(nn.Module):
         for name in tasks:
             if name not in self.heads:
                 raise ConfigError(f"tasks.{name}: the model has no head of this name (it has {', '.join(self.heads)})")
-        with torch.device("meta"):  # shapes only: allocates nothing and draws no random numbers
+        with torch.device("meta"):  # shapes only: no memory, no random numbers
             needed = {key: t.shape for key, t in self._head_tensors(_build_heads(merged, self.encoder)).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
@@ -175,8 +176,7 @@ class MultitaskModel(nn.Module):
 
     def head_parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """Parameters of the heads called `names` (None: all heads), shared ones once."""
-        heads = self.heads if names is None else nn.ModuleList([self.heads[name] for name in names])
-        return list(heads.parameters())
+        return list(nn.ModuleList(self.heads[name] for name in (self.heads if names is None else names)).parameters())
 
     @torch.no_grad()
     def load_pretraining_heads(self, tensors: Mapping[str, Tensor], where: str) -> list[str]:
@@ -221,10 +221,10 @@ class MultitaskModel(nn.Module):
         """
         directory = Path(directory)
         for name in ("recipe.toml", "heads.safetensors"):
-            if (directory / "best" / name).is_file() and not (directory / name).is_file():
-                raise ConfigError(f"{directory}: the output of a training run; its model is {directory / 'best'}")
             if not (directory / name).is_file():
-                raise ConfigError(f"{directory}: no trained model, it holds no {name}")
+                trained = (directory / "best" / name).is_file()
+                output = f"the output of a training run; its model is {directory / 'best'}"
+                raise ConfigError(f"{directory}: {output if trained else f'no trained model, it holds no {name}'}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
         try:
             tasks = build_tasks(recipe)
@@ -244,14 +244,6 @@ class MultitaskModel(nn.Module):
 def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict:
     shared: dict[str, nn.Module] = {WORD_EMBEDDING: encoder.word_embedding}
     return nn.ModuleDict({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
-
-
-def _pad(packed: PackedBatch, offsets: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The sentences between `offsets` as word ids, token types and mask, [n, S] each."""
-    columns = (packed.tokens.long(), packed.types.long(), torch.ones_like(packed.tokens).long())
-    spans = [slice(begin, end) for begin, end in itertools.pairwise(offsets)]
-    ids, types, mask = (pad_sequence([column[span] for span in spans], batch_first=True) for column in columns)
-    return ids, types, mask
 
 
 def _pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:

@@ -7,7 +7,7 @@ be trained together with weights. The head has parameters only with `project = t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -20,7 +20,11 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses, metrics
 from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, register
 
-OBJECTIVES = ("regression", "contrastive", "triplet")
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {  # of options, premises, entailed and contradicting hypotheses
+    "regression": lambda options, a, e, c: losses.entailment_regression(a, e, c),
+    "contrastive": lambda options, a, e, c: losses.contrastive(a, e, c, options.temperature),
+    "triplet": lambda options, a, e, c: losses.triplet(a, e, c, options.margin),
+}
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,9 @@ class NliHead(Head):
         return HeadOutput(torch.stack([cosine(anchor, positive), cosine(anchor, negative)], dim=-1), vectors)
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
-        anchor, positive, negative = output.vectors
-        total = output.scores.new_zeros(())
-        for name, weight in self.options.objectives.items():
-            if name == "regression":
-                part = losses.entailment_regression(anchor, positive, negative)
-            elif name == "contrastive":
-                part = losses.contrastive(anchor, positive, negative, self.options.temperature)
-            else:
-                part = losses.triplet(anchor, positive, negative, self.options.margin)
-            total = total + weight * part
-        return total
+        weights = self.options.objectives
+        parts = (weight * OBJECTIVES[name](self.options, *output.vectors) for name, weight in weights.items())
+        return sum(parts, output.scores.new_zeros(()))
 
     def predict(self, output: HeadOutput) -> Tensor:
         entailed, contradicting = output.scores.unbind(-1)

@@ -4,9 +4,8 @@
     embeddings u, v -> [dropout] -> [shared stack] -> [projection] -> cosine                        -> score
                                                                    -> features, [dropout], linear   -> score or classes
 
-With `encoder = "cross"` the pair has one embedding, of the joint sequence, which is the only feature. With "both" the joint
-embedding is one more feature of the linear head; the cosine head adds a linear function of it, initially zero, to its
-score.
+With `encoder = "cross"` the only feature is the embedding of the joint sequence. With "both" the linear head gets the joint
+embedding as one more feature; the cosine head adds a linear function of it to its score, which is initially zero.
 
 Labels are scaled to t from 0 (different) to 1 (same meaning): the paraphrase label itself, or similarity / 5. The head
 predicts t; paraphrase reads it as a probability, similarity scales it back.
@@ -157,9 +156,8 @@ class PairHead(Head):
             return scores.softmax(-1) @ levels / (self.levels - 1)
         if options.loss == "bce":
             return scores.sigmoid()
-        signed = options.loss in ("hinge", "cosent", "ranking") or (
-            options.loss in ("mse", "l1") and options.labels == "signed"
-        )
+        regression = options.loss in ("mse", "l1")
+        signed = options.loss in ("hinge", "cosent", "ranking") or (regression and options.labels == "signed")
         return ((scores + 1) / 2 if signed else scores).clamp(0.0, 1.0)
 
     def _vector(self, x: Tensor) -> Tensor:
@@ -183,18 +181,12 @@ class PairHead(Head):
         u, v = output.vectors
         if name == "cosine_embedding":
             return losses.cosine_embedding(u, v, t, options.margin)
-        if name == "cosent":
-            return losses.cosent(u, v, t, options.temperature)
-        assert name == "ranking"
-        return losses.ranking(u, v, t, options.temperature)
+        loss = losses.cosent if name == "cosent" else losses.ranking
+        return loss(u, v, t, options.temperature)
 
 
-@dataclass(frozen=True)
 class PairTask(Task):
-    """A task on pairs of sentences."""
-
-    options: PairOptions
-
     @property
     def encoder(self) -> Encoder:
-        return self.options.encoder
+        encoder: Encoder = self.options.encoder
+        return encoder

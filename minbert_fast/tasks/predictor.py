@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model in use: vectors, predictions of its heads, search.
+"""Uses a trained model: sentence vectors, predictions of its heads, search.
 
     from minbert_fast import Predictor
 
@@ -12,8 +12,7 @@ Shapes: n sentences or pairs, H hidden, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,11 +32,11 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, Task, evaluation
 
 Pair = tuple[str, str] | Sequence[str]
-Progress = Callable[[int], object]  # is told how many sentences or examples each batch had
+Progress = Callable[[int], object]  # gets the number of sentences or examples of each batch
 
 
 class Hit(NamedTuple):
-    """A sentence that a search has found."""
+    """A search result."""
 
     row: int  # in the corpus, from 0
     score: float  # cosine
@@ -45,7 +44,7 @@ class Hit(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a head says of n examples."""
+    """A head's predictions for n examples."""
 
     values: np.ndarray  # [n] on the scale of the task's labels
     probabilities: np.ndarray | None  # [n, C]; None for a regression
@@ -53,26 +52,26 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """Sentences with their vectors, to be searched any number of times."""
+    """Sentences and their vectors, for repeated searches."""
 
     texts: Sequence[str]
     vectors: np.ndarray  # [n, H] fp32, of length 1
 
     def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
-        """For each of `vectors` [q, H] (of length 1) the `top` sentences of the highest cosine, best first."""
+        """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1."""
         found = []
         top = min(top, len(self.texts))
-        for begin in range(0, len(vectors), 256):  # so many rows of scores at a time
+        for begin in range(0, len(vectors), 256):  # limits the memory of the scores
             scores = vectors[begin : begin + 256] @ self.vectors.T
             for row in scores:
                 best = np.argpartition(-row, top - 1)[:top] if top else np.empty(0, np.int64)
-                order = best[np.lexsort((best, -row[best]))]  # of equal scores the earlier sentence first
+                order = best[np.lexsort((best, -row[best]))]  # among equal scores, the earlier sentence first
                 found.append([Hit(int(i), float(row[i]), self.texts[i]) for i in order])
         return found
 
 
 class Predictor:
-    """A model directory in use, on one device, in evaluation mode. Its weights are taken as they are when it is made."""
+    """A trained model on one device, in evaluation mode. It keeps the weights that the model has at construction."""
 
     def __init__(
         self,
@@ -92,11 +91,10 @@ class Predictor:
         self.heads = None if heads is None else heads.eval()
         self.pooling: Pooling = pooling
         self.normalize = normalize
-        self.max_length = min(
-            max_length or encoder.config.max_position_embeddings, encoder.config.max_position_embeddings
-        )
+        positions, hidden = encoder.config.max_position_embeddings, encoder.config.hidden_size
+        self.max_length = min(max_length or positions, positions)
         self.prompt = prompt
-        self.width = min(truncate_dim or encoder.config.hidden_size, encoder.config.hidden_size)  # of a vector
+        self.width = min(truncate_dim or hidden, hidden)  # of a vector
         self.precision = precision
         self._snapshot = inference.Snapshot(self.encoder, DTYPES[precision])
 
@@ -109,11 +107,11 @@ class Predictor:
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         local_files_only: bool = False,
     ) -> Predictor:
-        """A trained model (`best/`, `last/`), a sentence-transformers or Hugging Face directory, or a hub name.
+        """Reads a trained model (`best/`, `last/`), a sentence-transformers or Hugging Face directory, or a hub name.
 
-        Heads come along where there are any. Sentences are pooled as `modules.json` says, else as the model was trained,
-        else by the mean. `auto` precision is bf16 products where the hardware has them. Raises ConfigError, WeightsError
-        or DataError, one line each.
+        Heads are read if the model has any. The pooling is that of `modules.json`, else that of training, else the mean.
+        `auto` precision is bf16 if the hardware multiplies it natively, else fp32. Raises ConfigError, WeightsError or
+        DataError, one line each.
         """
         target = choose_device(device)
         directory = weights.resolve(str(name_or_path), local_files_only=local_files_only)
@@ -124,7 +122,9 @@ class Predictor:
         modules = sentence_modules.read(directory)
         source = directory if modules is None else modules.encoder
         recipe, heads = None, None
-        with _no_word_about_the_pooler():
+        with warnings.catch_warnings():
+            # Many published encoders lack the pooler; models that pool with it always have one.
+            warnings.filterwarnings("ignore", message=".* has no pooler")
             if (directory / "heads.safetensors").is_file():
                 recipe = Recipe.load(str(directory / "recipe.toml"))
                 heads = MultitaskModel.load(directory).to(target)
@@ -140,7 +140,7 @@ class Predictor:
             pooling, normalize, prompt = modules.pooling, modules.normalize, modules.prompt
             max_length, truncate_dim = modules.max_length or max_length, modules.truncate_dim
             if modules.lowercase and not tokenizer.vocabulary.lowercase:
-                # Accents stay where the tokenizer keeps them: it strips them by default only if it lower-cases itself.
+                # A tokenizer without lower-casing keeps accents by default, so this one keeps them too.
                 kept = tokenizer.vocabulary
                 lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))
                 tokenizer = Tokenizer(lowered, tokenizer.model_max_length)
@@ -168,10 +168,10 @@ class Predictor:
         normalize: bool | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """One vector a sentence, fp32 [n, width]; `pooling` and `normalize` replace the model's own.
+        """One vector per sentence, fp32 [n, width]; `pooling` and `normalize` replace the model's own settings.
 
-        A model that truncates its vectors (`truncate_dim`) does so after its own scaling, as sentence-transformers
-        does; `normalize=True` gives length 1 in any case. Raises ValueError for a single string.
+        Vectors are scaled before they are truncated (`truncate_dim`), as in sentence-transformers. `normalize=True` scales
+        truncated vectors to length 1 again. Raises ValueError for a single string.
         """
         if isinstance(sentences, str):
             raise ValueError("encode expects a list of sentences, not a string")
@@ -192,13 +192,13 @@ class Predictor:
         return vectors
 
     def index(self, corpus: Sequence[str], progress: Progress | None = None) -> Index:
-        """Makes a corpus ready for `search`."""
+        """Encodes a corpus for `search`."""
         return Index(corpus, self.encode(corpus, normalize=True, progress=progress))
 
     def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
-        """The `top` sentences of the corpus most like `query` by the cosine of their vectors, best first.
+        """The `top` sentences of the corpus whose vectors have the highest cosine with that of `query`, best first.
 
-        For several queries make the corpus an `index` first; else it is encoded in each call.
+        For several queries, call `index` first; otherwise each call encodes the corpus.
         """
         ready = corpus if isinstance(corpus, Index) else self.index(corpus)
         return ready.nearest(self.encode([query], normalize=True), top)[0]
@@ -210,17 +210,17 @@ class Predictor:
         return self.predict(self.task_of("sentiment"), sentences).values
 
     def paraphrase(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """1.0 where the sentences of a pair mean the same, else 0.0 [n]. Raises ConfigError without such a head."""
+        """1.0 if the sentences of a pair have the same meaning, else 0.0, [n]. Raises ConfigError without such a head."""
         return self.predict(self.task_of("paraphrase"), *columns(pairs)).values
 
     def similarity(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """How alike the sentences of a pair are, 0 to 5 [n]. Raises ConfigError without such a head."""
+        """Similarity of the sentences of a pair, 0 to 5, [n]. Raises ConfigError without such a head."""
         return self.predict(self.task_of("similarity"), *columns(pairs)).values
 
     def predict(self, task: str, *sentences: Sequence[str], progress: Progress | None = None) -> Predictions:
-        """What the head of `task` says of examples, given as one list of texts for each sentence of an example.
+        """Predictions of the head of `task`. The arguments are one list [n] of texts per sentence of an example.
 
-        Raises ConfigError for a task that the model has no head for, ValueError for lists that do not fit it.
+        Raises ConfigError for an unknown task, ValueError for a wrong number of lists or lists of different lengths.
         """
         if task not in self.tasks:
             raise ConfigError(f"this model has no {task} head (it has {', '.join(self.tasks)})")
@@ -230,35 +230,22 @@ class Predictor:
         if any(isinstance(column, str) for column in sentences):
             raise ValueError(f"{task} takes lists of sentences, not a string")
         count = len(sentences[0])
-        table = Table(
-            task=kind.task,
-            path=Path(),
-            sentences=tuple(list(column) for column in sentences),
-            labels=None,
-            ids=[""] * count,
-            lines=np.arange(count),
-        )
+        table = Table(kind.task, Path(), tuple(map(list, sentences)), None, [""] * count, np.arange(count))
         return self.predict_table(task, table, progress)
 
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
-        """The same for the rows of a data file."""
-        found = evaluation.predict(
-            self._model(),
-            task,
-            tokenize_table(table, self.tokenizer),
-            self._snapshot,
-            max_length=self.max_length,
-            progress=progress,
-        )
+        """Predictions of the head of `task` for the rows of a data file."""
+        model, rows = self._model(), tokenize_table(table, self.tokenizer)
+        found = evaluation.predict(model, task, rows, self._snapshot, max_length=self.max_length, progress=progress)
         return Predictions(*found)
 
     @property
     def tasks(self) -> Mapping[str, Task]:
-        """The tasks that the model has heads for and can predict, by name. Raises ConfigError where it has no heads."""
+        """The tasks that the model can predict, by name. Raises ConfigError for a model without heads."""
         return {name: task for name, task in self._model().tasks.items() if task.predicts}
 
     def task_of(self, kind: str) -> str:
-        """The name of the model's task of this kind: the one of that name, else the first. Raises ConfigError."""
+        """The name of the model's task of this kind: `kind` itself, else the first. Raises ConfigError if there is none."""
         if kind in self.tasks:
             return kind
         names = [name for name, task in self.tasks.items() if task.kind == kind]
@@ -273,19 +260,11 @@ class Predictor:
 
 
 def columns(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
-    """Pairs as a list of first and a list of second sentences. Raises ValueError naming the first that is no pair."""
+    """The first sentences and the second sentences of pairs. Raises ValueError that names the first invalid pair."""
     for number, pair in enumerate(pairs):
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(f"pair {number} is {pair!r:.60}, expected two sentences")
     return [first for first, _ in pairs], [second for _, second in pairs]
-
-
-@contextmanager
-def _no_word_about_the_pooler() -> Iterator[None]:
-    """Many published encoders lack the pooler; it matters only to models that pool with it, which all have one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* has no pooler")
-        yield
 
 
 __all__ = ["Hit", "Index", "Predictions", "Predictor"]

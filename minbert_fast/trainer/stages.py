@@ -27,7 +27,7 @@ from minbert_fast.step.extras.smart import check_smart
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.tasks.labelled_sentences import check_encoder_frozen, embed_labelled_sentences
+from minbert_fast.tasks.neighbours import check_encoder_frozen, embed_labelled_sentences
 from minbert_fast.trainer.loop import Stage
 
 

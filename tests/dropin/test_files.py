@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files written through one room; copied predictors; what sentence-transformers directories say beside their weights."""
+"""File writers, copies of predictors, and the settings in sentence-transformers directories."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def writers(path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
-    """The rename put a regular file in the place of whatever stood there."""
+    """The rename replaced a pipe or a device by a regular file."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for write, expected in (
@@ -197,7 +197,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         storage.write_text(tmp_path, "new")
 
 
-# Files that grow while they are open, in folders of their own: the run's log, and the cache's arrays.
+# These files grow while they are open: the run's log, and the arrays of an unfinished cache entry.
 GROWING = {"trainer/outputs.py", "data/cache.py"}
 WRITES = re.compile(
     r"os\.(replace|rename|fsync)\(|\.(write_text|write_bytes)\(|open\([^)]*[\"'][wax]\+?b?\+?[\"']|mkstemp|NamedTemp"

@@ -22,7 +22,7 @@ from tests.dropin.cases import WIDTH, batch, close, course, course_layer, replic
 
 
 def packed(ids: Tensor, mask: Tensor) -> Any:
-    """Rows of the first and fourth sentences, whose tokens stand at the left, with capacity to spare."""
+    """Packs the first and the fourth sentence, which are padded on the right; the batch has unused capacity."""
     rows = [ids[i][mask[i].bool()].numpy() for i in (0, 3)]
     return pack([[rows[0]], [rows[1]]], token_capacity=20, sentence_capacity=4)
 
@@ -115,7 +115,7 @@ class Doubled(nn.Module):
 
 
 class ShiftedLinear(nn.Linear):
-    """A subclass with a forward and a parameter of its own."""
+    """A subclass with another forward and one more parameter."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patched transformers model computes what its modules say, whatever happens to them before or after the patch."""
+"""A patched transformers model follows changes of its modules before and after the patch."""
 
 from __future__ import annotations
 

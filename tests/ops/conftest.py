@@ -33,19 +33,19 @@ def running(floor: str) -> Iterator[torch.device]:
 
 @pytest.fixture(params=["torch", "native", "triton"])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Each floor in turn, the extension with the processor's best instructions."""
+    """One test per implementation; the extension uses the processor's best instruction set."""
     yield from running(request.param)
 
 
 @pytest.fixture(params=["torch", *(f"native {isa}" for isa in ISAS), "triton"])
 def every_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Each floor in turn, the extension with each instruction set."""
+    """One test per implementation, and one per instruction set of the extension."""
     yield from running(request.param)
 
 
 @pytest.fixture(params=["native", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Each floor that has kernels of its own."""
+    """One test per implementation with hand-written kernels."""
     yield from running(request.param)
 
 

@@ -98,7 +98,7 @@ def test_large_mean_does_not_cancel(device: torch.device) -> None:
 
 
 def test_mixed_dtypes_equal_their_exact_image(device: torch.device) -> None:
-    """fp32 parameters beside bf16 activations: the same as bf16 parameters of the same values."""
+    """fp32 parameters with bf16 activations give the result of bf16 parameters with the same values."""
     tensors, dy, seed = inputs(8, 96, torch.bfloat16, device)
     wide = {n: t.float() if t.dim() == 1 else t for n, t in tensors.items()}
     for a, b in zip(run(tensors, dy, seed, P, (0, 8)), run(wide, dy, seed, P, (0, 8)), strict=True):

@@ -96,7 +96,7 @@ SPOILERS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-# What an op cannot know to be wrong: another size that nothing else contradicts.
+# Changes that an op cannot detect: no other argument contradicts the new size.
 HARMLESS = {
     *((name, table, "a longer first dimension") for name in ("embedding_forward", "embedding_backward")
       for table in ("word", *(("position", "type_") if name == "embedding_forward" else ()))),

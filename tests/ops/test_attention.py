@@ -155,7 +155,7 @@ def test_long_sentence(triton: torch.device) -> None:
 
 @pytest.mark.ci
 def test_more_sentences_than_one_scan_of_the_offsets(triton: torch.device) -> None:
-    """The tiled kernels look for long sentences 256 at a time; here the long ones stand on both sides of that."""
+    """The tiled kernels look for long sentences 256 at a time; here long ones come before and after number 256."""
     lengths = (0,) * 250 + (35, 1, 40) + (0,) * 10 + (33,)
     check(*rows_of(lengths, 1, 16, torch.float32, triton), lengths)
 
@@ -188,7 +188,7 @@ def test_any_strides(device: torch.device) -> None:
 
 @pytest.mark.ci
 def test_rows_beyond_int32(triton: torch.device) -> None:
-    """20 rows, 2^27 elements apart: the last lies behind element 2^31 (pages never touched take no memory)."""
+    """20 rows, 2^27 elements apart: the last begins beyond element 2^31 (untouched pages use no memory)."""
     from minbert_fast.kernels import attention as launchers
 
     qkv, dout = rows_of((20,), 1, 16, torch.float16, triton, tail=0)

@@ -63,7 +63,7 @@ def test_leading_dimensions(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["add_norm", "bias_gelu"])
 def test_expanded_cotangent_and_strided_input(name: str, device: torch.device) -> None:
-    """What `.sum()` and a transpose hand to an op: a gradient of stride 0, an input that is not contiguous."""
+    """`.sum()` gives an op a gradient of stride 0; a transpose gives it an input that is not contiguous."""
     case = make(name, 0.0, torch.float32, device)
     x, *others = leaves(case.inputs)
     got = torch.autograd.grad(case.call(x.T.contiguous().T, *others).sum(), others)

@@ -34,7 +34,7 @@ BATCHES: dict[str, list[list[int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A packed batch with tables, and what the op makes of them."""
+    """A packed batch, embedding tables, and the op's results for them."""
 
     batch: PackedBatch
     tables: dict[str, Tensor]

@@ -34,7 +34,7 @@ def check(
     rows: int = ROWS,
 ) -> None:
     dy, x = inputs(rows, *shape, dtype, device)
-    dy[bounds[-1] :] = torch.nan  # padding counts for no task, whatever it holds
+    dy[bounds[-1] :] = torch.nan  # padding rows must not affect any task
     slices = Slices(len(bounds) - 1, {"weight": shape, "bias": shape[:1]}, out, device)
     linear_gradients(dy, x, int32(*bounds, device=device), slices.views["weight"], slices.views["bias"])
     for task, (begin, end) in enumerate(itertools.pairwise(bounds)):

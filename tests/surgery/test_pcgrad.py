@@ -113,7 +113,7 @@ def test_the_trainers_choices_are_the_naive_loop(
 
 
 class Trunk(nn.Module):
-    """A shared trunk, two or three heads that T tasks take in turn, one frozen parameter and one that nobody uses."""
+    """A shared trunk, two or three heads for T tasks (round robin), one frozen parameter and one unused parameter."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -345,7 +345,7 @@ def test_gradscaler_skips_a_broken_step(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters(dtype: torch.dtype) -> None:
-    """Gradients come back in the parameters' dtype; bf16 and fp16 parameters may stand beside fp32 ones."""
+    """Gradients come back in the parameters' dtype; bf16 or fp16 parameters may be mixed with fp32 ones."""
     low, high = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype)), nn.Parameter(torch.tensor([3.0]))
     optimizer = PCGrad(torch.optim.SGD([low, high], lr=0.1), "sum")
     optimizer.pc_backward([low.sum() * high.sum().to(dtype), -low[0] * 2 * high.sum().to(dtype)])

@@ -279,7 +279,7 @@ def test_aligned_mtl_balances_components(tasks: int) -> None:
     ],
 )
 def test_methods_agree_with_torchjd(method: str, theirs: str, tolerance: float) -> None:
-    """Theirs regularize (UPGrad) or stop early (MGDA), hence the tolerances; w J is what must agree."""
+    """w J must agree. torchjd regularizes UPGrad and stops MGDA early, hence the tolerances."""
     aggregation = pytest.importorskip("torchjd.aggregation")
     try:
         weighting = getattr(aggregation, theirs)()
