@@ -36,8 +36,8 @@ from minbert_fast.model.passes import (
     DenseTokens,
     PackedRows,
     Pass,
+    apply,
     called,
-    checkpointed,
     extended_mask,
     through,
 )
@@ -213,8 +213,7 @@ class BertModel(nn.Module):
         """Every layer as a module; positions with mask 0 give zeros."""
         extended = extended_mask(mask, hidden.dtype)
         for layer in self.bert_layers:
-            again = self._recompute()
-            hidden = checkpointed(called, layer, hidden, extended) if again else called(layer, hidden, extended)
+            hidden = apply(called, layer, hidden, extended, recompute=self._recompute())
         return hidden * (mask != 0)[:, :, None].to(hidden.dtype) if mask.dim() == 2 else hidden
 
     def _recompute(self) -> bool:

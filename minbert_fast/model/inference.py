@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast import ops
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
-from minbert_fast.model.fused import Embedding
-from minbert_fast.model.passes import Attend, PackedRows, Rows, TokenRows, called
+from minbert_fast.model.passes import PackedRows, Pass
 from minbert_fast.ops.pooling import pool
 
 Item = TypeVar("Item")
@@ -55,7 +53,7 @@ class Encodes(Protocol):
 # ---- The encoder with its weights made ready -----------------------------------------------------------------------
 
 
-class Snapshot:
+class Snapshot(Pass):
     """The weights of an encoder as they are now, in `dtype`, for passes without gradients and dropout.
 
     LayerNorms, and the biases that join them, stay as they are, for statistics and sums are fp32. Weights that have
@@ -88,44 +86,20 @@ class Snapshot:
         with _evaluating(self.model):
             return self.model.encode_rows(self, rows)
 
-    # ---- How the pass computes -------------------------------------------------------------------------------------
-
-    owns_embeddings = False
-
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         key = tuple(map(id, modules))
         if key not in self._stacked:
-            weight = torch.cat([self._ready(m.weight) for m in modules])
-            self._stacked[key] = weight, torch.cat([self._ready(m.bias) for m in modules]).to(self.dtype)
+            weight = torch.cat([self.weight(m.weight) for m in modules])
+            self._stacked[key] = weight, torch.cat([self.weight(m.bias) for m in modules]).to(self.dtype)
         return F.linear(x, *self._stacked[key])
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return F.linear(x, self._ready(module.weight))
+        return F.linear(x, self.weight(module.weight))
 
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        bias, gamma, beta = (self._ready(p) for p in (bias, norm.weight, norm.bias))
-        return ops.add_norm(x, bias, residual, gamma, beta, norm.eps)
+    def dropout(self, module: nn.Dropout, device: torch.device) -> tuple[float, Tensor | None, int]:
+        return 0.0, None, 0
 
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        return ops.bias_gelu(x, self._ready(bias))
-
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        word, position, kind = (self._ready(table.weight) for table in (parts.word, parts.position, parts.type))
-        norm = parts.norm
-        return ops.embedding(
-            rows.tokens, rows.positions, rows.types, word, position, kind,
-            self._ready(norm.weight), self._ready(norm.bias), norm.eps,
-        )  # fmt: skip
-
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        return lambda qkv: rows.attention(qkv, 0.0, None, 0)
-
-    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
-        return called(module, hidden, *more)
-
-    def enter(self, layer: int, hidden: Tensor) -> None: ...
-
-    def _ready(self, parameter: Tensor) -> Tensor:
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return self._weights.get(id(parameter), parameter)  # not there: zeros for the bias of a foreign module
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fused pass through the encoder: where its weights come from, where their gradients go, and its dropout streams.
 
-`AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by hand). `OnePass`
-(step/flat_pass.py) uses the flat buffers and writes parameter gradients into J, one row per task. `Snapshot` (inference.py)
-uses converted copies. `through` runs a stack of layers with any of them; a layer that the fused path may not compute is
-called as a module, on a padded rectangle.
+`Pass` is the base class. `AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by
+hand). `OnePass` (step/flat_pass.py) uses the flat buffers and writes parameter gradients into J, one row per task.
+`Snapshot` (inference.py) uses converted copies. `through` runs a stack of layers with any of them; it calls a layer that
+the fused path may not compute as a module, on a padded rectangle.
 
 Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h heads, d head width.
 """
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from minbert_fast import ops
 from minbert_fast.model.fused import Embedding, Layer
 from minbert_fast.model.packing import PackedBatch
+from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink
 
-Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
-
+Sink = TypeVar("Sink")
 
 # ---- Rows: which tokens there are, and which of them attend to each other --------------------------------------------
-
-
-class Rows(Protocol):
-    """Hidden states as rows [N, H] without padding, and as a padded rectangle [B, S, H]."""
-
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
-
-    def mask(self) -> Tensor:
-        """Which positions of the rectangle hold a token [B, S] bool."""
-
-    def rectangle(self, rows: Tensor) -> Tensor:
-        """rows [N, ...] as [B, S, ...], zeros where there is no token."""
-
-    def rows(self, rectangle: Tensor) -> Tensor:
-        """rectangle [B, S, ...] as rows [N, ...]."""
-
-
-class TokenRows(Rows, Protocol):
-    """Rows of tokens: indices [N] int32 each."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def positions(self) -> Tensor: ...
-
-    @property
-    def types(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,14 +42,17 @@ class Sentences:
     count: int  # N
 
     def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
         scale = 1.0 / math.sqrt(qkv.shape[-1])
         return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
 
     def mask(self) -> Tensor:
+        """Which positions of the rectangle hold a token [B, S] bool."""
         places = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
         return places < self.cu_seqlens.diff()[:, None]
 
     def rectangle(self, rows: Tensor) -> Tensor:
+        """rows [N, ...] as [B, S, ...], zeros where there is no token."""
         mask = self.mask()
         if not self.count:
             return rows.new_zeros(*mask.shape, *rows.shape[1:])
@@ -87,6 +61,7 @@ class Sentences:
         return rows[index] * mask.view(*mask.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
 
     def rows(self, rectangle: Tensor) -> Tensor:
+        """rectangle [B, S, ...] as rows [N, ...]."""
         sentences, length = rectangle.shape[:2]
         if not sentences or not length:
             return rectangle.new_zeros(self.count, *rectangle.shape[2:])
@@ -120,11 +95,11 @@ class PackedRows(Sentences):
 
 @dataclass(frozen=True)
 class DenseRows:
-    """The rows of a rectangle [B, S] with padding anywhere: all of them, or, with `kept`, the attended ones alone."""
+    """The rows of a rectangle [B, S] with padding anywhere; the methods are those of `Sentences`."""
 
     attended: Tensor  # [B, S] bool
-    kept: Tensor | None  # [N] flat positions of the attended rows
-    cu_seqlens: Tensor | None
+    kept: Tensor | None  # [N] flat positions of the attended rows; None: N = B * S, padding stays
+    cu_seqlens: Tensor | None  # [B + 1] int32, with `kept`
     max_seqlen: int
 
     @classmethod
@@ -164,7 +139,7 @@ class DenseRows:
 class DenseTokens(DenseRows):
     """The tokens of such a rectangle."""
 
-    tokens: Tensor
+    tokens: Tensor  # [N] int32, as the two below
     positions: Tensor
     types: Tensor
 
@@ -177,39 +152,11 @@ class DenseTokens(DenseRows):
         return cls(rows.attended, rows.kept, rows.cu_seqlens, rows.max_seqlen, *columns)
 
 
+Rows = Sentences | DenseRows
+TokenRows = PackedRows | DenseTokens
+
+
 # ---- Layers ----------------------------------------------------------------------------------------------------------
-
-
-class Pass(Protocol):
-    """How a fused pass computes; every method reads the weights of the modules it is given and calls none of them."""
-
-    @property
-    def owns_embeddings(self) -> bool:
-        """Whether the pass writes the gradients of the embeddings itself, so that nothing else may embed."""
-
-    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
-        """x [N, I] through one or several Linear modules side by side, biases included -> [N, sum of O]."""
-
-    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        """x W^T [N, O]; the op that follows adds the module's bias."""
-
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
-
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        """GELU(x + bias) [N, F]."""
-
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        """dropout(LayerNorm(word + position + type rows)) [N, H]."""
-
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        """Attention among `rows`, with a dropout stream of its own."""
-
-    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
-        """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """`hidden` [N, H] is about to enter layer number `layer`."""
 
 
 def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
@@ -233,8 +180,8 @@ def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
             columns.append(rows.rows(run.call(module, padded)) if own else run.linear(hidden, module))
         return torch.cat(columns, -1)
 
-    attend = run.attend(rows, layer.probability_dropout)
-    context = attend(projections().unflatten(-1, (3, layer.heads, -1)))  # [N, 3, h, d] -> [N, H]
+    qkv = projections().unflatten(-1, (3, layer.heads, -1))  # [N, 3, h, d]
+    context = run.attention(rows, qkv, layer.probability_dropout)  # [N, H]
     branch, bias = product(context, "attention_dense")  # [N, H]
     hidden = run.add_norm(branch, bias, layer.attention_dropout, hidden, layer.attention_norm)
     inner = run.bias_gelu(*product(hidden, "interm_dense"))  # [N, F]
@@ -261,18 +208,32 @@ def through(
             padded = rows.rectangle(hidden) if padded is None else padded
             run.enter(number, padded)
             mask = extended_mask(rows.mask(), padded.dtype)
-            padded = checkpointed(run.call, module, padded, mask) if recompute else run.call(module, padded, mask)
+            padded = apply(run.call, module, padded, mask, recompute=recompute)
         else:
             hidden, padded = (hidden if padded is None else rows.rows(padded)), None
             run.enter(number, hidden)
-            hidden = recomputed(parts, hidden, run, rows) if recompute else fused_layer(parts, hidden, run, rows)
+            hidden = apply(_fused_layer_at, run.sites, parts, hidden, run, rows, recompute=recompute)
     return hidden if padded is None else rows.rows(padded)
 
 
-def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A module as the module it is: hidden [B, S, I] -> [B, S, O]; `weights` replace its parameters by name.
+def _fused_layer_at(site: int, parts: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
+    """A fused layer whose dropout streams follow number `site`, so that a second run draws what the first drew."""
+    run.sites = site
+    return fused_layer(parts, hidden, run, rows)
 
-    In autocast where its parameters have another dtype than half-precision `hidden`.
+
+def apply(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+    """function(*arguments). With `recompute`, the backward computes it again instead of keeping its activations."""
+    if not recompute:
+        return function(*arguments)
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return out
+
+
+def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Calls a module: hidden [B, S, I] -> [B, S, O]; `weights` replace its parameters by name.
+
+    The call is under autocast where half-precision `hidden` has another dtype than the module's parameters.
     """
     dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
     cast = hidden.dtype in (torch.bfloat16, torch.float16) and dtype != hidden.dtype
@@ -291,50 +252,93 @@ def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1.0 - extended.to(dtype)) * -10000.0
 
 
-def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), computed again in the backward."""
-    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
-    return out
-
-
-def recomputed(parts: Layer, hidden: Tensor, run: Any, rows: Rows) -> Tensor:
-    """A fused layer that keeps its input alone; its second run draws the same dropout as its first."""
-    site = run.sites
-
-    def layer(hidden: Tensor) -> Tensor:
-        run.sites = site
-        return fused_layer(parts, hidden, run, rows)
-
-    return checkpointed(layer, hidden)
-
-
 # ---- Passes ----------------------------------------------------------------------------------------------------------
 
 
-class Streams:
-    """Dropout streams of one pass: each call site has its number, in the order of the forward."""
+class Pass:
+    """How a fused pass computes: its methods read the weights of the modules they are given, and call none of them.
 
-    def __init__(self) -> None:
-        self.sites = 0  # how many there were so far
+    Each call site of dropout has its number, in the order of the forward: together with a seed it names a stream.
+    """
 
-    def site(self) -> int:
+    owns_embeddings = False  # True: the pass writes the gradients of the embeddings, so nothing else may embed
+    sites = 0  # how many there were so far
+
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of a parameter, for an op whose activations have `dtype` (None: of an embedding)."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        """x [N, I] through one or several Linear modules side by side, biases included -> [N, sum of O]."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        """x W^T [N, O]; the op that follows adds the module's bias."""
+        raise NotImplementedError
+
+    def seed(self, device: torch.device) -> Tensor:
+        """The seed of the pass's dropout [1] int64."""
+        raise NotImplementedError
+
+    def table(self, module: nn.Embedding) -> Tensor:
+        """The rows of an embedding [V, H]."""
+        return self.weight(module.weight)
+
+    def sink(self, kind: Callable[..., Sink], *parameters: Tensor) -> Sink | None:
+        """Where an op's backward writes the gradients of its parameters; None: where autograd does."""
+        return None
+
+    def embedding_sink(self, parts: Embedding) -> EmbeddingSink | None:
+        """The same for the embeddings."""
+        return None
+
+    def dropout(self, module: nn.Dropout, device: torch.device) -> tuple[float, Tensor | None, int]:
+        """What the module drops with now: p, the seed, and the number of the call site."""
         self.sites += 1
-        return self.sites
+        p = module.p if module.training else 0.0
+        return p, self.seed(device) if p else None, self.sites
+
+    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
+        """dropout(LayerNorm(word + position + type rows)) [N, H]."""
+        word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
+        gamma, beta = self.weight(parts.norm.weight), self.weight(parts.norm.bias)
+        return ops.embedding(
+            rows.tokens, rows.positions, rows.types, word, position, kind, gamma, beta, parts.norm.eps,
+            *self.dropout(parts.dropout, rows.tokens.device), into=self.embedding_sink(parts),
+        )  # fmt: skip
+
+    def attention(self, rows: Rows, qkv: Tensor, dropout: nn.Dropout) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sentence of `rows`: qkv [N, 3, h, d] -> [N, h * d]."""
+        return rows.attention(qkv, *self.dropout(dropout, qkv.device))
+
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
+        gamma, beta = self.weight(norm.weight, x.dtype), self.weight(norm.bias, x.dtype)
+        return ops.add_norm(
+            x, self.weight(bias, x.dtype), residual.to(x.dtype), gamma, beta, norm.eps,
+            *self.dropout(dropout, x.device), into=self.sink(AddNormSink, norm.weight, norm.bias, bias),
+        )  # fmt: skip
+
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """GELU(x + bias) [N, F]."""
+        return ops.bias_gelu(x, self.weight(bias, x.dtype), into=self.sink(BiasGeluSink, bias))
+
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
+        return called(module, hidden, *more)
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """`hidden` [N, H] is about to enter layer number `layer`."""
 
 
-def probability(dropout: nn.Dropout) -> float:
-    """The probability that a dropout module drops with now."""
-    return dropout.p if dropout.training else 0.0
-
-
-class AutogradPass(Streams):
+class AutogradPass(Pass):
     """Parameters as they are (cast under autocast), gradients to `.grad`, dropout seeded by torch's own generator."""
 
-    owns_embeddings = False
-
     def __init__(self) -> None:
-        super().__init__()
         self._seed: Tensor | None = None
+
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return parameter.to(dtype or parameter.dtype)
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weight = torch.cat([m.weight for m in modules]) if len(modules) > 1 else modules[0].weight
@@ -346,36 +350,10 @@ class AutogradPass(Streams):
         dtype = _product_dtype(x, module.weight)
         return F.linear(x.to(dtype), module.weight.to(dtype))
 
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        bias, gamma, beta = (t.to(x.dtype) for t in (bias, norm.weight, norm.bias))
-        p = probability(dropout)
-        return ops.add_norm(
-            x, bias, residual.to(x.dtype), gamma, beta, norm.eps, p, self._seed_on(x.device, p), self.site()
-        )
+    def table(self, module: nn.Embedding) -> Tensor:
+        return _without_padding(module)
 
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        return ops.bias_gelu(x, bias.to(x.dtype))
-
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        word, position, kind = (_without_padding(table) for table in (parts.word, parts.position, parts.type))
-        norm, p = parts.norm, probability(parts.dropout)
-        return ops.embedding(
-            rows.tokens, rows.positions, rows.types, word, position, kind, norm.weight, norm.bias, norm.eps,
-            p, self._seed_on(rows.tokens.device, p), self.site(),
-        )  # fmt: skip
-
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        p, site = probability(dropout), self.site()
-        return lambda qkv: rows.attention(qkv, p, self._seed_on(qkv.device, p), site)
-
-    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
-        return called(module, hidden, *more)
-
-    def enter(self, layer: int, hidden: Tensor) -> None: ...
-
-    def _seed_on(self, device: torch.device, p: float) -> Tensor | None:
-        if not p:
-            return None
+    def seed(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
         return self._seed

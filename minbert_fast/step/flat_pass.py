@@ -14,8 +14,8 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.fused import Embedding
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import Attend, Rows, Streams, TokenRows, called, probability
-from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, LinearSink
+from minbert_fast.model.passes import Pass, Sink, TokenRows, called
+from minbert_fast.ops import EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 
 
@@ -29,7 +29,7 @@ def check_unshared(encoder: BertModel) -> None:
         seen.add(id(p))
 
 
-class OnePass(Streams):
+class OnePass(Pass):
     """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
 
     `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
@@ -51,13 +51,12 @@ class OnePass(Streams):
         through: Callable[[int], None] = lambda layer: None,
         sentences: Sequence[int] = (),
     ) -> None:
-        super().__init__()
         self.through = through
         self.flat = flat
         self.gradients = gradients
         self.batch = batch
         self.bounds = bounds
-        self.seed = seed
+        self._seed = seed
         self.noise = noise
         self.sentences = sentences
         self._called: set[int] = set()  # parameters of modules that were called so far
@@ -72,43 +71,32 @@ class OnePass(Streams):
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         sink = LinearSink(self.bounds, self._gradient(module.weight), None)
-        return ops.linear(x, self._weight(module.weight), into=sink)
-
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        gradients = (self._gradient(p) for p in (norm.weight, norm.bias, bias))
-        return ops.add_norm(
-            x, self._weight(bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            probability(dropout), self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
-        )  # fmt: skip
-
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        return ops.bias_gelu(x, self._weight(bias), into=BiasGeluSink(self.bounds, self._gradient(bias)))
+        return ops.linear(x, self.weight(module.weight), into=sink)
 
     def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        tables = (parts.word.weight, parts.position.weight, parts.type.weight)
-        norm = parts.norm
-        batch, words = self.batch, None
-        if self.gradients and (self.flat.words is tables[0] or self.gradients.owns(tables[0])):
-            words = self.gradients.words(batch.num_words, tables[0].shape[1])
-        sink = EmbeddingSink(
-            self.bounds,
-            batch.cu_seqlens,
-            batch.word_order,
-            batch.word_offsets[: batch.num_words + 1],
-            words,
-            *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
-        )
-        word, position, kind = (self._weight(t) for t in tables)
-        y = ops.embedding(
-            rows.tokens, rows.positions, rows.types, word, position, kind,
-            self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            probability(parts.dropout), self.seed, self.site(), into=sink,
-        )  # fmt: skip
+        y = super().embed(rows, parts)
         return y if self.noise is None else y + self.noise.to(y.dtype)
 
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        p, site = probability(dropout), self.site()
-        return lambda qkv: rows.attention(qkv, p, self.seed, site)
+    def seed(self, device: torch.device) -> Tensor:
+        return self._seed
+
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if not isinstance(parameter, nn.Parameter):  # zeros for the bias of a foreign module
+            return parameter
+        return self.flat.view(self.flat.compute, parameter)
+
+    def sink(self, kind: Callable[..., Sink], *parameters: Tensor) -> Sink | None:
+        return kind(self.bounds, *map(self._gradient, parameters))
+
+    def embedding_sink(self, parts: Embedding) -> EmbeddingSink:
+        word, batch, words = parts.word.weight, self.batch, None
+        if self.gradients and (self.flat.words is word or self.gradients.owns(word)):
+            words = self.gradients.words(batch.num_words, word.shape[1])
+        offsets = batch.word_offsets[: batch.num_words + 1]
+        others = (parts.position.weight, parts.type.weight, parts.norm.weight, parts.norm.bias)
+        return EmbeddingSink(
+            self.bounds, batch.cu_seqlens, batch.word_order, offsets, words, *map(self._gradient, others)
+        )
 
     def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
         """Calls the module once per task, on the task's sentences and with a leaf per task for each of its parameters.
@@ -147,11 +135,6 @@ class OnePass(Streams):
     def enter(self, layer: int, hidden: Tensor) -> None:
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self.through(layer))
-
-    def _weight(self, parameter: Tensor) -> Tensor:
-        if not isinstance(parameter, nn.Parameter):  # zeros for the bias of a foreign module
-            return parameter
-        return self.flat.view(self.flat.compute, parameter)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None
