@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minbert_fast import ops
-from minbert_fast.model.fused import Embedding, Layer
+from minbert_fast.model.fused import Embedding, Layer, Plan
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink
+from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, backend
 
 Sink = TypeVar("Sink")
 
@@ -41,9 +41,8 @@ class Sentences:
     max_seqlen: int
     count: int  # N
 
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
+    def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """softmax(scale * q k^T) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
         return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
 
     def mask(self) -> Tensor:
@@ -103,18 +102,17 @@ class DenseRows:
     max_seqlen: int
 
     @classmethod
-    def of(cls, mask: Tensor, drop_padding: bool) -> DenseRows:
+    def of(cls, mask: Tensor) -> DenseRows:
         """The rows under attention mask [B, S] (not 0: attended)."""
         attended = mask != 0
-        if not drop_padding:
+        if not backend.drops_padding(mask):
             return cls(attended, None, None, mask.shape[1])
         kept = attended.reshape(-1).nonzero().squeeze(1)
         lengths = attended.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         return cls(attended, kept, cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
 
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
+    def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
         if self.cu_seqlens is not None:
             return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
         rectangle = qkv.unflatten(0, self.attended.shape)  # [B, S, 3, h, d]
@@ -135,25 +133,8 @@ class DenseRows:
         return flat if self.kept is None else flat[self.kept]
 
 
-@dataclass(frozen=True)
-class DenseTokens(DenseRows):
-    """The tokens of such a rectangle."""
-
-    tokens: Tensor  # [N] int32, as the two below
-    positions: Tensor
-    types: Tensor
-
-    @classmethod
-    def read(cls, input_ids: Tensor, mask: Tensor, types: Tensor, drop_padding: bool) -> DenseTokens:
-        """Token rows of input_ids [B, S] under attention mask [B, S], with token types [B, S]."""
-        rows = DenseRows.of(mask, drop_padding)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        columns = (rows.rows(t).int() for t in (input_ids, positions, types.expand_as(input_ids)))
-        return cls(rows.attended, rows.kept, rows.cu_seqlens, rows.max_seqlen, *columns)
-
-
 Rows = Sentences | DenseRows
-TokenRows = PackedRows | DenseTokens
+TokenRows = tuple[Tensor, Tensor, Tensor]  # word ids, positions, token types [N] int32
 
 
 # ---- Layers ----------------------------------------------------------------------------------------------------------
@@ -174,10 +155,10 @@ def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
         modules: tuple[Any, ...] = (layer.query, layer.key, layer.value)
         if not layer.foreign:
             return run.linear(hidden, *modules)
-        padded, columns = rows.rectangle(hidden), []
-        for name, module in zip(("query", "key", "value"), modules, strict=True):
-            own = name in layer.foreign
-            columns.append(rows.rows(run.call(module, padded)) if own else run.linear(hidden, module))
+        padded = rows.rectangle(hidden)
+        pairs = zip(("query", "key", "value"), modules, strict=True)
+        foreign = layer.foreign
+        columns = [rows.rows(run.call(m, padded)) if name in foreign else run.linear(hidden, m) for name, m in pairs]
         return torch.cat(columns, -1)
 
     qkv = projections().unflatten(-1, (3, layer.heads, -1))  # [N, 3, h, d]
@@ -208,12 +189,24 @@ def through(
             padded = rows.rectangle(hidden) if padded is None else padded
             run.enter(number, padded)
             mask = extended_mask(rows.mask(), padded.dtype)
-            padded = apply(run.call, module, padded, mask, recompute=recompute)
+            padded = computed(run.call, module, padded, mask, recompute=recompute)
         else:
             hidden, padded = (hidden if padded is None else rows.rows(padded)), None
             run.enter(number, hidden)
-            hidden = apply(_fused_layer_at, run.sites, parts, hidden, run, rows, recompute=recompute)
+            hidden = computed(_fused_layer_at, run.sites, parts, hidden, run, rows, recompute=recompute)
     return hidden if padded is None else rows.rows(padded)
+
+
+def encode_rectangle(
+    input_ids: Tensor, mask: Tensor, types: Tensor | None, modules: Iterable[nn.Module], plan: Plan, recompute: bool
+) -> Tensor:
+    """input_ids, mask, types (None: 0) [B, S] -> the last hidden state [B, S, H], by ordinary autograd; see `through`."""
+    assert plan.embedding is not None
+    rows, run = DenseRows.of(mask), AutogradPass()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    kinds = torch.zeros_like(input_ids) if types is None else types.expand_as(input_ids)
+    tokens = (rows.rows(input_ids).int(), rows.rows(positions).int(), rows.rows(kinds).int())
+    return rows.rectangle(through(run, rows, run.embed(tokens, plan.embedding), modules, plan.layers, recompute))
 
 
 def _fused_layer_at(site: int, parts: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
@@ -222,7 +215,7 @@ def _fused_layer_at(site: int, parts: Layer, hidden: Tensor, run: Pass, rows: Ro
     return fused_layer(parts, hidden, run, rows)
 
 
-def apply(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+def computed(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
     """function(*arguments). With `recompute`, the backward computes it again instead of keeping its activations."""
     if not recompute:
         return function(*arguments)
@@ -276,7 +269,7 @@ class Pass:
         """x W^T [N, O]; the op that follows adds the module's bias."""
         raise NotImplementedError
 
-    def seed(self, device: torch.device) -> Tensor:
+    def seed_on(self, device: torch.device) -> Tensor:
         """The seed of the pass's dropout [1] int64."""
         raise NotImplementedError
 
@@ -293,23 +286,23 @@ class Pass:
         return None
 
     def dropout(self, module: nn.Dropout, device: torch.device) -> tuple[float, Tensor | None, int]:
-        """What the module drops with now: p, the seed, and the number of the call site."""
+        """The present p of the module, the seed (None: p is 0), and the number of the call site."""
         self.sites += 1
         p = module.p if module.training else 0.0
-        return p, self.seed(device) if p else None, self.sites
+        return p, self.seed_on(device) if p else None, self.sites
 
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
+    def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
         """dropout(LayerNorm(word + position + type rows)) [N, H]."""
         word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
         gamma, beta = self.weight(parts.norm.weight), self.weight(parts.norm.bias)
         return ops.embedding(
-            rows.tokens, rows.positions, rows.types, word, position, kind, gamma, beta, parts.norm.eps,
-            *self.dropout(parts.dropout, rows.tokens.device), into=self.embedding_sink(parts),
+            *tokens, word, position, kind, gamma, beta, parts.norm.eps, *self.dropout(parts.dropout, tokens[0].device),
+            into=self.embedding_sink(parts),
         )  # fmt: skip
 
     def attention(self, rows: Rows, qkv: Tensor, dropout: nn.Dropout) -> Tensor:
         """softmax(q k^T / sqrt(d)) v within each sentence of `rows`: qkv [N, 3, h, d] -> [N, h * d]."""
-        return rows.attention(qkv, *self.dropout(dropout, qkv.device))
+        return rows.attention(qkv, 1.0 / math.sqrt(qkv.shape[-1]), *self.dropout(dropout, qkv.device))
 
     def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         """LayerNorm(residual + dropout(x + bias)) [N, H]."""
@@ -343,17 +336,15 @@ class AutogradPass(Pass):
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weight = torch.cat([m.weight for m in modules]) if len(modules) > 1 else modules[0].weight
         bias = torch.cat([m.bias for m in modules]) if len(modules) > 1 else modules[0].bias
-        dtype = _product_dtype(x, weight)
-        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return _product(x, weight, bias)
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        dtype = _product_dtype(x, module.weight)
-        return F.linear(x.to(dtype), module.weight.to(dtype))
+        return _product(x, module.weight)
 
     def table(self, module: nn.Embedding) -> Tensor:
         return _without_padding(module)
 
-    def seed(self, device: torch.device) -> Tensor:
+    def seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
         return self._seed
@@ -361,29 +352,25 @@ class AutogradPass(Pass):
 
 def _without_padding(table: nn.Embedding) -> Tensor:
     """The table's weight [V, H]; as in nn.Embedding, the row of `padding_idx` gets no gradient."""
-    if table.padding_idx is None or not table.weight.requires_grad:
-        return table.weight
-    if torch.compiler.is_compiling():  # which fuses this, and warns of the class below
-        padding = torch.arange(table.num_embeddings, device=table.weight.device)[:, None] == table.padding_idx
-        return torch.where(padding, table.weight.detach(), table.weight)
-    weight: Tensor = _WithoutGradientOfRow.apply(table.weight, table.padding_idx)
-    return weight
+    weight, row = table.weight, table.padding_idx
+    if row is None or not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight
+    if torch.compiler.is_compiling():  # the compiler fuses this; a hook would break its graph
+        padding = torch.arange(table.num_embeddings, device=weight.device)[:, None] == row
+        return torch.where(padding, weight.detach(), weight)
 
-
-class _WithoutGradientOfRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def without_row(gradient: Tensor) -> Tensor:
         kept = gradient.clone()
-        kept[ctx.row] = 0
-        return kept, None
+        kept[row] = 0
+        return kept
+
+    view = weight.view_as(weight)
+    view.register_hook(without_row)
+    return view
 
 
-def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of a matrix product: autocast's where it is on, else the weight's."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T (+ b), in autocast's dtype where autocast is on, else in the weight's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

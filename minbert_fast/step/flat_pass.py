@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,56 +30,41 @@ def check_unshared(encoder: BertModel) -> None:
         seen.add(id(p))
 
 
+@dataclass(eq=False)
 class OnePass(Pass):
-    """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
+    """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device."""
 
-    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
-    `gradients` all parameters are constants. `noise` [N, H] is added to the embeddings, and may ask for a gradient.
-    `sentences` [T + 1] are the sentence bounds of J's rows: modules that are called see one task's sentences at a time.
-    `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
-    """
+    flat: FlatParameters
+    gradients: TaskGradients | None  # None: all parameters are constants
+    batch: PackedBatch
+    bounds: Tensor  # [T + 1] token-row bounds of J's rows (one row for all tasks when nothing needs them apart)
+    seed: Tensor  # [1] int64
+    noise: Tensor | None = None  # [N, H] added to the embeddings; may ask for a gradient
+    # Called with a layer's number when the backward has written the gradients of that layer and of those above.
+    through: Callable[[int], None] = lambda layer: None
+    sentences: Sequence[int] = ()  # [T + 1] sentence bounds of J's rows: modules are called with one task at a time
+    _called: set[int] = field(default_factory=set)  # parameters of modules that were called so far
 
     owns_embeddings = True
-
-    def __init__(
-        self,
-        flat: FlatParameters,
-        gradients: TaskGradients | None,
-        batch: PackedBatch,
-        bounds: Tensor,
-        seed: Tensor,
-        noise: Tensor | None = None,
-        through: Callable[[int], None] = lambda layer: None,
-        sentences: Sequence[int] = (),
-    ) -> None:
-        self.through = through
-        self.flat = flat
-        self.gradients = gradients
-        self.batch = batch
-        self.bounds = bounds
-        self._seed = seed
-        self.noise = noise
-        self.sentences = sentences
-        self._called: set[int] = set()  # parameters of modules that were called so far
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weights, biases = [m.weight for m in modules], [m.bias for m in modules]
         if not (self._together(weights) and self._together(biases)):
             return torch.cat([self.linear(x, module) for module in modules], -1)
-        compute = self.flat.compute
-        sink = LinearSink(self.bounds, self._stacked_gradient(weights), self._stacked_gradient(biases))
-        return ops.linear(x, self.flat.stacked(compute, weights), self.flat.stacked(compute, biases), into=sink)
+        weight, bias = (self.flat.stacked(self.flat.compute, parameters) for parameters in (weights, biases))
+        return ops.linear(x, weight, bias, LinearSink(self.bounds, self._gradient(*weights), self._gradient(*biases)))
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        sink = LinearSink(self.bounds, self._gradient(module.weight), None)
-        return ops.linear(x, self.weight(module.weight), into=sink)
+        return ops.linear(
+            x, self.weight(module.weight), into=LinearSink(self.bounds, self._gradient(module.weight), None)
+        )
 
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        y = super().embed(rows, parts)
+    def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
+        y = super().embed(tokens, parts)
         return y if self.noise is None else y + self.noise.to(y.dtype)
 
-    def seed(self, device: torch.device) -> Tensor:
-        return self._seed
+    def seed_on(self, device: torch.device) -> Tensor:
+        return self.seed
 
     def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if not isinstance(parameter, nn.Parameter):  # zeros for the bias of a foreign module
@@ -136,14 +122,12 @@ class OnePass(Pass):
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self.through(layer))
 
-    def _gradient(self, parameter: Tensor) -> Tensor | None:
-        return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None
+    def _gradient(self, *parameters: Tensor) -> Tensor | None:
+        """The parameters' place in J, one below the other [T, rows, ...]; None where J has none for the first."""
+        if self.gradients is None or not self.gradients.owns(parameters[0]):
+            return None
+        return self.gradients.stacked(parameters)
 
     def _together(self, parameters: Sequence[Tensor]) -> bool:
         owned = {self.gradients is not None and self.gradients.owns(p) for p in parameters}
         return len(owned) == 1 and self.flat.adjacent(parameters)
-
-    def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        if self.gradients is None or not self.gradients.owns(parameters[0]):
-            return None
-        return self.gradients.stacked(parameters)
