@@ -249,13 +249,13 @@ def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Pass:
-    """How a fused pass computes: its methods read the weights of the modules they are given, and call none of them.
+    """How a fused pass computes: its methods read the weights of the modules they get, and call only the foreign ones.
 
-    Each call site of dropout has its number, in the order of the forward: together with a seed it names a stream.
+    Each call site of dropout has a number, in the order of the forward. The seed and the number name a random stream.
     """
 
     owns_embeddings = False  # True: the pass writes the gradients of the embeddings, so nothing else may embed
-    sites = 0  # how many there were so far
+    sites = 0  # number of the last call site
 
     def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The values of a parameter, for an op whose activations have `dtype` (None: of an embedding)."""
@@ -270,7 +270,7 @@ class Pass:
         raise NotImplementedError
 
     def seed_on(self, device: torch.device) -> Tensor:
-        """The seed of the pass's dropout [1] int64."""
+        """The seed [1] int64 of every dropout of the pass."""
         raise NotImplementedError
 
     def table(self, module: nn.Embedding) -> Tensor:
@@ -342,31 +342,27 @@ class AutogradPass(Pass):
         return _product(x, module.weight)
 
     def table(self, module: nn.Embedding) -> Tensor:
-        return _without_padding(module)
+        """As in nn.Embedding, the row of `padding_idx` gets no gradient."""
+        weight, row = module.weight, module.padding_idx
+        if row is None or not (weight.requires_grad and torch.is_grad_enabled()):
+            return weight
+        if torch.compiler.is_compiling():  # the compiler fuses this; a hook would break its graph
+            padding = torch.arange(module.num_embeddings, device=weight.device)[:, None] == row
+            return torch.where(padding, weight.detach(), weight)
+
+        def without_row(gradient: Tensor) -> Tensor:
+            kept = gradient.clone()
+            kept[row] = 0
+            return kept
+
+        view = weight.view_as(weight)
+        view.register_hook(without_row)
+        return view
 
     def seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
         return self._seed
-
-
-def _without_padding(table: nn.Embedding) -> Tensor:
-    """The table's weight [V, H]; as in nn.Embedding, the row of `padding_idx` gets no gradient."""
-    weight, row = table.weight, table.padding_idx
-    if row is None or not (weight.requires_grad and torch.is_grad_enabled()):
-        return weight
-    if torch.compiler.is_compiling():  # the compiler fuses this; a hook would break its graph
-        padding = torch.arange(table.num_embeddings, device=weight.device)[:, None] == row
-        return torch.where(padding, weight.detach(), weight)
-
-    def without_row(gradient: Tensor) -> Tensor:
-        kept = gradient.clone()
-        kept[row] = 0
-        return kept
-
-    view = weight.view_as(weight)
-    view.register_hook(without_row)
-    return view
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
