@@ -162,8 +162,8 @@ class BertModel(nn.Module):
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if length > limit:
-            count = int((mask[:, limit:] != 0).any(1).sum())
-            words = f"{count} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
+            longer = int((mask[:, limit:] != 0).any(1).sum())
+            words = f"{longer} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
             warnings.warn(words, stacklevel=2)
         types = None if token_type_ids is None else token_type_ids[:, :limit]
         hidden = self._hidden(input_ids[:, :limit], mask[:, :limit], types)
@@ -183,11 +183,9 @@ class BertModel(nn.Module):
         plan = self.plan()
         if attention_mask.dim() != 2 or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
-        rows = passes.DenseRows.of(attention_mask)
-        hidden = rows.rows(hidden_states)
-        return rows.rectangle(
-            passes.through(passes.AutogradPass(), rows, hidden, self.bert_layers, plan.layers, self._recompute())
-        )
+        rows, run = passes.DenseRows.of(attention_mask), passes.AutogradPass()
+        hidden, layers = rows.rows(hidden_states), self.bert_layers
+        return rows.rectangle(passes.through(run, rows, hidden, layers, plan.layers, self._recompute()))
 
     def pool(self, first: Tensor) -> Tensor:
         """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
@@ -312,9 +310,8 @@ class BertModel(nn.Module):
         if foreign or missing:
             words = f"{foreign[0]} is not a weight of BERT" if foreign else f"{missing[0]} is missing"
             more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-            raise weights.WeightsError(
-                f"{words}{more}: merge or remove its module, or use torch.save(model.state_dict())"
-            )
+            advice = "merge or remove its module, or use torch.save(model.state_dict())"
+            raise weights.WeightsError(f"{words}{more}: {advice}")
         return tensors
 
     # ---- The fused path ------------------------------------------------------------------------------------------
@@ -340,9 +337,8 @@ class BertModel(nn.Module):
             hidden = run.embed((rows.tokens, rows.positions, rows.types), plan.embedding)
             return passes.through(run, rows, hidden, self.bert_layers, plan.layers)
         if run.owns_embeddings:
-            raise ConfigError(
-                f"{plan.reasons[0]}: the fast backend trains plain embeddings alone, use --backend reference"
-            )
+            advice = "the fast backend trains plain embeddings alone, use --backend reference"
+            raise ConfigError(f"{plan.reasons[0]}: {advice}")
         ids, types = rows.rectangle(rows.tokens).long(), rows.rectangle(rows.types).long()
         return rows.rows(self.encode(self._embed(ids, types if types.any() else None), rows.mask()))
 

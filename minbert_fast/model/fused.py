@@ -13,7 +13,7 @@ from __future__ import annotations
 import typing
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ class Plan(NamedTuple):
 
 P = TypeVar("P", Embedding, Layer)
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NotExactError(Exception):
@@ -104,9 +105,9 @@ def expect(module: Any, *classes: type) -> None:
     for name in _HOOKS:
         if any(getattr(hook, "__name__", "") != _HARMLESS_HOOK for hook in state[name].values()):
             raise NotExactError(module, "has hooks")
-    own = next((name for name in _METHODS if name in state), None)
-    if own:
-        raise NotExactError(module, f"has a {own} of its own")
+    for name in _METHODS:
+        if name in state:
+            raise NotExactError(module, f"has a {name} of its own")
 
 
 def exact(parts: P) -> P:
@@ -131,14 +132,15 @@ def exact_layer(parts: Layer, attention: Any) -> Layer:
     """`exact` for a layer with self-attention module `attention`: checks shapes too, and names the foreign parts."""
     exact(parts)
     width = parts.attention_norm.weight.shape[0]
-    plain: dict[str, Any] = {name: getattr(parts, name) for name in LINEARS if type(getattr(parts, name)) is nn.Linear}
-    inner = plain["interm_dense"].weight.shape[0] if "interm_dense" in plain else None
-    shapes: list[tuple[Any, list[Any]]] = [(parts.out_norm, [width])]
-    for name, module in plain.items():
-        columns = (inner or module.weight.shape[1]) if name == "out_dense" else width
-        shapes.insert(-1, (module, [inner if name == "interm_dense" else width, columns]))
-    for module, shape in shapes:
-        if list(module.weight.shape) != shape:
+    first, second = parts.interm_dense, parts.out_dense
+    inner = first.weight.shape[0] if type(first) is nn.Linear else None
+    if inner is None and type(second) is nn.Linear:
+        inner = second.weight.shape[1]
+    shapes: dict[str, list[Any]] = {name: [width, width] for name in LINEARS}
+    shapes |= {"interm_dense": [inner, width], "out_dense": [width, inner], "out_norm": [width]}
+    for name, shape in shapes.items():
+        module: Any = getattr(parts, name)
+        if (name == "out_norm" or type(module) is nn.Linear) and list(module.weight.shape) != shape:
             raise NotExactError(module, f"has a weight of shape {list(module.weight.shape)}, not {shape}")
     heads, size = attention.num_attention_heads, attention.attention_head_size
     if heads * size != width:
@@ -153,9 +155,6 @@ def why_foreign(module: Any) -> str | None:
     except NotExactError as found:
         return str(found)
     return "has no bias" if module.bias is None else None
-
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: F) -> F:
@@ -176,13 +175,8 @@ _WATCHED: dict[type, tuple[str, ...]] = {
 _WATCHED_ELSEWHERE = (*_METHODS, "interm_af", "act", "num_attention_heads", "attention_head_size")
 
 
-class _Seen(NamedTuple):
-    fingerprint: list[object]
-    parameters: Sequence[Tensor]  # kept, so that no other tensor gets the id of one of them
-    plan: Plan
-
-
-_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+#: root -> its fingerprint, the answer, and its parameters: while these live, no other tensor gets the id of one of them.
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[object], Plan, list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def plan(
@@ -200,8 +194,8 @@ def plan(
     fingerprint = _fingerprint(root)
     fingerprint += extra
     known = _seen.get(root)
-    if known is not None and known.fingerprint == fingerprint:
-        return known.plan
+    if known is not None and known[0] == fingerprint:
+        return known[1]
     names = {module: name for name, module in root.named_modules()}
     reasons: dict[str, str] = {}  # why -> the first module of which that is true
 
@@ -220,8 +214,8 @@ def plan(
     for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
         reasons.setdefault(str(why_foreign(foreign)), names[foreign])
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
-    parameters = [p for module in root.modules() for p in module._parameters.values() if p is not None]
-    _seen[root] = _Seen(fingerprint, parameters, fresh)
+    parameters: list[Tensor] = [p for m in root.modules() for p in m._parameters.values() if p is not None]
+    _seen[root] = (fingerprint, fresh, parameters)
     return fresh
 
 

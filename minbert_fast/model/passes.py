@@ -55,9 +55,8 @@ class Sentences:
         mask = self.mask()
         if not self.count:
             return rows.new_zeros(*mask.shape, *rows.shape[1:])
-        places = torch.arange(self.max_seqlen, device=rows.device)
-        index = (self.cu_seqlens[:-1, None] + places).clamp(max=self.count - 1)
-        return rows[index] * mask.view(*mask.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
+        index = self.cu_seqlens[:-1, None] + torch.arange(self.max_seqlen, device=rows.device)
+        return rows[index.clamp(max=self.count - 1)] * mask.view(*mask.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
 
     def rows(self, rectangle: Tensor) -> Tensor:
         """rectangle [B, S, ...] as rows [N, ...]."""

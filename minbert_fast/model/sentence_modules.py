@@ -94,13 +94,10 @@ def write(directory: Path, modules: SentenceModules, width: int) -> None:
         "sentence_bert_config.json": {"max_seq_length": modules.max_length, "do_lower_case": modules.lowercase},
         f"{folders[1]}/config.json": flags,
     }
-    prompts: dict[str, Any] = {}
-    if modules.prompt:
-        prompts |= {"prompts": {"default": modules.prompt}, "default_prompt_name": "default"}
-    if modules.truncate_dim is not None:
-        prompts["truncate_dim"] = modules.truncate_dim
-    if prompts:
-        contents["config_sentence_transformers.json"] = prompts
+    prompts = {"prompts": {"default": modules.prompt}, "default_prompt_name": "default"} if modules.prompt else {}
+    width_kept = {} if modules.truncate_dim is None else {"truncate_dim": modules.truncate_dim}
+    if prompts or width_kept:
+        contents["config_sentence_transformers.json"] = prompts | width_kept
     if modules.pooler is not None:
         contents[f"{folders[2]}/config.json"] = {
             "in_features": width, "out_features": width, "bias": True, "activation_function": _TANH,

@@ -117,9 +117,7 @@ def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
     return path
 
 
-def read(
-    path: Path, state: Mapping[str, Tensor] | None = None
-) -> tuple[BertConfig | None, dict[str, Tensor], list[str]]:
+def read(path: Path, state: Mapping[str, Tensor] | None) -> tuple[BertConfig | None, dict[str, Tensor], list[str]]:
     """Configuration and `encoder_of` a model directory, a course `.pt` file or a `.safetensors` file.
 
     The configuration of a file comes from a `config.json` in the same folder, else it is None. The tensors of `state`
@@ -138,9 +136,8 @@ def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tens
     """
     plain = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in stored}
     if len(plain) < len(stored):
-        raise WeightsError(
-            f"{where}: holds a tensor twice, wrapped and not: {some(sorted(set(stored) - set(plain.values())))}"
-        )
+        twice = sorted(set(stored) - set(plain.values()))
+        raise WeightsError(f"{where}: holds a tensor twice, wrapped and not: {some(twice)}")
     prefixes = {key.removesuffix(word) for key in plain for word in _WORDS if f".{key}".endswith(f".{word}")}
     if len(prefixes) > 1:
         raise WeightsError(f"{where}: holds {len(prefixes)} encoders: {some(sorted(prefixes))}; expected one")

@@ -55,9 +55,8 @@ class OnePass(Pass):
         return ops.linear(x, weight, bias, LinearSink(self.bounds, self._gradient(*weights), self._gradient(*biases)))
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        return ops.linear(
-            x, self.weight(module.weight), into=LinearSink(self.bounds, self._gradient(module.weight), None)
-        )
+        sink = LinearSink(self.bounds, self._gradient(module.weight), None)
+        return ops.linear(x, self.weight(module.weight), into=sink)
 
     def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
         y = super().embed(tokens, parts)
@@ -79,10 +78,8 @@ class OnePass(Pass):
         if self.gradients and (self.flat.words is word or self.gradients.owns(word)):
             words = self.gradients.words(batch.num_words, word.shape[1])
         offsets = batch.word_offsets[: batch.num_words + 1]
-        others = (parts.position.weight, parts.type.weight, parts.norm.weight, parts.norm.bias)
-        return EmbeddingSink(
-            self.bounds, batch.cu_seqlens, batch.word_order, offsets, words, *map(self._gradient, others)
-        )
+        others = map(self._gradient, (parts.position.weight, parts.type.weight, parts.norm.weight, parts.norm.bias))
+        return EmbeddingSink(self.bounds, batch.cu_seqlens, batch.word_order, offsets, words, *others)
 
     def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
         """Calls the module once per task, on the task's sentences and with a leaf per task for each of its parameters.
