@@ -4,8 +4,8 @@
     model(input_ids, attention_mask) -> {"last_hidden_state": [B, S, H], "pooler_output": [B, H]}   course code
     model(packed_batch)              -> {"last_hidden_state": [N, H]}                               no padding
 
-Every module works on its own and has the course's signature. The fused path is an optimisation of this tree: it computes
-the parts that are exactly as they were built (`model/fused.py` decides), and all others run as the modules they are.
+Every module works on its own and has the course's signature. The fused path, in the second half of this file, is an
+optimisation: it computes the parts that are exactly as they were built (`fused.py` decides which) and calls all others.
 
 Shapes: B sentences, S positions, N packed tokens, H hidden, h heads, d = H / h, F intermediate.
 """
@@ -27,21 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.model import fused, weights
+from minbert_fast.model import fused, passes, weights
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import (
-    AutogradPass,
-    DenseRows,
-    DenseTokens,
-    PackedRows,
-    Pass,
-    called,
-    checkpointed,
-    extended_mask,
-    through,
-)
-from minbert_fast.ops import backend
 
 
 class BertSelfAttention(nn.Module):
@@ -110,7 +98,7 @@ class BertLayer(nn.Module):
 
 
 class BertModel(nn.Module):
-    """BERT with the course's attribute names; weights from `from_pretrained`, or drawn as BERT draws them.
+    """BERT with the course's attribute names; weights from `from_pretrained`, or random as before BERT's pre-training.
 
     The model keeps its own copy of `config`. Raises ConfigError for a configuration that is impossible.
     """
@@ -137,7 +125,7 @@ class BertModel(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws all weights afresh, as BERT does before its pre-training."""
+        """Draws random weights, as BERT does before its pre-training."""
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,12 +158,12 @@ class BertModel(nn.Module):
         Sentences longer than the model's positions are truncated with a warning (their outputs beyond are zeros).
         """
         if isinstance(input_ids, PackedBatch):
-            return {"last_hidden_state": self.encode_packed(AutogradPass(), input_ids)}
+            return {"last_hidden_state": self.encode_packed(passes.AutogradPass(), input_ids)}
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if length > limit:
-            count = int((mask[:, limit:] != 0).any(1).sum())
-            words = f"{count} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
+            longer = int((mask[:, limit:] != 0).any(1).sum())
+            words = f"{longer} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
             warnings.warn(words, stacklevel=2)
         types = None if token_type_ids is None else token_type_ids[:, :limit]
         hidden = self._hidden(input_ids[:, :limit], mask[:, :limit], types)
@@ -195,9 +183,9 @@ class BertModel(nn.Module):
         plan = self.plan()
         if attention_mask.dim() != 2 or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
-        rows = DenseRows.of(attention_mask, backend.drops_padding(hidden_states))
-        hidden = rows.rows(hidden_states)
-        return rows.rectangle(through(AutogradPass(), rows, hidden, self.bert_layers, plan.layers, self._recompute()))
+        rows, run = passes.DenseRows.of(attention_mask), passes.AutogradPass()
+        hidden, layers = rows.rows(hidden_states), self.bert_layers
+        return rows.rectangle(passes.through(run, rows, hidden, layers, plan.layers, self._recompute()))
 
     def pool(self, first: Tensor) -> Tensor:
         """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
@@ -206,15 +194,16 @@ class BertModel(nn.Module):
 
     def stock(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The last hidden state [B, S, H], with every module called and nothing fused."""
-        embedded = self.embed(input_ids) if token_type_ids is None else self.embed(input_ids, token_type_ids)
-        return self._layers(embedded, attention_mask)
+        return self._layers(self._embed(input_ids, token_type_ids), attention_mask)
+
+    def _embed(self, input_ids: Tensor, types: Tensor | None) -> Tensor:
+        return self.embed(input_ids) if types is None else self.embed(input_ids, types)  # a subclass may take no types
 
     def _layers(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Every layer as a module; positions with mask 0 give zeros."""
-        extended = extended_mask(mask, hidden.dtype)
+        extended = passes.extended_mask(mask, hidden.dtype)
         for layer in self.bert_layers:
-            again = self._recompute()
-            hidden = checkpointed(called, layer, hidden, extended) if again else called(layer, hidden, extended)
+            hidden = passes.computed(passes.called, layer, hidden, extended, recompute=self._recompute())
         return hidden * (mask != 0)[:, :, None].to(hidden.dtype) if mask.dim() == 2 else hidden
 
     def _recompute(self) -> bool:
@@ -223,101 +212,12 @@ class BertModel(nn.Module):
     @staticmethod
     def get_extended_attention_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The mask that layers add to their scores: [B, S] (1 attended, 0 not) -> [B, 1, 1, S] (0 attended, -10000 not)."""
-        return extended_mask(attention_mask, dtype)
+        return passes.extended_mask(attention_mask, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Older checkpoints lack this buffer, newer ones have it.
         state_dict.setdefault(f"{prefix}position_ids", self.position_ids)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    # ---- The fused path ------------------------------------------------------------------------------------------
-
-    def _hidden(self, input_ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
-        """The last hidden state [B, S, H], fused where the modules are as they were built."""
-        plan = self.plan()
-        if plan.embedding is None:
-            return self.encode(self.embed(input_ids) if types is None else self.embed(input_ids, types), mask)
-        drop_padding = backend.drops_padding(input_ids)
-        kinds = torch.zeros_like(input_ids) if types is None else types
-        rows, run = DenseTokens.read(input_ids, mask, kinds, drop_padding), AutogradPass()
-        hidden = run.embed(rows, plan.embedding)
-        return rows.rectangle(through(run, rows, hidden, self.bert_layers, plan.layers, self._recompute()))
-
-    def encode_packed(self, run: Pass, batch: PackedBatch) -> Tensor:
-        """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
-        return self.encode_rows(run, PackedRows.of(batch))
-
-    def encode_rows(self, run: Pass, rows: PackedRows) -> Tensor:
-        """The last hidden state [N, H] of packed token rows, with weights and gradients as `run` says.
-
-        Raises ConfigError where `run` writes the gradients of embeddings that the fused path may not compute.
-        """
-        plan = self.plan()
-        if plan.embedding is not None:
-            hidden = run.embed(rows, plan.embedding)
-            return through(run, rows, hidden, self.bert_layers, plan.layers)
-        if run.owns_embeddings:
-            raise ConfigError(
-                f"{plan.reasons[0]}: the fast backend trains plain embeddings alone, use --backend reference"
-            )
-        ids, types = rows.rectangle(rows.tokens).long(), rows.rectangle(rows.types).long()
-        embedded = self.embed(ids, types) if types.any() else self.embed(ids)
-        return rows.rows(self.encode(embedded, rows.mask()))
-
-    def plan(self) -> fused.Plan:
-        """The parts that the fused path computes; `plan().reasons` is empty where it computes everything."""
-        if not torch.compiler.is_compiling():
-            return self._plan()
-        # A constant of the compiled graph, which itself guards the modules that parts are read from.
-        embedding, foreign = self._shape()
-        pairs = zip(self.bert_layers, foreign, strict=True)
-        layers = [None if names is None else layer_parts(layer, names) for layer, names in pairs]
-        return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
-
-    @fused.constant_when_compiled
-    def _shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
-        return self._plan().shape
-
-    def _plan(self) -> fused.Plan:
-        positions = self.position_ids
-        version = 0 if positions.is_inference() else positions._version
-        extra = (id(positions), version, *vars(self.config).values(), *_methods(type(self)))
-        plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
-        slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
-        for words in (*slower, *self._contradictions()):
-            if words not in self._warned:
-                self._warned.add(words)
-                warnings.warn(words, stacklevel=4)
-        return plan
-
-    def _contradictions(self) -> list[str]:
-        """Fields of the configuration that were set after the model was built, and that its modules do not have."""
-        if self.config == self._built:
-            return []
-        follows = {
-            "num_hidden_layers": len(self.bert_layers),
-            "vocab_size": getattr(self.word_embedding, "num_embeddings", None),
-            "initializer_range": self.config.initializer_range,
-        }
-        built = vars(self._built) | {"name_or_path": self.config.name_or_path}
-        changed = [n for n, value in vars(self.config).items() if value not in (built.get(n, value), follows.get(n))]
-        words = "changes nothing in a model that is built: set it before BertModel(config), or change the modules"
-        return [f"config.{name} = {getattr(self.config, name)} {words}" for name in changed]
-
-    def one_pass_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
-
-        All but the word embedding (its gradient is row-sparse) and the pooler (ordinary autograd). Query, key and value
-        stand together, so that they are one matrix.
-        """
-        plan = self.plan()
-        parameters: list[nn.Parameter] = []
-        if plan.embedding is not None:
-            modules = (plan.embedding.position, plan.embedding.type, plan.embedding.norm)
-            parameters += [p for module in modules for p in module.parameters()]
-        for layer, parts in zip(self.bert_layers, plan.layers, strict=True):
-            parameters += layer.parameters() if parts is None else parts.parameters()
-        return parameters
 
     # ---- Weights -------------------------------------------------------------------------------------------------
 
@@ -353,36 +253,27 @@ class BertModel(nn.Module):
     ) -> BertModel | tuple[BertModel, dict[str, Any]]:
         """The encoder of a Hugging Face directory, a hub name, a course `.pt` file or a `.safetensors` file.
 
-        Keywords mean what they mean to transformers: `state_dict` replaces the stored tensors (under the course's or
-        Hugging Face's names); `output_loading_info` returns (model, {"missing_keys", "unexpected_keys", ...}); `dtype`
-        (by its older name `torch_dtype`) is that of the parameters, "auto" the file's, None fp32; `subfolder` is a
-        folder of the directory; `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
-        `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). `config`, or a `config.json`
-        beside it, serves a `.pt` file whose heads are not 64 wide. A missing pooler is drawn afresh and a task's head
-        is left, each with a warning. Raises WeightsError or ConfigError naming the file and what is wrong with it.
+        Keywords mean what they mean to transformers. `state_dict` replaces the stored tensors (under the course's or
+        Hugging Face's names). `output_loading_info` returns (model, {"missing_keys", "unexpected_keys", ...}). `dtype`,
+        by its older name `torch_dtype`, is that of the parameters: "auto" takes the file's, None fp32. `subfolder` is a
+        folder of the directory. `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
+        `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). A `.pt` file needs `config`,
+        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler gets random weights and a task's
+        head is left out, each with a warning. Raises WeightsError or ConfigError naming the file and the mistake.
         """
         weights.check_overrides(overrides, inspect.signature(cls.from_pretrained).parameters)
         path = weights.resolve(
-            str(name_or_path),
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+            str(name_or_path), subfolder=subfolder, revision=revision, cache_dir=cache_dir, token=token,
+            force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
         where = str(path) if state_dict is None else "state_dict"
         found, tensors, left = weights.read(path, state_dict)
         base = config or found or weights.infer_config(tensors, where)
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
         chosen.name_or_path = str(name_or_path)
-        with torch.device("meta"):  # whatever sizes a file declares, memory is taken for what it really holds
+        with torch.device("meta"):  # takes no memory for sizes that the file only declares
             wanted = cls(chosen).state_dict()
-        del wanted[weights.POSITIONS]
-        missing = {key for key in wanted if key.startswith("pooler_dense.")}
-        if any(key in tensors for key in missing):
-            missing = set()
-        weights.check_keys({k: t for k, t in wanted.items() if k not in missing}, tensors, where)
+        missing = weights.check_encoder(wanted, tensors, where)
         model = cls(chosen).to(weights.chosen_dtype(dtype, torch_dtype, tensors))
         if missing:
             warnings.warn(f"{where} has no pooler: it starts from fresh random weights", stacklevel=2)
@@ -395,8 +286,8 @@ class BertModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit.
 
-        Adapters of peft are merged into the weights that are written, not into the model. Raises WeightsError naming other
-        parameters that BERT does not have, for a file could not say what they mean.
+        Adapters of peft are merged into the weights that are written, not into the model. Raises WeightsError naming
+        any other parameter that BERT does not have.
         """
         config = dataclasses.replace(
             self.config, num_hidden_layers=len(self.bert_layers), vocab_size=self.word_embedding.weight.shape[0]
@@ -419,14 +310,87 @@ class BertModel(nn.Module):
         if foreign or missing:
             words = f"{foreign[0]} is not a weight of BERT" if foreign else f"{missing[0]} is missing"
             more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
-            raise weights.WeightsError(
-                f"{words}{more}: merge or remove its module, or use torch.save(model.state_dict())"
-            )
-        del tensors["position_ids"]
+            advice = "merge or remove its module, or use torch.save(model.state_dict())"
+            raise weights.WeightsError(f"{words}{more}: {advice}")
         return tensors
 
+    # ---- The fused path ------------------------------------------------------------------------------------------
 
-# ---- What the fused path assumes ------------------------------------------------------------------------------------
+    def _hidden(self, input_ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
+        """The last hidden state [B, S, H], fused where the modules are as they were built."""
+        plan = self.plan()
+        if plan.embedding is None:
+            return self.encode(self._embed(input_ids, types), mask)
+        return passes.encode_rectangle(input_ids, mask, types, self.bert_layers, plan, self._recompute())
+
+    def encode_packed(self, run: passes.Pass, batch: PackedBatch) -> Tensor:
+        """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
+        return self.encode_rows(run, passes.PackedRows.of(batch))
+
+    def encode_rows(self, run: passes.Pass, rows: passes.PackedRows) -> Tensor:
+        """The last hidden state [N, H] of packed token rows, with weights and gradients as `run` says.
+
+        Raises ConfigError where `run` writes the gradients of embeddings that the fused path may not compute.
+        """
+        plan = self.plan()
+        if plan.embedding is not None:
+            hidden = run.embed((rows.tokens, rows.positions, rows.types), plan.embedding)
+            return passes.through(run, rows, hidden, self.bert_layers, plan.layers)
+        if run.owns_embeddings:
+            advice = "the fast backend trains plain embeddings alone, use --backend reference"
+            raise ConfigError(f"{plan.reasons[0]}: {advice}")
+        ids, types = rows.rectangle(rows.tokens).long(), rows.rectangle(rows.types).long()
+        return rows.rows(self.encode(self._embed(ids, types if types.any() else None), rows.mask()))
+
+    def plan(self) -> fused.Plan:
+        """The parts that the fused path computes; `plan().reasons` is empty where it computes everything."""
+        if not torch.compiler.is_compiling():
+            return self._plan()
+        # A constant of the compiled graph, which itself guards the modules that parts are read from.
+        embedding, foreign = self._shape()
+        pairs = zip(self.bert_layers, foreign, strict=True)
+        layers = [None if names is None else layer_parts(layer, names) for layer, names in pairs]
+        return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
+
+    @fused.constant_when_compiled
+    def _shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
+        plan = self._plan()
+        return plan.embedding is not None, tuple(None if layer is None else layer.foreign for layer in plan.layers)
+
+    def _plan(self) -> fused.Plan:
+        positions = self.position_ids
+        version = 0 if positions.is_inference() else positions._version
+        extra = (id(positions), version, *vars(self.config).values(), type(self).embed, type(self).encode, *_methods())
+        plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
+        slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
+        fused.warn_once(self._warned, [*slower, *self._contradictions()], stacklevel=4)
+        return plan
+
+    def _contradictions(self) -> list[str]:
+        """Fields of the configuration that were set after the model was built, and that its modules do not have."""
+        if self.config == self._built:
+            return []
+        follows = {
+            "num_hidden_layers": len(self.bert_layers),
+            "vocab_size": getattr(self.word_embedding, "num_embeddings", None),
+            "initializer_range": self.config.initializer_range,
+        }
+        built = vars(self._built) | {"name_or_path": self.config.name_or_path}
+        changed = [n for n, value in vars(self.config).items() if value not in (built.get(n, value), follows.get(n))]
+        words = "changes nothing in a model that is built: set it before BertModel(config), or change the modules"
+        return [f"config.{name} = {getattr(self.config, name)} {words}" for name in changed]
+
+    def one_pass_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
+
+        All but the word embedding (its gradient is row-sparse) and the pooler (ordinary autograd).
+        """
+        plan = self.plan()
+        modules = () if plan.embedding is None else (plan.embedding.position, plan.embedding.type, plan.embedding.norm)
+        parameters = [p for module in modules for p in module.parameters()]
+        for layer, parts in zip(self.bert_layers, plan.layers, strict=True):
+            parameters += layer.parameters() if parts is None else parts.parameters()
+        return parameters
 
 
 def embedding_parts(model: BertModel) -> fused.Embedding:
@@ -447,14 +411,13 @@ def layer_parts(layer: Any, foreign: tuple[str, ...] = ()) -> fused.Layer:
 
 def read_embedding(model: BertModel) -> fused.Embedding:
     """The parts of the embeddings; raises fused.NotExactError where they are not as they were built."""
-    for name, method in zip(("embed", "encode"), _methods(type(model)), strict=False):
-        if method is not getattr(BertModel, name) or name in vars(model):
+    for name in ("embed", "encode"):
+        if getattr(type(model), name) is not getattr(BertModel, name) or name in vars(model):
             raise fused.NotExactError(model, f"has a {name} of its own")
     parts = fused.exact(embedding_parts(model))
     positions = model.position_ids
-    if not positions.is_meta and not torch.equal(
-        positions[0], torch.arange(positions.shape[1], device=positions.device)
-    ):
+    count = torch.arange(positions.shape[1], device=positions.device)
+    if not positions.is_meta and not torch.equal(positions[0], count):
         raise fused.NotExactError(model, "has position_ids that do not count from 0")
     return parts
 
@@ -464,23 +427,17 @@ def read_layer(layer: nn.Module) -> fused.Layer:
     fused.expect(layer, BertLayer)
     assert isinstance(layer, BertLayer)
     fused.expect(layer.self_attention, BertSelfAttention)
-    attention = layer.self_attention
-    if _methods(BertModel)[2:] != _LAYER_METHODS:
+    if _methods() != _AS_DEFINED:
         raise fused.NotExactError(layer, "has a class whose methods were replaced")
     if layer.interm_af is not F.gelu:
         raise fused.NotExactError(layer, f"has another activation than gelu ({layer.interm_af!r:.60})")
-    parts = fused.exact(layer_parts(layer))
-    if attention.num_attention_heads * attention.attention_head_size != parts.attention_norm.weight.shape[0]:
-        raise fused.NotExactError(
-            attention, f"has {attention.num_attention_heads} heads of {attention.attention_head_size}"
-        )
-    return parts
+    return fused.exact_layer(layer_parts(layer), layer.self_attention)
 
 
-def _methods(model: type[BertModel]) -> tuple[object, ...]:
-    """The methods that the fused path replaces, as their classes have them now."""
+def _methods() -> tuple[object, ...]:
+    """The methods of layers that the fused path replaces, as their classes have them now."""
     attention = (BertSelfAttention.forward, BertSelfAttention.transform, BertSelfAttention.attention)
-    return (model.embed, model.encode, BertLayer.forward, BertLayer.add_norm, *attention)
+    return (BertLayer.forward, BertLayer.add_norm, *attention)
 
 
-_LAYER_METHODS = _methods(BertModel)[2:]
+_AS_DEFINED = _methods()

@@ -14,7 +14,7 @@ from minbert_fast.common.storage import read_json
 
 Pooling = Literal["mean", "cls", "max", "pooler"]
 
-# What a Hugging Face configuration may say without a field here. Both names mean GELU's exact form, by the error function.
+# Keys of a Hugging Face configuration without a field here, and the accepted values. Both activations are the exact GELU.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
     "hidden_act": ("gelu", "gelu_python"),

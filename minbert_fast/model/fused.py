@@ -2,8 +2,8 @@
 """Decides which parts of a module tree the fused path may compute: those that are exactly what it assumes.
 
 The fused path bypasses modules: it reads their weights and never calls them. That is right only while every bypassed module
-has its expected class, no hooks and no `forward` of its own. `plan` says so for the embeddings and for each layer. It looks
-closely once and then compares a fingerprint of the tree on each call; any change to the tree leads to a new look.
+has its expected class, its class's `forward` and no hooks. `plan` checks the embeddings and each layer. It looks closely
+once and then compares a fingerprint of the tree on each call; any change to the tree leads to a new look.
 
 `model/bert.py` reads the drop-in's own tree, `model/patching.py` that of transformers.
 """
@@ -11,8 +11,9 @@ closely once and then compares a fingerprint of the tree on each call; any chang
 from __future__ import annotations
 
 import typing
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -69,13 +70,10 @@ class Plan(NamedTuple):
     layers: tuple[Layer | None, ...]
     reasons: tuple[str, ...] = ()  # empty: the fused path computes everything
 
-    @property
-    def shape(self) -> tuple[bool, tuple[tuple[str, ...] | None, ...]]:
-        """Whether the fused path computes the embeddings; which modules of each layer are foreign (None: the layer is)."""
-        return self.embedding is not None, tuple(None if layer is None else layer.foreign for layer in self.layers)
-
 
 P = TypeVar("P", Embedding, Layer)
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NotExactError(Exception):
@@ -84,7 +82,6 @@ class NotExactError(Exception):
     def __init__(self, module: nn.Module, why: str) -> None:
         super().__init__(why)
         self.module = module
-        self.why = why
 
 
 # ---- The close look ------------------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ _KINDS = {cls: typing.get_type_hints(cls) for cls in (Embedding, Layer)}
 
 
 def expect(module: Any, *classes: type) -> None:
-    """Raises NotExactError unless `module` has exactly one of `classes`, no hooks, and no methods of its own."""
+    """Raises NotExactError unless the class of `module` is one of `classes`, without hooks and overridden methods."""
     found = type(module)
     if found not in classes:
         same_name = any(found.__name__ == cls.__name__ for cls in classes)
@@ -108,17 +105,16 @@ def expect(module: Any, *classes: type) -> None:
     for name in _HOOKS:
         if any(getattr(hook, "__name__", "") != _HARMLESS_HOOK for hook in state[name].values()):
             raise NotExactError(module, "has hooks")
-    own = next((name for name in _METHODS if name in state), None)
-    if own:
-        raise NotExactError(module, f"has a {own} of its own")
+    for name in _METHODS:
+        if name in state:
+            raise NotExactError(module, f"has a {name} of its own")
 
 
 def exact(parts: P) -> P:
-    """The parts, with the foreign ones named. Raises NotExactError where another module is not what is assumed."""
-    linears = LINEARS if isinstance(parts, Layer) else ()
+    """The parts. Raises NotExactError for a module that is not what is assumed, except one in the place of a Linear."""
     for name, kind in _KINDS[type(parts)].items():
         module = getattr(parts, name)
-        if name in linears or not isinstance(module, nn.Module):
+        if name in LINEARS or not isinstance(module, nn.Module):
             continue
         expect(module, kind)
         if isinstance(module, nn.Dropout):
@@ -129,10 +125,27 @@ def exact(parts: P) -> P:
                 raise NotExactError(module, "has max_norm, scale_grad_by_freq or sparse set")
         elif module.weight is None or module.bias is None:
             raise NotExactError(module, "has no weight or no bias")
-    if isinstance(parts, Layer):
-        _expect_shapes(parts)
-        return parts._replace(foreign=tuple(name for name in linears if why_foreign(getattr(parts, name))))
     return parts
+
+
+def exact_layer(parts: Layer, attention: Any) -> Layer:
+    """`exact` for a layer with self-attention module `attention`: checks shapes too, and names the foreign parts."""
+    exact(parts)
+    width = parts.attention_norm.weight.shape[0]
+    first, second = parts.interm_dense, parts.out_dense
+    inner = first.weight.shape[0] if type(first) is nn.Linear else None
+    if inner is None and type(second) is nn.Linear:
+        inner = second.weight.shape[1]
+    shapes: dict[str, list[Any]] = {name: [width, width] for name in LINEARS}
+    shapes |= {"interm_dense": [inner, width], "out_dense": [width, inner], "out_norm": [width]}
+    for name, shape in shapes.items():
+        module: Any = getattr(parts, name)
+        if (name == "out_norm" or type(module) is nn.Linear) and list(module.weight.shape) != shape:
+            raise NotExactError(module, f"has a weight of shape {list(module.weight.shape)}, not {shape}")
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+    if heads * size != width:
+        raise NotExactError(attention, f"has {heads} heads of {size}")
+    return parts._replace(foreign=tuple(name for name in LINEARS if why_foreign(getattr(parts, name))))
 
 
 def why_foreign(module: Any) -> str | None:
@@ -140,33 +153,12 @@ def why_foreign(module: Any) -> str | None:
     try:
         expect(module, nn.Linear)
     except NotExactError as found:
-        return found.why
+        return str(found)
     return "has no bias" if module.bias is None else None
 
 
-def _expect_shapes(layer: Layer) -> None:
-    width, inner = layer.attention_norm.weight.shape[0], None
-    for name in LINEARS:
-        module: Any = getattr(layer, name)
-        if type(module) is not nn.Linear:
-            continue
-        if name in ("interm_dense", "out_dense"):
-            own = module.weight.shape[0 if name == "interm_dense" else 1]
-            inner = own if inner is None else inner
-            shape = (inner, width) if name == "interm_dense" else (width, inner)
-        else:
-            shape = (width, width)
-        if module.weight.shape != shape:
-            raise NotExactError(module, f"has a weight of shape {list(module.weight.shape)}, not {list(shape)}")
-    if layer.out_norm.weight.shape != (width,):
-        raise NotExactError(layer.out_norm, f"has a weight of shape {list(layer.out_norm.weight.shape)}, not [{width}]")
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
 def constant_when_compiled(function: F) -> F:
-    """Does the same as torch.compiler.assume_constant_result, and does not import the whole compiler."""
+    """The same as torch.compiler.assume_constant_result, which would import the whole compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -183,13 +175,8 @@ _WATCHED: dict[type, tuple[str, ...]] = {
 _WATCHED_ELSEWHERE = (*_METHODS, "interm_af", "act", "num_attention_heads", "attention_head_size")
 
 
-class _Seen(NamedTuple):
-    fingerprint: list[object]
-    parameters: Sequence[Tensor]  # kept, so that no other tensor gets the id of one of them
-    plan: Plan
-
-
-_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+#: root -> its fingerprint, the answer, and its parameters: while these live, no other tensor gets the id of one of them.
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[object], Plan, list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def plan(
@@ -207,31 +194,37 @@ def plan(
     fingerprint = _fingerprint(root)
     fingerprint += extra
     known = _seen.get(root)
-    if known is not None and known.fingerprint == fingerprint:
-        return known.plan
-    reasons: dict[str, str] = {}
+    if known is not None and known[0] == fingerprint:
+        return known[1]
     names = {module: name for name, module in root.named_modules()}
-    found = _look(embedding, (), names, reasons) if embedding else None
-    parts = tuple(_look(layer, (module,), names, reasons) for module in layers)
+    reasons: dict[str, str] = {}  # why -> the first module of which that is true
+
+    def look(read: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            if any(_GLOBAL_HOOKS):
+                raise NotExactError(torch_module, "has global hooks")  # type: ignore[arg-type]
+            return read(*arguments)
+        except NotExactError as found:
+            place = names.get(found.module) or getattr(found.module, "__name__", type(found.module).__name__)
+            reasons.setdefault(str(found), str(place))
+            return None
+
+    found = look(embedding) if embedding else None
+    parts = tuple(look(layer, module) for module in layers)
     for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
         reasons.setdefault(str(why_foreign(foreign)), names[foreign])
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
-    parameters = [p for module in root.modules() for p in module._parameters.values() if p is not None]
-    _seen[root] = _Seen(fingerprint, parameters, fresh)
+    parameters: list[Tensor] = [p for m in root.modules() for p in m._parameters.values() if p is not None]
+    _seen[root] = (fingerprint, fresh, parameters)
     return fresh
 
 
-def _look(
-    read: Callable[..., Any], arguments: tuple[Any, ...], names: dict[nn.Module, str], reasons: dict[str, str]
-) -> Any:
-    try:
-        if any(_GLOBAL_HOOKS):
-            raise NotExactError(torch_module, "has global hooks")  # type: ignore[arg-type]
-        return read(*arguments)
-    except NotExactError as found:
-        where = str(names.get(found.module) or getattr(found.module, "__name__", type(found.module).__name__))
-        reasons.setdefault(found.why, where)
-        return None
+def warn_once(warned: set[str], messages: Iterable[str], stacklevel: int) -> None:
+    """Warns of the messages that are not in `warned` yet; `stacklevel` counts from the caller."""
+    for words in messages:
+        if words not in warned:
+            warned.add(words)
+            warnings.warn(words, stacklevel=stacklevel + 1)
 
 
 def _fingerprint(root: nn.Module) -> list[object]:

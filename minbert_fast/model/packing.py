@@ -12,7 +12,7 @@ asks the device a question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 class PackedBatch:
     """Sentences of T tasks laid end to end. N token rows (capacity), B sentences (capacity), all indices int32.
 
-    Rows from `num_tokens` on are padding: they belong to no sentence and no task. Sentences from `num_sentences` on
+    Rows from `num_tokens` on are padding: no sentence or task has them. Sentences from `num_sentences` on
     are empty (`cu_seqlens` repeats its last offset), so that shapes can be kept to a few sizes for graph replay.
     """
 
@@ -43,24 +43,21 @@ class PackedBatch:
     num_sentences: int
     num_words: int
 
-    @property
-    def num_tasks(self) -> int:
-        return self.task_tokens.numel() - 1
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
-        return replace(self, **moved)
+        return self._with(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked host memory, from which copies to a GPU run beside its work."""
-        pinned: dict[str, Any] = {n: t.pin_memory() for n, t in self.tensors().items()}
-        return replace(self, **pinned)
+        """The same batch in page-locked host memory: a GPU copies from it while it computes."""
+        return self._with(Tensor.pin_memory)
 
     def clone(self) -> PackedBatch:
         """A copy that shares no memory with this one."""
-        copies: dict[str, Any] = {n: t.clone() for n, t in self.tensors().items()}
-        return replace(self, **copies)
+        return self._with(Tensor.clone)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
@@ -77,12 +74,10 @@ def pack(
 ) -> PackedBatch:
     """Packs `sentences[task][sentence]`, each a sequence of word ids, into one batch.
 
-    `types` gives token types in the same nesting (0 throughout when absent). Capacities pad the token rows and the
-    sentence count to fixed sizes; `max_seqlen` pins the bound on sentence length. `words` are the distinct word ids,
-    ascending, of all processes that train together, where this batch is one process's share of a step: the rows of their
-    word gradients then stand for the same words.
-
-    Raises ValueError where the sentences exceed a capacity or the bound.
+    `types` gives token types in the same nesting (None: all 0). Capacities pad the token rows and the sentence count to
+    fixed sizes; `max_seqlen` pins the bound on sentence length. `words` [U] are the distinct word ids, ascending, of all
+    processes that train together: the rows of their word gradients then stand for the same words. Raises ValueError if
+    the sentences exceed a capacity or the bound.
     """
     flat = [np.asarray(sentence, dtype=np.int32) for task in sentences for sentence in task]
     lengths = np.array([len(sentence) for sentence in flat], dtype=np.int64)
@@ -97,43 +92,34 @@ def pack(
             f"capacities of {capacity} tokens, {rows} sentences, {bound} tokens a sentence"
         )
 
-    tokens = np.zeros(capacity, dtype=np.int32)
-    kinds = np.zeros(capacity, dtype=np.int32)
-    positions = np.zeros(capacity, dtype=np.int32)
-    cu_seqlens = np.full(rows + 1, num_tokens, dtype=np.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : num_sentences + 1] = np.cumsum(lengths)
-    if num_tokens:
-        tokens[:num_tokens] = np.concatenate(flat)
-        positions[:num_tokens] = np.arange(num_tokens) - np.repeat(cu_seqlens[:num_sentences], lengths)
-        if types is not None:
-            kinds[:num_tokens] = np.concatenate([np.asarray(k, dtype=np.int32) for task in types for k in task])
+    def padded(values: Any, size: int = capacity, fill: int = 0) -> np.ndarray:
+        out = np.full(size, fill, dtype=np.int32)
+        out[: len(values)] = values
+        return out
 
+    def offsets(sizes: Any, size: int) -> np.ndarray:
+        """Where each of `sizes` rows begins, then the end: [size + 1], which repeats the end."""
+        return padded(np.concatenate([[0], np.cumsum(sizes)]), size + 1, num_tokens)
+
+    tokens = np.concatenate([np.zeros(0, np.int32), *flat])
+    kinds = [np.asarray(kind, dtype=np.int32) for task in types or () for kind in task]
+    cu_seqlens = offsets(lengths, rows)
     task_sentences = np.concatenate([[0], np.cumsum([len(task) for task in sentences])]).astype(np.int32)
-    order = np.zeros(capacity, dtype=np.int32)
-    order[:num_tokens] = np.argsort(tokens[:num_tokens], kind="stable")
-    if words is None:
-        words = np.unique(tokens[:num_tokens])
-    counts = np.bincount(np.searchsorted(words, tokens[:num_tokens]), minlength=len(words))
+    words = np.unique(tokens) if words is None else words
+    counts = np.bincount(np.searchsorted(words, tokens), minlength=len(words))
     room = max(capacity, len(words))
-    word_ids = np.full(room, -1, dtype=np.int32)
-    word_ids[: len(words)] = words
-    word_offsets = np.full(room + 1, num_tokens, dtype=np.int32)
-    word_offsets[0] = 0
-    word_offsets[1 : len(words) + 1] = np.cumsum(counts)
-
+    arrays = {
+        "tokens": padded(tokens),
+        "positions": padded(np.arange(num_tokens) - np.repeat(cu_seqlens[:num_sentences], lengths)),
+        "types": padded(np.concatenate([np.zeros(0, np.int32), *kinds])),
+        "cu_seqlens": cu_seqlens,
+        "task_tokens": cu_seqlens[task_sentences],
+        "task_sentences": task_sentences,
+        "word_ids": padded(words, room, -1),
+        "word_order": padded(np.argsort(tokens, kind="stable")),
+        "word_offsets": offsets(counts, room),
+    }
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return PackedBatch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        types=torch.from_numpy(kinds),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        task_tokens=torch.from_numpy(cu_seqlens[task_sentences].copy()),
-        task_sentences=torch.from_numpy(task_sentences),
-        word_ids=torch.from_numpy(word_ids),
-        word_order=torch.from_numpy(order),
-        word_offsets=torch.from_numpy(word_offsets),
-        max_seqlen=bound,
-        num_tokens=num_tokens,
-        num_sentences=num_sentences,
-        num_words=len(words),
+        **tensors, max_seqlen=bound, num_tokens=num_tokens, num_sentences=num_sentences, num_words=len(words)
     )

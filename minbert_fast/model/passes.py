@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One fused pass through the encoder: where its weights come from, where their gradients go, and its dropout streams.
 
-`AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by hand). `OnePass`
-(step/flat_pass.py) uses the flat buffers and writes parameter gradients into J, one row per task. `Snapshot` (inference.py)
-uses converted copies. `through` runs a stack of layers with any of them; a layer that the fused path may not compute is
-called as a module, on a padded rectangle.
+`Pass` is the base class. `AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by
+hand). `OnePass` (step/flat_pass.py) uses the flat buffers and writes parameter gradients into J, one row per task.
+`Snapshot` (inference.py) uses converted copies. `through` runs a stack of layers with any of them; it calls a layer that
+the fused path may not compute as a module, on a padded rectangle.
 
 Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h heads, d head width.
 """
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,42 +24,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minbert_fast import ops
-from minbert_fast.model.fused import Embedding, Layer
+from minbert_fast.model.fused import Embedding, Layer, Plan
 from minbert_fast.model.packing import PackedBatch
+from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, backend
 
-Attend = Callable[[Tensor], Tensor]  # qkv [N, 3, h, d] -> [N, h * d]
-
+Sink = TypeVar("Sink")
 
 # ---- Rows: which tokens there are, and which of them attend to each other --------------------------------------------
-
-
-class Rows(Protocol):
-    """Hidden states as rows [N, H] without padding, and as a padded rectangle [B, S, H]."""
-
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
-
-    def mask(self) -> Tensor:
-        """Which positions of the rectangle hold a token [B, S] bool."""
-
-    def rectangle(self, rows: Tensor) -> Tensor:
-        """rows [N, ...] as [B, S, ...], zeros where there is no token."""
-
-    def rows(self, rectangle: Tensor) -> Tensor:
-        """rectangle [B, S, ...] as rows [N, ...]."""
-
-
-class TokenRows(Rows, Protocol):
-    """Rows of tokens: indices [N] int32 each."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def positions(self) -> Tensor: ...
-
-    @property
-    def types(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,23 +41,25 @@ class Sentences:
     max_seqlen: int
     count: int  # N
 
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
+    def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
+        """softmax(scale * q k^T) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
         return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
 
     def mask(self) -> Tensor:
+        """Which positions of the rectangle hold a token [B, S] bool."""
         places = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
         return places < self.cu_seqlens.diff()[:, None]
 
     def rectangle(self, rows: Tensor) -> Tensor:
+        """rows [N, ...] as [B, S, ...], zeros where there is no token."""
         mask = self.mask()
         if not self.count:
             return rows.new_zeros(*mask.shape, *rows.shape[1:])
-        places = torch.arange(self.max_seqlen, device=rows.device)
-        index = (self.cu_seqlens[:-1, None] + places).clamp(max=self.count - 1)
-        return rows[index] * mask.view(*mask.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
+        index = self.cu_seqlens[:-1, None] + torch.arange(self.max_seqlen, device=rows.device)
+        return rows[index.clamp(max=self.count - 1)] * mask.view(*mask.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
 
     def rows(self, rectangle: Tensor) -> Tensor:
+        """rectangle [B, S, ...] as rows [N, ...]."""
         sentences, length = rectangle.shape[:2]
         if not sentences or not length:
             return rectangle.new_zeros(self.count, *rectangle.shape[2:])
@@ -120,26 +93,25 @@ class PackedRows(Sentences):
 
 @dataclass(frozen=True)
 class DenseRows:
-    """The rows of a rectangle [B, S] with padding anywhere: all of them, or, with `kept`, the attended ones alone."""
+    """The rows of a rectangle [B, S] with padding anywhere; the methods are those of `Sentences`."""
 
     attended: Tensor  # [B, S] bool
-    kept: Tensor | None  # [N] flat positions of the attended rows
-    cu_seqlens: Tensor | None
+    kept: Tensor | None  # [N] flat positions of the attended rows; None: N = B * S, padding stays
+    cu_seqlens: Tensor | None  # [B + 1] int32, with `kept`
     max_seqlen: int
 
     @classmethod
-    def of(cls, mask: Tensor, drop_padding: bool) -> DenseRows:
+    def of(cls, mask: Tensor) -> DenseRows:
         """The rows under attention mask [B, S] (not 0: attended)."""
         attended = mask != 0
-        if not drop_padding:
+        if not backend.drops_padding(mask):
             return cls(attended, None, None, mask.shape[1])
         kept = attended.reshape(-1).nonzero().squeeze(1)
         lengths = attended.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         return cls(attended, kept, cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
 
-    def attention(self, qkv: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-        scale = 1.0 / math.sqrt(qkv.shape[-1])
+    def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
         if self.cu_seqlens is not None:
             return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
         rectangle = qkv.unflatten(0, self.attended.shape)  # [B, S, 3, h, d]
@@ -160,56 +132,11 @@ class DenseRows:
         return flat if self.kept is None else flat[self.kept]
 
 
-@dataclass(frozen=True)
-class DenseTokens(DenseRows):
-    """The tokens of such a rectangle."""
-
-    tokens: Tensor
-    positions: Tensor
-    types: Tensor
-
-    @classmethod
-    def read(cls, input_ids: Tensor, mask: Tensor, types: Tensor, drop_padding: bool) -> DenseTokens:
-        """Token rows of input_ids [B, S] under attention mask [B, S], with token types [B, S]."""
-        rows = DenseRows.of(mask, drop_padding)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        columns = (rows.rows(t).int() for t in (input_ids, positions, types.expand_as(input_ids)))
-        return cls(rows.attended, rows.kept, rows.cu_seqlens, rows.max_seqlen, *columns)
+Rows = Sentences | DenseRows
+TokenRows = tuple[Tensor, Tensor, Tensor]  # word ids, positions, token types [N] int32
 
 
 # ---- Layers ----------------------------------------------------------------------------------------------------------
-
-
-class Pass(Protocol):
-    """How a fused pass computes; every method reads the weights of the modules it is given and calls none of them."""
-
-    @property
-    def owns_embeddings(self) -> bool:
-        """Whether the pass writes the gradients of the embeddings itself, so that nothing else may embed."""
-
-    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
-        """x [N, I] through one or several Linear modules side by side, biases included -> [N, sum of O]."""
-
-    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        """x W^T [N, O]; the op that follows adds the module's bias."""
-
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
-
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        """GELU(x + bias) [N, F]."""
-
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        """dropout(LayerNorm(word + position + type rows)) [N, H]."""
-
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        """Attention among `rows`, with a dropout stream of its own."""
-
-    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
-        """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
-
-    def enter(self, layer: int, hidden: Tensor) -> None:
-        """`hidden` [N, H] is about to enter layer number `layer`."""
 
 
 def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
@@ -227,14 +154,14 @@ def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
         modules: tuple[Any, ...] = (layer.query, layer.key, layer.value)
         if not layer.foreign:
             return run.linear(hidden, *modules)
-        padded, columns = rows.rectangle(hidden), []
-        for name, module in zip(("query", "key", "value"), modules, strict=True):
-            own = name in layer.foreign
-            columns.append(rows.rows(run.call(module, padded)) if own else run.linear(hidden, module))
+        padded = rows.rectangle(hidden)
+        pairs = zip(("query", "key", "value"), modules, strict=True)
+        foreign = layer.foreign
+        columns = [rows.rows(run.call(m, padded)) if name in foreign else run.linear(hidden, m) for name, m in pairs]
         return torch.cat(columns, -1)
 
-    attend = run.attend(rows, layer.probability_dropout)
-    context = attend(projections().unflatten(-1, (3, layer.heads, -1)))  # [N, 3, h, d] -> [N, H]
+    qkv = projections().unflatten(-1, (3, layer.heads, -1))  # [N, 3, h, d]
+    context = run.attention(rows, qkv, layer.probability_dropout)  # [N, H]
     branch, bias = product(context, "attention_dense")  # [N, H]
     hidden = run.add_norm(branch, bias, layer.attention_dropout, hidden, layer.attention_norm)
     inner = run.bias_gelu(*product(hidden, "interm_dense"))  # [N, F]
@@ -261,18 +188,44 @@ def through(
             padded = rows.rectangle(hidden) if padded is None else padded
             run.enter(number, padded)
             mask = extended_mask(rows.mask(), padded.dtype)
-            padded = checkpointed(run.call, module, padded, mask) if recompute else run.call(module, padded, mask)
+            padded = computed(run.call, module, padded, mask, recompute=recompute)
         else:
             hidden, padded = (hidden if padded is None else rows.rows(padded)), None
             run.enter(number, hidden)
-            hidden = recomputed(parts, hidden, run, rows) if recompute else fused_layer(parts, hidden, run, rows)
+            hidden = computed(_fused_layer_at, run.sites, parts, hidden, run, rows, recompute=recompute)
     return hidden if padded is None else rows.rows(padded)
 
 
-def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A module as the module it is: hidden [B, S, I] -> [B, S, O]; `weights` replace its parameters by name.
+def encode_rectangle(
+    input_ids: Tensor, mask: Tensor, types: Tensor | None, modules: Iterable[nn.Module], plan: Plan, recompute: bool
+) -> Tensor:
+    """input_ids, mask, types (None: 0) [B, S] -> the last hidden state [B, S, H], by ordinary autograd; see `through`."""
+    assert plan.embedding is not None
+    rows, run = DenseRows.of(mask), AutogradPass()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    kinds = torch.zeros_like(input_ids) if types is None else types.expand_as(input_ids)
+    tokens = (rows.rows(input_ids).int(), rows.rows(positions).int(), rows.rows(kinds).int())
+    return rows.rectangle(through(run, rows, run.embed(tokens, plan.embedding), modules, plan.layers, recompute))
 
-    In autocast where its parameters have another dtype than half-precision `hidden`.
+
+def _fused_layer_at(site: int, parts: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
+    """A fused layer whose dropout streams follow number `site`, so that a second run draws what the first drew."""
+    run.sites = site
+    return fused_layer(parts, hidden, run, rows)
+
+
+def computed(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+    """function(*arguments). With `recompute`, the backward computes it again instead of keeping its activations."""
+    if not recompute:
+        return function(*arguments)
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return out
+
+
+def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Calls a module: hidden [B, S, I] -> [B, S, O]; `weights` replace its parameters by name.
+
+    The call is under autocast where half-precision `hidden` has another dtype than the module's parameters.
     """
     dtype = next((p.dtype for p in module.parameters()), hidden.dtype)
     cast = hidden.dtype in (torch.bfloat16, torch.float16) and dtype != hidden.dtype
@@ -291,121 +244,128 @@ def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return (1.0 - extended.to(dtype)) * -10000.0
 
 
-def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments), computed again in the backward."""
-    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
-    return out
-
-
-def recomputed(parts: Layer, hidden: Tensor, run: Any, rows: Rows) -> Tensor:
-    """A fused layer that keeps its input alone; its second run draws the same dropout as its first."""
-    site = run.sites
-
-    def layer(hidden: Tensor) -> Tensor:
-        run.sites = site
-        return fused_layer(parts, hidden, run, rows)
-
-    return checkpointed(layer, hidden)
-
-
 # ---- Passes ----------------------------------------------------------------------------------------------------------
 
 
-class Streams:
-    """Dropout streams of one pass: each call site has its number, in the order of the forward."""
+class Pass:
+    """How a fused pass computes: its methods read the weights of the modules they get, and call only the foreign ones.
 
-    def __init__(self) -> None:
-        self.sites = 0  # how many there were so far
+    Each call site of dropout has a number, in the order of the forward. The seed and the number name a random stream.
+    """
 
-    def site(self) -> int:
+    owns_embeddings = False  # True: the pass writes the gradients of the embeddings, so nothing else may embed
+    sites = 0  # number of the last call site
+
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of a parameter, for an op whose activations have `dtype` (None: of an embedding)."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
+        """x [N, I] through one or several Linear modules side by side, biases included -> [N, sum of O]."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor, module: nn.Linear) -> Tensor:
+        """x W^T [N, O]; the op that follows adds the module's bias."""
+        raise NotImplementedError
+
+    def seed_on(self, device: torch.device) -> Tensor:
+        """The seed [1] int64 of every dropout of the pass."""
+        raise NotImplementedError
+
+    def table(self, module: nn.Embedding) -> Tensor:
+        """The rows of an embedding [V, H]."""
+        return self.weight(module.weight)
+
+    def sink(self, kind: Callable[..., Sink], *parameters: Tensor) -> Sink | None:
+        """Where an op's backward writes the gradients of its parameters; None: where autograd does."""
+        return None
+
+    def embedding_sink(self, parts: Embedding) -> EmbeddingSink | None:
+        """The same for the embeddings."""
+        return None
+
+    def dropout(self, module: nn.Dropout, device: torch.device) -> tuple[float, Tensor | None, int]:
+        """The present p of the module, the seed (None: p is 0), and the number of the call site."""
         self.sites += 1
-        return self.sites
+        p = module.p if module.training else 0.0
+        return p, self.seed_on(device) if p else None, self.sites
+
+    def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
+        """dropout(LayerNorm(word + position + type rows)) [N, H]."""
+        word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
+        gamma, beta = self.weight(parts.norm.weight), self.weight(parts.norm.bias)
+        return ops.embedding(
+            *tokens, word, position, kind, gamma, beta, parts.norm.eps, *self.dropout(parts.dropout, tokens[0].device),
+            into=self.embedding_sink(parts),
+        )  # fmt: skip
+
+    def attention(self, rows: Rows, qkv: Tensor, dropout: nn.Dropout) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v within each sentence of `rows`: qkv [N, 3, h, d] -> [N, h * d]."""
+        return rows.attention(qkv, 1.0 / math.sqrt(qkv.shape[-1]), *self.dropout(dropout, qkv.device))
+
+    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
+        gamma, beta = self.weight(norm.weight, x.dtype), self.weight(norm.bias, x.dtype)
+        return ops.add_norm(
+            x, self.weight(bias, x.dtype), residual.to(x.dtype), gamma, beta, norm.eps,
+            *self.dropout(dropout, x.device), into=self.sink(AddNormSink, norm.weight, norm.bias, bias),
+        )  # fmt: skip
+
+    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """GELU(x + bias) [N, F]."""
+        return ops.bias_gelu(x, self.weight(bias, x.dtype), into=self.sink(BiasGeluSink, bias))
+
+    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
+        """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
+        return called(module, hidden, *more)
+
+    def enter(self, layer: int, hidden: Tensor) -> None:
+        """`hidden` [N, H] is about to enter layer number `layer`."""
 
 
-def probability(dropout: nn.Dropout) -> float:
-    """The probability that a dropout module drops with now."""
-    return dropout.p if dropout.training else 0.0
-
-
-class AutogradPass(Streams):
+class AutogradPass(Pass):
     """Parameters as they are (cast under autocast), gradients to `.grad`, dropout seeded by torch's own generator."""
 
-    owns_embeddings = False
-
     def __init__(self) -> None:
-        super().__init__()
         self._seed: Tensor | None = None
+
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return parameter.to(dtype or parameter.dtype)
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weight = torch.cat([m.weight for m in modules]) if len(modules) > 1 else modules[0].weight
         bias = torch.cat([m.bias for m in modules]) if len(modules) > 1 else modules[0].bias
-        dtype = _product_dtype(x, weight)
-        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return _product(x, weight, bias)
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        dtype = _product_dtype(x, module.weight)
-        return F.linear(x.to(dtype), module.weight.to(dtype))
+        return _product(x, module.weight)
 
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        bias, gamma, beta = (t.to(x.dtype) for t in (bias, norm.weight, norm.bias))
-        p = probability(dropout)
-        return ops.add_norm(
-            x, bias, residual.to(x.dtype), gamma, beta, norm.eps, p, self._seed_on(x.device, p), self.site()
-        )
+    def table(self, module: nn.Embedding) -> Tensor:
+        """As in nn.Embedding, the row of `padding_idx` gets no gradient."""
+        weight, row = module.weight, module.padding_idx
+        if row is None or not (weight.requires_grad and torch.is_grad_enabled()):
+            return weight
+        if torch.compiler.is_compiling():  # the compiler fuses this; a hook would break its graph
+            padding = torch.arange(module.num_embeddings, device=weight.device)[:, None] == row
+            return torch.where(padding, weight.detach(), weight)
 
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        return ops.bias_gelu(x, bias.to(x.dtype))
+        def without_row(gradient: Tensor) -> Tensor:
+            kept = gradient.clone()
+            kept[row] = 0
+            return kept
 
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        word, position, kind = (_without_padding(table) for table in (parts.word, parts.position, parts.type))
-        norm, p = parts.norm, probability(parts.dropout)
-        return ops.embedding(
-            rows.tokens, rows.positions, rows.types, word, position, kind, norm.weight, norm.bias, norm.eps,
-            p, self._seed_on(rows.tokens.device, p), self.site(),
-        )  # fmt: skip
+        view = weight.view_as(weight)
+        view.register_hook(without_row)
+        return view
 
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        p, site = probability(dropout), self.site()
-        return lambda qkv: rows.attention(qkv, p, self._seed_on(qkv.device, p), site)
-
-    def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
-        return called(module, hidden, *more)
-
-    def enter(self, layer: int, hidden: Tensor) -> None: ...
-
-    def _seed_on(self, device: torch.device, p: float) -> Tensor | None:
-        if not p:
-            return None
+    def seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
         return self._seed
 
 
-def _without_padding(table: nn.Embedding) -> Tensor:
-    """The table's weight [V, H]; as in nn.Embedding, the row of `padding_idx` gets no gradient."""
-    if table.padding_idx is None or not table.weight.requires_grad:
-        return table.weight
-    if torch.compiler.is_compiling():  # which fuses this, and warns of the class below
-        padding = torch.arange(table.num_embeddings, device=table.weight.device)[:, None] == table.padding_idx
-        return torch.where(padding, table.weight.detach(), table.weight)
-    weight: Tensor = _WithoutGradientOfRow.apply(table.weight, table.padding_idx)
-    return weight
-
-
-class _WithoutGradientOfRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        kept = gradient.clone()
-        kept[ctx.row] = 0
-        return kept, None
-
-
-def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of a matrix product: autocast's where it is on, else the weight's."""
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T (+ b), in autocast's dtype where autocast is on, else in the weight's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """sentence-transformers directories: how they say that tokens become one vector, read and written.
 
-`modules.json` lists the encoder, a pooling, perhaps a dense layer (BERT's own pooler, in all but name) and perhaps the
-scaling to length 1, each with a folder of its own (sbert.net, "Creating Custom Models"). Versions 3.4 to 6.2 read what is
-written here: the module names and the `pooling_mode_*` keys of the oldest of them, which the newest still knows.
+`modules.json` lists the encoder, a pooling, perhaps a dense layer (BERT's pooler) and perhaps the scaling to length 1, each
+with its folder (sbert.net, "Creating Custom Models"). Versions 3.4 to 6.2 read the files written here, which have the module
+names and `pooling_mode_*` keys of the oldest version.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TANH = "torch.nn.modules.activation.Tanh"
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What a sentence-transformers directory says beside the encoder's own files."""
+    """The settings of a sentence-transformers directory that are not in the encoder's files."""
 
     encoder: Path  # the folder of the encoder and its tokenizer
     pooling: Pooling
@@ -47,7 +47,7 @@ class SentenceModules:
 
 
 def read(directory: Path) -> SentenceModules | None:
-    """What `modules.json` says, or None where there is none.
+    """The settings of a directory, or None if it has no `modules.json`.
 
     Raises ConfigError naming the file for damage, and for modules or poolings that have no counterpart here.
     """
@@ -68,23 +68,17 @@ def read(directory: Path) -> SentenceModules | None:
     mode = _pooling(folders["Pooling"] / "config.json")
     pooler = _pooler(folders["Dense"], mode) if "Dense" in folders else None
     pooling: Pooling = mode if pooler is None else "pooler"
-    encoder = folders["Transformer"]
-    settings = encoder / "sentence_bert_config.json"
+    settings = folders["Transformer"] / "sentence_bert_config.json"
     prompts = directory / "config_sentence_transformers.json"
+    length, lowercase = _option(settings, "max_seq_length", int, 2), _option(settings, "do_lower_case", bool, 0)
+    width = _option(prompts, "truncate_dim", int, 1)
     return SentenceModules(
-        encoder,
-        pooling,
-        "Normalize" in kinds,
-        _option(settings, "max_seq_length", int, 2),
-        _prompt(prompts),
-        pooler,
-        _option(prompts, "truncate_dim", int, 1),
-        bool(_option(settings, "do_lower_case", bool, 0)),
+        folders["Transformer"], pooling, "Normalize" in kinds, length, _prompt(prompts), pooler, width, bool(lowercase)
     )
 
 
 def write(directory: Path, modules: SentenceModules, width: int) -> None:
-    """Writes modules.json and what it names, beside the encoder's files in `directory`; vectors are `width` wide."""
+    """Writes modules.json and the files it names into the encoder's `directory`; vectors are `width` wide."""
     names = _chain(modules.pooler is not None, modules.normalize)
     folders = ["", *(f"{number}_{name}" for number, name in enumerate(names[1:], start=1))]
     for folder in folders:
@@ -100,13 +94,10 @@ def write(directory: Path, modules: SentenceModules, width: int) -> None:
         "sentence_bert_config.json": {"max_seq_length": modules.max_length, "do_lower_case": modules.lowercase},
         f"{folders[1]}/config.json": flags,
     }
-    prompts: dict[str, Any] = {}
-    if modules.prompt:
-        prompts |= {"prompts": {"default": modules.prompt}, "default_prompt_name": "default"}
-    if modules.truncate_dim is not None:
-        prompts["truncate_dim"] = modules.truncate_dim
-    if prompts:
-        contents["config_sentence_transformers.json"] = prompts
+    prompts = {"prompts": {"default": modules.prompt}, "default_prompt_name": "default"} if modules.prompt else {}
+    width_kept = {} if modules.truncate_dim is None else {"truncate_dim": modules.truncate_dim}
+    if prompts or width_kept:
+        contents["config_sentence_transformers.json"] = prompts | width_kept
     if modules.pooler is not None:
         contents[f"{folders[2]}/config.json"] = {
             "in_features": width, "out_features": width, "bias": True, "activation_function": _TANH,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder weights from and to files: Hugging Face directories, hub names and course `.pt` files.
 
-No pickle is ever executed: `.safetensors` first, else `.bin` and `.pt` through `weights_only=True`. Every tensor of a
-file is accounted for: one that is missing or unexpected is an error that names it, a head is left with a warning.
+No pickle is ever executed: `.safetensors` first, else `.bin` and `.pt` through `weights_only=True`. A tensor that is
+missing or unexpected is an error that names it; a task's head is left out with a warning.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -24,7 +25,7 @@ from minbert_fast.common.storage import inside, read_json, regular, write_bytes,
 from minbert_fast.model.config import FIXED, BertConfig
 
 CONFIG = "config.json"
-# The files of a hub repository that may matter here; the last, and heads.safetensors, are this package's own.
+# The files of a hub repository that are downloaded; this package writes the last one, and heads.safetensors.
 _WANTED = [
     CONFIG, "*.safetensors", "pytorch_model*.bin", "*.index.json", "tokenizer*", "vocab.txt", "special_tokens_map.json",
     "modules.json", "*_Pooling/*", "*_Dense/*", "*sentence_bert_config.json", "config_sentence_transformers.json",
@@ -37,7 +38,7 @@ class WeightsError(ConfigError):
 
 
 # Hugging Face name -> the course's name. `N` stands for the layer's number.
-_LAYER_NAMES = {
+_LAYER = {
     "attention.self.query": "self_attention.query",
     "attention.self.key": "self_attention.key",
     "attention.self.value": "self_attention.value",
@@ -47,58 +48,48 @@ _LAYER_NAMES = {
     "output.dense": "out_dense",
     "output.LayerNorm": "out_layer_norm",
 }
-_OUTER_NAMES = {
+_NAMES = {
     "embeddings.word_embeddings": "word_embedding",
     "embeddings.position_embeddings": "pos_embedding",
     "embeddings.token_type_embeddings": "tk_type_embedding",
     "embeddings.LayerNorm": "embed_layer_norm",
     "pooler.dense": "pooler_dense",
+    **{f"encoder.layer.N.{theirs}": f"bert_layers.N.{ours}" for theirs, ours in _LAYER.items()},
 }
-_LAYER_NAMES_BACK = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
-_OUTER_NAMES_BACK = {ours: theirs for theirs, ours in _OUTER_NAMES.items()}
+_NAMES_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
 
 # Tensors of published files that are no part of the encoder: index buffers, and the heads of BERT's own pre-training.
 _BESIDE_THE_ENCODER = re.compile(r"(.+\.)?position_ids|cls\.(predictions|seq_relationship)\..+")
-POSITIONS = "position_ids"  # a buffer of old and new models; files in the Hugging Face layout have no need of it
+POSITIONS = "position_ids"  # a buffer of old and new models; files in the Hugging Face layout lack it
 # Module names that wrappers add: DataParallel and its kin, torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _WORDS = ("word_embedding.weight", "embeddings.word_embeddings.weight")  # every encoder has one of the two
-# What acts on the machine: a file that names one of these gets no advice to trust it.
+# Functions that act on the machine: the error for a file that names one does not tell how to trust the file.
 _RUNS = re.compile(
     r"(ctypes|importlib|nt|os|posix|runpy|shutil|socket|subprocess|sys)\..+|builtins\.(__import__|compile|eval|exec|open)"
 )
 _STATES = ("model_state_dict", "state_dict", "model")  # the keys under which training scripts save their weights
 
 
-class Checkpoint(NamedTuple):
-    """An encoder as a file holds it."""
-
-    config: BertConfig | None
-    tensors: dict[str, Tensor]  # under the course's names
-    left: list[str]  # of the file's other tensors, under their names there: a task's head
-
-
 def from_stock_name(key: str) -> str:
     """The course's name of a Hugging Face tensor (legacy `gamma`/`beta` included); other names pass through."""
     key = key.removeprefix("bert.")
     key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
-    stem, _, kind = key.rpartition(".")
-    if stem in _OUTER_NAMES:
-        return f"{_OUTER_NAMES[stem]}.{kind}"
-    layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem)
-    if layer and layer[2] in _LAYER_NAMES:
-        return f"bert_layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"
-    return key
+    return _renamed(key, _NAMES) or key
 
 
 def to_stock_name(key: str) -> str:
     """The Hugging Face name of one of our parameters."""
+    name = _renamed(key, _NAMES_BACK)
+    assert name is not None, key
+    return name
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str | None:
     stem, _, kind = key.rpartition(".")
-    if stem in _OUTER_NAMES_BACK:
-        return f"{_OUTER_NAMES_BACK[stem]}.{kind}"
-    layer = re.fullmatch(r"bert_layers\.(\d+)\.(.+)", stem)
-    assert layer is not None, key
-    return f"encoder.layer.{layer[1]}.{_LAYER_NAMES_BACK[layer[2]]}.{kind}"
+    number = re.search(r"\.\d+\.", stem)
+    name = names.get(stem.replace(number[0], ".N.", 1) if number else stem)
+    return name and f"{name.replace('.N.', number[0]) if number else name}.{kind}"
 
 
 def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
@@ -126,16 +117,15 @@ def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
     return path
 
 
-def read(path: Path, state: Mapping[str, Tensor] | None = None) -> Checkpoint:
-    """Configuration and encoder of a model directory, a course `.pt` file or a `.safetensors` file.
+def read(path: Path, state: Mapping[str, Tensor] | None) -> tuple[BertConfig | None, dict[str, Tensor], list[str]]:
+    """Configuration and `encoder_of` a model directory, a course `.pt` file or a `.safetensors` file.
 
     The configuration of a file comes from a `config.json` in the same folder, else it is None. The tensors of `state`
     replace the stored ones. Raises WeightsError or ConfigError.
     """
-    folder = path.parent if path.is_file() else path
-    config = None if path.is_file() and not (folder / CONFIG).is_file() else BertConfig.from_file(folder / CONFIG)
-    tensors, left = encoder_of(_stored(path), str(path)) if state is None else encoder_of(state, "state_dict")
-    return Checkpoint(config, tensors, left)
+    config = (path.parent if path.is_file() else path) / CONFIG
+    found = None if path.is_file() and not config.is_file() else BertConfig.from_file(config)
+    return found, *(encoder_of(_stored(path), str(path)) if state is None else encoder_of(state, "state_dict"))
 
 
 def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -146,9 +136,8 @@ def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tens
     """
     plain = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in stored}
     if len(plain) < len(stored):
-        raise WeightsError(
-            f"{where}: holds a tensor twice, wrapped and not: {some(sorted(set(stored) - set(plain.values())))}"
-        )
+        twice = sorted(set(stored) - set(plain.values()))
+        raise WeightsError(f"{where}: holds a tensor twice, wrapped and not: {some(twice)}")
     prefixes = {key.removesuffix(word) for key in plain for word in _WORDS if f".{key}".endswith(f".{word}")}
     if len(prefixes) > 1:
         raise WeightsError(f"{where}: holds {len(prefixes)} encoders: {some(sorted(prefixes))}; expected one")
@@ -169,7 +158,7 @@ def encoder_of(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tens
 
 
 def pretraining_heads(path: Path) -> dict[str, Tensor]:
-    """Tensors of BERT's own pre-training heads, `cls.predictions.*` and `cls.seq_relationship.*`, as far as they are there.
+    """The tensors of BERT's pre-training heads in a file, `cls.predictions.*` and `cls.seq_relationship.*`.
 
     `path` is a model directory or a course `.pt` file (which has none). Raises WeightsError.
     """
@@ -220,8 +209,16 @@ def check_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where:
     check_names(wanted, found, where)
     for key, tensor in found.items():
         if tensor.shape != wanted[key].shape:
-            shapes = f"shape {list(tensor.shape)}: expected {list(wanted[key].shape)}"
-            raise WeightsError(f"{where}: {key} has {shapes}")
+            expected = list(wanted[key].shape)
+            raise WeightsError(f"{where}: {key} has shape {list(tensor.shape)}: expected {expected}")
+
+
+def check_encoder(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> set[str]:
+    """`check_keys` for an encoder, whose pooler may be absent: returns the names of the pooler's tensors if it is."""
+    pooler = {key for key in wanted if key.startswith("pooler_dense.")}
+    absent = pooler if pooler.isdisjoint(found) else set()
+    check_keys({k: t for k, t in wanted.items() if k not in absent and k != POSITIONS}, found, where)
+    return absent
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -243,15 +240,13 @@ def write(directory: Path, config: BertConfig, tensors: Mapping[str, Tensor]) ->
 
 
 class _Foreign:
-    """Stands for an object of a class that is no tensor's: remembers the class, takes every argument, runs nothing."""
+    """Replaces an object that is no tensor: remembers the name of its class, takes any argument, runs nothing."""
 
     name = ""
 
-    def __init__(self, *_: object) -> None:
-        pass
+    def __init__(self, *_: object) -> None: ...
 
-    def __setstate__(self, _: object) -> None:
-        pass
+    def __setstate__(self, _: object) -> None: ...
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -262,12 +257,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     """
     names: list[str] = []
     try:
-        try:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(regular(path))
-        except OSError:
-            raise
-        except Exception:  # a format before torch 1.6, or no file of torch's: the load below says which
-            names = []
+        regular(path)
+        with suppress(Exception):  # a format before torch 1.6, or no file of torch's: the load below says which
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = [(type("Foreign", (_Foreign,), {"name": name}), name) for name in names]
         with torch.serialization.safe_globals(foreign):  # type: ignore[arg-type]  # (stand-in, name) pairs
             values = torch.load(path, map_location="cpu", weights_only=True)
@@ -303,11 +295,11 @@ def _conversion(path: Path, names: list[str], place: str) -> str:
     return f'{path}: {what}; if you trust it, convert it in the project that wrote it: python -c "{line}"'
 
 
-# ---- What a caller asks for --------------------------------------------------------------------------------------------
+# ---- Keywords of from_pretrained ---------------------------------------------------------------------------------------
 
 
 def check_overrides(names: Iterable[str], keywords: Iterable[str]) -> None:
-    """Raises ConfigError for the first of `names` that is no value of the configuration; `keywords` are known as well."""
+    """Raises ConfigError for the first of `names` that is no field of the configuration; hints may name `keywords`."""
     fields = [*BertConfig.__dataclass_fields__, *FIXED]
     for name in names:
         if name not in fields:
@@ -335,8 +327,8 @@ def chosen_dtype(
     return known[name]
 
 
-def infer_config(tensors: Mapping[str, Tensor], where: str, num_attention_heads: int | None = None) -> BertConfig:
-    """The configuration that a course `.pt` file's shapes imply, heads 64 wide unless given. Raises WeightsError."""
+def infer_config(tensors: Mapping[str, Tensor], where: str) -> BertConfig:
+    """The configuration that a course `.pt` file's shapes imply, with heads 64 wide. Raises WeightsError."""
     try:
         vocab, hidden = tensors["word_embedding.weight"].shape
         layers = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("bert_layers.")), default=-1)
@@ -344,7 +336,7 @@ def infer_config(tensors: Mapping[str, Tensor], where: str, num_attention_heads:
             vocab_size=vocab,
             hidden_size=hidden,
             num_hidden_layers=layers,
-            num_attention_heads=num_attention_heads or max(1, hidden // 64),
+            num_attention_heads=max(1, hidden // 64),
             intermediate_size=tensors["bert_layers.0.interm_dense.weight"].shape[0] if layers else 4 * hidden,
             max_position_embeddings=tensors["pos_embedding.weight"].shape[0],
             type_vocab_size=tensors["tk_type_embedding.weight"].shape[0],

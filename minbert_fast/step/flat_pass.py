@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.fused import Embedding
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import Attend, Rows, Streams, TokenRows, called, probability
-from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, LinearSink
+from minbert_fast.model.passes import Pass, Sink, TokenRows, called
+from minbert_fast.ops import EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 
 
@@ -29,86 +30,56 @@ def check_unshared(encoder: BertModel) -> None:
         seen.add(id(p))
 
 
-class OnePass(Streams):
-    """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device.
+@dataclass(eq=False)
+class OnePass(Pass):
+    """Weights from the flat buffers, per-task gradients into J, dropout from a seed that lives on the device."""
 
-    `bounds` [T + 1] are the token-row bounds of J's rows (one row for all tasks when nothing needs them apart). Without
-    `gradients` all parameters are constants. `noise` [N, H] is added to the embeddings, and may ask for a gradient.
-    `sentences` [T + 1] are the sentence bounds of J's rows: modules that are called see one task's sentences at a time.
-    `through` is called with a layer's number when the backward has written the gradients of that layer and of those above.
-    """
+    flat: FlatParameters
+    gradients: TaskGradients | None  # None: all parameters are constants
+    batch: PackedBatch
+    bounds: Tensor  # [T + 1] token-row bounds of J's rows (one row for all tasks when nothing needs them apart)
+    seed: Tensor  # [1] int64
+    noise: Tensor | None = None  # [N, H] added to the embeddings; may ask for a gradient
+    # Called with a layer's number when the backward has written the gradients of that layer and of those above.
+    through: Callable[[int], None] = lambda layer: None
+    sentences: Sequence[int] = ()  # [T + 1] sentence bounds of J's rows: modules are called with one task at a time
+    _called: set[int] = field(default_factory=set)  # parameters of modules that were called so far
 
     owns_embeddings = True
-
-    def __init__(
-        self,
-        flat: FlatParameters,
-        gradients: TaskGradients | None,
-        batch: PackedBatch,
-        bounds: Tensor,
-        seed: Tensor,
-        noise: Tensor | None = None,
-        through: Callable[[int], None] = lambda layer: None,
-        sentences: Sequence[int] = (),
-    ) -> None:
-        super().__init__()
-        self.through = through
-        self.flat = flat
-        self.gradients = gradients
-        self.batch = batch
-        self.bounds = bounds
-        self.seed = seed
-        self.noise = noise
-        self.sentences = sentences
-        self._called: set[int] = set()  # parameters of modules that were called so far
 
     def linear(self, x: Tensor, *modules: nn.Linear) -> Tensor:
         weights, biases = [m.weight for m in modules], [m.bias for m in modules]
         if not (self._together(weights) and self._together(biases)):
             return torch.cat([self.linear(x, module) for module in modules], -1)
-        compute = self.flat.compute
-        sink = LinearSink(self.bounds, self._stacked_gradient(weights), self._stacked_gradient(biases))
-        return ops.linear(x, self.flat.stacked(compute, weights), self.flat.stacked(compute, biases), into=sink)
+        weight, bias = (self.flat.stacked(self.flat.compute, parameters) for parameters in (weights, biases))
+        return ops.linear(x, weight, bias, LinearSink(self.bounds, self._gradient(*weights), self._gradient(*biases)))
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         sink = LinearSink(self.bounds, self._gradient(module.weight), None)
-        return ops.linear(x, self._weight(module.weight), into=sink)
+        return ops.linear(x, self.weight(module.weight), into=sink)
 
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        gradients = (self._gradient(p) for p in (norm.weight, norm.bias, bias))
-        return ops.add_norm(
-            x, self._weight(bias), residual, self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            probability(dropout), self.seed, self.site(), into=AddNormSink(self.bounds, *gradients),
-        )  # fmt: skip
-
-    def bias_gelu(self, x: Tensor, bias: Tensor) -> Tensor:
-        return ops.bias_gelu(x, self._weight(bias), into=BiasGeluSink(self.bounds, self._gradient(bias)))
-
-    def embed(self, rows: TokenRows, parts: Embedding) -> Tensor:
-        tables = (parts.word.weight, parts.position.weight, parts.type.weight)
-        norm = parts.norm
-        batch, words = self.batch, None
-        if self.gradients and (self.flat.words is tables[0] or self.gradients.owns(tables[0])):
-            words = self.gradients.words(batch.num_words, tables[0].shape[1])
-        sink = EmbeddingSink(
-            self.bounds,
-            batch.cu_seqlens,
-            batch.word_order,
-            batch.word_offsets[: batch.num_words + 1],
-            words,
-            *(self._gradient(p) for p in (tables[1], tables[2], norm.weight, norm.bias)),
-        )
-        word, position, kind = (self._weight(t) for t in tables)
-        y = ops.embedding(
-            rows.tokens, rows.positions, rows.types, word, position, kind,
-            self._weight(norm.weight), self._weight(norm.bias), norm.eps,
-            probability(parts.dropout), self.seed, self.site(), into=sink,
-        )  # fmt: skip
+    def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
+        y = super().embed(tokens, parts)
         return y if self.noise is None else y + self.noise.to(y.dtype)
 
-    def attend(self, rows: Rows, dropout: nn.Dropout) -> Attend:
-        p, site = probability(dropout), self.site()
-        return lambda qkv: rows.attention(qkv, p, self.seed, site)
+    def seed_on(self, device: torch.device) -> Tensor:
+        return self.seed
+
+    def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if not isinstance(parameter, nn.Parameter):  # zeros for the bias of a foreign module
+            return parameter
+        return self.flat.view(self.flat.compute, parameter)
+
+    def sink(self, kind: Callable[..., Sink], *parameters: Tensor) -> Sink | None:
+        return kind(self.bounds, *map(self._gradient, parameters))
+
+    def embedding_sink(self, parts: Embedding) -> EmbeddingSink:
+        word, batch, words = parts.word.weight, self.batch, None
+        if self.gradients and (self.flat.words is word or self.gradients.owns(word)):
+            words = self.gradients.words(batch.num_words, word.shape[1])
+        offsets = batch.word_offsets[: batch.num_words + 1]
+        others = map(self._gradient, (parts.position.weight, parts.type.weight, parts.norm.weight, parts.norm.bias))
+        return EmbeddingSink(self.bounds, batch.cu_seqlens, batch.word_order, offsets, words, *others)
 
     def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
         """Calls the module once per task, on the task's sentences and with a leaf per task for each of its parameters.
@@ -148,19 +119,12 @@ class OnePass(Streams):
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self.through(layer))
 
-    def _weight(self, parameter: Tensor) -> Tensor:
-        if not isinstance(parameter, nn.Parameter):  # zeros for the bias of a foreign module
-            return parameter
-        return self.flat.view(self.flat.compute, parameter)
-
-    def _gradient(self, parameter: Tensor) -> Tensor | None:
-        return self.gradients.view(parameter) if self.gradients and self.gradients.owns(parameter) else None
+    def _gradient(self, *parameters: Tensor) -> Tensor | None:
+        """The parameters' place in J, one below the other [T, rows, ...]; None where J has none for the first."""
+        if self.gradients is None or not self.gradients.owns(parameters[0]):
+            return None
+        return self.gradients.stacked(parameters)
 
     def _together(self, parameters: Sequence[Tensor]) -> bool:
         owned = {self.gradients is not None and self.gradients.owns(p) for p in parameters}
         return len(owned) == 1 and self.flat.adjacent(parameters)
-
-    def _stacked_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        if self.gradients is None or not self.gradients.owns(parameters[0]):
-            return None
-        return self.gradients.stacked(parameters)
