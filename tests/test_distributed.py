@@ -29,8 +29,8 @@ from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder
-from minbert_fast.parallel.connect import connect
 from minbert_fast.parallel.exchange import AllReduce
+from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import World
 from minbert_fast.step.one_pass import OnePassStep
 from tests.test_step import SIZES, make_batch, make_model, recipe
@@ -85,7 +85,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("ranks", "shard"), [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))])
+@pytest.mark.parametrize(
+    ("ranks", "shard"),
+    [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))],
+)
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
     flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
@@ -319,7 +322,7 @@ def test_spans_cover_the_shared_region_once(decay_all: bool) -> None:
     assert cut[-1][1] == step.flat.shared_end
     assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
     for group in exchange_of(step).spans:
-        assert all(span.run.begin <= span.begin < span.end <= span.run.end for span in group)
+        assert all(span.group.begin <= span.begin < span.end <= span.group.end for span in group)
 
 
 @pytest.mark.parametrize("decay_all", [True, False])
@@ -330,10 +333,10 @@ def test_shards_are_disjoint_whole_and_small(decay_all: bool) -> None:
     ]
     owned = torch.zeros(steps[0][0].flat.trainable_end, dtype=torch.int32)
     for step, _ in steps:
-        for piece in step.optimizer.pieces:
+        for piece in step.optimizer.ranges:
             owned[piece.begin : piece.end] += 1
     flat = steps[0][0].flat
-    words = flat.slot(flat.words).end if flat.words is not None else 0
+    words = flat.placement(flat.words).end if flat.words is not None else 0
     assert (owned[:words] == 1).all()
     assert (owned[flat.words_end :] == ranks).all()  # heads are everyone's
     whole = OnePassStep(steps[0][0].model, recipe(surgery={"method": "pcgrad"}), torch.float32)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums the gradients of one step over the processes that share it.
 
-A backward leaves each process with the gradients of its own share of the batch. They are summed a layer at a time, as soon
-as the backward has written that layer and while it works on the layer below: the last layer first, then the rest of the
-shared region, then words, heads and losses. Every process starts the same sums in the same order, whatever its share is.
+After a backward each process has the gradients of its share of the batch. The sum of a layer starts as soon as the backward
+has written that layer, and runs while the backward works on the layer below: the last layer first, then the rest of the
+shared region, then words, heads and losses. Every process starts the same sums in the same order.
 
-Here every process ends with all of J and takes the whole optimizer step; `sharding.py` leaves each process a part of both.
+Here every process gets all of J and updates all parameters; in `sharding.py` each process gets a part of both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import OptimizerOptions
-from minbert_fast.step.flat import FlatParameters, Run, TaskGradients
+from minbert_fast.step.flat import FlatParameters, ParameterGroup, TaskGradients
 from minbert_fast.step.hooks import Exchange
 from minbert_fast.step.optim import FlatAdamW
 
@@ -32,33 +32,33 @@ RANK_STRIDE = 7_368_787  # between the dropout seeds of ranks
 
 @dataclass(frozen=True)
 class Span:
-    """Elements [begin, end) of the shared region, all of one run."""
+    """Elements [begin, end) of the shared region or of the words, all of one group."""
 
-    run: Run
+    group: ParameterGroup
     begin: int
     end: int
 
 
 def spans(flat: FlatParameters, layers: Sequence[Sequence[nn.Parameter]]) -> list[list[Span]]:
-    """Divides the shared region: the spans of each layer's parameters, and last those of everything else."""
-    layer_of: dict[int, int] = {}  # by where a slot begins
+    """Divides the shared region into the spans of each layer's parameters and, last, the spans of all other parameters."""
+    layer_of: dict[int, int] = {}  # by a parameter's first element
     for number, layer in enumerate(layers):
-        layer_of |= {flat.slot(p).begin: number for p in layer if p in flat}
+        layer_of |= {flat.placement(p).begin: number for p in layer if p in flat}
     cut: list[list[Span]] = [[] for _ in range(len(layers) + 1)]
-    for run in flat.runs:
-        if run.label == "shared":
-            begins = [slot.begin for slot in flat.slots() if run.begin <= slot.begin < run.end]
+    for group in flat.groups:
+        if group.label == "shared":
+            begins = [place.begin for place in flat.placements() if group.begin <= place.begin < group.end]
             numbers = [layer_of.get(begin, len(layers)) for begin in begins]
             first = [i for i, number in enumerate(numbers) if i == 0 or numbers[i - 1] != number]
-            for i, end in zip(first, [*(begins[j] for j in first[1:]), run.end], strict=True):
-                cut[numbers[i]].append(Span(run, begins[i], end))
+            for i, end in zip(first, [*(begins[j] for j in first[1:]), group.end], strict=True):
+                cut[numbers[i]].append(Span(group, begins[i], end))
     return cut
 
 
 class AllReduce(Exchange):
-    """Sums J over all processes (all-reduce), so that each of them has all of it."""
+    """Gives every process the sums of all of J (all-reduce)."""
 
-    lap = "exchange"
+    part = "exchange"
 
     def __init__(
         self,
@@ -66,9 +66,7 @@ class AllReduce(Exchange):
         flat: FlatParameters,
         rows: int,
         dtype: torch.dtype,
-        layers: Sequence[
-            Sequence[nn.Parameter]
-        ],  # parameters whose gradients are complete when `after_layer` is called
+        layers: Sequence[Sequence[nn.Parameter]],  # their gradients are complete when `after_layer` is called
     ) -> None:
         self.world = world
         self.flat = flat
@@ -91,7 +89,7 @@ class AllReduce(Exchange):
         self._next = next(self._order)
 
     def after_layer(self, layer: int) -> None:
-        """Starts the sums of `layer` and of those above it. A no-op unless `before_backward` was called."""
+        """Starts the sums of `layer` and of the layers above it. Does nothing unless `before_backward` was called."""
         while self._next is not None and layer <= self._next < len(self.spans) - 1:
             self._send(self._next)
             self._next = next(self._order)

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from minbert_fast.common.device import choose_device, choose_precision, peak_mem
 from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
+from minbert_fast.common.storage import write_json
 from minbert_fast.data.files import read_table
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.tokenizer import Tokenizer
@@ -275,7 +276,7 @@ class _Job:
         )
         first_step = 0 if checkpoint is None else checkpoint.step
         report_to = self.options.report_to if self.world.is_main else ()
-        with open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe))) as trackers:
+        with closing(open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe)))) as trackers:
             self.files.metrics.on_record = trackers
             return trainer.run(checkpoint)
 
@@ -316,7 +317,8 @@ class _Job:
             with translate_write_errors(self.files.path / "predictions"):
                 found.write_predictions(self.files.path / "predictions", "test")
         self._copy_predictions()
-        self.files.write_json(SUMMARY, self._summary(outcome))
+        with translate_write_errors(self.files.path / SUMMARY):
+            write_json(self.files.path / SUMMARY, self._summary(outcome))
         with translate_write_errors(self.files.path / "report.html"):
             write_report(self.files.path)
         self._print(_format_outcome(outcome, self.files.path))

@@ -23,13 +23,12 @@ from minbert_fast.common.errors import InterruptError, RunError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore
+from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, State, collect_tensors, load_model, load_step
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
 from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
-from minbert_fast.trainer.state import State, collect_tensors, load_model, load_step
 
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
@@ -108,7 +107,11 @@ class Trainer:
         self._observer = Observer()
         self._signals = StopSignals()
         self._clock = Clock(self.state)
-        self._open_metrics(checkpoint)
+        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
+        if checkpoint is not None:
+            self.files.bring_back("best", "predictions")
+            if self.state.record is not None:
+                self.files.metrics.write(self.state.record)
         self._progress = Progress(self.state.step, self.total, self.world.is_main)
         try:
             with self._signals:
@@ -287,13 +290,6 @@ class Trainer:
 
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
 
-    def _open_metrics(self, checkpoint: Checkpoint | None) -> None:
-        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
-        if checkpoint is not None:
-            self.files.bring_back("best", "predictions")
-            if self.state.record is not None:
-                self.files.metrics.write(self.state.record)
-
     def _observe(self, stage: Stage, scale: float | None, logged: bool) -> None:
         """Fetches the results since the last fetch; records every skipped step, and the last step if `logged`."""
         state = self.state
@@ -327,9 +323,8 @@ class Trainer:
         if state.record is not None:
             self.files.metrics.write(state.record)
         self.files.metrics.flush()
-        tensors, scalars = collect_tensors(
-            self.model, self._step
-        )  # in every process: each may hold a part of the moments
+        # In every process, because each may hold a part of the moments.
+        tensors, scalars = collect_tensors(self.model, self._step)
         if self.world.is_main:
             self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
