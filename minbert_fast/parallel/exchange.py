@@ -10,8 +10,7 @@ Here every process gets all of J and updates all parameters; in `sharding.py` ea
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,8 +72,7 @@ class AllReduce(Exchange):
         self.seed_offset = world.rank * RANK_STRIDE
         self.spans = spans(flat, layers)
         self.gradients = self._allocate(rows, dtype)
-        self._order: Iterator[int] = iter(())  # numbers of the span groups still to be sent
-        self._next: int | None = None
+        self._unsent: list[int] = []  # indices into `spans`, in the order of their sums
         self._begun: list[Work | None] = []
 
     def _allocate(self, rows: int, dtype: torch.dtype) -> TaskGradients:
@@ -85,20 +83,18 @@ class AllReduce(Exchange):
 
     def before_backward(self) -> None:
         self._begun = []
-        self._order = itertools.chain(reversed(range(len(self.spans) - 1)), [len(self.spans) - 1])
-        self._next = next(self._order)
+        last = len(self.spans) - 1
+        self._unsent = [*reversed(range(last)), last]
 
     def after_layer(self, layer: int) -> None:
         """Starts the sums of `layer` and of the layers above it. Does nothing unless `before_backward` was called."""
-        while self._next is not None and layer <= self._next < len(self.spans) - 1:
-            self._send(self._next)
-            self._next = next(self._order)
+        while self._unsent and layer <= self._unsent[0] < len(self.spans) - 1:
+            self._send(self._unsent.pop(0))
 
     def after_backward(self, tensors: Sequence[Tensor]) -> None:
         """Starts the remaining sums, and returns when J and `tensors` are summed."""
-        while self._next is not None:
-            self._send(self._next)
-            self._next = next(self._order, None)
+        while self._unsent:
+            self._send(self._unsent.pop(0))
         self._begun += [self.world.begin_sum(tensor) for tensor in tensors]
         self.world.finish(self._begun)
 

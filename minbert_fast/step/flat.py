@@ -8,14 +8,14 @@ key and value are one matrix. The buffer has four regions:
     | encoder and tied head layers: | word embedding,  | each head's own: ordinary   |        |
     | J [T, shared]                 | row-sparse J     | gradients, no surgery       |        |
 
-A second buffer of the same layout holds the copy in the dtype that matrix products group in (bf16), written by the
+A second buffer of the same layout holds the copy in the dtype that matrix products run in (bf16), written by the
 optimizer in the same pass; in fp32 the two are one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -36,6 +36,23 @@ class ParameterSpec:
     parameter: nn.Parameter
     lr_factor: float = 1.0
     weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """The parameters of a training stage by role."""
+
+    shared: Sequence[ParameterSpec]  # encoder and head layers that several tasks use: surgery acts on these
+    words: ParameterSpec | None  # the word embedding, when its gradient is row-sparse
+    heads: Mapping[str, Sequence[ParameterSpec]]  # of one task alone
+    frozen: Sequence[ParameterSpec]  # need only their copy for matrix products
+
+    def trained(self) -> Iterator[tuple[str, ParameterSpec]]:
+        """Every trained parameter with the label of its group (see `ParameterGroup`)."""
+        yield from (("shared", spec) for spec in self.shared)
+        if self.words:
+            yield "words", self.words
+        yield from ((task, spec) for task, specs in self.heads.items() for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class UpdateRange:
-    """Elements [begin, end) of one group that an optimizer updates; their moments start at element `at` of its own."""
+    """Elements [begin, end) of one group that an optimizer updates. Its moments of them start at its element `at`."""
 
     group: ParameterGroup
     begin: int
@@ -79,20 +96,13 @@ class UpdateRange:
 class FlatParameters:
     """Moves parameters into one buffer (their `.data` become views of it) and finds each parameter there.
 
-    `shared`: parameters that surgery acts on; `words`: the word embedding, when its gradient is kept row-sparse;
-    `heads[name]`: parameters of one task alone; `frozen`: parameters that only need their copy for products.
     Matrix products run in `dtype`, fp32 or bf16. Raises ValueError for mixed devices or non-fp32 parameters.
     """
 
-    def __init__(
-        self,
-        shared: Sequence[ParameterSpec],
-        words: ParameterSpec | None,
-        heads: Mapping[str, Sequence[ParameterSpec]],
-        frozen: Sequence[ParameterSpec],
-        dtype: torch.dtype,
-    ) -> None:
-        everything = [*shared, *([words] if words else []), *(e for head in heads.values() for e in head), *frozen]
+    def __init__(self, parameters: StageParameters, dtype: torch.dtype) -> None:
+        self.trainable = tuple(spec for _, spec in parameters.trained())
+        everything = [*self.trainable, *parameters.frozen]
+        words = parameters.words
         if not everything:
             raise ValueError("no parameters to lay out")
         device = everything[0].parameter.device
@@ -102,16 +112,15 @@ class FlatParameters:
                 raise ValueError(f"parameter {spec.name} is {found}: expected torch.float32 on {device}")
         self._placements: dict[int, Placement] = {}  # by id of the parameter
         self.groups: list[ParameterGroup] = []  # of the trainable regions
-        self.shared_end = self._place("shared", shared, 0)
+        self.shared_end = self._place("shared", parameters.shared, 0)
         self.words_end = self._place("words", [words] if words else [], self.shared_end)
         self.trainable_end = self.words_end
-        for name, specs in heads.items():
+        for name, specs in parameters.heads.items():
             self.trainable_end = self._place(name, specs, self.trainable_end)
         trained = len(self.groups)
-        end = self._place("frozen", frozen, self.trainable_end)
+        end = self._place("frozen", parameters.frozen, self.trainable_end)
         del self.groups[trained:]
         self.words = words.parameter if words else None
-        self.trainable = tuple(s for s in everything if s not in frozen)
 
         self.data = huge_pages.zeros(end, device=device)
         self.compute = self.data if dtype == torch.float32 else huge_pages.zeros(end, dtype=dtype, device=device)

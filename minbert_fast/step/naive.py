@@ -104,7 +104,7 @@ class ReferenceStep:
         self.generator = torch.Generator().manual_seed(recipe.training.seed)
         self.weights = surgery_of(recipe, self.generator)
         parts = trainable(model, recipe)
-        self.specs = list(parts.specs())
+        self.specs = list(parts.trained())
         self.shared = [spec.parameter for label, spec in self.specs if label in ("shared", "words")]
         self.frozen = [spec.parameter for spec in parts.frozen]
         o = recipe.optimizer

@@ -60,7 +60,7 @@ class OnePassStep:
         self.apart = recipe.surgery.method != "none"  # J has a row for each task, not one for their sum
         check_unshared(model.encoder)
         parts = trainable(model, recipe)
-        self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
+        self.flat = FlatParameters(parts, dtype)
         self.frozen = [spec.parameter for spec in parts.frozen]
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         self.plan = model.encoder.plan()

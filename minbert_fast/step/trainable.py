@@ -1,37 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters that a stage trains, by role, with the settings of their optimizer steps; and the frozen ones."""
+"""Sorts a stage's parameters by role and chooses the settings of their optimizer steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.step.flat import ParameterSpec
+from minbert_fast.step.flat import ParameterSpec, StageParameters
 from minbert_fast.tasks import MultitaskModel
 
 
-@dataclass(frozen=True)
-class Trainable:
-    """A stage's parameters by role, each with its optimizer settings."""
-
-    shared: list[ParameterSpec]  # encoder and head layers that several tasks use: surgery acts on these
-    words: ParameterSpec | None  # the word embedding, when only the encoder's first op uses it
-    heads: dict[str, list[ParameterSpec]]
-    frozen: list[ParameterSpec]
-
-    def specs(self) -> Iterable[tuple[str, ParameterSpec]]:
-        """Every trained parameter with the label of its `ParameterGroup`."""
-        yield from (("shared", spec) for spec in self.shared)
-        if self.words:
-            yield "words", self.words
-        yield from ((task, spec) for task, specs in self.heads.items() for spec in specs)
-
-
-def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
+def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
     """Sorts the model's parameters by the stage's tasks, `model.freeze` and `requires_grad`."""
     options, encoder = recipe.optimizer, model.encoder
     names = {id(p): n for n, p in model.named_parameters()}
@@ -68,9 +51,9 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
     if words and any(id(word) in u for u in users):  # a head uses it too, so its gradient is dense
         shared.append(words)
         words = None
-    placed = {id(e.parameter) for e in (*shared, *([words] if words else []), *(e for h in heads.values() for e in h))}
-    frozen = [ParameterSpec(n, p) for n, p in model.encoder.named_parameters() if id(p) not in placed]
-    return Trainable(shared, words, heads, frozen)
+    parts = StageParameters(shared, words, heads, frozen=[])
+    trained = {id(spec.parameter) for _, spec in parts.trained()}
+    return replace(parts, frozen=[ParameterSpec(n, p) for n, p in encoder.named_parameters() if id(p) not in trained])
 
 
 def _depth(name: str, layers: int) -> int:
