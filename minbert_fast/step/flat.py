@@ -218,10 +218,6 @@ class TaskGradients:
         """One view [T, rows, ...] of adjacent parameters' gradients, stacked along their first dimension."""
         return self.flat.stacked(self.J, parameters)
 
-    def zero(self) -> None:
-        """Sets J to zero."""
-        self.J.zero_()
-
     def gram(self, words: Tensor | None) -> Tensor:
         """G [T, T]: inner products of the tasks' gradients over the shared region and the words' rows [T, U, H]."""
         gram = ops.gram(self.J)

@@ -11,7 +11,6 @@ without communication, because each knows the losses of the whole step.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +22,7 @@ from minbert_fast.step.hooks import StepHook
 PREFIX = "weighting/"
 
 
-class TaskWeights(StepHook, ABC):
+class TaskWeights(StepHook):
     """Weights [T] of the tasks' losses, in the order of `tasks`. `state` holds the changing tensors by name."""
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
@@ -32,10 +31,6 @@ class TaskWeights(StepHook, ABC):
         self.state: dict[str, Tensor] = {}
         self._device = device
         self._masks: dict[frozenset[str], Tensor] = {}
-
-    @abstractmethod
-    def loss_weights(self) -> Tensor:
-        """The weights [T] of this step."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint."""
