@@ -61,17 +61,15 @@ class ShardedGradients(TaskGradients):
     Scratch [T, room] holds the spans of one layer, one after another. A span's room is R times the size of its part.
     """
 
-    def __init__(
-        self, flat: FlatParameters, tasks: int, dtype: torch.dtype, spans: Sequence[Sequence[Span]], shares: Shares
-    ) -> None:
-        super().__init__(flat, 0, dtype)
+    def __init__(self, tasks: int, dtype: torch.dtype, spans: Sequence[Sequence[Span]], shares: Shares) -> None:
+        super().__init__(shares.flat, 0, dtype)
         self.tasks = tasks
         self._world = shares.world
         self.offsets: dict[Span, int] = {}  # element of J where this process's part of a span starts
         self.rooms: dict[Span, Tensor] = {}  # scratch memory [T, room] that the backward writes a span to
         kept = 0
         lengths = [sum(shares.size(span) for span in group) * shares.world.size for group in spans]
-        layers, device = lengths[:-1], flat.data.device
+        layers, device = lengths[:-1], shares.flat.data.device
         rooms = [max(layers[0::2], default=0), max(layers[1::2], default=0), lengths[-1]]
         self._memory = [huge_pages.zeros(tasks, room, dtype=dtype, device=device) for room in rooms]
         # The scratch memory of each layer, then of the rest.
@@ -110,7 +108,7 @@ class ReduceScatter(AllReduce):
 
     def _allocate(self, rows: int, dtype: torch.dtype) -> ShardedGradients:
         self.shares = Shares(self.flat, self.world)
-        return ShardedGradients(self.flat, rows, dtype, self.spans, self.shares)
+        return ShardedGradients(rows, dtype, self.spans, self.shares)
 
     def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
         ranges = self.flat.update_ranges()

@@ -18,8 +18,8 @@ hook that sums gradients over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.optim import FlatAdamW
+
+Value = TypeVar("Value")
 
 
 class StepHook:
@@ -73,6 +75,11 @@ class StepHook:
             if found is None or found.shape != own.shape:
                 raise ValueError(f"no {name} of shape {list(own.shape)}")
             own.copy_(found)
+
+
+def first(values: Iterable[Value | None]) -> Value | None:
+    """The first value that is not None, where the hooks of a step return values."""
+    return next((value for value in values if value is not None), None)
 
 
 class Exchange(StepHook):

@@ -21,16 +21,8 @@ from minbert_fast.step import optim
 from minbert_fast.step.extras import separate_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.extras.consistency import Consistency
-from minbert_fast.step.stepping import (
-    PartTimer,
-    StepResult,
-    average_of,
-    first,
-    prefixed,
-    reseed,
-    surgery_of,
-    unprefixed,
-)
+from minbert_fast.step.hooks import first
+from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
 from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
 

@@ -26,18 +26,9 @@ from minbert_fast.step.extras import flat_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.flat_pass import OnePass, check_unshared
-from minbert_fast.step.hooks import Connect, StepHook
+from minbert_fast.step.hooks import Connect, StepHook, first
 from minbert_fast.step.optim import FlatAdamW
-from minbert_fast.step.stepping import (
-    PartTimer,
-    StepResult,
-    average_of,
-    first,
-    prefixed,
-    reseed,
-    surgery_of,
-    unprefixed,
-)
+from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
 from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
 

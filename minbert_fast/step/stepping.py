@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.hooks import StepHook
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class PartTimer:
             now = time.perf_counter()
             self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
             self._last = now
-
-
-def first(values: Iterable[Value | None]) -> Value | None:
-    """The first value that is not None."""
-    return next((value for value in values if value is not None), None)
 
 
 def average_of(hooks: Iterable[StepHook]) -> WeightAverage | None:
