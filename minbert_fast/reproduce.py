@@ -25,6 +25,7 @@ from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.reporting.runs import format_score
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
@@ -97,7 +98,7 @@ def score_table(recipes: dict[str, Recipe], trials: Sequence[Trial]) -> str:
     for trial in trials:
         scores = ((recipes[trial.name].published.get(metric), trial.score(metric)) for metric in METRICS)
         steps = f"{trial.summary['steps']:,}" if trial.summary else "failed"
-        rows.append([trial.name, *(experiments.format_score(score) for pair in scores for score in pair), steps])
+        rows.append([trial.name, *(format_score(score, 3) for pair in scores for score in pair), steps])
     head = ["recipe", *(f"{name}, {kind}" for name in METRICS.values() for kind in ("published", "measured")), "steps"]
     return experiments.markdown_table(head, rows)
 

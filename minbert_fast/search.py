@@ -28,9 +28,10 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting import charts
+from minbert_fast.reporting.runs import format_score
 from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
-from minbert_fast.trainer.experiments import Trial, format_score
+from minbert_fast.trainer.experiments import Trial
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in flag.names}
@@ -149,7 +150,7 @@ def write_results(
     rows = [
         [
             *values.values(),
-            *(format_score(trial.score(m)) for m in metrics),
+            *(format_score(trial.score(m), 3) for m in metrics),
             str(trial.summary.get("steps", "failed")),
         ]
         for values, trial in ranked

@@ -123,8 +123,3 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
-
-
-def format_score(value: float | None) -> str:
-    """A score to three decimals; "-" for None."""
-    return "-" if value is None else f"{value:.3f}"

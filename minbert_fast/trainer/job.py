@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,7 @@ from minbert_fast.model.bert import BertModel
 from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.report import write_report
-from minbert_fast.reporting.runs import flatten
+from minbert_fast.reporting.runs import flatten, format_score
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
@@ -85,7 +85,11 @@ def train(recipe: Recipe, options: Options) -> Path:
     """
     output = options.output or unused_directory(Path("runs") / recipe.name)
     try:
-        with joined(choose_device(options.device)) as (world, device), _open_directory(output, world) as files:
+        with joined(choose_device(options.device)) as (world, device), ExitStack() as stack:
+            path = output
+            if not world.is_main:  # nobody needs the files of the other ranks
+                path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
+            files = stack.enter_context(RunDirectory(path))
             _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
         if not loop.is_out_of_memory(error):
@@ -94,15 +98,6 @@ def train(recipe: Recipe, options: Options) -> Path:
             "out of memory outside training steps: choose a smaller model or --set data.max_length"
         ) from error
     return output
-
-
-@contextmanager
-def _open_directory(path: Path, world: World) -> Iterator[RunDirectory]:
-    """The output directory on rank 0; a temporary directory on the other ranks, whose files nobody needs."""
-    with ExitStack() as stack:
-        if not world.is_main:
-            path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
-        yield stack.enter_context(RunDirectory(path))
 
 
 @dataclass
@@ -371,16 +366,13 @@ def _tokenizer_directory(source: Path) -> Path:
 
 def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
     """The last lines of a run: length, dev scores before and after training, and the files."""
-
-    def score(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
     state, best = outcome.state, outcome.best
     lines = [f"{outcome.reason}: {state.step:,} steps, {state.tokens:,} tokens, {state.seconds:.0f} s"]
     if best is not None:
         before = state.untrained or {}
-        width = max(len(name) for name in best["metrics"])
+        metrics = best["metrics"]
+        width = max(len(name) for name in metrics)
         lines.append(f"{'dev':{width}}  untrained  best (step {best['step']})")
-        lines += [f"{n:{width}}  {score(before.get(n)):>9}  {score(value)}" for n, value in best["metrics"].items()]
+        lines += [f"{n:{width}}  {format_score(before.get(n)):>9}  {format_score(metrics[n])}" for n in metrics]
     lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from minbert_fast.common.errors import InterruptError, RunError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting.runs import format_score
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, State, collect_tensors, load_model, load_step
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
@@ -284,7 +285,7 @@ class Trainer:
         return {"step": self.state.step, "score": score, "metrics": dict(evaluation.metrics)}
 
     def _report_dev(self, evaluation: Evaluation) -> dict[str, Any]:
-        scores = (f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in evaluation.metrics.items())
+        scores = (f"{name} {format_score(value)}" for name, value in evaluation.metrics.items())
         self._progress.say(f"step {self.state.step}: {', '.join(scores)}")
         return dev_record(evaluation.metrics, self.state, self.stages)
 
