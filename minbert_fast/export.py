@@ -34,18 +34,17 @@ HEADS = "heads.safetensors"
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("export", __doc__ or "")
-    add = flags.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
-    add("--format", choices=FORMATS, required=True, help="the library to write for")
-    add("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    add("--overwrite", action="store_true", help="replace what --output holds")
-    add(
+    flags.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
+    flags.add_argument("--format", choices=FORMATS, required=True, help="the library to write for")
+    flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    flags.add_argument("--overwrite", action="store_true", help="replace what --output holds")
+    flags.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
         help="sentence-transformers: scale vectors to length 1 (default: the model's setting)",
     )
-    add("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
-    add("--private", action="store_true", help="--push: make a new repository private")
+    flags.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
+    flags.add_argument("--private", action="store_true", help="--push: make a new repository private")
     return flags
 
 

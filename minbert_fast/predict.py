@@ -32,17 +32,16 @@ MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("predict", __doc__ or "")
-    add = flags.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
-    add(
+    flags.add_argument("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
+    flags.add_argument(
         "--task",
         required=True,
         metavar="NAME",
         help="sentiment, paraphrase, similarity, or another of the model's tasks",
     )
-    add("--input", type=Path, required=True, metavar="FILE", help="a data file of that task")
-    add("--output", type=Path, required=True, metavar="FILE", help="the prediction file")
-    add(
+    flags.add_argument("--input", type=Path, required=True, metavar="FILE", help="a data file of that task")
+    flags.add_argument("--output", type=Path, required=True, metavar="FILE", help="the prediction file")
+    flags.add_argument(
         "--format",
         choices=("course", "jsonl"),
         help="format of the output (default: jsonl for a .jsonl file, else course)",
