@@ -29,22 +29,13 @@ TENSOR = "embeddings"  # the tensor's name in a .safetensors file
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("encode", __doc__ or "")
-    flags.add_argument(
-        "--model", required=True, metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
-    )
-    flags.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help=".txt with one sentence per line, .csv, .tsv, or -"
-    )
-    flags.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]"
-    )
-    flags.add_argument(
-        "--column", metavar="NAME", help="column of a .csv or .tsv file (default: sentence, or the only one)"
-    )
-    flags.add_argument("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
-    flags.add_argument(
-        "--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)"
-    )
+    add = flags.add_argument
+    add("--model", required=True, metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model")
+    add("--input", type=Path, required=True, metavar="FILE", help=".txt with one sentence per line, .csv, .tsv, or -")
+    add("--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]")
+    add("--column", metavar="NAME", help="column of a .csv or .tsv file (default: sentence, or the only one)")
+    add("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
+    add("--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)")
     add_device_flags(flags)
     return flags
 

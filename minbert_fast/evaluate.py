@@ -31,13 +31,14 @@ from minbert_fast.tasks.evaluation import Evaluation, evaluate
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("evaluate", __doc__ or "")
-    flags.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
-    flags.add_argument("--data", type=Path, metavar="DIR", help="data directory with the course's files")
-    flags.add_argument("--split", default="dev", help="which files of --data: train, dev or test (default: dev)")
+    add = flags.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
+    add("--data", type=Path, metavar="DIR", help="data directory with the course's files")
+    add("--split", default="dev", help="which files of --data: train, dev or test (default: dev)")
     for kind in MAIN_TASKS:
-        flags.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"a {kind} file, instead of --data")
-    flags.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
-    flags.add_argument("--output", type=Path, metavar="DIR", help="write prediction files and details.json here")
+        add(f"--{kind}", type=Path, metavar="FILE", help=f"a {kind} file, instead of --data")
+    add("--json", type=Path, metavar="FILE", help="write the scores here")
+    add("--output", type=Path, metavar="DIR", help="write prediction files and details.json here")
     add_device_flags(flags)
     return flags
 
@@ -55,7 +56,11 @@ def main(arguments: Sequence[str]) -> None:
 
     tokenizer = Tokenizer.from_pretrained(options.checkpoint)
     bad_rows = recipe.data.max_bad_rows
-    tables = {name: _load_table(model, name, path, tokenizer, bad_rows) for name, path in paths.items()}
+    tables = {}
+    for name, path in paths.items():
+        tables[name] = load_tokens(path, model.tasks[name].dataset, tokenizer, max_bad_rows=bad_rows)
+        for bad in tables[name].bad_rows:
+            print(f"left out: {bad}", file=sys.stderr)
     with tqdm(
         total=sum(map(len, tables.values())), unit=" examples", file=sys.stderr, disable=None, leave=False
     ) as bar:
@@ -84,13 +89,6 @@ def format_scores(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:
     part = "" if set(MAIN_TASKS) <= kinds else f"  of {', '.join(evaluation.tasks)} only"
     lines.append(f"{'score':<{width}}  {evaluation.score:7.4f}{part}")
     return "\n".join(lines)
-
-
-def _load_table(model: MultitaskModel, name: str, path: Path, tokenizer: Tokenizer, bad_rows: float) -> TokenTable:
-    table = load_tokens(path, model.tasks[name].dataset, tokenizer, max_bad_rows=bad_rows)
-    for bad in table.bad_rows:
-        print(f"left out: {bad}", file=sys.stderr)
-    return table
 
 
 def _find_paths(directory: Path, split: str, model: MultitaskModel) -> dict[str, Path]:

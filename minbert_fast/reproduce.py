@@ -19,22 +19,16 @@ from typing import Any
 
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
-from minbert_fast.common.storage import write_bytes, write_json
+from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.data.formats import FORMATS, DataError, find_tables
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.reporting.runs import format_score
 from minbert_fast.tasks import build_tasks
-from minbert_fast.trainer.experiments import (
-    Trial,
-    add_series_flags,
-    format_score,
-    load_executed_recipe,
-    load_recipe,
-    markdown_table,
-    run_or_resume,
-)
+from minbert_fast.trainer import experiments
+from minbert_fast.trainer.experiments import Trial
 
 METRICS = {
     "sentiment_accuracy": "sentiment",
@@ -47,10 +41,11 @@ METRICS = {
 def parser() -> cli.Parser:
     """The command's flags."""
     command = cli.Parser("reproduce", __doc__ or "")
-    command.add_argument("names", nargs="*", metavar="NAME", help="recipes (default: all with published scores)")
-    add_series_flags(command)
-    command.add_argument("--seed", metavar="N", type=cli.whole_number, help="seed of all runs (default: the recipe's)")
-    command.add_argument("--backend", choices=("auto", "fast", "reference"), default="auto")
+    add = command.add_argument
+    add("names", nargs="*", metavar="NAME", help="recipes (default: all with published scores)")
+    experiments.add_series_flags(command)
+    add("--seed", metavar="N", type=cli.whole_number, help="seed of all runs (default: the recipe's)")
+    add("--backend", choices=("auto", "fast", "reference"), default="auto")
     return command
 
 
@@ -59,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     chosen = parser().parse_args(arguments)
     names = chosen.names or [name for name in recipe_names() if Recipe.load(name).published]
     seed = {} if chosen.seed is None else {"training": {"seed": chosen.seed}}
-    recipes = {name: load_recipe(name, chosen).with_values(seed, "command line") for name in names}
+    recipes = {name: experiments.load_recipe(name, chosen).with_values(seed, "command line") for name in names}
     output: Path = chosen.output
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.reproduce", *arguments])
@@ -67,11 +62,9 @@ def main(arguments: Sequence[str]) -> None:
     for index, (name, recipe) in enumerate(recipes.items(), 1):
         print(f"\n== {index} of {len(recipes)}: {name}: {recipe.description}", flush=True)
         directory = output / Path(name).stem
-        trials.append(run_or_resume(name, recipe, directory, command, chosen.device, chosen.backend))
-        text = (
-            score_table(recipes, trials) + "\n" + "\n\n".join(notes(recipes, trials, chosen.model, chosen.data)) + "\n"
-        )
-        write_bytes(output / "table.md", text.encode())
+        trials.append(experiments.run_or_resume(name, recipe, directory, command, chosen.device, chosen.backend))
+        below = "\n\n".join(notes(recipes, trials, chosen.model, chosen.data))
+        write_text(output / "table.md", f"{score_table(recipes, trials)}\n{below}\n")
         write_json(output / "table.json", [record(recipes[trial.name], trial) for trial in trials])
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     failed = [trial.name for trial in trials if trial.failure]
@@ -95,7 +88,7 @@ def record(recipe: Recipe, trial: Trial) -> dict[str, Any]:
 
 def dropped_tasks(recipe: Recipe, trial: Trial) -> list[str]:
     """Tasks of the recipe that the run dropped because it had no data for them."""
-    executed = load_executed_recipe(trial.directory) if trial.summary else None
+    executed = experiments.load_executed_recipe(trial.directory) if trial.summary else None
     return [] if executed is None else [name for name in build_tasks(recipe) if name not in build_tasks(executed)]
 
 
@@ -105,9 +98,9 @@ def score_table(recipes: dict[str, Recipe], trials: Sequence[Trial]) -> str:
     for trial in trials:
         scores = ((recipes[trial.name].published.get(metric), trial.score(metric)) for metric in METRICS)
         steps = f"{trial.summary['steps']:,}" if trial.summary else "failed"
-        rows.append([trial.name, *(format_score(score) for pair in scores for score in pair), steps])
+        rows.append([trial.name, *(format_score(score, 3) for pair in scores for score in pair), steps])
     head = ["recipe", *(f"{name}, {kind}" for name in METRICS.values() for kind in ("published", "measured")), "steps"]
-    return markdown_table(head, rows)
+    return experiments.markdown_table(head, rows)
 
 
 def notes(recipes: dict[str, Recipe], trials: Sequence[Trial], model: str | None, data: str | None) -> list[str]:

@@ -25,18 +25,13 @@ import numpy as np
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import write_bytes, write_json
+from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting import charts
+from minbert_fast.reporting.runs import format_score
 from minbert_fast.train import RECIPE_FLAGS
-from minbert_fast.trainer.experiments import (
-    Trial,
-    add_series_flags,
-    format_score,
-    load_recipe,
-    markdown_table,
-    run_or_resume,
-)
+from minbert_fast.trainer import experiments
+from minbert_fast.trainer.experiments import Trial
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in flag.names}
@@ -45,18 +40,15 @@ SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in 
 def parser() -> cli.Parser:
     """The command's flags."""
     command = cli.Parser("search", __doc__ or "")
-    command.add_argument(
-        "--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)"
-    )
-    command.add_argument("--grid", metavar="KEY=A,B,...", action="append", required=True, help="(repeatable)")
+    add = command.add_argument
+    add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
+    add("--grid", metavar="KEY=A,B,...", action="append", required=True, help="(repeatable)")
     how = command.add_mutually_exclusive_group()
     how.add_argument("--random", metavar="N", type=cli.whole_number, help="run N random combinations")
     how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="run N combinations that Optuna proposes")
-    command.add_argument("--metric", default="score", help="dev metric to maximize (default: score)")
-    add_series_flags(command)
-    command.add_argument(
-        "--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)"
-    )
+    add("--metric", default="score", help="dev metric to maximize (default: score)")
+    experiments.add_series_flags(command)
+    add("--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)")
     return command
 
 
@@ -64,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the combinations and updates the results after each."""
     chosen = parser().parse_args(arguments)
     grid = parse_grid(chosen.grid)
-    base = load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
+    base = experiments.load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
     for combination in combinations(grid):  # finds invalid values before the first run
         with_combination(base, combination)
     output: Path = chosen.output
@@ -77,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         if name not in trials:
             print(f"\n== {len(trials) + 1}: {name}", flush=True)
             recipe = with_combination(base, combination)
-            trial = run_or_resume(name, recipe, output / name, command, chosen.device)
+            trial = experiments.run_or_resume(name, recipe, output / name, command, chosen.device)
             dev = trial.summary.get("dev")
             if dev and chosen.metric not in dev:
                 raise ConfigError(f"--metric {chosen.metric}: no such dev metric; known: {', '.join(dev)}")
@@ -156,13 +148,17 @@ def write_results(
     ranked = sorted(trials, key=lambda pair: -(score if (score := pair[1].score(metric)) is not None else -np.inf))
     metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
     rows = [
-        [*values.values(), *(format_score(trial.score(m)) for m in metrics), str(trial.summary.get("steps", "failed"))]
+        [
+            *values.values(),
+            *(format_score(trial.score(m), 3) for m in metrics),
+            str(trial.summary.get("steps", "failed")),
+        ]
         for values, trial in ranked
     ]
-    write_bytes(output / "table.md", markdown_table([*grid, *metrics, "steps"], rows).encode())
+    write_text(output / "table.md", experiments.markdown_table([*grid, *metrics, "steps"], rows))
     found = [{"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure} for v, t in ranked]
     write_json(output / "table.json", found)
-    write_bytes(output / "plot.svg", charts.standalone_svg(plot(grid, trials, metric)).encode())
+    write_text(output / "plot.svg", charts.standalone_svg(plot(grid, trials, metric)))
 
 
 def plot(grid: Mapping[str, Sequence[str]], trials: Sequence[tuple[Values, Trial]], metric: str) -> str:

@@ -64,29 +64,25 @@ COURSE_OPTIONS: Mapping[str, dict[str, Any]] = {
 def parser() -> argparse.ArgumentParser:
     """The command's flags: those of the run, of the recipe, and of the course."""
     command = cli.Parser("train", __doc__ or "")
-    run = command.add_argument_group("the run")
-    run.add_argument(
-        "--recipe", metavar="NAME|FILE.toml", help="the experiment (default: default; without --model: demonstration)"
-    )
-    run.add_argument(
-        "--output", metavar="DIR", type=Path, help="directory of the results (default: a new one under runs/)"
-    )
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument(
+    add = command.add_argument_group("the run").add_argument
+    add("--recipe", metavar="NAME|FILE.toml", help="the experiment (default: default; without --model: demonstration)")
+    add("--output", metavar="DIR", type=Path, help="directory of the results (default: a new one under runs/)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
         "--backend",
         choices=("auto", "fast", "reference"),
         default="auto",
         help="reference: padded, eager, one backward per task, as in a course project",
     )
-    run.add_argument("--resume", action="store_true", help="continue the run under --output from its newest checkpoint")
-    run.add_argument("--overwrite", action="store_true", help="replace an earlier run under --output")
-    run.add_argument(
+    add("--resume", action="store_true", help="continue the run under --output from its newest checkpoint")
+    add("--overwrite", action="store_true", help="replace an earlier run under --output")
+    add(
         "--report-to",
         default="none",
         metavar="NAMES",
         help="also send the records to trackers: tensorboard, wandb, csv, separated by commas (default: none)",
     )
-    run.add_argument(
+    add(
         "--set",
         action="append",
         default=[],
@@ -97,38 +93,30 @@ def parser() -> argparse.ArgumentParser:
     values = command.add_argument_group("the recipe's values")
     for flag in RECIPE_FLAGS:
         add_flag(values, flag)
-    course = command.add_argument_group("the course's flags")
-    course.add_argument("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads only; finetune: everything")
-    course.add_argument("--use_gpu", action="store_true", help="--device cuda")
+    add = command.add_argument_group("the course's flags").add_argument
+    add("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads only; finetune: everything")
+    add("--use_gpu", action="store_true", help="--device cuda")
     for (short, dataset), split in itertools.product(COURSE_DATASETS.items(), ("train", "dev", "test")):
         name, key = f"--{short}_{split}", f"data.files.{dataset}.{split}"
-        course.add_argument(name, metavar="FILE", dest=key, help=f"{split} file of {dataset}")
+        add(name, metavar="FILE", dest=key, help=f"{split} file of {dataset}")
         if split != "train":
-            course.add_argument(
-                f"{name}_out", metavar="FILE", type=Path, help=f"copy of {dataset}'s {split} predictions"
-            )
+            add(f"{name}_out", metavar="FILE", type=Path, help=f"copy of {dataset}'s {split} predictions")
     return command
 
 
 def add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    """Adds a recipe flag with the type and choices of its field."""
-    hint = field_type(flag.key)
+    """Adds a recipe flag with the type and choices of its field, without `| None`."""
+    hint: Any = Recipe
+    for name in flag.key.split("."):
+        hint = typing.get_type_hints(hint)[name]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     options: dict[str, Any] = {"dest": flag.key, "default": None, "help": flag.help.replace("%", "%%")}
     if typing.get_origin(hint) is typing.Literal:
         group.add_argument(*flag.names, choices=typing.get_args(hint), **options)
     else:
+        assert hint in (int, float, str), f"{flag.key}: no flag for {hint}"
         group.add_argument(*flag.names, type=hint, metavar=flag.metavar, **options)
-
-
-def field_type(key: str) -> Any:
-    """The type of the recipe's field `section.field`, without `| None`."""
-    hint: Any = Recipe
-    for name in key.split("."):
-        hint = typing.get_type_hints(hint)[name]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
-    assert typing.get_origin(hint) is typing.Literal or hint in (int, float, str), f"{key}: no flag for {hint}"
-    return hint
 
 
 def build_recipe(chosen: argparse.Namespace) -> Recipe:

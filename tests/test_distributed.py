@@ -29,8 +29,8 @@ from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder
-from minbert_fast.parallel.connect import connect
 from minbert_fast.parallel.exchange import AllReduce
+from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import World
 from minbert_fast.step.one_pass import OnePassStep
 from tests.test_step import SIZES, make_batch, make_model, recipe
@@ -322,7 +322,7 @@ def test_spans_cover_the_shared_region_once(decay_all: bool) -> None:
     assert cut[-1][1] == step.flat.shared_end
     assert all(a[1] == b[0] for a, b in itertools.pairwise(cut))
     for group in exchange_of(step).spans:
-        assert all(span.run.begin <= span.begin < span.end <= span.run.end for span in group)
+        assert all(span.group.begin <= span.begin < span.end <= span.group.end for span in group)
 
 
 @pytest.mark.parametrize("decay_all", [True, False])
@@ -333,10 +333,10 @@ def test_shards_are_disjoint_whole_and_small(decay_all: bool) -> None:
     ]
     owned = torch.zeros(steps[0][0].flat.trainable_end, dtype=torch.int32)
     for step, _ in steps:
-        for piece in step.optimizer.pieces:
+        for piece in step.optimizer.ranges:
             owned[piece.begin : piece.end] += 1
     flat = steps[0][0].flat
-    words = flat.slot(flat.words).end if flat.words is not None else 0
+    words = flat.placement(flat.words).end if flat.words is not None else 0
     assert (owned[:words] == 1).all()
     assert (owned[flat.words_end :] == ranks).all()  # heads are everyone's
     whole = OnePassStep(steps[0][0].model, recipe(surgery={"method": "pcgrad"}), torch.float32)

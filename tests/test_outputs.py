@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from minbert_fast.common.errors import RunError
+from minbert_fast.common.storage import write_json
 from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, unused_directory
 
 
@@ -128,7 +129,7 @@ def test_clearing_removes_results_and_nothing_else(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as files:
         files.prepare("")
         files.metrics.open()
-        files.write_json("summary.json", {})
+        write_json(tmp_path / "summary.json", {})
         assert files.holds_run
         files.clear()
         assert not files.holds_run

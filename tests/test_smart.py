@@ -20,8 +20,7 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.model.passes import AutogradPass
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep
-from minbert_fast.step.extras.consistency import Consistency
-from minbert_fast.step.extras.smart import Adversary, second_copies
+from minbert_fast.step.extras.consistency import Adversary, Consistency, second_copies
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel, build_tasks
 from minbert_fast.tasks.consistency import divergence, split_copies

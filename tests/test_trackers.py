@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -109,7 +110,7 @@ def test_wandb_gets_the_records_and_resumes_its_run(
 
 def test_tensorboard_event_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    with open_trackers(["tensorboard"], tmp_path, 0, {}) as follow:
+    with closing(open_trackers(["tensorboard"], tmp_path, 0, {})) as follow:
         follow({"step": 1, "loss/a": 0.5, "dev/score": None, "skipped": ["a"]})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums the gradients of one step over the processes that share it.
 
-A backward leaves each process with the gradients of its own share of the batch. They are summed a layer at a time, as soon
-as the backward has written that layer and while it works on the layer below: the last layer first, then the rest of the
-shared region, then words, heads and losses. Every process starts the same sums in the same order, whatever its share is.
+After a backward each process has the gradients of its share of the batch. The sum of a layer starts as soon as the backward
+has written that layer, and runs while the backward works on the layer below: the last layer first, then the rest of the
+shared region, then words, heads and losses. Every process starts the same sums in the same order.
 
-Here every process ends with all of J and takes the whole optimizer step; `sharding.py` leaves each process a part of both.
+Here every process gets all of J and updates all parameters; in `sharding.py` each process gets a part of both.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import OptimizerOptions
-from minbert_fast.step.flat import FlatParameters, Run, TaskGradients
+from minbert_fast.step.flat import FlatParameters, ParameterGroup, TaskGradients
 from minbert_fast.step.hooks import Exchange
 from minbert_fast.step.optim import FlatAdamW
 
@@ -32,33 +31,33 @@ RANK_STRIDE = 7_368_787  # between the dropout seeds of ranks
 
 @dataclass(frozen=True)
 class Span:
-    """Elements [begin, end) of the shared region, all of one run."""
+    """Elements [begin, end) of the shared region or of the words, all of one group."""
 
-    run: Run
+    group: ParameterGroup
     begin: int
     end: int
 
 
 def spans(flat: FlatParameters, layers: Sequence[Sequence[nn.Parameter]]) -> list[list[Span]]:
-    """Divides the shared region: the spans of each layer's parameters, and last those of everything else."""
-    layer_of: dict[int, int] = {}  # by where a slot begins
+    """Divides the shared region into the spans of each layer's parameters and, last, the spans of all other parameters."""
+    layer_of: dict[int, int] = {}  # by a parameter's first element
     for number, layer in enumerate(layers):
-        layer_of |= {flat.slot(p).begin: number for p in layer if p in flat}
+        layer_of |= {flat.placement(p).begin: number for p in layer if p in flat}
     cut: list[list[Span]] = [[] for _ in range(len(layers) + 1)]
-    for run in flat.runs:
-        if run.label == "shared":
-            begins = [slot.begin for slot in flat.slots() if run.begin <= slot.begin < run.end]
+    for group in flat.groups:
+        if group.label == "shared":
+            begins = [place.begin for place in flat.placements() if group.begin <= place.begin < group.end]
             numbers = [layer_of.get(begin, len(layers)) for begin in begins]
             first = [i for i, number in enumerate(numbers) if i == 0 or numbers[i - 1] != number]
-            for i, end in zip(first, [*(begins[j] for j in first[1:]), run.end], strict=True):
-                cut[numbers[i]].append(Span(run, begins[i], end))
+            for i, end in zip(first, [*(begins[j] for j in first[1:]), group.end], strict=True):
+                cut[numbers[i]].append(Span(group, begins[i], end))
     return cut
 
 
 class AllReduce(Exchange):
-    """Sums J over all processes (all-reduce), so that each of them has all of it."""
+    """Gives every process the sums of all of J (all-reduce)."""
 
-    lap = "exchange"
+    part = "exchange"
 
     def __init__(
         self,
@@ -66,17 +65,14 @@ class AllReduce(Exchange):
         flat: FlatParameters,
         rows: int,
         dtype: torch.dtype,
-        layers: Sequence[
-            Sequence[nn.Parameter]
-        ],  # parameters whose gradients are complete when `after_layer` is called
+        layers: Sequence[Sequence[nn.Parameter]],  # their gradients are complete when `after_layer` is called
     ) -> None:
         self.world = world
         self.flat = flat
         self.seed_offset = world.rank * RANK_STRIDE
         self.spans = spans(flat, layers)
         self.gradients = self._allocate(rows, dtype)
-        self._order: Iterator[int] = iter(())  # numbers of the span groups still to be sent
-        self._next: int | None = None
+        self._unsent: list[int] = []  # indices into `spans`, in the order of their sums
         self._begun: list[Work | None] = []
 
     def _allocate(self, rows: int, dtype: torch.dtype) -> TaskGradients:
@@ -87,20 +83,18 @@ class AllReduce(Exchange):
 
     def before_backward(self) -> None:
         self._begun = []
-        self._order = itertools.chain(reversed(range(len(self.spans) - 1)), [len(self.spans) - 1])
-        self._next = next(self._order)
+        last = len(self.spans) - 1
+        self._unsent = [*reversed(range(last)), last]
 
     def after_layer(self, layer: int) -> None:
-        """Starts the sums of `layer` and of those above it. A no-op unless `before_backward` was called."""
-        while self._next is not None and layer <= self._next < len(self.spans) - 1:
-            self._send(self._next)
-            self._next = next(self._order)
+        """Starts the sums of `layer` and of the layers above it. Does nothing unless `before_backward` was called."""
+        while self._unsent and layer <= self._unsent[0] < len(self.spans) - 1:
+            self._send(self._unsent.pop(0))
 
     def after_backward(self, tensors: Sequence[Tensor]) -> None:
         """Starts the remaining sums, and returns when J and `tensors` are summed."""
-        while self._next is not None:
-            self._send(self._next)
-            self._next = next(self._order, None)
+        while self._unsent:
+            self._send(self._unsent.pop(0))
         self._begun += [self.world.begin_sum(tensor) for tensor in tensors]
         self.world.finish(self._begun)
 

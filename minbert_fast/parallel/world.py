@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that train together: which of them this one is, and what they tell each other.
+"""The processes that train together, and the messages between them.
 
-`torchrun` starts them and says through the environment who is who. They exchange gradients through gloo (CPU) or NCCL
-(GPU). A process that loses the others ends with one line; torchrun then ends the rest.
+`torchrun` starts the processes and gives each its rank through the environment. They exchange gradients through gloo (CPU)
+or NCCL (GPU). A process that loses the others ends with one line; torchrun then ends the rest.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(hours=2)  # others wait so long while rank 0 evaluates
+PATIENCE = timedelta(hours=2)  # how long the other ranks wait while rank 0 evaluates
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process among `size`. Rank 0 alone writes files and shows progress. Of size 1 unless started."""
+    """The rank of this process among `size` processes. Only rank 0 writes files and shows progress."""
 
     rank: int = 0
     size: int = 1
@@ -50,41 +50,41 @@ class World:
             return distributed.all_reduce(tensor, async_op=True) if tensor.numel() else None
 
     def begin_share(self, tensor: Tensor, share: Tensor) -> Work | None:
-        """Begins to sum `tensor` [size * n] over all processes; each gets its own n of the sums, as `share` [n]."""
+        """Begins to sum `tensor` [size * n] over all processes. Rank r gets elements r * n to (r + 1) * n in `share` [n]."""
         with self._lost():
             work: Work = distributed.reduce_scatter(share, list(tensor.chunk(self.size)), async_op=True)
         return work
 
     def begin_union(self, share: Tensor, tensor: Tensor) -> Work | None:
-        """Begins to fill `tensor` [size * n] with the `share` [n] of every process in turn."""
+        """Begins to fill `tensor` [size * n] with the `share` [n] of every process, in the order of their ranks."""
         with self._lost():
             work: Work = distributed.all_gather(list(tensor.chunk(self.size)), share, async_op=True)
         return work
 
     def finish(self, begun: Iterable[Work | None]) -> None:
-        """Returns when what was begun is done (on a GPU: when what follows on this stream will find it done)."""
+        """Waits for operations that a `begin_` method returned. On a GPU the current stream waits, not the host."""
         with self._lost():
             for work in begun:
                 if work is not None:
                     work.wait()
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
+        """Waits until every process has called it."""
         if self.size > 1:
             with self._lost():
                 distributed.barrier()
 
     def agreed(self, number: int | None) -> int | None:
-        """The largest number that any process has; None where none has one."""
+        """The largest `number` of all processes; None if all are None."""
         if self.size == 1:
             return number
-        found = torch.tensor([number or 0], device=_exchange_device())
+        found = torch.tensor([number or 0], device="cuda" if distributed.get_backend() == "nccl" else "cpu")
         with self._lost():
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return int(found) or None
 
     def every(self, value: Any) -> list[Any]:
-        """What each process gives, in the order of their ranks, in every process. Plain data only."""
+        """Returns, in every process, the `value` of each process in the order of their ranks. Plain data only."""
         found = [value] * self.size
         if self.size > 1:
             with self._lost():
@@ -92,9 +92,9 @@ class World:
         return found
 
     def from_main(self, make: Callable[[], Result]) -> Result:
-        """What `make` gives on rank 0, in every process; the others do not call it. Plain data only.
+        """Returns, in every process, the result of `make` on rank 0. Only rank 0 calls `make`. Plain data only.
 
-        An InterruptError there is raised everywhere.
+        Every process raises an InterruptError that rank 0 raises.
         """
         if self.size == 1:
             return make()
@@ -125,9 +125,9 @@ class World:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """The world that torchrun started this process in, and the device that is its own there.
+    """The processes that torchrun started, and this process's device. Without torchrun, a world of one process.
 
-    Without torchrun, a world of one. Raises ConfigError for an environment that makes no sense.
+    Raises ConfigError for environment variables that are no numbers, and for a rank without a GPU.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -157,7 +157,3 @@ def _number(name: str, default: int) -> int:
     if not text.isdigit():
         raise ConfigError(f"{name} = {text!r} in the environment: expected a number, as torchrun sets it")
     return int(text)
-
-
-def _exchange_device() -> torch.device:
-    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")

@@ -13,7 +13,7 @@ from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, document, figure, figure_grid, format_duration, paragraph, table
 from minbert_fast.reporting.report import display_name, headline_order
-from minbert_fast.reporting.runs import Run, flatten, read_run
+from minbert_fast.reporting.runs import Run, flatten, format_score, read_run
 
 
 def write_comparison(directories: Sequence[Path], path: Path) -> Path:
@@ -45,7 +45,7 @@ def _scores(runs: dict[str, Run]) -> str:
     best = {key: max((run.dev[key] for run in runs.values() if key in run.dev), default=np.nan) for key in keys}
     rows = []
     for name, run in runs.items():
-        cells = [f"{run.dev[key]:.4f}" if key in run.dev else "-" for key in keys]
+        cells = [format_score(run.dev.get(key)) for key in keys]
         bold = [Html(f"<b>{c}</b>") if run.dev.get(key) == best[key] else c for key, c in zip(keys, cells, strict=True)]
         rows.append([name, *bold])
     head = ["run", *map(display_name, keys)]

@@ -15,7 +15,7 @@ from typing import Any
 from minbert_fast.common.version import __version__
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.reporting.runs import read_json
+from minbert_fast.reporting.runs import format_score, read_json
 from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.predictor import Predictor
 
@@ -102,11 +102,11 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
 
 
 def _scores(summary: Mapping[str, Any]) -> list[str]:
-    def score(value: Any) -> str:
-        return f"{value:.4f}" if isinstance(value, int | float) else "-"
-
     untrained = summary.get("untrained") or {}
-    rows = [f"| {k.replace('_', ' ')} | {score(untrained.get(k))} | {score(v)} |" for k, v in summary["dev"].items()]
+    rows = [
+        f"| {k.replace('_', ' ')} | {format_score(untrained.get(k))} | {format_score(v)} |"
+        for k, v in summary["dev"].items()
+    ]
     head = ["| metric | untrained | this model |", "|---|---|---|"]
     return ["## Scores", "On the dev files.", "\n".join([*head, *rows])]
 

@@ -26,7 +26,7 @@ from minbert_fast.reporting.page import (
     scrollable,
     table,
 )
-from minbert_fast.reporting.runs import TRAINING_PARTS, Run, flatten, numbers, read_run
+from minbert_fast.reporting.runs import TRAINING_PARTS, Run, flatten, format_score, numbers, read_run
 from minbert_fast.tasks.metrics import normalised_confusion
 
 SHOWN_ERRORS = 6  # per task; a click shows the others
@@ -111,7 +111,7 @@ def _scores(run: Run) -> str:
     columns = [("untrained", untrained), ("best model", run.dev), ("published", published)]
     columns = [(name, values) for name, values in columns if values.keys() & run.dev.keys()]
     rows = [
-        [display_name(key), *(f"{values[key]:.4f}" if key in values else "-" for _, values in columns)]
+        [display_name(key), *(format_score(values.get(key)) for _, values in columns)]
         for key in sorted(run.dev, key=headline_order)
     ]
     best = numbers(run.summary.get("best"))
@@ -167,7 +167,7 @@ def _curves(run: Run, plots: dict[str, str]) -> str:
 
 def _evaluations(run: Run, keys: list[str]) -> str:
     rows = [
-        [f"{record['step']:,}", *(f"{record[k]:.4f}" if k in numbers(record) else "-" for k in keys)]
+        [f"{record['step']:,}", *(format_score(numbers(record).get(k)) for k in keys)]
         for record in run.records
         if any(k in record for k in keys)
     ]

@@ -99,6 +99,11 @@ def numbers(values: Any) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
+def format_score(value: Any, digits: int = 4) -> str:
+    """A score with `digits` decimals; "-" for a value that is not a number."""
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+
+
 def read_json(path: Path, notices: list[str]) -> dict[str, Any]:
     """A JSON object from a file; empty, with a line added to `notices`, if the file is missing or damaged."""
     try:

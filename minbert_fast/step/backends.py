@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways to take a step, by the names of `--backend`."""
+"""Makes the training step of a `--backend`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Backend = Literal["fast", "reference"]
 def make_step(
     backend: Backend, model: MultitaskModel, recipe: Recipe, dtype: torch.dtype, connect: Connect | None = None
 ) -> TrainingStep:
-    """The step of one stage (`recipe` resolved), with matrix products in `dtype` (fp32 or bf16), on the model's device.
+    """The step of one stage, on the model's device. `recipe` is the stage's own; matrix products run in fp32 or bf16.
 
-    `connect` is given where several processes train together, which the reference backend does not do.
+    `connect` makes the exchange between several processes. The reference backend runs in one process only.
     """
     if backend == "reference":
         return ReferenceStep(model, recipe, dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one-pass step as CUDA graphs: one launch a step, whatever the number of kernels in it.
+"""The one-pass step as CUDA graphs: one launch per step instead of one per kernel.
 
 A graph is captured for each *bucket*: the capacities that a batch was packed to, and which tasks have examples in it.
 The first batch of a bucket runs eagerly (that loads kernels and sizes workspaces, and is an ordinary training step);
@@ -30,7 +30,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     batch: MultitaskBatch  # the tensors that the graph reads
     result: StepResult  # the tensors that it writes
-    held: Sequence[Tensor]  # buffers that it uses and the step may since have replaced by larger ones
+    held: Sequence[Tensor]  # buffers that it uses; the step may have replaced them by larger ones
 
     def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
@@ -42,16 +42,16 @@ class _Captured:
 
 @dataclass
 class Captures:
-    """How many graphs a run has captured, and the seconds that it took."""
+    """The number of graphs that a run has captured, and the seconds spent on it."""
 
     captured: int = 0
     capture_seconds: float = 0.0
 
 
 class GraphedStep:
-    """A `OnePassStep` that replays as a graph; the same calls, the same state, the same results.
+    """Replays a `OnePassStep` as graphs. It has the same methods and gives the same results.
 
-    `len` is the number of graphs captured so far, which share one pool of memory.
+    `len` is the number of graphs captured so far. They share one pool of memory.
     """
 
     def __init__(self, step: OnePassStep, captures: Captures | None = None) -> None:
@@ -60,7 +60,7 @@ class GraphedStep:
         self._seen: set[Bucket] = set()
         self._captured: dict[Bucket, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        # Autograd remembers streams: whatever is captured on this one has run on it before.
+        # Autograd remembers streams. Every step runs on this stream before it is captured on it.
         self._stream = torch.cuda.Stream()
 
     @property
@@ -74,10 +74,9 @@ class GraphedStep:
         batch = at_capacity(batch)
         bucket = _bucket(batch)
         self.step.prepare(batch, lr_scale)
-        if bucket in self._captured:
-            return self._captured[bucket].run(batch)
         if bucket in self._seen:
-            self._captured[bucket] = self._capture(batch)
+            if bucket not in self._captured:
+                self._captured[bucket] = self._capture(batch)
             return self._captured[bucket].run(batch)
         self._seen.add(bucket)
         current = torch.cuda.current_stream()
@@ -91,11 +90,11 @@ class GraphedStep:
         began = time.perf_counter()
         own = batch.clone()
         torch.cuda.synchronize()
-        # Products then take their workspaces from the graph's own pool. Those of before may be freed by anybody who
-        # clears them (torch.compile's CUDA graphs do), and the graph would go on writing there.
+        # Matrix products then take new workspaces from the graph's own pool. Other code may free the old ones
+        # (torch.compile's CUDA graphs do), while the graph would still write to them.
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
-        # The thread that makes batches goes on pinning memory meanwhile, which "global" would count as an error here.
+        # Meanwhile another thread makes batches and pins memory, which the mode "global" would treat as an error.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self.step.compute(own)
         self.captures.captured += 1
@@ -110,7 +109,7 @@ class GraphedStep:
 
 
 def at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
-    """The batch with every host-side size at its capacity, so that shapes depend on the bucket alone."""
+    """The batch with its host-side sizes at capacity, so that the shapes depend on the bucket alone."""
     packed = batch.packed
     return replace(batch, packed=replace(packed, num_words=packed.word_ids.numel()))
 

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named places of a one-pass step where other code may act.
+"""The points of a one-pass step at which other code may act.
 
 A step calls its hooks in this order:
 
     before_step        host work, before anything runs on the device
     embedding_noise    [N, H] to add to the embeddings
-    losses             other losses than the labels' own
+    losses             replace the losses of the labels
     loss_weights       [T] factors on the losses
     before_backward    the backward is about to write J
     after_layer        the backward has written the gradients of one layer
     after_backward     J, the words' rows, the heads' gradients and the losses are complete
     after_update       the parameters have moved
 
-A plain recipe in one process has no hooks. `step/extras` holds those that a recipe may ask for; `parallel` holds the one
-that sums gradients over processes.
+A plain recipe in one process has no hooks. `step/extras` holds the hooks that a recipe can switch on; `parallel` holds the
+hook that sums gradients over processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,19 @@ from minbert_fast.recipes.recipe import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.optim import FlatAdamW
 
+Value = TypeVar("Value")
+
 
 class StepHook:
-    """Does nothing; a hook overrides the places that it needs. T is the number of tasks, in the order of the batch."""
+    """Does nothing. A hook overrides the methods that it needs. T is the number of tasks, in the order of the batch."""
 
-    lap = "optimizer"  # the name under which a step books the hook's time in `StepResult.seconds`
+    part = "optimizer"  # the part of `StepResult.seconds` that the hook's time counts for
 
     def before_step(self, step: int) -> None:
         """Prepares step number `step` (from 0) on the host, outside a captured graph."""
 
     def embedding_noise(self, batch: MultitaskBatch, bounds: Tensor, seed: Tensor) -> Tensor | None:
-        """Returns what to add to the embeddings [N, H], or None. bounds [T + 1], seed [1] are those of the step."""
+        """Returns noise [N, H] for the embeddings, or None. bounds [T + 1] and seed [1] are those of the step."""
         return None
 
     def losses(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, Tensor] | None:
@@ -63,15 +65,25 @@ class StepHook:
         """The step is done. losses [T] are unweighted; tasks `present` have examples; skipped [] bool is on the device."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns tensors for a checkpoint, by a name that no other part of the step uses."""
+        """Returns the hook's own tensors for a checkpoint, by names that no other part of the step uses."""
         return {}
 
     def load_state_dict(self, tensors: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned and ignores other tensors. Raises ValueError where one is missing."""
+        """Restores what `state_dict` returned and ignores other tensors. Raises ValueError for a missing one."""
+        for name, own in self.state_dict().items():
+            found = tensors.get(name)
+            if found is None or found.shape != own.shape:
+                raise ValueError(f"no {name} of shape {list(own.shape)}")
+            own.copy_(found)
+
+
+def first(values: Iterable[Value | None]) -> Value | None:
+    """The first value that is not None, where the hooks of a step return values."""
+    return next((value for value in values if value is not None), None)
 
 
 class Exchange(StepHook):
-    """The hook of a step that several processes share. It also says where J is kept and who updates which parameters."""
+    """The hook of a step that several processes share. It also owns J, and chooses the parameters that a process updates."""
 
     seed_offset: int  # added to the recipe's seed, so that each process draws its own dropout
     gradients: TaskGradients

@@ -3,8 +3,8 @@
 
     packed batch -> encoder -> heads -> one backward into J [T, P] -> G = J Jt [T, T] -> w [T] -> combine + AdamW
 
-`OnePassStep.compute` is that line in Python; docs/one_pass.md has the mathematics. Dropout and task orders are drawn from
-(seed, step) or from a saved generator, so a resumed run draws what an uninterrupted one would.
+`OnePassStep.compute` is that line in Python; docs/one_pass.md has the mathematics. Dropout is drawn from (seed, step), task
+orders from a generator that checkpoints save, so a resumed run draws the same numbers as an uninterrupted one.
 
 Shapes: N token rows, T tasks, U distinct words, H hidden, P parameters that tasks share.
 """
@@ -26,9 +26,9 @@ from minbert_fast.step.extras import flat_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.flat_pass import OnePass, check_unshared
-from minbert_fast.step.hooks import Connect, StepHook
+from minbert_fast.step.hooks import Connect, StepHook, first
 from minbert_fast.step.optim import FlatAdamW
-from minbert_fast.step.stepping import Laps, StepResult, prefixed, reseed, step_seed, surgery_of, unprefixed
+from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
 from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
 
@@ -36,9 +36,9 @@ from minbert_fast.tasks import MultitaskModel
 class OnePassStep:
     """One forward and one backward over a packed batch, per-task gradients, surgery on G, combine + AdamW in one pass.
 
-    Parameters move into flat buffers when the step is made. Matrix products run in `dtype` (fp32 or bf16), and J is kept
-    in it; master weights, moments, statistics and losses are fp32. Without surgery J has one row: the plain sum.
-    `connect` is given where several processes train together.
+    Making the step moves the parameters into flat buffers. Matrix products and J have type `dtype` (fp32 or bf16); master
+    weights, moments, statistics and losses are fp32. Without surgery J has one row, the sum over the tasks. `connect`
+    makes the exchange between several processes.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class OnePassStep:
         self.model = model
         self.recipe = recipe
         self.seed_base = recipe.training.seed
-        self.weights = surgery_of(recipe)
-        self.apart = recipe.surgery.method != "none"
+        self.weights = surgery_of(recipe, torch.Generator().manual_seed(recipe.training.seed))
+        self.apart = recipe.surgery.method != "none"  # J has a row for each task, not one for their sum
         check_unshared(model.encoder)
         parts = trainable(model, recipe)
-        self.flat = FlatParameters(parts.shared, parts.words, parts.heads, parts.frozen, dtype)
-        self.frozen = [entry.parameter for entry in parts.frozen]
+        self.flat = FlatParameters(parts, dtype)
+        self.frozen = [spec.parameter for spec in parts.frozen]
         own = {id(p) for p in model.encoder.one_pass_parameters()}
         self.plan = model.encoder.plan()
-        # Tied head layers, the pooler, modules that the packed encoder does not know: ordinary autograd, task by task.
+        # Tied head layers, the pooler, modules that the packed encoder does not know: plain autograd, one task at a time.
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         rows = len(recipe.tasks) if self.apart else 1
         self.hooks: list[StepHook] = flat_hooks(model, recipe, self.flat, dtype)
@@ -70,7 +70,7 @@ class OnePassStep:
             self.seed_base += exchange.seed_offset
             self.hooks.insert(0, exchange)
         self.head_gradient = torch.zeros(self.flat.trainable_end - self.flat.words_end, device=self.flat.data.device)
-        self.heads = {name: [entry.parameter for entry in entries] for name, entries in parts.heads.items()}
+        self.heads = {name: [spec.parameter for spec in specs] for name, specs in parts.heads.items()}
         self._attach_head_gradients()
         self.seed = torch.zeros(1, dtype=torch.int64, device=self.flat.data.device)
         self.steps = 0
@@ -83,8 +83,7 @@ class OnePassStep:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
         if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
-        reseed(self.seed_base, self.steps)
-        self.seed.fill_(step_seed(self.seed_base, self.steps))
+        self.seed.fill_(reseed(self.seed_base, self.steps))
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
@@ -92,24 +91,24 @@ class OnePassStep:
         self.weights.prepare(len(batch.tasks), self.flat.data.device)
 
     def compute(self, batch: MultitaskBatch) -> StepResult:
-        """The device's part: never waits for the device and copies nothing to it, so that a graph can capture it."""
+        """The device's part of a step. A graph can capture it: it neither waits for the device nor copies data to it."""
         self.model.train()
-        laps = Laps(self.flat.data.device)
+        timer = PartTimer(self.flat.data.device)
         present = batch.active_tasks()
 
-        # Packed batch -> hidden [N, H] -> one loss a task.
+        # Packed batch -> hidden [N, H] -> one loss per task.
         with constant(self.frozen):
             losses = self._losses(batch, self._encode(batch))
-        laps.lap("forward")
+        timer.end("forward")
 
         # One backward writes J [T, P], the words' rows [T, U, H] and the heads' gradients.
         self._backward(batch, losses)
         values = torch.stack([loss.detach() for loss in losses])
-        words = self._words(batch)
-        laps.lap("backward")
+        words = None if self.flat.words is None else self._word_rows(batch)  # None: a dense part of J, or frozen
+        timer.end("backward")
         for hook in self.hooks:
             hook.after_backward([*([] if words is None else [words]), self.head_gradient, values])
-            laps.lap(hook.lap)
+            timer.end(hook.part)
 
         # G [T, T] -> w [T]: gradient surgery is arithmetic on the tasks' inner products.
         gram = self.gradients.gram(words)
@@ -121,7 +120,7 @@ class OnePassStep:
             w = w / len(batch.tasks)
         norm = self.optimizer.clip(gram, w, self.head_gradient.square().sum()[None])
         skip = nonfinite.any() | ~torch.isfinite(norm)
-        laps.lap("surgery" if self.apart else "clipping")
+        timer.end("surgery" if self.apart else "clipping")
 
         # w J and AdamW in one pass over memory: J, w, p, m, v -> p, m, v and the bf16 copy.
         self.optimizer.advance(["shared", "words", *present], skip)
@@ -130,50 +129,47 @@ class OnePassStep:
             self.optimizer.step_words(words, batch.packed.word_ids[: batch.packed.num_words], w)
         for name in present:
             self.optimizer.step_head(name, self.head_gradient)
-        laps.lap("optimizer")
-        weights = self._loss_weights()
+        timer.end("optimizer")
+        weights = first(hook.loss_weights() for hook in self.hooks)
         for hook in self.hooks:
             hook.after_update(values, present, skip)
-            laps.lap(hook.lap)
-        return StepResult(values, norm, gram if self.apart else None, nonfinite, weights, laps.seconds)
+            timer.end(hook.part)
+        return StepResult(values, norm, gram if self.apart else None, nonfinite, weights, timer.seconds)
 
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
     def _encode(self, batch: MultitaskBatch) -> Tensor:
         """The last hidden state [N, H] of the packed batch, with a graph whose backward writes J."""
         packed = batch.packed
-        # Rows of J are token ranges: one a task, or from the first task's row to the last's where one row takes them all.
+        # Each row of J sums over a range of tokens: one task's, or without surgery all tasks'.
         ends = packed.task_tokens
         bounds = ends if self.apart else torch.stack((ends[0], ends[-1]))
-        noises = (hook.embedding_noise(batch, bounds, self.seed) for hook in self.hooks)
-        noise = next((noise for noise in noises if noise is not None), None)
-        run = OnePass(
-            self.flat, self.gradients, packed, bounds, self.seed, noise, self._after_layer, self._sentences(batch)
-        )
+        noise = first(hook.embedding_noise(batch, bounds, self.seed) for hook in self.hooks)
+        # The first sentence of each row of J, and the end.
+        counts = (batch.num_examples(task) * batch.arity[task] for task in batch.tasks)
+        sentences = list(itertools.accumulate(counts, initial=0))
+        if not self.apart:
+            sentences = [0, sentences[-1]]
+
+        def after_layer(layer: int) -> None:
+            for hook in self.hooks:
+                hook.after_layer(layer)
+
+        run = OnePass(self.flat, self.gradients, packed, bounds, self.seed, noise, after_layer, sentences)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             return self.model.encoder.encode_packed(run, packed)
 
-    def _sentences(self, batch: MultitaskBatch) -> list[int]:
-        """The first sentence of each row of J, and the end."""
-        ends = list(itertools.accumulate((batch.num_examples(t) * batch.arity[t] for t in batch.tasks), initial=0))
-        return ends if self.apart else [0, ends[-1]]
-
     def _losses(self, batch: MultitaskBatch, hidden: Tensor) -> list[Tensor]:
-        """One scalar a task, in the order of the batch; 0 for a task without examples in it."""
-        others = (hook.losses(batch, hidden) for hook in self.hooks)
-        found = next((losses for losses in others if losses is not None), None)
+        """One scalar per task, in the order of the batch; 0 for a task without examples."""
+        found = first(hook.losses(batch, hidden) for hook in self.hooks)
         return list((self.model.losses(batch, hidden) if found is None else found).values())
-
-    def _loss_weights(self) -> Tensor | None:
-        weights = (hook.loss_weights() for hook in self.hooks)
-        return next((w for w in weights if w is not None), None)
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor]) -> None:
         """Fills J, the words' rows and the heads' gradients with the gradients of `losses`."""
         self.head_gradient.zero_()
-        weights, total = self._loss_weights(), torch.stack(list(losses))
+        weights, total = first(hook.loss_weights() for hook in self.hooks), torch.stack(list(losses))
         if weights is not None:
             total = total * weights
         if self.apart:
@@ -188,18 +184,15 @@ class OnePassStep:
             p.grad = None
         word = self.model.encoder.word_embedding
         tied = any(p is word.weight for p in self.others)
-        if self.flat.words is None and not tied:
-            return
-        ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
-        if word.padding_idx is not None and len(ids):  # as in nn.Embedding, the padding word's row gets no gradient
-            padding = ids == word.padding_idx
-            index = padding.int().argmax()[None]
-            rows.index_copy_(1, index, rows[:, index].masked_fill(padding.any(), 0))
-        if tied:  # a head uses the words too: its dense gradient, and the sparse rows
-            self.gradients.view(word.weight).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
+        if self.flat.words is not None or tied:
+            ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
+            if word.padding_idx is not None:  # as in nn.Embedding, the padding word's row gets no gradient
+                rows.masked_fill_((ids == word.padding_idx)[:, None], 0.0)
+            if tied:  # a head uses the words too: adds the rows to the head's dense gradient
+                self.gradients.view(word.weight).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
 
     def _write_others(self, losses: Sequence[Tensor]) -> None:
-        """Writes per-task gradients, by ordinary autograd, of the shared parameters that the one-pass ops do not own."""
+        """Writes to J, by plain autograd, the per-task gradients of shared parameters outside the one-pass encoder."""
         if not self.others:
             return
         for p in self.others:
@@ -210,15 +203,8 @@ class OnePassStep:
                 if gradient is not None:
                     self.gradients.view(p)[row] += gradient
 
-    def _after_layer(self, layer: int) -> None:
-        for hook in self.hooks:
-            hook.after_layer(layer)
-
-    def _words(self, batch: MultitaskBatch) -> Tensor | None:
-        """The gradients of the words that the batch touches [T, U, H]; None where J has none of its own for them."""
-        return None if self.flat.words is None else self._word_rows(batch)
-
     def _word_rows(self, batch: MultitaskBatch) -> Tensor:
+        """The gradients [T, U, H] of the words in the batch."""
         return self.gradients.words(batch.packed.num_words, self.model.encoder.config.hidden_size)
 
     def _attach_head_gradients(self) -> None:
@@ -227,15 +213,14 @@ class OnePassStep:
             p.grad = None
         offset = self.flat.words_end
         for p in itertools.chain.from_iterable(self.heads.values()):
-            slot = self.flat.slot(p)
-            p.grad = self.head_gradient[slot.begin - offset : slot.end - offset].view(slot.shape)
+            place = self.flat.placement(p)
+            p.grad = self.head_gradient[place.begin - offset : place.end - offset].view(place.shape)
 
     # ---- State -----------------------------------------------------------------------------------------------------
 
     @property
     def average(self) -> WeightAverage | None:
-        """The averaged weights, where the recipe asks for them: what is evaluated and kept."""
-        return next((hook for hook in self.hooks if isinstance(hook, WeightAverage)), None)
+        return average_of(self.hooks)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()

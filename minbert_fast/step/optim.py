@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with the course's signature and semantics for course code, and as one pass over the flat buffers."""
+"""AdamW with the course's signature and update: for course code, and as one pass over the flat buffers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minbert_fast import ops
 from minbert_fast.common import huge_pages
 from minbert_fast.ops.adamw import GRADIENT_SCALE, LEARNING_RATE, SCALARS, SKIP, STEP, check_settings
 from minbert_fast.recipes.recipe import OptimizerOptions
-from minbert_fast.step.flat import FlatParameters, Piece
+from minbert_fast.step.flat import FlatParameters, UpdateRange
 
 
 class AdamW(torch.optim.Optimizer):
@@ -99,41 +99,43 @@ class FlatAdamW:
     learning rate, step count, gradient scale, skip, as in ops/adamw.py, so that a captured graph follows the
     schedule. A step whose gradient is not finite changes nothing, step counts included.
 
-    `pieces` are the elements that this optimizer moves and keeps moments of; all of them, unless processes share the work.
+    The optimizer updates the elements of `ranges` and keeps their moments. By default these are all trainable elements.
     """
 
-    def __init__(self, flat: FlatParameters, options: OptimizerOptions, pieces: Sequence[Piece] | None = None) -> None:
+    def __init__(
+        self, flat: FlatParameters, options: OptimizerOptions, ranges: Sequence[UpdateRange] | None = None
+    ) -> None:
         self.flat = flat
         self.options = options
-        self.pieces = flat.pieces() if pieces is None else tuple(pieces)
+        self.ranges = flat.update_ranges() if ranges is None else tuple(ranges)
         device = flat.data.device
-        kept = max((piece.kept.stop for piece in self.pieces), default=0)
+        kept = max((owned.kept.stop for owned in self.ranges), default=0)
         self.exp_avg = huge_pages.zeros(kept, device=device)
         self.exp_avg_sq = huge_pages.zeros(kept, device=device)
-        self._row_of = {label: row for row, label in enumerate(dict.fromkeys(run.label for run in flat.runs))}
+        self._row_of = {label: row for row, label in enumerate(dict.fromkeys(group.label for group in flat.groups))}
         self.scalars = torch.zeros(len(self._row_of), SCALARS, device=device)
         self._counted: dict[frozenset[str], Tensor] = {}
         slots = 0 if flat.words is None else flat.words.shape[0] + 1
         self._row_slot = torch.empty(slots, dtype=torch.int32, device=device)
 
     def schedule(self, lr_scale: float) -> None:
-        """Sets the learning rate of the next step: the base rate times `lr_scale`, times each run's own factor."""
+        """Sets the learning rate of the next step: the base rate times `lr_scale`, times each group's own factor."""
         self.scalars[:, LEARNING_RATE].fill_(self.options.lr * lr_scale)
 
     def clip(self, gram: Tensor, w: Tensor, head_square: Tensor) -> Tensor:
-        """The norm [] of the whole combined gradient, from w^T G w and the heads' own square; sets the clip scale."""
+        """Returns the norm [] of the combined gradient, from w^T G w and the heads' square. Sets the clip scale."""
         norm = ops.clip_scale(gram, w, self.options.clip, self.scalars[0], head_square)
         self.scalars[1:, GRADIENT_SCALE] = self.scalars[0, GRADIENT_SCALE]
         return norm[0]
 
     def advance(self, labels: Iterable[str], skip: Tensor) -> None:
-        """Counts a step for those of `labels`, unless `skip` [] bool, which also makes the step a no-op."""
+        """Counts a step for `labels`. `skip` [] bool: count nothing, and let the update change nothing."""
         skipped = skip.to(self.scalars.dtype)
         self.scalars[:, STEP] += self._counts(frozenset(labels)) * (1.0 - skipped)
         self.scalars[:, SKIP] = skipped
 
     def _counts(self, labels: frozenset[str]) -> Tensor:
-        """1 in the rows of `labels`, else 0; made once a set of labels, so that a captured graph copies nothing."""
+        """1 in the rows of `labels`, else 0. Made once per set of labels, so that a captured graph copies nothing."""
         if labels not in self._counted:
             taking = [float(label in labels) for label in self._row_of]
             self._counted[labels] = torch.tensor(taking, device=self.scalars.device)
@@ -141,66 +143,67 @@ class FlatAdamW:
 
     def step_shared(self, J: Tensor, w: Tensor) -> None:
         """Updates the shared region with the combination w [T] of J [T, shared], which is laid out like the moments."""
-        for piece in self._pieces("shared"):
-            self._step(piece, J[:, piece.kept], w)
+        for owned in self._ranges_of("shared"):
+            self._step(owned, J[:, owned.kept], w)
 
     def step_head(self, label: str, gradient: Tensor) -> None:
-        """Updates one head's region; `gradient` is that of all heads, end to end."""
-        for piece in self._pieces(label):
-            self._step(piece, gradient[None, piece.begin - self.flat.words_end : piece.end - self.flat.words_end], None)
+        """Updates the parameters of one head. `gradient` [trainable - words_end] holds the gradients of all heads."""
+        for owned in self._ranges_of(label):
+            first = owned.begin - self.flat.words_end
+            self._step(owned, gradient[None, first : first + owned.end - owned.begin], None)
 
     def step_words(self, rows: Tensor, ids: Tensor, w: Tensor) -> None:
-        """Updates the word embedding from gradients of its touched rows: rows [T, U, H], ids [U] (-1: an unused row).
+        """Updates the word embedding from the gradients `rows` [T, U, H] of words `ids` [U] (-1: an unused row).
 
-        Untouched rows have gradient zero: their moments decay and move them all the same, as in dense AdamW.
+        Other words have gradient zero. Their moments decay and change the weights all the same, as in dense AdamW.
         """
         slots = self._row_slot
         slots.fill_(-1)
         slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
         flat = self.flat
         assert flat.words is not None
-        begin, width = flat.slot(flat.words).begin, flat.words.shape[1]
-        for piece in self._pieces("words"):  # whole rows
-            self._step(piece, rows, w, slots[(piece.begin - begin) // width : (piece.end - begin) // width])
+        begin, width = flat.placement(flat.words).begin, flat.words.shape[1]
+        for owned in self._ranges_of("words"):  # whole rows
+            self._step(owned, rows, w, slots[(owned.begin - begin) // width : (owned.end - begin) // width])
 
-    def _step(self, piece: Piece, J: Tensor, w: Tensor | None, row_slot: Tensor | None = None) -> None:
-        flat, run, o, span = self.flat, piece.run, self.options, slice(piece.begin, piece.end)
-        buffers = [flat.data[span], self.exp_avg[piece.kept], self.exp_avg_sq[piece.kept], flat.compute[span]]
+    def _step(self, owned: UpdateRange, J: Tensor, w: Tensor | None, row_slot: Tensor | None = None) -> None:
+        flat, group, o, span = self.flat, owned.group, self.options, slice(owned.begin, owned.end)
+        buffers = [flat.data[span], self.exp_avg[owned.kept], self.exp_avg_sq[owned.kept], flat.compute[span]]
         if row_slot is not None:
             buffers = [buffer.view(-1, J.shape[2]) for buffer in buffers]
         p, m, v, low = buffers
         copy = None if flat.compute is flat.data else low
-        scalars = self.scalars[self._row_of[run.label]]
-        settings = (run.lr_factor, *o.betas, o.eps, run.weight_decay, o.correct_bias)
+        scalars = self.scalars[self._row_of[group.label]]
+        settings = (group.lr_factor, *o.betas, o.eps, group.weight_decay, o.correct_bias)
         ops.adamw(ops.AdamWStep(J, w, p, m, v, scalars, copy, row_slot, *settings))
 
-    def _pieces(self, label: str) -> list[Piece]:
-        return [piece for piece in self.pieces if piece.run.label == label]
+    def _ranges_of(self, label: str) -> list[UpdateRange]:
+        return [owned for owned in self.ranges if owned.group.label == label]
 
     def whole(self, kept: Tensor) -> Tensor:
-        """The moments of every trainable element, from `kept`, those of this optimizer's pieces."""
+        """The moments of all trainable elements, from the moments `kept` of this optimizer's ranges."""
         return kept
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Moments by parameter name, step counts by label: independent of where the buffer puts them."""
+        """Moments by parameter name, and step counts by label. They do not depend on the layout of the buffers."""
         tensors = {}
         for name, buffer in (("exp_avg", self.whole(self.exp_avg)), ("exp_avg_sq", self.whole(self.exp_avg_sq))):
-            for entry in self.flat.trainable:
-                tensors[f"{entry.name}/{name}"] = self.flat.view(buffer, entry.parameter)
+            for spec in self.flat.trainable:
+                tensors[f"{spec.name}/{name}"] = self.flat.view(buffer, spec.parameter)
         scalars = {f"{label}/step": float(self.scalars[row, STEP]) for label, row in self._row_of.items()}
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restores what `state_dict` gave; ValueError names a parameter whose moments are absent or misshapen."""
+        """Restores what `state_dict` returned. Raises ValueError for a parameter whose moments are absent or misshapen."""
         for name, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             whole = torch.zeros(self.flat.trainable_end)
-            for entry in self.flat.trainable:
-                found = state["tensors"].get(f"{entry.name}/{name}")
-                if found is None or found.shape != entry.parameter.shape:
-                    wanted = f"{entry.name} of shape {list(entry.parameter.shape)}"
+            for spec in self.flat.trainable:
+                found = state["tensors"].get(f"{spec.name}/{name}")
+                if found is None or found.shape != spec.parameter.shape:
+                    wanted = f"{spec.name} of shape {list(spec.parameter.shape)}"
                     raise ValueError(f"optimizer state: no {name} for {wanted}")
-                self.flat.view(whole, entry.parameter).copy_(found)
-            for piece in self.pieces:
-                buffer[piece.kept].copy_(whole[piece.begin : piece.end])
+                self.flat.view(whole, spec.parameter).copy_(found)
+            for owned in self.ranges:
+                buffer[owned.kept].copy_(whole[owned.begin : owned.end])
         for label, row in self._row_of.items():
             self.scalars[row, STEP] = state["scalars"][f"{label}/step"]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the one-pass step and the naive one share: interface, result, and where their random numbers start."""
+"""The interface and the result that the one-pass step and the naive step share, and their seeds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,21 +16,22 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras.averaging import WeightAverage
+from minbert_fast.step.hooks import StepHook
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, on the device. T is the number of tasks in the batch's order."""
+    """The measurements of one step, on the device. T tasks, in the order of the batch."""
 
-    losses: Tensor  # [T] weighted mean losses, fp32
+    losses: Tensor  # [T] mean losses times the tasks' fixed weights, fp32
     grad_norm: Tensor  # [] norm of the combined gradient before clipping
     gram: Tensor | None  # [T, T] inner products of the tasks' encoder gradients; None where they were not kept apart
     nonfinite: Tensor  # [T] bool: tasks whose loss or gradient is not finite; the step was skipped if any
     task_weights: Tensor | None = None  # [T] dynamic weights of the step's losses (`losses` are without them)
-    seconds: Mapping[str, float] = field(default_factory=dict)  # of each part; empty on a device with a time of its own
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by part; empty on a GPU
 
 
-class Laps:
+class PartTimer:
     """Times the parts of a step on a CPU. On a GPU, where the host only queues work, it measures nothing."""
 
     def __init__(self, device: torch.device) -> None:
@@ -38,12 +39,17 @@ class Laps:
         self._counts = device.type == "cpu"
         self._last = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """Books the time since the last call under `part`."""
+    def end(self, part: str) -> None:
+        """Adds the time since the last call to the seconds of `part`."""
         if self._counts:
             now = time.perf_counter()
             self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
             self._last = now
+
+
+def average_of(hooks: Iterable[StepHook]) -> WeightAverage | None:
+    """The hook that averages the weights, if there is one."""
+    return next((hook for hook in hooks if isinstance(hook, WeightAverage)), None)
 
 
 class TrainingStep(Protocol):
@@ -51,7 +57,7 @@ class TrainingStep(Protocol):
 
     @property
     def average(self) -> WeightAverage | None:
-        """The averaged weights, where the recipe asks for them: what is evaluated and kept."""
+        """The averaged weights, which are evaluated and saved; None without `training.ema`."""
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         """Trains on `batch` with every learning rate times `lr_scale`."""
@@ -60,37 +66,29 @@ class TrainingStep(Protocol):
         """`tensors` by name (moments, generator states) and `scalars` by name (step counts); plain data throughout."""
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restores what `state_dict` gave; ValueError where it belongs to another model."""
+        """Restores what `state_dict` returned. Raises ValueError for the state of another model."""
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of one step's random numbers."""
-    return (seed * 1_000_003 + step) % 2**62
+def reseed(seed: int, step: int) -> int:
+    """Seeds torch's generators from the run's seed and the step, for exact resuming, and returns the step's seed."""
+    step_seed = (seed * 1_000_003 + step) % 2**62
+    torch.manual_seed(step_seed)
+    return step_seed
 
 
-def reseed(seed: int, step: int) -> None:
-    """Sets torch's generators for one step, so that a resumed run draws what an uninterrupted one would."""
-    torch.manual_seed(step_seed(seed, step))
-
-
-def generator_of(recipe: Recipe) -> torch.Generator:
-    """A generator of the recipe's seed."""
-    return torch.Generator().manual_seed(recipe.training.seed)
-
-
-def surgery_of(recipe: Recipe, generator: torch.Generator | None = None) -> surgery.Weights:
-    """The recipe's surgery, with random orders from `generator` (default: the recipe's); ConfigError if unknown."""
+def surgery_of(recipe: Recipe, generator: torch.Generator) -> surgery.Weights:
+    """The recipe's surgery with random task orders from `generator`. Raises ConfigError for an unknown method."""
     try:
-        return surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator or generator_of(recipe))
+        return surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
 def prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The surgery's tensors under names of their own in a step's state."""
+    """The surgery's tensors by the names that a step's state gives them."""
     return {f"surgery/{key}": value for key, value in state.items()}
 
 
 def unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `prefixed`; other tensors are passed over."""
+    """The reverse of `prefixed`. Ignores other tensors."""
     return {key.removeprefix("surgery/"): value for key, value in tensors.items() if key.startswith("surgery/")}

@@ -1,38 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters a stage trains, and how: the encoder's, the words', each head's own, and the frozen ones."""
+"""Sorts a stage's parameters by role and chooses the settings of their optimizer steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.step.flat import Entry
+from minbert_fast.step.flat import ParameterSpec, StageParameters
 from minbert_fast.tasks import MultitaskModel
 
 
-@dataclass(frozen=True)
-class Trainable:
-    """A stage's parameters by role, each with its optimizer settings."""
-
-    shared: list[Entry]  # encoder and head layers that several tasks use: surgery acts on these
-    words: Entry | None  # the word embedding, when only the encoder's first op uses it
-    heads: dict[str, list[Entry]]
-    frozen: list[Entry]
-
-    def entries(self) -> Iterable[tuple[str, Entry]]:
-        """Every trainable entry with the label of what takes its step together."""
-        yield from (("shared", e) for e in self.shared)
-        if self.words:
-            yield "words", self.words
-        yield from ((label, e) for label, entries in self.heads.items() for e in entries)
-
-
-def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
-    """Sorts the model's parameters for a stage: `recipe.model.freeze`, `requires_grad`, the stage's tasks decide."""
+def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
+    """Sorts the model's parameters by the stage's tasks, `model.freeze` and `requires_grad`."""
     options, encoder = recipe.optimizer, model.encoder
     names = {id(p): n for n, p in model.named_parameters()}
     users = [{id(p) for p in model.head_parameters([task])} for task in recipe.tasks]
@@ -42,35 +25,35 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> Trainable:
     if not pooled:
         trains -= {id(p) for p in encoder.pooler_dense.parameters()}
 
-    def entry(p: nn.Parameter, lr: float) -> Entry:
+    def spec(p: nn.Parameter, lr: float) -> ParameterSpec:
         plain = p.ndim < 2 and not options.decay_all
         factor = lr / options.lr if options.lr else 0.0
-        return Entry(names[id(p)], p, factor, 0.0 if plain else options.weight_decay)
+        return ParameterSpec(names[id(p)], p, factor, 0.0 if plain else options.weight_decay)
 
-    def encoder_entry(p: nn.Parameter) -> Entry:
-        return entry(p, options.lr * options.layer_decay ** _depth(names[id(p)], encoder.config.num_hidden_layers))
+    def encoder_spec(p: nn.Parameter) -> ParameterSpec:
+        return spec(p, options.lr * options.layer_decay ** _depth(names[id(p)], encoder.config.num_hidden_layers))
 
     head_lr = options.lr if options.head_lr is None else options.head_lr
     word = encoder.word_embedding.get_parameter("weight")
     own = encoder.one_pass_parameters()
     rest = [p for p in encoder.parameters() if all(p is not q for q in (*own, word))]
-    shared = [encoder_entry(p) for p in (*own, *rest) if id(p) in trains]
-    heads: dict[str, list[Entry]] = {task: [] for task in recipe.tasks}
+    shared = [encoder_spec(p) for p in (*own, *rest) if id(p) in trains]
+    heads: dict[str, list[ParameterSpec]] = {task: [] for task in recipe.tasks}
     for task in recipe.tasks:
         for p in model.head_parameters([task]):
             if not p.requires_grad or p is word or any(p is e.parameter for e in shared):
                 continue
             if id(p) in tied:
-                shared.append(entry(p, head_lr))
+                shared.append(spec(p, head_lr))
             else:
-                heads[task].append(entry(p, head_lr))
-    words = encoder_entry(word) if id(word) in trains else None
-    if words and any(id(word) in u for u in users):  # tied to a head as well: its gradient is dense
+                heads[task].append(spec(p, head_lr))
+    words = encoder_spec(word) if id(word) in trains else None
+    if words and any(id(word) in u for u in users):  # a head uses it too, so its gradient is dense
         shared.append(words)
         words = None
-    placed = {id(e.parameter) for e in (*shared, *([words] if words else []), *(e for h in heads.values() for e in h))}
-    frozen = [Entry(n, p) for n, p in model.encoder.named_parameters() if id(p) not in placed]
-    return Trainable(shared, words, heads, frozen)
+    parts = StageParameters(shared, words, heads, frozen=[])
+    trained = {id(spec.parameter) for _, spec in parts.trained()}
+    return replace(parts, frozen=[ParameterSpec(n, p) for n, p in encoder.named_parameters() if id(p) not in trained])
 
 
 def _depth(name: str, layers: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], 
     tasks = build_tasks(recipe)
     opened: dict[tuple[Path, str], TokenTable] = {}
 
+    def read(path: Path, dataset: str, split: str) -> TokenTable:
+        data, labeled = recipe.data, split != "test"
+        tokens_of = partial(load_tokens, max_bad_rows=data.max_bad_rows, cache_dir=data.cache or None, notify=notify)
+        with file_progress(path.name) as progress:
+            table = tokens_of(path, dataset, tokenizer, labeled=labeled, progress=progress)
+        for bad in table.bad_rows[:SHOWN_ROWS]:
+            notify(str(bad))
+        if len(table.bad_rows) > SHOWN_ROWS:
+            notify(f"{path}: {len(table.bad_rows) - SHOWN_ROWS:,} more bad rows")
+        return table
+
     def load(split: str) -> dict[str, TokenTable]:
         chosen = {name: task for name, task in tasks.items() if split == "train" or task.predicts}
         datasets = tuple(dict.fromkeys(source for task in chosen.values() for source in task.sources))
@@ -58,11 +70,11 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], 
         tables = {}
         for name, task in chosen.items():
             files = [(paths[source], source) for source in task.sources if source in paths]
-            for path, source in files:
-                if (path, source) not in opened:
-                    opened[path, source] = _load(recipe, path, source, split, tokenizer, notify)
+            for file in files:
+                if file not in opened:
+                    opened[file] = read(*file, split)
             if files:
-                tables[name] = task.table([opened[key] for key in files])
+                tables[name] = task.table([opened[file] for file in files])
         return tables
 
     train, dev, test = load("train"), load("dev"), load("test")
@@ -109,27 +121,6 @@ def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Ca
     for notice in notices if split == "train" else ():  # the caller reports missing dev files; test files are optional
         notify(notice)
     return named
-
-
-def _load(
-    recipe: Recipe, path: Path, dataset: str, split: str, tokenizer: Tokenizer, notify: Callable[[str], None]
-) -> TokenTable:
-    with file_progress(path.name) as progress:
-        table = load_tokens(
-            path,
-            dataset,
-            tokenizer,
-            labeled=split != "test",
-            max_bad_rows=recipe.data.max_bad_rows,
-            cache_dir=recipe.data.cache or None,
-            progress=progress,
-            notify=notify,
-        )
-    for bad in table.bad_rows[:SHOWN_ROWS]:
-        notify(str(bad))
-    if len(table.bad_rows) > SHOWN_ROWS:
-        notify(f"{path}: {len(table.bad_rows) - SHOWN_ROWS:,} more bad rows")
-    return table
 
 
 def without_tasks(recipe: Recipe, dropped: list[str], notify: Callable[[str], None]) -> Recipe:

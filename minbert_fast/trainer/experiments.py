@@ -98,15 +98,12 @@ def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
 
 def add_series_flags(command: cli.Parser) -> None:
     """Adds the flags that `search` and `reproduce` share; `load_recipe` reads them."""
-    command.add_argument("--data", metavar="DIR", help="data files in the course's layout")
-    command.add_argument("--model", metavar="DIR|HUB_NAME", help="encoder weights")
-    command.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="a directory for all runs and the table"
-    )
-    command.add_argument(
-        "--max-steps", metavar="N", type=cli.whole_number, help="most steps of a run, or of each of its stages"
-    )
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add = command.add_argument
+    add("--data", metavar="DIR", help="data files in the course's layout")
+    add("--model", metavar="DIR|HUB_NAME", help="encoder weights")
+    add("--output", metavar="DIR", type=Path, required=True, help="a directory for all runs and the table")
+    add("--max-steps", metavar="N", type=cli.whole_number, help="most steps of a run, or of each of its stages")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def load_recipe(name: str, chosen: argparse.Namespace) -> Recipe:
@@ -126,8 +123,3 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(head), rule, *map(line, rows)]) + "\n"
-
-
-def format_score(value: float | None) -> str:
-    """A score to three decimals; "-" for None."""
-    return "-" if value is None else f"{value:.3f}"

@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from minbert_fast.common.device import choose_device, choose_precision, peak_mem
 from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
+from minbert_fast.common.storage import write_json
 from minbert_fast.data.files import read_table
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from minbert_fast.model.bert import BertModel
 from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.report import write_report
-from minbert_fast.reporting.runs import flatten
+from minbert_fast.reporting.runs import flatten, format_score
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
@@ -84,7 +85,11 @@ def train(recipe: Recipe, options: Options) -> Path:
     """
     output = options.output or unused_directory(Path("runs") / recipe.name)
     try:
-        with joined(choose_device(options.device)) as (world, device), _open_directory(output, world) as files:
+        with joined(choose_device(options.device)) as (world, device), ExitStack() as stack:
+            path = output
+            if not world.is_main:  # nobody needs the files of the other ranks
+                path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
+            files = stack.enter_context(RunDirectory(path))
             _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
         if not loop.is_out_of_memory(error):
@@ -93,15 +98,6 @@ def train(recipe: Recipe, options: Options) -> Path:
             "out of memory outside training steps: choose a smaller model or --set data.max_length"
         ) from error
     return output
-
-
-@contextmanager
-def _open_directory(path: Path, world: World) -> Iterator[RunDirectory]:
-    """The output directory on rank 0; a temporary directory on the other ranks, whose files nobody needs."""
-    with ExitStack() as stack:
-        if not world.is_main:
-            path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
-        yield stack.enter_context(RunDirectory(path))
 
 
 @dataclass
@@ -275,7 +271,7 @@ class _Job:
         )
         first_step = 0 if checkpoint is None else checkpoint.step
         report_to = self.options.report_to if self.world.is_main else ()
-        with open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe))) as trackers:
+        with closing(open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe)))) as trackers:
             self.files.metrics.on_record = trackers
             return trainer.run(checkpoint)
 
@@ -316,7 +312,8 @@ class _Job:
             with translate_write_errors(self.files.path / "predictions"):
                 found.write_predictions(self.files.path / "predictions", "test")
         self._copy_predictions()
-        self.files.write_json(SUMMARY, self._summary(outcome))
+        with translate_write_errors(self.files.path / SUMMARY):
+            write_json(self.files.path / SUMMARY, self._summary(outcome))
         with translate_write_errors(self.files.path / "report.html"):
             write_report(self.files.path)
         self._print(_format_outcome(outcome, self.files.path))
@@ -369,16 +366,13 @@ def _tokenizer_directory(source: Path) -> Path:
 
 def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
     """The last lines of a run: length, dev scores before and after training, and the files."""
-
-    def score(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
     state, best = outcome.state, outcome.best
     lines = [f"{outcome.reason}: {state.step:,} steps, {state.tokens:,} tokens, {state.seconds:.0f} s"]
     if best is not None:
         before = state.untrained or {}
-        width = max(len(name) for name in best["metrics"])
+        metrics = best["metrics"]
+        width = max(len(name) for name in metrics)
         lines.append(f"{'dev':{width}}  untrained  best (step {best['step']})")
-        lines += [f"{n:{width}}  {score(before.get(n)):>9}  {score(value)}" for n, value in best["metrics"].items()]
+        lines += [f"{n:{width}}  {format_score(before.get(n)):>9}  {format_score(metrics[n])}" for n in metrics]
     lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
     return "\n".join(lines)

@@ -23,13 +23,13 @@ from minbert_fast.common.errors import InterruptError, RunError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore
+from minbert_fast.reporting.runs import format_score
+from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, State, collect_tensors, load_model, load_step
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
 from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
-from minbert_fast.trainer.state import State, collect_tensors, load_model, load_step
 
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
@@ -108,7 +108,11 @@ class Trainer:
         self._observer = Observer()
         self._signals = StopSignals()
         self._clock = Clock(self.state)
-        self._open_metrics(checkpoint)
+        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
+        if checkpoint is not None:
+            self.files.bring_back("best", "predictions")
+            if self.state.record is not None:
+                self.files.metrics.write(self.state.record)
         self._progress = Progress(self.state.step, self.total, self.world.is_main)
         try:
             with self._signals:
@@ -281,18 +285,11 @@ class Trainer:
         return {"step": self.state.step, "score": score, "metrics": dict(evaluation.metrics)}
 
     def _report_dev(self, evaluation: Evaluation) -> dict[str, Any]:
-        scores = (f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in evaluation.metrics.items())
+        scores = (f"{name} {format_score(value)}" for name, value in evaluation.metrics.items())
         self._progress.say(f"step {self.state.step}: {', '.join(scores)}")
         return dev_record(evaluation.metrics, self.state, self.stages)
 
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
-
-    def _open_metrics(self, checkpoint: Checkpoint | None) -> None:
-        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
-        if checkpoint is not None:
-            self.files.bring_back("best", "predictions")
-            if self.state.record is not None:
-                self.files.metrics.write(self.state.record)
 
     def _observe(self, stage: Stage, scale: float | None, logged: bool) -> None:
         """Fetches the results since the last fetch; records every skipped step, and the last step if `logged`."""
@@ -327,9 +324,8 @@ class Trainer:
         if state.record is not None:
             self.files.metrics.write(state.record)
         self.files.metrics.flush()
-        tensors, scalars = collect_tensors(
-            self.model, self._step
-        )  # in every process: each may hold a part of the moments
+        # In every process, because each may hold a part of the moments.
+        tensors, scalars = collect_tensors(self.model, self._step)
         if self.world.is_main:
             self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step

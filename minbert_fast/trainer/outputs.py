@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from minbert_fast.common.errors import RunError, translate_write_errors
-from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory, write_json
+from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory
 from minbert_fast.trainer import trackers
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
@@ -68,7 +68,8 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.metrics.close()
-        if self._new and not self.holds_run and not self.metrics.has_records:
+        metrics = self.metrics.path
+        if self._new and not self.holds_run and not (metrics.exists() and metrics.stat().st_size):
             remove(self.path)  # the run ended before it wrote a result
         if self._lock is not None:
             self._lock.close()
@@ -99,11 +100,6 @@ class RunDirectory:
         """Replaces directory `name` by what `fill` writes into the path it is given."""
         with translate_write_errors(self.path / name):
             write_directory(self.path / name, fill)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """Replaces a JSON file."""
-        with translate_write_errors(self.path / name):
-            write_json(self.path / name, value)
 
     def set_aside(self, *names: str) -> None:
         """Moves directories into checkpoints/ before a provisional result takes their place; see `bring_back`."""
@@ -140,11 +136,6 @@ class MetricsLog:
                 kept = b"".join(line for line in lines if _step_of(line) < before_step)
             write_bytes(self.path, kept)
             self._file = self.path.open("ab")
-
-    @property
-    def has_records(self) -> bool:
-        """Whether the file exists and is not empty."""
-        return self.path.exists() and self.path.stat().st_size > 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record, or replaces the last one of the same step. Numbers that are not finite become null."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.reporting.runs import TRAINING_PARTS
-from minbert_fast.trainer.state import State
+from minbert_fast.trainer.checkpoint import State
 
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import StepResult

@@ -18,12 +18,12 @@ from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
-from minbert_fast.parallel.connect import connect
+from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import Backend, make_step
 from minbert_fast.step.captured import Captures, GraphedStep
-from minbert_fast.step.extras.smart import check_smart
+from minbert_fast.step.extras.consistency import check_smart
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks

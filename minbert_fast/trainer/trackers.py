@@ -12,8 +12,7 @@ import io
 import json
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,19 +134,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"--report-to {name}: not installed (pip install 'minbert-fast[{name}]')")
 
 
-@contextmanager
-def open_trackers(
-    names: Sequence[str], directory: Path, first_step: int, config: Mapping[str, Any]
-) -> Iterator[Trackers]:
-    """Starts the named trackers for the block, of a run that begins after `first_step`.
+def open_trackers(names: Sequence[str], directory: Path, first_step: int, config: Mapping[str, Any]) -> Trackers:
+    """Starts the named trackers of a run that begins after `first_step`.
 
     `config` holds the recipe's values by flat key. Raises RunError if a tracker cannot start.
     """
-    trackers = Trackers([_start(name, directory, first_step, config) for name in names])
-    try:
-        yield trackers
-    finally:
-        trackers.close()
+    return Trackers([_start(name, directory, first_step, config) for name in names])
 
 
 def _start(name: str, directory: Path, first_step: int, config: Mapping[str, Any]) -> Tracker:

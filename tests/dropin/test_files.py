@@ -28,7 +28,7 @@ from minbert_fast.export import write_model
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.step.flat import Entry, FlatParameters
+from minbert_fast.step.flat import FlatParameters, ParameterSpec, StageParameters
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
 from tests.small import read_predictions
 
@@ -270,7 +270,7 @@ def test_a_spawned_predictor_predicts_as_the_first(checkpoint: Path) -> None:
 def test_flat_parameters_refuse_to_be_copied() -> None:
     """A copy's parameters are no views of its buffer, and its table holds the identities of others."""
     model = torch.nn.Linear(3, 3)
-    flat = FlatParameters([Entry("weight", model.weight)], None, {}, [], torch.float32)
+    flat = FlatParameters(StageParameters([ParameterSpec("weight", model.weight)], None, {}, []), torch.float32)
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="flat parameters cannot be copied"):
             copied(flat)

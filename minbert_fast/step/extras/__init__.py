@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe may add to a plain step, as hooks: averaged weights, dynamic task weights, R-Drop, SMART."""
+"""The hooks that a recipe can add to a plain step: averaged weights, dynamic task weights, R-Drop, SMART."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras.averaging import WeightAverage
-from minbert_fast.step.extras.consistency import Consistency
-from minbert_fast.step.extras.smart import Adversary, Teacher
+from minbert_fast.step.extras.consistency import Adversary, Consistency, Teacher
 from minbert_fast.step.extras.weighting import task_weights
-from minbert_fast.step.flat import Entry, FlatParameters
+from minbert_fast.step.flat import FlatParameters, ParameterSpec
 from minbert_fast.step.hooks import StepHook
 from minbert_fast.tasks import MultitaskModel
 
@@ -25,16 +24,16 @@ def flat_hooks(model: MultitaskModel, recipe: Recipe, flat: FlatParameters, dtyp
     hooks = (
         Consistency(model, options, adversary, teacher) if options.duplicates_examples or options.proximal else None,
         task_weights(recipe.weighting, list(recipe.tasks), flat.data.device),
-        WeightAverage.of_flat(recipe.training.ema, flat),
+        WeightAverage.of_flat(recipe.training.ema, flat) if recipe.training.ema else None,
     )
     return [hook for hook in hooks if hook is not None]
 
 
-def separate_hooks(model: MultitaskModel, recipe: Recipe, entries: Sequence[Entry]) -> list[StepHook]:
-    """The hooks of a step over parameters that lie apart in memory. SMART needs flat ones (`smart.check_smart`)."""
+def separate_hooks(model: MultitaskModel, recipe: Recipe, specs: Sequence[ParameterSpec]) -> list[StepHook]:
+    """The hooks of a step whose parameters are separate tensors. SMART needs flat buffers (`check_smart`)."""
     hooks = (
         Consistency(model, recipe.regularisation) if recipe.regularisation.duplicates_examples else None,
         task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device),
-        WeightAverage.of_entries(recipe.training.ema, entries),
+        WeightAverage.of_parameters(recipe.training.ema, specs) if recipe.training.ema else None,
     )
     return [hook for hook in hooks if hook is not None]

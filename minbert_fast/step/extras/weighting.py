@@ -5,15 +5,13 @@
     uncertainty   exp(-s_t), with s_t a learned log-variance     every step
     dwa           T softmax over t of (r_t / temperature)        every window of steps
 
-They scale the rows of J, so they act before surgery and without it alike. All numbers live on the device; what they follow
-are the losses of the whole step, so several processes keep the same weights without telling each other.
+The factors scale the rows of J, with or without surgery. They stay on the device. Several processes compute the same factors
+without communication, because each knows the losses of the whole step.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,8 +22,8 @@ from minbert_fast.step.hooks import StepHook
 PREFIX = "weighting/"
 
 
-class TaskWeights(StepHook, ABC):
-    """Weights [T] of the tasks' losses, in the order of `tasks`. `state` holds all that changes, by name."""
+class TaskWeights(StepHook):
+    """Weights [T] of the tasks' losses, in the order of `tasks`. `state` holds the changing tensors by name."""
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
         self.options = options
@@ -34,29 +32,17 @@ class TaskWeights(StepHook, ABC):
         self._device = device
         self._masks: dict[frozenset[str], Tensor] = {}
 
-    @abstractmethod
-    def loss_weights(self) -> Tensor:
-        """The weights [T] of the present step."""
-
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint."""
         return {f"{PREFIX}{name}": tensor for name, tensor in self.state.items()}
 
-    def load_state_dict(self, tensors: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave; other tensors are passed over. Raises ValueError where one is missing."""
-        for name, tensor in self.state.items():
-            found = tensors.get(f"{PREFIX}{name}")
-            if found is None or found.shape != tensor.shape:
-                raise ValueError(f"no {PREFIX}{name} for {len(self.tasks)} tasks")
-            tensor.copy_(found)
-
     def _numbers(self, name: str, value: float = 0.0) -> Tensor:
-        """A part of the state: one number a task."""
+        """Adds a tensor [T] to the state, one number per task."""
         self.state[name] = torch.full((len(self.tasks),), value, device=self._device)
         return self.state[name]
 
     def _taken(self, present: Sequence[str], skipped: Tensor) -> Tensor:
-        """bool [T]: whose loss counts. The mask is made once a set of tasks, so that a captured graph copies nothing."""
+        """bool [T]: tasks whose loss counts. Made once per set of tasks, so that a captured graph copies nothing."""
         key = frozenset(present)
         if key not in self._masks:
             self._masks[key] = torch.tensor([task in key for task in self.tasks], device=self._device)
@@ -64,12 +50,12 @@ class TaskWeights(StepHook, ABC):
 
 
 class Uncertainty(TaskWeights):
-    """Homoscedastic uncertainty (Kendall, Gal & Cipolla 2018, arXiv:1705.07115, section 3): minimises over s too
+    """Homoscedastic uncertainty (Kendall, Gal & Cipolla 2018, arXiv:1705.07115, section 3): also minimises over s
 
         sum over t of  exp(-s_t) L_t + s_t / 2,    s_t = log of the task's variance, 0 at first
 
-    by plain gradient descent on s, whose rest is exp(-s_t) L_t = 1/2. The 1/2 that the paper has before a squared error
-    shifts s_t by log 2 and changes nothing else.
+    by plain gradient descent on s, whose fixed point is exp(-s_t) L_t = 1/2. The paper's factor 1/2 on a squared error would
+    shift s_t by log 2 and change nothing else.
     """
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
@@ -91,7 +77,8 @@ class DynamicAverage(TaskWeights):
 
         T exp(r_t / temperature) / sum over i of exp(r_i / temperature),    r_t = L_t(n - 1) / L_t(n - 2)
 
-    and the first two have 1. A task without examples in a window keeps its mean; one without any yet has r = 1.
+    and the first two windows have weights 1. A task without examples in a window keeps its mean. Before a task's first
+    example r_t = 1.
     """
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
@@ -124,7 +111,7 @@ class DynamicAverage(TaskWeights):
 
 
 def task_weights(options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> TaskWeights | None:
-    """What the recipe's `[weighting]` asks for; None for method "none"."""
+    """The hook for the recipe's section `[weighting]`; None for method "none"."""
     if options.method == "none":
         return None
     return {"uncertainty": Uncertainty, "dwa": DynamicAverage}[options.method](options, tasks, device)
