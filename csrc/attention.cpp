@@ -16,8 +16,7 @@ class Plan {
   Attention op{};
   Arguments a;
 
-  Plan(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& mask, float scale, double p, const Tensor& seed,
-       int64_t site, int threads) {
+  Plan(Tensor qkv, Tensor cu_seqlens, Tensor mask, float scale, double p, Tensor seed, int64_t site, int threads) {
     op.qkv = a.dense("qkv", qkv, {kAny, 3, kAny, kAny}, kActivations);
     op.dtype = qkv.dtype(), op.rows = qkv.size(0), op.heads = qkv.size(2), op.head_dim = qkv.size(3);
     op.scale = scale;
@@ -30,7 +29,7 @@ class Plan {
   }
 
  private:
-  void keep_rows(const Tensor& mask) {
+  void keep_rows(Tensor mask) {
     op.sentences = mask.size(0), op.period = mask.size(1);
     const bool* attended = a.dense<bool>("mask", mask, {kAny, op.period}, {DType::boolean});
     if (op.sentences * op.period != op.rows) throw std::invalid_argument("mask must have one element a row of qkv");
@@ -74,8 +73,8 @@ class Plan {
 };
 
 // max_seqlen is for kernels that choose their tiles by it.
-void forward(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& mask, int64_t /*max_seqlen*/, float scale,
-             double p, const Tensor& seed, int64_t site, const Tensor& out, const Tensor& lse, int threads) {
+void forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/, float scale, double p, Tensor seed,
+             int64_t site, Tensor out, Tensor lse, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
   op.out = plan.a.dense("out", out, {op.rows, op.heads * op.head_dim}, {op.dtype});
@@ -83,9 +82,8 @@ void forward(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& mask, in
   call_attention_forward(op, threads);
 }
 
-void backward(const Tensor& dout, const Tensor& qkv, const Tensor& /*out*/, const Tensor& lse, const Tensor& cu_seqlens,
-              const Tensor& mask, int64_t /*max_seqlen*/, float scale, double p, const Tensor& seed, int64_t site,
-              const Tensor& dqkv, int threads) {
+void backward(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor lse, Tensor cu_seqlens, Tensor mask,
+              int64_t /*max_seqlen*/, float scale, double p, Tensor seed, int64_t site, Tensor dqkv, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
   op.dout = plan.a.dense("dout", dout, {op.rows, op.heads * op.head_dim}, {op.dtype});

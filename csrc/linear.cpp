@@ -8,7 +8,7 @@
 namespace minbert {
 
 void bind_linear(pybind11::module_& m) {
-  m.def("column_sums", [](const Tensor& x, const Tensor& bounds, const Tensor& out, int threads) {
+  m.def("column_sums", [](Tensor x, Tensor bounds, Tensor out, int threads) {
     Arguments a;
     ColumnSums op{};
     op.x = a.dense("x", x, {kAny, kAny}, kActivations);

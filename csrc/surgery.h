@@ -3,15 +3,7 @@
 // T tasks, P parameters, J [T, P] the tasks' gradients.
 #pragma once
 
-#include <cstdint>
-
 #include "dtype.h"
-
-#if defined(__CUDACC__)
-#define MINBERT_HD __host__ __device__
-#else
-#define MINBERT_HD
-#endif
 
 namespace minbert {
 

@@ -86,13 +86,9 @@ void add_norm_backward(const AddNorm& op, int threads) {
   with_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     const TaskSums sums(op.segments, op.rows, kSums, op.width, op.slots);
-    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-        for (int64_t row = begin; row < end; ++row) backward_row<T>(op, row, slot, sums.pitch());
-      });
-      sums.clear_padding(chunk, static_cast<T*>(op.dx));
-      sums.clear_padding(chunk, static_cast<T*>(op.dresidual));
-    });
+    sums.for_rows(threads, [&](int64_t row, float* slot) { backward_row<T>(op, row, slot, sums.pitch()); });
+    sums.clear_padding(static_cast<T*>(op.dx));
+    sums.clear_padding(static_cast<T*>(op.dresidual));
     sums.finish(kGamma, op.dgamma, threads);
     sums.finish(kBeta, op.dbeta, threads);
     sums.finish(kBias, op.dbias, threads);

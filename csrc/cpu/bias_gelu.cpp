@@ -75,23 +75,19 @@ void bias_gelu_backward(const BiasGelu& op, int threads) {
   with_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     const TaskSums sums(op.segments, op.rows, 1, op.width, op.slots);
-    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-      const float* bias = op.bias;
-      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t at = row * op.width;
-          const T *from = static_cast<const T*>(op.x) + at, *cotangent = static_cast<const T*>(op.dy) + at;
-          T* to = static_cast<T*>(op.dx) + at;
-          for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
-            const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
-            const vfloat gradient = load(cotangent + i, lanes) * gelu_slope<T>(u);
-            store(to + i, gradient, lanes);
-            store(slot + i, load(slot + i) + gradient);
-          });
-        }
+    sums.for_rows(threads, [&](int64_t row, float* slot) {
+      const int64_t at = row * op.width;
+      const float* bias = op.bias;  // a local that no store can change
+      const T *from = static_cast<const T*>(op.x) + at, *cotangent = static_cast<const T*>(op.dy) + at;
+      T* to = static_cast<T*>(op.dx) + at;
+      for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
+        const vfloat u = load(from + i, lanes) + load(bias + i, lanes);
+        const vfloat gradient = load(cotangent + i, lanes) * gelu_slope<T>(u);
+        store(to + i, gradient, lanes);
+        store(slot + i, load(slot + i) + gradient);
       });
-      sums.clear_padding(chunk, static_cast<T*>(op.dx));
     });
+    sums.clear_padding(static_cast<T*>(op.dx));
     sums.finish(0, op.dbias, threads);
   });
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/simd.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -53,15 +53,6 @@ void combine_block(const T* data, const Rows& rows, int64_t column, int64_t n, f
   int r = 4;
   for (; r + 4 <= rows.count; r += 4) add_rows<4, true>(data, offset + r, weight + r, column, n, out);
   for (; r < rows.count; ++r) add_rows<1, true>(data, offset + r, weight + r, column, n, out);
-}
-
-// body(J's elements, by their type).
-template <class Body>
-void with_elements(const Matrix& j, const Body& body) {
-  if (j.dtype == DType::bf16)
-    body(static_cast<const bfloat16*>(j.data));
-  else
-    body(static_cast<const float*>(j.data));
 }
 
 }  // namespace MINBERT_ISA

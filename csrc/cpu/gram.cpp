@@ -5,7 +5,7 @@
 // rows is multiplied while they are there, in square tiles of rows whose sums stay in registers. Sums run in fp32 lanes
 // over at most 8,192 columns, then in double.
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/simd.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -101,7 +101,7 @@ void chunk_products(const Matrix& j, int64_t begin, int64_t end, double* partial
           continue;
         }
       }
-      to_floats(row, buffer[t], width);
+      for (int i = 0; i < width; ++i) buffer[t][i] = to_float(row[i]);
       for (int i = width; i < padded; ++i) buffer[t][i] = 0;
       rows[t] = buffer[t];
     }
@@ -117,11 +117,9 @@ void gram_partials(const Matrix& j, double* partials, int threads) {
   const Chunks chunks = gram_chunks(j.columns);
   const int64_t pairs = j.rows * (j.rows + 1) / 2;
   parallel_for(chunks.count, threads, [&](int64_t chunk) {
-    double* partial = partials + chunk * pairs;
-    if (j.dtype == DType::bf16)
-      chunk_products<bfloat16>(j, chunks.begin(chunk), chunks.end(chunk), partial);
-    else
-      chunk_products<float>(j, chunks.begin(chunk), chunks.end(chunk), partial);
+    with_element(j.dtype, [&](auto element) {
+      chunk_products<decltype(element)>(j, chunks.begin(chunk), chunks.end(chunk), partials + chunk * pairs);
+    });
   });
 }
 

@@ -5,10 +5,6 @@
 // (column / 4, row, plane, site); the four words of a draw belong to four neighbouring columns.
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include "cpu/simd.h"
 
 namespace minbert {

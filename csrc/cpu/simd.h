@@ -10,12 +10,28 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/vec.h"
 #include "dtype.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace minbert {
 namespace MINBERT_ISA {
 
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+// One register. GCC's and Clang's vector types have arithmetic; most loops are plain ones that the compiler vectorises.
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
@@ -29,8 +45,23 @@ struct Some {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-inline vfloat load(const float* p, All) { return load(p); }
-inline void store(float* p, vfloat v, All) { store(p, v); }
+inline vfloat load(const float* p, All = {}) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vfloat v, All = {}) { std::memcpy(p, &v, sizeof v); }
+
+// Writes past the caches, for results that nobody reads soon; p is aligned to the register.
+inline void store_streaming(float* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
 
 // Generic conversions between widths go by halves, so the instructions are named.
 inline vuint widen(vshort v) {
@@ -152,6 +183,13 @@ inline float add_lanes(vfloat v) {
   return fold_lanes<kLanes / 2>(v, [](vfloat a, vfloat b) { return a + b; });
 }
 inline float largest_lane(vfloat v) { return fold_lanes<kLanes / 2>(v, larger); }
+
+// The lanes added in their order, in double.
+inline double sum(vfloat v) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
 
 // A sum over columns in four parts.
 struct Sum {

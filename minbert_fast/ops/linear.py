@@ -57,11 +57,6 @@ def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | No
     return None
 
 
-@linear_gradients.register_fake
-def _(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    return None
-
-
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b. If their dtypes differ, a CPU first rounds to the operands' dtype, as plain PyTorch's gradient is."""
     if out.dtype == a.dtype:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minbert_fast.surgery.base import Stateless, nonfinite
+from minbert_fast.surgery.base import Weights, nonfinite
 
 
-class Equal(Stateless):
+class Equal(Weights):
     """The same weight for every task."""
 
     capturable = True

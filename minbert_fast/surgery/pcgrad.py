@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from minbert_fast import ops
-from minbert_fast.surgery.base import Reduction, Stateless, nonfinite
+from minbert_fast.ops.weights import pcgrad_reference
+from minbert_fast.surgery.base import Reduction, Weights
 
 
 def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
@@ -27,7 +28,7 @@ def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
     return torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)]).int()
 
 
-class Projections(Stateless):
+class Projections(Weights):
     """PCGrad's weights from G.
 
     `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()), whose state is what
@@ -77,13 +78,5 @@ class ClassicProjections(Projections):
     """
 
     def project(self, gram: Tensor, orders: Tensor) -> Tensor:
-        finite = ~nonfinite(gram)
-        usable = torch.where(finite & finite[:, None], gram.double(), 0)
-        squares = usable.diagonal()
-        c = torch.diag(finite.double())  # row i: the coefficients of g_i
-        for j in orders.T.long():  # [T]: the next task for each g_i
-            product = (c * usable[j]).sum(1)
-            step = torch.where((product < 0) & (squares[j] > 0), product / squares[j], 0)
-            c.scatter_add_(1, j[:, None], -step[:, None])
-        w = c.mean(0) if self.reduction == "mean" else c.sum(0)
+        w, _ = pcgrad_reference(gram.double(), orders, self.reduction == "mean", skip_own=False)
         return w.to(gram.dtype)
