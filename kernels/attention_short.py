@@ -105,11 +105,7 @@ def short_forward(
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, qkv_stride, scale, site,
     TILES: tl.constexpr,  # how many tile sizes: 16, 32, 64, 128 tokens
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out, lse of one sentence and head. Grid: B * h, the head running fastest."""
     sentence = tl.program_id(0) // heads
@@ -178,11 +174,7 @@ def short_backward(
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, dout_stride, qkv_stride, scale, site,
     TILES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dqkv of one sentence and head. Grid: B * h, the head running fastest."""
     sentence = tl.program_id(0) // heads

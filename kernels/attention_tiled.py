@@ -99,11 +99,7 @@ def tiled_forward(
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, above, qkv_stride, scale, site,
     T: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out, lse of sentences above `above` tokens. Any grid: programs take (tile of queries, head) pairs in turn."""
     part = heads * HEAD_DIM
@@ -187,24 +183,21 @@ def _backward_queries(
 
 
 @triton.jit(do_not_specialize=["site"])
-def tiled_backward_keys(
+def tiled_backward(
     dout_ptr,  # [N, h * d], rows dout_stride apart
     qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
     out_ptr,  # [N, h * d]
     lse_ptr,  # [h, N] fp32
-    dqkv_ptr,  # [N, 3, h, d]: k and v are written
+    dqkv_ptr,  # [N, 3, h, d]: k and v are written, or q
     offsets_ptr,  # [B + 1] int32
     mask_ptr,  # [N] or None: rows that may be attended to
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, above, dout_stride, qkv_stride, scale, site,
-    T: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr,  # whether a tile holds keys (dK and dV are computed) or queries (dQ is)
+    T: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of sentences above `above` tokens. Any grid: programs take (tile of keys, head) pairs in turn."""
+    """dK and dV, or dQ, of sentences above `above` tokens. Any grid: programs take (tile, head) pairs in turn."""
     part = heads * HEAD_DIM
     work = count_tiles(offsets_ptr, sentences, above, T) * heads
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -212,41 +205,8 @@ def tiled_backward_keys(
         sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
         begin = tl.load(offsets_ptr + sentence)
         length = tl.load(offsets_ptr + sentence + 1) - begin
-        _backward_keys(
-            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-            T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["site"])
-def tiled_backward_queries(
-    dout_ptr,  # [N, h * d], rows dout_stride apart
-    qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
-    out_ptr,  # [N, h * d]
-    lse_ptr,  # [h, N] fp32
-    dqkv_ptr,  # [N, 3, h, d]: q is written
-    offsets_ptr,  # [B + 1] int32
-    mask_ptr,  # [N] or None: rows that may be attended to
-    seed_ptr,  # [1] int64, or None without dropout
-    rows, sentences, heads, above, dout_stride, qkv_stride, scale, site,
-    T: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ of sentences above `above` tokens. Any grid: programs take (tile of queries, head) pairs in turn."""
-    part = heads * HEAD_DIM
-    work = count_tiles(offsets_ptr, sentences, above, T) * heads
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        head = item % heads
-        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
-        begin = tl.load(offsets_ptr + sentence)
-        length = tl.load(offsets_ptr + sentence + 1) - begin
-        _backward_queries(
+        tile_backward = _backward_keys if KEYS else _backward_queries
+        tile_backward(
             dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
             lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
             begin, length, first, head, part, dout_stride, qkv_stride, scale, site,

@@ -67,15 +67,9 @@ def _finish_column_sums(
     out0_ptr,  # [T, WIDTH] or None
     out1_ptr,  # [T, WIDTH] or None
     out2_ptr,  # [T, QUANTITIES - 2, WIDTH] or None
-    stride0,
-    stride1,
-    stride2,
-    rows_per_program,
-    QUANTITIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    stride0, stride1, stride2, rows_per_program,
+    QUANTITIES: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     task = tl.program_id(1).to(tl.int64)
     quantity = tl.program_id(2)

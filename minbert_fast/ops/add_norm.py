@@ -35,17 +35,9 @@ class AddNormSink(NamedTuple):
 
 
 def add_norm(
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    into: AddNormSink | None = None,
-) -> Tensor:
+    x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    p: float = 0.0, seed: Tensor | None = None, site: int = 0, into: AddNormSink | None = None,
+) -> Tensor:  # fmt: skip
     """LayerNorm(residual + dropout(x + bias)) over the last dimension.
 
     x and residual [..., H] of one dtype; bias, gamma, beta [H] of that dtype or fp32. Dropout with probability p draws

@@ -24,12 +24,8 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     for _ in range(_ROUNDS):
         # An int64 product of two 32-bit words wraps, but its 64 bits are the right ones.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((second >> 32) & _LOW) ^ b ^ low,
-            second & _LOW,
-            ((first >> 32) & _LOW) ^ d ^ high,
-            first & _LOW,
-        )
+        a, b = ((second >> 32) & _LOW) ^ b ^ low, second & _LOW
+        c, d = ((first >> 32) & _LOW) ^ d ^ high, first & _LOW
         low, high = (low + _KEY_STEPS[0]) & _LOW, (high + _KEY_STEPS[1]) & _LOW
     return a, b, c, d
 

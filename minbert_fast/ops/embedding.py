@@ -45,20 +45,10 @@ class EmbeddingSink(NamedTuple):
 
 
 def embedding(
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    into: EmbeddingSink | None = None,
-) -> Tensor:
+    tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, beta: Tensor, eps: float,
+    p: float = 0.0, seed: Tensor | None = None, site: int = 0, into: EmbeddingSink | None = None,
+) -> Tensor:  # fmt: skip
     """Rows [N, H] of the summed embeddings, normalised, with dropout.
 
     tokens, positions, types int32 [N]; word [V, H], position [S, H], type_ [K, H] of one dtype; gamma, beta [H] of that
