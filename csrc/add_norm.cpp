@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// add_norm on the CPU: checks of its arguments; the loops are in cpu/add_norm.cpp.
+// add_norm on the CPU: checks its arguments. The loops are in cpu/add_norm.cpp.
 #include "cpu/add_norm.h"
 
 #include "arguments.h"

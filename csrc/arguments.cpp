@@ -83,7 +83,7 @@ bool read_tensor(PyObject* object, Tensor& tensor) {
     const void* found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
     if (!found) throw py::error_already_set();
     if (static_cast<const Exchange*>(found)->major != 1)
-      throw std::runtime_error("this torch speaks another DLPack than version 1: minbert_fast needs an update");
+      throw std::runtime_error("this torch uses a DLPack version other than 1: minbert_fast needs an update");
     return static_cast<const Exchange*>(found);
   }();
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type))) return false;

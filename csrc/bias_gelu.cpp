@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bias_gelu on the CPU: checks of its arguments; the loops are in cpu/bias_gelu.cpp.
+// bias_gelu on the CPU: checks its arguments. The loops are in cpu/bias_gelu.cpp.
 #include "cpu/bias_gelu.h"
 
 #include "arguments.h"

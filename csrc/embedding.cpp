@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// embedding on the CPU: checks of its arguments, and which rows each position and type has; the loops are in
-// cpu/embedding.cpp.
+// embedding on the CPU: checks its arguments and lists each position's and type's rows. The loops are in cpu/embedding.cpp.
 #include "cpu/embedding.h"
 
 #include "arguments.h"
@@ -38,7 +37,7 @@ void forward(Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor 
   call_embedding_forward(op, threads);
 }
 
-// Rows by what they look up: a stable counting sort.
+// The rows in the order of the table rows that they look up (a stable counting sort).
 struct Sorted {
   std::vector<int32_t> order, offsets;
 
@@ -52,7 +51,7 @@ struct Sorted {
   }
 };
 
-// cu_seqlens is for kernels that find positions by sentences.
+// cu_seqlens is unused here: the GPU kernels find a position's rows by the sentences.
 void backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
               Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds, Tensor /*cu_seqlens*/, Tensor word_order,
               Tensor word_offsets, double p, Tensor seed, int64_t site, Tensor dword, Tensor dposition,

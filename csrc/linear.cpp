@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bias gradients of linear on the CPU: checks of the arguments; the loops are in cpu/linear.cpp.
+// The bias gradients of linear on the CPU: checks their arguments. The loops are in cpu/linear.cpp.
 #include "cpu/linear.h"
 
 #include "arguments.h"

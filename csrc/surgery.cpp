@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient surgery's ops for Python. Here is what the CPU does around the inner loops of csrc/cpu: final sums, checks of
-// indices, T x T arithmetic. The caller, minbert_fast/ops, has checked everything else.
+// Gradient surgery's ops on the CPU, and their Python bindings. The inner loops are in csrc/cpu; here are final sums, checks
+// of indices and T x T arithmetic. The caller, minbert_fast/ops, has checked everything else.
 #include "surgery.h"
 
 #include <stdexcept>

@@ -30,7 +30,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @dataclass(frozen=True)
 class Tile:
-    """Settings of one tiled kernel: tiles of so many queries meet tiles of as many keys."""
+    """Settings of one tiled kernel; a tile has `tokens` queries and as many keys."""
 
     tokens: int
     warps: int
@@ -53,8 +53,8 @@ class LaunchTable:
 
 
 # By (bytes of an element, D). Chosen without a GPU, from registers and shared memory as the ahead-of-time check prints
-# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (No fp32 product runs on
-# NVIDIA's matrix units without losing digits, hence the smaller tiles.)
+# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (fp32 has smaller
+# tiles because NVIDIA's matrix units cannot multiply it in full precision.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
     (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
     (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),

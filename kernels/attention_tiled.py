@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over longer sentences: tiles of queries meet tiles of keys, softmax is kept up online.
+"""Attention over longer sentences: tiles of queries times tiles of keys, with an online softmax.
 
 The forward is FlashAttention-2's (Dao 2023, algorithm 1). The backward splits its algorithm 2 by what a program owns:
 a tile of keys, to sum dK and dV, or a tile of queries, to sum dQ, so there are no atomics and sums always run in the
 same order. Sentences up to `above` tokens belong to attention_short.py, which runs first and also clears the rows
 behind the last sentence.
 
-Which sentences are long only the device knows. A fixed number of programs shares out the tiles that there are, so a
-batch with few long sentences, or none, does not pay for the tiles that its capacity would allow.
+Only the device knows which sentences are long. A fixed number of programs divides up the tiles that exist. So a batch
+with few long sentences, or none, does not pay for all the tiles that its capacity would allow.
 
 Shapes as in attention_short.py; T tokens of a tile.
 """
@@ -135,7 +135,7 @@ def _backward_keys(
         out = load_rows(out_ptr, begin + query, query < length, part, HEAD_DIM, D, COMPUTE)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         lse = tl.load(lse_ptr + begin + query, mask=query < length, other=0.0)
-        # Scores lie on their side here [keys, queries]: what multiplies dout and q needs no turning.
+        # Scores are [keys, queries] here, so the left operands of the products with dout and q need no transpose.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2_E) - (lse * LOG2_E)[None, :])
         weights = tl.where(attended(key, query, begin, length, mask_ptr), weights, 0.0)
@@ -205,10 +205,17 @@ def tiled_backward(
         sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
         begin = tl.load(offsets_ptr + sentence)
         length = tl.load(offsets_ptr + sentence + 1) - begin
-        tile_backward = _backward_keys if KEYS else _backward_queries
-        tile_backward(
-            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-            T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-        )  # fmt: skip
+        if KEYS:
+            _backward_keys(
+                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
+            )  # fmt: skip
+        else:
+            _backward_queries(
+                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
+            )  # fmt: skip

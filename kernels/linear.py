@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight gradients apart by task, J[t] = dY[rows of t]^T X[rows of t], and the bias sums: all tasks in one launch.
+"""Each task's weight gradient J[t] = dY[rows of t]^T X[rows of t] and bias sums, all tasks in one launch.
 
 A grouped matrix product whose groups are ranges of the inner dimension: a program owns one tile of one task's
 matrix and walks down that task's rows, whose bounds it reads from the device, so that a captured graph follows the
 batch. Sums are fp32, in ascending row order, and the tile is written once: deterministic without an atomic, and an
-empty task gets zeros. Bias gradients take programs of their own behind the matrix tiles, so that the products' loop
-carries nothing else.
+empty task gets zeros. Further programs, after those of the matrix tiles, compute the bias gradients, so that the loop
+of the products does nothing else.
 
 FLOPs are those of the plain sum over all rows; tasks multiply the number of tiles, which helps where matrices are
 small.

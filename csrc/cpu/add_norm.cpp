@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = LayerNorm(residual + dropout(x + bias)): one pass over memory forward and one backward. The sum before the norm and
-// the dropout factors are made again in the backward, not stored.
+// y = LayerNorm(residual + dropout(x + bias)): one pass over memory forward and one backward. The backward computes the
+// sum before the norm and the dropout factors again; they are not stored.
 #include "cpu/add_norm.h"
 
 #include "cpu/layer_norm.h"
@@ -11,7 +11,7 @@ namespace {
 
 enum Sums : int64_t { kGamma, kBeta, kBias, kSums };
 
-// Where one row's operands lie.
+// Pointers to one row's operands.
 template <class T>
 struct Row {
   const T *x, *residual;

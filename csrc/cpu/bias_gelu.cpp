@@ -23,8 +23,8 @@ inline Normal normal(vfloat u) {
   return {u < 0.0f ? tail : 1.0f - tail, bell * 0.3989422804014327f};
 }
 
-// For bf16 results, whose own rounding is a hundred times larger, 1/2 + u times a polynomial in u^2 will do: no power, no
-// division. It holds for |u| <= 5, beyond which both functions are constant to 8e-6.
+// bf16 results have a rounding error a hundred times larger. For them 1/2 + u times a polynomial in u^2 is enough, without
+// a power or a division. It holds for |u| <= 5; beyond, both functions are constant to 8e-6.
 constexpr float kFlat = 5.0f;
 
 inline vfloat flattened(vfloat u) { return smaller(broadcast(kFlat), larger(broadcast(-kFlat), u)); }

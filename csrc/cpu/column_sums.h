@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over the rows of each task, in an order that no number of threads changes.
+// Sums over the rows of each task, in an order that does not depend on the number of threads.
 //
-// Rows are cut into chunks. The rows that chunk c and task t share are summed apart into slot c + t: cut by chunks and by
-// tasks, the rows fall into at most chunks + tasks - 1 pieces, and no two pieces get the same slot. Slots of a task are
-// then added in order.
+// Rows are divided into chunks. The rows of both chunk c and task t form a piece, whose sums go to slot c + t. There are at
+// most chunks + tasks - 1 pieces, and no two have the same slot. The slots of each task are then added in order.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -17,7 +16,7 @@ struct Segments {
   int64_t tasks;
 };
 
-// A gradient kept apart by task [T, ...]: task t's begins `stride` elements behind task t - 1's. Null data: not wanted.
+// Every task's gradient of one parameter [T, ...], `stride` elements from task to task. Null data: not wanted.
 struct TaskGradient {
   void* data;
   DType dtype;  // f32 or bf16
@@ -26,7 +25,7 @@ struct TaskGradient {
 
 inline Chunks row_chunks(int64_t rows) { return {rows, 16, 128}; }
 
-// Floats that the slots of `sums` sums of `width` columns take.
+// Floats in all slots, for `sums` sums of `width` columns each.
 inline int64_t slot_floats(int64_t rows, int64_t tasks, int64_t sums, int64_t width) {
   return (row_chunks(rows).count + tasks) * sums * ((width + 15) / 16 * 16);
 }

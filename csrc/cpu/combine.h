@@ -10,7 +10,7 @@ namespace MINBERT_ISA {
 
 constexpr int64_t kBlock = 1024;  // columns; a block of g stays in the first-level cache
 
-// The rows that take part, and their weights.
+// The rows of non-zero weight, and their weights.
 struct Rows {
   int count = 0;
   int64_t offset[kMaxTasks];  // of the row from the first, elements

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])). The backward first makes dz, the gradient of
-// the sum, row by row; then each row of each table's gradient adds up its own rows of dz, in ascending order.
+// y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])). The backward first computes dz, the
+// gradient of the sum, row by row. Then each row of a table's gradient adds up its rows of dz, in ascending order.
 #include "cpu/embedding.h"
 
 #include "cpu/layer_norm.h"

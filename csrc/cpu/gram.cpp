@@ -16,10 +16,10 @@ constexpr int kTile = kRegisters >= 32 ? 4 : 3;      // rows; a tile's sums and 
 constexpr int kPairs = kMaxTasks * (kMaxTasks + 1) / 2;
 static_assert(kBlock % (4 * kLanes) == 0);
 
-// Where the sum of rows i <= k lies in the upper triangle.
+// The index of the sum of rows i <= k in the upper triangle.
 inline int pair_index(int i, int k, int tasks) { return i * (2 * tasks - i - 1) / 2 + k; }
 
-// The R (R + 1) / 2 products among R rows. Few sums would wait on each other's latency, so few rows take several columns.
+// The R (R + 1) / 2 products among R rows. Few rows take several columns at a time, or each sum would wait for itself.
 template <int R>
 void diagonal_tile(const float* const* rows, int first, int tasks, int columns, vfloat* sums) {
   constexpr int kUnroll = R == 1 ? 4 : R == 2 ? 2 : 1;

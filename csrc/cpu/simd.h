@@ -2,8 +2,8 @@
 // Rows of any length and element type, one register of floats at a time.
 //
 // for_columns(n, body) calls body(i, lanes, slot): `lanes` is All, or Some for what is left at the end, and `load` and
-// `store` take it. Loads fill absent lanes with zeros. `slot` (0 to 3) tells neighbouring calls apart, so that a sum kept
-// in four parts does not wait for its last addition.
+// `store` take it. Loads fill absent lanes with zeros. `slot` (0 to 3) differs between neighbouring
+// calls, so that a sum in four parts does not wait for the addition before it.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +63,7 @@ inline void store_streaming(float* p, vfloat v) {
 #endif
 }
 
-// Generic conversions between widths go by halves, so the instructions are named.
+// The compiler's generic conversions between widths work by halves, so these name the instructions.
 inline vuint widen(vshort v) {
 #if defined(__AVX512F__)
   return (vuint)_mm512_cvtepu16_epi32((__m256i)v);
@@ -99,7 +99,7 @@ inline void store(bfloat16* p, vfloat v, All) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// Lanes beyond the end: through a whole register on the stack.
+// The last lanes of a row go through a whole register on the stack.
 template <class T>
 inline vfloat load(const T* p, Some some) {
   T whole[kLanes] = {};
@@ -123,7 +123,7 @@ inline void with_element(DType dtype, const Body& body) {
     body(float{});
 }
 
-// Vectors made of a function of the lane, constants for certain: loops would leave it to the optimiser.
+// The vector of Of::of(lane): a compile-time constant, where a loop would depend on the optimiser.
 template <class V, class Of, int... Lane>
 constexpr V make_lanes(std::integer_sequence<int, Lane...>) {
   return V{Of::of(Lane)...};
@@ -170,7 +170,7 @@ inline vfloat smaller(vfloat a, vfloat b) {
 #endif
 }
 
-// All lanes together, by halves: always in the same order.
+// Combines all lanes by halves, always in the same order.
 template <int kHalf, class Add>
 inline float fold_lanes(vfloat v, const Add& add) {
   if constexpr (kHalf == 0) {
@@ -218,7 +218,7 @@ inline vfloat polynomial(vfloat x, float c, Rest... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
-// 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for anything smaller, NaN for NaN.
+// 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for t below -125, NaN for NaN.
 inline vfloat exp2(vfloat t) {
   t = larger(broadcast(-125.0f), t);
   const vfloat shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t, rounded

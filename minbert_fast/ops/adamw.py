@@ -26,7 +26,7 @@ LEARNING_RATE, STEP, GRADIENT_SCALE, SKIP, SCALARS = range(5)
 
 
 class AdamWStep(NamedTuple):
-    """The arguments of `adamw`. All tensors are fp32 and contiguous unless it says otherwise.
+    """The arguments of `adamw`. Tensors are fp32 and contiguous unless a comment says otherwise.
 
     Dense: p [P], J [T, P]. By rows: a table p [V, H] of which U rows have a gradient, J [T, U, H]. The other rows take
     the step that a dense AdamW takes on a gradient of zero.
@@ -75,7 +75,7 @@ def adamw(step: AdamWStep) -> None:
     """Updates p, m, v and the copy in place.
 
     Raises ValueError for tensors and settings that do not fit, before anything is written. A slot of U or more is a
-    ValueError on the CPU; a GPU, where looking would mean waiting, takes it for none.
+    ValueError on the CPU. A GPU treats it as none, because a check would wait for the device.
     """
     _adamw(*step)
 

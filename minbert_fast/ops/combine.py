@@ -22,7 +22,7 @@ def reference(J: Tensor, w: Tensor | None) -> Tensor:
 
 
 def combine(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """g [P] = w J in fp32, from J [T, P] (as in `gram`) and w [T]. A row of weight 0 takes no part, even if not finite."""
+    """g [P] = w J in fp32, from J [T, P] (as in `gram`) and w [T]. A row of weight 0 is ignored, even if not finite."""
     if out is None:
         out = J.new_empty(J.shape[1], dtype=torch.float32)
     _combine(J, w, out)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dropout masks of kernels/dropout.py in plain PyTorch: the same Philox4x32-7, the same numbers, on any device.
 
-No generator state and no question to the device, so a backward draws its forward's mask again.
+There is no generator state, and no value is read from the device. A backward draws its forward's mask again.
 """
 
 from __future__ import annotations

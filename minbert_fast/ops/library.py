@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a function becomes an op that torch knows: a schema, an implementation, a fake for tracing.
+"""Registers a function as a torch op: a schema, an implementation, a fake for tracing.
 
-The same that `torch.library.custom_op` makes, by the calls beneath it (PyTorch's "Python custom operators" manual):
-`custom_op` imports all of torch._dynamo, a second or more, at the first call of any op, whether or not anything compiles.
+The result is that of `torch.library.custom_op`, made by the calls beneath it (PyTorch's "Python custom operators" manual).
+`custom_op` itself imports all of torch._dynamo at the first call of any op, which takes a second or more.
 """
 
 from __future__ import annotations

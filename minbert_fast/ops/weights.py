@@ -35,8 +35,8 @@ def pcgrad_reference(gram: Tensor, order: Tensor, mean: bool, skip_own: bool = T
 def pcgrad_weights(gram: Tensor, order: Tensor, mean: bool = False) -> tuple[Tensor, Tensor]:
     """PCGrad (Yu et al. 2020, arXiv:2001.06782) on the device, from the Gram matrix [T, T] alone.
 
-    order int32 [T, T]: row i lists the tasks against which task i's gradient is projected, in turn (i itself is
-    skipped). Returns w [T], so that w J is the sum (or mean) of the projected gradients, and nonfinite int32 [T]: 1 for a
+    order int32 [T, T]: task i's gradient is projected against the tasks of row i in their order (i itself is skipped).
+    Returns w [T], so that w J is the sum (or mean) of the projected gradients, and nonfinite int32 [T]: 1 for a
     task whose gradient is not finite. Such a task gets weight 0, and the others the weights they would have without it.
     """
     w, nonfinite = _pcgrad_weights(gram, order, mean)
@@ -76,8 +76,8 @@ def clip_reference(gram: Tensor, w: Tensor, max_norm: float, extra: Tensor | Non
 def clip_scale(gram: Tensor, w: Tensor, max_norm: float, scalars: Tensor, extra: Tensor | None = None) -> Tensor:
     """The norm [1] of w J from the Gram matrix, and the clipping factor min(1, max_norm / (norm + 1e-6)) in `scalars`.
 
-    max_norm 0 bounds nothing. `extra` [1]: the squared norm of gradients outside J, clipped along. When the norm is
-    not finite the skip flag of `scalars` [4] is set: adamw then leaves everything as it is.
+    max_norm 0 disables clipping. `extra` [1] is the squared norm of gradients outside J that are clipped with them. If the
+    norm is not finite, the skip flag of `scalars` [4] is set, and adamw then changes nothing.
     """
     norm: Tensor = _clip_scale(gram, w, max_norm, extra, scalars)
     return norm

@@ -64,5 +64,5 @@ class OnHost(Weights):
 
 
 def nonfinite(gram: Tensor) -> Tensor:
-    """bool [T], on the device: whose gradient holds NaN or infinity (or is too long for its square to fit fp32)."""
+    """bool [T], on the device: whether a task's gradient holds NaN or infinity, or its squared norm overflows fp32."""
     return ~gram.diagonal().isfinite()

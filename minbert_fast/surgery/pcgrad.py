@@ -7,7 +7,7 @@
 
     g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j    for every other task j in random order, where g_i . g_j < 0
 
-Each projected g_i stays a combination of the rows of J, so its coefficients and G are all that the loop needs.
+Each projected g_i stays a combination of the rows of J, so the loop needs only its coefficients and G.
 The optimizer wrapper of the same name, `minbert_fast.PCGrad`, is in wrapper.py.
 """
 
@@ -31,8 +31,8 @@ def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
 class Projections(Weights):
     """PCGrad's weights from G.
 
-    `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()), whose state is what
-    `state_dict` saves. A call without `prepare` draws for itself.
+    `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()). `state_dict` saves the
+    generator's state. A call without `prepare` draws the orders first.
     """
 
     capturable = True
@@ -74,7 +74,7 @@ class Projections(Weights):
 class ClassicProjections(Projections):
     """PCGrad as the classic PyTorch loop computes it: j runs over task i itself, too.
 
-    That matters from three tasks on: after two projections g_i may point against what it was, and loses that part.
+    That matters from three tasks on: after two projections g_i may conflict with its original, and loses that part.
     """
 
     def project(self, gram: Tensor, orders: Tensor) -> Tensor:
