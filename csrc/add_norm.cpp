@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// add_norm on the CPU: checks of its arguments; the loops are in cpu/add_norm.cpp.
+// add_norm on the CPU: checks its arguments. The loops are in cpu/add_norm.cpp.
 #include "cpu/add_norm.h"
 
 #include "arguments.h"
@@ -8,8 +8,8 @@
 namespace minbert {
 namespace {
 
-AddNorm inputs(Arguments& a, const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& gamma, double p,
-               const Tensor& seed, int64_t site) {
+AddNorm inputs(Arguments& a, Tensor x, Tensor bias, Tensor residual, Tensor gamma, double p, Tensor seed,
+               int64_t site) {
   AddNorm op{};
   op.x = a.dense("x", x, {kAny, kAny}, kActivations);
   op.dtype = x.dtype(), op.rows = x.size(0), op.width = x.size(1);
@@ -21,9 +21,8 @@ AddNorm inputs(Arguments& a, const Tensor& x, const Tensor& bias, const Tensor& 
   return op;
 }
 
-void forward(const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& gamma, const Tensor& beta,
-             float eps, double p, const Tensor& seed, int64_t site, const Tensor& y, const Tensor& mean,
-             const Tensor& rstd, int threads) {
+void forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor beta, float eps, double p, Tensor seed,
+             int64_t site, Tensor y, Tensor mean, Tensor rstd, int threads) {
   Arguments a;
   AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
   op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
@@ -33,10 +32,9 @@ void forward(const Tensor& x, const Tensor& bias, const Tensor& residual, const 
   call_add_norm_forward(op, threads);
 }
 
-void backward(const Tensor& dy, const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& gamma,
-              const Tensor& mean, const Tensor& rstd, const Tensor& bounds, double p, const Tensor& seed, int64_t site,
-              const Tensor& dgamma, const Tensor& dbeta, const Tensor& dbias, const Tensor& dx, const Tensor& dresidual,
-              int threads) {
+void backward(Tensor dy, Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds,
+              double p, Tensor seed, int64_t site, Tensor dgamma, Tensor dbeta, Tensor dbias, Tensor dx,
+              Tensor dresidual, int threads) {
   Arguments a;
   AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});

@@ -37,12 +37,12 @@ const char* name_of(DType dtype) {
   }
 }
 
-std::string name_of(const Tensor& t) {
+std::string name_of(Tensor t) {
   const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
   return (t.code < 7 ? kinds[t.code] : "element") + (t.code == 6 ? std::string() : std::to_string(t.bits));
 }
 
-bool dense_from(const Tensor& t, int first) {
+bool dense_from(Tensor t, int first) {
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= first; --i) {
     if (t.shape[i] == 0) return true;
@@ -52,14 +52,13 @@ bool dense_from(const Tensor& t, int first) {
   return true;
 }
 
-int64_t elements(const Tensor& t, int first) {
+int64_t elements(Tensor t, int first) {
   int64_t count = 1;
   for (int i = first; i < t.ndim; ++i) count *= t.shape[i];
   return count;
 }
 
-void check(const std::string& name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-           std::initializer_list<DType> dtypes) {
+void check(const std::string& name, Tensor tensor, Shape shape, DTypes dtypes) {
   if (!tensor) refuse(name + " must be a tensor, not None");
   const auto dimensions = static_cast<int64_t>(shape.size());
   bool fits = tensor.ndim == dimensions;
@@ -84,7 +83,7 @@ bool read_tensor(PyObject* object, Tensor& tensor) {
     const void* found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
     if (!found) throw py::error_already_set();
     if (static_cast<const Exchange*>(found)->major != 1)
-      throw std::runtime_error("this torch speaks another DLPack than version 1: minbert_fast needs an update");
+      throw std::runtime_error("this torch uses a DLPack version other than 1: minbert_fast needs an update");
     return static_cast<const Exchange*>(found);
   }();
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type))) return false;
@@ -103,8 +102,7 @@ DType Tensor::dtype() const {
   }
 }
 
-void* Arguments::contiguous(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-                            std::initializer_list<DType> dtypes) {
+void* Arguments::contiguous(const char* name, Tensor tensor, Shape shape, DTypes dtypes) {
   check(name, tensor, shape, dtypes);
   if (!dense_from(tensor, 0))
     refuse(std::string(name) + " must be contiguous, but its strides are " + list(tensor.strides, tensor.ndim));
@@ -114,7 +112,7 @@ void* Arguments::contiguous(const char* name, const Tensor& tensor, std::initial
   return data;
 }
 
-const float* Arguments::vector(const char* name, const Tensor& tensor, int64_t width, DType dtype) {
+const float* Arguments::vector(const char* name, Tensor tensor, int64_t width, DType dtype) {
   const void* data = dense(name, tensor, {width}, {DType::f32, dtype});
   if (tensor.dtype() == DType::f32) return static_cast<const float*>(data);
   float* copy = floats(width);
@@ -122,7 +120,7 @@ const float* Arguments::vector(const char* name, const Tensor& tensor, int64_t w
   return copy;
 }
 
-const int32_t* Arguments::offsets(const char* name, const Tensor& tensor, int64_t limit) {
+const int32_t* Arguments::offsets(const char* name, Tensor tensor, int64_t limit) {
   const int32_t* values = dense<int32_t>(name, tensor, {kAny}, {DType::i32});
   const int64_t count = tensor.size(0) - 1;
   if (count < 0) refuse(std::string(name) + " must hold at least one entry");
@@ -136,7 +134,7 @@ const int32_t* Arguments::offsets(const char* name, const Tensor& tensor, int64_
   return values;
 }
 
-const int32_t* Arguments::indices(const char* name, const Tensor& tensor, int64_t count, int64_t used, int64_t limit) {
+const int32_t* Arguments::indices(const char* name, Tensor tensor, int64_t count, int64_t used, int64_t limit) {
   const int32_t* values = dense<int32_t>(name, tensor, {count}, {DType::i32});
   for (int64_t i = 0; i < used; ++i)
     if (values[i] < 0 || values[i] >= limit)
@@ -145,7 +143,7 @@ const int32_t* Arguments::indices(const char* name, const Tensor& tensor, int64_
   return values;
 }
 
-Segments Arguments::segments(const Tensor& bounds, int64_t rows) {
+Segments Arguments::segments(Tensor bounds, int64_t rows) {
   return {offsets("bounds", bounds, rows), bounds.size(0) - 1};
 }
 
@@ -155,13 +153,13 @@ bool Arguments::Span::meets(const Span& other) const {
   const uintptr_t other_end = other.begin + (other.count - 1) * other.pitch + other.size;
   if (end <= other.begin || other_end <= begin) return false;
   if (count < 2 || pitch != other.pitch) return true;
-  // Columns of one J: their spans interleave, their parts need not meet.
+  // Both are column ranges of one J: their rows interleave without overlap if the columns differ.
   const uintptr_t ahead = other.begin >= begin ? (other.begin - begin) % pitch
                                                : pitch - 1 - (begin - other.begin - 1) % pitch;
   return ahead < size || ahead + other.size > pitch;
 }
 
-TaskGradient Arguments::gradient(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+TaskGradient Arguments::gradient(const char* name, Tensor tensor, Shape shape) {
   if (!tensor) return {nullptr, DType::f32, 0};
   check(name, tensor, shape, kActivations);
   const int64_t tasks = tensor.shape[0], size = elements(tensor, 1), stride = tasks > 1 ? tensor.strides[0] : size;
@@ -183,7 +181,7 @@ TaskGradient Arguments::gradient(const char* name, const Tensor& tensor, std::in
   return {data, tensor.dtype(), stride};
 }
 
-Dropout Arguments::dropout(double p, const Tensor& seed, int64_t site) {
+Dropout Arguments::dropout(double p, Tensor seed, int64_t site) {
   if (p == 0) return {};
   const auto key = static_cast<uint64_t>(*dense<int64_t>("seed", seed, {1}, {DType::i64}));
   if (site < 0 || site > INT32_MAX) refuse("site must be in [0, 2^31), not " + std::to_string(site));

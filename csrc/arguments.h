@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the encoder's ops: torch tensors as Python passes them, and the checks that stand before any loop.
+// Arguments of the encoder's ops: torch tensors as Python passes them, and their checks.
 //
 // An op's binding lists its arguments once, gets each pointer from an `Arguments`, and passes a plain struct to the loops of
-// csrc/cpu. An argument that would lead out of a tensor throws std::invalid_argument (a ValueError in Python) before
-// anything is written.
+// csrc/cpu. An argument that would make a loop access memory outside a tensor throws std::invalid_argument (ValueError in
+// Python) before the loop writes anything.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,45 +36,47 @@ struct Tensor {
   DType dtype() const;
 };
 
-// Reads a torch.Tensor through torch's DLPack exchange functions: no Python call, no reference taken. False for any
-// other object; throws what torch raises for a tensor that has no address (sparse, meta).
+// Reads a torch.Tensor through torch's DLPack exchange functions, without a Python call and without taking a reference.
+// Returns false for any other object. Throws torch's own error for a tensor that has no address (sparse, meta).
 bool read_tensor(PyObject* object, Tensor& tensor);
 
+using Shape = std::initializer_list<int64_t>;
+using DTypes = std::initializer_list<DType>;
 constexpr int64_t kAny = -1;  // any size
-inline constexpr std::initializer_list<DType> kActivations{DType::f32, DType::bf16};
+inline constexpr DTypes kActivations{DType::f32, DType::bf16};
 
 class Arguments {
  public:
-  // The address of a contiguous CPU tensor of this shape and one of these dtypes; the name is for the error.
+  // The address of a contiguous CPU tensor of this shape and one of these dtypes. Errors use `name`.
   template <class T = void>
-  T* dense(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-           std::initializer_list<DType> dtypes) {
+  T* dense(const char* name, Tensor tensor, Shape shape, DTypes dtypes) {
     return static_cast<T*>(contiguous(name, tensor, shape, dtypes));
   }
 
   // A bias or a LayerNorm weight [width], fp32 or of the activations' dtype, as fp32.
-  const float* vector(const char* name, const Tensor& tensor, int64_t width, DType dtype);
+  const float* vector(const char* name, Tensor tensor, int64_t width, DType dtype);
 
   // Token-row bounds of the tasks int32 [T + 1], ascending from 0 to at most `rows`.
-  Segments segments(const Tensor& bounds, int64_t rows);
+  Segments segments(Tensor bounds, int64_t rows);
 
   // Ascending offsets int32 [count + 1] from 0 to at most `limit`.
-  const int32_t* offsets(const char* name, const Tensor& tensor, int64_t limit);
+  const int32_t* offsets(const char* name, Tensor tensor, int64_t limit);
 
   // Indices int32 [count], of which the first `used` must be in [0, limit).
-  const int32_t* indices(const char* name, const Tensor& tensor, int64_t count, int64_t used, int64_t limit);
+  const int32_t* indices(const char* name, Tensor tensor, int64_t count, int64_t used, int64_t limit);
 
-  // A gradient [T, ...] to be written, fp32 or bf16, each task's part contiguous and any distance from the next; None: not
-  // wanted. It must share memory with no tensor asked for before it.
-  TaskGradient gradient(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape);
+  // An output gradient [T, ...], fp32 or bf16. Each task's part is contiguous; the task stride is free. None: not wanted.
+  // The gradient may not share memory with a tensor that this object checked before.
+  TaskGradient gradient(const char* name, Tensor tensor, Shape shape);
 
   // Dropout of probability p in [0, 1), drawn from (seed int64 [1], site).
-  Dropout dropout(double p, const Tensor& seed, int64_t site);
+  Dropout dropout(double p, Tensor seed, int64_t site);
 
-  // Uninitialised memory, aligned to the largest register; it lives as long as these arguments.
+  // Uninitialised memory, aligned to the largest register and freed with this object.
   float* floats(int64_t count);
 
-  static void width(int64_t width);  // that LayerNorm takes
+  // Checks the row width of a LayerNorm.
+  static void width(int64_t width);
 
  private:
   struct Free {
@@ -89,8 +91,7 @@ class Arguments {
     bool meets(const Span& other) const;
   };
 
-  void* contiguous(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
-                   std::initializer_list<DType> dtypes);
+  void* contiguous(const char* name, Tensor tensor, Shape shape, DTypes dtypes);
 
   std::vector<Span> spans_;
   std::vector<std::unique_ptr<float, Free>> memory_;

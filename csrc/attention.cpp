@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention on the CPU: checks of its arguments, and how its work is shared out; the loops are in cpu/attention.cpp.
+// attention on the CPU: checks its arguments and divides its work among threads. The loops are in cpu/attention.cpp.
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -10,14 +10,13 @@
 namespace minbert {
 namespace {
 
-// The op, with the lists that its pointers lead to.
+// The op and the lists that it points to.
 class Plan {
  public:
   Attention op{};
   Arguments a;
 
-  Plan(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& mask, float scale, double p, const Tensor& seed,
-       int64_t site, int threads) {
+  Plan(Tensor qkv, Tensor cu_seqlens, Tensor mask, float scale, double p, Tensor seed, int64_t site, int threads) {
     op.qkv = a.dense("qkv", qkv, {kAny, 3, kAny, kAny}, kActivations);
     op.dtype = qkv.dtype(), op.rows = qkv.size(0), op.heads = qkv.size(2), op.head_dim = qkv.size(3);
     op.scale = scale;
@@ -30,7 +29,7 @@ class Plan {
   }
 
  private:
-  void keep_rows(const Tensor& mask) {
+  void keep_rows(Tensor mask) {
     op.sentences = mask.size(0), op.period = mask.size(1);
     const bool* attended = a.dense<bool>("mask", mask, {kAny, op.period}, {DType::boolean});
     if (op.sentences * op.period != op.rows) throw std::invalid_argument("mask must have one element a row of qkv");
@@ -40,12 +39,12 @@ class Plan {
         if (attended[sentence * op.period + place]) kept_.push_back(static_cast<int32_t>(place));
       offsets_.push_back(static_cast<int32_t>(kept_.size()));
     }
-    kept_.push_back(0);  // an address, though nothing be kept
+    kept_.push_back(0);  // so that data() is not null, which would mean packed rows
     op.offsets = offsets_.data(), op.kept = kept_.data();
   }
 
-  // Items for threads, the most expensive first: a short sentence with all its heads (they share cache lines and pages),
-  // a long one by single heads. The lengths alone decide.
+  // Makes the threads' items, the most expensive first: a short sentence with all its heads (which share cache lines and
+  // pages), or one head of a long sentence. Only the lengths decide.
   void share(int threads) {
     constexpr int64_t kWork = int64_t{1} << 21;  // multiplications of one product: some 50 microseconds
     int64_t longest = 0;
@@ -73,9 +72,9 @@ class Plan {
   std::vector<int32_t> offsets_, kept_;
 };
 
-// max_seqlen is for kernels that choose their tiles by it.
-void forward(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& mask, int64_t /*max_seqlen*/, float scale,
-             double p, const Tensor& seed, int64_t site, const Tensor& out, const Tensor& lse, int threads) {
+// max_seqlen is unused here: the GPU kernels choose their tiles by it.
+void forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/, float scale, double p, Tensor seed,
+             int64_t site, Tensor out, Tensor lse, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
   op.out = plan.a.dense("out", out, {op.rows, op.heads * op.head_dim}, {op.dtype});
@@ -83,9 +82,8 @@ void forward(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& mask, in
   call_attention_forward(op, threads);
 }
 
-void backward(const Tensor& dout, const Tensor& qkv, const Tensor& /*out*/, const Tensor& lse, const Tensor& cu_seqlens,
-              const Tensor& mask, int64_t /*max_seqlen*/, float scale, double p, const Tensor& seed, int64_t site,
-              const Tensor& dqkv, int threads) {
+void backward(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor lse, Tensor cu_seqlens, Tensor mask,
+              int64_t /*max_seqlen*/, float scale, double p, Tensor seed, int64_t site, Tensor dqkv, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
   op.dout = plan.a.dense("dout", dout, {op.rows, op.heads * op.head_dim}, {op.dtype});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// bias_gelu on the CPU: checks of its arguments; the loops are in cpu/bias_gelu.cpp.
+// bias_gelu on the CPU: checks its arguments. The loops are in cpu/bias_gelu.cpp.
 #include "cpu/bias_gelu.h"
 
 #include "arguments.h"
@@ -8,7 +8,7 @@
 namespace minbert {
 namespace {
 
-BiasGelu inputs(Arguments& a, const Tensor& x, const Tensor& bias) {
+BiasGelu inputs(Arguments& a, Tensor x, Tensor bias) {
   BiasGelu op{};
   op.x = a.dense("x", x, {kAny, kAny}, kActivations);
   op.dtype = x.dtype(), op.rows = x.size(0), op.width = x.size(1);
@@ -16,15 +16,14 @@ BiasGelu inputs(Arguments& a, const Tensor& x, const Tensor& bias) {
   return op;
 }
 
-void forward(const Tensor& x, const Tensor& bias, const Tensor& y, int threads) {
+void forward(Tensor x, Tensor bias, Tensor y, int threads) {
   Arguments a;
   BiasGelu op = inputs(a, x, bias);
   op.y = a.dense("y", y, {op.rows, op.width}, {op.dtype});
   call_bias_gelu_forward(op, threads);
 }
 
-void backward(const Tensor& dy, const Tensor& x, const Tensor& bias, const Tensor& bounds, const Tensor& dbias,
-              const Tensor& dx, int threads) {
+void backward(Tensor dy, Tensor x, Tensor bias, Tensor bounds, Tensor dbias, Tensor dx, int threads) {
   Arguments a;
   BiasGelu op = inputs(a, x, bias);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the extension. Surgery takes raw pointers, which minbert_fast/ops/native checks; the encoder's ops take
-// tensors (arguments.h).
+// The Python module. Surgery's ops take addresses of tensors that minbert_fast/ops/native has checked. The encoder's ops
+// take tensors and check them (arguments.h).
 #include "bindings.h"
 
 #include "isa.h"

@@ -8,9 +8,15 @@
 
 #include "isa.h"
 
+#if defined(__CUDACC__)
+#define MINBERT_HD __host__ __device__
+#else
+#define MINBERT_HD
+#endif
+
 namespace minbert {
 
-// Element types of tensors. The codes of the first two are those that minbert_fast/ops/native/tensors.py passes.
+// Element types of tensors. minbert_fast/ops/native/surgery.py passes the codes of the first two.
 enum class DType : int { f32 = 0, bf16 = 1, i32, i64, boolean, other };
 
 struct bfloat16 {
@@ -19,46 +25,21 @@ struct bfloat16 {
 
 namespace MINBERT_ISA {
 
-inline float from_bits(uint32_t bits) {
+MINBERT_HD inline float to_float(float x) { return x; }
+MINBERT_HD inline float to_float(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
-  std::memcpy(&value, &bits, sizeof value);
+  memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline uint32_t to_bits(float value) {
+
+// Rounds to nearest, ties to even; NaN stays a (quiet) NaN.
+MINBERT_HD inline bfloat16 to_bfloat16(float x) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-
-template <class T>
-T from_float(float x);
-
-template <>
-inline float from_float<float>(float x) {
-  return x;
-}
-
-// Round to nearest, ties to even; NaN stays a (quiet) NaN.
-template <>
-inline bfloat16 from_float<bfloat16>(float x) {
-  const uint32_t bits = to_bits(x);
+  memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet = (bits >> 16) | 0x40u;
   return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
-}
-
-// dst[i] = float(src[i]) for n elements, and back.
-template <class T>
-inline void to_floats(const T* src, float* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);
-}
-
-template <class T>
-inline void from_floats(const float* src, T* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(src[i]);
 }
 
 }  // namespace MINBERT_ISA

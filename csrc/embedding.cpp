@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// embedding on the CPU: checks of its arguments, and which rows each position and type has; the loops are in
-// cpu/embedding.cpp.
+// embedding on the CPU: checks its arguments and lists each position's and type's rows. The loops are in cpu/embedding.cpp.
 #include "cpu/embedding.h"
 
 #include "arguments.h"
@@ -9,27 +8,26 @@
 namespace minbert {
 namespace {
 
-Embedding inputs(Arguments& a, const Tensor& tokens, const Tensor& positions, const Tensor& types, const Tensor& word,
-                 const Tensor& position, const Tensor& type, const Tensor& gamma, double p, const Tensor& seed,
-                 int64_t site) {
+Embedding inputs(Arguments& a, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
+                 Tensor gamma, double p, Tensor seed, int64_t site) {
   Embedding op{};
   op.dtype = word.dtype(), op.rows = tokens.size(0), op.width = word.size(1);
   Arguments::width(op.width);
-  const auto lookup = [&](const char* table_name, const Tensor& table, const char* name, const Tensor& index) {
-    const void* rows = a.dense(table_name, table, {kAny, op.width}, &table == &word ? kActivations : std::initializer_list<DType>{op.dtype});
+  const auto lookup = [&](const char* table_name, Tensor table, const char* name, Tensor index, DTypes dtypes) {
+    const void* rows = a.dense(table_name, table, {kAny, op.width}, dtypes);
     return Lookup{rows, table.size(0), a.indices(name, index, op.rows, op.rows, table.size(0))};
   };
-  op.lookups[0] = lookup("word", word, "tokens", tokens);
-  op.lookups[1] = lookup("position", position, "positions", positions);
-  op.lookups[2] = lookup("type_", type, "types", types);
+  op.lookups[0] = lookup("word", word, "tokens", tokens, kActivations);
+  op.lookups[1] = lookup("position", position, "positions", positions, {op.dtype});
+  op.lookups[2] = lookup("type_", type, "types", types, {op.dtype});
   op.gamma = a.vector("gamma", gamma, op.width, op.dtype);
   op.dropout = a.dropout(p, seed, site);
   return op;
 }
 
-void forward(const Tensor& tokens, const Tensor& positions, const Tensor& types, const Tensor& word,
-             const Tensor& position, const Tensor& type, const Tensor& gamma, const Tensor& beta, float eps, double p,
-             const Tensor& seed, int64_t site, const Tensor& y, const Tensor& mean, const Tensor& rstd, int threads) {
+void forward(Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type, Tensor gamma,
+             Tensor beta, float eps, double p, Tensor seed, int64_t site, Tensor y, Tensor mean, Tensor rstd,
+             int threads) {
   Arguments a;
   Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
   op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
@@ -39,7 +37,7 @@ void forward(const Tensor& tokens, const Tensor& positions, const Tensor& types,
   call_embedding_forward(op, threads);
 }
 
-// Rows by what they look up: a stable counting sort.
+// The rows in the order of the table rows that they look up (a stable counting sort).
 struct Sorted {
   std::vector<int32_t> order, offsets;
 
@@ -53,12 +51,11 @@ struct Sorted {
   }
 };
 
-// cu_seqlens is for kernels that find positions by sentences.
-void backward(const Tensor& dy, const Tensor& tokens, const Tensor& positions, const Tensor& types, const Tensor& word,
-              const Tensor& position, const Tensor& type, const Tensor& gamma, const Tensor& mean, const Tensor& rstd,
-              const Tensor& bounds, const Tensor& /*cu_seqlens*/, const Tensor& word_order, const Tensor& word_offsets,
-              double p, const Tensor& seed, int64_t site, const Tensor& dword, const Tensor& dposition,
-              const Tensor& d_type_table, const Tensor& dgamma, const Tensor& dbeta, int threads) {
+// cu_seqlens is unused here: the GPU kernels find a position's rows by the sentences.
+void backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
+              Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds, Tensor /*cu_seqlens*/, Tensor word_order,
+              Tensor word_offsets, double p, Tensor seed, int64_t site, Tensor dword, Tensor dposition,
+              Tensor d_type_table, Tensor dgamma, Tensor dbeta, int threads) {
   Arguments a;
   Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});

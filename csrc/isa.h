@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One source, several instruction sets, chosen when the program runs.
 //
-// setup.py compiles each csrc/cpu/*.cpp once per instruction set with -DMINBERT_ISA=<name>. A kernel source puts all it
-// defines into `namespace minbert { namespace MINBERT_ISA { ... } }`. A header declares each kernel once with
+// setup.py compiles each csrc/cpu/*.cpp once per instruction set with -DMINBERT_ISA=<name>. A kernel source defines
+// everything in `namespace minbert { namespace MINBERT_ISA { ... } }`. A header declares each kernel once with
 //
 //     MINBERT_KERNEL(gram, (const Matrix& j, float* out, int threads))
 //
@@ -25,8 +25,8 @@ namespace minbert {
 // avx2: AVX2, FMA             avx512: F, BW, DQ, VL       avx512bf16: AVX-512 and its bf16 instructions
 enum class Isa { portable, avx2, avx512, avx512bf16 };
 
-Isa isa();                             // the one in use
-void set_isa(const std::string& name); // throws std::invalid_argument when this build or processor has it not
+Isa isa();                              // the one in use
+void set_isa(const std::string& name);  // throws std::invalid_argument if this build or processor lacks it
 std::string isa_name();
 std::string isa_names();  // those that this build and processor have, separated by blanks, plainest first
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bias gradients of linear on the CPU: checks of the arguments; the loops are in cpu/linear.cpp.
+// The bias gradients of linear on the CPU: checks their arguments. The loops are in cpu/linear.cpp.
 #include "cpu/linear.h"
 
 #include "arguments.h"
@@ -8,7 +8,7 @@
 namespace minbert {
 
 void bind_linear(pybind11::module_& m) {
-  m.def("column_sums", [](const Tensor& x, const Tensor& bounds, const Tensor& out, int threads) {
+  m.def("column_sums", [](Tensor x, Tensor bounds, Tensor out, int threads) {
     Arguments a;
     ColumnSums op{};
     op.x = a.dense("x", x, {kAny, kAny}, kActivations);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient surgery's ops for Python. Here is what the CPU does around the inner loops of csrc/cpu: final sums, checks of
-// indices, T x T arithmetic. The caller, minbert_fast/ops, has checked everything else.
+// Gradient surgery's ops on the CPU, and their Python bindings. The inner loops are in csrc/cpu; here are final sums, checks
+// of indices and T x T arithmetic. The caller, minbert_fast/ops, has checked everything else.
 #include "surgery.h"
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "bindings.h"
 #include "cpu/kernels.h"
@@ -18,6 +19,40 @@ void check_range(const int32_t* values, int64_t count, int64_t low, int64_t high
     if (values[i] < low || values[i] >= high)
       throw std::invalid_argument(std::string(name) + " holds " + std::to_string(values[i]) + ", which is not in [" +
                                   std::to_string(low) + ", " + std::to_string(high) + ")");
+}
+
+// How Python passes a C++ argument: pointers as addresses (Tensor.data_ptr(); 0 is null),
+// enumerations as integers, everything else unchanged.
+template <class T, class = void>
+struct FromPython {
+  using Type = T;
+  static T convert(T value) { return value; }
+};
+template <class T>
+struct FromPython<T*> {
+  using Type = uintptr_t;
+  static T* convert(uintptr_t address) { return reinterpret_cast<T*>(address); }
+};
+template <class T>
+struct FromPython<T, std::enable_if_t<std::is_enum_v<T>>> {
+  using Type = int;
+  static T convert(int value) { return static_cast<T>(value); }
+};
+
+// Binds `function` as `name`; it runs without the interpreter's lock.
+template <class Result, class... Arguments>
+void bind(pybind11::module_& m, const char* name, Result (*function)(Arguments...)) {
+  m.def(name, [function](typename FromPython<Arguments>::Type... arguments) {
+    return function(FromPython<Arguments>::convert(arguments)...);
+  }, Unlocked());
+}
+
+// Binds the struct as `name`, constructed from its members in their order.
+template <class Struct, class... Members>
+void bind_struct(pybind11::module_& m, const char* name) {
+  pybind11::class_<Struct>(m, name).def(pybind11::init([](typename FromPython<Members>::Type... members) {
+    return Struct{FromPython<Members>::convert(members)...};
+  }));
 }
 
 }  // namespace

@@ -3,15 +3,7 @@
 // T tasks, P parameters, J [T, P] the tasks' gradients.
 #pragma once
 
-#include <cstdint>
-
 #include "dtype.h"
-
-#if defined(__CUDACC__)
-#define MINBERT_HD __host__ __device__
-#else
-#define MINBERT_HD
-#endif
 
 namespace minbert {
 
@@ -44,7 +36,7 @@ struct AdamW {
   int64_t count, width;  // parameters, in all and in a row
 };
 
-// Places in the `scalars` tensor, which holds what changes from step to step: a captured graph then follows a schedule.
+// Positions in the `scalars` tensor. It holds the numbers that change between steps, so a captured graph follows a schedule.
 enum Scalar { kLearningRate = 0, kStep = 1, kGradientScale = 2, kSkip = 3 };
 
 // p = decay * (p - rate * m / (sqrt(v) + eps)), with rate = lr * sqrt(1 - beta2^t) / (1 - beta1^t).
@@ -77,7 +69,7 @@ MINBERT_HD inline AdamWCoefficients adamw_coefficients(const AdamW& o) {
   return c;
 }
 
-// The ops by name, for what declares and binds them. gram's workspace holds gram_workspace bytes. w null stands for one
+// The ops, listed once for their declarations and bindings. gram's workspace holds gram_workspace bytes. w null stands for one
 // task of weight 1; rows of weight 0 are not read.
 #define MINBERT_SURGERY_OPS(OP)                                                                                   \
   OP(int64_t, gram_workspace, (const Where& at, int64_t tasks, int64_t columns))                                  \

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads for builds under ThreadSanitizer, which has to have compiled whatever makes threads wait for each other. libgomp
-// is not such code: it would take every two loops that follow each other for a race. Ordinary builds leave this empty.
+// Threads for builds under ThreadSanitizer, which must compile the code that synchronises threads. It cannot follow
+// libgomp: it would report a race between any two consecutive loops. In ordinary builds this file is empty.
 #include "cpu/parallel.h"
 
 #if defined(MINBERT_PLAIN_THREADS)

@@ -2,9 +2,9 @@
 // The T x T arithmetic of gradient surgery, written once for the CPU and for CUDA.
 //
 // PCGrad (Yu et al. 2020, arXiv:2001.06782) starts from each task's gradient g_i and, for the other tasks j in a given
-// order, takes away its part along g_j whenever the two conflict (their inner product is negative). It only ever adds
-// multiples of rows of J, so the projected gradient is c J with c = e_i at first; its product with g_j is (c G)_j, and
-// a projection changes c_j alone.
+// order, subtracts its part along g_j whenever the two conflict (their inner product is negative). The projected gradient
+// is a combination c J of the rows of J, with c = e_i at first. Its product with g_j is (c G)_j, and a projection changes
+// c_j alone.
 #pragma once
 
 #include "surgery.h"
@@ -17,8 +17,8 @@ MINBERT_HD inline bool task_is_finite(const float* gram, int tasks, int task) {
   return square - square == 0;
 }
 
-// c [T]: what task `task` becomes after its projections in the order `order` [T] (itself and indices out of range are
-// passed over). Tasks that are not finite neither project nor are projected: their c is zero.
+// Writes c [T], the coefficients of task `task` after its projections in the order `order` [T]. The task itself and
+// indices out of range are skipped. So are tasks that are not finite, and their own c is zero.
 MINBERT_HD inline void pcgrad_project(const float* gram, const int32_t* order, int tasks, int task, double* c) {
   for (int k = 0; k < tasks; ++k) c[k] = 0;
   if (!task_is_finite(gram, tasks, task)) return;
@@ -34,7 +34,7 @@ MINBERT_HD inline void pcgrad_project(const float* gram, const int32_t* order, i
   }
 }
 
-// Task i's part w_i (G w)_i of |w J|^2 = w G w. Rows of weight zero take no part, whatever they hold.
+// Task i's part w_i (G w)_i of |w J|^2 = w G w. Rows of weight zero are ignored, even if not finite.
 MINBERT_HD inline double combined_square_part(const float* gram, const float* w, int tasks, int i) {
   double part = 0;
   if (w[i] != 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One AdamW step over flat parameters, joined with surgery's combination: g = w J lives in registers only.
+"""One AdamW step over flat parameters and surgery's combination in one kernel: g = w J stays in registers.
 
 The kernel reads the numbers of a step from the device, so that a captured graph follows a schedule: `scalars` is fp32
 [4] = (learning rate, step from 1, gradient scale, skip). If skip is not 0, nothing changes.
@@ -7,7 +7,7 @@ The kernel reads the numbers of a step from the device, so that a captured graph
     g = scale sum_t w[t] J[t],  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
     p = (1 - lr decay) (p - rate m / (sqrt(v) + eps)),  rate = lr sqrt(1 - beta2^t) / (1 - beta1^t)
 
-Bytes a parameter: e T + 24 (e those of an element of J), and 2 for the bf16 copy.
+Bytes a parameter: e T + 24, and 2 for the bf16 copy (e bytes an element of J).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minbert_fast.kernels.combine import ELEMENTS, NUM_WARPS, combined
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 
 
 @triton.jit
@@ -44,22 +44,10 @@ def _adamw(
     scalars_ptr,  # [4] fp32
     copy_ptr,  # bf16 of p's shape, or None
     row_slot_ptr,  # [rows] int32: the slot of the row's gradient, -1 for none; or None: dense
-    j_stride,
-    count,
-    slots,
-    lr_factor,
-    log_beta1,
-    log_beta2,
-    weight_decay,
-    T: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    CORRECT_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    j_stride, count, slots, lr_factor, log_beta1, log_beta2, weight_decay,
+    T: tl.constexpr, WIDTH: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    CORRECT_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     if tl.load(scalars_ptr + 3) == 0.0:
         if row_slot_ptr is None:
             offsets = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -94,21 +82,10 @@ def _adamw(
 
 
 def adamw(
-    J: Tensor,
-    w: Tensor | None,
-    p: Tensor,
-    m: Tensor,
-    v: Tensor,
-    scalars: Tensor,
-    copy: Tensor | None,
-    row_slot: Tensor | None,
-    lr_factor: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    J: Tensor, w: Tensor | None, p: Tensor, m: Tensor, v: Tensor, scalars: Tensor, copy: Tensor | None,
+    row_slot: Tensor | None, lr_factor: float, beta1: float, beta2: float, eps: float, weight_decay: float,
     correct_bias: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Updates p, m, v and `copy` in place: the fields of AdamWStep (minbert_fast/ops/adamw.py), in their order."""
     count, width = p.numel(), p.shape[-1]
     if not count:
@@ -119,51 +96,27 @@ def adamw(
         columns = next((size for size in (256, 128) if width % size == 0), min(256, triton.next_power_of_2(width)))
         rows = ELEMENTS // columns
         grid = (triton.cdiv(p.shape[0], rows), triton.cdiv(width, columns))
+    log_betas = (math.log(beta) if beta else -100.0 for beta in (beta1, beta2))
     _adamw[grid](
-        J,
-        w,
-        p,
-        m,
-        v,
-        scalars,
-        copy,
-        row_slot,
-        J.stride(0),
-        count,
-        J.shape[1],
-        lr_factor,
-        *(math.log(beta) if beta else -100.0 for beta in (beta1, beta2)),
-        weight_decay,
-        T=J.shape[0],
-        WIDTH=1 if row_slot is None else width,
-        BETA1=beta1,
-        BETA2=beta2,
-        EPS=eps,
-        CORRECT_BIAS=correct_bias,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
+        J, w, p, m, v, scalars, copy, row_slot, J.stride(0), count, J.shape[1], lr_factor, *log_betas, weight_decay,
+        T=J.shape[0], WIDTH=1 if row_slot is None else width, BETA1=beta1, BETA2=beta2, EPS=eps,
+        CORRECT_BIAS=correct_bias, ROWS=rows, COLUMNS=columns, num_warps=NUM_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def launches() -> Iterator[Launch]:
     """Dense and by rows, one task and several, fp32 and bf16 J, for the ahead-of-time check."""
 
     def call(J: Tensor, *shape: int, weighted: bool = True, row_slot: Tensor | None = None) -> partial[None]:
-        state = [torch.empty(shape, device="meta") for _ in range(3)]
-        w = torch.empty(J.shape[0], device="meta") if weighted else None
-        copy = torch.empty(shape, dtype=torch.bfloat16, device="meta") if weighted else None
-        scalars = torch.empty(4, device="meta")
-        return partial(adamw, J, w, *state, scalars, copy, row_slot, 1.0, 0.9, 0.999, 1e-6, 0.01, True)
+        p, scalars = meta(*shape), meta(4)
+        w, copy = (meta(J.shape[0]), meta(*shape, dtype=torch.bfloat16)) if weighted else (None, None)
+        return partial(adamw, J, w, p, p, p, scalars, copy, row_slot, 1.0, 0.9, 0.999, 1e-6, 0.01, True)
 
     count, words = 1 << 20, 30522
-    yield Launch("plain", call(torch.empty(1, count, device="meta"), count, weighted=False))
+    yield Launch("plain", call(meta(1, count), count, weighted=False))
     for tasks in (2, 3, 8):
         for dtype in (torch.float32, torch.bfloat16):
-            J = torch.empty(tasks, count, dtype=dtype, device="meta")
-            yield Launch(f"w J, {tasks} tasks {str(dtype)[6:]}", call(J, count))
-    slots = torch.empty(words, dtype=torch.int32, device="meta")
+            yield Launch(f"w J, {tasks} tasks {str(dtype)[6:]}", call(meta(tasks, count, dtype=dtype), count))
+    slots = meta(words, dtype=torch.int32)
     for width in (768, 384, 100):
-        J = torch.empty(3, 2816, width, device="meta")
-        yield Launch(f"rows of {width}", call(J, words, width, row_slot=slots))
+        yield Launch(f"rows of {width}", call(meta(3, 2816, width), words, width, row_slot=slots))

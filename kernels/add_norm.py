@@ -18,13 +18,13 @@ from torch import Tensor
 
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 from minbert_fast.kernels.layer_norm import RowTile, norm_gradient, normalise
 
 
 @triton.jit
 def _branch(x_ptr, bias, offsets, mask, seed, site, row, P: tl.constexpr, BLOCK: tl.constexpr):
-    """x + bias [ROWS, BLOCK] and what dropout multiplies it with (1.0 where there is no dropout)."""
+    """x + bias [ROWS, BLOCK] and its dropout factors (1.0 without dropout)."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     keep = keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P) if P > 0.0 else 1.0
     return x + bias[None, :], keep
@@ -41,14 +41,9 @@ def _add_norm_forward(
     mean_ptr,  # [rows] fp32
     rstd_ptr,  # [rows] fp32
     seed_ptr,  # [1] int64
-    site,
-    rows,
-    eps,
-    P: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    site, rows, eps,
+    P: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     within = columns < WIDTH
@@ -79,15 +74,9 @@ def _add_norm_backward(
     dresidual_ptr,  # [rows, WIDTH]
     partials_ptr,  # [programs + tasks - 1, 3, WIDTH] fp32: dgamma, dbeta, dbias
     seed_ptr,  # [1] int64
-    site,
-    rows,
-    tasks,
-    rows_per_program,
-    P: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    site, rows, tasks, rows_per_program,
+    P: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     begin = program * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
@@ -164,20 +153,11 @@ def add_norm_backward(
 
 def launches() -> Iterator[Launch]:
     """Every tile of the table, with and without dropout and the narrow-column tail, for the ahead-of-time check."""
-    for dtype, width, p in [
-        (torch.bfloat16, 768, 0.1),
-        (torch.bfloat16, 768, 0.0),
-        (torch.float16, 768, 0.1),
-        (torch.float32, 768, 0.1),
-        *((torch.bfloat16, width, 0.1) for width in (64, 100, 128, 384, 1024, 2048, 4096)),
-        (torch.float32, 4096, 0.1),
-    ]:
-        x = torch.empty(2816, width, dtype=dtype, device="meta")
-        vector = torch.empty(width, dtype=torch.float32, device="meta")
-        rows = torch.empty(2816, dtype=torch.float32, device="meta")
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-        bounds = torch.empty(4, dtype=torch.int32, device="meta")
-        out = torch.empty(3, width, dtype=torch.float32, device="meta")
+    settings = [(torch.bfloat16, width, 0.1) for width in (64, 100, 128, 384, 768, 1024, 2048, 4096)]
+    settings += [(torch.float16, 768, 0.1), (torch.float32, 768, 0.1), (torch.float32, 4096, 0.1)]
+    for dtype, width, p in [*settings, (torch.bfloat16, 768, 0.0)]:
+        x, vector, rows, out = meta(2816, width, dtype=dtype), meta(width), meta(2816), meta(3, width)
+        seed, bounds = meta(1, dtype=torch.int64), meta(4, dtype=torch.int32)
         label = f"{str(dtype)[6:]} {width} p={p}"
         forward = (x, vector, x, vector, vector, 1e-12, p, seed, 1, x, rows, rows)
         yield Launch(f"forward {label}", partial(add_norm_forward, *forward))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every kernel for every supported chip without a GPU, and reads what the compiler made of it.
+"""Compiles every kernel for every supported chip without a GPU, and reports the resources each one uses.
 
     python -m minbert_fast.kernels.ahead_of_time [--target sm_90 ...] [--only attention ...] [--json FILE]
 
 Prints registers a thread, spilled bytes, shared memory and matrix instructions of each kernel; exits with status 1 if
-one fails to compile, spills registers, or needs more shared memory than the chip gives a block. What is compiled are
-the launchers' own calls (see launches.py): here, launching a kernel means compiling it by Triton's own `warmup`.
+one fails to compile, spills registers, or needs more shared memory than the chip gives a block. The calls are the
+launchers' own (see launches.py), but launching a kernel here means compiling it, by Triton's `warmup`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from minbert_fast.kernels.launches import Launch
 
 @dataclass(frozen=True)
 class Chip:
-    """A compilation target and what one block may use there."""
+    """A compilation target and its limits."""
 
     name: str
     target: GPUTarget
     shared_bytes: int  # most shared memory of one block
-    without: tuple[str, ...] = ()  # dtypes, by name, that nothing is launched with there
+    without: tuple[str, ...] = ()  # names of dtypes that no launch uses there
 
     def takes(self, launch: Launch) -> bool:
         return not any(dtype in launch.label for dtype in self.without)
@@ -59,7 +59,7 @@ CHIPS = (  # CUDA C++ Programming Guide, "Technical Specifications"
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel became on one chip."""
+    """The resources of one kernel, compiled for one chip."""
 
     label: str
     kernel: str
@@ -81,7 +81,7 @@ HEADER = f"{'chip':7} {'call':44} {'kernel':28} warps registers spill shared  ma
 
 
 def modules() -> dict[str, ModuleType]:
-    """The files of kernels that say what is to be compiled, by name."""
+    """The files of kernels that define `launches`, by name."""
     package = importlib.import_module("minbert_fast.kernels")
     names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
     files = {name: importlib.import_module(f"minbert_fast.kernels.{name}") for name in names if name != "ahead_of_time"}
@@ -118,7 +118,7 @@ def check(launch: Launch, chip: Chip) -> list[Report]:
     with compiling_for(chip) as compiled:
         try:
             launch.call()
-        except Exception as error:  # whatever a compiler raises is this kernel's failure, and the others go on
+        except Exception as error:  # any error is this kernel's failure; the others go on
             lines = str(error).strip().splitlines() or [""]
             return [Report(launch.label, "", chip.name, 0, failure=f"{type(error).__name__}: {lines[-1][:200]}")]
     if not compiled:
@@ -148,7 +148,7 @@ def _count(text: str, kinds: dict[str, str]) -> str:
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes a thread: these kernels call nothing and index no local array, so stack is spill."""
+    """Registers and spilled bytes a thread. Without calls and local arrays, a kernel's stack holds spills alone."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

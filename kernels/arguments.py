@@ -32,9 +32,9 @@ def is_hopper_or_newer(device: torch.device) -> bool:
 
 
 def all_registers(device: torch.device, warps: int) -> dict[str, int]:
-    """A launch's `maxnreg`: as many registers a thread as a program of so many warps can have.
+    """A launch's `maxnreg`: the most registers that a thread can have in a program of `warps` warps.
 
-    Unasked, the NVIDIA assembler sets its own limit and may spill a few bytes for one more program a multiprocessor.
+    By default the NVIDIA assembler may spill a few bytes to fit one more program on a multiprocessor.
     """
     if device.type == "cpu" or triton.runtime.driver.active.get_current_target().backend != "cuda":
         return {}

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minbert_fast.kernels.arguments import all_registers, multiprocessors
 from minbert_fast.kernels.attention_short import short_backward, short_forward
-from minbert_fast.kernels.attention_tiled import tiled_backward_keys, tiled_backward_queries, tiled_forward
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
+from minbert_fast.kernels.launches import Launch, meta
 
 WIDEST_HEAD = 128
 
@@ -30,7 +30,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @dataclass(frozen=True)
 class Tile:
-    """Settings of one tiled kernel: tiles of so many queries meet tiles of as many keys."""
+    """Settings of one tiled kernel; a tile has `tokens` queries and as many keys."""
 
     tokens: int
     warps: int
@@ -53,8 +53,8 @@ class LaunchTable:
 
 
 # By (bytes of an element, D). Chosen without a GPU, from registers and shared memory as the ahead-of-time check prints
-# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (No fp32 product runs on
-# NVIDIA's matrix units without losing digits, hence the smaller tiles.)
+# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (fp32 has smaller
+# tiles because NVIDIA's matrix units cannot multiply it in full precision.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
     (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
     (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
@@ -72,8 +72,8 @@ def attention_forward(
     """softmax(q k^T scale) v within each sentence, the probabilities dropped with probability p.
 
     qkv [N, 3, h, d] (any row stride; fp32, bf16 or fp16), seed [1] int64. Sentences are cu_seqlens [B + 1] int32, or the
-    rows of a rectangle: mask [B, S] bool, true where a position is attended. Writes out [N, h * d] and lse [h, N] fp32;
-    rows of no sentence are zero, and so is what attends to nothing. Raises ValueError for a head_dim above 128.
+    rows of a rectangle: mask [B, S] bool, true where a position is attended. Writes out [N, h * d] and lse [h, N] fp32.
+    Rows of no sentence and rows that attend to nothing are zero. Raises ValueError for a head_dim above 128.
     """
     rows, _, heads, _ = qkv.shape
     cu_seqlens, mask = _sentences(qkv, cu_seqlens, mask)
@@ -120,13 +120,10 @@ def attention_backward(
         TILES=tiles, num_warps=warps, num_stages=1, **constants,
     )  # fmt: skip
     if max_seqlen > table.longest_short:
-        for kernel, tile in (
-            (tiled_backward_keys, table.backward_keys),
-            (tiled_backward_queries, table.backward_queries),
-        ):
-            kernel[(_programs(qkv, tile, table.longest_short),)](
+        for keys, tile in ((True, table.backward_keys), (False, table.backward_queries)):
+            tiled_backward[(_programs(qkv, tile, table.longest_short),)](
                 dout, qkv, out, lse, dqkv, *where, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
-                T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
+                KEYS=keys, T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
                 **all_registers(qkv.device, tile.warps),
             )  # fmt: skip
 
@@ -173,21 +170,21 @@ def _programs(qkv: Tensor, tile: Tile, above: int) -> int:
 
 def launches() -> Iterator[Launch]:
     """Every row of the launch tables, with dropout (the larger kernels): 2,816 rows of 12 heads, bf16 and fp32."""
-    offsets = torch.empty(161, dtype=torch.int32, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    offsets = meta(161, dtype=torch.int32)
+    seed = meta(1, dtype=torch.int64)
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
         for width in (32, 64, 128):
-            qkv = torch.empty(2816, 3, 12, width, dtype=dtype, device="meta")
-            out = torch.empty(2816, 12 * width, dtype=dtype, device="meta")
-            lse = torch.empty(12, 2816, device="meta")
+            qkv = meta(2816, 3, 12, width, dtype=dtype)
+            out = meta(2816, 12 * width, dtype=dtype)
+            lse = meta(12, 2816)
             table = _table(qkv)
             for longest in [16 << tile for tile in range(len(table.short))] + [2 * table.longest_short]:
                 shape = f"{name} head_dim {width}, {longest} tokens"
                 rest = (offsets, None, longest, width**-0.5, 0.1, seed, 5)
                 yield Launch(f"forward {shape}", partial(attention_forward, qkv, *rest, out, lse))
                 yield Launch(f"backward {shape}", partial(attention_backward, out, qkv, out, lse, *rest, qkv))
-    qkv, out = (torch.empty(4096, *shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 12, 64), (768,)))
-    lse, mask = torch.empty(12, 4096, device="meta"), torch.empty(32, 128, dtype=torch.bool, device="meta")
+    qkv, out = (meta(4096, *shape, dtype=torch.bfloat16) for shape in ((3, 12, 64), (768,)))
+    lse, mask = meta(12, 4096), meta(32, 128, dtype=torch.bool)
     rest = (None, mask, 128, 0.125, 0.0, None, 0)
     yield Launch("dense forward bfloat16 head_dim 64", partial(attention_forward, qkv, *rest, out, lse))
     yield Launch("dense backward bfloat16 head_dim 64", partial(attention_backward, out, qkv, out, lse, *rest, qkv))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over short sentences: one program owns one (sentence, head), all of it on chip at once.
 
-All scores of the sentence stand in one tile, so there is no loop and no online softmax; one program computes dQ, dK and
-dV of its sentence and head, so there are no atomics and no second pass. A program picks the smallest tile that holds
-its own sentence, whatever the longest of the batch. Sentences above the largest tile are left to attention_tiled.py: the
-largest tile of a kernel decides how many programs a multiprocessor holds, and these kernels live on having many.
+One tile holds all scores of the sentence, so the softmax needs no loop. One program computes dQ, dK and dV of its
+sentence and head, so the backward needs neither atomics nor a second pass. A program picks the smallest tile that holds
+its sentence. Sentences above the largest tile are left to attention_tiled.py: the largest tile of a kernel decides how
+many programs a multiprocessor holds, and these kernels need many.
 
 Shapes: N rows, B sentences, h heads, d head_dim; T tokens of a tile, D = d rounded up to a power of two.
 """
@@ -62,7 +62,7 @@ def attended(query, key, begin, length, mask_ptr):
 def dropout_keeps(seed_ptr, site, head, row, first_key, T: tl.constexpr, P: tl.constexpr):
     """Which probabilities dropout keeps [., T]: of query rows `row` and T keys of their sentence from `first_key` on.
 
-    first_key is a multiple of 4. int8, 1 or 0; whoever uses it multiplies what is kept by 1 / (1 - P).
+    first_key is a multiple of 4. int8, 1 or 0; the caller multiplies kept ones by 1 / (1 - P).
     """
     quad = first_key // 4 + tl.arange(0, T // 4)
     return keep_quads(tl.load(seed_ptr), site, head, row[:, None], quad[None, :], P)
@@ -105,11 +105,7 @@ def short_forward(
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, qkv_stride, scale, site,
     TILES: tl.constexpr,  # how many tile sizes: 16, 32, 64, 128 tokens
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out, lse of one sentence and head. Grid: B * h, the head running fastest."""
     sentence = tl.program_id(0) // heads
@@ -158,7 +154,7 @@ def _backward_sentence(
         kept = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P) != 0, weights / (1.0 - P), 0.0)
     dv = tl.dot(tl.trans(kept.to(COMPUTE)), dout, input_precision=PRECISION)
     store_rows(dq_ptr + 2 * part, row, inside, 3 * part, dv, HEAD_DIM, D)
-    # Every key is here, so the softmax's row sum is taken directly: neither `out` is read, nor its rounding felt.
+    # The tile has every key, so the softmax's row sum is computed directly, without `out` and its rounding.
     product = kept * tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscores = ((product - weights * tl.sum(product, 1)[:, None]) * scale).to(COMPUTE)
     dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
@@ -178,11 +174,7 @@ def short_backward(
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, dout_stride, qkv_stride, scale, site,
     TILES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dqkv of one sentence and head. Grid: B * h, the head running fastest."""
     sentence = tl.program_id(0) // heads

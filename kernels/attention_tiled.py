@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over longer sentences: tiles of queries meet tiles of keys, softmax is kept up online.
+"""Attention over longer sentences: tiles of queries times tiles of keys, with an online softmax.
 
 The forward is FlashAttention-2's (Dao 2023, algorithm 1). The backward splits its algorithm 2 by what a program owns:
 a tile of keys, to sum dK and dV, or a tile of queries, to sum dQ, so there are no atomics and sums always run in the
 same order. Sentences up to `above` tokens belong to attention_short.py, which runs first and also clears the rows
 behind the last sentence.
 
-Which sentences are long only the device knows. A fixed number of programs shares out the tiles that there are, so a
-batch with few long sentences, or none, does not pay for the tiles that its capacity would allow.
+Only the device knows which sentences are long. A fixed number of programs divides up the tiles that exist. So a batch
+with few long sentences, or none, does not pay for all the tiles that its capacity would allow.
 
 Shapes as in attention_short.py; T tokens of a tile.
 """
@@ -99,11 +99,7 @@ def tiled_forward(
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, above, qkv_stride, scale, site,
     T: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out, lse of sentences above `above` tokens. Any grid: programs take (tile of queries, head) pairs in turn."""
     part = heads * HEAD_DIM
@@ -139,7 +135,7 @@ def _backward_keys(
         out = load_rows(out_ptr, begin + query, query < length, part, HEAD_DIM, D, COMPUTE)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         lse = tl.load(lse_ptr + begin + query, mask=query < length, other=0.0)
-        # Scores lie on their side here [keys, queries]: what multiplies dout and q needs no turning.
+        # Scores are [keys, queries] here, so the left operands of the products with dout and q need no transpose.
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights = tl.exp2(scores * (scale * LOG2_E) - (lse * LOG2_E)[None, :])
         weights = tl.where(attended(key, query, begin, length, mask_ptr), weights, 0.0)
@@ -187,24 +183,21 @@ def _backward_queries(
 
 
 @triton.jit(do_not_specialize=["site"])
-def tiled_backward_keys(
+def tiled_backward(
     dout_ptr,  # [N, h * d], rows dout_stride apart
     qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
     out_ptr,  # [N, h * d]
     lse_ptr,  # [h, N] fp32
-    dqkv_ptr,  # [N, 3, h, d]: k and v are written
+    dqkv_ptr,  # [N, 3, h, d]: k and v are written, or q
     offsets_ptr,  # [B + 1] int32
     mask_ptr,  # [N] or None: rows that may be attended to
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, above, dout_stride, qkv_stride, scale, site,
-    T: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr,  # whether a tile holds keys (dK and dV are computed) or queries (dQ is)
+    T: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of sentences above `above` tokens. Any grid: programs take (tile of keys, head) pairs in turn."""
+    """dK and dV, or dQ, of sentences above `above` tokens. Any grid: programs take (tile, head) pairs in turn."""
     part = heads * HEAD_DIM
     work = count_tiles(offsets_ptr, sentences, above, T) * heads
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -212,43 +205,17 @@ def tiled_backward_keys(
         sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
         begin = tl.load(offsets_ptr + sentence)
         length = tl.load(offsets_ptr + sentence + 1) - begin
-        _backward_keys(
-            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-            T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["site"])
-def tiled_backward_queries(
-    dout_ptr,  # [N, h * d], rows dout_stride apart
-    qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
-    out_ptr,  # [N, h * d]
-    lse_ptr,  # [h, N] fp32
-    dqkv_ptr,  # [N, 3, h, d]: q is written
-    offsets_ptr,  # [B + 1] int32
-    mask_ptr,  # [N] or None: rows that may be attended to
-    seed_ptr,  # [1] int64, or None without dropout
-    rows, sentences, heads, above, dout_stride, qkv_stride, scale, site,
-    T: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ of sentences above `above` tokens. Any grid: programs take (tile of queries, head) pairs in turn."""
-    part = heads * HEAD_DIM
-    work = count_tiles(offsets_ptr, sentences, above, T) * heads
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        head = item % heads
-        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
-        begin = tl.load(offsets_ptr + sentence)
-        length = tl.load(offsets_ptr + sentence + 1) - begin
-        _backward_queries(
-            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-            T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-        )  # fmt: skip
+        if KEYS:
+            _backward_keys(
+                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
+            )  # fmt: skip
+        else:
+            _backward_queries(
+                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
+            )  # fmt: skip

@@ -3,14 +3,13 @@
 
     GELU(u) = u Phi(u),   GELU'(u) = Phi(u) + u phi(u)      (Hendrycks & Gimpel 2016)
 
-Elementwise, so memory sets the pace: each tensor is read or written once, 16 bytes a thread. The backward's
-programs walk down a column block and keep its sums in registers; column_sums.py adds them up by task.
+The time is that of the memory traffic: each tensor is read or written once, 16 bytes a thread. The backward's programs
+walk down a column block and keep its sums in registers; column_sums.py adds them up by task.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,20 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 
-
-@dataclass(frozen=True)
-class Tile:
-    """A program's tile: a warp covers 256 columns of a row with 16-byte loads of bf16."""
-
-    rows: int = 8
-    columns: int = 256
-    num_warps: int = 4
-    rows_per_program: int = 64  # of the backward: its partial sums are then 2 % of its traffic
-
-
-TILE = Tile()
+# A program's tile: a warp covers 256 columns of a row with 16-byte loads of bf16.
+ROWS, COLUMNS = 8, 256
+ROWS_PER_PROGRAM = 64  # of the backward: its partial sums are then 2 % of its traffic
+_LAUNCH = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -41,10 +32,8 @@ def _bias_gelu_forward(
     bias_ptr,  # [WIDTH]
     y_ptr,  # [rows, WIDTH]
     rows,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     within = columns < WIDTH
@@ -64,13 +53,9 @@ def _bias_gelu_backward(
     bounds_ptr,  # [tasks + 1] int32
     dx_ptr,  # [rows, WIDTH]
     partials_ptr,  # [programs + tasks - 1, 1, WIDTH] fp32: dbias
-    rows,
-    tasks,
-    rows_per_program,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    rows, tasks, rows_per_program,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     program = tl.program_id(1)
     begin = program * rows_per_program
@@ -100,14 +85,11 @@ def _bias_gelu_backward(
         tl.store(dx_ptr + offsets, tl.zeros((ROWS, COLUMNS), dx_ptr.dtype.element_ty), mask=mask)
 
 
-_LAUNCH = {"ROWS": TILE.rows, "COLUMNS": TILE.columns, "num_warps": TILE.num_warps, "enable_fp_fusion": True}
-
-
 def bias_gelu_forward(x: Tensor, bias: Tensor, y: Tensor) -> None:
     """x [N, F] contiguous, bias [F] -> y [N, F]."""
     rows, width = x.shape
     if rows:
-        grid = (triton.cdiv(width, TILE.columns), triton.cdiv(rows, TILE.rows))
+        grid = (triton.cdiv(width, COLUMNS), triton.cdiv(rows, ROWS))
         _bias_gelu_forward[grid](x, bias, y, rows, WIDTH=width, **_LAUNCH)
 
 
@@ -118,9 +100,9 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbia
     """
     rows, width = x.shape
     tasks = bounds.numel() - 1
-    partition = Partition.of(rows, TILE.rows_per_program)
+    partition = Partition.of(rows, ROWS_PER_PROGRAM)
     partials = partition.partials(tasks, 1, width, x.device)
-    _bias_gelu_backward[(triton.cdiv(width, TILE.columns), partition.programs)](
+    _bias_gelu_backward[(triton.cdiv(width, COLUMNS), partition.programs)](
         dy, x, bias, bounds, dx, partials, rows, tasks, partition.rows_per_program, WIDTH=width, **_LAUNCH
     )
     finish(partials, bounds, partition, (dbias,))
@@ -129,10 +111,8 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbia
 def launches() -> Iterator[Launch]:
     """Each dtype, a full and a partial column block, for the ahead-of-time check."""
     for dtype, width in [(torch.bfloat16, 3072), (torch.float16, 3072), (torch.float32, 3072), (torch.bfloat16, 100)]:
-        x = torch.empty(2816, width, dtype=dtype, device="meta")
-        bias = torch.empty(width, dtype=torch.float32, device="meta")
-        bounds = torch.empty(4, dtype=torch.int32, device="meta")
-        dbias = torch.empty(3, width, dtype=torch.float32, device="meta")
+        x, bias = meta(2816, width, dtype=dtype), meta(width)
+        bounds, dbias = meta(4, dtype=torch.int32), meta(3, width)
         label = f"{str(dtype)[6:]} {width}"
         yield Launch(f"forward {label}", partial(bias_gelu_forward, x, bias, x))
         yield Launch(f"backward {label}", partial(bias_gelu_backward, x, x, bias, bounds, dbias, x))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Column sums by task, reduced in a fixed order: how dgamma, dbeta and dbias of every task come out of one backward.
 
-Program i of a backward owns rows [i * rows_per_program, (i + 1) * rows_per_program), splits them where tasks meet
-(the bounds are read from the device), and writes one row of partial sums per (program, task) it saw. Walking down
-the rows, program and task never decrease, so `program + task` numbers those pairs without a gap in need of zeros:
-the buffer has programs + T - 1 rows whatever the bounds. `finish` then adds each task's partial rows in ascending
-order. No atomics and no locks: the result depends on the bounds and the launch alone.
+Program i of a backward owns rows [i * rows_per_program, (i + 1) * rows_per_program). It splits them at the tasks' bounds,
+which it reads from the device, and writes one row of partial sums for each task. From row to row neither program nor
+task decreases, so `program + task` gives each (program, task) pair a row of its own, and the buffer has programs + T - 1
+rows for any bounds. `finish` then adds each task's partial rows in ascending order. There are no atomics and no locks:
+the result depends on the bounds and the launch alone.
 """
 
 from __future__ import annotations
@@ -67,15 +67,9 @@ def _finish_column_sums(
     out0_ptr,  # [T, WIDTH] or None
     out1_ptr,  # [T, WIDTH] or None
     out2_ptr,  # [T, QUANTITIES - 2, WIDTH] or None
-    stride0,
-    stride1,
-    stride2,
-    rows_per_program,
-    QUANTITIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    stride0, stride1, stride2, rows_per_program,
+    QUANTITIES: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     task = tl.program_id(1).to(tl.int64)
     quantity = tl.program_id(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""g [P] = w J, the tasks' gradients combined; J is read once. Bytes a parameter: e T + 4, e those of an element of J."""
+"""g [P] = w J, the tasks' gradients combined. J is read once: e T + 4 bytes a parameter (e bytes an element of J)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 
 ELEMENTS, NUM_WARPS = 1024, 4  # a program's parameters: two 16-byte loads a thread from each fp32 row
 
@@ -36,11 +36,9 @@ def _combine(
     j_ptr,  # [T, count]
     w_ptr,  # [T] fp32
     out_ptr,  # [count] fp32
-    j_stride,
-    count,
-    T: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-):
+    j_stride, count,
+    T: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     mask = offsets < count
     tl.store(out_ptr + offsets, combined(j_ptr, w_ptr, j_stride, offsets, mask, T), mask=mask)
@@ -58,6 +56,5 @@ def combine(J: Tensor, w: Tensor, out: Tensor) -> None:
 def launches() -> Iterator[Launch]:
     """Few and many tasks, fp32 and bf16 J, for the ahead-of-time check."""
     for tasks, dtype in ((3, torch.float32), (3, torch.bfloat16), (64, torch.float32)):
-        J = torch.empty(tasks, 1 << 20, dtype=dtype, device="meta")
-        w, out = torch.empty(tasks, device="meta"), torch.empty(1 << 20, device="meta")
+        J, w, out = meta(tasks, 1 << 20, dtype=dtype), meta(tasks), meta(1 << 20)
         yield Launch(f"{tasks} tasks {str(dtype)[6:]}", partial(combine, J, w, out))

@@ -5,8 +5,7 @@ The generator is Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy 
 BigCrush). Its key is the step's seed, an int64 tensor of one element on the device, advanced once a step, so that a
 captured graph draws new masks at each replay. Its counter is the element: (column // 4, row, plane, site), `site`
 telling the dropouts of one step apart, and column % 4 choosing one of the four words of a draw. No number can
-overflow 32 bits. Drawing is what costs: a draw per element takes longer than reading the element from memory, hence
-the quads.
+overflow 32 bits. A draw for each element would take longer than reading the element from memory, so one draw serves four.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def _kept(words, p: tl.constexpr):
-    """fp32: 0 where a word lies in the lowest fraction p of its range, else 1 / (1 - p)."""
+    """fp32: 0 where a word is in the lowest fraction p of its range, else 1 / (1 - p)."""
     threshold: tl.constexpr = int(p * 4294967296.0)
     return tl.where(words.to(tl.uint32, bitcast=True) >= threshold, 1.0 / (1.0 - p), 0.0)
 

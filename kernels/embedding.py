@@ -13,7 +13,7 @@ enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,31 +24,13 @@ from torch import Tensor
 from minbert_fast.kernels.arguments import all_registers
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 from minbert_fast.kernels.layer_norm import RowTile, norm_gradient, normalise
 
-
-@dataclass(frozen=True)
-class Gather:
-    """A program's tile of the second stage.
-
-    Most words occur once or twice in a batch: what counts is the number of programs, so one takes a whole row of up to
-    1,024 columns. `scan` indices are looked through at once to find a task's share of a frequent word.
-    """
-
-    columns: int
-    num_warps: int
-    rows: int = 8
-    scan: int = 512
-
-    @staticmethod
-    def of(width: int) -> Gather:
-        columns = min(1024, max(64, triton.next_power_of_2(width)))
-        return Gather(columns, num_warps=max(1, columns // 256))
-
-
-#: Type rows live in registers beside dgamma and dbeta.
+#: Gradients of the type rows stay in registers beside dgamma and dbeta.
 MAX_TYPES = 8
+#: Rows that a program of the second stage adds at once, and indices that it searches at once for its task's rows.
+GATHER_ROWS, GATHER_SCAN = 8, 512
 
 
 @triton.jit
@@ -81,14 +63,9 @@ def _embedding_forward(
     mean_ptr,  # [rows] fp32
     rstd_ptr,  # [rows] fp32
     seed_ptr,  # [1] int64
-    site,
-    rows,
-    eps,
-    P: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    site, rows, eps,
+    P: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     within = columns < WIDTH
@@ -117,20 +94,14 @@ def _embedding_backward(
     mean_ptr,  # [rows] fp32
     rstd_ptr,  # [rows] fp32
     bounds_ptr,  # [tasks + 1] int32
-    dz_ptr,  # [rows, WIDTH]
+    dz_ptr,  # [rows, WIDTH]; rows of no task are not written
     partials_ptr,  # [programs + tasks - 1, 2 + K, WIDTH] fp32: dgamma, dbeta, types
     seed_ptr,  # [1] int64
-    site,
-    rows,
-    tasks,
-    rows_per_program,
-    P: tl.constexpr,
-    K: tl.constexpr,
+    site, rows, tasks, rows_per_program,
+    P: tl.constexpr, K: tl.constexpr,
     KINDS: tl.constexpr,  # K rounded up to a power of two
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     begin = program * rows_per_program
     end = tl.minimum(begin + rows_per_program, rows)
@@ -169,11 +140,6 @@ def _embedding_backward(
             for k in tl.static_range(K):
                 share = tl.sum(tl.where((kinds == k)[:, None], dkinds, 0.0), 0)
                 store_partial(partials_ptr, program + task, 2 + k, share, columns, 2 + K, WIDTH)
-    for first in range(tl.maximum(begin, tl.load(bounds_ptr + tasks)), end, ROWS):  # padding: rows of no task
-        row = first + tl.arange(0, ROWS)
-        offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        zero = tl.zeros((ROWS, BLOCK), dz_ptr.dtype.element_ty)
-        tl.store(dz_ptr + offsets, zero, mask=(row < end)[:, None] & within[None, :])
 
 
 @triton.jit
@@ -203,15 +169,11 @@ def _embedding_gather(
     word_offsets_ptr,  # [U + 1] int32
     dposition_ptr,  # [T, positions, WIDTH] or None
     dword_ptr,  # [T, U, WIDTH] or None
-    dposition_stride,
-    dword_stride,
+    dposition_stride, dword_stride,
     positions,  # programs along axis 0 that belong to positions; the others belong to words
     sentences,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SCAN: tl.constexpr,
-):
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
     slot = tl.program_id(0)
     task = tl.program_id(1)
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -295,32 +257,26 @@ def embedding_backward(
     finish(partials, bounds, partition, (dgamma, dbeta, d_type_table))
     if dword is None and dposition is None:
         return
-    gather = Gather.of(width)
+    # Most words occur once or twice in a batch. The number of programs sets the time, so each takes up to 1,024 columns.
+    columns = min(1024, max(64, triton.next_power_of_2(width)))
     places = 0 if dposition is None else dposition.shape[1]
     programs = places + (0 if dword is None else dword.shape[1])
-    _embedding_gather[(programs, tasks, triton.cdiv(width, gather.columns))](
+    _embedding_gather[(programs, tasks, triton.cdiv(width, columns))](
         dz, bounds, cu_seqlens, word_order, word_offsets, dposition, dword,
         0 if dposition is None else dposition.stride(0), 0 if dword is None else dword.stride(0),
-        places, cu_seqlens.numel() - 1, WIDTH=width, ROWS=gather.rows, COLUMNS=gather.columns, SCAN=gather.scan,
-        num_warps=gather.num_warps, enable_fp_fusion=True,
+        places, cu_seqlens.numel() - 1, WIDTH=width, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=GATHER_SCAN,
+        num_warps=max(1, columns // 256), enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def launches() -> Iterator[Launch]:
     """Each dtype and each row tile's width, for the ahead-of-time check."""
-    for dtype, width in [
-        (torch.bfloat16, 768),
-        (torch.float16, 768),
-        (torch.float32, 768),
-        *((torch.bfloat16, width) for width in (100, 128, 384, 2048, 4096)),
-    ]:
-        index, offsets, bounds = (torch.empty(n, dtype=torch.int32, device="meta") for n in (2816, 2817, 4))
-        tables = [torch.empty(size, width, dtype=dtype, device="meta") for size in (30522, 512, 2)]
-        vector, rows = (torch.empty(n, dtype=torch.float32, device="meta") for n in (width, 2816))
-        dy = torch.empty(2816, width, dtype=dtype, device="meta")
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-        small = torch.empty(3, width, dtype=torch.float32, device="meta")
-        large = [torch.empty(3, size, width, dtype=torch.float32, device="meta") for size in (2816, 512, 2)]
+    settings = [(torch.bfloat16, width) for width in (100, 128, 384, 768, 2048, 4096)]
+    for dtype, width in [*settings, (torch.float16, 768), (torch.float32, 768)]:
+        index, offsets, bounds = (meta(n, dtype=torch.int32) for n in (2816, 2817, 4))
+        *tables, dy = (meta(size, width, dtype=dtype) for size in (30522, 512, 2, 2816))
+        vector, rows, seed = meta(width), meta(2816), meta(1, dtype=torch.int64)
+        small, large = meta(3, width), [meta(3, size, width) for size in (2816, 512, 2)]
         label = f"{str(dtype)[6:]} {width}"
         inputs = (index, index, index, *tables, vector)
         forward = (*inputs, vector, 1e-12, 0.1, seed, 1, dy, rows, rows)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """G [T, T] = J J^T in two launches, without atomics: each program sums its own columns, then the sums are added in order.
 
-Tasks are taken in groups of 8 (fewer if T is smaller). A program of the first launch multiplies every task of one
-group with every task of another, column by column: each thread keeps the sums of its columns in registers. Up to 8
-tasks J is read once; more groups meet in pairs, and their programs for the same columns run side by side, so that all
-but the first read from the L2 cache. Bytes a column: e T, e those of an element of J.
+Tasks form groups of 8 (smaller for fewer tasks). A program of the first launch multiplies every task of one group with
+every task of another, column by column. Each thread keeps the sums of its columns in registers. With up to 8 tasks, J
+is read once. With more, each pair of groups has its own programs. Those for the same columns run at the same time, so
+all but the first read from the L2 cache. Bytes a column: e T (e bytes an element of J).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minbert_fast.kernels.arguments import multiprocessors
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 
 # Tasks a group: columns a program takes at a time, and its warps. A thread keeps group^2 x columns / threads sums.
 LAUNCHES = {1: (2048, 4), 2: (1024, 4), 4: (512, 4), 8: (128, 4)}
@@ -29,14 +29,9 @@ PROGRAMS = 4  # a multiprocessor, for each pair of groups
 def _gram_partials(
     j_ptr,  # [tasks, columns]
     partials_ptr,  # [programs, tasks, tasks] fp32; pairs (a, b) whose group of a comes after that of b are not written
-    j_stride,
-    columns,
-    tasks,
-    programs,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    j_stride, columns, tasks, programs,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     # The pair of groups (first <= second), counted along the rows of the upper triangle.
     first = 0
     rest = tl.program_id(0)
@@ -66,11 +61,10 @@ def _gram_partials(
 def _finish_gram(
     partials_ptr,  # [programs, tasks, tasks] fp32
     out_ptr,  # [tasks, tasks] fp32
-    tasks,
-    programs,
+    tasks, programs,
     ACCUMULATE: tl.constexpr,
     PROGRAMS: tl.constexpr,  # programs, rounded up to a power of 2
-):
+):  # fmt: skip
     a = tl.program_id(0)
     b = tl.program_id(1)
     if a <= b:
@@ -92,33 +86,18 @@ def gram(J: Tensor, out: Tensor, accumulate: bool) -> None:
     programs = max(1, min(triton.cdiv(columns, tile), PROGRAMS * multiprocessors(J.device)))
     partials = torch.empty(programs, tasks, tasks, dtype=torch.float32, device=J.device)
     _gram_partials[(groups * (groups + 1) // 2, programs)](
-        J,
-        partials,
-        J.stride(0),
-        columns,
-        tasks,
-        programs,
-        GROUPS=groups,
-        GROUP=group,
-        COLUMNS=tile,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
+        J, partials, J.stride(0), columns, tasks, programs, GROUPS=groups, GROUP=group, COLUMNS=tile,
+        num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
     _finish_gram[(tasks, tasks)](
-        partials,
-        out,
-        tasks,
-        programs,
-        ACCUMULATE=accumulate,
-        PROGRAMS=triton.next_power_of_2(programs),
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
+        partials, out, tasks, programs, ACCUMULATE=accumulate, PROGRAMS=triton.next_power_of_2(programs),
+        num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def launches() -> Iterator[Launch]:
     """Each launch setting and several groups, fp32 and bf16 J, for the ahead-of-time check."""
     for tasks in (1, 2, 3, 8, 16, 64):
         for dtype in (torch.float32, torch.bfloat16):
-            J, out = torch.empty(tasks, 1 << 20, dtype=dtype, device="meta"), torch.empty(tasks, tasks, device="meta")
+            J, out = meta(tasks, 1 << 20, dtype=dtype), meta(tasks, tasks)
             yield Launch(f"{tasks} tasks {str(dtype)[6:]}", partial(gram, J, out, tasks == 3))

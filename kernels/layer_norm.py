@@ -62,7 +62,7 @@ def norm_gradient(dy, z, gamma, mean_ptr, rstd_ptr, row, mask, valid, WIDTH: tl.
     """dz and xhat [ROWS, BLOCK] from dy and z, zero outside `mask`; valid [ROWS]: rows that exist."""
     mean = tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
-    if WIDTH == 1:  # a row is its own mean: what is left of it is a rounding error, which rstd would enlarge
+    if WIDTH == 1:  # a row equals its mean; the difference is a rounding error, which rstd would enlarge
         rstd *= 0.0
     xhat = tl.where(mask, (z - mean) * rstd, 0.0)
     g = dy * gamma[None, :]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight gradients apart by task, J[t] = dY[rows of t]^T X[rows of t], and the bias sums: all tasks in one launch.
+"""Each task's weight gradient J[t] = dY[rows of t]^T X[rows of t] and bias sums, all tasks in one launch.
 
 A grouped matrix product whose groups are ranges of the inner dimension: a program owns one tile of one task's
 matrix and walks down that task's rows, whose bounds it reads from the device, so that a captured graph follows the
 batch. Sums are fp32, in ascending row order, and the tile is written once: deterministic without an atomic, and an
-empty task gets zeros. Bias gradients take programs of their own behind the matrix tiles, so that the products' loop
-carries nothing else.
+empty task gets zeros. Further programs, after those of the matrix tiles, compute the bias gradients, so that the loop
+of the products does nothing else.
 
 FLOPs are those of the plain sum over all rows; tasks multiply the number of tiles, which helps where matrices are
 small.
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minbert_fast.kernels.arguments import all_registers, is_hopper_or_newer, multiprocessors
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, meta
 
 
 @dataclass(frozen=True)
@@ -128,25 +128,15 @@ def _linear_gradients(
     bounds_ptr,  # [tasks + 1] int32
     dweight_ptr,  # [tasks, outputs, inputs], or None
     dbias_ptr,  # [tasks, outputs], or None
-    outputs,
-    inputs,
-    dy_stride,
-    x_stride,
+    outputs, inputs, dy_stride, x_stride,
     dweight_stride,  # from task to task
-    dbias_stride,
-    tiles_out,
-    tiles_in,
+    dbias_stride, tiles_out, tiles_in,
     matrix_tiles,  # of all tasks
     bias_tiles,  # of one task
-    OUT: tl.constexpr,
-    IN: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BIAS_ROWS: tl.constexpr,
-    BIAS_COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BIAS_ROWS: tl.constexpr,
+    BIAS_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     UPCAST: tl.constexpr,  # in the interpreter, whose bf16 products are wrong
-):
+):  # fmt: skip
     program = tl.program_id(0)
     if program < matrix_tiles:
         if dweight_ptr is not None:
@@ -192,21 +182,14 @@ def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | No
 
 def launches() -> Iterator[Launch]:
     """Every tile of the table and each dtype, for the ahead-of-time check."""
-    for dtype, outputs, inputs in [
-        (torch.bfloat16, 3072, 768),
-        (torch.bfloat16, 2304, 768),
-        (torch.bfloat16, 768, 768),
-        (torch.bfloat16, 1536, 384),
-        (torch.bfloat16, 384, 384),
-        (torch.bfloat16, 100, 36),
-        (torch.float16, 768, 768),
-        (torch.float32, 768, 768),
-    ]:
-        dy = torch.empty(2816, outputs, dtype=dtype, device="meta")
-        x = torch.empty(2816, inputs, dtype=dtype, device="meta")
-        bounds = torch.empty(4, dtype=torch.int32, device="meta")
+    sizes = [(3072, 768), (2304, 768), (768, 768), (1536, 384), (384, 384), (100, 36)]
+    settings = [(torch.bfloat16, *size) for size in sizes] + [
+        (dtype, 768, 768) for dtype in (torch.float16, torch.float32)
+    ]
+    for dtype, outputs, inputs in settings:
+        dy, x = meta(2816, outputs, dtype=dtype), meta(2816, inputs, dtype=dtype)
+        bounds = meta(4, dtype=torch.int32)
         for out in (torch.float32, torch.bfloat16):
-            dweight = torch.empty(3, outputs, inputs, dtype=out, device="meta")
-            dbias = torch.empty(3, outputs, dtype=out, device="meta")
+            dweight, dbias = meta(3, outputs, inputs, dtype=out), meta(3, outputs, dtype=out)
             label = f"{str(dtype)[6:]} {outputs}x{inputs} -> {str(out)[6:]}"
             yield Launch(label, partial(linear_gradients, dy, x, bounds, dweight, dbias))

@@ -41,7 +41,8 @@ PROVOCATIONS = {
     "sanitized-address": (
         "AddressSanitizer: heap-buffer-overflow",
         "J, out = torch.zeros(2, 1000), torch.zeros(2, 2)\n"
-        "C.gram(C.Matrix(J.data_ptr(), 0, 2, 1001, 1000), out.data_ptr(), False, 1)",
+        "work = torch.empty(C.gram_workspace(C.Where(-1, 0, 1), 2, 1001), dtype=torch.uint8)\n"
+        "C.gram(C.Where(-1, 0, 1), C.Matrix(J.data_ptr(), 0, 2, 1001, 1000), work.data_ptr(), out.data_ptr(), False)",
     ),
     # Two calls that write to one place at a time.
     "sanitized-thread": (

@@ -13,7 +13,8 @@ void adamw_block(const AdamWCoefficients& a, const float* __restrict gradient, c
   float* __restrict v = to.v + begin;
   const AdamWCoefficients c = a;  // a local that no store can change
   for (int64_t i = 0; i < n; ++i) c.update(gradient[i], p[i], m[i], v[i]);
-  if (to.copy) from_floats(p, to.copy + begin, n);
+  if (to.copy)
+    for (int64_t i = 0; i < n; ++i) to.copy[begin + i] = to_bfloat16(p[i]);
 }
 
 }  // namespace
@@ -23,7 +24,8 @@ void adamw_rows(const Matrix& j, const float* w, const AdamW& to, const AdamWCoe
   const Rows none(Matrix{nullptr, j.dtype, 0, 0, 0}, nullptr);
   const int64_t blocks = (to.width + kBlock - 1) / kBlock;  // of a row
   const Chunks chunks(to.count / to.width * blocks, 16, 1024);
-  with_elements(j, [&](const auto* data) {
+  with_element(j.dtype, [&](auto element) {
+    const auto* data = static_cast<const decltype(element)*>(j.data);
     parallel_for(chunks.count, threads, [&](int64_t chunk) {
       alignas(64) float gradient[kBlock];
       for (int64_t block = chunks.begin(chunk); block < chunks.end(chunk); ++block) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = LayerNorm(residual + dropout(x + bias)): one pass over memory forward and one backward. The sum before the norm and
-// the dropout factors are made again in the backward, not stored.
+// y = LayerNorm(residual + dropout(x + bias)): one pass over memory forward and one backward. The backward computes the
+// sum before the norm and the dropout factors again; they are not stored.
 #include "cpu/add_norm.h"
 
 #include "cpu/layer_norm.h"
@@ -11,7 +11,7 @@ namespace {
 
 enum Sums : int64_t { kGamma, kBeta, kBias, kSums };
 
-// Where one row's operands lie.
+// Pointers to one row's operands.
 template <class T>
 struct Row {
   const T *x, *residual;
@@ -86,13 +86,9 @@ void add_norm_backward(const AddNorm& op, int threads) {
   with_element(op.dtype, [&](auto element) {
     using T = decltype(element);
     const TaskSums sums(op.segments, op.rows, kSums, op.width, op.slots);
-    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-        for (int64_t row = begin; row < end; ++row) backward_row<T>(op, row, slot, sums.pitch());
-      });
-      sums.clear_padding(chunk, static_cast<T*>(op.dx));
-      sums.clear_padding(chunk, static_cast<T*>(op.dresidual));
-    });
+    sums.for_rows(threads, [&](int64_t row, float* slot) { backward_row<T>(op, row, slot, sums.pitch()); });
+    sums.clear_padding(static_cast<T*>(op.dx));
+    sums.clear_padding(static_cast<T*>(op.dresidual));
     sums.finish(kGamma, op.dgamma, threads);
     sums.finish(kBeta, op.dbeta, threads);
     sums.finish(kBias, op.dbias, threads);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention within sentences. A thread owns a (sentence, head) whole, forward and backward, so nothing is summed across
-// threads. Its operands are copied into scratch in the form that products want (cpu/matmul.h), keys and values transposed
-// where the lanes of a product run along them. Queries are taken in blocks whose scores against every key stand in
-// scratch: no online softmax.
+// threads. It copies its operands into scratch in the layout of cpu/matmul.h; keys and values are transposed where the
+// lanes of a product run along them. A block of queries keeps its scores against every key in scratch, so the softmax is
+// not an online one.
 //
 // n rows of the sentence, d head width; N and D the same rounded up to whole registers; W words of a row of d elements,
 // rounded up too; M queries of a block.
@@ -18,7 +18,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// One sentence's rows: row i is `base` + i, or base + kept[i].
+// One sentence's rows: row i is base + i, or base + kept[i].
 struct Sentence {
   int64_t base, count;
   const int32_t* kept;
@@ -160,7 +160,7 @@ void forward_head(const Attention& op, const Sentence& s, int64_t head, float* m
 // The scores of one query become weights [n] in `weight`, and their gradients `dscore` (before the softmax: the weights'
 // own) the scores' gradients. `keep` [n] null without dropout.
 void softmax_backward(float* weight, float* dscore, const float* keep, int64_t n, float scale, float lse) {
-  // The saved log-sum-exp stands in for the largest score; its rounding goes away with the sum.
+  // The saved log-sum-exp replaces the largest score. Its rounding error cancels in the division by the sum.
   const float factor = scale * kLog2E, offset = lse * kLog2E;
   Sum sum, product;
   for_columns(n, [&](int64_t j, auto lanes, int slot) __attribute__((always_inline)) {
@@ -230,7 +230,7 @@ void backward_head(const Attention& op, const Sentence& s, int64_t head, float* 
   scatter<T>(s, dvalues, 0, n, {gradient + 2 * part, stride, d});
 }
 
-// Rows that take part in no sentence, zeroed in one pass before the sentences are written. `body(row)` zeroes one.
+// body(row) for every row that belongs to no sentence.
 template <class Body>
 void for_absent_rows(const Attention& op, const Body& body) {
   if (!op.kept) {

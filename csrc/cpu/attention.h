@@ -6,7 +6,7 @@
 
 namespace minbert {
 
-// The heads [first, last) of one sentence: what a thread takes at a time.
+// The heads [first, last) of one sentence, the unit of work of a thread.
 struct AttentionItem {
   int32_t sentence, first, last;
 };
@@ -40,12 +40,12 @@ struct Attention {
   int64_t pitch;
 };
 
-// Queries taken at a time: a short sentence whole.
+// Queries in a block: all of a short sentence.
 constexpr int64_t kAttentionBlock = 64;
 inline int64_t attention_block(int64_t n) { return n <= kAttentionBlock ? n : 48; }
 
-// Floats of scratch for sentences of up to `longest` rows among `places`, whatever the width of a register (at most 16
-// floats). A sentence of 64 rows takes longer blocks than one of 65, so blocks count at their longest.
+// Floats of scratch for sentences of up to `longest` attended rows among `places`, with registers of up to 16 floats.
+// Blocks count at their longest: a sentence of 64 rows has longer blocks than one of 65.
 inline int64_t attention_scratch(int64_t longest, int64_t places, int64_t head_dim) {
   const int64_t n = longest, N = (n + 15) / 16 * 16, D = (head_dim + 15) / 16 * 16;
   const int64_t M = n < kAttentionBlock ? n : kAttentionBlock;

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over the rows of each task, in an order that no number of threads changes.
+// Sums over the rows of each task, in an order that does not depend on the number of threads.
 //
-// Rows are cut into chunks. The rows that chunk c and task t share are summed apart into slot c + t: cut by chunks and by
-// tasks, the rows fall into at most chunks + tasks - 1 pieces, and no two pieces get the same slot. Slots of a task are
-// then added in order.
+// Rows are divided into chunks. The rows of both chunk c and task t form a piece, whose sums go to slot c + t. There are at
+// most chunks + tasks - 1 pieces, and no two have the same slot. The slots of each task are then added in order.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -17,7 +16,7 @@ struct Segments {
   int64_t tasks;
 };
 
-// A gradient kept apart by task [T, ...]: task t's begins `stride` elements behind task t - 1's. Null data: not wanted.
+// Every task's gradient of one parameter [T, ...], `stride` elements from task to task. Null data: not wanted.
 struct TaskGradient {
   void* data;
   DType dtype;  // f32 or bf16
@@ -26,7 +25,7 @@ struct TaskGradient {
 
 inline Chunks row_chunks(int64_t rows) { return {rows, 16, 128}; }
 
-// Floats that the slots of `sums` sums of `width` columns take.
+// Floats in all slots, for `sums` sums of `width` columns each.
 inline int64_t slot_floats(int64_t rows, int64_t tasks, int64_t sums, int64_t width) {
   return (row_chunks(rows).count + tasks) * sums * ((width + 15) / 16 * 16);
 }
@@ -48,25 +47,27 @@ class TaskSums {
       : segments_(segments), chunks_(row_chunks(rows)), sums_(sums), width_(width), pitch_(round_up(width, 16)),
         slots_(slots) {}
 
-  // body(begin, end, slot) for the rows that `chunk` shares with each task; slot [sums, pitch], zeroed before.
+  // body(row, slot) for every row of every task. The body adds to the sums of the row's piece, slot [sums, pitch].
   template <class Body>
-  void for_tasks(int64_t chunk, const Body& body) const {
-    for (int64_t task = 0; task < segments_.tasks; ++task) {
-      const int64_t begin = largest(chunks_.begin(chunk), segments_.bounds[task]);
-      const int64_t end = smallest(chunks_.end(chunk), segments_.bounds[task + 1]);
-      if (begin >= end) continue;
-      float* slot = slots_ + (chunk + task) * sums_ * pitch_;
-      std::memset(slot, 0, static_cast<size_t>(sums_ * pitch_) * sizeof(float));
-      body(begin, end, slot);
-    }
+  void for_rows(int threads, const Body& body) const {
+    parallel_for(chunks_.count, threads, [&](int64_t chunk) {
+      for (int64_t task = 0; task < segments_.tasks; ++task) {
+        const int64_t low = segments_.bounds[task], high = segments_.bounds[task + 1];
+        const int64_t begin = chunks_.begin(chunk) > low ? chunks_.begin(chunk) : low;
+        const int64_t end = chunks_.end(chunk) < high ? chunks_.end(chunk) : high;
+        if (begin >= end) continue;
+        float* slot = slots_ + (chunk + task) * sums_ * pitch_;
+        std::memset(slot, 0, static_cast<size_t>(sums_ * pitch_) * sizeof(float));
+        for (int64_t row = begin; row < end; ++row) body(row, slot);
+      }
+    });
   }
 
-  // Zeros for the rows [., width] of `chunk` that belong to no task.
+  // Writes zeros to the rows of `matrix` [rows, width] that belong to no task.
   template <class T>
-  void clear_padding(int64_t chunk, T* rows) const {
-    const int64_t end = chunks_.end(chunk);
-    const int64_t first = smallest(end, largest(chunks_.begin(chunk), segments_.bounds[segments_.tasks]));
-    std::memset(rows + first * width_, 0, static_cast<size_t>((end - first) * width_) * sizeof(T));
+  void clear_padding(T* matrix) const {
+    const int64_t first = segments_.bounds[segments_.tasks] * width_, end = chunks_.total * width_;
+    std::memset(matrix + first, 0, static_cast<size_t>(end - first) * sizeof(T));
   }
 
   // out[t] = sum number `sum` over all rows of task t; zeros for a task without rows.
@@ -82,13 +83,9 @@ class TaskSums {
     });
   }
 
-  int64_t chunks() const { return chunks_.count; }
   int64_t pitch() const { return pitch_; }
 
  private:
-  static int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
-  static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-
   template <class T>
   void add_slots(int64_t sum, int64_t task, int64_t begin, int64_t count, T* out) const {
     const int64_t first_row = segments_.bounds[task], last_row = segments_.bounds[task + 1] - 1;

@@ -12,7 +12,8 @@ void combine_rows(const Matrix& j, const float* w, float* out, int threads) {
   const Rows rows(j, w);
   const bool streaming = j.columns >= kStreaming && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   const Chunks chunks(j.columns, 16 * kBlock, 1024);
-  with_elements(j, [&](const auto* data) {
+  with_element(j.dtype, [&](auto element) {
+    const auto* data = static_cast<const decltype(element)*>(j.data);
     parallel_for(chunks.count, threads, [&](int64_t chunk) {
       alignas(64) float block[kBlock];
       for (int64_t column = chunks.begin(chunk); column < chunks.end(chunk); column += kBlock) {

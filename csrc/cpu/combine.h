@@ -3,14 +3,14 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/simd.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
 
 constexpr int64_t kBlock = 1024;  // columns; a block of g stays in the first-level cache
 
-// The rows that take part, and their weights.
+// The rows of non-zero weight, and their weights.
 struct Rows {
   int count = 0;
   int64_t offset[kMaxTasks];  // of the row from the first, elements
@@ -53,15 +53,6 @@ void combine_block(const T* data, const Rows& rows, int64_t column, int64_t n, f
   int r = 4;
   for (; r + 4 <= rows.count; r += 4) add_rows<4, true>(data, offset + r, weight + r, column, n, out);
   for (; r < rows.count; ++r) add_rows<1, true>(data, offset + r, weight + r, column, n, out);
-}
-
-// body(J's elements, by their type).
-template <class Body>
-void with_elements(const Matrix& j, const Body& body) {
-  if (j.dtype == DType::bf16)
-    body(static_cast<const bfloat16*>(j.data));
-  else
-    body(static_cast<const float*>(j.data));
 }
 
 }  // namespace MINBERT_ISA

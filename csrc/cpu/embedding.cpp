@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])). The backward first makes dz, the gradient of
-// the sum, row by row; then each row of each table's gradient adds up its own rows of dz, in ascending order.
+// y = dropout(LayerNorm(word[tokens] + position[positions] + type[types])). The backward first computes dz, the
+// gradient of the sum, row by row. Then each row of a table's gradient adds up its rows of dz, in ascending order.
 #include "cpu/embedding.h"
 
 #include "cpu/layer_norm.h"
@@ -111,10 +111,8 @@ void embedding_forward(const Embedding& op, int threads) {
 void embedding_backward(const Embedding& op, int threads) {
   with_element(op.dtype, [&](auto element) {
     const TaskSums sums(op.segments, op.rows, kSums, op.width, op.slots);
-    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-        for (int64_t row = begin; row < end; ++row) backward_row<decltype(element)>(op, row, slot, sums.pitch());
-      });
+    sums.for_rows(threads, [&](int64_t row, float* slot) {
+      backward_row<decltype(element)>(op, row, slot, sums.pitch());
     });
     sums.finish(kGamma, op.dgamma, threads);
     sums.finish(kBeta, op.dbeta, threads);

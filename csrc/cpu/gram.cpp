@@ -5,7 +5,7 @@
 // rows is multiplied while they are there, in square tiles of rows whose sums stay in registers. Sums run in fp32 lanes
 // over at most 8,192 columns, then in double.
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/simd.h"
 
 namespace minbert {
 namespace MINBERT_ISA {
@@ -16,10 +16,10 @@ constexpr int kTile = kRegisters >= 32 ? 4 : 3;      // rows; a tile's sums and 
 constexpr int kPairs = kMaxTasks * (kMaxTasks + 1) / 2;
 static_assert(kBlock % (4 * kLanes) == 0);
 
-// Where the sum of rows i <= k lies in the upper triangle.
+// The index of the sum of rows i <= k in the upper triangle.
 inline int pair_index(int i, int k, int tasks) { return i * (2 * tasks - i - 1) / 2 + k; }
 
-// The R (R + 1) / 2 products among R rows. Few sums would wait on each other's latency, so few rows take several columns.
+// The R (R + 1) / 2 products among R rows. Few rows take several columns at a time, or each sum would wait for itself.
 template <int R>
 void diagonal_tile(const float* const* rows, int first, int tasks, int columns, vfloat* sums) {
   constexpr int kUnroll = R == 1 ? 4 : R == 2 ? 2 : 1;
@@ -101,7 +101,7 @@ void chunk_products(const Matrix& j, int64_t begin, int64_t end, double* partial
           continue;
         }
       }
-      to_floats(row, buffer[t], width);
+      for (int i = 0; i < width; ++i) buffer[t][i] = to_float(row[i]);
       for (int i = width; i < padded; ++i) buffer[t][i] = 0;
       rows[t] = buffer[t];
     }
@@ -117,11 +117,9 @@ void gram_partials(const Matrix& j, double* partials, int threads) {
   const Chunks chunks = gram_chunks(j.columns);
   const int64_t pairs = j.rows * (j.rows + 1) / 2;
   parallel_for(chunks.count, threads, [&](int64_t chunk) {
-    double* partial = partials + chunk * pairs;
-    if (j.dtype == DType::bf16)
-      chunk_products<bfloat16>(j, chunks.begin(chunk), chunks.end(chunk), partial);
-    else
-      chunk_products<float>(j, chunks.begin(chunk), chunks.end(chunk), partial);
+    with_element(j.dtype, [&](auto element) {
+      chunk_products<decltype(element)>(j, chunks.begin(chunk), chunks.end(chunk), partials + chunk * pairs);
+    });
   });
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// LayerNorm of one row that lies in the first-level cache as floats, and its gradient (Ba et al. 2016).
+// LayerNorm of one row of floats in the first-level cache, and its gradient (Ba et al. 2016).
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ inline Statistics statistics(const float* z, int64_t width, float total, float e
   return {mean, 1.0f / std::sqrt(squares.total() / static_cast<float>(width) + eps)};
 }
 
-// What the second pass of the gradient needs from the first:
+// The numbers that the gradient's second pass takes from the first:
 // dz = rstd (g - mean(g) - xhat mean(g xhat)) with g = dy gamma.
 struct NormGradient {
   float rstd, shift, along;
@@ -40,7 +40,7 @@ template <class T, class Before>
 inline __attribute__((always_inline)) NormGradient norm_gradient(int64_t width, Statistics s, const float* gamma,
                                                                  const Before& sum_before, const T& cotangent,
                                                                  float* xhat, float* dgamma, float* dbeta) {
-  // A row of one column is its own mean: what is left of it is a rounding error, which rstd would enlarge.
+  // A row of one column equals its mean. The difference is a rounding error, which rstd would enlarge.
   if (width == 1) s.rstd = 0;
   Sum shift, along;
   for_columns(width, [&](int64_t i, auto lanes, int slot) __attribute__((always_inline)) {

@@ -8,12 +8,9 @@ void column_sums(const ColumnSums& op, int threads) {
   with_element(op.dtype, [&](auto element) {
     const auto* x = static_cast<const decltype(element)*>(op.x);
     const TaskSums sums(op.segments, op.rows, 1, op.width, op.slots);
-    parallel_for(sums.chunks(), threads, [&](int64_t chunk) {
-      sums.for_tasks(chunk, [&](int64_t begin, int64_t end, float* slot) {
-        for (int64_t row = begin; row < end; ++row)
-          for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
-            store(slot + i, load(slot + i) + load(x + row * op.width + i, lanes));
-          });
+    sums.for_rows(threads, [&](int64_t row, float* slot) {
+      for_columns(op.width, [&](int64_t i, auto lanes, int) __attribute__((always_inline)) {
+        store(slot + i, load(slot + i) + load(x + row * op.width + i, lanes));
       });
     });
     sums.finish(0, op.out, threads);

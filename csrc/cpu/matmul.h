@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small matrix products and transposes on floats that lie in the nearer caches.
+// Small matrix products and transposes on floats in the first- and second-level caches.
 #pragma once
 
 #include "cpu/simd.h"
@@ -77,7 +77,7 @@ struct Pairs {
 };
 #endif
 
-// What products of activations of type T use.
+// The kind of product for activations of type T.
 template <class T>
 struct ProductOf {
   using Kind = Singles;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that change the time a result takes, never the result.
+// Parallel loops whose results do not depend on the number of threads.
 //
-// Work is cut into chunks whose number and size depend on the problem alone. Which thread runs a chunk is left open, so
-// anything summed across chunks goes to a slot of its own and is added afterwards, in the order of the chunks.
+// The problem alone decides the number and size of the chunks of work. Any thread may run any chunk, so each chunk writes
+// its sums to a separate slot, and the slots are added afterwards in the order of the chunks.
 // torch's wheels carry libgomp; imported after torch, this module shares that library, and so its pool of threads.
 #pragma once
 
@@ -16,7 +16,7 @@
 namespace minbert {
 
 #if defined(MINBERT_PLAIN_THREADS)
-// csrc/threads.cpp, for ThreadSanitizer: body(context, n) on `count` threads of their own, n from 0 to count - 1.
+// csrc/threads.cpp, for ThreadSanitizer: runs body(context, n) for n from 0 to count - 1, a thread each.
 void on_plain_threads(int count, void (*body)(const void*, int), const void* context);
 int plain_thread_number();
 #endif

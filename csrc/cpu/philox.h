@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dropout drawn where it is needed, in the forward and again in the backward: the stream of kernels/dropout.py.
+// Dropout factors, computed in the forward and again in the backward: the random numbers of kernels/dropout.py.
 //
 // Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), key = seed, counter =
 // (column / 4, row, plane, site); the four words of a draw belong to four neighbouring columns.
 #pragma once
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "cpu/simd.h"
 
@@ -57,7 +53,7 @@ class DropoutRow {
   DropoutRow(const Dropout& dropout, uint32_t plane, uint32_t row)
       : dropout_(dropout), plane_(plane), row_(row) {}
 
-  // out[i] = 0 or 1 / (1 - p), what column i is multiplied with; whole groups of kDrawColumns are written.
+  // Writes column i's factor 0 or 1 / (1 - p) to out[i], in whole groups of kDrawColumns.
   void factors(int64_t columns, float* out) const {
     for (int64_t column = 0; column < columns; column += kDrawColumns) {
       vuint low, high;

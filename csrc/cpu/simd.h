@@ -2,20 +2,36 @@
 // Rows of any length and element type, one register of floats at a time.
 //
 // for_columns(n, body) calls body(i, lanes, slot): `lanes` is All, or Some for what is left at the end, and `load` and
-// `store` take it. Loads fill absent lanes with zeros. `slot` (0 to 3) tells neighbouring calls apart, so that a sum kept
-// in four parts does not wait for its last addition.
+// `store` take it. Loads fill absent lanes with zeros. `slot` (0 to 3) differs between neighbouring
+// calls, so that a sum in four parts does not wait for the addition before it.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-#include "cpu/vec.h"
 #include "dtype.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace minbert {
 namespace MINBERT_ISA {
 
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+// One register. GCC's and Clang's vector types have arithmetic; most loops are plain ones that the compiler vectorises.
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vshort __attribute__((vector_size(kLanes * 2)));
@@ -29,10 +45,25 @@ struct Some {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-inline vfloat load(const float* p, All) { return load(p); }
-inline void store(float* p, vfloat v, All) { store(p, v); }
+inline vfloat load(const float* p, All = {}) {
+  vfloat v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vfloat v, All = {}) { std::memcpy(p, &v, sizeof v); }
 
-// Generic conversions between widths go by halves, so the instructions are named.
+// Writes past the caches, for results that nobody reads soon; p is aligned to the register.
+inline void store_streaming(float* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+// The compiler's generic conversions between widths work by halves, so these name the instructions.
 inline vuint widen(vshort v) {
 #if defined(__AVX512F__)
   return (vuint)_mm512_cvtepu16_epi32((__m256i)v);
@@ -68,7 +99,7 @@ inline void store(bfloat16* p, vfloat v, All) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// Lanes beyond the end: through a whole register on the stack.
+// The last lanes of a row go through a whole register on the stack.
 template <class T>
 inline vfloat load(const T* p, Some some) {
   T whole[kLanes] = {};
@@ -92,7 +123,7 @@ inline void with_element(DType dtype, const Body& body) {
     body(float{});
 }
 
-// Vectors made of a function of the lane, constants for certain: loops would leave it to the optimiser.
+// The vector of Of::of(lane): a compile-time constant, where a loop would depend on the optimiser.
 template <class V, class Of, int... Lane>
 constexpr V make_lanes(std::integer_sequence<int, Lane...>) {
   return V{Of::of(Lane)...};
@@ -139,7 +170,7 @@ inline vfloat smaller(vfloat a, vfloat b) {
 #endif
 }
 
-// All lanes together, by halves: always in the same order.
+// Combines all lanes by halves, always in the same order.
 template <int kHalf, class Add>
 inline float fold_lanes(vfloat v, const Add& add) {
   if constexpr (kHalf == 0) {
@@ -152,6 +183,13 @@ inline float add_lanes(vfloat v) {
   return fold_lanes<kLanes / 2>(v, [](vfloat a, vfloat b) { return a + b; });
 }
 inline float largest_lane(vfloat v) { return fold_lanes<kLanes / 2>(v, larger); }
+
+// The lanes added in their order, in double.
+inline double sum(vfloat v) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
 
 // A sum over columns in four parts.
 struct Sum {
@@ -180,7 +218,7 @@ inline vfloat polynomial(vfloat x, float c, Rest... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
-// 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for anything smaller, NaN for NaN.
+// 2^t for t <= 0 (and a little above), to one unit in the last place; 2^-125 for t below -125, NaN for NaN.
 inline vfloat exp2(vfloat t) {
   t = larger(broadcast(-125.0f), t);
   const vfloat shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are t, rounded

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
 #pragma unroll
       for (int t = 0; t < T; ++t)
 #pragma unroll
-        for (int k = 0; k < kStep; ++k) x[t][k] = column + k < columns ? widen(j[t * stride + column + k]) : 0;
+        for (int k = 0; k < kStep; ++k) x[t][k] = column + k < columns ? to_float(j[t * stride + column + k]) : 0;
     }
     int pair = 0;
 #pragma unroll
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(T))
         load<kAligned>(source, x);
       } else {
 #pragma unroll
-        for (int k = 0; k < kStep; ++k) x[k] = column + k < columns ? widen(source[k]) : 0;
+        for (int k = 0; k < kStep; ++k) x[k] = column + k < columns ? to_float(source[k]) : 0;
       }
 #pragma unroll
       for (int k = 0; k < kStep; ++k) stage[within + k][task] = x[k];

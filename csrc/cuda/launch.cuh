@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CUDA kernel here shares: the caller's stream, errors as exceptions, 16-byte loads and stores.
+// Helpers of all CUDA kernels: the caller's stream, errors as exceptions, 16-byte loads and stores.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -61,16 +61,9 @@ void specialise(const Matrix& j, bool others, const Launch& launch) {
     typed(static_cast<const float*>(j.data));
 }
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
-
+using portable::to_float;
 __device__ inline void narrow(float x, float& to) { to = x; }
-// Round to nearest, ties to even; NaN stays NaN.
-__device__ inline void narrow(float x, bfloat16& to) {
-  const unsigned bits = __float_as_uint(x);
-  const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : rounded);
-}
+__device__ inline void narrow(float x, bfloat16& to) { to = portable::to_bfloat16(x); }
 
 template <class E, int N>
 struct alignas(sizeof(E) * N) Pack {
@@ -85,7 +78,7 @@ __device__ inline void load(const E* p, float (&x)[N]) {
   for (int i = 0; i < N; i += kPack) {
     const Pack<E, kPack> pack = *reinterpret_cast<const Pack<E, kPack>*>(p + i);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) x[i + k] = widen(pack.value[k]);
+    for (int k = 0; k < kPack; ++k) x[i + k] = to_float(pack.value[k]);
   }
 }
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ops, a file each: the encoder's, gradient surgery's and AdamW. backend.py picks Triton, the C++ extension or PyTorch.
 
-Every op of the encoder works two ways. Plainly, it is differentiable in all its tensors, for code that uses autograd.
-With a sink (`into`), its backward writes parameter gradients apart by task into the sink's views, and only activations
-get gradients.
+Every op of the encoder works in two ways. Without a sink, autograd differentiates it in all its tensors. With a sink
+(`into`), its backward writes each task's parameter gradients into the sink's views, and autograd gets the gradients of
+the activations alone.
 """
 
 from minbert_fast.ops.adamw import AdamWStep, adamw
@@ -17,20 +17,6 @@ from minbert_fast.ops.linear import LinearSink, linear
 from minbert_fast.ops.weights import clip_scale, pcgrad_weights
 
 __all__ = [
-    "AdamWStep",
-    "AddNormSink",
-    "BiasGeluSink",
-    "EmbeddingSink",
-    "LinearSink",
-    "adamw",
-    "add_norm",
-    "attention",
-    "attention_dense",
-    "bias_gelu",
-    "clip_scale",
-    "combine",
-    "embedding",
-    "gram",
-    "linear",
-    "pcgrad_weights",
-]
+    "AdamWStep", "AddNormSink", "BiasGeluSink", "EmbeddingSink", "LinearSink", "adamw", "add_norm", "attention",
+    "attention_dense", "bias_gelu", "clip_scale", "combine", "embedding", "gram", "linear", "pcgrad_weights",
+]  # fmt: skip

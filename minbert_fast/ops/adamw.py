@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One AdamW step on the combined gradient g = w J, in one pass over memory that never writes g.
 
-One small fp32 tensor on the parameters' device holds the numbers of a step, so that a captured graph follows a schedule:
+A small fp32 tensor on the parameters' device holds the numbers of a step, so that a captured graph follows a schedule:
 
-    scalars [4] = learning rate | step, counted from 1 | factor of the gradient | skip: not 0 leaves everything as it is
+    scalars [4] = learning rate | step, counted from 1 | factor of the gradient | skip: if not 0, the step changes nothing
 
 `clip_scale` writes the last two.
 """
@@ -19,24 +19,21 @@ from torch import Tensor
 from minbert_fast.ops.backend import surgery_implementation
 from minbert_fast.ops.combine import reference as combined
 from minbert_fast.ops.library import custom_op
-from minbert_fast.ops.native.surgery import adamw_struct, call, check_gradients, matrix
-from minbert_fast.ops.native.tensors import check, contiguous, distinct
+from minbert_fast.ops.native.surgery import adamw_struct, call, check, check_gradients, distinct, matrix
 
 #: Positions in `scalars`, and their number.
 LEARNING_RATE, STEP, GRADIENT_SCALE, SKIP, SCALARS = range(5)
 
 
 class AdamWStep(NamedTuple):
-    """The arguments of `adamw`. All tensors are fp32 and contiguous unless it says otherwise.
+    """The arguments of `adamw`. Tensors are fp32 and contiguous unless a comment says otherwise.
 
     Dense: p [P], J [T, P]. By rows: a table p [V, H] of which U rows have a gradient, J [T, U, H]. The other rows take
     the step that a dense AdamW takes on a gradient of zero.
     """
 
-    J: Tensor  # the tasks' gradients, fp32 or bf16; rows any distance apart
-    w: (
-        Tensor | None
-    )  # [T]; None when J is one task's plain gradient. A row of weight 0 takes no part, even if not finite
+    J: Tensor  # the tasks' gradients, fp32 or bf16, any task stride
+    w: Tensor | None  # [T]; a row of weight 0 is ignored, even if not finite. None: J is one task's plain gradient
     p: Tensor  # the parameters
     m: Tensor  # Adam's first moment, of p's shape
     v: Tensor  # Adam's second moment
@@ -78,7 +75,7 @@ def adamw(step: AdamWStep) -> None:
     """Updates p, m, v and the copy in place.
 
     Raises ValueError for tensors and settings that do not fit, before anything is written. A slot of U or more is a
-    ValueError on the CPU; a GPU, where looking would mean waiting, takes it for none.
+    ValueError on the CPU. A GPU treats it as none, because a check would wait for the device.
     """
     _adamw(*step)
 
@@ -101,13 +98,13 @@ def _check(a: AdamWStep) -> None:
     if a.w is None and tasks != 1:
         raise ValueError(f"w may be absent for one task only, and J has {tasks}")
     shape = [None, a.J.shape[2]] if rows else [a.J.shape[1]]
-    contiguous("p", check("p", a.p, shape, torch.float32, device))
+    check("p", a.p, shape, device=device)
     shapes = {"w": [tasks], "m": a.p.shape, "v": a.p.shape, "scalars": [SCALARS], "copy": a.p.shape}
     dtypes = {"copy": torch.bfloat16, "row_slot": torch.int32}
     for name, size in (shapes | {"row_slot": a.p.shape[:1]}).items():
         tensor = getattr(a, name)
         if tensor is not None:
-            contiguous(name, check(name, tensor, size, dtypes.get(name, torch.float32), device))
+            check(name, tensor, size, dtypes.get(name, torch.float32), device)
     distinct(J=a.J, w=a.w, p=a.p, m=a.m, v=a.v, copy=a.copy, scalars=a.scalars, row_slot=a.row_slot)
 
 
@@ -134,4 +131,3 @@ _run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     return_annotation=None,
 )
 _adamw = custom_op("adamw", mutates_args=("p", "m", "v", "copy"))(_run)
-_adamw.register_fake(lambda *step: None)

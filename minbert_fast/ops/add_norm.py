@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = LayerNorm(residual + dropout(x + bias)): what follows the attention and the feed-forward products of a layer.
+"""y = LayerNorm(residual + dropout(x + bias)): the op after the attention and the feed-forward products of a layer.
 
 Shapes: N token rows, H hidden, T tasks. Statistics are fp32.
 """
@@ -35,22 +35,14 @@ class AddNormSink(NamedTuple):
 
 
 def add_norm(
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    into: AddNormSink | None = None,
-) -> Tensor:
+    x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    p: float = 0.0, seed: Tensor | None = None, site: int = 0, into: AddNormSink | None = None,
+) -> Tensor:  # fmt: skip
     """LayerNorm(residual + dropout(x + bias)) over the last dimension.
 
     x and residual [..., H] of one dtype; bias, gamma, beta [H] of that dtype or fp32. Dropout with probability p draws
-    from (seed int64 [1], site). Differentiable once in all five tensors. With `into` (x [N, H]), parameters are
-    constants, their gradients go into the sink apart by task, and rows from bounds[T] on get and give none.
+    from (seed int64 [1], site). Differentiable once in all five tensors. With `into` (x [N, H]), parameters are constants
+    for autograd, and each task's gradients of them go into the sink. Rows from bounds[T] on get no gradient and add to none.
 
     Raises ValueError if shapes or dtypes disagree, p is not in [0, 1), or p > 0 has no seed.
     """

@@ -33,14 +33,9 @@ def reference(qkv: Tensor, attended: Tensor, scale: float, keep: Tensor | float 
 
 
 def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-) -> Tensor:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    dropout_p: float = 0.0, seed: Tensor | None = None, site: int = 0,
+) -> Tensor:  # fmt: skip
     """softmax(q k^T scale) v within each sentence, differentiable once in qkv.
 
     qkv [N, 3, h, d]; sentence b owns rows cu_seqlens[b] to cu_seqlens[b + 1] (int32 [B + 1] on qkv's device);

@@ -29,8 +29,8 @@ def triton_available() -> bool:
 def implementation(tensor: Tensor) -> Implementation:
     """The implementation for tensors like this one: Triton on a GPU, the C++ extension on a CPU, else PyTorch.
 
-    PyTorch for fp64 anywhere, and for fp16 on a CPU: the others know none. A meta tensor, which only has the ops traced,
-    stands for one on a GPU.
+    PyTorch for fp64 on any device and for fp16 on a CPU: the others do not support them. A meta tensor, on which ops are
+    only traced, counts as one on a GPU.
     """
     if _forced is not None:
         return _forced
@@ -44,7 +44,7 @@ def implementation(tensor: Tensor) -> Implementation:
 
 
 def surgery_implementation(tensor: Tensor) -> Implementation:
-    """The same for surgery's ops and AdamW, which the extension has for a GPU too, if it was built with CUDA."""
+    """The same for surgery's ops and AdamW. An extension built with CUDA has them for a GPU too."""
     if tensor.is_cuda and native.HAS_CUDA and _forced is None:
         return "native"
     return implementation(tensor)
@@ -62,5 +62,5 @@ def force(choice: Implementation) -> Iterator[None]:
 
 
 def drops_padding(tensor: Tensor) -> bool:
-    """Whether rectangular input is worth packing first: on a CPU yes, but never where shapes must stay static."""
+    """Whether to pack rectangular input first: on a CPU, unless torch.compile needs static shapes."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = GELU(x + bias) in the erf form: what follows the first feed-forward product of a layer.
+"""y = GELU(x + bias) in the erf form: the op after the first feed-forward product of a layer.
 
 Shapes: N token rows, F intermediate, T tasks.
 """
@@ -33,8 +33,8 @@ class BiasGeluSink(NamedTuple):
 def bias_gelu(x: Tensor, bias: Tensor, into: BiasGeluSink | None = None) -> Tensor:
     """GELU(x + bias) with the exact (erf) GELU; x [..., F], bias [F] of x's dtype or fp32.
 
-    Differentiable once in both. With `into` (x [N, F]), the bias is a constant, its gradient goes into the sink apart
-    by task, and rows from bounds[T] on get and give none. Raises ValueError if shapes disagree.
+    Differentiable once in both. With `into` (x [N, F]), the bias is a constant for autograd, and each task's gradient of it
+    goes into the sink. Rows from bounds[T] on get no gradient and add to none. Raises ValueError if shapes disagree.
     """
     segments.expect("bias", bias, x.shape[-1:])
     rows = x.reshape(-1, x.shape[-1])

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from minbert_fast.ops.backend import surgery_implementation
 from minbert_fast.ops.library import custom_op
-from minbert_fast.ops.native.surgery import call, check_gradients, matrix
-from minbert_fast.ops.native.tensors import check, contiguous, distinct
+from minbert_fast.ops.native.surgery import call, check, check_gradients, distinct, matrix
 
 
 def reference(J: Tensor, w: Tensor | None) -> Tensor:
@@ -23,7 +22,7 @@ def reference(J: Tensor, w: Tensor | None) -> Tensor:
 
 
 def combine(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """g [P] = w J in fp32, from J [T, P] (as in `gram`) and w [T]. A row of weight 0 takes no part, even if not finite."""
+    """g [P] = w J in fp32, from J [T, P] (as in `gram`) and w [T]. A row of weight 0 is ignored, even if not finite."""
     if out is None:
         out = J.new_empty(J.shape[1], dtype=torch.float32)
     _combine(J, w, out)
@@ -33,8 +32,8 @@ def combine(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 @custom_op("combine", mutates_args=("out",))
 def _combine(J: Tensor, w: Tensor, out: Tensor) -> None:
     check_gradients(J)
-    contiguous("w", check("w", w, [J.shape[0]], torch.float32, J.device))
-    contiguous("out", check("out", out, [J.shape[1]], torch.float32, J.device))
+    check("w", w, [J.shape[0]], device=J.device)
+    check("out", out, [J.shape[1]], device=J.device)
     distinct(J=J, w=w, out=out)
     match surgery_implementation(J):
         case "triton":
@@ -45,6 +44,3 @@ def _combine(J: Tensor, w: Tensor, out: Tensor) -> None:
             call("combine", J, matrix(J), w, out)
         case "torch":
             out.copy_(reference(J, w))
-
-
-_combine.register_fake(lambda J, w, out: None)

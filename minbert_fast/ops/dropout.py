@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dropout masks of kernels/dropout.py in plain PyTorch: the same Philox4x32-7, the same numbers, on any device.
 
-No generator state and no question to the device, so a backward draws its forward's mask again.
+There is no generator state, and no value is read from the device. A backward draws its forward's mask again.
 """
 
 from __future__ import annotations
@@ -24,12 +24,8 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     for _ in range(_ROUNDS):
         # An int64 product of two 32-bit words wraps, but its 64 bits are the right ones.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((second >> 32) & _LOW) ^ b ^ low,
-            second & _LOW,
-            ((first >> 32) & _LOW) ^ d ^ high,
-            first & _LOW,
-        )
+        a, b = ((second >> 32) & _LOW) ^ b ^ low, second & _LOW
+        c, d = ((first >> 32) & _LOW) ^ d ^ high, first & _LOW
         low, high = (low + _KEY_STEPS[0]) & _LOW, (high + _KEY_STEPS[1]) & _LOW
     return a, b, c, d
 

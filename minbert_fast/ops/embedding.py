@@ -45,26 +45,16 @@ class EmbeddingSink(NamedTuple):
 
 
 def embedding(
-    tokens: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    into: EmbeddingSink | None = None,
-) -> Tensor:
+    tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
+    gamma: Tensor, beta: Tensor, eps: float,
+    p: float = 0.0, seed: Tensor | None = None, site: int = 0, into: EmbeddingSink | None = None,
+) -> Tensor:  # fmt: skip
     """Rows [N, H] of the summed embeddings, normalised, with dropout.
 
     tokens, positions, types int32 [N]; word [V, H], position [S, H], type_ [K, H] of one dtype; gamma, beta [H] of that
     dtype or fp32. Dropout with probability p draws from (seed int64 [1], site). Differentiable once in all five. With
-    `into`, parameters are constants, their gradients go into the sink apart by task, and rows from bounds[T] on add to
-    none.
+    `into`, parameters are constants for autograd, and each task's gradients of them go into the sink. Rows from bounds[T]
+    on add to none.
 
     Raises ValueError if shapes or dtypes disagree, p is not in [0, 1), or p > 0 has no seed.
     """

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from minbert_fast.ops.backend import surgery_implementation
 from minbert_fast.ops.library import custom_op
-from minbert_fast.ops.native.surgery import call, check_gradients, matrix
-from minbert_fast.ops.native.tensors import check, contiguous, distinct
+from minbert_fast.ops.native.surgery import call, check, check_gradients, distinct, matrix
 
 
 def reference(J: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -35,7 +34,7 @@ def gram(J: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tens
 @custom_op("gram", mutates_args=("out",))
 def _gram(J: Tensor, out: Tensor, accumulate: bool) -> None:
     check_gradients(J)
-    contiguous("out", check("out", out, [J.shape[0], J.shape[0]], torch.float32, J.device))
+    check("out", out, [J.shape[0], J.shape[0]], device=J.device)
     distinct(J=J, out=out)
     match surgery_implementation(J):
         case "triton":
@@ -47,6 +46,3 @@ def _gram(J: Tensor, out: Tensor, accumulate: bool) -> None:
             call("gram", J, matrix(J), workspace, out, accumulate)
         case "torch":
             reference(J, out, accumulate)
-
-
-_gram.register_fake(lambda J, out, accumulate: None)

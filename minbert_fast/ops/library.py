@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a function becomes an op that torch knows: a schema, an implementation, a fake for tracing.
+"""Registers a function as a torch op: a schema, an implementation, a fake for tracing.
 
-The same that `torch.library.custom_op` makes, by the calls beneath it (PyTorch's "Python custom operators" manual):
-`custom_op` imports all of torch._dynamo, a second or more, at the first call of any op, whether or not anything compiles.
+The result is that of `torch.library.custom_op`, made by the calls beneath it (PyTorch's "Python custom operators" manual).
+`custom_op` itself imports all of torch._dynamo at the first call of any op, which takes a second or more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Op:
     ) -> None:
         schema = torch.library.infer_schema(declared, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _counting(run, _places(declared, mutates_args)), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _launched(run, _places(declared, mutates_args)), "CompositeExplicitAutograd")
         self.name = f"{NAMESPACE}::{name}"
         self.__doc__ = declared.__doc__
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -40,7 +40,7 @@ class Op:
         return self.overload(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: what the op's outputs look like, from what its inputs look like."""
+        """Decorator: `function` makes the op's outputs for tracing, with their shapes and dtypes but no values."""
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
         return function
 
@@ -48,9 +48,17 @@ class Op:
 def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Op]:
     """Decorator: makes a function of tensors and numbers the op `minbert_fast::name`.
 
-    `mutates_args` names the arguments that it writes to. The op's outputs take no gradient.
+    `mutates_args` names the arguments that it writes to. The op's outputs take no gradient. An op with outputs still
+    needs `register_fake`.
     """
-    return lambda function: Op(name, function, mutates_args, _on_its_device(function))
+
+    def declare(function: Callable[..., Any]) -> Op:
+        op = Op(name, function, mutates_args, function)
+        if not op.overload._schema.returns:
+            op.register_fake(lambda *arguments: None)
+        return op
+
+    return declare
 
 
 def kernel_op(*mutates_args: str) -> Callable[[Callable[..., Any]], Op]:
@@ -74,8 +82,7 @@ def kernel_op(*mutates_args: str) -> Callable[[Callable[..., Any]], Op]:
             outputs = made if isinstance(made, tuple) else () if made is None else (made,)
             if implementation(arguments[0]) == "triton":
                 kernels = importlib.import_module(f"minbert_fast.kernels.{module}")
-                with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-                    getattr(kernels, name)(*arguments, *outputs)
+                getattr(kernels, name)(*arguments, *outputs)
             else:
                 native.call(name, *arguments, *outputs)
             return made
@@ -91,25 +98,16 @@ def _places(function: Callable[..., Any], names: tuple[str, ...]) -> frozenset[i
     return frozenset(place for place, name in enumerate(inspect.signature(function).parameters) if name in names)
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, run with the device of its first argument, a tensor, as the current one: Triton launches there."""
+def _launched(function: Callable[..., Any], written: frozenset[int]) -> Callable[..., Any]:
+    """`function`, run with the device of its first argument, a tensor, as the current one: Triton launches there.
+
+    Afterwards it tells autograd which arguments were `written` through addresses: a saved tensor that changed is an error.
+    """
 
     @functools.wraps(function)
     def called(*arguments: Any) -> Any:
         with torch.cuda.device_of(arguments[0]):
-            return function(*arguments)
-
-    return called
-
-
-def _counting(function: Callable[..., Any], written: frozenset[int]) -> Callable[..., Any]:
-    """`function`, which after writing through addresses tells autograd so: a saved tensor that changed is an error."""
-    if not written:
-        return function
-
-    @functools.wraps(function)
-    def called(*arguments: Any) -> Any:
-        result = function(*arguments)
+            result = function(*arguments)
         tensors = [arguments[place] for place in written if arguments[place] is not None]
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
         return result

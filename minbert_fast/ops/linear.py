@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = x W^T (+ b), whose weight gradient can be kept apart by task: J[t] = dY[rows of t]^T X[rows of t].
+"""y = x W^T (+ b), whose weight gradient can be computed for each task: J[t] = dY[rows of t]^T X[rows of t].
 
 Shapes: N token rows, I inputs, O outputs, T tasks.
 """
@@ -28,8 +28,8 @@ class LinearSink(NamedTuple):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, into: LinearSink | None = None) -> Tensor:
     """x [..., I] W^T (+ bias) -> [..., O]; weight [O, I].
 
-    With `into` (x [N, I]), weight and bias are constants and their gradients go into the sink apart by task; rows from
-    bounds[T] on add to none. Without it, this is torch.nn.functional.linear.
+    With `into` (x [N, I]), weight and bias are constants for autograd, and each task's gradients of them go into the sink.
+    Rows from bounds[T] on add to none. Without `into`, this is torch.nn.functional.linear.
     """
     if into is None:
         return F.linear(x, weight, bias)
@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, into: LinearSi
 def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
     """dy [N, O], x [N, I] of one dtype -> dweight[t] = dy[rows of t]^T x[rows of t] [T, O, I], dbias [T, O].
 
-    Sums are fp32 whatever the inputs. Outputs are overwritten, with zeros for an empty task.
+    Sums are fp32 for every input dtype. Outputs are overwritten, with zeros for an empty task.
     """
     choice = implementation(dy)
     if choice == "triton":
@@ -57,13 +57,8 @@ def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | No
     return None
 
 
-@linear_gradients.register_fake
-def _(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-    return None
-
-
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b. If their dtypes differ, a CPU first rounds to the operands' dtype, as plain PyTorch's gradient is."""
+    """out = a b. If the dtypes differ, a CPU first rounds to the operands' dtype, as plain PyTorch does."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.device.type == "cuda" and out.dtype == torch.float32:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From packed tokens to one vector a sentence: mean, first token or maximum.
 
-Backward is a gather in every mode (each token row asks its sentence), so no two programs add to one address and the
-result is the same bits on each run. Nothing asks the device for a value.
+The backward is a gather in every mode: each token row reads its sentence's gradient. No two programs add to one address,
+so every run gives the same bits. No value is read from the device.
 
 Shapes: N token rows, B sentences, H hidden, S the longest sentence.
 """
@@ -35,7 +35,7 @@ class _Pool(torch.autograd.Function):
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         first, empty = cu_seqlens[:-1], (cu_seqlens[1:] == cu_seqlens[:-1])[:, None]
         argmax = None
-        if hidden.shape[0] == 0 or first.shape[0] == 0:  # no row to read, or nobody to read it
+        if hidden.shape[0] == 0 or first.shape[0] == 0:  # no rows, or no sentences
             pooled = x.new_zeros(first.shape[0], hidden.shape[1])
         elif mode == "mean":
             lengths = cu_seqlens.diff().clamp(min=1)[:, None]
@@ -72,7 +72,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _sentence_of_row(cu_seqlens: Tensor, like: Tensor, rows: int | None = None) -> Tensor:
-    """The sentence of each row [N]; rows before or behind them all get the first or last (callers mask them)."""
+    """The sentence of each row [N]. Rows of no sentence get the first or the last one; callers mask them."""
     row = torch.arange(like.shape[0] if rows is None else rows, device=like.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers of the ops: checks of shapes, the tasks' row ranges, and a formula's gradients apart by task."""
+"""Helpers of the ops: checks of shapes, the tasks' row ranges, and each task's gradients of a formula."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype |
 
 
 def segments(bounds: Tensor) -> list[tuple[int, int]]:
-    """Row ranges of the tasks, on the host; asks the device for values."""
+    """Row ranges of the tasks, on the host. Waits for the device."""
     return list(itertools.pairwise(bounds.tolist()))
 
 
@@ -60,8 +60,8 @@ def by_task(
 ) -> Tensor:
     """formula(*rows, *parameters) [N, ...] in plain PyTorch, which computes each row from the same row of `rows` [N, ...].
 
-    The backward hands each parameter's gradient to its store, task by task; the parameters themselves are constants.
-    Rows from bounds[T] on get no gradient and give none.
+    The parameters are constants for autograd: the backward passes each task's gradients of them to their stores. Rows from
+    bounds[T] on get no gradient and add to none.
     """
     return _ByTask.apply(formula, len(rows), stores, bounds, anchor(bounds.device), *rows, *parameters)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,26 +15,10 @@ Array = NDArray[np.float64]
 Reduction = Literal["sum", "mean"]
 
 
-class Weights(Protocol):
-    """A surgery method as the training step uses it."""
+class Weights:
+    """A surgery method as the training step uses it. As it is here, it has no state and draws no random numbers."""
 
-    capturable: bool
-    """Whether a CUDA graph may capture a call: it runs on the device and never waits."""
-
-    def prepare(self, tasks: int, device: torch.device) -> None:
-        """Does one step's host work (random orders). Called before every step, outside a captured graph."""
-
-    def __call__(self, gram: Tensor) -> Tensor:
-        """w [T] from G [T, T], on G's device."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Stateless:
-    """A method without state and without random numbers."""
-
+    #: Whether a CUDA graph may capture a call: the call runs on the device and never waits for it.
     capturable = False
 
     def __init__(self, reduction: Reduction = "sum") -> None:
@@ -43,7 +27,11 @@ class Stateless:
         self.reduction = reduction
 
     def prepare(self, tasks: int, device: torch.device) -> None:
-        pass
+        """Does one step's host work (random orders). The step calls it first, outside a captured graph."""
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        """w [T] from G [T, T], on G's device."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -52,7 +40,7 @@ class Stateless:
         pass
 
 
-class OnHost(Stateless):
+class OnHost(Weights):
     """A method solved on the host in fp64.
 
     `solve` maps the G of the finite tasks, scaled to a largest square of 1, to the weights of their average.
@@ -76,5 +64,5 @@ class OnHost(Stateless):
 
 
 def nonfinite(gram: Tensor) -> Tensor:
-    """bool [T], on the device: whose gradient holds NaN or infinity (or is too long for its square to fit fp32)."""
+    """bool [T], on the device: whether a task's gradient holds NaN or infinity, or its squared norm overflows fp32."""
     return ~gram.diagonal().isfinite()

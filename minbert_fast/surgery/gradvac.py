@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GradVac: gradients turned until their cosines reach what is usual for the pair (Wang et al. 2021, arXiv:2010.05874).
+"""GradVac: gradients turned until each pair's cosine reaches its running average (Wang et al. 2021, arXiv:2010.05874).
 
     >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     >>> GradVac()(J @ J.T)          # the first targets are 0: PCGrad

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """No surgery: the gradients are added, or averaged.
 
-    >>> Equal("mean")(torch.eye(2))
-    tensor([0.5000, 0.5000])
+>>> Equal("mean")(torch.eye(2))
+tensor([0.5000, 0.5000])
 
 w_i = 1 for reduction "sum", 1/T for "mean".
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minbert_fast.surgery.base import Stateless, nonfinite
+from minbert_fast.surgery.base import Weights, nonfinite
 
 
-class Equal(Stateless):
+class Equal(Weights):
     """The same weight for every task."""
 
     capturable = True

@@ -7,7 +7,7 @@
 
     g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j    for every other task j in random order, where g_i . g_j < 0
 
-Each projected g_i stays a combination of the rows of J, so its coefficients and G are all that the loop needs.
+Each projected g_i stays a combination of the rows of J, so the loop needs only its coefficients and G.
 The optimizer wrapper of the same name, `minbert_fast.PCGrad`, is in wrapper.py.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from minbert_fast import ops
-from minbert_fast.surgery.base import Reduction, Stateless, nonfinite
+from minbert_fast.ops.weights import pcgrad_reference
+from minbert_fast.surgery.base import Reduction, Weights
 
 
 def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
@@ -27,11 +28,11 @@ def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
     return torch.stack([torch.randperm(tasks, generator=generator) for _ in range(tasks)]).int()
 
 
-class Projections(Stateless):
+class Projections(Weights):
     """PCGrad's weights from G.
 
-    `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()), whose state is what
-    `state_dict` saves. A call without `prepare` draws for itself.
+    `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()). `state_dict` saves the
+    generator's state. A call without `prepare` draws the orders first.
     """
 
     capturable = True
@@ -73,17 +74,9 @@ class Projections(Stateless):
 class ClassicProjections(Projections):
     """PCGrad as the classic PyTorch loop computes it: j runs over task i itself, too.
 
-    That matters from three tasks on: after two projections g_i may point against what it was, and loses that part.
+    That matters from three tasks on: after two projections g_i may conflict with its original, and loses that part.
     """
 
     def project(self, gram: Tensor, orders: Tensor) -> Tensor:
-        finite = ~nonfinite(gram)
-        usable = torch.where(finite & finite[:, None], gram.double(), 0)
-        squares = usable.diagonal()
-        c = torch.diag(finite.double())  # row i: the coefficients of g_i
-        for j in orders.T.long():  # [T]: the next task for each g_i
-            product = (c * usable[j]).sum(1)
-            step = torch.where((product < 0) & (squares[j] > 0), product / squares[j], 0)
-            c.scatter_add_(1, j[:, None], -step[:, None])
-        w = c.mean(0) if self.reduction == "mean" else c.sum(0)
+        w, _ = pcgrad_reference(gram.double(), orders, self.reduction == "mean", skip_own=False)
         return w.to(gram.dtype)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minbert_fast.surgery.base import Stateless, nonfinite
+from minbert_fast.surgery.base import Weights, nonfinite
 
 # Weightings of other matrices than G: what they need.
 UNFIT = {
@@ -27,7 +27,7 @@ UNFIT = {
 }
 
 
-class FromTorchJD(Stateless):
+class FromTorchJD(Weights):
     """A TorchJD `Weighting`, or any other callable from G to w. It may wait for the device.
 
     The weights are used as the callable gives them: no reduction is applied.

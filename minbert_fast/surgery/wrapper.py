@@ -37,7 +37,7 @@ class PCGrad:
 
     The defaults are the classic's:
 
-    reduction: what becomes of the projected gradients. "mean" averages them over the tasks where all losses reach a
+    reduction: how the projected gradients are combined. "mean" averages them over the tasks where all losses reach a
         parameter, and adds them elsewhere (a head keeps its scale). "sum" adds them everywhere.
     scope: the parameters whose gradients count in norms and inner products and are changed. "all": every parameter of
         the optimizer, heads included. "shared": those that at least two losses reach; the others keep their loss's
