@@ -37,7 +37,8 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
     word = encoder.word_embedding.get_parameter("weight")
     own = encoder.one_pass_parameters()
     rest = [p for p in encoder.parameters() if all(p is not q for q in (*own, word))]
-    shared = [encoder_spec(p) for p in (*own, *rest) if id(p) in trains]
+    once = dict.fromkeys((*own, *rest))  # a layer may stand in two places
+    shared = [encoder_spec(p) for p in once if id(p) in trains]
     heads: dict[str, list[ParameterSpec]] = {task: [] for task in recipe.tasks}
     for task in recipe.tasks:
         for p in model.head_parameters([task]):
