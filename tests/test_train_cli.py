@@ -421,6 +421,7 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(
         (["--set", "optimizer.schedule=sawtooth"], "expected one of linear, cosine, exponential, constant"),
         (["--set", "tasks.sentiment.dropout=2"], "dropout"),
         (["--set", "tasks.parafrase.weight=1"], "parafrase"),
+        (["--set", "tasks.words.kind='sentiment'"], "tasks.words: this name is reserved, choose another"),
         (["--surgery", "nonsense"], "nonsense"),
         (["--data", "/absent"], "/absent"),
         (["--model", "./absent"], "./absent"),

@@ -200,6 +200,8 @@ class Recipe:
         check(bool(self.tasks), "tasks: expected at least one task")
         for name, options in self.tasks.items():
             check(isinstance(options, Mapping), f"tasks.{name} = {options!r}: expected a table of keys")
+            # The flat buffers label the encoder's regions with these names, and each head's region with its task's.
+            check(name not in ("shared", "words", "frozen"), f"tasks.{name}: this name is reserved, choose another")
 
     def resolved_stages(self) -> tuple[Recipe, ...]:
         """One complete recipe per stage: the whole recipe updated with the stage's values.
