@@ -46,7 +46,8 @@ $(READY): $(SOURCES)
 
 # What only lint, types, wheel and the documentation site need.
 $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(READY)
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$*]'
+	$(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'], \
+		sep='\n')" | $(RUN) -m pip install --quiet -c constraints.txt -r /dev/stdin
 	touch $@
 
 # On a CUDA machine that has torch and a compiler already, and perhaps no network: build, test, sanitize, measure.
