@@ -32,7 +32,8 @@ tests=(-m pytest -q -W default -p no:cacheprovider)
 
 # Tests that touch the compiled extension, and its kernels alone: the sanitizer slows everything down. Each tensor is an
 # allocation of its own there, so that what lies behind it is out of bounds (and no graph can be captured).
-sanitized=(-m pytest -q -W default -p no:cacheprovider tests/surgery tests/ops/test_gram.py tests/ops/test_adamw.py -m gpu
+sanitized=(-m pytest -q -W default -p no:cacheprovider tests/surgery tests/ops/test_gram.py tests/ops/test_combine.py
+    tests/ops/test_adamw.py -m gpu
     -k "not triton and not torch and not opcheck and not compiled and not 32_bits and not graph")
 
 run() { # run PART

@@ -109,7 +109,7 @@ def test_an_install_without_isolation_works_from_any_directory(tmp_path: Path) -
         [python, "-m", "pip", *install], cwd=tree, env=os.environ | flags, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    code = "import minbert_fast.ops.native, minbert_fast.kernels, minbert_fast as m; print(m.__file__, m.ops.native._C.__file__)"
+    code = "from minbert_fast import _C, kernels; import minbert_fast; print(minbert_fast.__file__, _C.__file__)"
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(path.startswith(str(tree)) for path in done.stdout.split())
