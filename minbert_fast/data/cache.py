@@ -28,7 +28,6 @@ import numpy as np
 import tokenizers
 
 from minbert_fast.common.storage import flush_directory, flush_file, write_text
-from minbert_fast.data.chain import chain
 from minbert_fast.data.files import MAX_BAD_ROWS, Table, open_rows
 from minbert_fast.data.formats import Layout
 from minbert_fast.data.inputs import Input, file_input
@@ -37,7 +36,7 @@ from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show_p
 from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.readers.records import STANDARD_INPUT, open_regular
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable
+from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
 
 VERSION = 2  # of an entry's layout; entries of other versions are ignored
 BLOCK = 1 << 20  # bytes of a cached array that are read at a time

@@ -191,7 +191,7 @@ class _PartReader:
         if len(values) == 1:
             label = values[0]
         else:
-            marks = [label_text(value) for value in values]
+            marks = [label_text(value).lower() for value in values]
             for column, mark in zip(self.columns.label, marks, strict=True):
                 if mark not in ("0", "1", "false", "true"):
                     raise ValueError(f"{column} is {show(mark)}, expected 0 or 1")

@@ -74,7 +74,16 @@ class Input:
         return ENDINGS[ending]
 
     def open(self) -> Records:
-        """Opens the only file, or the rows. Raises DataError."""
+        """Opens the only file, or the rows, and reads the names of the columns. Raises DataError."""
+        records = self._records()
+        try:
+            records.begin()
+        except BaseException:
+            records.close()
+            raise
+        return records
+
+    def _records(self) -> Records:
         if not self.files:
             names = self.layout.texts or usual_names(self.texts)[0]
             return memory_records(self.rows, self.name, names)

@@ -56,10 +56,11 @@ def _format_of(path: Path, column: str | None) -> Kind:
 
 def _usual_column(records: Records) -> str:
     """The column that is read where none is named."""
-    known = [str(name) for name in records.names if name]
-    for usual in [*(name for (name,) in usual_names(1)), *(known if len(records.names) == 1 else ())]:
-        if usual in known:
-            return usual
+    known = [str(name) for name in records.names]
+    usual = [*(name for (name,) in usual_names(1)), *(known if len(known) == 1 else ())]
+    found = next((name for name in usual if name in known), "")
+    if found:
+        return str(found)
     raise DataError(f"{records.place}: which column? --column names one of {_names(records)}")
 
 

@@ -14,10 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from minbert_fast.data.chain import chain
 from minbert_fast.data.sampling import philox
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import TokenTable, join_pair, offsets_of, truncate
+from minbert_fast.data.tokens import TokenTable, chain, join_pair, offsets_of, truncate
 
 IGNORED = -100  # the target of a position without one, as in torch's cross_entropy
 

@@ -1,128 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenized sentences: one flat array of word ids, and the offset of each sentence in it; tables of them, and views.
+"""Tables of tokenized rows, and views of them: some rows of one table, or several tables as one.
 
-Sentences are stored untruncated as [CLS] .. [SEP]. Batches truncate them, so one tokenized file serves every maximum
-length. A view (`TokenTable.select`, chain.py) shares the word ids of the tables that it is made of.
+A view shares the word ids of the tables that it is made of.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Literal
 
 import numpy as np
 
 from minbert_fast.data.files import Table
 from minbert_fast.data.messages import BadRow, DataError, show_path
+from minbert_fast.data.sentences import (
+    Chained,
+    ChainedSentences,
+    Items,
+    Selected,
+    SelectedSentences,
+    Sentences,
+    Text,
+    Tokens,
+    join_pair,
+    offsets_of,
+    part_of,
+    truncate,
+)
 
 #: How the sentences of an example become sequences: one sequence each ("bi"), one joint sequence ("cross"), or both.
 Encoder = Literal["bi", "cross", "both"]
 
 
-Item = TypeVar("Item", covariant=True)
-Rows = np.ndarray | Sequence[int]
-
-
-class Items(Protocol[Item]):
-    """A column of a table: an item for each row."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int, /) -> Item: ...
-
-
-class Sentences(Items[np.ndarray], Protocol):
-    """A column of tokenized sentences: Tokens, or a view of some."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [sentences]."""
-
-
-def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """int64 [n + 1]: where each of n adjacent pieces begins, then the end."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Sentences of word ids, concatenated; each is [CLS] .. [SEP]."""
-
-    flat: np.ndarray  # [tokens] word ids, uint16 or int32; may be memory-mapped
-    offsets: np.ndarray  # [sentences + 1] int64: where each sentence begins in `flat`, then the end
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, sentence: int) -> np.ndarray:
-        """The word ids [length] of one sentence (a view)."""
-        return self.flat[self.offsets[sentence] : self.offsets[sentence + 1]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[sentence] for sentence in range(len(self)))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [sentences]."""
-        lengths = np.empty(len(self), dtype=np.int32)
-        # Subtracts into int32 directly: an int64 intermediate of millions of sentences would be twice as large.
-        np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
-        return lengths
-
-    @staticmethod
-    def of(sentences: Sequence[Sequence[int] | np.ndarray]) -> Tokens:
-        parts = [np.empty(0, np.int32), *(np.asarray(sentence, dtype=np.int32) for sentence in sentences)]
-        return Tokens(np.concatenate(parts), offsets_of([len(sentence) for sentence in sentences]))
-
-
-@dataclass(frozen=True)
-class Text:
-    """Short strings concatenated in UTF-8, so that millions of them need no Python objects."""
-
-    flat: np.ndarray  # [bytes] uint8; may be memory-mapped
-    offsets: np.ndarray  # [strings + 1] int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return bytes(self.flat[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
-
-    @staticmethod
-    def of(strings: Sequence[str]) -> Text:
-        encoded = [string.encode("utf-8") for string in strings]
-        return Text(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets_of([len(each) for each in encoded]))
-
-
-@dataclass(frozen=True)
-class Selected(Generic[Item]):
-    """Some items of a column, by row; an item is not copied."""
-
-    base: Items[Item]
-    rows: np.ndarray  # [n] int64
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> Item:
-        return self.base[self.rows[row]]
-
-
-@dataclass(frozen=True)
-class SelectedSentences(Selected[np.ndarray]):
-    """Some sentences of a column."""
-
-    base: Sentences
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [n]."""
-        lengths: np.ndarray = self.base.lengths[self.rows]
-        return lengths
+Rows = np.ndarray | Sequence[int]  # row numbers
 
 
 @dataclass(frozen=True)
@@ -236,28 +149,69 @@ class SelectedTable(TokenTable):
         return tuple(found[column] for column in self.picked)
 
 
-def truncate(sentence: np.ndarray, max_length: int) -> np.ndarray:
-    """[CLS] .. [SEP] shortened to `max_length` >= 2 tokens; [SEP] is kept."""
-    if len(sentence) <= max_length:
-        return sentence
-    return np.concatenate([sentence[: max_length - 1], sentence[-1:]])
+@dataclass(frozen=True, kw_only=True)
+class ChainedTable(TokenTable):
+    """The rows of `parts`, part after part."""
+
+    parts: tuple[TokenTable, ...]
+    begins: list[int]  # [parts + 1]
+
+    def locate(self, row: int) -> str:
+        """`file:line` of a row."""
+        part = part_of(self.begins, row)
+        return self.parts[part].locate(row - self.begins[part])
+
+    def texts(self, rows: Rows | None = None) -> tuple[list[str], ...]:
+        """The texts of some rows; only the files of these rows are read again."""
+        wanted = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        found: tuple[list[str], ...] = tuple([""] * len(wanted) for _ in self.columns)
+        for part, begin, end in zip(self.parts, self.begins, self.begins[1:], strict=False):
+            places = np.flatnonzero((begin <= wanted) & (wanted < end))
+            for column, texts in zip(found, part.texts(wanted[places] - begin), strict=True):
+                for place, text in zip(places, texts, strict=True):
+                    column[place] = text
+        return found
 
 
-def join_pair(first: np.ndarray, second: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Joins two [CLS] .. [SEP] sentences into [CLS] a [SEP] b [SEP]: word ids [n] and token types int32 [n] (0, then 1).
+def chain(name: str, tables: Sequence[TokenTable]) -> TokenTable:
+    """The rows of all tables as one table of the name `name`, table after table.
 
-    A pair above `max_length` >= 3 tokens is shortened like transformers' "longest_first": the longer sentence first, then
-    both equally.
+    Raises ValueError for tables that differ in the number of texts or in the shape of their labels.
     """
-    a, b = len(first) - 2, len(second) - 2  # without [CLS] and [SEP]
-    budget = max_length - 3
-    if a + b > budget:
-        half = budget // 2
-        if min(a, b) <= half:
-            a, b = (a, budget - a) if a <= b else (budget - b, b)
-        else:
-            a, b = (budget - half, half) if a > b else (half, budget - half)
-    parts = (first[: a + 1], first[-1:], second[1 : b + 1], second[-1:])
-    types = np.zeros(a + b + 3, dtype=np.int32)
-    types[a + 2 :] = 1
-    return np.concatenate(parts), types
+    if len({table.arity for table in tables}) != 1:
+        raise ValueError(
+            f"{name}: data sets with {' and '.join(str(table.arity) for table in tables)} texts an example"
+        )
+    labels = [table.labels for table in tables if table.labels is not None]
+    if labels and (len(labels) < len(tables) or len({(each.dtype, each.shape[1:]) for each in labels}) > 1):
+        raise ValueError(f"{name}: data sets with different kinds of labels")
+    begins = offsets_of([len(table) for table in tables]).tolist()
+    files = {table.path: table for table in tables}  # a file may stand in several tables, with other columns
+    digest = hashlib.blake2b(" ".join(table.source_hash for table in files.values()).encode(), digest_size=16)
+    return ChainedTable(
+        task=name,
+        path=Path("+".join(path.name for path in files)),
+        columns=tuple(
+            ChainedSentences(column, begins) for column in zip(*(table.columns for table in tables), strict=True)
+        ),
+        labels=np.concatenate(labels) if labels else None,
+        ids=Chained(tuple(table.ids for table in tables), begins),
+        lines=np.concatenate([table.lines for table in tables]),
+        bad_rows=tuple(bad for table in files.values() for bad in table.bad_rows),
+        source_hash=digest.hexdigest(),
+        skipped=sum(table.skipped for table in files.values()),
+        parts=tuple(tables),
+        begins=begins,
+    )
+
+
+__all__ = [
+    "Encoder",
+    "Text",
+    "TokenTable",
+    "Tokens",
+    "chain",
+    "join_pair",
+    "offsets_of",
+    "truncate",
+]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,14 +61,13 @@ class ParquetRecords(ColumnRecords):
         except ImportError:
             raise DataError(f"{name}: a Parquet file needs pyarrow: pip install 'minbert-fast[data]'") from None
         self._errors = (ArrowException, OSError)
-        self._raw = open_regular(path)
+        with open_regular(path) as file:
+            self.size = os.fstat(file.fileno()).st_size
         try:
-            self._file = parquet.ParquetFile(self._raw)
+            self._file = parquet.ParquetFile(path)
         except self._errors as error:
-            self._raw.close()
             raise DataError(f"{name}: not a Parquet file: {reason_of(error)}") from None
         super().__init__(name, self._file.schema_arrow.names)
-        self.size = path.stat().st_size
 
     def batches(self, columns: Sequence[str]) -> Iterator[list[Sequence[Any]]]:
         done, total = 0, self._file.metadata.num_rows
@@ -82,7 +82,6 @@ class ParquetRecords(ColumnRecords):
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-        self._raw.close()
 
 
 class DatasetRecords(ColumnRecords):

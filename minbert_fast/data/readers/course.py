@@ -26,13 +26,15 @@ class CourseRecords(FileRecords):
         self.separator = separator
         self.kind = kind_of_separator(separator)
         self._lines = _RowLines(Lines(self.file, self.name))
+
+    def begin(self) -> None:
         try:
             line, raw = next(self._lines)
         except StopIteration:
             raise DataError(f"{self.name}: empty file") from None
         self.place = f"{self.name}:{line}"
         try:
-            self.names = [name.strip() for name in self._lines.split(raw, separator, width=None)]
+            self.names = [name.strip() for name in self._lines.split(raw, self.separator, width=None)]
         except ValueError as error:
             raise DataError(f"{self.place}: {error}") from None
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CSV and TSV, with quotes as Python's `csv` module reads them, or with quotes as ordinary characters.
 
-A row is what `csv.reader` in strict mode takes as one: a quoted field may contain separators and line breaks. Quotes that
-are never closed end the reading with an error, because nobody can say which rows they swallowed.
+A row is what `csv.reader` takes as one: a quoted field may contain separators and line breaks. A row that its strict mode
+refuses is reported. A quote that is never closed ends the reading with an error, since it has swallowed other rows.
 """
 
 from __future__ import annotations
@@ -34,8 +34,15 @@ class DelimitedRecords(FileRecords):
     def __init__(self, path: Path, layout: Layout, separator: str) -> None:
         super().__init__(path)
         self._lines = Lines(self.file, self.name)
+        self._layout = layout
+        self.separator = separator
+        self._pushed: list[tuple[int, Fields]] = []
+        self._more_fields = False  # rows may have more fields than columns have names
+
+    def begin(self) -> None:
         self._first = self._read_first()
-        self.separator = separator or _separator_of(self._first)
+        self.separator = self.separator or _separator_of(self._first)
+        layout = self._layout
         self.kind = kind_of_separator(self.separator)
         self._records = self._read_plain() if layout.quoting == "none" else self._read_quoted()
         found = next(self._records, None)
@@ -43,9 +50,7 @@ class DelimitedRecords(FileRecords):
             raise DataError(f"{self.name}: empty file")
         line, fields = found
         self.place = f"{self.name}:{line}"
-        self._pushed: list[tuple[int, Fields]] = []
-        self._more_fields = False  # rows may have more fields than columns have names
-        if layout.columns and (isinstance(fields, ValueError) or not set(layout.texts) <= set(fields)):
+        if layout.columns and (isinstance(fields, ValueError) or not set(layout.texts or layout.columns) <= set(fields)):
             self.names, self._pushed, self._more_fields = layout.columns, [found], True
         elif isinstance(fields, ValueError):
             raise DataError(f"{self.place}: {fields}")
@@ -99,30 +104,27 @@ class DelimitedRecords(FileRecords):
         """The rows that `csv.reader` finds."""
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_RECORD_BYTES))
         feed = _Feed(self._raw_lines())
-        reader = csv.reader(feed, delimiter=self.separator, strict=True)
+        reader = csv.reader(feed, delimiter=self.separator)
         while True:
             feed.begin_row()
             try:
                 fields = next(reader)
+                problem = feed.fault or feed.check_quotes(self.separator)
             except StopIteration:
                 return
-            except (csv.Error, _LongRowError) as error:
-                if isinstance(error, _LongRowError) or "unexpected end" in str(error):
-                    raise DataError(
-                        f"{self.name}:{feed.row}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
-                        'ordinary characters in this file, set quoting = "none"'
-                    ) from None
-                reason = f"text after a closing quote (quotes in a quoted field are doubled): {show(feed.text)}"
-                yield feed.row, ValueError(reason)
-                continue
-            if feed.fault:
-                yield feed.row, feed.fault
+            except _OpenQuoteError:
+                raise DataError(
+                    f"{self.name}:{feed.row}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
+                    'ordinary characters in this file, set quoting = "none"'
+                ) from None
+            if problem:
+                yield feed.row, problem
             elif fields:  # none: a blank line
                 yield feed.row, fields
 
 
-class _LongRowError(Exception):
-    """A quoted field goes on and on."""
+class _OpenQuoteError(Exception):
+    """A quoted field goes on to the end of the file, or for more than MAX_RECORD_BYTES."""
 
 
 class _Feed:
@@ -130,36 +132,54 @@ class _Feed:
 
     def __init__(self, lines: Iterator[tuple[int, Line]]) -> None:
         self._lines = lines
-        self._pieces: list[str] = []  # of the present line, last first
-        self._number = 0  # of the present piece: CRs count as line ends
-        self._extra = 0  # lone CRs before
+        self._ahead: list[str] = []  # what a lone CR divides from the present line, last first
+        self._number = 0  # of the present line
+        self._extra = 0  # lone CRs before: they count as line ends
         self.begin_row()
 
     def begin_row(self) -> None:
         """The next line begins a row."""
         self.row = 0  # line number; 0: none read yet
-        self.text = ""  # of the row's first line
         self.fault: ValueError | None = None
-        self._bytes = 0
+        self._pieces: list[str] = []  # the row's lines
+        self._length = 0
+
+    @property
+    def text(self) -> str:
+        """The row's first line."""
+        return self._pieces[0].rstrip("\r\n")
+
+    def check_quotes(self, separator: str) -> ValueError | None:
+        """What is wrong with the row's quotes, which `csv.reader` takes as they come. Raises _OpenQuoteError."""
+        if any('"' in piece for piece in self._pieces):
+            try:
+                next(csv.reader(self._pieces, delimiter=separator, strict=True))
+            except csv.Error as error:
+                if "unexpected end" in str(error):
+                    raise _OpenQuoteError from None
+                return ValueError(
+                    f"text after a closing quote (quotes in a quoted field are doubled): {show(self.text)}"
+                )
+        return None
 
     def __iter__(self) -> _Feed:
         return self
 
     def __next__(self) -> str:
-        if self._pieces:
+        if self._ahead:
             self._extra += 1
-            text = self._pieces.pop()
+            text = self._ahead.pop()
         else:
             self._number, raw = next(self._lines)
             text = self._decode(raw)
             if "\r" in text.removesuffix("\n").removesuffix("\r"):
-                self._pieces = _CSV_LINES.findall(text)[::-1]
-                text = self._pieces.pop()
-        self._bytes += len(text)
-        if self.row == 0:
-            self.row, self.text = self._number + self._extra, text.rstrip("\r\n")
-        elif self._bytes > MAX_RECORD_BYTES:
-            raise _LongRowError
+                self._ahead = _CSV_LINES.findall(text)[::-1]
+                text = self._ahead.pop()
+        self.row = self.row or self._number + self._extra
+        self._length += len(text)
+        if self._pieces and self._length > MAX_RECORD_BYTES:
+            raise _OpenQuoteError
+        self._pieces.append(text)
         return text
 
     def _decode(self, raw: Line) -> str:
@@ -171,7 +191,7 @@ class _Feed:
             if isinstance(raw, bytes):
                 return raw.decode("utf-8", "replace").replace("\0", "?")
             if self.row:  # inside quotes
-                raise _LongRowError from None
+                raise _OpenQuoteError from None
             return "\n"
 
 

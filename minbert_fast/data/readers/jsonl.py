@@ -25,6 +25,8 @@ class JsonRecords(FileRecords):
         self._lines = Lines(self.file, self.name)
         self._ahead: deque[tuple[int, Line]] = deque()
         self.place = f"{self.name}:1"
+
+    def begin(self) -> None:
         for _ in range(SEARCHED_LINES):
             found = self._read()
             if found is None:

@@ -21,7 +21,7 @@ Record = tuple[int, Sequence[Any] | ValueError]
 
 
 class Records(ABC):
-    """The rows of one file. Opening it reads the names of its columns."""
+    """The rows of one file: `begin` reads the names of its columns, `rows` the rows, `close` closes it."""
 
     name: str  # of the file, for messages
     place: str  # where the columns are named, for messages
@@ -30,6 +30,9 @@ class Records(ABC):
     kind: str = "columns"  # for messages, such as "comma-separated columns"
     size: int = 0  # bytes
     position: int = 0  # bytes read so far
+
+    def begin(self) -> None:  # noqa: B027  # optional
+        """Reads the names of the columns. Raises DataError if the file has none."""
 
     @abstractmethod
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:
