@@ -21,6 +21,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.optim import AdamW
 from minbert_fast.surgery.wrapper import PCGrad
 from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.trainer.fit import fit
 
 __all__ = [
     "AdamW",
@@ -32,6 +33,7 @@ __all__ = [
     "Predictor",
     "Recipe",
     "__version__",
+    "fit",
     "patch",
 ]
 

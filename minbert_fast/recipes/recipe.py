@@ -46,9 +46,11 @@ class DataOptions:
     scheme: Scheme = "cycle"
     max_length: int = 128  # tokens
     max_bad_rows: float = 0.01  # share of a file's rows
+    holdout: float = 0.1  # share of the training rows that serves as dev rows of a task without any; 0: no dev rows
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "max_length")
+        check(0 <= self.holdout < 1, f"holdout = {self.holdout}: expected a fraction below 1")
         check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
         for dataset, splits in self.files.items():
             paths = splits.values() if isinstance(splits, Mapping) else [None]

@@ -21,7 +21,6 @@ from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
-from minbert_fast.data.files import read_table
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
@@ -35,6 +34,7 @@ from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import loop
+from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
@@ -75,6 +75,8 @@ class Options:
     overwrite: bool = False
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
     report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
+    rows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # task -> split -> rows in memory
+    callbacks: tuple[Callback, ...] = ()
     command: str = ""  # the command line, for summary.json
 
 
@@ -156,7 +158,7 @@ class _Job:
         self.tokenizer = Tokenizer.from_pretrained(_tokenizer_directory(source))
         if not self.world.is_main:  # rank 0 reads first and fills the cache for the others
             self.world.wait()
-        self.data = load_datasets(self.recipe, self.tokenizer, self.notify)
+        self.data = load_datasets(self.recipe, self.tokenizer, self.notify, self.options.rows)
         if self.world.is_main:
             self.world.wait()
         self.recipe = self.data.recipe
@@ -263,8 +265,10 @@ class _Job:
             constants={"fingerprint": self.fingerprint(), "environment": describe_environment(self.device)},
             fetch_every_step=self.device.type == "cpu",
             world=self.world,
+            callbacks=self.options.callbacks,
         )
-        rows = ", ".join(f"{name} {len(table):,}" for name, table in self.data.train.items())
+        counts = {name: len(table) for tables in self.data.train for name, table in tables.items()}
+        rows = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self._print(
             f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
             f"{self.backend} backend; training rows: {rows}; results in {self.files.path}"
@@ -289,9 +293,7 @@ class _Job:
             return {name: value if math.isfinite(value) else None for name, value in found[0].metrics.items()}
 
         def write(directory: Path) -> None:
-            tables = self.data.dev.items()
-            texts = {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables}
-            found[0].write(directory, texts)
+            found[0].write(directory, {name: table.texts() for name, table in self.data.dev.items()})
 
         metrics = self.world.from_main(measure)
         score = metrics[self.recipe.training.select]
@@ -317,13 +319,16 @@ class _Job:
         with translate_write_errors(self.files.path / "report.html"):
             write_report(self.files.path)
         self._print(_format_outcome(outcome, self.files.path))
+        end = EndEvent(outcome.state.step, outcome.reason, (outcome.best or {}).get("metrics", {}), self.files.path)
+        for callback in self.options.callbacks:
+            callback.on_end(end)
 
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
         for (dataset, split), target in self.options.copies.items():
             for task in self.data.tasks.values():
                 written = self.files.path / "predictions" / task.prediction_file(split)
-                if task.dataset == dataset and written.exists():
+                if any(source.layout == dataset for source in task.sources) and written.exists():
                     with translate_write_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(written, target)

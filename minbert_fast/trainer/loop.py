@@ -24,6 +24,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
+from minbert_fast.trainer.callbacks import Callback, EvaluationEvent, StepEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, State, collect_tensors, load_model, load_step
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
@@ -91,6 +92,7 @@ class Trainer:
     constants: Mapping[str, Any]  # further entries of every checkpoint's state.json
     fetch_every_step: bool = True  # costs nothing on a CPU; on a GPU it would wait for every step to finish
     world: World = field(default_factory=World)
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
         self.store = CheckpointStore(self.files.checkpoints, self.recipe.checkpoint.keep)
@@ -107,6 +109,7 @@ class Trainer:
         self._step: TrainingStep | None = None
         self._observer = Observer()
         self._signals = StopSignals()
+        self._stopped = False  # by a callback
         self._clock = Clock(self.state)
         self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
@@ -132,8 +135,8 @@ class Trainer:
         finally:
             self._progress.close()
         self._clock.tick("other")
-        early = self.state.step < self.total
-        return Outcome(self.state, best, "no better score for a while" if early else "all steps taken")
+        early = "stopped by a callback" if self._stopped else "no better score for a while"
+        return Outcome(self.state, best, early if self.state.step < self.total else "all steps taken")
 
     def _run_stages(self, checkpoint: Checkpoint | None) -> None:
         for index in range(self.state.stage, len(self.stages)):
@@ -142,7 +145,7 @@ class Trainer:
                 self.state.begin_stage(index)
             self._run_stage(self.stages[index], checkpoint)
             checkpoint = None
-            if self.state.step >= self.total:
+            if self.state.step >= self.total or self._stopped:
                 return
 
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
@@ -206,7 +209,8 @@ class Trainer:
 
     def _stage_finished(self, stage: Stage) -> bool:
         patience_exhausted = 0 < stage.patience <= self.state.stale
-        return self.state.step >= self.total or self.state.stage_step >= stage.steps or patience_exhausted
+        steps_taken = self.state.step >= self.total or self.state.stage_step >= stage.steps
+        return steps_taken or patience_exhausted or self._stopped
 
     def _evaluation_due(self, stage: Stage) -> bool:
         if self.state.step == 0:
@@ -241,16 +245,18 @@ class Trainer:
         """A scheduled evaluation: updates the state, and best/ if the score is the best one so far."""
         state, evaluation = self.state, self._measure()
         if evaluation is not None:
+            better = state.step > 0 and _is_better(evaluation, state.best)
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
             else:
-                if _is_better(evaluation, state.best):
+                if better:
                     state.best = self._keep_best(evaluation)
                 improved = state.stage_best is None or evaluation.score > state.stage_best
                 state.stale = 0 if improved else state.stale + 1
                 if improved and math.isfinite(evaluation.score):
                     state.stage_best = evaluation.score
             state.record = self._report_dev(evaluation)
+            self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
         state.evaluated = state.step
 
     def _final_evaluation(self) -> dict[str, Any] | None:
@@ -264,7 +270,9 @@ class Trainer:
         if evaluation is None:
             return state.best
         self.files.metrics.write(self._report_dev(evaluation))
-        if not _is_better(evaluation, state.best):
+        better = _is_better(evaluation, state.best)
+        self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
+        if not better:
             return state.best
         if state.best is not None:
             self.files.set_aside("best", "predictions")
@@ -312,8 +320,19 @@ class Trainer:
                 if logged and last:
                     self._progress.advance(seen.losses, self._clock.speed()[1])
                     self._clock.reset_speed()
+                    self._tell(StepEvent(seen.step, self.total, seen.losses, record.get("lr"), seen.grad_norm))
             if state.skipped_in_a_row >= self.recipe.training.max_skipped:
                 self._abort(stage, seen)
+
+    def _tell(self, event: StepEvent | EvaluationEvent) -> None:
+        """Calls every callback on rank 0. The run ends, in every process, if one of them returns True."""
+
+        def call(callback: Callback) -> bool:
+            return bool(callback.on_step(event) if isinstance(event, StepEvent) else callback.on_evaluation(event))
+
+        if self.callbacks:
+            asked = self.world.from_main(lambda: [call(callback) for callback in self.callbacks])
+            self._stopped = self._stopped or any(asked)
 
     def _save_checkpoint(self) -> None:
         state = self.state
