@@ -291,7 +291,7 @@ class _Job:
         def write(directory: Path) -> None:
             tables = self.data.dev.items()
             texts = {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables}
-            found[0].write(directory, texts)
+            found[0].write(directory, texts, train_labels={n: t.labels for n, t in self.data.train.items()})
 
         metrics = self.world.from_main(measure)
         score = metrics[self.recipe.training.select]
