@@ -79,7 +79,7 @@ class Evaluation:
         """Writes one file per task in the course's format, each atomically."""
         for result in self.tasks.values():
             path = directory / result.task.prediction_file(split)
-            write_predictions(path, result.task.header, list(result.ids), result.predictions)
+            write_predictions(path, result.task.header, list(result.ids), result.task.as_labels(result.predictions))
 
 
 def evaluate(
@@ -104,7 +104,8 @@ def evaluate(
             task = model.tasks[name]
             measurable = bool(len(table)) and (table.labels is not None or not task.labelled)
             found = _run(model, name, table, snapshot, max_length, progress, losses=measurable)
-            metrics = task.evaluate(found.predictions, table.labels) if measurable else {}
+            values = found.predictions, table.labels, found.probabilities, found.vectors, table
+            metrics = task.evaluate(*values) if measurable else {}
             if found.loss is not None:
                 metrics |= {f"{name}_loss": found.loss}
             results[name] = TaskResult(
@@ -141,6 +142,7 @@ class _Outputs(NamedTuple):
     predictions: np.ndarray  # [n]
     probabilities: np.ndarray | None  # [n, C]
     loss: float | None  # mean over the rows, times the task's weight as in training
+    vectors: tuple[np.ndarray, ...] = ()  # [n, D] per text, if the head compares rows
 
 
 @torch.inference_mode()
@@ -156,7 +158,7 @@ def _run(
     """The outputs of task `name` for the table's rows, in their order, with the loss if `losses`."""
     device = next(model.encoder.parameters()).device
     head = model.head(name)
-    rows, predictions, probabilities, sums = [], [], [], []
+    rows, predictions, probabilities, sums, vectors = [], [], [], [], []
     batches = evaluation_batches(
         name,
         table,
@@ -171,6 +173,8 @@ def _run(
         predictions.append(head.predict(output).cpu().numpy())
         if (shares := head.probabilities(output)) is not None:
             probabilities.append(shares.cpu().numpy())
+        if losses and head.compares_rows:
+            vectors.append([x.cpu().numpy() for x in output.vectors])
         if losses:
             sums.append(head.loss(output, batch.labels.get(name)).double() * len(rows[-1]))
         if progress is not None:
@@ -180,4 +184,5 @@ def _run(
     order = np.argsort(np.concatenate(rows))
     mean = float(torch.stack(sums).sum()) / len(order) * model.tasks[name].weight if sums else None
     in_order = np.concatenate(probabilities)[order] if probabilities else None
-    return _Outputs(np.concatenate(predictions)[order], in_order, mean)
+    columns = tuple(np.concatenate(column)[order] for column in zip(*vectors, strict=True))
+    return _Outputs(np.concatenate(predictions)[order], in_order, mean, columns)

@@ -190,9 +190,8 @@ class _Job:
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
         select, known = self.recipe.training.select, ["score"]
-        for name, table in self.data.dev.items():
-            assert table.labels is not None
-            known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
+        for name in self.data.dev:
+            known += self.data.tasks[name].metric_names
         if select not in known:
             raise ConfigError(f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}")
 
@@ -323,7 +322,7 @@ class _Job:
         for (dataset, split), target in self.options.copies.items():
             for task in self.data.tasks.values():
                 written = self.files.path / "predictions" / task.prediction_file(split)
-                if task.dataset == dataset and written.exists():
+                if task.layout == dataset and written.exists():
                     with translate_write_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(written, target)
