@@ -192,9 +192,8 @@ class _Job:
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
         select, known = self.recipe.training.select, ["score"]
-        for name, table in self.data.dev.items():
-            assert table.labels is not None
-            known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
+        for name in self.data.dev:
+            known += self.data.tasks[name].metric_names
         if select not in known:
             raise ConfigError(f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}")
 
@@ -293,7 +292,9 @@ class _Job:
             return {name: value if math.isfinite(value) else None for name, value in found[0].metrics.items()}
 
         def write(directory: Path) -> None:
-            found[0].write(directory, {name: table.texts() for name, table in self.data.dev.items()})
+            texts = {name: table.texts() for name, table in self.data.dev.items()}
+            labels = {name: table.labels for tables in self.data.train for name, table in tables.items()}
+            found[0].write(directory, texts, train_labels=labels)
 
         metrics = self.world.from_main(measure)
         score = metrics[self.recipe.training.select]
