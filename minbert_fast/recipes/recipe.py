@@ -129,8 +129,8 @@ class RegularisationOptions:
 class TrainingOptions:
     """Length of the run, batch size, precision, model selection."""
 
-    epochs: int = 1
-    max_steps: int | None = None
+    epochs: float = 1.0  # passes over the data; 0.25: a quarter of one
+    max_steps: int | None = None  # length of the run and of its schedule, in place of `epochs`; stages share it
     batch_size: int = 32  # examples per task and step; a task's own `batch_size` takes precedence
     seed: int = 11711
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -152,14 +152,16 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Resumable checkpoints: one every `every` steps (0: at the end of each epoch); the newest `keep` are kept."""
+    """Resumable checkpoints: one every `every` steps (0: at the end of each epoch).
+
+    A run keeps its newest two, or `keep` if that is more. A finished run keeps `keep`.
+    """
 
     every: int = 0
-    keep: int = 2
+    keep: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "every")
-        check_at_least(self, 1, "keep")
+        check_at_least(self, 0, "every", "keep")
 
 
 @dataclass(frozen=True)
