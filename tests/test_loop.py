@@ -105,7 +105,7 @@ class Run:
                 loop.Stage(
                     recipe=recipe,
                     steps_per_epoch=STEPS_PER_EPOCH,
-                    steps=loop.count_steps(recipe.training, STEPS_PER_EPOCH) if own is None else own,
+                    steps=loop.schedule_steps(recipe.training.epochs, STEPS_PER_EPOCH) if own is None else own,
                     patience=recipe.training.patience,
                     build_step=self.build_step,
                     batches=lambda first, end, index=index: self.batches(index, first, end),

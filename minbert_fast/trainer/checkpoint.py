@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
 
 FORMAT = 1
-KEPT = 2  # checkpoints of a running run: if the newest is damaged, the other one serves
+NEWEST = 2  # checkpoints of a running run: if the newest is damaged, the other one serves
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -49,7 +49,7 @@ class CheckpointStore:
     """The `checkpoints/` folder of a run, which holds the newest `keep` checkpoints."""
 
     folder: Path
-    keep: int = KEPT
+    keep: int = NEWEST
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes the checkpoint of `step`, then removes the oldest ones. Raises RunError if the disk refuses."""

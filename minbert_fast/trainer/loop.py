@@ -23,9 +23,17 @@ from torch import nn
 from minbert_fast.common.errors import InterruptError, RunError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import World
-from minbert_fast.recipes.recipe import Recipe, TrainingOptions
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
-from minbert_fast.trainer.checkpoint import KEPT, Checkpoint, CheckpointStore, State, collect_tensors, load_model, load_step
+from minbert_fast.trainer.checkpoint import (
+    NEWEST,
+    Checkpoint,
+    CheckpointStore,
+    State,
+    collect_tensors,
+    load_model,
+    load_step,
+)
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
 from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
@@ -60,9 +68,9 @@ class Stage:
     locate: Callable[[str, int], str]  # (task, row) -> "file:line"
 
 
-def count_steps(training: TrainingOptions, steps_per_epoch: int) -> int:
-    """Steps of `training.epochs` passes over the data; a part of an epoch has at least one step."""
-    return max(round(training.epochs * steps_per_epoch), 1) if training.epochs else 0
+def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
 def share_steps(stages: Sequence[Stage], max_steps: int | None) -> list[Stage]:
@@ -102,7 +110,7 @@ class Trainer:
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included
 
     def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, KEPT))
+        self.store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, NEWEST))
         self.total = sum(stage.steps for stage in self.stages)
         self.end = self.total if self.stop_after is None else min(self.total, self.stop_after)
 
@@ -142,7 +150,9 @@ class Trainer:
         self._clock.tick("other")
         step = self.state.step
         if self._cut:
-            return Outcome(self.state, best, f"stopped after step {step:,} of {self.total:,}: --resume continues", False)
+            return Outcome(
+                self.state, best, f"stopped after step {step:,} of {self.total:,}: --resume continues", False
+            )
         reason = "no better score for a while" if step < self.total else "all steps taken"
         return Outcome(self.state, best, reason, True)
 

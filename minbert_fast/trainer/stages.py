@@ -28,7 +28,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.neighbours import check_encoder_frozen, embed_labelled_sentences
-from minbert_fast.trainer.loop import Stage, count_steps
+from minbert_fast.trainer.loop import Stage, schedule_steps
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     return Stage(
         recipe=recipe,
         steps_per_epoch=sampler.steps_per_epoch,
-        steps=count_steps(training, sampler.steps_per_epoch) if own is None else own,
+        steps=schedule_steps(training.epochs, sampler.steps_per_epoch) if own is None else own,
         # Further pre-training does not train the heads that the dev scores come from.
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         build_step=build_step,
