@@ -34,7 +34,7 @@ from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
-SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in flag.names}
+SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in (flag.name, *flag.also)}
 
 
 def parser() -> cli.Parser:

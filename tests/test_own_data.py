@@ -110,7 +110,7 @@ def test_a_callback_ends_a_run_which_then_resumes(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"data": rows(), "text": "review", "label": "verdict"}
     log = Log(stop_at=3)
     fit(values, **arguments, output=tmp_path / "stopped", callbacks=[log])
-    assert log.events[-1] == ("stopped by a callback", 3)
+    assert log.events[-1] == ("stopped by a callback after step 3 of 6: --resume continues", 3)
     whole = fit(values, **arguments, output=tmp_path / "whole")
     resumed = fit(values, **arguments, output=tmp_path / "stopped", resume=True)
     assert resumed.summary["steps"] == 6

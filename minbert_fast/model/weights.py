@@ -114,6 +114,12 @@ def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
         raise WeightsError(f"model {name!r}: subfolder {error}") from None
     if not path.exists():
         raise WeightsError(f"model {name!r}: no subfolder {subfolder!r}")
+    if path.is_dir() and not any((path / file).exists() for file in (CONFIG, "modules.json")):
+        for near in (path, path.parent):
+            if (near / "best" / CONFIG).exists():
+                raise WeightsError(f"{path}: part of a training run's output; its model is {near / 'best'}")
+        if any(path.glob("*.[ct]sv")):
+            raise WeightsError(f"{path}: holds data files, expected the directory of a model")
     return path
 
 
