@@ -31,6 +31,7 @@ from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flatten, format_score
+from minbert_fast.reporting.verdicts import announce
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
@@ -316,7 +317,7 @@ class _Job:
             write_json(self.files.path / SUMMARY, self._summary(outcome))
         with translate_write_errors(self.files.path / "report.html"):
             write_report(self.files.path)
-        self._print(_format_outcome(outcome, self.files.path))
+        self._print("\n".join(filter(None, [announce(self.files.path), _format_outcome(outcome, self.files.path)])))
 
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
