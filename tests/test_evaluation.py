@@ -181,7 +181,7 @@ def test_details_of_several_labels_an_example(model):
     result = TaskResult(task, list("abcd"), labels, predictions, probabilities, {})
     details = json.loads(json.dumps(task_details(result, [["A", "B", "C", "D"]], labels[:2])))
     assert details["distribution"] == {
-        "edges": None, "train": [1, 0, 1], "labels": [2, 1, 2], "predictions": [3, 0, 3]
+        "edges": None, "train": [1, 0, 1], "train_rows": 2, "labels": [2, 1, 2], "predictions": [3, 0, 3]
     }  # fmt: skip
     assert "confusion" not in details
     assert sum(n for *_, n in details["calibration"]["bins"]) == 12

@@ -87,6 +87,7 @@ def _distribution(
     return {
         "edges": None if edges is None else _rounded(edges.tolist()),
         "train": None if train_labels is None else count(train_labels),
+        "train_rows": None if train_labels is None else len(train_labels),
         "labels": count(labels),
         "predictions": count(predictions),
     }

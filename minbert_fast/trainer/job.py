@@ -30,6 +30,7 @@ from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flatten, format_score
+from minbert_fast.reporting.verdicts import announce
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
@@ -351,7 +352,7 @@ class _Job:
         if outcome.finished:
             with translate_write_errors(self.files.checkpoints):
                 CheckpointStore(self.files.checkpoints).prune(self.recipe.checkpoint.keep)
-        self._print(_format_outcome(outcome, self.files.path))
+        self._print("\n".join(filter(None, [announce(self.files.path), _format_outcome(outcome, self.files.path)])))
         end = EndEvent(outcome.state.step, outcome.reason, (outcome.best or {}).get("metrics", {}), self.files.path)
         for callback in self.options.callbacks:
             callback.on_end(end)
