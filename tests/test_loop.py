@@ -117,8 +117,8 @@ class Run:
         step.broken = self.broken
         return step
 
-    def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
-        for step in range(start, epochs * STEPS_PER_EPOCH):
+    def batches(self, stage: int, start: int, epochs: float) -> Generator[MultitaskBatch, None, None]:
+        for step in range(start, round(epochs * STEPS_PER_EPOCH)):
             self.at_step(self.trainer.state.step + 1)
             yield batch_at(stage, step)
 
@@ -127,7 +127,7 @@ class Run:
         self.at_evaluation(step)
         self.evaluations.append(step)
         score = self.scores(self.model.weight.detach())
-        return loop.Evaluation({"score": score}, score, lambda d: (d / "p.csv").write_text(str(step)) and None)
+        return loop.Evaluation({"score": score}, lambda d: (d / "p.csv").write_text(str(step)) and None)
 
     def save(self, directory: Path) -> None:
         (directory / "weight.json").write_text(json.dumps(self.model.weight.tolist()))
@@ -472,7 +472,7 @@ def test_batches_are_closed_after_every_kind_of_end(tmp_path: Path) -> None:
     closed = []
 
     class Closing(Run):
-        def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
+        def batches(self, stage: int, start: int, epochs: float) -> Generator[MultitaskBatch, None, None]:
             try:
                 yield from super().batches(stage, start, epochs)
             finally:

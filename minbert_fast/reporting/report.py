@@ -107,7 +107,10 @@ def _header(run: Run) -> str:
 def _scores(run: Run) -> str:
     if not run.dev:
         return paragraph("No dev scores: the run was not evaluated, or ended before it wrote its summary.")
-    untrained, published = numbers(run.summary.get("untrained")), numbers(run.recipe.get("published"))
+    untrained, published = (
+        numbers(run.summary.get("untrained")),
+        numbers((run.recipe.get("published") or {}).get("dev")),
+    )
     columns = [("untrained", untrained), ("best model", run.dev), ("published", published)]
     columns = [(name, values) for name, values in columns if values.keys() & run.dev.keys()]
     rows = [

@@ -45,7 +45,7 @@ class NliOptions(TaskOptions):
             check(weight >= 0, f"objectives.{name} = {weight}: expected 0 or more")
         check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
         check_at_least(self, 0, "margin")
-        check(not self.balanced, "balanced: triplets have no classes to balance")
+        check(not self.draw.by_class, "balanced, per_class: triplets have no classes")
 
 
 class NliHead(Head):

@@ -55,7 +55,7 @@ class PairOptions(TaskOptions):
     dropout: float = 0.1
     dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)
     loss: PairLoss = "bce"
-    labels: Literal["unit", "signed"] = "unit"  # range of the targets of mse and l1: [0, 1] or [-1, 1]
+    labels: Literal["unit", "signed", "raw"] = "unit"  # targets of mse and l1: in [0, 1], in [-1, 1], as in the file
     scale: float = 1.0  # score = scale * cosine + offset
     offset: float = 0.0
     calibrated: bool = False  # learn scale and offset, starting from these values
@@ -157,6 +157,8 @@ class PairHead(Head):
         if options.loss == "bce":
             return scores.sigmoid()
         regression = options.loss in ("mse", "l1")
+        if regression and options.labels == "raw":
+            scores = scores / (self.levels - 1)
         signed = options.loss in ("hinge", "cosent", "ranking") or (regression and options.labels == "signed")
         return ((scores + 1) / 2 if signed else scores).clamp(0.0, 1.0)
 
@@ -176,7 +178,7 @@ class PairHead(Head):
         if name == "hinge":
             return losses.hinge(s, 2 * t - 1)
         if name in ("mse", "l1"):
-            target = 2 * t - 1 if options.labels == "signed" else t
+            target = {"unit": t, "signed": 2 * t - 1, "raw": t * (self.levels - 1)}[options.labels]
             return F.mse_loss(s, target) if name == "mse" else F.l1_loss(s, target)
         u, v = output.vectors
         if name == "cosine_embedding":

@@ -28,7 +28,6 @@ class SimilarityOptions(PairOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.data == "similarity", f'data = "{self.data}": expected "similarity"')
-        check(not self.balanced, "balanced: similarity has no classes to balance")
 
 
 class SimilarityHead(PairHead):

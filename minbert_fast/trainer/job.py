@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
@@ -23,6 +24,7 @@ from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
 from minbert_fast.data.files import read_table
 from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.sampling import subset, take
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
@@ -55,6 +57,7 @@ CHANGEABLE = {
     "name": None,
     "description": None,
     "source": None,
+    "unstated": None,
     "published": None,
     "checkpoint": None,
     "logging": None,
@@ -175,6 +178,7 @@ class _Job:
         context = StageContext(self.model, self.tokenizer, self.data.train, *where, self.captures)
         self.stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
         self._check_select()
+        self._choose_scored_rows()
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
@@ -189,12 +193,34 @@ class _Job:
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
-        select, known = self.recipe.training.select, ["score"]
+        known = ["score"]
         for name, table in self.data.dev.items():
             assert table.labels is not None
             known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
-        if select not in known:
-            raise ConfigError(f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}")
+        for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
+            select = recipe.training.select
+            if select not in known:
+                raise ConfigError(
+                    f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+                )
+
+    def _choose_scored_rows(self) -> None:
+        """Draws the dev and training rows that evaluations read, where the recipe wants only a part of them."""
+        seed, count = self.recipe.training.seed, self.recipe.training.evaluate_train
+        self.dev, self.dev_rows = dict(self.data.dev), dict[str, np.ndarray]()
+        for name, table in self.data.dev.items():
+            share = self.data.tasks[name].options.dev_fraction
+            if share < 1:
+                self.dev_rows[name] = subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
+                self.dev[name] = take(table, self.dev_rows[name])
+        self.scored_train: dict[str, TokenTable] = {}
+        if count and not self.dev:
+            self.notify(
+                "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
+            )
+        for name in self.dev if count else ():
+            table = self.data.train[name]
+            self.scored_train[name] = take(table, subset(len(table), count, seed, f"train/{name}"))
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 
@@ -261,6 +287,7 @@ class _Job:
             evaluate=self._evaluate,
             save=self._save,
             constants={"fingerprint": self.fingerprint(), "environment": describe_environment(self.device)},
+            judged_by={name: self.data.tasks[name].primary for name in self.dev},
             fetch_every_step=self.device.type == "cpu",
             world=self.world,
         )
@@ -280,22 +307,25 @@ class _Job:
 
     def _evaluate(self) -> loop.Evaluation | None:
         """Scores on the dev files, computed on rank 0; None without dev files."""
-        if not self.data.dev:
+        if not self.dev:
             return None
         found: list[evaluation.Evaluation] = []
 
-        def measure() -> dict[str, float | None]:
-            found.append(self._predict(self.data.dev))
-            return {name: value if math.isfinite(value) else None for name, value in found[0].metrics.items()}
+        def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
+            found.append(self._predict(self.dev))
+            train = self._predict(self.scored_train).metrics if self.scored_train else {}
+            return _finite(found[0].metrics), _finite(train)
 
         def write(directory: Path) -> None:
-            tables = self.data.dev.items()
-            texts = {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables}
+            texts = {}
+            for name, table in self.data.dev.items():
+                columns = read_table(table.path, table.task, max_bad_rows=1.0).sentences
+                rows = self.dev_rows.get(name)
+                texts[name] = columns if rows is None else [[column[row] for row in rows] for column in columns]
             found[0].write(directory, texts)
 
-        metrics = self.world.from_main(measure)
-        score = metrics[self.recipe.training.select]
-        return loop.Evaluation(metrics, -math.inf if score is None else score, write)
+        dev, train = self.world.from_main(measure)
+        return loop.Evaluation(dev, write, train)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
@@ -333,6 +363,8 @@ class _Job:
         state, best = outcome.state, outcome.best
         return {
             "dev": {} if best is None else best["metrics"],
+            **({} if best is None or "train" not in best else {"train": best["train"]}),
+            **({"best_per_task": outcome.task_best} if outcome.task_best else {}),
             "untrained": state.untrained,
             "best": None if best is None else {key: best[key] for key in ("step", "score")},
             "steps": state.step,
@@ -355,6 +387,11 @@ class _Job:
         }
 
 
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics with None for values that are not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
 def _tokenizer_directory(source: Path) -> Path:
     """The directory of a model's tokenizer files. Raises ConfigError for a `.pt` file without a vocab.txt next to it."""
     if source.is_dir():
@@ -374,5 +411,7 @@ def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
         width = max(len(name) for name in metrics)
         lines.append(f"{'dev':{width}}  untrained  best (step {best['step']})")
         lines += [f"{n:{width}}  {format_score(before.get(n)):>9}  {format_score(metrics[n])}" for n in metrics]
+    for task, kept in outcome.task_best.items():
+        lines.append(f"best-{task}/, step {kept['step']}: {format_score(kept['score'])} on dev")
     lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
     return "\n".join(lines)

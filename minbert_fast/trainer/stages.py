@@ -28,7 +28,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.neighbours import check_encoder_frozen, embed_labelled_sentences
-from minbert_fast.trainer.loop import Stage
+from minbert_fast.trainer.loop import Stage, schedule_steps
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
         training.seed + index,  # every stage draws its own order
-        fractions={name: task.options.fraction for name, task in tasks.items()},
-        balanced=[name for name, task in tasks.items() if task.options.balanced],
+        draws={name: task.options.draw for name, task in tasks.items()},
     )
     one_process = context.world.size == 1 and context.backend == "fast"
     graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
@@ -74,7 +73,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
     world = context.world
     collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)
-    steps = training.epochs * sampler.steps_per_epoch
+    steps = schedule_steps(training.epochs, sampler.steps_per_epoch)
     window = recipe.weighting.window or sampler.steps_per_epoch
     with_window = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
