@@ -61,6 +61,8 @@ def module_of(path: Path) -> str:
 def rank_of(module: str) -> int:
     """The index of a module's room in ROOMS; the top level (`minbert_fast` and the commands) comes last."""
     parts = module.split(".")
+    if parts[-1] == "__main__":  # a command that bears its room's name
+        return FACE
     return RANK.get(parts[1], FACE) if len(parts) > 1 else FACE
 
 

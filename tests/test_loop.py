@@ -129,7 +129,7 @@ class Run:
         self.at_evaluation(step)
         self.evaluations.append(step)
         score = self.scores(self.model.weight.detach())
-        return loop.Evaluation({"score": score}, score, lambda d: (d / "p.csv").write_text(str(step)) and None)
+        return loop.Evaluation({"score": score}, lambda d: (d / "p.csv").write_text(str(step)) and None)
 
     def save(self, directory: Path) -> None:
         (directory / "weight.json").write_text(json.dumps(self.model.weight.tolist()))

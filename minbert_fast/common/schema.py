@@ -142,7 +142,7 @@ def plain(value: Any) -> Any:
 
 def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
     """`values` (from `plain`) as TOML text: first the plain keys, then one section per table."""
-    lines = [f"{_key(k)} = {_toml_value(v)}" for k, v in values.items() if not _is_section(v)]
+    lines = [f"{_key(k)} = {toml_value(v)}" for k, v in values.items() if not _is_section(v)]
     for key, value in values.items():
         if _is_section(value):
             name = f"{prefix}{_key(key)}"
@@ -161,11 +161,12 @@ def _key(key: str) -> str:
     return key if bare else json.dumps(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML. Raises TypeError for a value that TOML has no form for."""
     if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, int | float):
         return repr(value)
     raise TypeError(f"no TOML form for {type(value).__name__}")

@@ -126,6 +126,7 @@ class State:
     seconds: float = 0.0
     evaluated: int = -1  # step of the last scheduled evaluation
     stage_best: float | None = None  # best score of this stage
+    task_best: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task: as `best`, by the task's own metric
     stale: int = 0  # evaluations since this stage's best score
     best: dict[str, Any] | None = None  # {"step", "score" (None if not finite), "metrics"}
     untrained: dict[str, float | None] | None = None
@@ -153,9 +154,20 @@ def collect_tensors(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Ten
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies the checkpoint's parameters and buffers into the model."""
-    with torch.no_grad():
-        for name, parameter in _parameters(model).items():
-            parameter.copy_(checkpoint.tensors[f"model/{name}"])
+    prefix = "model/"
+    set_weights(model, {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)})
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's parameters and buffers by name, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _parameters(model).items()}
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies `tensors` (from `copy_weights`) into the model's parameters and buffers, in place."""
+    for name, parameter in _parameters(model).items():
+        parameter.copy_(tensors[name])
 
 
 def load_step(step: TrainingStep, checkpoint: Checkpoint) -> None:

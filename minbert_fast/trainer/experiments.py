@@ -96,12 +96,12 @@ def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
     return replace(recipe, stages=tuple(merge(stage, limit) for stage in recipe.stages))
 
 
-def add_series_flags(command: cli.Parser) -> None:
+def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
     """Adds the flags that `search` and `reproduce` share; `load_recipe` reads them."""
     add = command.add_argument
     add("--data", metavar="DIR", help="data files in the course's layout")
     add("--model", metavar="DIR|HUB_NAME", help="encoder weights")
-    add("--output", metavar="DIR", type=Path, required=True, help="a directory for all runs and the table")
+    add("--output", metavar="DIR", type=Path, required=output_required, help="a directory for all runs and the table")
     add("--max-steps", metavar="N", type=cli.whole_number, help="most steps of a run, or of each of its stages")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

@@ -22,6 +22,7 @@ from minbert_fast.common.provenance import current_commit, describe_environment,
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
 from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.sampling import subset
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
@@ -178,6 +179,7 @@ class _Job:
         stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
         self.stages = loop.share_steps(stages, self.recipe.training.max_steps)
         self._check_select()
+        self._choose_scored_rows()
 
     def _continue_heads(self, source: Path) -> None:
         """Lets heads start from those of a trained model, and says which did and which did not."""
@@ -199,11 +201,31 @@ class _Job:
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
-        select, known = self.recipe.training.select, ["score"]
-        for name in self.data.dev:
-            known += self.data.tasks[name].metric_names
-        if select not in known:
-            raise ConfigError(f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}")
+        known = ["score", *(metric for name in self.data.dev for metric in self.data.tasks[name].metric_names)]
+        for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
+            select = recipe.training.select
+            if select not in known:
+                raise ConfigError(
+                    f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+                )
+
+    def _choose_scored_rows(self) -> None:
+        """Draws the dev and training rows that evaluations read, where the recipe wants only a part of them."""
+        seed, count = self.recipe.training.seed, self.recipe.training.evaluate_train
+        self.dev = dict(self.data.dev)
+        for name, table in self.data.dev.items():
+            share = self.data.tasks[name].options.dev_fraction
+            if share < 1:
+                self.dev[name] = table.select(subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}"))
+        self.scored_train: dict[str, TokenTable] = {}
+        if count and not self.dev:
+            self.notify(
+                "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
+            )
+        train = {name: table for tables in self.data.train for name, table in tables.items()}
+        for name in self.dev if count else ():
+            table = train[name]
+            self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 
@@ -291,6 +313,7 @@ class _Job:
                 "environment": describe_environment(self.device),
                 "steps": [stage.steps for stage in self.stages],
             },
+            judged_by={name: self.data.tasks[name].primary for name in self.dev},
             fetch_every_step=self.device.type == "cpu",
             world=self.world,
             callbacks=self.options.callbacks,
@@ -313,22 +336,22 @@ class _Job:
 
     def _evaluate(self) -> loop.Evaluation | None:
         """Scores on the dev files, computed on rank 0; None without dev files."""
-        if not self.data.dev:
+        if not self.dev:
             return None
         found: list[evaluation.Evaluation] = []
 
-        def measure() -> dict[str, float | None]:
-            found.append(self._predict(self.data.dev))
-            return {name: value if math.isfinite(value) else None for name, value in found[0].metrics.items()}
+        def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
+            found.append(self._predict(self.dev))
+            train = self._predict(self.scored_train).metrics if self.scored_train else {}
+            return _finite(found[0].metrics), _finite(train)
 
         def write(directory: Path) -> None:
-            texts = {name: table.texts() for name, table in self.data.dev.items()}
+            texts = {name: table.texts() for name, table in self.dev.items()}
             labels = {name: table.labels for tables in self.data.train for name, table in tables.items()}
             found[0].write(directory, texts, train_labels=labels)
 
-        metrics = self.world.from_main(measure)
-        score = metrics[self.recipe.training.select]
-        return loop.Evaluation(metrics, -math.inf if score is None else score, write)
+        dev, train = self.world.from_main(measure)
+        return loop.Evaluation(dev, write, train)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
@@ -372,6 +395,8 @@ class _Job:
         state, best = outcome.state, outcome.best
         return {
             "dev": {} if best is None else best["metrics"],
+            **({} if best is None or "train" not in best else {"train": best["train"]}),
+            **({"best_per_task": outcome.task_best} if outcome.task_best else {}),
             "untrained": state.untrained,
             "best": None if best is None else {key: best[key] for key in ("step", "score")},
             "steps": state.step,
@@ -395,6 +420,11 @@ class _Job:
         }
 
 
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics with None for values that are not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
 def _tokenizer_directory(source: Path) -> Path:
     """The directory of a model's tokenizer files. Raises ConfigError for a `.pt` file without a vocab.txt next to it."""
     if source.is_dir():
@@ -414,5 +444,7 @@ def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
         width = max(len(name) for name in metrics)
         lines.append(f"{'dev':{width}}  {'before':>9}  best (step {best['step']})")
         lines += [f"{n:{width}}  {format_score(before.get(n)):>9}  {format_score(metrics[n])}" for n in metrics]
+    for task, kept in outcome.task_best.items():
+        lines.append(f"best-{task}/, step {kept['step']}: {format_score(kept['score'])} on dev")
     lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
     return "\n".join(lines)

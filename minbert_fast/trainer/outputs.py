@@ -91,7 +91,7 @@ class RunDirectory:
     def clear(self) -> None:
         """Removes an earlier run's results and no other files."""
         with translate_write_errors(self.path):
-            for name in (*RESULTS, *TRACKED):
+            for name in (*RESULTS, *TRACKED, *(path.name for path in self.path.glob("best-*"))):
                 remove(self.path / name)
 
     def prepare(self, recipe: str) -> None:

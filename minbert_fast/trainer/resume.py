@@ -21,6 +21,7 @@ CHANGEABLE = {
     "name": None,
     "description": None,
     "source": None,
+    "unstated": None,
     "published": None,
     "checkpoint": None,
     "logging": None,

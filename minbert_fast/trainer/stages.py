@@ -59,8 +59,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
         training.seed + index,  # every stage draws its own order
-        fractions={name: task.options.fraction for name, task in tasks.items()},
-        balanced=[name for name, task in tasks.items() if task.options.balanced],
+        draws={name: task.options.draw for name, task in tasks.items()},
     )
     one_process = context.world.size == 1 and context.backend == "fast"
     graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
