@@ -106,13 +106,15 @@ class SurgeryOptions:
 class WeightingOptions:
     """Dynamic weights of the tasks' losses; each multiplies the task's own `weight`."""
 
-    method: Literal["none", "uncertainty", "dwa"] = "none"  # learned uncertainties, or dynamic weight averaging
+    method: Literal["none", "uncertainty", "dwa", "famo", "random"] = "none"  # none: each weight is 1
     lr: float = 0.01  # uncertainty: learning rate of the log-variances
+    logit_lr: float = 0.025  # famo: Adam's learning rate of the logits
+    logit_decay: float = 0.001  # famo: decay of the logits, in Adam's gradient
     temperature: float = 2.0  # dwa: a higher temperature gives more equal weights
     window: int = 0  # dwa: compares mean losses over this many steps; 0: an epoch
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "lr", "window")
+        check_at_least(self, 0, "lr", "logit_lr", "logit_decay", "window")
         check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
 
 
