@@ -25,7 +25,7 @@ from minbert_fast import surgery
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, Whole, merge
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
-from minbert_fast.tasks.base import KINDS
+from minbert_fast.tasks import build_task, build_tasks
 from minbert_fast.trainer.completing import without_tasks
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import saved_recipe_path
@@ -184,14 +184,16 @@ def one_file(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def only_tasks(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe with the tasks of these names alone; the name of a kind that it lacks adds such a task."""
-    new: dict[str, Any] = {name: {} for name in names if name not in recipe.tasks and name in KINDS}
-    recipe = recipe.with_values({"tasks": new}, "--tasks")
+    """The recipe with the tasks of these names alone; the name of a kind that it lacks adds a task of this kind."""
+    known = build_tasks(recipe)
     for name in names:
-        if name not in recipe.tasks:
-            raise ConfigError(f"--tasks {name}: recipe {recipe.name} has {', '.join(recipe.tasks)}")
-    in_stages = [name for stage in recipe.stages for name in stage.get("tasks", {})]
-    return without_tasks(recipe, [n for n in dict.fromkeys([*recipe.tasks, *in_stages]) if n not in names], print)
+        if name not in known:
+            try:
+                build_task(name)
+            except ConfigError:
+                raise ConfigError(f"--tasks {name}: recipe {recipe.name} has {', '.join(known)}") from None
+    recipe = recipe.with_values({"tasks": {name: {} for name in names if name not in known}}, "--tasks")
+    return without_tasks(recipe, [name for name in known if name not in names], print)
 
 
 def check_places(recipe: Recipe) -> None:

@@ -23,6 +23,8 @@ from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.trainer import disk
+from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory, saved_recipe_path
 from tests.small import DEV_ROWS, small_data, small_run
 
@@ -175,7 +177,19 @@ def recipe_from(*arguments: str) -> Recipe:
 def test_every_flag_reaches_the_recipe() -> None:
     recipe = recipe_from(
         *("--data", "d", "--model", "m", "--epochs", "7", "--max-steps", "3", "--batch-size", "5", "--lr", "0.5"),
-        *("--seed", "9", "--precision", "bf16", "--surgery", "none", "--dropout", "0.25", "--freeze", "--patience", "2"),
+        *(
+            "--seed",
+            "9",
+            "--precision",
+            "bf16",
+            "--surgery",
+            "none",
+            "--dropout",
+            "0.25",
+            "--freeze",
+            "--patience",
+            "2",
+        ),
     )
     assert (recipe.model.freeze, recipe.training.patience, recipe_from("--epochs", "0.25").training.epochs) == (
         *(True, 2, 0.25),
@@ -594,3 +608,81 @@ def test_waiting_threads_leave_a_busy_machine_to_others(chosen: dict[str, str], 
     command = [sys.executable, "-m", "minbert_fast.env", "--json"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert json.loads(printed).get("GOMP_SPINCOUNT") == expected
+
+
+# ---- Going on from a trained model -------------------------------------------------------------------------------
+
+
+def test_heads_of_a_trained_model_continue(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--model runs/first/best` drew the heads anew without a word, and called its scores untrained."""
+    more = ("--model", str(finished / "best"), "--epochs", "0")
+    assert cli.run(train.main, small_run(data, tmp_path / "same", *more)) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"--model {finished / 'best'} is a trained model: heads of sentiment, paraphrase, similarity continue\n" in out
+    )
+    before, after = (json.loads((run / "summary.json").read_text())["dev"] for run in (finished, tmp_path / "same"))
+    assert after == pytest.approx(before, abs=1e-6)
+    tasks = 'tasks={sentiment={extra_layers=1}, similarity={}, paraphrase={kind="similarity"}}'
+    other = small_run(data, tmp_path / "other", "--model", str(finished / "best"), "--max-steps", "1", "--set", tasks)
+    assert cli.run(train.main, other) == 0
+    out = capsys.readouterr().out
+    assert "sentiment drawn anew (another shape); paraphrase drawn anew (another kind)" in out
+    assert "untrained" not in out
+    assert cli.run(train.main, small_run(data, tmp_path / "fresh", "--max-steps", "1")) == 0
+    assert "is a trained model" not in capsys.readouterr().out
+
+
+def test_overwrite_does_not_remove_the_model_that_it_starts_from(
+    data: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = finished / "best"
+    error = fails(capsys, *small_run(data, finished, "--model", str(best), "--overwrite"))
+    assert f"--overwrite would remove --model {best}; choose another --output" in error
+    assert (best / "model.safetensors").is_file()
+
+
+# ---- Disk space ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_room_is_refused_before_its_first_step(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: (10**9, 10**9 - 10**6, 10**6))
+    error = fails(capsys, *small_run(data, tmp_path / "run"), status=1)
+    assert "the run needs about" in error
+    assert "1.0 MB are free: choose another --output" in error
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: (0, 0, 0))  # a file system that reports no sizes
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--set", "training.ema=0.9", "--set", "checkpoint.keep=3"), ("--freeze",)])
+def test_the_estimated_room_is_what_the_run_takes(
+    data: Path, tmp_path: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms: list[disk.Room] = []
+    monkeypatch.setattr(disk, "check_room", lambda room, directory: rooms.append(room))
+    sizes: list[int] = []
+
+    def prune(store: CheckpointStore, keep: int) -> None:
+        sizes.append(size(tmp_path / "run"))
+        real(store, keep)
+
+    real = CheckpointStore.prune
+    monkeypatch.setattr(CheckpointStore, "prune", prune)
+    flags = small_run(data, tmp_path / "run", "--set", "checkpoint.every=2", *more)
+    assert cli.run(train.main, flags) == 0
+    # Tokenizer and report have the same size for any model, small beside a real one.
+    fixed = 2 * sum((tmp_path / "run" / "best" / name).stat().st_size for name in ("tokenizer.json", "vocab.txt"))
+    fixed += sum(size(tmp_path / "run" / name) for name in ("plots", "report.html", "metrics.jsonl"))
+    (room,) = rooms
+    assert room.finished == pytest.approx(size(tmp_path / "run") - fixed, rel=0.2)
+    assert room.running == pytest.approx(max(sizes), rel=0.2)
+
+
+def size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -39,10 +39,10 @@ def build_tasks(recipe: Recipe) -> dict[str, Task]:
     for stage in recipe.resolved_stages():
         for name, options in stage.tasks.items():
             tables.setdefault(name, options)
+    files = imports.missing(recipe.imports)
     try:
         return {name: build_task(name, options) for name, options in tables.items()}
     except ConfigError as error:
-        files = imports.missing(recipe.imports)
         if not files:
             raise
         flags = " ".join(f"--import {file}" for file in files)
@@ -253,11 +253,10 @@ class MultitaskModel(nn.Module):
         Raises ConfigError (or its subclass WeightsError) naming the file and the problem.
         """
         directory = Path(directory)
+        weights.check_place(directory)
         for name in ("recipe.toml", "heads.safetensors"):
             if not (directory / name).is_file():
-                trained = (directory / "best" / name).is_file()
-                output = f"the output of a training run; its model is {directory / 'best'}"
-                raise ConfigError(f"{directory}: {output if trained else f'no trained model, it holds no {name}'}")
+                raise ConfigError(f"{directory}: no trained model, it holds no {name}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
         try:
             tasks = build_tasks(recipe)
