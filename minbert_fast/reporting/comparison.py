@@ -18,8 +18,7 @@ from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, document, figure, figure_grid, format_duration, paragraph, table
 from minbert_fast.reporting.report import NOISE, headline_order
-from minbert_fast.reporting.runs import Run, flatten, format_score, read_run
-from minbert_fast.reporting.task_sections import display_name
+from minbert_fast.reporting.runs import Run, display_name, flatten, format_score, read_run
 from minbert_fast.reporting.verdicts import verdicts
 from minbert_fast.tasks.metrics import lower_is_better
 

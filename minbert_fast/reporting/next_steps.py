@@ -33,9 +33,9 @@ def next_steps(run: Run) -> list[Advice]:
         advice.append(Advice("This was a demonstration on sample data: train real weights on your own data.", own))
     if fallen:
         lower = f"--lr {optimizer['lr'] / 10:g}" if "lr" in optimizer else ""
-        reason = f"Training made {' and '.join(fallen)} worse: lower the learning rate."
+        reason = f"Training made {' and '.join(sorted(fallen))} worse: lower the learning rate."
         advice.append(Advice(reason, _train(run, "lower-lr", lower)))
-    if warmup := _ended_in_warmup(run, optimizer):
+    if (warmup := _ended_in_warmup(run, optimizer)) and not fallen:
         reason = "The run ended while the learning rate was still warming up: take more steps."
         if run.summary.get("finished") is False:
             command = f"python -m minbert_fast.train --resume --output {shlex.quote(str(run.directory))}"
@@ -52,8 +52,8 @@ def next_steps(run: Run) -> list[Advice]:
         reason = f"The dev loss of {task} has risen since epoch {epoch:.3g}: stop early."
         advice.append(Advice(reason, _train(run, "early", "--set training.patience=1")))
     for task, details in run.tasks.items():
-        if collapse := collapsed_class(details):
-            reason = f"{task}: {collapse[1]}: balance the classes."
+        if task not in fallen and (collapse := collapsed_class(details)):
+            reason = f"{task}: {collapse[1]}. Draw each class equally often."
             advice.append(Advice(reason, _train(run, "balanced", f"--set tasks.{task}.balanced=true", staged=True)))
     if not advice and run.tasks:
         task, checkpoint = next(iter(run.tasks)), shlex.quote(str(run.directory / "best"))

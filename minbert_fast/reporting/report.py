@@ -25,8 +25,17 @@ from minbert_fast.reporting.page import (
     paragraph,
     table,
 )
-from minbert_fast.reporting.runs import TRAINING_PARTS, Run, flatten, format_score, numbers, read_run
-from minbert_fast.reporting.task_sections import Plots, display_name, display_title, task_section
+from minbert_fast.reporting.runs import (
+    TRAINING_PARTS,
+    Run,
+    display_name,
+    display_title,
+    flatten,
+    format_score,
+    numbers,
+    read_run,
+)
+from minbert_fast.reporting.task_sections import Plots, task_section
 from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metric, verdicts
 from minbert_fast.tasks.metrics import lower_is_better
 

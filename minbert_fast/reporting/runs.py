@@ -106,6 +106,18 @@ def read_run(directory: Path) -> Run:
     return Run(directory, records, summary, details, recipe, tuple(notices))
 
 
+def display_name(name: str) -> str:
+    """The name of a metric or task as a reader sees it."""
+    words = name.replace("_", " ").replace("macro f1", "macro-F1")
+    return words.replace("pearson", "Pearson").replace("spearman", "Spearman").replace("matthews", "Matthews")
+
+
+def display_title(name: str) -> str:
+    """`display_name` with a capital first letter."""
+    words = display_name(name)
+    return words[:1].upper() + words[1:]
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one mapping with keys `section.key`."""
     entries: dict[str, Any] = {}

@@ -15,8 +15,8 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import document, figure, figure_grid, paragraph, table
-from minbert_fast.reporting.runs import format_score, numbers
-from minbert_fast.reporting.task_sections import Plots, display_name
+from minbert_fast.reporting.runs import display_name, format_score, numbers
+from minbert_fast.reporting.task_sections import Plots
 from minbert_fast.tasks.metrics import lower_is_better
 
 TRIALS = "table.json"  # what `search` writes: a list of {"values", "dev", "failure", "metric"}, the best trial first

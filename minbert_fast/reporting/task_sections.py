@@ -16,25 +16,13 @@ import numpy as np
 
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import collapsible, figure, figure_grid, paragraph, scrollable, table
-from minbert_fast.reporting.runs import numbers
+from minbert_fast.reporting.runs import display_name, numbers
 from minbert_fast.reporting.verdicts import column
 from minbert_fast.tasks.metrics import normalised_confusion, precision_recall_f1
 
 SHOWN_ERRORS = 6  # per task; a click shows the others
 SHOWN_CLASSES = 12  # in matrices and tables; of more classes, the most frequent mistakes are listed
 Plots = dict[str, str]  # SVG text by file name
-
-
-def display_name(name: str) -> str:
-    """The name of a metric or task as a reader sees it."""
-    words = name.replace("_", " ").replace("macro f1", "macro-F1")
-    return words.replace("pearson", "Pearson").replace("spearman", "Spearman").replace("matthews", "Matthews")
-
-
-def display_title(name: str) -> str:
-    """`display_name` with a capital first letter."""
-    words = display_name(name)
-    return words[:1].upper() + words[1:]
 
 
 def task_section(name: str, task: Mapping[str, Any], plots: Plots) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minbert_fast.reporting.runs import Run, format_score, numbers, read_run
+from minbert_fast.reporting.runs import Run, display_name, numbers, read_run
 from minbert_fast.tasks.metrics import OF_PREDICTIONS, lower_is_better, standard_error
 
 Level = Literal["worse", "unclear", "better"]
@@ -41,7 +41,7 @@ class Verdict:
         known = [("before training", self.before), (self.constant_name, self.constant)]
         others = ", ".join(f"{value:.3f} {name}" for name, value in known if value is not None)
         value = "not a number" if math.isnan(self.value) else f"{self.value:.3f} ± {self.error:.3f}"
-        return f"{self.task}: {self.text}: {self.metric.replace('_', ' ')} {value}{f' ({others})' if others else ''}"
+        return f"{self.task}: {self.text}: {display_name(self.metric)} {value}{f' ({others})' if others else ''}"
 
 
 def verdicts(run: Run) -> list[Verdict]:
@@ -61,11 +61,16 @@ def announce(directory: Path) -> str:
 
 
 def fallen_score(run: Run) -> str:
-    """A sentence if the overall score is below that of the model before training; else empty."""
-    now, before = run.dev.get("score"), run.untrained.get("score")
-    if now is None or before is None or now >= before:
+    """A sentence if the overall score is below that of the model before training, or not a number; else empty."""
+    before = run.untrained.get("score")
+    known = run.summary.get("dev")
+    if before is None or not isinstance(known, Mapping) or "score" not in known:
         return ""
-    return f"score: {format_score(now, 3)} is worse than before training ({format_score(before, 3)})"
+    now = run.dev.get("score", math.nan)
+    if now >= before:
+        return ""
+    value = "not a number" if math.isnan(now) else f"{now:.3f}"
+    return f"Overall score: worse than before training: {value} ({before:.3f} before training)"
 
 
 def primary_metric(name: str, task: Mapping[str, Any]) -> str:
@@ -84,7 +89,7 @@ def column(values: Any) -> np.ndarray:
 def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -> Verdict:
     key = primary_metric(name, task)
     metric = key.removeprefix(f"{name}_")
-    value = numbers(task["metrics"]).get(key, math.nan)
+    value, loss = (numbers(task["metrics"]).get(k, math.nan) for k in (key, f"{name}_loss"))
     before = untrained.get(key)
     predictions = column(task["predictions"])
     labels = None if task.get("labels") is None else column(task["labels"])
@@ -102,24 +107,31 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
         gain = sign * (value - other)
         return "better" if gain > error else "worse" if gain < -error else "unclear"
 
-    words = {"better": "better than", "unclear": "not clearly better than", "worse": "worse than"}
-    parts: list[tuple[Level, str]] = []
-    if before is not None:
-        parts.append((compare(before), "before training"))
-    if constant is not None:
-        parts.append((compare(constant), constant_name))
-    text = " and ".join(f"{words[level]} {other}" for level, other in parts) or "nothing to compare it with"
-    text = text.replace(" and better than ", " and than ")
-    level: Level = "better" if parts and all(level == "better" for level, _ in parts) else "unclear"
+    others = [("before training", before), (constant_name, constant)]
+    levels = {words: compare(other) for words, other in others if other is not None}
+    # A head answers a class even if its scores are not numbers, so its metrics alone do not show that it broke.
+    if math.isnan(value) or (math.isnan(loss) and f"{name}_loss" in task["metrics"]):
+        return Verdict(name, "worse", metric, value, error, before, constant, constant_name, "diverged: not a number")
+    level: Level = "better" if levels and set(levels.values()) == {"better"} else "unclear"
+    text = _in_words(levels)
     if collapse := collapsed_class(task):
         level, text = "unclear", f"{text}, but {collapse[1]}"
-        f1 = f"{name}_macro_f1"
-        now = numbers(task["metrics"]).get(f1)
-        if now is not None and f1 in untrained and now < untrained[f1]:
-            text += f", and macro-F1 fell from {untrained[f1]:.3f} to {now:.3f}"
-    if math.isnan(value) or (before is not None and compare(before) == "worse"):
+        now, f1 = numbers(task["metrics"]), f"{name}_macro_f1"
+        if f1 in now and f1 in untrained and now[f1] < untrained[f1]:
+            text += f", and macro-F1 fell from {untrained[f1]:.3f} to {now[f1]:.3f}"
+    if levels.get("before training") == "worse":
         level = "worse"
     return Verdict(name, level, metric, value, error, before, constant, constant_name, text)
+
+
+def _in_words(levels: Mapping[str, Level]) -> str:
+    """The comparisons as text: better than before training and always “neutral”."""
+    parts = []
+    for level, words in (("worse", "worse than"), ("better", "better than"), ("unclear", "not clearly better than")):
+        names = [name for name, found in levels.items() if found == level]
+        if names:
+            parts.append(f"{words} {(' or ' if level == 'unclear' else ' and ').join(names)}")
+    return ", ".join(parts) or "nothing to compare it with"
 
 
 def _constant_answer(task: Mapping[str, Any], labels: np.ndarray) -> tuple[np.ndarray, str]:
@@ -135,7 +147,7 @@ def _constant_answer(task: Mapping[str, Any], labels: np.ndarray) -> tuple[np.nd
         return (labels.mean(axis=0) > 0.5).astype(np.float64), "the most frequent labels"
     counts = (task.get("distribution") or {}).get("train")
     most = int(np.argmax(counts if counts and sum(counts) else np.bincount(labels.astype(int))))
-    return np.array(float(most)), f"always “{classes[most]}”"
+    return np.array(float(most)), f"always answering “{classes[most]}”"
 
 
 def collapsed_class(task: Mapping[str, Any]) -> tuple[str, str] | None:

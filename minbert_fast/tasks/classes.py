@@ -27,7 +27,9 @@ class ClassOptions(TaskOptions):
 
     classes: tuple[str, ...] = ()  # their names, in order; empty: those of the training labels
     class_weights: Literal["", "balanced"] | tuple[float, ...] = ""  # factors on the loss of each class's examples
-    class_counts: tuple[int, ...] = ()  # training rows of each class, for "balanced"; empty: those of the training labels
+    class_counts: tuple[
+        int, ...
+    ] = ()  # training rows of each class, for "balanced"; empty: those of the training labels
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
     written: Literal["names", "numbers", "decimals"] = "names"  # how prediction files write class 1: its name, 1 or 1.0
 
@@ -103,7 +105,9 @@ class ClassTask(Task):
             counts = self.count_classes(summary, tuple(options.classes or found["classes"]))
             for name, count in counts.items():
                 if not count:
-                    raise ConfigError(f'tasks.{self.name}.class_weights = "balanced": no training row of class {name!r}')
+                    raise ConfigError(
+                        f'tasks.{self.name}.class_weights = "balanced": no training row of class {name!r}'
+                    )
             found["class_counts"] = list(counts.values())
         return found
 
@@ -149,7 +153,9 @@ class ClassTask(Task):
         whole = predictions.astype(np.int64), labels.astype(np.int64)
         table = metrics.precision_recall_f1(*whole, len(names))  # [C, 3]
         present = np.isin(np.arange(len(names)), np.concatenate(whole))
-        by_class = {f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)}
+        by_class = {
+            f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
+        }
         return {
             "accuracy": lambda: metrics.accuracy(predictions, labels),
             "macro_f1": lambda: metrics.macro_f1(predictions, labels),

@@ -98,7 +98,9 @@ class MultilabelTask(ClassTask):
         assert probabilities is not None
         table = metrics.precision_recall_f1(predictions, labels)  # [C, 3]
         names = self.options.classes
-        by_class = {f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)}
+        by_class = {
+            f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
+        }
         return {
             "accuracy": lambda: metrics.accuracy(predictions, labels),
             "micro_f1": lambda: float(2 * (predictions * labels).sum() / max(1, predictions.sum() + labels.sum())),

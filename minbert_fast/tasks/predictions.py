@@ -21,7 +21,10 @@ def write_predictions(path: Path, header: str, ids: Sequence[str], values: np.nd
     if len(ids) != len(values):
         raise ValueError(f"{path}: {len(ids)} ids for {len(values)} predictions")
     try:
-        lines = [header_line(header), *map(row_line, ids, values.tolist() if isinstance(values, np.ndarray) else values)]
+        lines = [
+            header_line(header),
+            *map(row_line, ids, values.tolist() if isinstance(values, np.ndarray) else values),
+        ]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     write_text(path, "".join(lines))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks: the caller's own code at logged steps, at evaluations, and at the end of a run.
 
-    class Watch(Callback):
-        def on_evaluation(self, event: EvaluationEvent) -> bool:
-            return event.metrics["score"] > 0.8  # True ends the run
+class Watch(Callback):
+    def on_evaluation(self, event: EvaluationEvent) -> bool:
+        return event.metrics["score"] > 0.8  # True ends the run
 
-    fit("default", data="data", model="model", callbacks=[Watch()])
+fit("default", data="data", model="model", callbacks=[Watch()])
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ class _Reader:
             for name, options in tables.items():
                 merged = merge(recipe.tasks.get(name, {}), options)
                 known = is_kind(str(merged.get("kind", name)))
-                found = build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
+                found = (
+                    build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
+                )
                 self._sources.setdefault(name, []).extend(found)
         for name in rows:
             if name not in self._sources:
@@ -121,7 +123,9 @@ class _Reader:
     def summarise(self, name: str, texts: int) -> LabelSummary:
         """What the training labels of task `name` hold, in all stages."""
         sources = {repr(source): source for source in self._sources[name]}  # each once
-        inputs = [found for source in sources.values() if (found := self._input(name, source, "train", texts)) is not None]
+        inputs = [
+            found for source in sources.values() if (found := self._input(name, source, "train", texts)) is not None
+        ]
         return merge_summaries([summarise_labels(found) for found in inputs])
 
     def table(self, task: Task, split: str) -> TokenTable | None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fit`: training from Python, on files or on rows in memory. `python -m minbert_fast.train` runs the same job.
 
-    from minbert_fast import fit
+from minbert_fast import fit
 
-    result = fit(data=frame, text="review", label="stars", model="bert-base-uncased", output="runs/stars")
-    result.metrics["stars_accuracy"], result.predictor.predict("stars", ["A gripping film."])
+result = fit(data=frame, text="review", label="stars", model="bert-base-uncased", output="runs/stars")
+result.metrics["stars_accuracy"], result.predictor.predict("stars", ["A gripping film."])
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def fit(
     recipe: a Recipe, the name of one, a .toml file, or values to lay over `default`, nested as in a file.
     data: a directory in the course's layout; or one task's rows: a file, a list of dicts or tuples, a dict of columns, a
         pandas or `datasets` table; or a mapping from the names of tasks to either such rows or to
-        `{"train": rows, "dev": rows, "text": columns, "label": column, ...}` (the keys of `minbert_fast.data.source.Source`).
+        `{"train": rows, "dev": rows, "text": columns, "label": column, ...}` (keys of `minbert_fast.data.source.Source`).
     text, label, kind: of the single task whose rows `data` is; the task is called after its label column.
     model: a directory or a hub name; None: that of the recipe.
     output: the run's directory; None: a new one under runs/.
@@ -120,7 +120,9 @@ def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, ob
     """
     if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
         found = f"{data}: no such directory" if isinstance(data, str | Path) else type(data).__name__
-        raise ConfigError(f"data: expected a directory, a mapping from tasks to rows, or rows with text and label ({found})")
+        raise ConfigError(
+            f"data: expected a directory, a mapping from tasks to rows, or rows with text and label ({found})"
+        )
     tasks: dict[str, Any] = {}
     rows: dict[str, dict[str, object]] = {}
     for name, value in data.items():

@@ -216,7 +216,9 @@ class _Job:
         for name, table in self.data.dev.items():
             share = self.data.tasks[name].options.dev_fraction
             if share < 1:
-                self.dev[name] = table.select(subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}"))
+                self.dev[name] = table.select(
+                    subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
+                )
         self.scored_train: dict[str, TokenTable] = {}
         if count and not self.dev:
             self.notify(
