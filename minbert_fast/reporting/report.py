@@ -40,6 +40,11 @@ from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metri
 from minbert_fast.tasks.metrics import lower_is_better
 
 SHOWN_EVALUATIONS = 60
+COURSE = {  # the metrics in the course's score, and how it scales them
+    "sentiment_accuracy": "sentiment accuracy",
+    "paraphrase_accuracy": "paraphrase accuracy",
+    "similarity_pearson": "(similarity Pearson + 1) / 2",
+}
 NOISE = 0.05  # cosines of gradients between -NOISE and NOISE are those of directions without any relation
 
 
@@ -106,9 +111,11 @@ def _score_tile(run: Run) -> str:
         return "" if run.dev else paragraph("No dev scores: the run was not evaluated, or wrote no summary yet.")
     best = numbers(run.summary.get("best"))
     facts = _other_values(run, "score")
-    made = "The mean of the tasks' judging metrics"
-    if {"sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"} & run.dev.keys():
-        made = "(sentiment accuracy + paraphrase accuracy + (similarity Pearson + 1) / 2) / 3, of the tasks present"
+    made, course = "The mean of the tasks' judging metrics", COURSE.keys() & run.dev.keys()
+    if course:
+        made = f"({' + '.join(COURSE[key] for key in COURSE if key in course)}) / {len(course)}"
+        if others := [name for name, task in run.tasks.items() if primary_metric(name, task) not in COURSE]:
+            made += f", without {', '.join(others)}"
     step = f"; dev scores of step {best['step']:,.0f}, the best" if "step" in best else ""
     return _tile("", "Overall score", f"{run.dev['score']:.3f}", [*facts, f"{made}{step}."])
 
