@@ -85,18 +85,18 @@ def _header(run: Run) -> str:
     facts += [f"{steps:,} steps"] if isinstance(steps, int) else []
     facts += [format_duration(seconds)] if isinstance(seconds, int | float) else []
     facts += [str(summary[key]) for key in ("device", "precision", "backend") if summary.get(key)]
-    parts = [f"<h1>{escape(run.name)}</h1>", paragraph(" · ".join(f for f in facts if f), "muted")]
+    parts = [f"<h1>{escape(run.name)}</h1>"]
+    found = verdicts(run)
+    fallen = ", ".join(verdict.task for verdict in found if verdict.level == "worse")
+    texts = [fallen_score(run), f"Worse than before training: {fallen}" if fallen else ""]
+    parts += [paragraph(f"{text}.", "banner worse") for text in texts if text]
+    parts.append(paragraph(" · ".join(f for f in facts if f), "muted"))
     description = summary.get("description") or run.recipe.get("description")
     if description:
         parts.append(paragraph(str(description)))
     if summary.get("demonstration"):
         text = "A demonstration: a tiny model on sample data that ship with the package. Its scores mean nothing else."
         parts.append(paragraph(text, "banner"))
-    found = verdicts(run)
-    worse = [display_title(v.task) for v in found if v.level == "worse"]
-    if worse or fallen_score(run):
-        subject = " and ".join(worse) or "The overall score"
-        parts.append(paragraph(f"{subject}: worse than before training.", "banner worse"))
     parts.append(f'<div class="tiles">{_score_tile(run)}{"".join(_verdict_tile(run, v) for v in found)}</div>')
     if advice := next_steps(run):
         items = [f"<li>{escape(a.reason)}{f'<pre>{escape(a.command)}</pre>' if a.command else ''}</li>" for a in advice]
@@ -128,7 +128,8 @@ def _verdict_tile(run: Run, verdict: Verdict) -> str:
     value = "not a number" if np.isnan(verdict.value) else f"{verdict.value:.3f}"
     title = f"{display_title(verdict.task)}: {display_name(verdict.metric)}"
     text = verdict.text[:1].upper() + verdict.text[1:] + "."
-    return _tile(verdict.level, title, value, [f"± {verdict.error:.3f} standard error", *facts], text)
+    facts = facts if np.isnan(verdict.error) else [f"± {verdict.error:.3f} standard error", *facts]
+    return _tile(verdict.level, title, value, facts, text)
 
 
 def _other_values(run: Run, key: str) -> list[str]:
