@@ -62,7 +62,7 @@ def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
         for task, name in FILES.items()
     }
     tasks = build_tasks(recipe())
-    tables = {name: task.table([found[source] for source in task.sources]) for name, task in tasks.items()}
+    tables = {name: task.table([found[source.layout] for source in task.sources]) for name, task in tasks.items()}
     made = {name: task.example_generator(tokenizer, 5) for name, task in tasks.items()}
     generators = {name: generator for name, generator in made.items() if generator is not None}
     return Collator(tables, 32, {"nsp": "cross"}, generators=generators)

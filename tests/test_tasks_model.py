@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from minbert_fast import BertConfig, BertModel
@@ -15,13 +16,17 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
+from minbert_fast.step.backends import make_step
+from minbert_fast.step.captured import at_capacity
+from minbert_fast.tasks import MultitaskModel, base, build_task, build_tasks
+from tests.test_graph import strangers
 
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
-OPTIONS = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}, "nli": {}}
+TRIPLETS = {"data": "triplets"}
+OPTIONS = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}, "nli": TRIPLETS}
 LABELS = {"sentiment": [0, 4, 2, 1, 3], "paraphrase": [1.0, 0, 1, 1, 0], "similarity": [5.0, 0, 2.4, 3, 1]}
 
 
@@ -31,12 +36,14 @@ def make_model(options: dict | None = None, pooling="mean") -> MultitaskModel:
     return MultitaskModel(BertModel(CONFIG), tasks, pooling)
 
 
-def make_batch(model: MultitaskModel, sizes: dict[str, int], capacity: bool = True) -> MultitaskBatch:
+def make_batch(
+    model: MultitaskModel, sizes: dict[str, int], capacity: bool = True, known: dict[str, list] = LABELS
+) -> MultitaskBatch:
     rng = np.random.default_rng(0)
     arity = {name: model.tasks[name].arity for name in sizes}
     sentences = [[rng.integers(1, 40, rng.integers(1, 9)) for _ in range(n * arity[name])] for name, n in sizes.items()]
     room = {"token_capacity": 400, "sentence_capacity": 60, "max_seqlen": 16} if capacity else {}
-    labels = {name: torch.tensor(LABELS[name][:n]) for name, n in sizes.items() if name in LABELS}
+    labels = {name: torch.tensor(known[name][:n]) for name, n in sizes.items() if name in known}
     rows = {name: np.arange(n) for name, n in sizes.items()}
     return MultitaskBatch(pack(sentences, **room), tuple(sizes), arity, labels, rows)
 
@@ -60,6 +67,90 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(pooling):
     expected = gradients(model, padded)
     for name, gradient in gradients(model, packed).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+# One task of each kind that learns from batches alone, and its labels; `masked-lm` and `next-sentence` draw their own.
+KINDS = {
+    "classification": {"classes": ["a", "b", "c"], "dropout": 0.0, "class_weights": [1.0, 2.0, 0.5]},
+    "ordinal": {"kind": "classification", "classes": ["1", "2", "3"], "dropout": 0.0, "loss": "ordinal"},
+    "multilabel": {"classes": ["a", "b"], "dropout": 0.0},
+    "regression": {"found_range": [1, 5], "dropout": 0.0},
+    "pair-classification": {"classes": ["a", "b", "c"], "dropout": 0.0, "label_smoothing": 0.1},
+    "pair-regression": {"range": [0, 4], "dropout": 0.0, "labels": "raw"},
+    "ranking": {"symmetric": True},
+    "triplet": {"project": True},
+    "contrastive": {"text": ["sentiment"]},
+}
+KIND_LABELS = {
+    "classification": [0, 2, 1, 1, 0],
+    "ordinal": [2, 0, 1, 2, 2],
+    "multilabel": [[0.0, 1], [1, 1], [0, 0], [1, 0], [1, 1]],
+    "regression": [1.0, 5, 2.5, 3, 4],
+    "pair-classification": [2, 1, 0, 0, 1],
+    "pair-regression": [4.0, 0, 1, 2.5, 3],
+}
+
+
+KIND_RECIPE = build(Recipe, {"tasks": KINDS, "optimizer": {"lr": 2e-3}, "surgery": {"method": "pcgrad"}}, "test")
+
+
+def test_every_kind_trains_alike_in_the_one_pass_and_the_naive_step(tmp_path: Path):
+    """Losses of four steps are equal and fall; the saved model predicts what the trained one does."""
+    losses, model = [], make_model(KINDS)
+    assert {task.kind for task in model.tasks.values()} | {"masked-lm", "next-sentence"} == set(base.KINDS)
+    for backend in ("reference", "fast"):
+        model = make_model(KINDS)
+        batch = make_batch(model, dict.fromkeys(KINDS, 5), capacity=False, known=KIND_LABELS)
+        step = make_step(backend, model, KIND_RECIPE, torch.float32)
+        losses.append(torch.stack([step(batch, 1.0).losses for _ in range(4)]))
+    torch.testing.assert_close(losses[0], losses[1], atol=2e-4, rtol=2e-4)
+    falling = losses[1][-1] < losses[1][0]
+    assert falling.all(), [name for name, good in zip(KINDS, falling, strict=True) if not good]
+
+    model.eval().save(tmp_path, KIND_RECIPE.to_toml())
+    saved = load_file(tmp_path / "heads.safetensors")
+    assert not [key for key in saved if "class_weights" in key]  # the options hold them
+    check_equal_results(model, MultitaskModel.load(tmp_path), batch)
+
+
+@torch.no_grad()
+def check_equal_results(model: MultitaskModel, loaded: MultitaskModel, batch: MultitaskBatch) -> None:
+    """Both models have the same losses and predictions, of which every task has its metrics."""
+    outputs = [each.outputs(batch, each.encoder(batch.packed)["last_hidden_state"]) for each in (model, loaded)]
+    for name, task in model.tasks.items():
+        (trained, first), (read, second) = (
+            (m.head(name), o[name]) for m, o in zip((model, loaded), outputs, strict=True)
+        )
+        predictions, shares = trained.predict(first), trained.probabilities(first)
+        assert torch.equal(predictions, read.predict(second))
+        assert torch.equal(trained.loss(first, batch.labels.get(name)), read.loss(second, batch.labels.get(name)))
+        assert (shares is None) == (task.class_names is None)
+        if not task.predicts:
+            continue
+        labels = batch.labels[name].numpy() if task.labelled else None
+        vectors = tuple(x.numpy() for x in first.vectors)
+        scores = task.evaluate(predictions.numpy(), labels, None if shares is None else shares.numpy(), vectors)
+        assert tuple(scores) == task.metric_names
+        assert task.primary in scores
+        assert all(np.isfinite(value) for value in scores.values())
+        assert len(task.as_labels(predictions.numpy())) == 5
+
+
+def test_no_kind_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
+    model = make_model(KINDS)
+    batch = make_batch(model, dict.fromkeys(KINDS, 4), capacity=False, known=KIND_LABELS)
+    assert strangers(model, KIND_RECIPE, at_capacity(batch), monkeypatch) == []
+
+
+def test_a_stage_replaces_class_weights():
+    model = make_model({"sentiment": {"dropout": 0.0, "class_weights": [1.0, 1, 1, 1, 9]}})
+    batch = make_batch(model, {"sentiment": 5})
+    hidden = model.encoder(batch.packed)["last_hidden_state"]
+    for options in ({}, {"class_weights": [2.0, 2, 2, 2, 2]}):
+        model.configure({"sentiment": build_task("sentiment", options | {"dropout": 0.0})})
+        scores = model.outputs(batch, hidden)["sentiment"].scores
+        expected = F.cross_entropy(scores, batch.labels["sentiment"]) * (2 if options else 1)
+        torch.testing.assert_close(model.losses(batch, hidden)["sentiment"], expected)
 
 
 def test_options_set_a_tasks_pooling_and_weight():

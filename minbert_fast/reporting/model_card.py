@@ -88,7 +88,7 @@ def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
     stems = {name: ", ".join(FORMATS[s.layout].stem for s in task.sources if s.layout) for name, task in tasks.items()}
-    rows = [f"| {name} | {task.kind} | {stems[name]} files |" for name, task in tasks.items()]
+    rows = [f"| {name} | {task.preset or task.kind} | {stems[name]} files |" for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]

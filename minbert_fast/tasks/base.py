@@ -295,7 +295,7 @@ def register(kind: str) -> Callable[[K], K]:
     """Class decorator: registers a Task as `kind`, its name in recipes."""
 
     def add(cls: K) -> K:
-        assert kind not in KINDS and kind not in PRESETS, f"two tasks of kind {kind!r}"
+        assert kind not in KINDS.keys() | PRESETS.keys(), f"two tasks of kind {kind!r}"
         KINDS[kind] = cls
         return cls
 

@@ -26,8 +26,10 @@ class ClassOptions(TaskOptions):
     """Options of a task with classes."""
 
     classes: tuple[str, ...] = ()  # their names, in order; empty: those of the training labels
-    class_weights: Literal["", "balanced"] | tuple[float, ...] = ""  # factors on the loss of each class's examples
-    class_counts: tuple[int, ...] = ()  # training rows of each class, for "balanced"; empty: those of the training labels
+    class_weights: Literal["balanced"] | tuple[float, ...] = ()  # factors on the loss of each class's examples
+    class_counts: tuple[
+        int, ...
+    ] = ()  # training rows of each class, for "balanced"; empty: those of the training labels
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
     written: Literal["names", "numbers", "decimals"] = "names"  # how prediction files write class 1: its name, 1 or 1.0
 
@@ -48,8 +50,8 @@ class ClassOptions(TaskOptions):
 
         `balanced` is n / (C n_c), as in scikit-learn: every class has the same share of the loss, and the mean is 1.
         """
-        if self.class_weights != "balanced":
-            return tuple(self.class_weights)
+        if not isinstance(self.class_weights, str):
+            return self.class_weights
         total, classes = sum(self.class_counts), len(self.class_counts)
         return tuple(total / (classes * count) if count else 0.0 for count in self.class_counts)
 
@@ -96,14 +98,17 @@ class ClassTask(Task):
         return bool(options.classes) and (options.class_weights != "balanced" or bool(options.class_counts))
 
     def resolve(self, summary: LabelSummary) -> dict[str, Any]:
-        options, found = self.options, {}
+        options = self.options
+        found: dict[str, Any] = {}
         if not options.classes:
             found["classes"] = list(self.find_classes(summary))
         if options.class_weights == "balanced" and not options.class_counts:
             counts = self.count_classes(summary, tuple(options.classes or found["classes"]))
             for name, count in counts.items():
                 if not count:
-                    raise ConfigError(f'tasks.{self.name}.class_weights = "balanced": no training row of class {name!r}')
+                    raise ConfigError(
+                        f'tasks.{self.name}.class_weights = "balanced": no training row of class {name!r}'
+                    )
             found["class_counts"] = list(counts.values())
         return found
 
@@ -149,7 +154,9 @@ class ClassTask(Task):
         whole = predictions.astype(np.int64), labels.astype(np.int64)
         table = metrics.precision_recall_f1(*whole, len(names))  # [C, 3]
         present = np.isin(np.arange(len(names)), np.concatenate(whole))
-        by_class = {f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)}
+        by_class = {
+            f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
+        }
         return {
             "accuracy": lambda: metrics.accuracy(predictions, labels),
             "macro_f1": lambda: metrics.macro_f1(predictions, labels),

@@ -40,8 +40,8 @@ class MultilabelOptions(ClassOptions, SingleOptions):
     @property
     def weights(self) -> tuple[float, ...]:
         """Factors on the positive part of the loss, [C]. `balanced`: rows without a class for each row with it."""
-        if self.class_weights != "balanced":
-            return tuple(self.class_weights)
+        if not isinstance(self.class_weights, str):
+            return self.class_weights
         return tuple((self.row_count - count) / count if count else 0.0 for count in self.class_counts)
 
 
@@ -98,7 +98,9 @@ class MultilabelTask(ClassTask):
         assert probabilities is not None
         table = metrics.precision_recall_f1(predictions, labels)  # [C, 3]
         names = self.options.classes
-        by_class = {f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)}
+        by_class = {
+            f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
+        }
         return {
             "accuracy": lambda: metrics.accuracy(predictions, labels),
             "micro_f1": lambda: float(2 * (predictions * labels).sum() / max(1, predictions.sum() + labels.sum())),

@@ -96,7 +96,9 @@ class RankingHead(Head):
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         anchor, positive, *negatives = output.vectors
         weights = self.options.objectives.items()
-        parts = (weight * OBJECTIVES[name](self.options, anchor, positive, tuple(negatives)) for name, weight in weights)
+        parts = (
+            weight * OBJECTIVES[name](self.options, anchor, positive, tuple(negatives)) for name, weight in weights
+        )
         return sum(parts, output.scores.new_zeros(()))
 
     def predict(self, output: HeadOutput) -> Tensor:

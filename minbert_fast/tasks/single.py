@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kinds with one text per example share: options, further encoder layers, the head's layers.
 
-    embedding of the text -> [neighbours] -> dropout -> [shared stack] -> linear -> scores
+embedding of the text -> [neighbours] -> dropout -> [shared stack] -> linear -> scores
 """
 
 from __future__ import annotations
