@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import runpy
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,31 @@ def test_no_kind_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
     model = make_model(KINDS)
     batch = make_batch(model, dict.fromkeys(KINDS, 4), capacity=False, known=KIND_LABELS)
     assert strangers(model, KIND_RECIPE, at_capacity(batch), monkeypatch) == []
+
+
+def test_the_worked_example_is_the_focal_loss():
+    """docs/adding_a_task.md; for gamma = 0 the cross-entropy."""
+    path = Path(__file__).parents[1] / "docs" / "examples" / "focal.py"
+    try:
+        runpy.run_path(str(path))
+        options = tomllib.loads(path.with_suffix(".toml").read_text())["tasks"]["sentiment"] | {"dropout": 0.0}
+        for gamma in (0.0, 2.0):
+            chosen = {"sentiment": options | {"gamma": gamma}}
+            recipe = build(Recipe, {"tasks": chosen}, "test")
+            found = []
+            for backend in ("reference", "fast"):
+                model = make_model(chosen)
+                batch = make_batch(model, {"sentiment": 5}, capacity=False)
+                p = model.outputs(batch, model.encoder(batch.packed)["last_hidden_state"])["sentiment"].scores.softmax(
+                    -1
+                )
+                p = p[torch.arange(5), batch.labels["sentiment"]]
+                step = make_step(backend, model, recipe, torch.float32)
+                found.append(torch.stack([step(batch, 1.0).losses for _ in range(2)]))
+                torch.testing.assert_close(found[-1][0, 0], (-((1 - p) ** gamma) * p.log()).mean().detach())
+            torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    finally:
+        base.KINDS.pop("focal", None)
 
 
 def test_a_stage_replaces_class_weights():
