@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from minbert_fast import BertConfig, BertModel
@@ -255,6 +255,74 @@ def test_tasks_of_all_stages_have_heads():
     first, second = recipe.resolved_stages()
     assert list(build_tasks(first)) == ["nli"]
     assert build_tasks(second)["sentiment"].options.dropout == 0.3
+
+
+# Options of earlier versions, and the names and shapes of the parameters in heads.safetensors (hidden size 16).
+EARLIER: dict[str, tuple[dict, dict[str, tuple[int, ...]]]] = {
+    "sentiment": ({}, {"output.weight": (5, 16), "output.bias": (5,)}),
+    "cfimdb": (
+        {"kind": "sentiment", "data": "polarity", "neighbours": 2, "nearest": 1},
+        {
+            "neighbours.vectors": (4, 16),
+            "neighbours.labels": (4,),
+            "output.weight": (2, 18),
+            "output.bias": (2,),
+        },
+    ),
+    "paraphrase": ({"features": ["cosine"], "loss": "cross_entropy"}, {"output.weight": (2, 1), "output.bias": (2,)}),
+    "similarity": (
+        {"calibrated": True, "encoder": "both", "project": 3},
+        {
+            "projection.weight": (3, 16),
+            "projection.bias": (3,),
+            "factor": (),
+            "offset": (),
+            "together.weight": (1, 3),
+            "together.bias": (1,),
+        },
+    ),
+    "graded": (
+        {"kind": "similarity", "head": "linear", "loss": "cross_entropy"},
+        {"output.weight": (6, 32), "output.bias": (6,)},
+    ),
+    "nli": (
+        {"objectives": {"triplet": 1.0}, "project": True},
+        {"projection.weight": (16, 16), "projection.bias": (16,)},
+    ),
+    "nsp": ({"text": ["similarity"]}, {"output.weight": (2, 16), "output.bias": (2,)}),
+}
+
+
+def test_models_of_earlier_versions_load(tmp_path: Path):
+    """Their recipes spell the course's tasks as kinds; every tensor has its place."""
+    recipe = build(Recipe, {"tasks": {name: options for name, (options, _) in EARLIER.items()}}, "test")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.{key}": torch.randn(shape, generator=generator)
+        for name, (_, shapes) in EARLIER.items()
+        for key, shape in shapes.items()
+    }
+    BertModel(CONFIG).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "heads.safetensors")
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    loaded = MultitaskModel.load(tmp_path)
+    found = loaded.heads.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    files = {name: task.prediction_file("dev") for name, task in loaded.tasks.items() if task.predicts}
+    assert files["sentiment"] == "sst-dev-output.csv"
+    assert files["cfimdb"] == "cfimdb-dev-output.csv"
+    assert loaded.tasks["nli"].header == "Follows_Closer_Than_Contradicts"
+
+
+def test_heads_draw_their_first_weights_in_the_order_of_earlier_versions():
+    options = {"project": 3, "features": ["u", "product"], "shared_layers": "pair", "shared_depth": 1}
+    torch.manual_seed(5)
+    head = build_task("paraphrase", options).build_head(CONFIG, {})
+    torch.manual_seed(5)
+    expected = [torch.nn.Linear(16, 16), torch.nn.Linear(16, 3), torch.nn.Linear(6, 1)]
+    for layer, own in zip(expected, (head.stack.layers[0], head.projection, head.output), strict=True):
+        assert torch.equal(layer.weight, own.weight)
+        assert torch.equal(layer.bias, own.bias)
 
 
 def test_save_and_load_keep_every_bit(tmp_path: Path):

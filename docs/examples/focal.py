@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head of one's own in one file: a hidden layer, and the focal loss (Lin et al. 2017, equation 4).
+"""A new head in one file: a hidden layer, and the focal loss (Lin et al. 2017, equation 4).
 
-It suits classes of very different sizes: examples that the model already gets right hardly count.
+It suits classes of very different sizes, because examples that the model already classifies well have a small weight.
 """
 
 from __future__ import annotations

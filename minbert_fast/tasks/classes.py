@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds with classes share: their options, the classes found in the training labels, class weights, metrics."""
+"""Shared by kinds with classes: options, the classes found in the training labels, class weights, metrics."""
 
 from __future__ import annotations
 
