@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import tomllib
 from pathlib import Path
@@ -19,7 +20,8 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
-from minbert_fast.step.captured import at_capacity
+from minbert_fast.step.captured import GraphedStep, at_capacity
+from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, base, build_task, build_tasks
 from tests.test_graph import strangers
 
@@ -142,6 +144,17 @@ def test_no_kind_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
     model = make_model(KINDS)
     batch = make_batch(model, dict.fromkeys(KINDS, 4), capacity=False, known=KIND_LABELS)
     assert strangers(model, KIND_RECIPE, at_capacity(batch), monkeypatch) == []
+
+
+@pytest.mark.gpu
+def test_every_kind_trains_alike_as_a_cuda_graph():
+    model = make_model(KINDS).cuda()
+    batch = at_capacity(make_batch(model, dict.fromkeys(KINDS, 5), capacity=False, known=KIND_LABELS).to("cuda"))
+    eager = OnePassStep(copy.deepcopy(model), KIND_RECIPE, torch.float32)
+    graphed = GraphedStep(OnePassStep(model, KIND_RECIPE, torch.float32))
+    for _ in range(4):
+        assert torch.equal(eager(batch, 1.0).losses, graphed(batch, 1.0).losses)
+    assert torch.equal(eager.flat.data, graphed.step.flat.data)
 
 
 def test_the_worked_example_is_the_focal_loss():
