@@ -125,12 +125,14 @@ def _model_index(tasks: Mapping[str, Task], dev: Mapping[str, float]) -> list[Ev
 
 def _data_of(task: Task) -> str:
     """The names of the data sets that a task was trained on."""
-    return ", ".join(FORMATS[source].stem if source in FORMATS else source for source in task.sources) or task.name
+    names = [source.hub or ", ".join(Path(file).name for file in source.files("train")) for source in task.sources]
+    layouts = [FORMATS[source.layout].stem or source.layout for source in task.sources if source.layout]
+    return ", ".join(filter(None, names)) or ", ".join(layouts) or task.name
 
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
-    rows = [f"| {name} | {task.kind} | {_data_of(task)} files |" for name, task in tasks.items()]
+    rows = [f"| {name} | {task.preset or task.kind} | {_data_of(task)} |" for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]

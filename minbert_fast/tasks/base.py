@@ -55,7 +55,7 @@ class HeadOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """What a task's metrics are computed from: its head's results for n rows."""
+    """The results of a task's head for n rows, from which metrics are computed."""
 
     predictions: np.ndarray  # [n], or [n, C]
     labels: np.ndarray | None  # [n], or [n, C]; None for a task without labels
@@ -178,7 +178,7 @@ class Task(ABC):
 
     @property
     def layout(self) -> str:
-        """The named layout of the task's only data set; empty for files of its own."""
+        """The layout whose files in the data directory are the task's only data set; empty if `data` names files."""
         sources = self.sources
         return sources[0].layout if len(sources) == 1 and not (sources[0].train or sources[0].hub) else ""
 
@@ -311,11 +311,16 @@ def register(kind: str) -> Callable[[K], K]:
     """Class decorator: registers a Task as `kind`, its name in recipes."""
 
     def add(cls: K) -> K:
-        assert kind not in KINDS and kind not in PRESETS, f"two tasks of kind {kind!r}"
+        assert kind not in KINDS.keys() | PRESETS.keys(), f"two tasks of kind {kind!r}"
         KINDS[kind] = cls
         return cls
 
     return add
+
+
+def is_kind(name: str) -> bool:
+    """Whether `name` is a kind of task or a preset."""
+    return name in KINDS or name in PRESETS
 
 
 def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
