@@ -35,6 +35,7 @@ from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import disk, loop
+from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
@@ -63,6 +64,7 @@ class Options:
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
     report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
     command: str = ""  # the command line, for summary.json
+    callbacks: tuple[Callback, ...] = ()
 
 
 def train(recipe: Recipe, options: Options) -> Path:
