@@ -19,10 +19,11 @@ import torch.distributed.run
 
 import benchmarks.run
 from benchmarks import harness, precision
-from minbert_fast import reproduce, train
+from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.trainer import reproduction
 from tests.browser import browser, chromium
 from tests.pages import PAGES, ROOT, UNTRIED, Piece, elsewhere, filled, pieces
 from tests.small import small_data
@@ -46,7 +47,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     nothing = SimpleNamespace(run=lambda device, ceilings: [])
     monkeypatch.setattr(benchmarks.run, "importlib", SimpleNamespace(import_module=lambda name: nothing))
     # Without names it runs every recipe with published scores; tests/test_recipes_run.py trains each of them.
-    monkeypatch.setattr(reproduce, "recipe_names", lambda: ["sbert-exp1", "default"])
+    monkeypatch.setattr(reproduction, "published_names", lambda: ["sbert-exp1"])
     return tmp_path
 
 
