@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.common.cli import Parser, add_device_flags, run
+from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         add(f"--{kind}", type=Path, metavar="FILE", help=f"a {kind} file, instead of --data")
     add("--json", type=Path, metavar="FILE", help="write the scores here")
     add("--output", type=Path, metavar="DIR", help="write prediction files and details.json here")
+    add_import_flag(flags)
     add_device_flags(flags)
     return flags
 

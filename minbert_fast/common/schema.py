@@ -114,11 +114,15 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+class Whole(dict[str, Any]):
+    """A table that replaces another one where `merge` would merge them."""
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` updated with `over`: nested tables are merged key by key, all other values replaced."""
-    merged = dict(base)
+    """`base` updated with `over`: nested tables are merged key by key, all other values (and a `Whole`) replaced."""
+    merged = Whole(base) if isinstance(base, Whole) else dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and not isinstance(value, Whole):
             merged[key] = merge(merged[key], value)
         else:
             merged[key] = value

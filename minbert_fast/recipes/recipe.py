@@ -12,13 +12,23 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from minbert_fast.common.schema import ConfigError, build, check, check_at_least, check_below_one, merge, plain, to_toml
+from minbert_fast.common.schema import (
+    ConfigError,
+    Whole,
+    build,
+    check,
+    check_at_least,
+    check_below_one,
+    merge,
+    plain,
+    to_toml,
+)
 from minbert_fast.common.storage import inside, regular
 from minbert_fast.data.sampling import Scheme
 from minbert_fast.model.config import BertConfig, Pooling  # noqa: F401  (BertConfig: an import path of earlier versions)
@@ -133,8 +143,8 @@ class RegularisationOptions:
 class TrainingOptions:
     """Length of the run, batch size, precision, evaluation, model selection."""
 
-    epochs: float = 1.0  # passes over the data, as the scheme defines one; fractions are allowed
-    max_steps: int | None = None  # most steps of the run (in a stage: of the stage)
+    epochs: float = 1.0  # passes over the data, as the scheme defines one; 0.25: a quarter of one
+    max_steps: int | None = None  # length of the run and of its schedule, in place of `epochs`; stages share it
     batch_size: int = 32  # examples per task and step; a task's own `batch_size` takes precedence
     seed: int = 11711  # of all random numbers
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; weights and moments stay fp32
@@ -159,14 +169,13 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Resumable checkpoints."""
+    """Resumable checkpoints. A run keeps its newest two, or `keep` if that is more. A finished run keeps `keep`."""
 
     every: int = 0  # steps from one checkpoint to the next; 0: one at the end of each epoch
-    keep: int = 2  # the newest ones stay
+    keep: int = 0  # checkpoints of a finished run that stay
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "every")
-        check_at_least(self, 1, "keep")
+        check_at_least(self, 0, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -229,6 +238,7 @@ class Recipe:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     stages: tuple[Mapping[str, Any], ...] = ()  # partial recipes that run in order; none: one stage with all tasks
+    imports: Mapping[str, str] = field(default_factory=dict)  # files of `--import`: SHA-256 by name
 
     def __post_init__(self) -> None:
         check(bool(self.tasks), "tasks: expected at least one task")
@@ -271,11 +281,48 @@ class Recipe:
         """This recipe updated with `values`, which are nested as in a file."""
         return build(Recipe, _without_removed_tasks(merge(plain(self), values)), where)
 
+    def with_paths(self, change: Callable[[str], str]) -> Recipe:
+        """This recipe, stages included, with `change(path)` in place of the name of each file and directory."""
+        values = _with_paths(plain(self), change)
+        values["stages"] = [_with_paths(stage, change) for stage in values["stages"]]
+        return build(Recipe, values, self.name)
+
     @classmethod
     def load(cls, name_or_file: str) -> Recipe:
         """Reads a recipe of the package by name, or a TOML file, and the recipes that it extends. Raises ConfigError."""
         path = recipe_path(name_or_file)
         return build(cls, _without_removed_tasks(_read_inherited(path, ())), str(path))
+
+
+def _with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The values of a recipe or a stage with `change` applied to paths; names of data sets on the hub stay."""
+
+    def changed(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        return {**table, **{key: deep(table[key]) for key in keys if table.get(key)}}
+
+    def deep(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: deep(item) for key, item in value.items()}
+        return [deep(item) for item in value] if isinstance(value, list | tuple) else change(value)
+
+    def source(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value) if value.get("hub") else changed(value, "train", "dev", "test")
+        return [source(item) for item in value] if isinstance(value, list | tuple) else value and change(value)
+
+    values = dict(values)
+    for section, keys in {"model": ("name",), "data": ("directory", "files", "cache")}.items():
+        if section in values:
+            values[section] = changed(values[section], *keys)
+    if "tasks" in values:
+        tasks = values["tasks"].items()
+        values["tasks"] = {n: {**o, "data": source(o["data"])} if "data" in o else o for n, o in tasks}
+    return values
+
+
+def absolute_path(path: str) -> str:
+    """The absolute form of `path` if it exists, else `path`, which may be a name on the hub."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def recipe_names() -> list[str]:
@@ -335,7 +382,10 @@ def _without_removed_tasks(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """A nested mapping from `section.key=value` strings. Values are TOML; what is not TOML is text."""
+    """A nested mapping from `section.key=value` strings. Values are TOML; what is not TOML is text.
+
+    A table on the right side, as in `tasks={sentiment={}}`, replaces the whole table of that name.
+    """
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -345,6 +395,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        if isinstance(value, dict):
+            value = Whole(value)
         for part in reversed(key.strip().split(".")):
             value = {part: value}
         values = merge(values, value)

@@ -117,8 +117,6 @@ class Predictor:
         directory = weights.resolve(str(name_or_path), local_files_only=local_files_only)
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected the directory of a model")
-        if not (directory / "config.json").exists() and (directory / "best" / "config.json").exists():
-            raise ConfigError(f"{directory}: the output of a training run; its model is {directory / 'best'}")
         modules = sentence_modules.read(directory)
         source = directory if modules is None else modules.encoder
         recipe, heads = None, None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
 
 FORMAT = 1
+NEWEST = 2  # checkpoints of a running run: if the newest is damaged, the other one serves
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -48,7 +49,7 @@ class CheckpointStore:
     """The `checkpoints/` folder of a run, which holds the newest `keep` checkpoints."""
 
     folder: Path
-    keep: int
+    keep: int = NEWEST
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes the checkpoint of `step`, then removes the oldest ones. Raises RunError if the disk refuses."""
@@ -63,8 +64,12 @@ class CheckpointStore:
 
         with translate_write_errors(path):
             write_directory(path, fill)
-            for _, old in self._entries()[self.keep :]:
-                remove(old)
+            self.prune(self.keep)
+
+    def prune(self, keep: int) -> None:
+        """Removes all but the newest `keep` checkpoints. Raises OSError."""
+        for _, old in self._entries()[keep:]:
+            remove(old)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """Reads the newest undamaged checkpoint; None if there is none.

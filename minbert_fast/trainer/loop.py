@@ -8,6 +8,7 @@ signal has arrived.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -25,6 +26,7 @@ from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
 from minbert_fast.trainer.checkpoint import (
+    NEWEST,
     Checkpoint,
     CheckpointStore,
     State,
@@ -61,32 +63,33 @@ class Evaluation:
         return -math.inf if value is None or not math.isfinite(value) else value
 
 
-def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
-    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
-
-
 @dataclass(frozen=True)
 class Stage:
     """One resolved stage of a recipe, with the functions that run it."""
 
     recipe: Recipe
     steps_per_epoch: int
-    limit: int | None  # the stage's own max_steps
+    steps: int  # of the stage, and of its learning rate schedule
     patience: int  # evaluations without a better score that end the stage; 0: no limit
     build_step: Callable[[], TrainingStep]  # prepares the model for this stage
-    batches: Callable[[int], Generator[MultitaskBatch, None, None]]  # from a step of the stage on, on the step's device
+    batches: Callable[[int, int], Generator[MultitaskBatch, None, None]]  # of the stage's steps [first, end)
     locate: Callable[[str, int], str]  # (task, row) -> "file:line"
 
-    @property
-    def schedule_steps(self) -> int:
-        """Steps of the learning rate schedule: all epochs of the stage, even if the stage is cut short."""
-        return schedule_steps(self.recipe.training.epochs, self.steps_per_epoch)
 
-    @property
-    def steps(self) -> int:
-        """Most steps that the stage takes."""
-        return self.schedule_steps if self.limit is None else min(self.schedule_steps, self.limit)
+def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+
+
+def share_steps(stages: Sequence[Stage], max_steps: int | None) -> list[Stage]:
+    """The stages of a run of `max_steps` steps, shared in proportion to the stages' own lengths; None changes nothing."""
+    if max_steps is None:
+        return list(stages)
+    ends = list(itertools.accumulate(stage.steps for stage in stages))
+    if ends[-1] == 0:
+        ends = list(range(1, len(stages) + 1))
+    ends = [round(max_steps * end / ends[-1]) for end in ends]
+    return [replace(s, steps=end - begin) for s, begin, end in zip(stages, [0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Outcome:
     best: dict[str, Any] | None
     task_best: dict[str, dict[str, Any]]  # by task, if the recipe keeps the best model of each
     reason: str
+    finished: bool  # False: `stop_after` cut the run
 
 
 @dataclass
@@ -113,12 +117,12 @@ class Trainer:
     judged_by: Mapping[str, str] = field(default_factory=dict)  # task -> the metric that judges it
     fetch_every_step: bool = True  # costs nothing on a CPU; on a GPU it would wait for every step to finish
     world: World = field(default_factory=World)
+    stop_after: int | None = None  # cut the run after this many steps, resumed parts included
 
     def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.files.checkpoints, self.recipe.checkpoint.keep)
+        self.store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, NEWEST))
         self.total = sum(stage.steps for stage in self.stages)
-        if self.recipe.training.max_steps is not None:
-            self.total = min(self.total, self.recipe.training.max_steps)
+        self.end = self.total if self.stop_after is None else min(self.total, self.stop_after)
 
     # ---- The run ----------------------------------------------------------------------------------------------------
 
@@ -155,9 +159,17 @@ class Trainer:
         finally:
             self._progress.close()
         self._clock.tick("other")
-        early = self.state.step < self.total
-        reason = "no better score for a while" if early else "all steps taken"
-        return Outcome(self.state, final.best, final.task_best, reason)
+        step = self.state.step
+        if self._cut:
+            reason = f"stopped after step {step:,} of {self.total:,}: --resume continues"
+        else:
+            reason = "no better score for a while" if step < self.total else "all steps taken"
+        return Outcome(self.state, final.best, final.task_best, reason, finished=not self._cut)
+
+    @property
+    def _cut(self) -> bool:
+        """Whether `stop_after` ends the run before its last step."""
+        return self.end <= self.state.step < self.total
 
     def _run_stages(self, checkpoint: Checkpoint | None) -> None:
         for index in range(self.state.stage, len(self.stages)):
@@ -166,7 +178,7 @@ class Trainer:
                 self._begin_stage(index)
             self._run_stage(self.stages[index], checkpoint)
             checkpoint = None
-            if self.state.step >= self.total:
+            if self._cut:
                 return
 
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
@@ -178,7 +190,7 @@ class Trainer:
         self._after_step(stage)
         if self._stage_finished(stage):
             return
-        with closing(stage.batches(self.state.stage_step)) as batches:
+        with closing(stage.batches(self.state.stage_step, stage.steps)) as batches:
             self._clock.tick("other")
             for batch in batches:
                 self._clock.tick("data")
@@ -190,7 +202,7 @@ class Trainer:
     def _take_step(self, stage: Stage, batch: MultitaskBatch) -> None:
         assert self._step is not None
         state = self.state
-        scale = lr_scale(state.stage_step, stage.schedule_steps, stage.steps_per_epoch, stage.recipe.optimizer)
+        scale = lr_scale(state.stage_step, stage.steps, stage.steps_per_epoch, stage.recipe.optimizer)
         try:
             result = self._step(batch, scale)
         except (RuntimeError, MemoryError) as error:
@@ -257,11 +269,11 @@ class Trainer:
 
     def _stage_finished(self, stage: Stage) -> bool:
         patience_exhausted = 0 < stage.patience <= self.state.stale
-        return self.state.step >= self.total or self.state.stage_step >= stage.steps or patience_exhausted
+        return self._cut or self.state.stage_step >= stage.steps or patience_exhausted
 
     def _evaluation_due(self, stage: Stage) -> bool:
         if self.state.step == 0:
-            return self.recipe.training.evaluate_untrained and self.total > 0
+            return self.recipe.training.evaluate_untrained and self.end > 0
         return self._due(stage, stage.recipe.training.evaluate_every)
 
     def _checkpoint_due(self, stage: Stage) -> bool:
@@ -309,7 +321,7 @@ class Trainer:
         state.evaluated = state.step
 
     def _final_evaluation(self) -> State:
-        """The state with the best evaluations, including one at the end of a run that `max_steps` cut between two.
+        """The state with the best evaluations, including one at the end of a run that `stop_after` cut between two.
 
         The additional evaluation enters only the returned copy: a run that resumes from here continues as if it had
         never been cut.

@@ -73,7 +73,6 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
     world = context.world
     collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)
-    steps = schedule_steps(training.epochs, sampler.steps_per_epoch)
     window = recipe.weighting.window or sampler.steps_per_epoch
     with_window = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
@@ -87,19 +86,19 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         assert isinstance(step, OnePassStep)
         return GraphedStep(step, context.captures)
 
-    def batches(start: int) -> Generator[MultitaskBatch, None, None]:
-        made = training_batches(sampler, collator, start, steps)
+    def batches(first: int, end: int) -> Generator[MultitaskBatch, None, None]:
+        made = training_batches(sampler, collator, first, end)
         if context.device.type == "cuda":
             made = ((step, batch.pin_memory()) for step, batch in made)
         with closing(prefetch(made)) as ahead:
             for _, batch in ahead:
                 yield batch.to(context.device, non_blocking=True)
 
-    own = whole.stages[index].get("training", {}) if whole.stages else {}
+    own = whole.stages[index].get("training", {}).get("max_steps") if whole.stages else None
     return Stage(
         recipe=recipe,
         steps_per_epoch=sampler.steps_per_epoch,
-        limit=own.get("max_steps"),
+        steps=schedule_steps(training.epochs, sampler.steps_per_epoch) if own is None else own,
         # Further pre-training does not train the heads that the dev scores come from.
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         build_step=build_step,

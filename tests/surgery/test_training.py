@@ -21,9 +21,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(data: Path, output: Path, method: str, *more: str) -> list[list[float]]:
     """The tasks' losses of every step of a small run."""
-    steps = () if "--max-steps" in more else ("--max-steps", "4")
     constant = ("--set", "optimizer.schedule=constant", "--set", "optimizer.warmup=0")
-    flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", *constant, *steps, *more)
+    flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", *constant, "--max-steps", "4", *more)
     assert cli.run(train.main, small_run(data, output, "--recipe", "demonstration", *flags)) == 0
     assert Recipe.load(str(output / "best" / "recipe.toml")).surgery.method == method
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -44,7 +43,7 @@ def test_both_backends_train_alike(data: Path, tmp_path: Path, method: str) -> N
 @pytest.mark.parametrize("backend", ["fast", "reference"])
 def test_gradvac_resumes_with_its_targets(data: Path, tmp_path: Path, backend: str) -> None:
     whole = losses(data, tmp_path / "whole", "gradvac", "--backend", backend)
-    first = losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--max-steps", "2")
+    first = losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--stop-after", "2")
     assert first == whole[:2]
     assert losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--resume") == whole
 
