@@ -64,11 +64,6 @@ class Evaluation:
         return -math.inf if value is None or not math.isfinite(value) else value
 
 
-def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
-    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
-
-
 @dataclass(frozen=True)
 class Stage:
     """One resolved stage of a recipe, with the functions that run it."""
