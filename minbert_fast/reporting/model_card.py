@@ -16,27 +16,10 @@ from minbert_fast.common.version import __version__
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score, read_json
+from minbert_fast.reporting.usage import usage
 from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.predictor import Predictor
 
-_SNIPPETS = {
-    "huggingface": """from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}")
-""",
-    "sentence-transformers": """from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-embeddings = model.encode(["A sentence.", "Another one."])
-""",
-}
-_OWN_SNIPPET = """from minbert_fast import Predictor
-
-model = Predictor.from_pretrained("{name}")
-embeddings = model.encode(["A sentence.", "Another one."])
-"""
-_CALLS = {"sentiment": '(["A sentence."])', "paraphrase": '([("One?", "Two?")])', "similarity": '([("One.", "Two.")])'}
 _POOLED = {"mean": "the mean", "cls": "the first", "max": "the maximum", "pooler": "the pooler's output"}
 
 
@@ -54,25 +37,20 @@ def public_recipe(source: Path) -> Recipe | None:
     )
 
 
-def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
-    """The card of the model in directory `source`, exported under `name` in the format `form`."""
+def model_card(model: Predictor, source: Path, name: str, form: str, task: str | None = None, note: str = "") -> str:
+    """The card of the model in directory `source`, exported under `name` in the format `form`.
+
+    `task` names the exported head (None: the encoder), `note` is a sentence about the files.
+    """
     recipe = public_recipe(source)
     summary = read_json(source.parent / "summary.json", notices=[])
-    library = "sentence-transformers" if form == "sentence-transformers" else "transformers"
-    head = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "tags:", "- bert", "- minbert_fast"]
-    head += ["- sentence-similarity", *(["- sentence-transformers"] if library != "transformers" else []), "---", ""]
-    config = model.encoder.config
-    pooled = f"{_POOLED[model.pooling]} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
-    kinds = [] if model.heads is None else dict.fromkeys(t.kind for t in model.tasks.values() if t.kind in _CALLS)
-    calls = "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
-    parts = [
-        "\n".join([*head, f"# {name}"]),
-        f"A BERT encoder of {config.num_hidden_layers} layers, {config.hidden_size} wide, with "
-        f"{config.vocab_size:,} word pieces. A sentence's vector is {pooled} of up to {model.max_length} tokens.",
-        "## Use",
-        _code(_SNIPPETS[form].format(name=name)),
-        _code(_OWN_SNIPPET.format(name=name) + calls),
-    ]
+    library = {"huggingface": "transformers"}.get(form, form)
+    tag = "sentence-similarity" if task is None else "text-classification"
+    others = ["sentence-transformers"] if form == "sentence-transformers" else []
+    tags = [f"- {each}" for each in ("bert", "minbert_fast", tag, *others)]
+    head = ["---", f"library_name: {library}", f"pipeline_tag: {tag}", "tags:", *tags, "---", ""]
+    parts = ["\n".join([*head, f"# {name}"]), _about(model, task), *([note] if note else []), "## Use"]
+    parts += [_code(block) for block in usage(model, name, form, task)]
     if recipe is not None:
         parts += _training(recipe, summary)
     if isinstance(summary.get("dev"), Mapping):
@@ -83,6 +61,17 @@ def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
         code = _code(recipe.to_toml(), "toml")
         parts += ["## Recipe", f"<details><summary>Every value</summary>\n\n{code}\n\n</details>"]
     return "\n\n".join(parts) + "\n"
+
+
+def _about(model: Predictor, task: str | None) -> str:
+    config = model.encoder.config
+    shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, with {config.vocab_size:,} word pieces"
+    if task is None:
+        pooled = f"{_POOLED[model.pooling]} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
+        return f"A BERT encoder of {shape}. A sentence's vector is {pooled} of up to {model.max_length} tokens."
+    names = model.tasks[task].class_names
+    answers = "a number" if names is None else f"one of {len(names)} classes ({', '.join(names)})"
+    return f"BERT of {shape}, and its head for the task {task}, which predicts {answers}."
 
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:

@@ -235,14 +235,14 @@ class Predictor:
 
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
         """Predictions of the head of `task` for the rows of a data file."""
-        model, rows = self._model(), tokenize_table(table, self.tokenizer)
+        model, rows = self.multitask(), tokenize_table(table, self.tokenizer)
         found = evaluation.predict(model, task, rows, self._snapshot, max_length=self.max_length, progress=progress)
         return Predictions(*found)
 
     @property
     def tasks(self) -> Mapping[str, Task]:
         """The tasks that the model can predict, by name. Raises ConfigError for a model without heads."""
-        return {name: task for name, task in self._model().tasks.items() if task.predicts}
+        return {name: task for name, task in self.multitask().tasks.items() if task.predicts}
 
     def task_of(self, kind: str) -> str:
         """The name of the model's task of this kind: `kind` itself, else the first. Raises ConfigError if there is none."""
@@ -253,7 +253,8 @@ class Predictor:
             raise ConfigError(f"this model has no {kind} head (it has {', '.join(self.tasks)})")
         return names[0]
 
-    def _model(self) -> MultitaskModel:
+    def multitask(self) -> MultitaskModel:
+        """The encoder with its heads. Raises ConfigError for a model without heads."""
         if self.heads is None:
             raise ConfigError("this model has no heads: it is an encoder alone, and only encode and search work")
         return self.heads
