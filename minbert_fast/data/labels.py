@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the labels of a data file into numbers: one frozen rule per kind of label.
+
+A rule is data. Its `repr` is part of the token cache's key, so that two tasks with different rules never share an entry.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from minbert_fast.data.formats import show
+
+# float() would also accept nan, 1_0 and more.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_WHOLE = re.compile(r"([+-]?\d+)\.0*", re.ASCII)
+
+MAX_CLASSES = 10_000  # a label column with more different values has no classes
+
+
+def label_text(value: object) -> str:
+    """A label as text, as files of every format write it: `1.0` and 1 are the class `1`, True is `true`."""
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    text = str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def label_number(value: object) -> float | None:
+    """A label as a finite number; None if it is none."""
+    if isinstance(value, bool | np.bool_):
+        return float(value)
+    text = str(value).strip()
+    return float(text) if _NUMBER.fullmatch(text) and math.isfinite(float(text)) else None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """One of the classes `names`: the number of its name. A file may hold the numbers instead, if no name is a number."""
+
+    names: tuple[str, ...]
+
+    dtype: ClassVar[str] = "int64"
+    width: ClassVar[int | None] = None  # None: one number per row
+
+    def parse(self, value: object) -> float:
+        """Raises ValueError with the value and the classes."""
+        text = label_text(value)
+        if text in self.names:
+            return float(self.names.index(text))
+        if text.isascii() and text.isdigit() and int(text) < len(self.names) and not any(map(_is_number, self.names)):
+            return float(text)
+        known = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        raise ValueError(f"label {show(text)} is not one of the {len(self.names)} classes ({known})")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A number from `low` to `high` (None: no bound)."""
+
+    low: float | None = None
+    high: float | None = None
+
+    dtype: ClassVar[str] = "float32"
+    width: ClassVar[int | None] = None
+
+    def parse(self, value: object) -> float:
+        """Raises ValueError with the value and the bounds."""
+        number = label_number(value)
+        low, high = (-math.inf if self.low is None else self.low), (math.inf if self.high is None else self.high)
+        if number is not None and low <= number <= high:
+            return number
+        bounds = "" if self.low is None and self.high is None else f" from {low:g} to {high:g}"
+        raise ValueError(f"label {show(label_text(value))} is not a number{bounds}")
+
+
+@dataclass(frozen=True)
+class ClassSets:
+    """Any number of the classes `names`: a row [C] of zeros and ones.
+
+    The value is a list of names, or text in which `separator` divides names; an empty value is the empty set.
+    """
+
+    names: tuple[str, ...]
+    separator: str = ","
+
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def width(self) -> int:
+        """Numbers per row."""
+        return len(self.names)
+
+    def parse(self, value: object) -> list[float]:
+        """Raises ValueError with the first unknown name."""
+        row = [0.0] * len(self.names)
+        for name in split_names(value, self.separator):
+            row[int(Classes(self.names).parse(name))] = 1.0
+        return row
+
+
+Rule = Classes | Numbers | ClassSets
+
+
+def split_names(value: object, separator: str) -> list[str]:
+    """The names in a label of several classes."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return [label_text(name) for name in value]
+    return [name for part in str(value).split(separator) if (name := label_text(part))]
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """What the labels of a training set hold, for tasks that find their classes or their range there."""
+
+    rows: int = 0  # labelled rows
+    counts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # rows by `label_text`; empty above MAX_CLASSES different ones
+    low: float | None = None  # the smallest and the largest number; None if a label is no number
+    high: float | None = None
+    whole: bool = False  # all labels are whole numbers
+    lists: bool = False  # some labels are lists (JSON lines, Parquet); `counts` then counts their names
+
+    def names(self) -> tuple[str, ...]:
+        """The classes in order: numbers by value, else by name."""
+        return tuple(sorted(self.counts, key=_order))
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    number = label_number(name)
+    return number is None, 0.0 if number is None else number, name
+
+
+def _is_number(name: str) -> bool:
+    return label_number(name) is not None
