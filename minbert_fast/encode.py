@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.common.cli import Parser, add_device_flags, run
+from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data.lines import read_sentences
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--column", metavar="NAME", help="column of a .csv or .tsv file (default: sentence, or the only one)")
     add("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
     add("--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)")
+    add_import_flag(flags)
     add_device_flags(flags)
     return flags
 

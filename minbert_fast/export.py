@@ -22,7 +22,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from minbert_fast.common.cli import Parser, run
+from minbert_fast.common.cli import Parser, add_import_flag, run
 from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_directory, write_text
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         help="sentence-transformers, onnx: scale vectors to length 1 (default: the model's setting)",
     )
     flags.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
+    add_import_flag(flags)
     flags.add_argument("--private", action="store_true", help="--push: make a new repository private")
     return flags
 

@@ -6,8 +6,8 @@
     ... --optuna 10        ten combinations that Optuna proposes (pip install 'minbert_fast[optuna]')
 
 A grid's name is a flag of `train` (lr, dropout, batch-size, surgery, ...) or a key of the recipe (optimizer.layer_decay).
-Each combination has a directory under --output; a second call continues the search. Results: table.md, table.json and
-plot.svg.
+Each combination has a directory under --output; a second call continues the search. Results: table.md, table.json,
+report.html and plots/.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
-from minbert_fast.reporting import charts
 from minbert_fast.reporting.runs import format_score
+from minbert_fast.reporting.search_page import write_search
 from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
-SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in flag.names}
+SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in (flag.name, *flag.also)}
 
 
 def parser() -> cli.Parser:
@@ -144,7 +144,7 @@ def run_optuna(
 def write_results(
     output: Path, grid: Mapping[str, Sequence[str]], trials: Sequence[tuple[Values, Trial]], metric: str
 ) -> None:
-    """Writes table.md and table.json, best trials first, and plot.svg."""
+    """Writes table.md and table.json, best trials first, report.html and plots/."""
     ranked = sorted(trials, key=lambda pair: -(score if (score := pair[1].score(metric)) is not None else -np.inf))
     metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
     rows = [
@@ -156,20 +156,11 @@ def write_results(
         for values, trial in ranked
     ]
     write_text(output / "table.md", experiments.markdown_table([*grid, *metrics, "steps"], rows))
-    found = [{"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure} for v, t in ranked]
+    found = [
+        {"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure, "metric": metric} for v, t in ranked
+    ]
     write_json(output / "table.json", found)
-    write_text(output / "plot.svg", charts.standalone_svg(plot(grid, trials, metric)))
-
-
-def plot(grid: Mapping[str, Sequence[str]], trials: Sequence[tuple[Values, Trial]], metric: str) -> str:
-    """A chart with one line per key: the best score of each of its values, in the order of the grid."""
-    series = []
-    for key, options in grid.items():
-        scores = {option: [t.score(metric) for values, t in trials if values[key] == option] for option in options}
-        best = [max((s for s in scores[option] if s is not None), default=np.nan) for option in options]
-        name = f"{key}: {', '.join(options)}"
-        series.append(charts.Series(name, np.arange(1, len(options) + 1), np.array(best), marked=True))
-    return charts.line_chart(f"best {metric} by value", series, "place of the value in its list")
+    write_search(output)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer import loop
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory
+from minbert_fast.trainer.schedule import lr_scale
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4
@@ -91,6 +92,7 @@ class Run:
         self.at_step: Callable[[int], None] = hooks.pop("at_step", lambda step: None)
         self.scores: Callable[[Tensor], float] = hooks.pop("scores", lambda weight: -float(weight.square().sum()))
         self.broken: frozenset[int] = hooks.pop("broken", frozenset())
+        self.stop_after: int | None = hooks.pop("stop_after", None)
         assert not hooks
         self.model = Model()
         self.evaluations: list[int] = []
@@ -98,27 +100,27 @@ class Run:
     def stages(self) -> list[loop.Stage]:
         found = []
         for index, recipe in enumerate(self.recipe.resolved_stages()):
-            own = self.recipe.stages[index].get("training", {}) if self.recipe.stages else {}
+            own = self.recipe.stages[index].get("training", {}).get("max_steps") if self.recipe.stages else None
             found.append(
                 loop.Stage(
                     recipe=recipe,
                     steps_per_epoch=STEPS_PER_EPOCH,
-                    limit=own.get("max_steps"),
+                    steps=loop.schedule_steps(recipe.training.epochs, STEPS_PER_EPOCH) if own is None else own,
                     patience=recipe.training.patience,
                     build_step=self.build_step,
-                    batches=lambda start, index=index, n=recipe.training.epochs: self.batches(index, start, n),
+                    batches=lambda first, end, index=index: self.batches(index, first, end),
                     locate=lambda task, row: f"{task}.csv:{row + 2}",
                 )
             )
-        return found
+        return loop.share_steps(found, self.recipe.training.max_steps)
 
     def build_step(self) -> StandIn:
         step = StandIn(self.model)
         step.broken = self.broken
         return step
 
-    def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
-        for step in range(start, epochs * STEPS_PER_EPOCH):
+    def batches(self, stage: int, first: int, end: int) -> Generator[MultitaskBatch, None, None]:
+        for step in range(first, end):
             self.at_step(self.trainer.state.step + 1)
             yield batch_at(stage, step)
 
@@ -127,7 +129,7 @@ class Run:
         self.at_evaluation(step)
         self.evaluations.append(step)
         score = self.scores(self.model.weight.detach())
-        return loop.Evaluation({"score": score}, score, lambda d: (d / "p.csv").write_text(str(step)) and None)
+        return loop.Evaluation({"score": score}, lambda d: (d / "p.csv").write_text(str(step)) and None)
 
     def save(self, directory: Path) -> None:
         (directory / "weight.json").write_text(json.dumps(self.model.weight.tolist()))
@@ -146,6 +148,7 @@ class Run:
                 save=self.save,
                 constants={"fingerprint": "x"},
                 fetch_every_step=self.eager,
+                stop_after=self.stop_after,
             )
             outcome = self.trainer.run(checkpoint)
             files.write_directory("last", self.save)
@@ -196,6 +199,35 @@ def test_steps_evaluations_and_records_of_a_plain_run(tmp_path: Path) -> None:
     base = run.recipe.optimizer.lr
     assert records[1]["lr"] == pytest.approx(base / 3)
     assert records[12]["lr"] == pytest.approx(base / 10)
+
+
+def test_max_steps_is_the_length_of_the_schedule_too(tmp_path: Path) -> None:
+    """A run of 60 steps once ended inside the warm-up of a schedule that was made for the whole epoch."""
+    for steps in (5, 20):  # fewer and more than the epochs' 12
+        run = Run(tmp_path / str(steps), RECIPE | {"training": {"epochs": 3, "max_steps": steps}})
+        assert run.go().state.step == steps
+        rates = [r["lr"] / run.recipe.optimizer.lr for r in run.records()[1:]]
+        assert rates == pytest.approx([lr_scale(s, steps, STEPS_PER_EPOCH, run.recipe.optimizer) for s in range(steps)])
+    cut = Run(tmp_path / "cut", RECIPE, stop_after=5)
+    cut.go()
+    rates = [r["lr"] / cut.recipe.optimizer.lr for r in cut.records()[1:]]
+    assert rates == pytest.approx([lr_scale(s, 12, STEPS_PER_EPOCH, cut.recipe.optimizer) for s in range(5)])
+
+
+def test_stages_share_max_steps(tmp_path: Path) -> None:
+    training = STAGED["training"] | {"max_steps": 5}
+    run = Run(tmp_path, STAGED | {"training": training})
+    run.go()
+    assert [stage.steps for stage in run.stages()] == [2, 3]  # of 4 and 6
+    assert [(r["stage"], r["epoch"]) for r in run.records()[1:]] == [
+        (0, 0.25), (0, 0.5), (1, 0.75), (1, 1.0), (1, 1.25)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.25, 1), (0.5, 2), (1.75, 7), (0.001, 1), (0, 0)])
+def test_parts_of_an_epoch(tmp_path: Path, epochs: float, steps: int) -> None:
+    run = Run(tmp_path, RECIPE | {"training": {"epochs": epochs}})
+    assert run.go().state.step == steps
 
 
 def test_records_follow_logging_every(tmp_path: Path) -> None:
@@ -331,11 +363,12 @@ def test_a_signal_aborts_an_evaluation_and_a_resumed_run_repeats_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("cut", [0, 2, 4, 5, 11, 12])
-def test_a_run_cut_by_max_steps_resumes_as_if_uncut(tmp_path: Path, cut: int) -> None:
+def test_a_run_cut_by_stop_after_resumes_as_if_uncut(tmp_path: Path, cut: int) -> None:
     whole = Run(tmp_path / "whole", RECIPE)
     whole.go()
-    first = Run(tmp_path / "cut", RECIPE | {"training": {"epochs": 3, "max_steps": cut}})
+    first = Run(tmp_path / "cut", RECIPE, stop_after=cut)
     outcome = first.go()
+    assert outcome.finished == (cut == 12)
     assert outcome.state.step == cut
     assert outcome.best is not None
     assert first.evaluations[-1] == cut
@@ -353,7 +386,7 @@ def test_the_best_model_of_a_cut_is_dropped_on_resume(tmp_path: Path) -> None:
         sequence = iter(values.values())
         return lambda weight: next(sequence)
 
-    cut = Run(tmp_path, RECIPE | {"training": {"epochs": 3, "max_steps": 6}}, scores=scored({0: 0.0, 4: 0.5, 6: 0.9}))
+    cut = Run(tmp_path, RECIPE, stop_after=6, scores=scored({0: 0.0, 4: 0.5, 6: 0.9}))
     outcome = cut.go()
     assert outcome.best is not None
     assert (outcome.best["step"], cut.files()["predictions/p.csv"]) == (6, "6")
@@ -393,7 +426,7 @@ def test_consecutive_skipped_steps_stop_the_run_and_name_the_examples(tmp_path: 
     with pytest.raises(RunError, match=r"3 steps in a row .* in a \(examples a.csv:14, a.csv:15\)") as raised:
         run.go()
     assert "checkpoint of step" in str(raised.value)
-    good = Run(tmp_path / "good", RECIPE | {"training": {"epochs": 3, "max_steps": 4}})
+    good = Run(tmp_path / "good", RECIPE, stop_after=4)
     good.go()
     if eager:
         assert json.loads((tmp_path / "last" / "weight.json").read_text()) == json.loads(
@@ -472,9 +505,9 @@ def test_batches_are_closed_after_every_kind_of_end(tmp_path: Path) -> None:
     closed = []
 
     class Closing(Run):
-        def batches(self, stage: int, start: int, epochs: int) -> Generator[MultitaskBatch, None, None]:
+        def batches(self, stage: int, first: int, end: int) -> Generator[MultitaskBatch, None, None]:
             try:
-                yield from super().batches(stage, start, epochs)
+                yield from super().batches(stage, first, end)
             finally:
                 closed.append(stage)
 

@@ -49,7 +49,7 @@ def test_every_error_is_one_line_that_names_its_place():
         ("similarity", {"encoder": "cross"}, 'encoder = "cross" needs head = "linear"'),
         ("paraphrase", {"encoder": "cross", "auxiliary": {"cosent": 1.0}}, "no two vectors to compare"),
         ("paraphrase", {"encoder": "tri"}, "tasks.paraphrase.encoder = 'tri': expected one of bi, cross, both"),
-        ("similarity", {"balanced": True}, "no classes to balance"),
+        ("similarity", {"per_class": 9, "balanced": True}, "per_class: expected no fraction"),
         ("nli", {"objectives": {"contrastive": -1.0}}, "expected 0 or more"),
         ("nli", {"objectives": {}}, "expected at least one"),
         ("paraphrase", {"weight": math.inf}, "weight = inf"),

@@ -2,7 +2,7 @@
 """The model card (README.md) of an exported model: use, training data, scores, recipe and versions.
 
 All statements come from the recipe in the model's directory and the `summary.json` one directory up; what neither file
-contains is left out.
+contains is left out. The metadata on top are `huggingface_hub`'s, with the scores as a `model-index` that the hub shows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from minbert_fast.common.version import __version__
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.reporting.runs import format_score, read_json
+from minbert_fast.reporting.runs import display_name, format_score, numbers, read_json
 from minbert_fast.reporting.usage import usage
-from minbert_fast.tasks import build_tasks
+from minbert_fast.tasks import Task, build_tasks
 from minbert_fast.tasks.predictor import Predictor
 
+_METRICS = {  # our names and the hub's
+    "macro_f1": ("f1", "macro-F1"), "pearson": ("pearsonr", "Pearson"), "spearman": ("spearmanr", "Spearman"),
+    "matthews": ("matthews_correlation", "Matthews"), "mae": ("mae", "mean absolute error"),
+}  # fmt: skip
 _POOLED = {"mean": "the mean", "cls": "the first", "max": "the maximum", "pooler": "the pooler's output"}
 
 
@@ -28,13 +34,10 @@ def public_recipe(source: Path) -> Recipe | None:
     if not (source / "recipe.toml").is_file():
         return None
     recipe = Recipe.load(str(source / "recipe.toml"))
-    name, data = recipe.model.name, recipe.data
-    files = {task: {split: Path(path).name for split, path in paths.items()} for task, paths in data.files.items()}
-    return replace(
-        recipe,
-        model=replace(recipe.model, name=Path(name).name if Path(name).is_absolute() or Path(name).exists() else name),
-        data=replace(data, directory=Path(data.directory).name, files=files, cache=""),
+    recipe = recipe.with_paths(
+        lambda path: Path(path).name if Path(path).is_absolute() or Path(path).exists() else path
     )
+    return replace(recipe, data=replace(recipe.data, cache=""))
 
 
 def model_card(model: Predictor, source: Path, name: str, form: str, task: str | None = None, note: str = "") -> str:
@@ -46,10 +49,15 @@ def model_card(model: Predictor, source: Path, name: str, form: str, task: str |
     summary = read_json(source.parent / "summary.json", notices=[])
     library = {"huggingface": "transformers"}.get(form, form)
     tag = "sentence-similarity" if task is None else "text-classification"
-    others = ["sentence-transformers"] if form == "sentence-transformers" else []
-    tags = [f"- {each}" for each in ("bert", "minbert_fast", tag, *others)]
-    head = ["---", f"library_name: {library}", f"pipeline_tag: {tag}", "tags:", *tags, "---", ""]
-    parts = ["\n".join([*head, f"# {name}"]), _about(model, task), *([note] if note else []), "## Use"]
+    results = _model_index(build_tasks(recipe) if recipe else {}, numbers(summary.get("dev")))
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=tag,
+        tags=["bert", "minbert_fast", tag, *([library] if library == "sentence-transformers" else [])],
+        model_name=name.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}", _about(model, task), *([note] if note else []), "## Use"]
     parts += [_code(block) for block in usage(model, name, form, task)]
     if recipe is not None:
         parts += _training(recipe, summary)
@@ -60,7 +68,39 @@ def model_card(model: Predictor, source: Path, name: str, form: str, task: str |
     if recipe is not None:
         code = _code(recipe.to_toml(), "toml")
         parts += ["## Recipe", f"<details><summary>Every value</summary>\n\n{code}\n\n</details>"]
-    return "\n\n".join(parts) + "\n"
+    return str(ModelCard("\n\n".join(parts) + "\n"))
+
+
+def _model_index(tasks: Mapping[str, Task], dev: Mapping[str, float]) -> list[EvalResult]:
+    """The dev scores of each task, as the hub lists them."""
+    results = []
+    for key, value in dev.items():
+        owners = [name for name in tasks if key.startswith(f"{name}_")]
+        if not owners or key.endswith("_loss"):
+            continue
+        name = max(owners, key=len)  # of tasks `a` and `a_b`, `a_b_accuracy` is the second one's
+        metric = key.removeprefix(f"{name}_")
+        hub_name, words = _METRICS.get(metric, (metric, metric.replace("_", " ")))
+        data = _data_of(tasks[name])
+        results.append(
+            EvalResult(
+                task_type="text-classification" if tasks[name].class_names else "sentence-similarity",
+                task_name=name,
+                dataset_type=data,
+                dataset_name=data,
+                dataset_config=name,  # keeps two tasks on the same data apart: the hub joins results of equal data
+                dataset_split="dev",
+                metric_type=hub_name,
+                metric_name=words,
+                metric_value=round(value, 6),
+            )
+        )
+    return results
+
+
+def _data_of(task: Task) -> str:
+    """The names of the data sets that a task was trained on."""
+    return ", ".join(FORMATS[source].stem if source in FORMATS else source for source in task.sources) or task.name
 
 
 def _about(model: Predictor, task: str | None) -> str:
@@ -76,8 +116,7 @@ def _about(model: Predictor, task: str | None) -> str:
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
-    stems = {name: ", ".join(FORMATS[source].stem for source in task.sources) for name, task in tasks.items()}
-    rows = [f"| {name} | {task.kind} | {stems[name]} files |" for name, task in tasks.items()]
+    rows = [f"| {name} | {task.kind} | {_data_of(task)} files |" for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]
@@ -93,7 +132,7 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
 def _scores(summary: Mapping[str, Any]) -> list[str]:
     untrained = summary.get("untrained") or {}
     rows = [
-        f"| {k.replace('_', ' ')} | {format_score(untrained.get(k))} | {format_score(v)} |"
+        f"| {display_name(k)} | {format_score(untrained.get(k))} | {format_score(v)} |"
         for k, v in summary["dev"].items()
     ]
     head = ["| metric | untrained | this model |", "|---|---|---|"]
