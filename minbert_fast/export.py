@@ -7,8 +7,8 @@ python -m minbert_fast.export --checkpoint runs/first/best --format onnx --int8 
 python -m minbert_fast.export --checkpoint runs/first/best --format sentence-transformers --output exported/ --push USER/NAME
 
 huggingface: transformers' AutoModel and AutoTokenizer load it; with --task, AutoModelForSequenceClassification and the
-pipeline "text-classification" load it and give the same probabilities. onnx: onnxruntime computes the same vectors, or with
---task the same predictions. sentence-transformers (3.4 to 6.2): `SentenceTransformer` loads it and gives the same embeddings.
+pipeline "text-classification" load it and give the same probabilities. onnx: onnxruntime computes the same vectors; with
+--task, the same predictions. sentence-transformers (3.4 to 6.2): `SentenceTransformer` loads it and gives the same vectors.
 Without --task, huggingface and sentence-transformers include the heads and the recipe, so `Predictor` loads them too.
 """
 

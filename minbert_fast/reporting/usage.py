@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from minbert_fast.data.formats import FORMATS
-from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictor import Predictor
 
 _ENCODERS = {
@@ -53,7 +51,11 @@ _ONNX_OWN = """from minbert_fast.tasks.onnx_model import OnnxModel
 model = OnnxModel.from_pretrained("{name}")
 {call}
 """
-_EXAMPLES = (("firsts", '["One.", "A sentence."]'), ("seconds", '["Two.", "Another one."]'), ("thirds", '["Three.", "No."]'))
+_EXAMPLES = (
+    ("firsts", '["One.", "A sentence."]'),
+    ("seconds", '["Two.", "Another one."]'),
+    ("thirds", '["Three.", "No."]'),
+)
 
 
 def usage(model: Predictor, name: str, form: str, task: str | None) -> list[str]:
@@ -62,15 +64,20 @@ def usage(model: Predictor, name: str, form: str, task: str | None) -> list[str]
         return _onnx(model, name, task)
     if task is not None:
         pair = '{"text": "One?", "text_pair": "Two?"}'
-        return [_CLASSIFIER.format(name=name, example=pair if model.tasks[task].encoder == "cross" else '"A sentence."')]
-    kinds = [] if model.heads is None else dict.fromkeys(t.kind for t in model.tasks.values() if t.kind in _CALLS)
-    calls = "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
+        return [
+            _CLASSIFIER.format(name=name, example=pair if model.tasks[task].encoder == "cross" else '"A sentence."')
+        ]
+    tasks = {} if model.heads is None else model.tasks
+    named = dict.fromkeys(found.preset for found in tasks.values() if found.preset in _CALLS)
+    calls = "".join(f"model.{preset}{_CALLS[preset]}\n" for preset in named)
+    single = [each for each, found in tasks.items() if found.preset not in _CALLS and found.num_texts == 1]
+    calls += "".join(f'model.predict("{each}", ["A text."])\n' for each in single)
     return [_ENCODERS[form].format(name=name), _OWN.format(name=name) + calls]
 
 
 def _onnx(model: Predictor, name: str, task: str | None) -> list[str]:
     found = None if task is None else model.tasks[task]
-    columns = _EXAMPLES[: 1 if found is None else _sentences(found)]
+    columns = _EXAMPLES[: 1 if found is None else found.num_texts]
     names = [column for column, _ in columns] if len(columns) > 1 else ["sentences"]
     examples = "\n".join(f"{column} = {texts}" for column, (_, texts) in zip(names, columns, strict=True))
     parts = [f"*{column}" for column in names]
@@ -78,7 +85,9 @@ def _onnx(model: Predictor, name: str, task: str | None) -> list[str]:
     batch = {"bi": parts, "cross": [joint], "both": [*parts, joint]}["bi" if found is None else found.encoder]
     if model.prompt and found is None:
         batch = [f"*({model.prompt!r} + sentence for sentence in sentences)"]
-    outputs = ["sentence_embedding"] if found is None else ["prediction", *(["probabilities"] if found.class_names else [])]
+    outputs = (
+        ["sentence_embedding"] if found is None else ["prediction", *(["probabilities"] if found.class_names else [])]
+    )
     results = ["embeddings"] if found is None else outputs
     tokenizer = model.tokenizer
     code = _ONNX.format(
@@ -94,8 +103,3 @@ def _onnx(model: Predictor, name: str, task: str | None) -> list[str]:
     arguments = ", ".join(texts for _, texts in columns)
     call = f"embeddings = model.encode({arguments})" if found is None else f"model.predict({arguments})"
     return [code, _ONNX_OWN.format(name=name, call=call)]
-
-
-def _sentences(task: Task) -> int:
-    """Sentences per example of a task."""
-    return FORMATS[task.dataset].arity

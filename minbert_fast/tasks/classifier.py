@@ -36,7 +36,7 @@ from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput
 from minbert_fast.tasks.model import MultitaskModel
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
-TOLERANCE = 1e-9  # of the linear form, relative, in fp64
+TOLERANCE = 1e-9  # of the linear form in fp64, relative to the largest score
 INSTEAD = "use --format onnx, which exports every head"
 
 
@@ -72,7 +72,9 @@ def classifier_of(model: MultitaskModel, name: str) -> Classifier:
     weight = (scores[1 : 1 + width] - bias).T
     expected = points @ weight.T + bias
     largest = float(expected.abs().max())
-    if not largest < torch.inf or not torch.allclose(scores[1 + width :], expected, rtol=TOLERANCE, atol=TOLERANCE * largest):
+    if not largest < torch.inf or not torch.allclose(
+        scores[1 + width :], expected, rtol=TOLERANCE, atol=TOLERANCE * largest
+    ):
         raise ConfigError(f"task {name}: its head is not linear in the pooled vector; {INSTEAD}")
     problem = problem_of(probe, task, output)
     if problem is None:

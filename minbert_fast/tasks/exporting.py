@@ -35,7 +35,9 @@ def write_classifier(folder: Path, model: Predictor, task: str) -> str:
     _write_tokenizer(folder, model)
     notes = []
     if found.pooling == "cls":
-        notes.append("It is a DebertaV2ForSequenceClassification: transformers' BERT puts a tanh layer behind the first token.")
+        notes.append(
+            "Its class is DebertaV2ForSequenceClassification: that of BERT has a tanh layer behind the first token."
+        )
     if found.own_decision:
         notes.append(f"Task {task} decides at a threshold of its own; transformers names the most likely class.")
     return " ".join(notes)
@@ -56,11 +58,15 @@ def write_onnx(folder: Path, model: Predictor, task: str | None, *, int8: bool) 
         _write_modules(folder, model)
     elif written.problem is not None:
         names = written.contents.classes or (task,)
-        config |= classifier.labels_config(names, written.problem) | {"architectures": ["BertForSequenceClassification"]}
+        config |= classifier.labels_config(names, written.problem) | {
+            "architectures": ["BertForSequenceClassification"]
+        }
     write_json(folder / "config.json", config)
     what = "vectors" if task is None else "probabilities" if written.contents.classes else "predictions"
     where = f"On {len(onnx_graph.SAMPLES)} sentences its {what}{' with 8-bit weights' if int8 else ''}"
-    return f"{where} are at most {written.difference:.1e} away from those in fp32 (the largest is {written.largest:.3g})."
+    return (
+        f"{where} are at most {written.difference:.1e} away from those in fp32 (the largest is {written.largest:.3g})."
+    )
 
 
 def _write_tokenizer(folder: Path, model: Predictor) -> None:

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from minbert_fast.tasks.classifier import Problem, logits_of, problem_of
 from minbert_fast.tasks.model import MultitaskModel, pool_padded
 from minbert_fast.tasks.onnx_model import GRAPH, INPUTS, KEY, VECTORS, Contents, OnnxModel, optional_library
 from minbert_fast.tasks.predictor import Predictor
-from minbert_fast.tasks.sentiment import TokenLayers
+from minbert_fast.tasks.single import TokenLayers
 
 OPSET = 20  # the first one with Gelu
 TOLERANCE = 1e-4  # of the comparison with the model, relative to the largest number
@@ -94,7 +94,7 @@ def _contents(model: Predictor, task: str | None) -> Contents:
         pooling=found.pooling or heads.pooling,
         task=task,
         encoder=found.encoder,
-        sentences=found.arity if found.encoder == "bi" else 2,
+        sentences=found.num_texts,
         classes=found.class_names or (),
     )
 
@@ -142,7 +142,7 @@ class HeadGraph(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
         """ids, mask, types [sequences * n, S] -> the tensors named `outputs`."""
         output = self._head_output(ids, mask, types)
-        compute = {
+        compute: dict[str, Callable[[], Any]] = {
             "logits": lambda: logits_of(self.head, self.task, output),
             "probabilities": lambda: self.head.probabilities(output),
             "prediction": lambda: self.head.predict(output),
@@ -168,7 +168,7 @@ class HeadGraph(nn.Module):
 
 
 class _PaddedInput:
-    """A TaskInput of a rectangle: hidden [B, S, H], mask [B, S]. Packed rows are computed only for a head that reads them."""
+    """A TaskInput of a rectangle: padded [B, S, H], mask [B, S]. Packed rows are computed if a head reads them."""
 
     labels = None
     first = 0
@@ -276,13 +276,14 @@ def _of_encoder(node: Any) -> bool:
 def _compare(folder: Path, model: Predictor, task: str | None) -> tuple[float, float]:
     """The largest difference between the numbers of the graph and of the model for SAMPLES, and the largest number."""
     graph = OnnxModel.from_pretrained(folder, device="cpu")
+    theirs: Any
+    ours: Any
     if task is None:
         theirs, ours = graph.encode(SAMPLES), model.encode(SAMPLES)
     else:
         columns = [SAMPLES[shift:] + SAMPLES[:shift] for shift in range(graph.contents.sentences)]
-        predictions, shares = graph.predict(*columns)
-        expected = model.predict(task, *columns)
-        theirs, ours = (predictions, expected.values) if shares is None else (shares, expected.probabilities)
+        (values, shares), expected = graph.predict(*columns), model.predict(task, *columns)
+        theirs, ours = (values, expected.values) if shares is None else (shares, expected.probabilities)
     return float(np.abs(theirs - ours).max()), float(np.abs(ours).max())
 
 

@@ -79,7 +79,9 @@ class OnnxModel:
             raise ConfigError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
         text = session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
-            raise ConfigError(f"{path}: its metadata do not describe it; expected a graph that export --format onnx wrote")
+            raise ConfigError(
+                f"{path}: its metadata do not describe it; expected a graph that export --format onnx wrote"
+            )
         return cls(session, Tokenizer.from_pretrained(directory), build(Contents, json.loads(text), str(path)))
 
     def encode(
@@ -151,7 +153,7 @@ class OnnxModel:
         separate: list[Any] = [[(truncate(ids, limit), None) for ids in column] for column in columns]
         if encoder == "bi":
             return separate
-        joint = [join_pair(first, second, limit) for first, second in zip(*columns, strict=True)]
+        joint: list[Any] = [join_pair(first, second, limit) for first, second in zip(*columns, strict=True)]
         return [joint] if encoder == "cross" else [*separate, joint]
 
     def _rectangle(self, sequences: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
