@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -215,7 +216,7 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
         raise ConfigError("--resume and --overwrite: choose one")
     if chosen.resume and chosen.output is None:
         raise ConfigError("--resume needs --output, the directory of the interrupted run")
-    if chosen.resume:
+    if chosen.resume and os.environ.get("RANK", "0") == "0":  # other machines may lack the run's files
         require_run(chosen.output)
     course = itertools.product(COURSE_DATASETS.items(), ("dev", "test"))
     copies = {(dataset, split): getattr(chosen, f"{short}_{split}_out") for (short, dataset), split in course}

@@ -86,8 +86,9 @@ def make_run(directory: Path, steps: int = 40, lr: float = 1e-3) -> Path:
     for step in range(1, steps + 1):
         cosine = 0.5 if step % 4 else -0.25
         record = {
-            "step": step, "epoch": step / 10, "stage": int(step > 20), "lr": lr * step, "loss/sentiment": 2.0 / step,
-            "loss/similarity": None if step == 7 else 0.5, "grad_norm": 1.0, "cosine/sentiment|similarity": cosine,
+            "step": step, "epoch": step / 10, "stage": int(step > 20), "lr": lr * (steps - step),
+            "loss/sentiment": 2.0 / step, "loss/similarity": None if step == 7 else 0.5,
+            "cosine/sentiment|similarity": cosine, "grad_norm": 1.0,
             "conflicts": float(cosine < 0), "tokens": 100 * step, "step_seconds": 0.25,
         }  # fmt: skip
         if step % 10 == 0:

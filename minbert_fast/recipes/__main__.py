@@ -8,6 +8,7 @@ python -m minbert_fast.recipes keys [WORD]     every key with its type, default 
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import textwrap
@@ -54,9 +55,10 @@ def format_list(recipes: Sequence[Recipe], width: int) -> str:
     published = max(len("published, dev"), *map(len, scores.values()))
     indent = 2 + names + 2 + published + 2
     beside = indent + 30 <= width  # else the description has lines of its own
-    lines = [f"{'':2}{'name':{names}}  {'published, dev':{published}}  description".rstrip()]
+    wrap = functools.partial(textwrap.wrap, width=width, break_on_hyphens=False)
+    lines = [f"  {'name':{names}}  {'published, dev':{published}}" + ("  description" if beside else "")]
     for source in sorted({recipe.source for recipe in recipes}, key=lambda source: (source != "", source)):
-        lines += ["", *textwrap.wrap(source or OURS, width)]
+        lines += ["", *wrap(source or OURS)]
         for recipe in recipes:
             if recipe.source == source:
                 start = f"  {recipe.name:{names}}  {scores[recipe.name] or '-':{published}}  "
@@ -64,7 +66,7 @@ def format_list(recipes: Sequence[Recipe], width: int) -> str:
                     lines.append(start.rstrip())
                     start = " " * 4
                 blank = " " * (indent if beside else 4)
-                lines += textwrap.wrap(recipe.description, width, initial_indent=start, subsequent_indent=blank)
+                lines += wrap(recipe.description, initial_indent=start, subsequent_indent=blank)
     return "\n".join(lines)
 
 

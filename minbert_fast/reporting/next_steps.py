@@ -12,6 +12,7 @@ import numpy as np
 from minbert_fast.reporting.runs import Run, numbers
 from minbert_fast.reporting.verdicts import collapsed_class, verdicts
 
+HIGHEST_RATE = 1e-3  # of AdamW, for any encoder
 RISE = 1.02  # a dev loss this many times its lowest value has risen
 
 
@@ -32,8 +33,8 @@ def next_steps(run: Run) -> list[Advice]:
         own = "python -m minbert_fast.train --data DIR --model DIR"
         advice.append(Advice("This was a demonstration on sample data: train real weights on your own data.", own))
     if fallen:
-        lower = f"--lr {optimizer['lr'] / 10:g}" if "lr" in optimizer else ""
-        reason = f"Training made {' and '.join(sorted(fallen))} worse: lower the learning rate."
+        lower = f"--lr {min(optimizer['lr'] / 10, HIGHEST_RATE):g}" if "lr" in optimizer else ""
+        reason = f"Training made it worse ({', '.join(fallen)}): lower the learning rate."
         advice.append(Advice(reason, _train(run, "lower-lr", lower)))
     if (warmup := _ended_in_warmup(run, optimizer)) and not fallen:
         reason = "The run ended while the learning rate was still warming up: take more steps."
@@ -51,10 +52,11 @@ def next_steps(run: Run) -> list[Advice]:
     for task, epoch in overfitted.items():
         reason = f"The dev loss of {task} has risen since epoch {epoch:.3g}: stop early."
         advice.append(Advice(reason, _train(run, "early", "--set training.patience=1")))
-    for task, details in run.tasks.items():
-        if task not in fallen and (collapse := collapsed_class(details)):
-            reason = f"{task}: {collapse[1]}. Draw each class equally often."
-            advice.append(Advice(reason, _train(run, "balanced", f"--set tasks.{task}.balanced=true", staged=True)))
+    collapses = {n: found for n, task in run.tasks.items() if n not in fallen and (found := collapsed_class(task))}
+    if collapses:
+        reason = f"{'; '.join(f'{name}: {text}' for name, text in collapses.items())}. Draw each class equally often."
+        flags = " ".join(f"--set tasks.{name}.balanced=true" for name in collapses)
+        advice.append(Advice(reason, _train(run, "balanced", flags, staged=True)))
     if not advice and run.tasks:
         task, checkpoint = next(iter(run.tasks)), shlex.quote(str(run.directory / "best"))
         command = f"python -m minbert_fast.predict --checkpoint {checkpoint} --task {task} --input FILE --output FILE"

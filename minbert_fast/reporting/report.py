@@ -40,6 +40,11 @@ from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metri
 from minbert_fast.tasks.metrics import lower_is_better
 
 SHOWN_EVALUATIONS = 60
+COURSE = {  # the metrics in the course's score, and how it scales them
+    "sentiment_accuracy": "sentiment accuracy",
+    "paraphrase_accuracy": "paraphrase accuracy",
+    "similarity_pearson": "(similarity Pearson + 1) / 2",
+}
 NOISE = 0.05  # cosines of gradients between -NOISE and NOISE are those of directions without any relation
 
 
@@ -80,18 +85,18 @@ def _header(run: Run) -> str:
     facts += [f"{steps:,} steps"] if isinstance(steps, int) else []
     facts += [format_duration(seconds)] if isinstance(seconds, int | float) else []
     facts += [str(summary[key]) for key in ("device", "precision", "backend") if summary.get(key)]
-    parts = [f"<h1>{escape(run.name)}</h1>", paragraph(" · ".join(f for f in facts if f), "muted")]
+    parts = [f"<h1>{escape(run.name)}</h1>"]
+    found = verdicts(run)
+    fallen = ", ".join(verdict.task for verdict in found if verdict.level == "worse")
+    texts = [fallen_score(run), f"Worse than before training: {fallen}" if fallen else ""]
+    parts += [paragraph(f"{text}.", "banner worse") for text in texts if text]
+    parts.append(paragraph(" · ".join(f for f in facts if f), "muted"))
     description = summary.get("description") or run.recipe.get("description")
     if description:
         parts.append(paragraph(str(description)))
     if summary.get("demonstration"):
         text = "A demonstration: a tiny model on sample data that ship with the package. Its scores mean nothing else."
         parts.append(paragraph(text, "banner"))
-    found = verdicts(run)
-    worse = [display_title(v.task) for v in found if v.level == "worse"]
-    if worse or fallen_score(run):
-        subject = " and ".join(worse) or "The overall score"
-        parts.append(paragraph(f"{subject}: worse than before training.", "banner worse"))
     parts.append(f'<div class="tiles">{_score_tile(run)}{"".join(_verdict_tile(run, v) for v in found)}</div>')
     if advice := next_steps(run):
         items = [f"<li>{escape(a.reason)}{f'<pre>{escape(a.command)}</pre>' if a.command else ''}</li>" for a in advice]
@@ -106,9 +111,11 @@ def _score_tile(run: Run) -> str:
         return "" if run.dev else paragraph("No dev scores: the run was not evaluated, or wrote no summary yet.")
     best = numbers(run.summary.get("best"))
     facts = _other_values(run, "score")
-    made = "The mean of the tasks' judging metrics"
-    if {"sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"} & run.dev.keys():
-        made = "(sentiment accuracy + paraphrase accuracy + (similarity Pearson + 1) / 2) / 3, of the tasks present"
+    made, course = "The mean of the tasks' judging metrics", COURSE.keys() & run.dev.keys()
+    if course:
+        made = f"({' + '.join(COURSE[key] for key in COURSE if key in course)}) / {len(course)}"
+        if others := [name for name, task in run.tasks.items() if primary_metric(name, task) not in COURSE]:
+            made += f", without {', '.join(others)}"
     step = f"; dev scores of step {best['step']:,.0f}, the best" if "step" in best else ""
     return _tile("", "Overall score", f"{run.dev['score']:.3f}", [*facts, f"{made}{step}."])
 
@@ -121,7 +128,8 @@ def _verdict_tile(run: Run, verdict: Verdict) -> str:
     value = "not a number" if np.isnan(verdict.value) else f"{verdict.value:.3f}"
     title = f"{display_title(verdict.task)}: {display_name(verdict.metric)}"
     text = verdict.text[:1].upper() + verdict.text[1:] + "."
-    return _tile(verdict.level, title, value, [f"± {verdict.error:.3f} standard error", *facts], text)
+    facts = facts if np.isnan(verdict.error) else [f"± {verdict.error:.3f} standard error", *facts]
+    return _tile(verdict.level, title, value, facts, text)
 
 
 def _other_values(run: Run, key: str) -> list[str]:

@@ -115,7 +115,7 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
     level: Level = "better" if levels and set(levels.values()) == {"better"} else "unclear"
     text = _in_words(levels)
     if collapse := collapsed_class(task):
-        level, text = "unclear", f"{text}, but {collapse[1]}"
+        level, text = "unclear", f"{text}, but {collapse}"
         now, f1 = numbers(task["metrics"]), f"{name}_macro_f1"
         if f1 in now and f1 in untrained and now[f1] < untrained[f1]:
             text += f", and macro-F1 fell from {untrained[f1]:.3f} to {now[f1]:.3f}"
@@ -150,17 +150,16 @@ def _constant_answer(task: Mapping[str, Any], labels: np.ndarray) -> tuple[np.nd
     return np.array(float(most)), f"always answering “{classes[most]}”"
 
 
-def collapsed_class(task: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A class that is answered far too often, and a sentence about it; None if there is no such class.
+def collapsed_class(task: Mapping[str, Any]) -> str:
+    """A sentence about a class that is answered far too often; empty if there is no such class.
 
     A class is answered far too often if it takes more than half of the rows that belong to the others.
     """
     classes, matrix = task.get("classes"), np.array(task.get("confusion") or [])
     if not classes or len(classes) < 2 or matrix.ndim != 2 or not matrix.sum():
-        return None
+        return ""
     predicted, true = matrix.sum(axis=0) / matrix.sum(), matrix.sum(axis=1) / matrix.sum()
     most = int(predicted.argmax())
     if predicted[most] <= true[most] + (1 - true[most]) / 2:
-        return None
-    text = f"it answers “{classes[most]}” for {predicted[most]:.0%} of the rows ({true[most]:.0%} have that label)"
-    return str(classes[most]), text
+        return ""
+    return f"it answers “{classes[most]}” for {predicted[most]:.0%} of the rows ({true[most]:.0%} have that label)"

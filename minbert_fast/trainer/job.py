@@ -253,9 +253,14 @@ class _Job:
         line, problem = self.world.from_main(ask)
         if problem:
             raise ConfigError(problem)
-        if line is not None:
-            self._print(line)
-        return line is not None
+        if line is None:
+            return False
+        if self.world.is_main:
+            if not (self.files.path / "report.html").exists():  # the run was killed after its last record
+                write_report(self.files.path)
+            self._prune_checkpoints()
+        self._print(line)
+        return True
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to resume from, read by every rank. Raises ConfigError if it belongs to another run."""
@@ -375,12 +380,16 @@ class _Job:
         with translate_write_errors(self.files.path / "report.html"):
             write_report(self.files.path)
         if outcome.finished:
-            with translate_write_errors(self.files.checkpoints):
-                CheckpointStore(self.files.checkpoints).prune(self.recipe.checkpoint.keep)
+            self._prune_checkpoints()
         self._print("\n".join(filter(None, [announce(self.files.path), _format_outcome(outcome, self.files.path)])))
         end = EndEvent(outcome.state.step, outcome.reason, (outcome.best or {}).get("metrics", {}), self.files.path)
         for callback in self.options.callbacks:
             callback.on_end(end)
+
+    def _prune_checkpoints(self) -> None:
+        """Removes the checkpoints that a finished run does not keep."""
+        with translate_write_errors(self.files.checkpoints):
+            CheckpointStore(self.files.checkpoints).prune(self.recipe.checkpoint.keep)
 
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""

@@ -95,11 +95,15 @@ class RunDirectory:
                 remove(self.path / name)
 
     def prepare(self, recipe: str) -> None:
-        """Repairs what a crash left behind, makes the folders, and saves the recipe (TOML) for `--resume`."""
+        """Repairs what a crash left behind, makes the folders, and saves the recipe (TOML) for `--resume`.
+
+        Removes the summary of an earlier part of the run.
+        """
         with translate_write_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             sweep(self.path)
             sweep(self.checkpoints)
+            remove(self.path / SUMMARY)
             flush_directory(self.path)
             write_bytes(saved_recipe_path(self.path), recipe.encode("utf-8"))
 

@@ -24,9 +24,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(data: Path, output: Path, method: str, *more: str) -> list[list[float]]:
     """The tasks' losses of every step of a small run."""
-    steps = () if "--max-steps" in more else ("--max-steps", "4")
     constant = ("--set", "optimizer.schedule=constant", "--set", "optimizer.warmup=0")
-    flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", *constant, *steps, *more)
+    flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", *constant, "--max-steps", "4", *more)
     assert cli.run(train.main, small_run(data, output, "--recipe", "demonstration", *flags)) == 0
     assert Recipe.load(str(output / "best" / "recipe.toml")).surgery.method == method
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -82,7 +81,7 @@ def test_a_resumed_run_has_the_methods_state(data: Path, tmp_path: Path, method:
     if method.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")
     whole = losses(data, tmp_path / "whole", method, "--backend", backend)
-    first = losses(data, tmp_path / "parts", method, "--backend", backend, "--max-steps", "2")
+    first = losses(data, tmp_path / "parts", method, "--backend", backend, "--stop-after", "2")
     assert first == whole[:2]
     assert losses(data, tmp_path / "parts", method, "--backend", backend, "--resume") == whole
 
