@@ -100,7 +100,9 @@ def _model_index(tasks: Mapping[str, Task], dev: Mapping[str, float]) -> list[Ev
 
 def _data_of(task: Task) -> str:
     """The names of the data sets that a task was trained on."""
-    return ", ".join(FORMATS[source].stem if source in FORMATS else source for source in task.sources) or task.name
+    names = [FORMATS[each.layout].stem if each.layout in FORMATS else each.hub for each in task.sources]
+    files = [Path(file).name for each in task.sources if not each.hub for file in each.files("train")]
+    return ", ".join([*filter(None, names), *files]) or task.name
 
 
 def _about(model: Predictor, task: str | None) -> str:
