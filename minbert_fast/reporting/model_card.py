@@ -18,27 +18,10 @@ from minbert_fast.common.version import __version__
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import display_name, format_score, numbers, read_json
+from minbert_fast.reporting.usage import usage
 from minbert_fast.tasks import Task, build_tasks
 from minbert_fast.tasks.predictor import Predictor
 
-_SNIPPETS = {
-    "huggingface": """from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}")
-""",
-    "sentence-transformers": """from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-embeddings = model.encode(["A sentence.", "Another one."])
-""",
-}
-_OWN_SNIPPET = """from minbert_fast import Predictor
-
-model = Predictor.from_pretrained("{name}")
-embeddings = model.encode(["A sentence.", "Another one."])
-"""
-_CALLS = {"sentiment": '(["A sentence."])', "paraphrase": '([("One?", "Two?")])', "similarity": '([("One.", "Two.")])'}
 _METRICS = {  # our names and the hub's
     "macro_f1": ("f1", "macro-F1"), "pearson": ("pearsonr", "Pearson"), "spearman": ("spearmanr", "Spearman"),
     "matthews": ("matthews_correlation", "Matthews"), "mae": ("mae", "mean absolute error"),
@@ -57,33 +40,25 @@ def public_recipe(source: Path) -> Recipe | None:
     return replace(recipe, data=replace(recipe.data, cache=""))
 
 
-def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
-    """The card of the model in directory `source`, exported under `name` in the format `form`."""
+def model_card(model: Predictor, source: Path, name: str, form: str, task: str | None = None, note: str = "") -> str:
+    """The card of the model in directory `source`, exported under `name` in the format `form`.
+
+    `task` names the exported head (None: the encoder), `note` is a sentence about the files.
+    """
     recipe = public_recipe(source)
     summary = read_json(source.parent / "summary.json", notices=[])
-    library = "sentence-transformers" if form == "sentence-transformers" else "transformers"
+    library = {"huggingface": "transformers"}.get(form, form)
+    tag = "sentence-similarity" if task is None else "text-classification"
     results = _model_index(build_tasks(recipe) if recipe else {}, numbers(summary.get("dev")))
     data = ModelCardData(
         library_name=library,
-        pipeline_tag="sentence-similarity",
-        tags=["bert", "minbert_fast", "sentence-similarity", *([library] if library != "transformers" else [])],
+        pipeline_tag=tag,
+        tags=["bert", "minbert_fast", tag, *([library] if library == "sentence-transformers" else [])],
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
-    config = model.encoder.config
-    pooled = f"{_POOLED[model.pooling]} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
-    kinds = [] if model.heads is None else dict.fromkeys(t.preset for t in model.tasks.values() if t.preset in _CALLS)
-    calls = "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
-    single = [n for n, t in model.tasks.items() if t.preset not in _CALLS and t.num_texts == 1] if model.heads else []
-    calls += "".join(f'model.predict("{task}", ["A text."])\n' for task in single)
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {name}",
-        f"A BERT encoder of {config.num_hidden_layers} layers, {config.hidden_size} wide, with "
-        f"{config.vocab_size:,} word pieces. A sentence's vector is {pooled} of up to {model.max_length} tokens.",
-        "## Use",
-        _code(_SNIPPETS[form].format(name=name)),
-        _code(_OWN_SNIPPET.format(name=name) + calls),
-    ]
+    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}", _about(model, task), *([note] if note else []), "## Use"]
+    parts += [_code(block) for block in usage(model, name, form, task)]
     if recipe is not None:
         parts += _training(recipe, summary)
     if isinstance(summary.get("dev"), Mapping):
@@ -125,9 +100,20 @@ def _model_index(tasks: Mapping[str, Task], dev: Mapping[str, float]) -> list[Ev
 
 def _data_of(task: Task) -> str:
     """The names of the data sets that a task was trained on."""
-    names = [source.hub or ", ".join(Path(file).name for file in source.files("train")) for source in task.sources]
-    layouts = [FORMATS[source.layout].stem or source.layout for source in task.sources if source.layout]
-    return ", ".join(filter(None, names)) or ", ".join(layouts) or task.name
+    names = [FORMATS[each.layout].stem if each.layout in FORMATS else each.hub for each in task.sources]
+    files = [Path(file).name for each in task.sources if not each.hub for file in each.files("train")]
+    return ", ".join([*filter(None, names), *files]) or task.name
+
+
+def _about(model: Predictor, task: str | None) -> str:
+    config = model.encoder.config
+    shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, with {config.vocab_size:,} word pieces"
+    if task is None:
+        pooled = f"{_POOLED[model.pooling]} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
+        return f"A BERT encoder of {shape}. A sentence's vector is {pooled} of up to {model.max_length} tokens."
+    names = model.tasks[task].class_names
+    answers = "a number" if names is None else f"one of {len(names)} classes ({', '.join(names)})"
+    return f"BERT of {shape}, and its head for the task {task}, which predicts {answers}."
 
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
