@@ -77,6 +77,11 @@ class Stage:
     locate: Callable[[str, int], str]  # (task, row) -> "file:line"
 
 
+def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+
+
 def share_steps(stages: Sequence[Stage], max_steps: int | None) -> list[Stage]:
     """The stages of a run of `max_steps` steps, shared in proportion to the stages' own lengths; None changes nothing."""
     if max_steps is None:

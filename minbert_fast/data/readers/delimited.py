@@ -50,7 +50,9 @@ class DelimitedRecords(FileRecords):
             raise DataError(f"{self.name}: empty file")
         line, fields = found
         self.place = f"{self.name}:{line}"
-        if layout.columns and (isinstance(fields, ValueError) or not set(layout.texts or layout.columns) <= set(fields)):
+        if layout.columns and (
+            isinstance(fields, ValueError) or not set(layout.texts or layout.columns) <= set(fields)
+        ):
             self.names, self._pushed, self._more_fields = layout.columns, [found], True
         elif isinstance(fields, ValueError):
             raise DataError(f"{self.place}: {fields}")
