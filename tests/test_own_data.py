@@ -136,7 +136,8 @@ def test_memory_and_files_give_the_same_run(tmp_path: Path) -> None:
         ({"data": "nowhere"}, "nowhere"),
         ({"text": "review"}, "give the rows"),
         ({"data": rows()}, "mapping"),
-        ({"data": {"verdict": rows()}, "recipe": {"tasks": {"verdict": {"kind": "regression"}}}}, "label"),
+        ({"data": rows(), "text": "review", "label": "verdict", "kind": "regression"}, "label"),
+        ({"data": {"verdict": rows()}}, "no text columns"),
     ],
 )
 def test_mistakes_are_one_line(arguments: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -204,6 +204,13 @@ class _Reader:
         return table
 
 
+def names_data(recipe: Recipe) -> bool:
+    """Whether any task of the recipe or its stages names files or a data set of the hub."""
+    tables = (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages))
+    sources = [s for tasks in tables for options in tasks.values() for s in sources_of(options.get("data", ""))]
+    return any(not source.layout or not _in_directory(source) for source in sources)
+
+
 def _in_directory(source: Source) -> bool:
     """Whether the source names only a layout, whose files are in the data directory or in `data.files`."""
     return bool(source.layout) and not (source.hub or any(source.files(split) for split in SPLITS))

@@ -38,7 +38,7 @@ from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import disk, loop
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
-from minbert_fast.trainer.datasets import load_datasets
+from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
 from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values
 from minbert_fast.trainer.signals import StopSignals
@@ -107,7 +107,9 @@ class _Job:
         self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
-        self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
+        data = self.recipe.data
+        self.own_data = bool(self.options.rows) or names_data(self.recipe)
+        self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
         if self.world.size > 1 and self.backend == "reference":
             raise ConfigError(f"--backend reference trains in one process, not in {self.world.size}")
         if self.files.holds_run and self.options.overwrite:
@@ -151,7 +153,7 @@ class _Job:
         name, data = self.recipe.model.name, self.recipe.data
         if not self.demonstration and not name:
             self.notify("no --model: trains the embedded tiny model, whose weights are random: it cannot learn much")
-        if not self.demonstration and not (data.directory or data.files):
+        if not (self.demonstration or data.directory or data.files or self.own_data):
             self.notify("no --data: trains on the embedded sample of made-up sentences")
         source = weights.resolve(name) if name else sample_directory().model
         self.tokenizer = Tokenizer.from_pretrained(_tokenizer_directory(source))
