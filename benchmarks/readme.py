@@ -39,7 +39,7 @@ def dev_scores(results: Path = RESULTS) -> str:
     """Dev scores on real data: untrained, after recipe `default`, after `best`, and the best published ones."""
     first, best = _load(results / "first-run-cpu.json"), _load(results / "best-cpu.json")
     recipes = [Recipe.load(name) for name in recipe_names()]
-    rival = max(recipes, key=lambda recipe: recipe.published.get("score", 0.0))
+    rival = max(recipes, key=lambda recipe: recipe.published.dev.get("score", 0.0))
     names = {
         "sentiment_accuracy": "sentiment, accuracy",
         "paraphrase_accuracy": "paraphrase, accuracy",
@@ -52,7 +52,7 @@ def dev_scores(results: Path = RESULTS) -> str:
         "|---|---|---|---|---|",
     ]
     for key, label in names.items():
-        scores = (first["untrained"][key], first["dev"][key], best["dev"][key], rival.published[key])
+        scores = (first["untrained"][key], first["dev"][key], best["dev"][key], rival.published.dev[key])
         lines.append(f"| {label} | {' | '.join(f'{score:.3f}' for score in scores)} |")
     precision = f"{best['precision']} products on a CPU"
     lines += ["", f"{first['tokens']:,} and {best['tokens']:,} tokens, {precision}, commit {best['commit'][:12]}."]

@@ -101,11 +101,11 @@ def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, al
 
 @pytest.mark.ci
 def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path) -> None:
-    flags = ["--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
-    succeed(2, tmp_path, "--max-steps", "4", *flags)
-    succeed(1, tmp_path, "--max-steps", "8", *flags, "--resume")
-    succeed(2, tmp_path, "--max-steps", "10", *flags, "--resume", "--set", "training.shard=true")
-    succeed(2, tmp_path, "--max-steps", "12", *flags, "--resume")
+    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
+    succeed(2, tmp_path, "--stop-after", "4", *flags)
+    succeed(1, tmp_path, "--stop-after", "8", *flags, "--resume")
+    succeed(2, tmp_path, "--stop-after", "10", *flags, "--resume", "--set", "training.shard=true")
+    succeed(2, tmp_path, *flags, "--resume")
     same(alone, tmp_path / "run")
 
 
@@ -139,16 +139,16 @@ def test_two_machines_train_as_one_process_and_go_on_from_the_same_checkpoint(al
     machines = [tmp_path / "first", tmp_path / "second"]
     for machine in machines:
         machine.mkdir()
-    flags = ["--precision", "fp32", "--output", "run"]
-    begun = on_two_machines(machines, "--max-steps", "4", *flags)
+    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
+    begun = on_two_machines(machines, "--stop-after", "4", *flags)
     assert [done.returncode for done in begun] == [0, 0], begun
     assert not (machines[1] / "run").exists()
     refused_together(
-        on_two_machines(machines, "--max-steps", "12", *flags, "--resume"),
+        on_two_machines(machines, *flags, "--resume"),
         r'starts from "step 4, [0-9a-f]{8}" on rank 0, "the beginning" on rank 1; every machine needs',
     )
     shutil.copytree(machines[0] / "run" / "checkpoints", machines[1] / "run" / "checkpoints")
-    ended = on_two_machines(machines, "--max-steps", "12", *flags, "--resume")
+    ended = on_two_machines(machines, *flags, "--resume")
     assert [done.returncode for done in ended] == [0, 0], ended
     same(alone, machines[0] / "run")
 
@@ -215,7 +215,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_later(tmp_path: Path) -> None:
     assert begun.returncode != 0
     assert time.monotonic() - killed < 60
     assert "SIGKILL" in error or "lost another process" in error
-    succeed(1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--max-steps", "1")
+    succeed(1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--stop-after", "1")
 
 
 @pytest.mark.ci

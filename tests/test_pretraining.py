@@ -302,7 +302,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")
     whole = train(small_recipe(data, max_steps=30), Options(tmp_path / "whole", device="cpu"))
     for steps in (3, 27, 30):
-        cut = train(small_recipe(data, max_steps=steps), Options(tmp_path / "cut", device="cpu", resume=True))
+        how = Options(tmp_path / "cut", device="cpu", resume=True, stop_after=steps)
+        cut = train(small_recipe(data, max_steps=30), how)
     for name in ("model.safetensors", "heads.safetensors"):
         assert (cut / "last" / name).read_bytes() == (whole / "last" / name).read_bytes(), name
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

@@ -67,6 +67,7 @@ def test_every_error_is_one_line_that_names_its_place():
         ("similarity", {"encoder": "cross"}, 'encoder = "cross" needs head = "linear"'),
         ("paraphrase", {"encoder": "cross", "auxiliary": {"cosent": 1.0}}, "no two vectors to compare"),
         ("paraphrase", {"encoder": "tri"}, "tasks.paraphrase.encoder = 'tri': expected one of bi, cross, both"),
+        ("similarity", {"per_class": 9, "balanced": True}, "per_class: expected no fraction"),
         ("paraphrase", {"head": "cosine", "loss": "mse", "class_weights": [1, 2]}, 'loss = "mse" has none'),
         ("nli", {"loss": "bce"}, 'loss = "bce": the task has 3 classes; expected "cross_entropy"'),
         ("nli", {"threshold": 0.6}, "the most likely one is predicted"),

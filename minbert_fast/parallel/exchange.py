@@ -81,6 +81,12 @@ class AllReduce(Exchange):
     def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
         return FlatAdamW(self.flat, options)
 
+    def before_weights(self, losses: Tensor, present: Sequence[str]) -> None:
+        self.world.reduce(losses)
+
+    def remeasured(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        self.world.reduce(losses)
+
     def before_backward(self) -> None:
         self._begun = []
         last = len(self.spans) - 1

@@ -24,7 +24,7 @@ from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.hooks import first
 from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
 from minbert_fast.step.trainable import constant, trainable
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
 
 class AdamW(optim.AdamW):
@@ -117,7 +117,7 @@ class ReferenceStep:
         return [{"params": p, "lr_factor": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
-        reseed(self.recipe.training.seed, self.steps)
+        step_seed = reseed(self.recipe.training.seed, self.steps)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
@@ -125,12 +125,14 @@ class ReferenceStep:
         timer = PartTimer(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         consistency = next((hook.consistency for hook in self.hooks if isinstance(hook, Consistency)), None)
-        device = batch.packed.tokens.device.type
-        with constant(self.frozen), torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = torch.stack(list(self.model.losses_padded(batch, consistency).values()))
+        with constant(self.frozen):
+            losses = self._losses(batch, consistency)
         timer.end("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
+        follows = any(hook.follows_losses for hook in self.hooks)
+        for hook in self.hooks if follows else ():
+            hook.before_weights(losses.detach(), batch.active_tasks())
         weights = first(hook.loss_weights() for hook in self.hooks)
         self._backward(batch, (losses if weights is None else losses * weights).unbind(), timer)
         values = losses.detach()
@@ -143,7 +145,20 @@ class ReferenceStep:
         for hook in self.hooks:
             hook.after_update(values, batch.active_tasks(), skip)
         timer.end("optimizer")
+        if follows:
+            torch.manual_seed(step_seed)  # the same dropout again
+            with torch.no_grad():
+                again = self._losses(batch, consistency)
+            for hook in self.hooks:
+                hook.remeasured(again, batch.active_tasks(), skip)
+            timer.end("forward")
         return StepResult(values, norm, None, nonfinite, weights, timer.seconds)
+
+    def _losses(self, batch: MultitaskBatch, consistency: ConsistencyLoss | None) -> Tensor:
+        """The tasks' losses [T]."""
+        device = batch.packed.tokens.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return torch.stack(list(self.model.losses_padded(batch, consistency).values()))
 
     def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor], timer: PartTimer) -> None:
         """Writes the merged gradient to `.grad`; the heads of tasks without examples get None."""

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build, check, check_at_least
 from minbert_fast.data.labels import LabelSummary, Rule
+from minbert_fast.data.sampling import Draw
 from minbert_fast.data.source import Source, sources_of
+from minbert_fast.data.tokens import chain
 from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.presets import PRESETS, preset_of
 
@@ -73,7 +75,10 @@ class TaskOptions:
     batch_size: int | None = None  # None: the recipe's `training.batch_size`
     weight: float = 1.0  # of the task's loss
     fraction: float = 1.0  # of the training rows, drawn per epoch
-    balanced: bool = False  # draw each class equally often
+    balanced: bool = False  # draw each class equally often (graded labels: each nearest whole number)
+    replacement: bool = False  # draw with replacement; with balanced, a row's weight is 1 / (rows of its class)
+    per_class: int = 0  # draw at most this many rows of each class per epoch; 0: no limit
+    dev_fraction: float = 1.0  # share of the dev rows that evaluations use
     metric: str = ""  # the metric that judges the task; empty: that of its kind
     metrics: tuple[str, ...] = ()  # the reported metrics; empty: those of its kind
     stem: str = ""  # prediction files are called {stem}-{split}-output.csv; empty: the task's name
@@ -82,7 +87,19 @@ class TaskOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 0, "weight")
-        check(0 < self.fraction <= 1, f"fraction = {self.fraction}: expected a share above 0, up to 1")
+        check_at_least(self, 0, "per_class")
+        for name in ("fraction", "dev_fraction"):
+            share = getattr(self, name)
+            check(0 < share <= 1, f"{name} = {share}: expected a share above 0, up to 1")
+        try:
+            self.draw  # noqa: B018  (checks the combination)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def draw(self) -> Draw:
+        """How the training rows are drawn."""
+        return Draw(self.fraction, self.balanced, self.replacement, self.per_class)
 
 
 class Head(nn.Module, ABC):
@@ -190,8 +207,7 @@ class Task(ABC):
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
         """The task's rows, from the tables of those of its sources that exist (one or more)."""
-        (table,) = tables
-        return table
+        return tables[0] if len(tables) == 1 else chain(self.name, tables)
 
     def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator | None:
         """Generates the task's examples from its rows at each step; None if the rows are the examples."""
@@ -303,7 +319,7 @@ def register(kind: str) -> Callable[[K], K]:
 
 
 def is_kind(name: str) -> bool:
-    """Whether `name` is a kind of task or a preset."""
+    """Whether a task may have `name` as its kind: a kind or a preset."""
     return name in KINDS or name in PRESETS
 
 

@@ -34,7 +34,7 @@ class MultilabelOptions(ClassOptions, SingleOptions):
         super().__post_init__()
         check(bool(self.separator), 'separator = "": expected a character')
         check(0 <= self.threshold <= 1, f"threshold = {self.threshold}: expected a probability")
-        check(not self.balanced, "balanced: an example has several classes")
+        check(not self.draw.by_class, "balanced, per_class: an example has several classes")
         check(self.written == "names", 'written: expected "names"')
 
     @property

@@ -46,7 +46,7 @@ class TextOptions(TaskOptions):
         check(bool(self.text or self.data), "text = []: expected at least one data set, or `data` with files of text")
         for name in self.text:
             check(name in FORMATS, f"text: {name!r}: expected some of {', '.join(FORMATS)}")
-        check(not self.balanced, "balanced: text has no classes to balance")
+        check(not self.draw.by_class, "balanced, per_class: text has no classes")
 
 
 class TextTask(Task):

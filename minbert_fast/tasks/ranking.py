@@ -64,7 +64,7 @@ class RankingOptions(TaskOptions):
             check(weight >= 0, f"objectives.{name} = {weight}: expected 0 or more")
         check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0 (1: none)")
         check_at_least(self, 0, "margin")
-        check(not self.balanced, "balanced: rows without labels have no classes to balance")
+        check(not self.draw.by_class, "balanced, per_class: rows without labels have no classes")
 
 
 @dataclass(frozen=True)

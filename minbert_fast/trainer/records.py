@@ -149,6 +149,6 @@ def dev_record(metrics: Mapping[str, float | None], state: State, stages: Sequen
 
 def _position(step: int, state: State, stages: Sequence[Stage]) -> dict[str, Any]:
     """Step, epoch and stage of a record. `step` may be earlier than the state's own."""
-    before = sum(stage.recipe.training.epochs for stage in stages[: state.stage])
+    before = sum(stage.steps / max(stage.steps_per_epoch, 1) for stage in stages[: state.stage])
     epoch = before + (state.stage_step + step - state.step) / max(stages[state.stage].steps_per_epoch, 1)
     return {"step": step, "epoch": round(epoch, 6), "stage": state.stage}
