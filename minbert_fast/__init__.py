@@ -4,8 +4,9 @@
 import os
 import sys
 
-# A command (`python -m minbert_fast.train`) sets this before torch loads libgomp, unless the user has chosen.
-if sys.argv[0] == "-m" and "OMP_WAIT_POLICY" not in os.environ:
+# A command (`python -m minbert_fast.train`, `minbert-fast train`) sets this before torch loads libgomp, unless the user has
+# chosen.
+if os.path.basename(sys.argv[0]) in ("-m", "minbert-fast") and "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP threads that wait at a barrier spin for seconds by default, and take the core from a thread that works
     # whenever other processes share the machine. With this bound they sleep after about 0.1 ms.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -21,6 +22,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.optim import AdamW
 from minbert_fast.surgery.wrapper import PCGrad
 from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.trainer.fit import fit
 
 __all__ = [
     "AdamW",
@@ -32,6 +34,7 @@ __all__ = [
     "Predictor",
     "Recipe",
     "__version__",
+    "fit",
     "patch",
 ]
 

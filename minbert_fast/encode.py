@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.common.cli import Parser, add_device_flags, run
+from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data.lines import read_sentences
+from minbert_fast.tasks.onnx_model import OnnxModel
 from minbert_fast.tasks.predictor import Predictor
 
 TENSOR = "embeddings"  # the tensor's name in a .safetensors file
@@ -31,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("encode", __doc__ or "")
     add = flags.add_argument
-    add("--model", required=True, metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model")
+    models = flags.add_mutually_exclusive_group(required=True)
+    models.add_argument(
+        "--model", metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
+    )
+    models.add_argument("--onnx", type=Path, metavar="DIR", help="what export --format onnx wrote; runs in onnxruntime")
     add(
         "--input",
         type=Path,
@@ -43,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--column", metavar="NAME", help="column of a table (default: text, sentence, or the only one)")
     add("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
     add("--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)")
+    add_import_flag(flags)
     add_device_flags(flags)
     return flags
 
@@ -54,7 +60,13 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--output {options.output}: expected a name that ends in .npy or .safetensors")
     chunks = read_sentences(options.input, options.column)
     first = next(chunks, [])  # reports mistakes in the input before the slow loading of the model
-    model = Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
+    if options.onnx and options.precision != "auto":
+        raise ConfigError(f"--precision {options.precision}: an ONNX graph has its own (export --int8)")
+    model: Predictor | OnnxModel = (
+        OnnxModel.from_pretrained(options.onnx, device=options.device)
+        if options.onnx
+        else Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
+    )
     name = TENSOR if options.output.suffix == ".safetensors" else None
     with (
         whole_file(options.output) as file,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minbert_fast.common.cli import Parser, add_device_flags, run
+from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.storage import is_stream, whole_file
 from minbert_fast.data.files import Table, open_rows
 from minbert_fast.data.inputs import file_input
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("course", "jsonl"),
         help="format of the output (default: jsonl for a .jsonl file, else course)",
     )
+    add_import_flag(flags)
     add_device_flags(flags)
     return flags
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     name = model.task_of(options.task)
     task = model.tasks[name]
-    source = file_input(options.input, task.dataset)
+    source = file_input(options.input, task.layout)
     form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "course")
     count = left_out = 0
     with (

@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a multitask model.
+"""Trains a multitask model. Without flags: a demonstration.
 
-    python -m minbert_fast.train                                          the demonstration: sample data, a tiny model
-    python -m minbert_fast.train --data DIR --model DIR --output DIR      your data, your weights
-    python -m minbert_fast.train --resume --output DIR                    continues the interrupted run in DIR
-    python -m minbert_fast.train --recipe NAME --set optimizer.lr=1e-5    an experiment with one value changed
+  minbert-fast train --data DIR --model DIR --output DIR         the course's files
+  minbert-fast train --data FILE --text COLUMN --label COLUMN    one file, one task
 
---set overrides flags, and flags override the recipe. The flags of the course's own scripts work too.
+--set overrides flags, flags override the recipe; `recipes keys` lists all keys.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import re
 import shlex
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minbert_fast import surgery
 from minbert_fast.common import cli
-from minbert_fast.common.schema import ConfigError, merge
+from minbert_fast.common.schema import ConfigError, Whole, merge
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
-from minbert_fast.reporting.runs import flatten
+from minbert_fast.tasks import build_task, build_tasks
+from minbert_fast.trainer.completing import without_tasks
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import saved_recipe_path
+from minbert_fast.trainer.resume import require_run
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,25 @@ class Flag:
     """A flag that sets one value of the recipe and takes its type and choices from the recipe's field."""
 
     key: str  # section.field
-    names: tuple[str, ...]
+    name: str
     metavar: str
     help: str
+    also: tuple[str, ...] = ()  # spellings of the course's scripts
 
 
 RECIPE_FLAGS = (
-    Flag("data.directory", ("--data",), "DIR", "directory with data files in the course's layout"),
-    Flag("model.name", ("--model",), "DIR|HUB_NAME", "encoder weights: a directory, a hub name or a course .pt file"),
-    Flag("model.dropout", ("--dropout", "--hidden_dropout_prob"), "P", "dropout of the encoder"),
-    Flag("training.epochs", ("--epochs",), "N", "passes over the data"),
-    Flag("training.max_steps", ("--max-steps", "--max_steps"), "N", "most steps of the run, with all resumed parts"),
-    Flag("training.batch_size", ("--batch-size", "--batch_size"), "N", "examples per task and step"),
-    Flag("training.seed", ("--seed",), "N", "seed of all random numbers"),
-    Flag("training.precision", ("--precision",), "", "precision of matrix products; weights and moments stay fp32"),
-    Flag("optimizer.lr", ("--lr",), "F", "learning rate (--option pretrain: 1e-3, finetune: 1e-5)"),
-    Flag("surgery.method", ("--surgery",), "NAME", "method against conflicting gradients: none, pcgrad, ..."),
+    Flag("data.directory", "--data", "DIR|FILE", "data in the course's layout, or one file"),
+    Flag("model.name", "--model", "DIR|HUB_NAME", "weights: a directory, hub name or course .pt file"),
+    Flag("training.epochs", "--epochs", "N", "passes over the data, such as 3 or 0.25"),
+    Flag("training.max_steps", "--max-steps", "N", "length of run and schedule, not --epochs", ("--max_steps",)),
+    Flag("training.batch_size", "--batch-size", "N", "examples per task and step", ("--batch_size",)),
+    Flag("optimizer.lr", "--lr", "F", "learning rate"),
+    Flag("model.dropout", "--dropout", "P", "dropout of the encoder", ("--hidden_dropout_prob",)),
+    Flag("model.freeze", "--freeze", "", "train the heads only"),
+    Flag("training.patience", "--patience", "N", "stop after N evaluations without a better score"),
+    Flag("surgery.method", "--surgery", "METHOD", f"{', '.join(surgery.METHODS)}, torchjd:NAME"),
+    Flag("training.seed", "--seed", "N", "seed of all random numbers"),
+    Flag("training.precision", "--precision", "NAME", "of matrix products"),
 )
 
 # The course's short names of its data files, and our names of the datasets.
@@ -59,43 +65,48 @@ COURSE_OPTIONS: Mapping[str, dict[str, Any]] = {
     "pretrain": {"model": {"freeze": True}, "optimizer": {"lr": 1e-3}},
     "finetune": {"model": {"freeze": False}, "optimizer": {"lr": 1e-5}},
 }
+DEVICES = ("auto", "cpu", "cuda")
+MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags: those of the run, of the recipe, and of the course."""
-    command = cli.Parser("train", __doc__ or "")
-    add = command.add_argument_group("the run").add_argument
-    add("--recipe", metavar="NAME|FILE.toml", help="the experiment (default: default; without --model: demonstration)")
-    add("--output", metavar="DIR", type=Path, help="directory of the results (default: a new one under runs/)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    """The command's flags: what people set, then the course's, which only --help-course shows."""
+    command = cli.Parser("train", __doc__ or "", usage="%(prog)s [flags]")
+    flags = {flag.name: flag for flag in RECIPE_FLAGS}
+    dropout = flags.pop("--dropout")
+    add = command.add_argument
+    add("--recipe", metavar="NAME|FILE", help="the experiment: a name, or a .toml file")
+    add_flag(command, flags.pop("--data"))
+    add("--text", metavar="COLUMNS", help="--data FILE: its column of text; two: a,b")
+    add("--label", metavar="COLUMN", help="--data FILE: its column of labels")
+    add("--kind", help="--data FILE: the task (default: by the labels)")
+    add("--dev", metavar="FILE", help="dev file of --data FILE (default: a tenth)")
+    add_flag(command, flags.pop("--model"))
+    add("--output", metavar="DIR", type=Path, help="results (default: a new one under runs/)")
+    add("--tasks", metavar="NAME,NAME", help="train these tasks only")
+    for flag in flags.values():
+        add_flag(command, flag)
+    add("--device", metavar="NAME", choices=DEVICES, default="auto", help=", ".join(DEVICES))
+    backends = ("auto", "fast", "reference")
     add(
-        "--backend",
-        choices=("auto", "fast", "reference"),
-        default="auto",
-        help="reference: padded, eager, one backward per task, as in a course project",
+        "--backend", metavar="NAME", choices=backends, default="auto", help=f"{', '.join(backends)} (naive, to compare)"
     )
-    add("--resume", action="store_true", help="continue the run under --output from its newest checkpoint")
-    add("--overwrite", action="store_true", help="replace an earlier run under --output")
-    add(
-        "--report-to",
-        default="none",
-        metavar="NAMES",
-        help="also send the records to trackers: tensorboard, wandb, csv, separated by commas (default: none)",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="assignments",
-        help="set any value of the recipe, such as checkpoint.every=100 (repeatable)",
-    )
-    values = command.add_argument_group("the recipe's values")
-    for flag in RECIPE_FLAGS:
-        add_flag(values, flag)
-    add = command.add_argument_group("the course's flags").add_argument
-    add("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads only; finetune: everything")
+    add("--resume", action="store_true", help="continue the run under --output")
+    add("--stop-after", metavar="N", type=cli.whole_number, help="cut the run after step N; --resume goes on")
+    add("--overwrite", action="store_true", help="replace the run under --output")
+    add("--report-to", default="none", metavar="NAMES", help="trackers: tensorboard, wandb, csv")
+    cli.add_import_flag(command)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="set any recipe key")
+
+    course = command.add_hidden_group("rare flags and the course's", "--help-course")
+    add = course.add_argument
+    add("--id", metavar="COLUMN", help="--data FILE: names of rows (default: line numbers)")
+    add_flag(course, dropout)
+    add("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads, lr 1e-3; finetune: everything, lr 1e-5")
     add("--use_gpu", action="store_true", help="--device cuda")
+    for flag in RECIPE_FLAGS:
+        for name in flag.also:
+            add_flag(course, replace(flag, name=name, help=flag.name))
     for (short, dataset), split in itertools.product(COURSE_DATASETS.items(), ("train", "dev", "test")):
         name, key = f"--{short}_{split}", f"data.files.{dataset}.{split}"
         add(name, metavar="FILE", dest=key, help=f"{split} file of {dataset}")
@@ -104,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
+def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
     """Adds a recipe flag with the type and choices of its field, without `| None`."""
     hint: Any = Recipe
     for name in flag.key.split("."):
@@ -112,17 +123,20 @@ def add_flag(group: argparse._ArgumentGroup, flag: Flag) -> None:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     options: dict[str, Any] = {"dest": flag.key, "default": None, "help": flag.help.replace("%", "%%")}
-    if typing.get_origin(hint) is typing.Literal:
-        group.add_argument(*flag.names, choices=typing.get_args(hint), **options)
+    if hint is bool:
+        group.add_argument(flag.name, action="store_const", const=True, **options)
+    elif typing.get_origin(hint) is typing.Literal:
+        options["help"] += f": {', '.join(typing.get_args(hint))}"
+        group.add_argument(flag.name, choices=typing.get_args(hint), metavar=flag.metavar, **options)
     else:
         assert hint in (int, float, str), f"{flag.key}: no flag for {hint}"
-        group.add_argument(*flag.names, type=hint, metavar=flag.metavar, **options)
+        group.add_argument(flag.name, type=hint, metavar=flag.metavar, **options)
 
 
 def build_recipe(chosen: argparse.Namespace) -> Recipe:
     """The recipe with the values of the course's --option, then of the flags, then of --set.
 
-    --resume uses the recipe saved under --output, unless the command line names one or changes more than --max-steps.
+    --resume starts from the recipe saved under --output, unless the command line names one.
     """
     values: dict[str, Any] = dict(COURSE_OPTIONS[chosen.option]) if chosen.option else {}
     for key, value in vars(chosen).items():
@@ -130,14 +144,68 @@ def build_recipe(chosen: argparse.Namespace) -> Recipe:
             for part in reversed(key.split(".")):
                 value = {part: value}
             values = merge(values, value)
+    values = merge(values, one_file(chosen))
     values = merge(values, parse_assignments(chosen.assignments))
-    if chosen.resume and chosen.recipe is None and flatten(values).keys() <= {"training.max_steps"}:
-        saved = saved_recipe_path(chosen.output or Path())
-        if saved.is_file():
-            return Recipe.load(str(saved)).with_values(values, "command line")
+    if chosen.imports:
+        values["imports"] = Whole(chosen.imports)
     # The learning rate of `default` suits pre-trained weights; the tiny model has random ones.
-    default = "default" if values.get("model", {}).get("name") else "demonstration"
-    return Recipe.load(chosen.recipe or default).with_values(values, "command line")
+    name = chosen.recipe or ("default" if values.get("model", {}).get("name") else "demonstration")
+    if chosen.resume and chosen.recipe is None:
+        saved = saved_recipe_path(chosen.output or Path())
+        name = str(saved) if saved.is_file() else name
+    recipe = Recipe.load(name).with_values(values, "command line")
+    check_places(recipe)
+    return recipe if chosen.tasks is None or chosen.text is not None else only_tasks(recipe, chosen.tasks.split(","))
+
+
+def one_file(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The values of a recipe with the one task that `--data FILE --text COLUMN --label COLUMN` describes.
+
+    The task is called as --tasks says, else like the label column or the file. Without --kind its `kind` is empty: the
+    labels decide. Raises ConfigError for flags that do not fit together.
+    """
+    data = vars(chosen)["data.directory"]
+    own = {name: getattr(chosen, name) for name in ("text", "label", "kind", "id", "dev")}
+    if data is None or not Path(data).is_file():
+        for name, value in own.items():
+            if value is not None:
+                raise ConfigError(
+                    f"--{name} {value}: describes --data FILE" + (f", and {data} is no file" if data else "")
+                )
+        return {}
+    if chosen.text is None:
+        raise ConfigError(f"--data {data}: a file; --text COLUMN names its text and --label COLUMN its labels")
+    if chosen.label is None and chosen.kind is None:
+        raise ConfigError(f"--data {data}: --label COLUMN names its labels; for text without labels, choose a --kind")
+    name = chosen.tasks or re.sub(r"[^A-Za-z0-9_-]+", "-", chosen.label or Path(data).stem).strip("-") or "task"
+    source = {"train": data, "dev": chosen.dev, "text": chosen.text.split(","), "label": chosen.label, "id": chosen.id}
+    source = {key: value for key, value in source.items() if value is not None}
+    task = {"kind": chosen.kind or "", "data": source}
+    return {"tasks": Whole({name: task}), "data": {"directory": ""}}
+
+
+def only_tasks(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with the tasks of these names alone; the name of a kind that it lacks adds a task of this kind."""
+    known = build_tasks(recipe)
+    for name in names:
+        if name not in known:
+            try:
+                build_task(name)
+            except ConfigError:
+                raise ConfigError(f"--tasks {name}: recipe {recipe.name} has {', '.join(known)}") from None
+    recipe = recipe.with_values({"tasks": {name: {} for name in names if name not in known}}, "--tasks")
+    return without_tasks(recipe, [name for name in known if name not in names], print)
+
+
+def check_places(recipe: Recipe) -> None:
+    """Raises ConfigError, naming the likely right path, if --data holds a model instead of data."""
+    data, model = Path(recipe.data.directory), Path(recipe.model.name)
+    if not recipe.data.directory or not data.is_dir() or any(data.glob("*.[ct]sv")):
+        return
+    trained = next((d for d in (data, data / "best") if any((d / name).is_file() for name in MODEL_FILES)), None)
+    if trained is not None:
+        swapped = f"; did you mean --data {model} --model {trained}?" if recipe.model.name and model.is_dir() else ""
+        raise ConfigError(f"--data {data}: holds a model and no data files{swapped or f'; --model {trained} uses it'}")
 
 
 def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Options:
@@ -148,6 +216,8 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
         raise ConfigError("--resume and --overwrite: choose one")
     if chosen.resume and chosen.output is None:
         raise ConfigError("--resume needs --output, the directory of the interrupted run")
+    if chosen.resume and os.environ.get("RANK", "0") == "0":  # other machines may lack the run's files
+        require_run(chosen.output)
     course = itertools.product(COURSE_DATASETS.items(), ("dev", "test"))
     copies = {(dataset, split): getattr(chosen, f"{short}_{split}_out") for (short, dataset), split in course}
     return Options(
@@ -156,6 +226,7 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
         backend=chosen.backend,
         resume=chosen.resume,
         overwrite=chosen.overwrite,
+        stop_after=chosen.stop_after,
         copies={key: path for key, path in copies.items() if path is not None},
         report_to=() if chosen.report_to == "none" else tuple(chosen.report_to.split(",")),
         command=shlex.join(["python", "-m", "minbert_fast.train", *arguments]),
@@ -165,7 +236,8 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
 def main(arguments: Sequence[str]) -> None:
     """Trains. Raises ConfigError, DataError, RunError or OSError for mistakes of the user and failures of the run."""
     chosen = parser().parse_args(arguments)
-    train(build_recipe(chosen), build_options(chosen, arguments))
+    options = build_options(chosen, arguments)
+    train(build_recipe(chosen), options)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 
 from minbert_fast import train
 from minbert_fast.common import cli
+from minbert_fast.trainer import disk as room
 from tests.small import small_run
 
 MEGABYTES = 64
@@ -75,14 +76,17 @@ def main() -> None:
     torch.set_num_threads(1)
     mount("-t", "tmpfs", "-o", f"size={MEGABYTES}m", "none", str(disk))
     run = disk / "run"
-    attempt("begun", data, run, "--max-steps", "3")
+    attempt("begun", data, run, "--stop-after", "3")
     mount("-o", "remount,ro", str(disk))
     attempt("read-only", data, run, "--resume")
     mount("-o", "remount,rw", str(disk))
     with forbidden(run):
         attempt("forbidden", data, run, "--resume")
     with full(disk):
+        attempt("no room", data, run, "--resume")
+        check_room, room.check_room = room.check_room, lambda *_: None  # as if the disk filled up later
         attempt("full", data, run, "--resume")
+        room.check_room = check_room
     attempt("in the end", data, run, "--resume")
     shutil.copytree(run, whole)
 

@@ -61,6 +61,8 @@ def module_of(path: Path) -> str:
 def rank_of(module: str) -> int:
     """The index of a module's room in ROOMS; the top level (`minbert_fast` and the commands) comes last."""
     parts = module.split(".")
+    if parts[-1] == "__main__":  # a command that bears its room's name
+        return FACE
     return RANK.get(parts[1], FACE) if len(parts) > 1 else FACE
 
 
@@ -130,7 +132,7 @@ def test_every_room_has_its_place_and_its_purpose() -> None:
     """Each folder is in ROOMS and has a one-sentence description; other files are `__init__.py` and the commands."""
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders | {"kernels"} == set(ROOMS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *COMMANDS}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", *COMMANDS}
     for room in folders:
         purpose = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
         assert purpose, room

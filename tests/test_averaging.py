@@ -194,7 +194,7 @@ def test_an_averaged_run_killed_anywhere_ends_as_if_never_killed(tmp_path: Path)
 def test_an_averaged_run_cut_short_keeps_the_average_and_goes_on(tmp_path: Path, cut: int) -> None:
     whole = AveragingRun(tmp_path / "whole", RECIPE)
     whole.go()
-    first = AveragingRun(tmp_path / "cut", RECIPE | {"training": {"epochs": 3, "max_steps": cut}})
+    first = AveragingRun(tmp_path / "cut", RECIPE, stop_after=cut)
     first.go()
     kept = json.loads((tmp_path / "cut" / "last" / "weight.json").read_text())
     assert kept == first.judged[cut].tolist() != first.after[cut].tolist()

@@ -22,10 +22,11 @@ def test_a_run_cut_and_resumed_is_as_never_cut(more: tuple[str, ...], tmp_path: 
     """Step 4 is within an epoch and within a window; each step draws new dropout masks and perturbations."""
     data = small_data(tmp_path / "data")
     flags = [word for value in (*ADDED, *more) for word in ("--set", value)]
+    flags += ["--max-steps", "8"]
     for name, cuts in (("whole", ("8",)), ("cut", ("4", "8"))):
         for steps in cuts:
             again = ("--resume",) if steps != cuts[0] else ()
-            run = small_run(data, tmp_path / name, "--surgery", "pcgrad", "--max-steps", steps, *flags, *again)
+            run = small_run(data, tmp_path / name, "--surgery", "pcgrad", "--stop-after", steps, *flags, *again)
             assert cli.run(train.main, run) == 0
     for file in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
@@ -47,7 +48,7 @@ def test_the_average_of_one_stage_is_where_the_next_one_starts(tmp_path: Path) -
     encoders = []
     for decay, steps in (("0.0", "5"), ("0.5", "5"), ("0.5", "8")):
         output = tmp_path / f"{decay}-{steps}"
-        run = small_run(data, output, *flags, "--max-steps", steps, "--set", f"training.ema={decay}")
+        run = small_run(data, output, *flags, "--stop-after", steps, "--set", f"training.ema={decay}")
         assert cli.run(train.main, run) == 0
         encoders.append(load_file(output / "last" / "model.safetensors"))
     last, averaged, frozen = encoders

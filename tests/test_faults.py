@@ -66,6 +66,9 @@ def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_pa
         "forbidden": "Permission denied",
         "full": "No space left on device",
     }
+    status, error = attempts["no room"]
+    assert status == 1
+    assert re.match(r"error: \S+: the run needs about .* MB are free: choose another --output", error)
     for name, reason in reasons.items():
         status, error = attempts[name]
         assert status == 1

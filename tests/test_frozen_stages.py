@@ -151,8 +151,8 @@ def test_a_run_of_two_stages_resumed_in_each_ends_as_if_never_stopped(backend: s
     flags = ["--recipe", str(recipe_file), "--backend", backend, "--lr", "1e-3", "--set", "checkpoint.every=1"]
     data, whole, parts = small_data(tmp_path / "data"), tmp_path / "whole", tmp_path / "parts"
     train.main(small_run(data, whole, *flags))
-    train.main(small_run(data, parts, *flags, "--max-steps", "2"))
-    train.main(small_run(data, parts, *flags, "--max-steps", "4", "--resume"))
+    train.main(small_run(data, parts, *flags, "--stop-after", "2"))
+    train.main(small_run(data, parts, *flags, "--stop-after", "4", "--resume"))
     train.main(small_run(data, parts, *flags, "--resume"))
     for name in ("model", "heads"):
         expected, found = (load_file(folder / "last" / f"{name}.safetensors") for folder in (whole, parts))

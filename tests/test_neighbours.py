@@ -103,7 +103,7 @@ def test_stored_vectors_come_from_the_runs_own_encoder(data: Path, tmp_path: Pat
     for name, cuts in (("whole", ()), ("cut", ("13",))):
         for steps in (*cuts, "20"):
             more = ("--resume",) if steps == "20" and cuts else ()
-            flags = small_run(data, tmp_path / name, *STAGES, "--max-steps", steps, *more)
+            flags = small_run(data, tmp_path / name, *STAGES, "--max-steps", "20", "--stop-after", steps, *more)
             assert cli.run(train.main, flags) == 0
     last = [tmp_path / name / "last" for name in ("whole", "cut")]
     for file in ("model.safetensors", "heads.safetensors"):

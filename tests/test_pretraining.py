@@ -21,6 +21,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import Buckets
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.collate import Collator
+from minbert_fast.data.tokens import Text, Tokens, TokenTable
 from minbert_fast.model import weights
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
@@ -62,7 +63,7 @@ def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
         for task, name in FILES.items()
     }
     tasks = build_tasks(recipe())
-    tables = {name: task.table([found[source] for source in task.sources]) for name, task in tasks.items()}
+    tables = {name: task.table([found[source.layout] for source in task.sources]) for name, task in tasks.items()}
     made = {name: task.example_generator(tokenizer, 5) for name, task in tasks.items()}
     generators = {name: generator for name, generator in made.items() if generator is not None}
     return Collator(tables, 32, {"nsp": "cross"}, generators=generators)
@@ -253,6 +254,20 @@ def test_the_encoder_is_saved_once(tmp_path: Path, collator: Collator) -> None:
     assert loaded.head("mlm").options.rate == 0.3
 
 
+def test_consecutive_lines_are_pairs_and_blank_lines_divide_documents() -> None:
+    texts = Tokens.of([[1, 2], [3], [4, 5], [6]])
+    lines = np.array([1, 2, 4, 5])  # line 3 is blank
+    plain = TokenTable("text", Path("a.txt"), (texts,), None, Text.of([""] * 4), lines, (), "x")
+    pairs = TokenTable("pairs", Path("b.tsv"), (texts, texts), None, Text.of([""] * 4), lines, (), "y")
+    task = build_task("order", {"kind": "next-sentence", "data": ["a.txt", "b.tsv"]})
+    assert [source.train for source in task.sources] == ["a.txt", "b.tsv"]
+    table = task.table([plain, pairs])
+    rows = [[sentence.tolist() for sentence in column] for column in table.columns]
+    every = [[1, 2], [3], [4, 5], [6]]
+    assert rows == [[[1, 2], [4, 5], *every], [[3], [6], *every]]
+    assert [table.locate(row) for row in (0, 1, 2)] == ["a.txt:1", "a.txt:4", "b.tsv:1"]
+
+
 # ---- Options and whole runs -------------------------------------------------------------------------------------------
 
 
@@ -287,7 +302,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")
     whole = train(small_recipe(data, max_steps=30), Options(tmp_path / "whole", device="cpu"))
     for steps in (3, 27, 30):
-        cut = train(small_recipe(data, max_steps=steps), Options(tmp_path / "cut", device="cpu", resume=True))
+        how = Options(tmp_path / "cut", device="cpu", resume=True, stop_after=steps)
+        cut = train(small_recipe(data, max_steps=30), how)
     for name in ("model.safetensors", "heads.safetensors"):
         assert (cut / "last" / name).read_bytes() == (whole / "last" / name).read_bytes(), name
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

@@ -1,28 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m minbert_fast.recipes` lists every recipe, and shows a recipe as TOML that loads again."""
+"""`python -m minbert_fast.recipes` lists every recipe, shows one as TOML that loads again, and describes every key."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal
 
 import pytest
 
 from minbert_fast.common import cli
 from minbert_fast.common.schema import build
 from minbert_fast.recipes import __main__ as recipes
+from minbert_fast.recipes.keys import keys_of
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.tasks import build_tasks
 
 
-def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_the_list_names_every_recipe_and_fits_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.run(recipes.main, ["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in recipe_names())
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= max(columns, 67)  # a name with its scores needs 67
+    for name in recipe_names():
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        recipe = Recipe.load(name)
+        assert all(f"{value:.3f}" in line for value in recipe.published.dev.values())
+        assert all(word in printed for word in recipe.description.split())
+        if recipe.source:  # below its report's heading
+            heading = max(i for i, text in enumerate(lines[: lines.index(line)]) if not text.startswith(" ") and text)
+            assert lines[heading].split()[-1] == recipe.source.split()[-1]
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_shown_loads_again(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_shown_loads_again_with_every_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(recipes.main, ["show", name]) == 0
-    assert build(Recipe, tomllib.loads(capsys.readouterr().out), name) == Recipe.load(name)
+    printed = capsys.readouterr().out
+    recipe, shown = Recipe.load(name), build(Recipe, tomllib.loads(printed), "printed")
+    assert build_tasks(shown) == build_tasks(recipe)
+    for then, now in zip(recipe.resolved_stages(), shown.resolved_stages(), strict=True):
+        assert build_tasks(now) == build_tasks(then)
+        assert replace(now, tasks=then.tasks) == then
+    for task, options in build_tasks(recipe).items():
+        for name in (f.name for f in fields(options.options)):
+            value = getattr(options.options, name)
+            assert f"{name} = " in printed or value is None or isinstance(value, Mapping), f"{task}.{name}"
+    assert ("# optimizer.head_lr: " in printed) == (recipe.optimizer.head_lr is None)
+
+
+def test_keys_describe_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each key of each section, and of each kind of task, has a type and a default; the recipe's own have a line."""
+    assert cli.run(recipes.main, ["keys"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "  optimizer.lr = 2e-05   (number)" in printed
+    assert printed[printed.index('  training.start = "last"   (last | best | whole number)') + 1].startswith(
+        "      a stage's"
+    )
+    groups = list(recipes.key_groups())
+    for _, prefix, keys in groups:
+        for key in keys:
+            assert f"  {prefix}{key.name} = {key.default}   ({key.type})" in printed
+            assert key.line or prefix == "tasks.NAME.", f"{prefix}{key.name} has no comment"
+    named = {prefix + key.name for _, prefix, keys in groups for key in keys}
+    sections = {f.name: getattr(Recipe(), f.name) for f in fields(Recipe)}
+    for section, options in sections.items():
+        inner = [f"{section}.{f.name}" for f in fields(options)] if is_dataclass(options) else [section]
+        assert named >= {*inner}
+    assert {"tasks.NAME.weight", "tasks.NAME.extra_layers", "tasks.NAME.features", "tasks.NAME.rate"} <= named
+
+
+def test_keys_finds_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(recipes.main, ["keys", "warmup"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["[optimizer]", "  optimizer.warmup = 0.1   (number)"]
+    assert cli.run(recipes.main, ["keys", "elephant"]) == 2
+    assert "no key's name or meaning holds this" in capsys.readouterr().err
+
+
+def test_comments_are_read_in_every_layout() -> None:
+    """One line, several lines, an inherited field, and no comment at all."""
+    found = {key.name: key for key in keys_of(Child)}
+    assert [found[name].line for name in ("one", "several", "bare", "own")] == [
+        "the first",
+        "the second",
+        "",
+        "the last",
+    ]
+    assert [found[name].type for name in ("one", "several", "bare", "own")] == [
+        "whole number",
+        "table of number",
+        "a | b",
+        "list of text",
+    ]
+    assert [found[name].default for name in ("one", "several", "bare", "own")] == ["1", "{}", "unset", '["x"]']
+
+
+@dataclass(frozen=True)
+class Parent:
+    one: int = 1  # the first
+    several: Mapping[str, float] = field(  # the second
+        default_factory=dict
+    )
+    bare: Literal["a", "b"] | None = None
+
+
+@dataclass(frozen=True)
+class Child(Parent):
+    own: tuple[str, ...] = ("x",)  # the last
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from minbert_fast.trainer.outputs import saved_recipe_path
 from tests.small import small_data, small_run
 
 pytestmark = pytest.mark.ci
@@ -106,7 +107,8 @@ def kill_and_resume(zygote: Zygote, folder: Path, kills: int, seed: int) -> None
         while status == -signal.SIGKILL:
             # On average long enough for a few steps, so that runs make progress.
             kill_after = chance.uniform(0.02, 0.9) * seconds if killed < kills else None
-            status = zygote.run(small_run(data, output, *FLAGS, "--resume"), kill_after)
+            again = ["--resume"] if saved_recipe_path(output).exists() else []  # killed before the run began
+            status = zygote.run(small_run(data, output, *FLAGS, *again), kill_after)
             killed += status == -signal.SIGKILL
         assert status == 0, f"exit status {status} after {killed} kills"
         for name in RESULTS:

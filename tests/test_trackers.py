@@ -71,7 +71,7 @@ def test_a_failing_tracker_is_dropped_and_the_others_continue() -> None:
 def test_csv_holds_every_record_of_a_resumed_run(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = small_run(data, output, "--report-to", "csv", "--set", "checkpoint.every=2")
-    assert cli.run(train.main, [*flags, "--max-steps", "4"]) == 0
+    assert cli.run(train.main, [*flags, "--stop-after", "4"]) == 0
     assert cli.run(train.main, [*flags, "--resume"]) == 0
     with (output / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -97,7 +97,7 @@ def test_wandb_gets_the_records_and_resumes_its_run(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     output = tmp_path / "run"
     flags = small_run(data, output, "--report-to", "wandb", "--set", "checkpoint.every=2")
-    assert cli.run(train.main, [*flags, "--max-steps", "4"]) == 0
+    assert cli.run(train.main, [*flags, "--stop-after", "4"]) == 0
     assert cli.run(train.main, [*flags, "--resume"]) == 0
     assert started[0]["id"] == started[1]["id"]
     assert started[0]["config"]["training.batch_size"] == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.trainer import disk
+from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory, saved_recipe_path
 from tests.small import DEV_ROWS, small_data, small_run
 
@@ -80,7 +83,7 @@ def test_every_file_is_there(finished: Path) -> None:
     assert {f"predictions/{name}-dev-output.csv" for name in ("sst", "para", "sts")} <= names
     assert {"metrics.jsonl", "summary.json", "report.html"} <= names
     assert any(name.startswith("plots/") for name in names)
-    assert any(name.startswith("checkpoints/step-00000010/") for name in names)
+    assert [name for name in names if name.startswith("checkpoints/")] == ["checkpoints/recipe.toml"]
     assert not any(".writing-" in name for name in names)
 
 
@@ -158,7 +161,7 @@ def test_the_same_seed_gives_the_same_bits_on_several_threads(
     torch.set_num_threads(2)
     flags = ("--lr", "1e-3", "--precision", precision, "--epochs", "1")
     assert cli.run(train.main, small_run(data, tmp_path / "once", *flags)) == 0
-    assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--max-steps", "2")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--stop-after", "2")) == 0
     assert cli.run(train.main, small_run(data, tmp_path / "again", *flags, "--resume")) == 0
     for name in ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
@@ -174,7 +177,22 @@ def recipe_from(*arguments: str) -> Recipe:
 def test_every_flag_reaches_the_recipe() -> None:
     recipe = recipe_from(
         *("--data", "d", "--model", "m", "--epochs", "7", "--max-steps", "3", "--batch-size", "5", "--lr", "0.5"),
-        *("--seed", "9", "--precision", "bf16", "--surgery", "none", "--dropout", "0.25"),
+        *(
+            "--seed",
+            "9",
+            "--precision",
+            "bf16",
+            "--surgery",
+            "none",
+            "--dropout",
+            "0.25",
+            "--freeze",
+            "--patience",
+            "2",
+        ),
+    )
+    assert (recipe.model.freeze, recipe.training.patience, recipe_from("--epochs", "0.25").training.epochs) == (
+        *(True, 2, 0.25),
     )
     assert (recipe.data.directory, recipe.model.name, recipe.model.dropout) == ("d", "m", 0.25)
     training = recipe.training
@@ -225,7 +243,10 @@ def test_the_courses_command_line(data: Path, tmp_path: Path) -> None:
 
 def test_help_names_every_flag_of_the_contract() -> None:
     text = train.parser().format_help()
-    flags = "recipe data model output epochs max-steps batch-size lr seed device precision backend surgery resume set"
+    flags = (
+        "recipe data text label model output tasks epochs max-steps stop-after batch-size lr freeze patience seed device "
+        "precision backend surgery resume set"
+    )
     for name in flags.split():
         assert f"--{name}" in text
 
@@ -252,7 +273,7 @@ def test_a_missing_task_file_drops_the_task_and_says_so(
     assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
     assert "paraphrase" in capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "score"}
+    assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "sentiment_loss", "score"}
     assert summary["notices"][1:] == [
         f"no quora-train.csv in {tmp_path / 'data'}: task paraphrase is left out",
         "no dev file for similarity: trained, not evaluated",
@@ -286,9 +307,9 @@ def test_a_run_first_prints_its_plan(data: Path, tmp_path: Path, capsys: pytest.
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("no --model: trains the embedded tiny model")
-    assert lines[1] == (
+    assert lines[1].startswith(
         "recipe demonstration: 1 steps on cpu in fp32, fast backend; training rows: sentiment 40, paraphrase 40, "
-        f"similarity 40; results in {tmp_path / 'run'}"
+        f"similarity 40; results in {tmp_path / 'run'} (about "
     )
     assert lines[2].startswith("step 0: ")
 
@@ -316,8 +337,10 @@ def comparable(output: Path) -> list[dict[str, Any]]:
 def test_a_cut_run_resumes_to_the_same_bytes(data: Path, tmp_path: Path, backend: str) -> None:
     flags = ("--lr", "1e-3", "--backend", backend, "--set", "checkpoint.every=2")
     assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags)) == 0
-    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "3")) == 0
-    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "7", "--resume")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--stop-after", "3")) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--stop-after", "7", "--resume")) == 0
+    stopped = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (stopped["finished"], stopped["ended"]) == (False, "stopped after step 7 of 10: --resume continues")
     assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--resume")) == 0
     for name in (
         "last/model.safetensors",
@@ -329,20 +352,20 @@ def test_a_cut_run_resumes_to_the_same_bytes(data: Path, tmp_path: Path, backend
         assert whole == cut, name
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "cut")]
-    for key in ("dev", "untrained", "best", "steps", "tokens"):
+    for key in ("dev", "untrained", "best", "steps", "tokens", "finished", "ended"):
         assert summaries[0][key] == summaries[1][key]
 
 
 def test_a_run_remembers_its_settings(data: Path, tmp_path: Path) -> None:
     flags = ("--recipe", "wish-ema", "--lr", "1e-3", "--seed", "3", "--set", "training.evaluate_untrained=false")
     assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags, "--max-steps", "6")) == 0
-    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "2")) == 0
-    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut"), "--max-steps", "6"]) == 0
+    assert cli.run(train.main, small_run(data, tmp_path / "cut", *flags, "--max-steps", "6", "--stop-after", "2")) == 0
+    # A further flag is laid over the saved settings, not over those of the demonstration.
+    more = ("--set", "checkpoint.every=1", "--stop-after", "4")
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut"), *more]) == 0
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut")]) == 0
     whole, cut = ((tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "cut"))
     assert whole == cut
-    assert (
-        cli.run(train.main, ["--resume", "--output", str(tmp_path / "cut")]) == 0
-    )  # the saved recipe has --max-steps 6
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 6
 
 
@@ -356,10 +379,13 @@ def test_a_saved_recipe_alone_is_no_run(data: Path, tmp_path: Path) -> None:
 
 
 def test_resuming_a_different_run_lists_the_differences(
-    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    same = small_run(data, finished, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
-    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    run = tmp_path / "run"
+    begin = small_run(data, run, "--recipe", "demonstration", "--lr", "1e-3")
+    assert cli.run(train.main, [*begin, "--stop-after", "2"]) == 0
+    same = [*begin, "--resume"]
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
     error = fails(capsys, *same, "--lr", "0.5")
     assert (
         "recipe.optimizer.lr was 0.001, now 0.5; give --resume alone, or with the flags that the run was started with"
@@ -380,21 +406,88 @@ def test_resuming_a_different_run_lists_the_differences(
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_resuming_with_moved_data_and_output_works(data: Path, finished: Path, tmp_path: Path) -> None:
+def test_resuming_with_moved_data_and_output_works(data: Path, tmp_path: Path) -> None:
     """Paths, logging and checkpoint intervals may change on resume."""
     moved = small_data(tmp_path / "moved")
     run = tmp_path / "run"
-    assert cli.run(train.main, small_run(data, run, "--max-steps", "2")) == 0
+    assert cli.run(train.main, small_run(data, run, "--stop-after", "2")) == 0
     run.rename(tmp_path / "renamed")
-    more = ("--resume", "--max-steps", "3", "--set", "checkpoint.every=1")
+    more = ("--resume", "--stop-after", "3", "--set", "checkpoint.every=1")
     assert cli.run(train.main, small_run(moved, tmp_path / "renamed", *more)) == 0
+
+
+def test_a_run_resumed_from_another_directory_finds_its_files(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(sample_directory().model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    more = ("--model", "model", "--sts_train", "data/sts-train.csv", "--stop-after", "1", "--max-steps", "2")
+    assert cli.run(train.main, small_run(Path("data"), Path("run"), *more)) == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert cli.run(train.main, ["--resume", "--output", "../run"]) == 0
+    recipe = Recipe.load("../run/best/recipe.toml")
+    assert recipe.data.files["similarity"]["train"] == str(tmp_path / "data" / "sts-train.csv")
+    assert (recipe.model.name, recipe.data.directory) == (str(tmp_path / "model"), str(tmp_path / "data"))
 
 
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(train.main, small_run(data, tmp_path / "run", "--resume", "--max-steps", "1")) == 0
+    """A run that was killed before its first checkpoint has left its recipe alone."""
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--stop-after", "1")) == 0
+    shutil.rmtree(next((tmp_path / "run" / "checkpoints").glob("step-*")))
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "run"), "--stop-after", "1"]) == 0
     assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_resuming_what_is_no_run_names_the_likely_one(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped --output started the demonstration."""
+    (finished.parent / "empty").mkdir()
+    for mistyped, problem in {
+        finished.with_name("finishd"): f"no such directory; did you mean {finished}?",
+        finished.parent: f"holds no run; did you mean {finished}?",
+        finished / "best": f"holds no run; did you mean {finished}?",
+        finished.with_name("empty"): "holds no run; to start a new run, leave --resume out",
+    }.items():
+        before = sorted(finished.parent.iterdir())
+        assert f"--resume --output {mistyped}: {problem}" in fails(capsys, "--resume", "--output", str(mistyped))
+        assert sorted(finished.parent.iterdir()) == before
+
+
+def test_resuming_a_finished_run_says_so(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    own = small_run(data, run, "--recipe", "demonstration", "--lr", "1e-3", "--resume")
+    for flags in (["--resume", "--output", str(run)], own):
+        assert cli.run(train.main, flags) == 0
+        assert capsys.readouterr().out == (
+            f"{run}: finished after 10 steps, nothing is left to do; train on from its model with "
+            f"--model {run / 'last'} --output DIR\n"
+        )
+    assert "a different, finished run: optimizer.lr was 0.001, now 0.5" in fails(capsys, *own, "--lr", "0.5")
+    assert "finished after 10 steps and kept no checkpoint" in fails(capsys, *own, "--max-steps", "12")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_finished_run_that_kept_a_checkpoint_can_be_made_longer(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(data, tmp_path / "run", "--max-steps", "3", "--set", "checkpoint.keep=1")
+    assert cli.run(train.main, run) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000003"]
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "run"), "--max-steps", "5"]) == 0
+    assert "the run now has 5 steps, not 3: its learning rate follows the new length" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 5
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(6))
+    error = fails(capsys, "--resume", "--output", str(tmp_path / "run"), "--max-steps", "4")
+    assert "the run now has 4 steps, not 5" in error
 
 
 # ---- One-line errors ----------------------------------------------------------------------------
@@ -403,11 +496,11 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
-        (["--epochs", "-1"], "command line: training.epochs = -1: expected 0 or more"),
+        (["--epochs", "many"], "--epochs: invalid float value: 'many'"),
+        (["--epochs", "-1"], "command line: training.epochs = -1.0: expected 0 or more"),
         (["--batch-size", "0"], "batch_size = 0: expected 1 or more"),
         (["--lr", "nan"], "lr = nan: expected 0 or more"),
-        (["--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--precision", "fp16"], "invalid choice: 'fp16'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--max-step", "3"], "unrecognized arguments: --max-step 3; did you mean --max-steps?"),
         (["--recipe", "nonsense"], "recipe 'nonsense': no such recipe; known: "),
@@ -515,3 +608,81 @@ def test_waiting_threads_leave_a_busy_machine_to_others(chosen: dict[str, str], 
     command = [sys.executable, "-m", "minbert_fast.env", "--json"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert json.loads(printed).get("GOMP_SPINCOUNT") == expected
+
+
+# ---- Going on from a trained model -------------------------------------------------------------------------------
+
+
+def test_heads_of_a_trained_model_continue(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--model runs/first/best` drew the heads anew without a word, and called its scores untrained."""
+    more = ("--model", str(finished / "best"), "--epochs", "0")
+    assert cli.run(train.main, small_run(data, tmp_path / "same", *more)) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"--model {finished / 'best'} is a trained model: heads of sentiment, paraphrase, similarity continue\n" in out
+    )
+    before, after = (json.loads((run / "summary.json").read_text())["dev"] for run in (finished, tmp_path / "same"))
+    assert after == pytest.approx(before, abs=1e-6)
+    tasks = 'tasks={sentiment={extra_layers=1}, similarity={}, paraphrase={kind="similarity"}}'
+    other = small_run(data, tmp_path / "other", "--model", str(finished / "best"), "--max-steps", "1", "--set", tasks)
+    assert cli.run(train.main, other) == 0
+    out = capsys.readouterr().out
+    assert "sentiment drawn anew (another shape); paraphrase drawn anew (another kind)" in out
+    assert "untrained" not in out
+    assert cli.run(train.main, small_run(data, tmp_path / "fresh", "--max-steps", "1")) == 0
+    assert "is a trained model" not in capsys.readouterr().out
+
+
+def test_overwrite_does_not_remove_the_model_that_it_starts_from(
+    data: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = finished / "best"
+    error = fails(capsys, *small_run(data, finished, "--model", str(best), "--overwrite"))
+    assert f"--overwrite would remove --model {best}; choose another --output" in error
+    assert (best / "model.safetensors").is_file()
+
+
+# ---- Disk space ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_room_is_refused_before_its_first_step(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: (10**9, 10**9 - 10**6, 10**6))
+    error = fails(capsys, *small_run(data, tmp_path / "run"), status=1)
+    assert "the run needs about" in error
+    assert "1.0 MB are free: choose another --output" in error
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: (0, 0, 0))  # a file system that reports no sizes
+    assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--set", "training.ema=0.9", "--set", "checkpoint.keep=3"), ("--freeze",)])
+def test_the_estimated_room_is_what_the_run_takes(
+    data: Path, tmp_path: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms: list[disk.Room] = []
+    monkeypatch.setattr(disk, "check_room", lambda room, directory: rooms.append(room))
+    sizes: list[int] = []
+
+    def prune(store: CheckpointStore, keep: int) -> None:
+        sizes.append(size(tmp_path / "run"))
+        real(store, keep)
+
+    real = CheckpointStore.prune
+    monkeypatch.setattr(CheckpointStore, "prune", prune)
+    flags = small_run(data, tmp_path / "run", "--set", "checkpoint.every=2", *more)
+    assert cli.run(train.main, flags) == 0
+    # Tokenizer and report have the same size for any model, small beside a real one.
+    fixed = 2 * sum((tmp_path / "run" / "best" / name).stat().st_size for name in ("tokenizer.json", "vocab.txt"))
+    fixed += sum(size(tmp_path / "run" / name) for name in ("plots", "report.html", "metrics.jsonl"))
+    (room,) = rooms
+    assert room.finished == pytest.approx(size(tmp_path / "run") - fixed, rel=0.2)
+    assert room.running == pytest.approx(max(sizes), rel=0.2)
+
+
+def size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

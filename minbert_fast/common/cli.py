@@ -14,41 +14,89 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 from minbert_fast.common.errors import RunError
+from minbert_fast.common.imports import ImportAction
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.version import __version__
 
+SCRIPT = "minbert-fast"  # the installed command
 TRACEBACK = "MINBERT_FAST_TRACEBACK"  # environment variable: if set, errors print their traceback too
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line. It refuses abbreviated flags: a new flag could change their meaning."""
 
-    def __init__(self, module: str, description: str) -> None:
+    def __init__(self, module: str, description: str, usage: str | None = None) -> None:
+        installed = Path(sys.argv[0]).name == SCRIPT
         super().__init__(
-            prog=f"python -m minbert_fast.{module}",
+            prog=f"{SCRIPT} {module}" if installed else f"python -m minbert_fast.{module}",
+            usage=usage,
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=25),
         )
         self.add_argument("--version", action="version", version=f"minbert_fast {__version__}")
+        self._hidden: list[argparse._ArgumentGroup] = []
+
+    def add_hidden_group(self, title: str, flag: str) -> argparse._ArgumentGroup:
+        """A group of flags that --help leaves out; `flag` prints it."""
+        group = self.add_argument_group(title)
+        self._hidden.append(group)
+        self.add_argument(flag, action=_GroupHelp, const=group, help=f"show {title}")
+        return group
+
+    def format_help(self) -> str:
+        """The help text without the hidden groups."""
+        groups = self._action_groups
+        self._action_groups = [group for group in groups if group not in self._hidden]
+        text = super().format_help()
+        self._action_groups = groups
+        return text
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse overloads it
         """Like argparse, but the error for an unknown flag suggests the closest known one."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = next((flag for flag in unknown if flag.startswith("--")), "")
-            close = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(flag.partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError. argparse would print the usage and exit."""
         raise ConfigError(f"{message} (--help lists the flags)")
+
+
+class _GroupHelp(argparse.Action):
+    """Prints the help of one group (`const`) and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: Any, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        formatter = parser._get_formatter()
+        formatter.start_section(self.const.title)
+        formatter.add_arguments(self.const._group_actions)
+        formatter.end_section()
+        print(formatter.format_help(), end="")
+        parser.exit()
+
+
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --import FILE.py, which runs the file where the command line names it; `imports` maps names to digests."""
+    text = "run a file that registers tasks of your own"
+    parser.add_argument("--import", action=ImportAction, default={}, dest="imports", metavar="FILE.py", help=text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the known name closest to `name`; empty if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:

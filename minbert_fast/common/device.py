@@ -44,8 +44,9 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
     """The precision of matrix products. `auto` is bf16 if the device multiplies it natively, else fp32.
 
-    Raises ConfigError for bf16 on a GPU without bf16 products. A CPU without them emulates them.
+    Raises ConfigError for another name, and for bf16 on a GPU without bf16 products. A CPU without them emulates them.
     """
+    check(name in ("auto", *DTYPES), f"precision {name!r}: expected auto, {' or '.join(DTYPES)}")
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
         native = found >= BF16_CAPABILITY

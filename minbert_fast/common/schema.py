@@ -114,11 +114,15 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+class Whole(dict[str, Any]):
+    """A table that replaces another one where `merge` would merge them."""
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` updated with `over`: nested tables are merged key by key, all other values replaced."""
-    merged = dict(base)
+    """`base` updated with `over`: nested tables are merged key by key, all other values (and a `Whole`) replaced."""
+    merged = Whole(base) if isinstance(base, Whole) else dict(base)
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and not isinstance(value, Whole):
             merged[key] = merge(merged[key], value)
         else:
             merged[key] = value
@@ -138,7 +142,7 @@ def plain(value: Any) -> Any:
 
 def to_toml(values: Mapping[str, Any], prefix: str = "") -> str:
     """`values` (from `plain`) as TOML text: first the plain keys, then one section per table."""
-    lines = [f"{_key(k)} = {_toml_value(v)}" for k, v in values.items() if not _is_section(v)]
+    lines = [f"{_key(k)} = {toml_value(v)}" for k, v in values.items() if not _is_section(v)]
     for key, value in values.items():
         if _is_section(value):
             name = f"{prefix}{_key(key)}"
@@ -157,11 +161,12 @@ def _key(key: str) -> str:
     return key if bare else json.dumps(key)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML. Raises TypeError for a value that TOML has no form for."""
     if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, int | float):
         return repr(value)
     raise TypeError(f"no TOML form for {type(value).__name__}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -161,3 +161,23 @@ def _order(name: str) -> tuple[bool, float, str]:
 
 def _is_number(name: str) -> bool:
     return label_number(name) is not None
+
+
+def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
+    """The summary of several training sets as one."""
+    parts = [part for part in parts if part.rows]
+    counts: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    few = len(counts) <= MAX_CLASSES and all(part.counts for part in parts)
+    lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
+    numeric = len(lows) == len(parts) > 0
+    return LabelSummary(
+        rows=sum(part.rows for part in parts),
+        counts=counts if few else {},
+        low=min(lows) if numeric else None,
+        high=max(highs) if numeric else None,
+        whole=numeric and all(part.whole for part in parts),
+        lists=any(part.lists for part in parts),
+    )

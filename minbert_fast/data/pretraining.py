@@ -145,8 +145,18 @@ def collect_sentences(name: str, tables: Sequence[TokenTable]) -> TokenTable:
 
 
 def collect_pairs(name: str, tables: Sequence[TokenTable]) -> TokenTable:
-    """The first two texts of every row of `tables`, table by table, without labels."""
-    return chain(name, [_unlabelled(table, [0, 1]) for table in tables])
+    """The first two texts of every row of `tables`, table by table, without labels.
+
+    Of a table with one text per row, each row and the row on the next line; a blank line divides documents.
+    """
+    return chain(name, [_consecutive(table) if table.arity == 1 else _unlabelled(table, [0, 1]) for table in tables])
+
+
+def _consecutive(table: TokenTable) -> TokenTable:
+    """The rows of a table with one column whose next row is on the next line, each with that row as second text."""
+    first = np.flatnonzero(np.diff(table.lines) == 1)
+    left, right = table.select(first), table.select(first + 1)
+    return replace(left, columns=(*left.columns, *right.columns), labels=None)
 
 
 def _unlabelled(table: TokenTable, columns: list[int]) -> TokenTable:

@@ -9,13 +9,14 @@ task's order depends neither on the other tasks nor on NumPy's version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from minbert_fast.data.tokens import TokenTable
+from minbert_fast.data.tokens import Text, Tokens, TokenTable
 
 Scheme = Literal["cycle", "each-once", "sequential"]
 
@@ -27,24 +28,57 @@ def philox(seed: int, name: str, high: int, low: int) -> np.random.Philox:
     return np.random.Philox(key=key, counter=[0, 0, low, high])  # the lower half counts the numbers drawn
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How one task's rows are drawn in a pass over its table; every pass draws anew.
+
+    A class is a label rounded to the nearest whole number, so graded labels have classes too. Raises ValueError for
+    settings that exclude each other.
+    """
+
+    fraction: float = 1.0  # share of the rows in a pass
+    balanced: bool = False  # every class has the same share of a pass
+    replacement: bool = False  # each row of a pass is drawn from the whole table, so a pass may hold a row twice
+    per_class: int = 0  # a pass holds at most this many rows of each class; 0: no limit
+
+    def __post_init__(self) -> None:
+        if self.per_class and (self.balanced or self.replacement or self.fraction != 1.0):
+            raise ValueError("per_class: expected no fraction, balanced or replacement beside it")
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the labels matter."""
+        return self.balanced or self.per_class > 0
+
+
 @dataclass(frozen=True, eq=False)
 class TaskSampler:
-    """Draws one task's rows: all rows or a fraction, in random order, optionally balanced by label."""
+    """Draws one task's rows in random order, as `draw` says."""
 
     rows: int  # in the table
     batch_size: int
-    labels: np.ndarray | None = None  # [rows] classes to balance; None: no balancing
-    fraction: float = 1.0  # of the rows; each pass draws a new subset
+    draw: Draw = Draw()
+    labels: np.ndarray | None = None  # [rows] finite numbers; needed by a draw by class
 
     def __post_init__(self) -> None:
-        labels = self.labels
-        if labels is not None and (len(labels) != self.rows or not np.array_equal(labels, np.round(labels))):
-            raise ValueError("balancing needs a class label for each row")
+        if not self.draw.by_class:
+            return
+        if self.labels is None or self.labels.shape != (self.rows,) or not np.isfinite(self.labels).all():
+            raise ValueError("drawing by class needs a label for each row")
 
-    @property
+    @cached_property
+    def members(self) -> list[np.ndarray]:
+        """The row numbers of each class, in ascending order of the labels."""
+        assert self.labels is not None
+        classes = np.rint(self.labels).astype(np.int64)
+        return [np.flatnonzero(classes == label) for label in np.unique(classes)]
+
+    @cached_property
     def count(self) -> int:
         """Rows per pass."""
-        return max(1, round(self.fraction * self.rows))
+        if self.draw.per_class:
+            return sum(min(len(rows), self.draw.per_class) for rows in self.members)
+        return max(1, round(self.draw.fraction * self.rows))
 
     @property
     def batch(self) -> int:
@@ -58,17 +92,34 @@ class TaskSampler:
 
     def shuffle(self, bits: np.random.Philox) -> np.ndarray:
         """The rows of one pass in random order, [count]."""
-        if self.labels is None:
+        draw = self.draw
+        if draw.replacement:
+            return self._with_replacement(bits)
+        if not draw.by_class:
             return _shuffle(self.rows, bits)[: self.count]
-        classes = np.unique(self.labels)
         parts = []
-        for index, label in enumerate(classes):
-            members = np.flatnonzero(self.labels == label)
-            members = members[_shuffle(len(members), bits)]
-            share = self.count // len(classes) + (index < self.count % len(classes))
-            parts.append(np.resize(members, share))  # repeats the rows of a rare label
-        rows: np.ndarray = np.concatenate(parts)
-        return np.asarray(rows[_shuffle(len(rows), bits)])
+        for index, rows in enumerate(self.members):
+            share = self.count // len(self.members) + (index < self.count % len(self.members))
+            shuffled = rows[_shuffle(len(rows), bits)]
+            # A balanced pass repeats the rows of a rare class.
+            parts.append(shuffled[: draw.per_class] if draw.per_class else np.resize(shuffled, share))
+        drawn: np.ndarray = np.concatenate(parts)
+        return np.asarray(drawn[_shuffle(len(drawn), bits)])
+
+    def _with_replacement(self, bits: np.random.Philox) -> np.ndarray:
+        """Independent draws [count]: of any row, or of a row with weight 1 / (rows of its class) if balanced.
+
+        The remainders favour no row by more than 1 part in 2**64 / rows.
+        """
+        if not self.draw.balanced:
+            return np.asarray(bits.random_raw(self.count) % np.uint64(self.rows)).astype(np.int64)
+        classes = bits.random_raw(self.count) % np.uint64(
+            len(self.members)
+        )  # such weights make all classes equally likely
+        sizes = np.array([len(rows) for rows in self.members], dtype=np.uint64)
+        within = (bits.random_raw(self.count) % sizes[classes]).astype(np.int64)
+        begins = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        return np.asarray(np.concatenate(self.members)[begins[classes] + within])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +127,8 @@ class Sampler:
     """The rows of every step.
 
     Scheme `cycle` takes a batch of every task per step and restarts short tables until the longest has been read once;
-    `each-once` takes a batch of every task until its table has been read once; `sequential` reads one table after the
-    other.
+    `each-once` takes a batch of every task until its table has been read once; `sequential` takes all batches of the first
+    task, then all of the second, and so on.
     """
 
     tasks: Mapping[str, TaskSampler]  # in the order of the tasks in a batch
@@ -92,22 +143,22 @@ class Sampler:
         batch_size: int | Mapping[str, int],
         scheme: Scheme = "cycle",
         seed: int = 0,
-        fractions: Mapping[str, float] | None = None,
-        balanced: Collection[str] = (),
+        draws: Mapping[str, Draw] | None = None,
     ) -> Sampler:
-        """A sampler of tables. `fractions` limits the rows per epoch of some tasks; `balanced` names tasks to balance.
+        """A sampler of tables; a task without an entry in `draws` reads its whole table in each pass.
 
-        Raises ValueError for a balanced task without class labels.
+        Raises ValueError for a task that is drawn by class and has no labels.
         """
         tasks = {}
         for task, table in tables.items():
-            if task in balanced and table.labels is None:
-                raise ValueError(f"task {task} has no labels to balance")
+            draw = (draws or {}).get(task, Draw())
+            if draw.by_class and table.labels is None:
+                raise ValueError(f"task {task} has no labels to draw by class")
             tasks[task] = TaskSampler(
                 rows=len(table),
                 batch_size=batch_size if isinstance(batch_size, int) else batch_size[task],
-                labels=table.labels if task in balanced else None,
-                fraction=(fractions or {}).get(task, 1.0),
+                draw=draw,
+                labels=table.labels if draw.by_class else None,
             )
         return cls(tasks, scheme, seed)
 
@@ -154,6 +205,22 @@ class Sampler:
             cached = (epoch, turn), self.tasks[task].shuffle(philox(self.seed, task, epoch, turn))
             self._orders[task] = cached
         return cached[1]
+
+
+def subset(rows: int, count: int, seed: int, name: str) -> np.ndarray:
+    """`count` different row numbers below `rows` (all of them if there are no more), ascending, int64."""
+    return np.sort(_shuffle(rows, philox(seed, name, 0, 0))[:count]).astype(np.int64)
+
+
+def take(table: TokenTable, rows: np.ndarray) -> TokenTable:
+    """The table of some rows of `table`, in the order of `rows` [n]. Their tokens are copied."""
+    return replace(
+        table,
+        columns=tuple(Tokens.of([column[row] for row in rows]) for column in table.columns),
+        labels=None if table.labels is None else table.labels[rows],
+        ids=Text.of([table.ids[row] for row in rows]),
+        lines=table.lines[rows],
+    )
 
 
 def _shuffle(count: int, bits: np.random.Philox) -> np.ndarray:

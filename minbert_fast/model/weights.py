@@ -114,7 +114,19 @@ def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
         raise WeightsError(f"model {name!r}: subfolder {error}") from None
     if not path.exists():
         raise WeightsError(f"model {name!r}: no subfolder {subfolder!r}")
+    check_place(path)
     return path
+
+
+def check_place(path: Path) -> None:
+    """Raises WeightsError, naming the likely right path, for a directory of a run's other output or of data files."""
+    if not path.is_dir() or any((path / file).exists() for file in (CONFIG, "modules.json")):
+        return
+    for near in (path, path.parent):
+        if (near / "best" / CONFIG).exists():
+            raise WeightsError(f"{path}: part of a training run's output; its model is {near / 'best'}")
+    if any(path.glob("*.[ct]sv")):
+        raise WeightsError(f"{path}: holds data files, expected the directory of a model")
 
 
 def read(path: Path, state: Mapping[str, Tensor] | None) -> tuple[BertConfig | None, dict[str, Tensor], list[str]]:

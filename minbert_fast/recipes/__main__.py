@@ -1,40 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows the recipes that ship with the package.
+"""Shows the recipes that ship with the package, and what a recipe may say.
 
-`python -m minbert_fast.recipes` lists names, sources and published scores; `... show NAME` prints all values of one
-recipe as TOML, inherited values included.
+python -m minbert_fast.recipes                 every recipe with its published dev scores, by report
+python -m minbert_fast.recipes show NAME       all values of a recipe as TOML, its tasks' defaults included
+python -m minbert_fast.recipes keys [WORD]     every key with its type, default and meaning (WORD: those that hold it)
 """
 
 from __future__ import annotations
 
+import functools
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 
 from minbert_fast.common import cli
-from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.schema import ConfigError, plain, to_toml
+from minbert_fast.recipes.keys import Key, keys_of
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.tasks.base import KINDS, TaskOptions, build_task
+
+OURS = "this package"
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = cli.Parser("recipes", "Shows the recipes that ship with the package.")
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "show"), help="(default: list)")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show: a recipe's name, or a .toml file")
+    """Prints what the command line asks for. Raises ConfigError."""
+    parser = cli.Parser("recipes", __doc__ or "")
+    parser.add_argument("action", nargs="?", default="list", choices=("list", "show", "keys"), help="(default: list)")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show: a recipe's name, or a .toml file; keys: a word")
     options = parser.parse_args(arguments)
-    if (options.action == "show") != (options.name is not None):
-        raise ConfigError("expected `list`, or `show NAME`")
-    if options.name is not None:
-        print(Recipe.load(options.name).to_toml(), end="")
+    if options.action == "keys":
+        print(format_keys(options.name or ""))
+    elif (options.action == "show") != (options.name is not None):
+        raise ConfigError("expected `list`, `show NAME` or `keys [WORD]`")
+    elif options.action == "show":
+        print(format_recipe(Recipe.load(options.name)), end="")
     else:
-        print(format_list([Recipe.load(name) for name in recipe_names()]))
+        width = shutil.get_terminal_size((120, 24)).columns
+        print(format_list([Recipe.load(name) for name in recipe_names()], width))
 
 
-def format_list(recipes: Sequence[Recipe]) -> str:
-    rows = [("name", "published", "source", "description")]
-    for recipe in recipes:
-        published = ", ".join(f"{metric} {value:g}" for metric, value in recipe.published.items())
-        rows.append((recipe.name, published or "-", recipe.source or "-", recipe.description))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+# ---- list ------------------------------------------------------------------------------------------------------------
+
+
+def format_list(recipes: Sequence[Recipe], width: int) -> str:
+    """Names, published dev scores and descriptions by report, in lines of at most `width` characters where words allow.
+
+    The scores are those of `published.dev` in its order: sentiment, paraphrase, similarity for most.
+    """
+    names = max(len(recipe.name) for recipe in recipes)
+    scores = {recipe.name: " ".join(f"{value:.3f}" for value in recipe.published.dev.values()) for recipe in recipes}
+    published = max(len("published, dev"), *map(len, scores.values()))
+    indent = 2 + names + 2 + published + 2
+    beside = indent + 30 <= width  # else the description has lines of its own
+    wrap = functools.partial(textwrap.wrap, width=width, break_on_hyphens=False)
+    lines = [f"  {'name':{names}}  {'published, dev':{published}}" + ("  description" if beside else "")]
+    for source in sorted({recipe.source for recipe in recipes}, key=lambda source: (source != "", source)):
+        lines += ["", *wrap(source or OURS)]
+        for recipe in recipes:
+            if recipe.source == source:
+                start = f"  {recipe.name:{names}}  {scores[recipe.name] or '-':{published}}  "
+                if not beside:
+                    lines.append(start.rstrip())
+                    start = " " * 4
+                blank = " " * (indent if beside else 4)
+                lines += wrap(recipe.description, initial_indent=start, subsequent_indent=blank)
+    return "\n".join(lines)
+
+
+# ---- show ------------------------------------------------------------------------------------------------------------
+
+
+def format_recipe(recipe: Recipe) -> str:
+    """All values of a recipe as TOML that loads again: those of its tasks' kinds too; unset ones as comments."""
+    whole = resolve_tasks(recipe)
+    unset = [f"# {key}: {line}" for key, line in unset_keys(whole)]
+    return to_toml(plain(whole)) + ("\n# Unset:\n" + "\n".join(unset) + "\n" if unset else "")
+
+
+def resolve_tasks(recipe: Recipe) -> Recipe:
+    """The recipe with every option of its tasks. A task that only a stage has gets them there."""
+    tasks = {name: plain(build_task(name, options).options) for name, options in recipe.tasks.items()}
+    stages = []
+    for stage in recipe.stages:
+        own = {
+            name: options if name in tasks else plain(build_task(name, options).options)
+            for name, options in stage.get("tasks", {}).items()
+        }
+        stages.append({**stage, "tasks": own} if own else stage)
+    return recipe.with_values({"tasks": tasks, "stages": stages}, recipe.name)
+
+
+def unset_keys(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The keys without a value, and what that means."""
+    for section in fields(recipe):
+        options = getattr(recipe, section.name)
+        if is_dataclass(options) and not isinstance(options, type):
+            for key in keys_of(type(options)):
+                if getattr(options, key.name) is None:
+                    yield f"{section.name}.{key.name}", key.line
+    for name, values in recipe.tasks.items():
+        task = build_task(name, values).options
+        for key in keys_of(type(task)):
+            if getattr(task, key.name) is None:
+                yield f"tasks.{name}.{key.name}", key.line
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def format_keys(word: str) -> str:
+    """Every key with its type, default and one line, by section; with `word`, the keys whose text holds it."""
+    lines: list[str] = []
+    for title, prefix, keys in key_groups():
+        found = [key for key in keys if word.lower() in f"{prefix}{key.name} {key.line}".lower()]
+        if found:
+            lines += ["", title]
+        for key in found:
+            lines.append(f"  {prefix}{key.name} = {key.default}   ({key.type})")
+            if key.line:
+                lines.append(f"      {key.line}")
+    if not lines:
+        raise ConfigError(f"keys {word}: no key's name or meaning holds this")
+    return "\n".join(lines[1:])
+
+
+def key_groups() -> Iterator[tuple[str, str, list[Key]]]:
+    """(title, prefix, keys) of every section, then of every kind of task without the keys that all kinds have."""
+    hints = typing.get_type_hints(Recipe)
+    yield "The recipe itself", "", keys_of(Recipe)
+    for field in fields(Recipe):
+        section = hints[field.name]
+        if is_dataclass(section) and isinstance(section, type):
+            yield f"[{field.name}]", f"{field.name}.", keys_of(section)
+    common = {key.name for key in keys_of(TaskOptions)}
+    yield "[tasks.NAME], every kind", "tasks.NAME.", keys_of(TaskOptions)
+    for kind, task in KINDS.items():
+        own = [key for key in keys_of(task.Options) if key.name not in common]
+        yield f'[tasks.NAME], kind = "{kind}"', "tasks.NAME.", own
 
 
 if __name__ == "__main__":

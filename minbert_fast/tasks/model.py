@@ -18,6 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from minbert_fast.common import imports
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_bytes, write_text
 from minbert_fast.data.batch import MultitaskBatch
@@ -38,7 +39,14 @@ def build_tasks(recipe: Recipe) -> dict[str, Task]:
     for stage in recipe.resolved_stages():
         for name, options in stage.tasks.items():
             tables.setdefault(name, options)
-    return {name: build_task(name, options) for name, options in tables.items()}
+    files = imports.missing(recipe.imports)
+    try:
+        return {name: build_task(name, options) for name, options in tables.items()}
+    except ConfigError as error:
+        if not files:
+            raise
+        flags = " ".join(f"--import {file}" for file in files)
+        raise ConfigError(f"{error}; made with {', '.join(files)}: add {flags}") from None
 
 
 class MultitaskModel(nn.Module):
@@ -132,7 +140,7 @@ class MultitaskModel(nn.Module):
         columns = (packed.tokens.long(), packed.types.long(), torch.ones_like(packed.tokens).long())
         ids, types, mask = (pad_sequence([column[span] for span in spans], batch_first=True) for column in columns)
         hidden = self.encoder.stock(ids, mask, types)  # [n, S, H]
-        pooled = _pool_padded(hidden, mask, mode, self.encoder)
+        pooled = pool_padded(hidden, mask, mode, self.encoder)
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
     def loss(
@@ -172,7 +180,7 @@ class MultitaskModel(nn.Module):
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
         self.tasks = merged
         for name, task in tasks.items():
-            self.head(name).options = task.options
+            self.head(name).configure(task.options)
 
     def head_parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """Parameters of the heads called `names` (None: all heads), shared ones once."""
@@ -196,11 +204,36 @@ class MultitaskModel(nn.Module):
             loaded.append(name)
         return loaded
 
+    @torch.no_grad()
+    def continue_heads(self, directory: Path) -> tuple[list[str], dict[str, str]]:
+        """Copies the heads of the trained model in `directory` to the heads of the same name, kind, classes and shapes.
+
+        Returns the names of the copied heads, and the reason for each other one. Raises ConfigError or WeightsError for
+        a damaged model.
+        """
+        trained = MultitaskModel.load(directory)
+        copied: list[str] = []
+        reasons: dict[str, str] = {}
+        for name, task in self.tasks.items():
+            if name not in trained.heads:
+                reasons[name] = "not in that model"
+                continue
+            then = trained.tasks[name]
+            ours, theirs = self.head(name).state_dict(), trained.head(name).state_dict()
+            if (then.kind, then.class_names) != (task.kind, task.class_names):
+                reasons[name] = "another kind" if then.kind != task.kind else "other classes"
+            elif {key: t.shape for key, t in ours.items()} != {key: t.shape for key, t in theirs.items()}:
+                reasons[name] = "another shape"
+            else:
+                self.head(name).load_state_dict(theirs)
+                copied.append(name)
+        return copied, reasons
+
     def _head_tensors(self, heads: nn.Module) -> dict[str, Tensor]:
-        """Parameters and buffers of heads by name, without the encoder's; a shared one has the first head's name."""
-        encoder = {id(p) for p in self.encoder.parameters()}
+        """Parameters and saved buffers of heads by name, without the encoder's; a shared one has the first head's name."""
+        encoder, saved = {id(p) for p in self.encoder.parameters()}, heads.state_dict().keys()
         tensors = itertools.chain(heads.named_parameters(), heads.named_buffers())
-        return {key: t for key, t in tensors if id(t) not in encoder}
+        return {key: t for key, t in tensors if id(t) not in encoder and key in saved}
 
     # ---- Files -------------------------------------------------------------------------------------------------
 
@@ -220,11 +253,10 @@ class MultitaskModel(nn.Module):
         Raises ConfigError (or its subclass WeightsError) naming the file and the problem.
         """
         directory = Path(directory)
+        weights.check_place(directory)
         for name in ("recipe.toml", "heads.safetensors"):
             if not (directory / name).is_file():
-                trained = (directory / "best" / name).is_file()
-                output = f"the output of a training run; its model is {directory / 'best'}"
-                raise ConfigError(f"{directory}: {output if trained else f'no trained model, it holds no {name}'}")
+                raise ConfigError(f"{directory}: no trained model, it holds no {name}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
         try:
             tasks = build_tasks(recipe)
@@ -246,7 +278,7 @@ def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict
     return nn.ModuleDict({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
 
 
-def _pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:
+def pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:
     """hidden [n, S, H], mask [n, S] -> [n, H], as in course code."""
     if mode == "cls":
         return hidden[:, 0]

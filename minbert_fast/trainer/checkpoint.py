@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
 
 FORMAT = 1
+NEWEST = 2  # checkpoints of a running run: if the newest is damaged, the other one serves
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -48,7 +49,7 @@ class CheckpointStore:
     """The `checkpoints/` folder of a run, which holds the newest `keep` checkpoints."""
 
     folder: Path
-    keep: int
+    keep: int = NEWEST
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes the checkpoint of `step`, then removes the oldest ones. Raises RunError if the disk refuses."""
@@ -63,8 +64,12 @@ class CheckpointStore:
 
         with translate_write_errors(path):
             write_directory(path, fill)
-            for _, old in self._entries()[self.keep :]:
-                remove(old)
+            self.prune(self.keep)
+
+    def prune(self, keep: int) -> None:
+        """Removes all but the newest `keep` checkpoints. Raises OSError."""
+        for _, old in self._entries()[keep:]:
+            remove(old)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """Reads the newest undamaged checkpoint; None if there is none.
@@ -121,6 +126,7 @@ class State:
     seconds: float = 0.0
     evaluated: int = -1  # step of the last scheduled evaluation
     stage_best: float | None = None  # best score of this stage
+    task_best: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task: as `best`, by the task's own metric
     stale: int = 0  # evaluations since this stage's best score
     best: dict[str, Any] | None = None  # {"step", "score" (None if not finite), "metrics"}
     untrained: dict[str, float | None] | None = None
@@ -148,9 +154,20 @@ def collect_tensors(model: nn.Module, step: TrainingStep) -> tuple[dict[str, Ten
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies the checkpoint's parameters and buffers into the model."""
-    with torch.no_grad():
-        for name, parameter in _parameters(model).items():
-            parameter.copy_(checkpoint.tensors[f"model/{name}"])
+    prefix = "model/"
+    set_weights(model, {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)})
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's parameters and buffers by name, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _parameters(model).items()}
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies `tensors` (from `copy_weights`) into the model's parameters and buffers, in place."""
+    for name, parameter in _parameters(model).items():
+        parameter.copy_(tensors[name])
 
 
 def load_step(step: TrainingStep, checkpoint: Checkpoint) -> None:

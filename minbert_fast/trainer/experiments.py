@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
-from minbert_fast.common.schema import ConfigError, merge, plain
-from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.common.schema import ConfigError, Whole, merge, plain
+from minbert_fast.common.storage import read_json
+from minbert_fast.recipes.recipe import Recipe, absolute_path
+from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import SUMMARY
 
@@ -41,25 +43,40 @@ def run_or_resume(
     command: str,
     device: str = "auto",
     backend: Literal["auto", "fast", "reference"] = "auto",
+    callbacks: Sequence[Callback] = (),
 ) -> Trial:
     """Runs `recipe` in `directory`: resumes an interrupted run, and only reads the results of a finished one.
 
     A run that fails (its data are missing, its recipe has changed) gives a Trial with the reason, which is printed on
     standard error too. Raises RunError if a signal stopped the run.
     """
-    path = directory / SUMMARY
     try:
-        if not path.is_file() or not same_experiment(load_executed_recipe(directory), recipe):
-            train(recipe, Options(directory, device, backend, resume=directory.is_dir(), command=command))
-        try:
-            return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path}: cannot be read ({error})") from error
+        recipe = recipe.with_paths(absolute_path)  # as the run saves it
+        if not is_finished(directory) or not same_experiment(load_executed_recipe(directory), recipe):
+            again = directory.is_dir()
+            options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
+            train(recipe, options)
+        return read_trial(name, directory)
     except (ValueError, RunError) as error:
         if isinstance(error, RunError) and error.status > 128:
             raise
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return Trial(name, directory, failure=str(error))
+
+
+def read_trial(name: str, directory: Path) -> Trial:
+    """The result of the run in `directory`. Raises RunError if it has none."""
+    path = directory / SUMMARY
+    try:
+        return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run in `directory` has ended; runs of earlier versions do not say so and count as ended."""
+    summary = directory / SUMMARY
+    return summary.is_file() and bool(read_json(summary).get("finished", True))
 
 
 def load_executed_recipe(directory: Path) -> Recipe | None:
@@ -87,7 +104,7 @@ def same_experiment(executed: Recipe | None, recipe: Recipe) -> bool:
 
 
 def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
-    """The recipe with at most `steps` steps, or at most `steps` in each of its stages; None sets no limit."""
+    """The recipe with `steps` steps, or `steps` in each of its stages; None keeps its own length."""
     if steps is None:
         return recipe
     limit = {"training": {"max_steps": steps}}
@@ -96,20 +113,22 @@ def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
     return replace(recipe, stages=tuple(merge(stage, limit) for stage in recipe.stages))
 
 
-def add_series_flags(command: cli.Parser) -> None:
+def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
     """Adds the flags that `search` and `reproduce` share; `load_recipe` reads them."""
     add = command.add_argument
     add("--data", metavar="DIR", help="data files in the course's layout")
     add("--model", metavar="DIR|HUB_NAME", help="encoder weights")
-    add("--output", metavar="DIR", type=Path, required=True, help="a directory for all runs and the table")
-    add("--max-steps", metavar="N", type=cli.whole_number, help="most steps of a run, or of each of its stages")
+    add("--output", metavar="DIR", type=Path, required=output_required, help="a directory for all runs and the table")
+    add("--max-steps", metavar="N", type=cli.whole_number, help="steps of a run, or of each of its stages")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    cli.add_import_flag(command)
 
 
 def load_recipe(name: str, chosen: argparse.Namespace) -> Recipe:
     """Recipe `name` (or a TOML file) with the data, model and step limit of the command line."""
     values: dict[str, Any] = {"data": {"directory": chosen.data}} if chosen.data else {}
     values |= {"model": {"name": chosen.model}} if chosen.model else {}
+    values |= {"imports": Whole(chosen.imports)} if chosen.imports else {}
     return limit_steps(Recipe.load(name).with_values(values, "command line"), chosen.max_steps)
 
 

@@ -17,27 +17,30 @@ from typing import Any, Literal
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
-from minbert_fast.common.errors import RunError, translate_write_errors
+from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
-from minbert_fast.data.files import read_table
 from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.sampling import subset
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.parallel.world import World, joined
-from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flatten, format_score
+from minbert_fast.reporting.verdicts import announce
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
-from minbert_fast.trainer import loop
+from minbert_fast.trainer import disk, loop
+from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
-from minbert_fast.trainer.datasets import load_datasets
+from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
+from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.stages import StageContext, build_stage
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
@@ -47,21 +50,6 @@ DEMONSTRATION = (
     "package. For real results: --data DIR --model DIR"
 )
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
-
-# Values of a recipe that may differ when a run is resumed (None: a whole section): paths (the content of the files is
-# compared), how far the run goes, and what it logs.
-CHANGEABLE = {
-    "name": None,
-    "description": None,
-    "source": None,
-    "published": None,
-    "checkpoint": None,
-    "logging": None,
-    "data": ("directory", "files", "cache", "max_bad_rows"),
-    "model": ("name",),
-    "training": ("max_steps", "shard"),
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,11 @@ class Options:
     backend: Literal["auto", "fast", "reference"] = "auto"
     resume: bool = False
     overwrite: bool = False
+    stop_after: int | None = None  # cut the run after this many steps, resumed parts included; --resume goes on
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
     report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
+    rows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # task -> split -> rows in memory
+    callbacks: tuple[Callback, ...] = ()
     command: str = ""  # the command line, for summary.json
 
 
@@ -92,7 +83,7 @@ def train(recipe: Recipe, options: Options) -> Path:
             files = stack.enter_context(RunDirectory(path))
             _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
-        if not loop.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             "out of memory outside training steps: choose a smaller model or --set data.max_length"
@@ -116,19 +107,31 @@ class _Job:
         self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
-        self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
+        data = self.recipe.data
+        self.own_data = bool(self.options.rows) or names_data(self.recipe)
+        self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
         if self.world.size > 1 and self.backend == "reference":
             raise ConfigError(f"--backend reference trains in one process, not in {self.world.size}")
         if self.files.holds_run and self.options.overwrite:
+            name = self.recipe.model.name
+            if name and self.output.resolve() in Path(name).resolve().parents:
+                raise ConfigError(f"--overwrite would remove --model {name}; choose another --output")
             self.files.clear()
         elif self.files.holds_run and not self.options.resume:
             raise RunError(f"{self.files.path} holds a run already: --resume continues it, --overwrite replaces it")
+        self.recipe = self.recipe.with_paths(absolute_path)  # a run resumed elsewhere finds its files
+        if self.options.resume and self._has_ended():
+            return
         if self.demonstration:
             self._print(DEMONSTRATION)
         with StopSignals() as signals, signals.interruptible():
             self._load()
         checkpoint = self._find_checkpoint()
         self._check_ranks_agree(checkpoint)  # every rank has read the checkpoint before rank 0 writes anything
+        dev_rows = sum(len(table) for table in self.data.dev.values())
+        self.room = disk.estimate(self.model, self.recipe, self.stages, dev_rows)
+        if self.world.is_main:
+            disk.check_room(self.room, self.files.path)
         self.files.prepare(self.recipe.to_toml())
         outcome = self._train(checkpoint)
         if self.world.is_main:
@@ -150,13 +153,13 @@ class _Job:
         name, data = self.recipe.model.name, self.recipe.data
         if not self.demonstration and not name:
             self.notify("no --model: trains the embedded tiny model, whose weights are random: it cannot learn much")
-        if not self.demonstration and not (data.directory or data.files):
+        if not (self.demonstration or data.directory or data.files or self.own_data):
             self.notify("no --data: trains on the embedded sample of made-up sentences")
         source = weights.resolve(name) if name else sample_directory().model
         self.tokenizer = Tokenizer.from_pretrained(_tokenizer_directory(source))
         if not self.world.is_main:  # rank 0 reads first and fills the cache for the others
             self.world.wait()
-        self.data = load_datasets(self.recipe, self.tokenizer, self.notify)
+        self.data = load_datasets(self.recipe, self.tokenizer, self.notify, self.options.rows)
         if self.world.is_main:
             self.world.wait()
         self.recipe = self.data.recipe
@@ -167,14 +170,25 @@ class _Job:
         self.encoder_hash = tensors_digest(encoder.state_dict())
         torch.manual_seed(self.recipe.training.seed)  # for the initial weights of the heads
         self.model = MultitaskModel(encoder, self.data.tasks, self.recipe.model.pooling).to(self.device)
-        if not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
+        if (source / "heads.safetensors").is_file():
+            self._continue_heads(source)
+        elif not all(task.predicts for task in self.data.tasks.values()):  # further pre-training
             for task in self.model.load_pretraining_heads(weights.pretraining_heads(source), str(source)):
                 self.notify(f"tasks.{task} starts from the model's own pre-training head")
         self.captures = Captures()
         where = self.device, self.precision, self.backend, self.world
         context = StageContext(self.model, self.tokenizer, self.data.train, *where, self.captures)
-        self.stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
+        stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
+        self.stages = loop.share_steps(stages, self.recipe.training.max_steps)
         self._check_select()
+        self._choose_scored_rows()
+
+    def _continue_heads(self, source: Path) -> None:
+        """Lets heads start from those of a trained model, and says which did and which did not."""
+        copied, reasons = self.model.continue_heads(source)
+        anew = "; ".join(f"{name} drawn anew ({reason})" for name, reason in reasons.items())
+        kept = f"heads of {', '.join(copied)} continue" if copied else "no head continues"
+        self.notify(f"--model {source} is a trained model: {kept}{anew and f'; {anew}'}")
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
@@ -189,37 +203,73 @@ class _Job:
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
-        select, known = self.recipe.training.select, ["score"]
+        known = ["score", *(metric for name in self.data.dev for metric in self.data.tasks[name].metric_names)]
+        for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
+            select = recipe.training.select
+            if select not in known:
+                raise ConfigError(
+                    f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+                )
+
+    def _choose_scored_rows(self) -> None:
+        """Draws the dev and training rows that evaluations read, where the recipe wants only a part of them."""
+        seed, count = self.recipe.training.seed, self.recipe.training.evaluate_train
+        self.dev = dict(self.data.dev)
         for name, table in self.data.dev.items():
-            assert table.labels is not None
-            known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
-        if select not in known:
-            raise ConfigError(f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}")
+            share = self.data.tasks[name].options.dev_fraction
+            if share < 1:
+                self.dev[name] = table.select(
+                    subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
+                )
+        self.scored_train: dict[str, TokenTable] = {}
+        if count and not self.dev:
+            self.notify(
+                "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
+            )
+        train = {name: table for tables in self.data.train for name, table in tables.items()}
+        for name in self.dev if count else ():
+            table = train[name]
+            self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
         """The values that a resumed run must share with the interrupted one."""
-        recipe = plain(self.recipe)
-        for section, keys in CHANGEABLE.items():
-            if keys is None:
-                recipe.pop(section, None)
-            else:
-                recipe[section] = {key: value for key, value in recipe[section].items() if key not in keys}
         return {
-            "recipe": recipe,
+            "recipe": fixed_values(self.recipe),
             "data": self.data.fingerprint(),
             "model": {"weights": self.encoder_hash, "tokenizer": self.tokenizer.fingerprint},
             "backend": self.backend,
             "precision": self.precision,
         }
 
+    def _has_ended(self) -> bool:
+        """Whether the run to resume is finished, so that nothing is left to do."""
+
+        def ask() -> tuple[str | None, str]:  # on rank 0, which has the files
+            try:
+                return finished_line(self.files.path, self.recipe), ""
+            except ConfigError as error:
+                return None, str(error)
+
+        line, problem = self.world.from_main(ask)
+        if problem:
+            raise ConfigError(problem)
+        if line is None:
+            return False
+        if self.world.is_main:
+            if not (self.files.path / "report.html").exists():  # the run was killed after its last record
+                write_report(self.files.path)
+            self._prune_checkpoints()
+        self._print(line)
+        return True
+
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to resume from, read by every rank. Raises ConfigError if it belongs to another run."""
         if not self.options.resume:
             return None
         checkpoints = self.output / self.files.checkpoints.name
-        found = CheckpointStore(checkpoints, self.recipe.checkpoint.keep).newest(self.notify)
+        found = CheckpointStore(checkpoints).newest(self.notify)
         if found is None:
             self.notify(f"no checkpoint in {self.files.path}: starting from the beginning")
             return None
@@ -230,6 +280,13 @@ class _Job:
                 f"{self.files.path} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; give --resume "
                 "alone, or with the flags that the run was started with"
             )
+        steps = [stage.steps for stage in self.stages]
+        then, stage = found.state.get("steps", steps), found.state["run"]["stage"]
+        if then != steps:
+            line = f"the run now has {sum(steps):,} steps, not {sum(then):,}"
+            if then[:stage] != steps[:stage] or sum(steps) < found.step:
+                raise ConfigError(f"{self.files.path}: {line}: a stage that has ended cannot change its length")
+            self.notify(f"{line}: its learning rate follows the new length from here on")
         for line in differences(found.state["environment"], describe_environment(self.device)):
             self.notify(f"{line}: results may differ in the last bits from those of an uninterrupted run")
         self.notify(f"resuming after step {found.step}")
@@ -260,14 +317,22 @@ class _Job:
             files=self.files,
             evaluate=self._evaluate,
             save=self._save,
-            constants={"fingerprint": self.fingerprint(), "environment": describe_environment(self.device)},
+            constants={
+                "fingerprint": self.fingerprint(),
+                "environment": describe_environment(self.device),
+                "steps": [stage.steps for stage in self.stages],
+            },
+            judged_by={name: self.data.tasks[name].primary for name in self.dev},
             fetch_every_step=self.device.type == "cpu",
             world=self.world,
+            callbacks=self.options.callbacks,
+            stop_after=self.options.stop_after,
         )
-        rows = ", ".join(f"{name} {len(table):,}" for name, table in self.data.train.items())
+        counts = {name: len(table) for tables in self.data.train for name, table in tables.items()}
+        rows = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self._print(
             f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
-            f"{self.backend} backend; training rows: {rows}; results in {self.files.path}"
+            f"{self.backend} backend; training rows: {rows}; results in {self.files.path} ({self.room})"
         )
         first_step = 0 if checkpoint is None else checkpoint.step
         report_to = self.options.report_to if self.world.is_main else ()
@@ -280,22 +345,22 @@ class _Job:
 
     def _evaluate(self) -> loop.Evaluation | None:
         """Scores on the dev files, computed on rank 0; None without dev files."""
-        if not self.data.dev:
+        if not self.dev:
             return None
         found: list[evaluation.Evaluation] = []
 
-        def measure() -> dict[str, float | None]:
-            found.append(self._predict(self.data.dev))
-            return {name: value if math.isfinite(value) else None for name, value in found[0].metrics.items()}
+        def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
+            found.append(self._predict(self.dev))
+            train = self._predict(self.scored_train).metrics if self.scored_train else {}
+            return _finite(found[0].metrics), _finite(train)
 
         def write(directory: Path) -> None:
-            tables = self.data.dev.items()
-            texts = {n: read_table(t.path, t.task, max_bad_rows=1.0).sentences for n, t in tables}
-            found[0].write(directory, texts)
+            texts = {name: table.texts() for name, table in self.dev.items()}
+            labels = {name: table.labels for tables in self.data.train for name, table in tables.items()}
+            found[0].write(directory, texts, train_labels=labels)
 
-        metrics = self.world.from_main(measure)
-        score = metrics[self.recipe.training.select]
-        return loop.Evaluation(metrics, -math.inf if score is None else score, write)
+        dev, train = self.world.from_main(measure)
+        return loop.Evaluation(dev, write, train)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
@@ -316,14 +381,24 @@ class _Job:
             write_json(self.files.path / SUMMARY, self._summary(outcome))
         with translate_write_errors(self.files.path / "report.html"):
             write_report(self.files.path)
-        self._print(_format_outcome(outcome, self.files.path))
+        if outcome.finished:
+            self._prune_checkpoints()
+        self._print("\n".join(filter(None, [announce(self.files.path), _format_outcome(outcome, self.files.path)])))
+        end = EndEvent(outcome.state.step, outcome.reason, (outcome.best or {}).get("metrics", {}), self.files.path)
+        for callback in self.options.callbacks:
+            callback.on_end(end)
+
+    def _prune_checkpoints(self) -> None:
+        """Removes the checkpoints that a finished run does not keep."""
+        with translate_write_errors(self.files.checkpoints):
+            CheckpointStore(self.files.checkpoints).prune(self.recipe.checkpoint.keep)
 
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
         for (dataset, split), target in self.options.copies.items():
             for task in self.data.tasks.values():
                 written = self.files.path / "predictions" / task.prediction_file(split)
-                if task.dataset == dataset and written.exists():
+                if any(source.layout == dataset for source in task.sources) and written.exists():
                     with translate_write_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(written, target)
@@ -333,6 +408,8 @@ class _Job:
         state, best = outcome.state, outcome.best
         return {
             "dev": {} if best is None else best["metrics"],
+            **({} if best is None or "train" not in best else {"train": best["train"]}),
+            **({"best_per_task": outcome.task_best} if outcome.task_best else {}),
             "untrained": state.untrained,
             "best": None if best is None else {key: best[key] for key in ("step", "score")},
             "steps": state.step,
@@ -340,6 +417,7 @@ class _Job:
             "tokens": state.tokens,
             "skipped_steps": state.skipped_steps,
             "ended": outcome.reason,
+            "finished": outcome.finished,
             "recipe": self.recipe.name,
             "description": self.recipe.description,
             "demonstration": self.demonstration,
@@ -355,6 +433,11 @@ class _Job:
         }
 
 
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics with None for values that are not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
 def _tokenizer_directory(source: Path) -> Path:
     """The directory of a model's tokenizer files. Raises ConfigError for a `.pt` file without a vocab.txt next to it."""
     if source.is_dir():
@@ -365,14 +448,16 @@ def _tokenizer_directory(source: Path) -> Path:
 
 
 def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
-    """The last lines of a run: length, dev scores before and after training, and the files."""
+    """The last lines of a run: length, dev scores before its first step and after training, and the files."""
     state, best = outcome.state, outcome.best
     lines = [f"{outcome.reason}: {state.step:,} steps, {state.tokens:,} tokens, {state.seconds:.0f} s"]
     if best is not None:
         before = state.untrained or {}
         metrics = best["metrics"]
         width = max(len(name) for name in metrics)
-        lines.append(f"{'dev':{width}}  untrained  best (step {best['step']})")
+        lines.append(f"{'dev':{width}}  {'before':>9}  best (step {best['step']})")
         lines += [f"{n:{width}}  {format_score(before.get(n)):>9}  {format_score(metrics[n])}" for n in metrics]
+    for task, kept in outcome.task_best.items():
+        lines.append(f"best-{task}/, step {kept['step']}: {format_score(kept['score'])} on dev")
     lines.append(f"{path}: best/ and last/ (models), summary.json, metrics.jsonl, predictions/, report.html")
     return "\n".join(lines)

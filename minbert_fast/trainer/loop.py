@@ -8,23 +8,34 @@ signal has arrived.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minbert_fast.common.errors import InterruptError, RunError
+from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.parallel.world import World
+from minbert_fast.parallel.world import Agreement, World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
-from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, State, collect_tensors, load_model, load_step
+from minbert_fast.trainer.callbacks import Callback, EvaluationEvent, StepEvent
+from minbert_fast.trainer.checkpoint import (
+    NEWEST,
+    Checkpoint,
+    CheckpointStore,
+    State,
+    collect_tensors,
+    copy_weights,
+    load_model,
+    load_step,
+    set_weights,
+)
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
 from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
@@ -34,16 +45,22 @@ from minbert_fast.trainer.signals import StopSignals
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import TrainingStep
 
+KEPT = "kept/"  # start of the names of checkpointed tensors that a later stage starts from
 SHOWN_EXAMPLES = 8  # examples named when non-finite losses stop a run
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dev scores of the model at one step."""
+    """Scores of the model at one step; None for a score that is not finite."""
 
-    metrics: Mapping[str, float | None]
-    score: float  # the metric that chooses the best model; minus infinity if it is not a number
+    metrics: Mapping[str, float | None]  # on the dev files
     write: Callable[[Path], None]  # writes the files of predictions/
+    train: Mapping[str, float | None] = field(default_factory=dict)  # on training rows, if the recipe asks for them
+
+    def score(self, metric: str) -> float:
+        """A dev score; minus infinity if it is not a number."""
+        value = self.metrics.get(metric)
+        return -math.inf if value is None or not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -52,30 +69,38 @@ class Stage:
 
     recipe: Recipe
     steps_per_epoch: int
-    limit: int | None  # the stage's own max_steps
+    steps: int  # of the stage, and of its learning rate schedule
     patience: int  # evaluations without a better score that end the stage; 0: no limit
     build_step: Callable[[], TrainingStep]  # prepares the model for this stage
-    batches: Callable[[int], Generator[MultitaskBatch, None, None]]  # from a step of the stage on, on the step's device
+    batches: Callable[[int, int], Generator[MultitaskBatch, None, None]]  # of the stage's steps [first, end)
     locate: Callable[[str, int], str]  # (task, row) -> "file:line"
 
-    @property
-    def schedule_steps(self) -> int:
-        """Steps of the learning rate schedule: all epochs of the stage, even if the stage is cut short."""
-        return self.recipe.training.epochs * self.steps_per_epoch
 
-    @property
-    def steps(self) -> int:
-        """Most steps that the stage takes."""
-        return self.schedule_steps if self.limit is None else min(self.schedule_steps, self.limit)
+def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
+
+
+def share_steps(stages: Sequence[Stage], max_steps: int | None) -> list[Stage]:
+    """The stages of a run of `max_steps` steps, shared in proportion to the stages' own lengths; None changes nothing."""
+    if max_steps is None:
+        return list(stages)
+    ends = list(itertools.accumulate(stage.steps for stage in stages))
+    if ends[-1] == 0:
+        ends = list(range(1, len(stages) + 1))
+    ends = [round(max_steps * end / ends[-1]) for end in ends]
+    return [replace(s, steps=end - begin) for s, begin, end in zip(stages, [0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `best` includes an evaluation at the end that was not due, which `state` does not."""
+    """How a run ended. The best evaluations include one at the end that was not due, which those in `state` do not."""
 
     state: State
     best: dict[str, Any] | None
+    task_best: dict[str, dict[str, Any]]  # by task, if the recipe keeps the best model of each
     reason: str
+    finished: bool  # False: `stop_after` cut the run
 
 
 @dataclass
@@ -89,14 +114,16 @@ class Trainer:
     evaluate: Callable[[], Evaluation | None]  # None: there are no dev files
     save: Callable[[Path], None]  # writes the model directory
     constants: Mapping[str, Any]  # further entries of every checkpoint's state.json
+    judged_by: Mapping[str, str] = field(default_factory=dict)  # task -> the metric that judges it
     fetch_every_step: bool = True  # costs nothing on a CPU; on a GPU it would wait for every step to finish
     world: World = field(default_factory=World)
+    callbacks: Sequence[Callback] = ()
+    stop_after: int | None = None  # cut the run after this many steps, resumed parts included
 
     def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.files.checkpoints, self.recipe.checkpoint.keep)
+        self.store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, NEWEST))
         self.total = sum(stage.steps for stage in self.stages)
-        if self.recipe.training.max_steps is not None:
-            self.total = min(self.total, self.recipe.training.max_steps)
+        self.end = self.total if self.stop_after is None else min(self.total, self.stop_after)
 
     # ---- The run ----------------------------------------------------------------------------------------------------
 
@@ -105,12 +132,15 @@ class Trainer:
         self.state = State() if checkpoint is None else State(**checkpoint.state["run"])
         self._saved = -1 if checkpoint is None else checkpoint.step  # step of the last checkpoint
         self._step: TrainingStep | None = None
+        self._kept = self._initial_weights(checkpoint)
         self._observer = Observer()
         self._signals = StopSignals()
+        self._stopped = False  # by a callback
+        self._agreed = Agreement(self.world)
         self._clock = Clock(self.state)
         self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
-            self.files.bring_back("best", "predictions")
+            self.files.bring_back("best", "predictions", *(f"best-{task}" for task in self.judged_by))
             if self.state.record is not None:
                 self.files.metrics.write(self.state.record)
         self._progress = Progress(self.state.step, self.total, self.world.is_main)
@@ -119,7 +149,7 @@ class Trainer:
                 self._run_stages(checkpoint)
                 self._save_checkpoint()
                 self._adopt_average()
-                best = self._final_evaluation()
+                final = self._final_evaluation()
         except InterruptError as stop:
             raise InterruptError(
                 stop.number,
@@ -132,17 +162,27 @@ class Trainer:
         finally:
             self._progress.close()
         self._clock.tick("other")
-        early = self.state.step < self.total
-        return Outcome(self.state, best, "no better score for a while" if early else "all steps taken")
+        step = self.state.step
+        if self._cut:
+            who = "stopped by a callback" if self._stopped else "stopped"
+            reason = f"{who} after step {step:,} of {self.total:,}: --resume continues"
+        else:
+            reason = "no better score for a while" if step < self.total else "all steps taken"
+        return Outcome(self.state, final.best, final.task_best, reason, not self._cut)
+
+    @property
+    def _cut(self) -> bool:
+        """Whether a callback or `stop_after` ends the run before its last step."""
+        return self.state.step < self.total and (self._stopped or self.end <= self.state.step)
 
     def _run_stages(self, checkpoint: Checkpoint | None) -> None:
         for index in range(self.state.stage, len(self.stages)):
             if index != self.state.stage:
                 self._adopt_average()
-                self.state.begin_stage(index)
+                self._begin_stage(index)
             self._run_stage(self.stages[index], checkpoint)
             checkpoint = None
-            if self.state.step >= self.total:
+            if self._cut:
                 return
 
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
@@ -154,7 +194,7 @@ class Trainer:
         self._after_step(stage)
         if self._stage_finished(stage):
             return
-        with closing(stage.batches(self.state.stage_step)) as batches:
+        with closing(stage.batches(self.state.stage_step, stage.steps)) as batches:
             self._clock.tick("other")
             for batch in batches:
                 self._clock.tick("data")
@@ -166,7 +206,7 @@ class Trainer:
     def _take_step(self, stage: Stage, batch: MultitaskBatch) -> None:
         assert self._step is not None
         state = self.state
-        scale = lr_scale(state.stage_step, stage.schedule_steps, stage.steps_per_epoch, stage.recipe.optimizer)
+        scale = lr_scale(state.stage_step, stage.steps, stage.steps_per_epoch, stage.recipe.optimizer)
         try:
             result = self._step(batch, scale)
         except (RuntimeError, MemoryError) as error:
@@ -196,21 +236,48 @@ class Trainer:
             pass  # handled below; the checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
-        stop = self.world.agreed(self._signals.received)
+        stop = self._agreed(self._signals.received)
         if stop is not None or self._checkpoint_due(stage):
             self._save_checkpoint()
         if stop is not None:
             raise InterruptError(stop, "stopped between two steps")
 
+    # ---- The first weights of a stage -------------------------------------------------------------------------------
+
+    def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, dict[str, Tensor]]:
+        """Weights that later stages start from, by name: "best" of this stage, or the number of a finished stage."""
+        kept: dict[str, dict[str, Tensor]] = {}
+        if self._needed("0", self.state.stage):
+            kept["0"] = copy_weights(self.model)  # before a checkpoint is loaded
+        for name, tensor in ({} if checkpoint is None else checkpoint.tensors).items():
+            if name.startswith(KEPT):
+                weights, _, parameter = name.removeprefix(KEPT).partition("/")
+                kept.setdefault(weights, {})[parameter] = tensor
+        return kept
+
+    def _begin_stage(self, index: int) -> None:
+        """Moves on to stage `index`, which takes its first weights from where its recipe says."""
+        start = str(self.stages[index].recipe.training.start)
+        if self._needed(str(index), index):
+            self._kept[str(index)] = copy_weights(self.model)  # the last weights of the stage that has just ended
+        if start != "last" and start in self._kept:  # without any finite score there is no best: the last ones stay
+            set_weights(self.model, self._kept[start])
+        self._kept = {n: w for n, w in self._kept.items() if n != "best" and self._needed(n, index + 1)}
+        self.state.begin_stage(index)
+
+    def _needed(self, start: str, first: int) -> bool:
+        """Whether stage `first` or one after it starts from the weights called `start`."""
+        return any(str(stage.recipe.training.start) == start for stage in self.stages[first:])
+
     # ---- When things are due ----------------------------------------------------------------------------------------
 
     def _stage_finished(self, stage: Stage) -> bool:
         patience_exhausted = 0 < stage.patience <= self.state.stale
-        return self.state.step >= self.total or self.state.stage_step >= stage.steps or patience_exhausted
+        return self._cut or self.state.stage_step >= stage.steps or patience_exhausted
 
     def _evaluation_due(self, stage: Stage) -> bool:
         if self.state.step == 0:
-            return self.recipe.training.evaluate_untrained and self.total > 0
+            return self.recipe.training.evaluate_untrained and self.end > 0
         return self._due(stage, stage.recipe.training.evaluate_every)
 
     def _checkpoint_due(self, stage: Stage) -> bool:
@@ -241,34 +308,44 @@ class Trainer:
         """A scheduled evaluation: updates the state, and best/ if the score is the best one so far."""
         state, evaluation = self.state, self._measure()
         if evaluation is not None:
+            better = state.step > 0 and self._is_better(evaluation, state.best)
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
             else:
-                if _is_better(evaluation, state.best):
+                if better:
                     state.best = self._keep_best(evaluation)
-                improved = state.stage_best is None or evaluation.score > state.stage_best
+                self._keep_task_bests(evaluation, state)
+                score = evaluation.score(self.stages[state.stage].recipe.training.select)
+                improved = state.stage_best is None or score > state.stage_best
                 state.stale = 0 if improved else state.stale + 1
-                if improved and math.isfinite(evaluation.score):
-                    state.stage_best = evaluation.score
+                if improved and math.isfinite(score):
+                    state.stage_best = score
+                    if self._needed("best", state.stage + 1):
+                        self._kept["best"] = copy_weights(self.model)
             state.record = self._report_dev(evaluation)
+            self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
         state.evaluated = state.step
 
-    def _final_evaluation(self) -> dict[str, Any] | None:
-        """The best evaluation, including one at the end of a run that `max_steps` cut between two scheduled ones.
+    def _final_evaluation(self) -> State:
+        """The state with the best evaluations, including one at the end of a run that `stop_after` cut between two.
 
-        The additional evaluation does not enter the state: a run that resumes from here continues as if it had never
-        been cut.
+        The additional evaluation enters only the returned copy: a run that resumes from here continues as if it had
+        never been cut.
         """
         state = self.state
         evaluation = None if state.evaluated == state.step else self._measure()
         if evaluation is None:
-            return state.best
+            return state
         self.files.metrics.write(self._report_dev(evaluation))
-        if not _is_better(evaluation, state.best):
-            return state.best
-        if state.best is not None:
-            self.files.set_aside("best", "predictions")
-        return self._keep_best(evaluation)
+        bests = replace(state, task_best=dict(state.task_best))
+        self._keep_task_bests(evaluation, bests, provisional=True)
+        better = self._is_better(evaluation, state.best)
+        self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
+        if better:
+            if state.best is not None:
+                self.files.set_aside("best", "predictions")
+            bests.best = self._keep_best(evaluation)
+        return bests
 
     def _measure(self) -> Evaluation | None:
         self._clock.tick("other")
@@ -277,17 +354,44 @@ class Trainer:
         self._clock.tick("evaluation")
         return evaluation
 
+    def _is_better(self, evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
+        return _beats(evaluation, self.recipe.training.select, best)
+
     def _keep_best(self, evaluation: Evaluation) -> dict[str, Any]:
         if self.world.is_main:
             self.files.write_directory("best", self.save)
             self.files.write_directory("predictions", evaluation.write)
-        score = evaluation.score if math.isfinite(evaluation.score) else None
-        return {"step": self.state.step, "score": score, "metrics": dict(evaluation.metrics)}
+        return self._summarise(evaluation, self.recipe.training.select)
+
+    def _keep_task_bests(self, evaluation: Evaluation, bests: State, provisional: bool = False) -> None:
+        """Saves best-TASK/ for each task that this stage trains and that has its best score now, if the recipe asks.
+
+        Writes the scores to `bests.task_best`. A provisional result sets the directory aside that it replaces.
+        """
+        if not self.recipe.training.best_per_task:
+            return
+        trained = self.stages[self.state.stage].recipe.tasks
+        for task, metric in self.judged_by.items():
+            before = bests.task_best.get(task)
+            if task not in trained or not _beats(evaluation, metric, before):
+                continue
+            if provisional and before is not None:
+                self.files.set_aside(f"best-{task}")
+            if self.world.is_main:
+                self.files.write_directory(f"best-{task}", self.save)
+            bests.task_best[task] = self._summarise(evaluation, metric)
+
+    def _summarise(self, evaluation: Evaluation, metric: str) -> dict[str, Any]:
+        score = evaluation.score(metric)
+        found = {"step": self.state.step, "score": score if math.isfinite(score) else None}
+        train = {"train": dict(evaluation.train)} if evaluation.train else {}
+        return found | {"metrics": dict(evaluation.metrics)} | train
 
     def _report_dev(self, evaluation: Evaluation) -> dict[str, Any]:
         scores = (f"{name} {format_score(value)}" for name, value in evaluation.metrics.items())
         self._progress.say(f"step {self.state.step}: {', '.join(scores)}")
-        return dev_record(evaluation.metrics, self.state, self.stages)
+        record = dev_record(evaluation.metrics, self.state, self.stages)
+        return record | {f"train/{name}": value for name, value in evaluation.train.items()}
 
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
 
@@ -312,8 +416,19 @@ class Trainer:
                 if logged and last:
                     self._progress.advance(seen.losses, self._clock.speed()[1])
                     self._clock.reset_speed()
+                    self._tell(StepEvent(seen.step, self.total, seen.losses, record.get("lr"), seen.grad_norm))
             if state.skipped_in_a_row >= self.recipe.training.max_skipped:
                 self._abort(stage, seen)
+
+    def _tell(self, event: StepEvent | EvaluationEvent) -> None:
+        """Calls every callback on rank 0. The run ends, in every process, if one of them returns True."""
+
+        def call(callback: Callback) -> bool:
+            return bool(callback.on_step(event) if isinstance(event, StepEvent) else callback.on_evaluation(event))
+
+        if self.callbacks:
+            asked = self.world.from_main(lambda: [call(callback) for callback in self.callbacks])
+            self._stopped = self._stopped or any(asked)
 
     def _save_checkpoint(self) -> None:
         state = self.state
@@ -326,6 +441,8 @@ class Trainer:
         self.files.metrics.flush()
         # In every process, because each may hold a part of the moments.
         tensors, scalars = collect_tensors(self.model, self._step)
+        for weights in self._kept.keys() - {"0"}:  # a resumed run finds those before the first stage by itself
+            tensors |= {f"{KEPT}{weights}/{name}": tensor for name, tensor in self._kept[weights].items()}
         if self.world.is_main:
             self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
@@ -347,13 +464,6 @@ class Trainer:
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, in GPU memory (torch.OutOfMemoryError) or main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
-
-
 def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> str:
     examples = sum(batch.num_examples(task) for task in batch.tasks)
     return (
@@ -363,5 +473,5 @@ def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> st
     )
 
 
-def _is_better(evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
-    return best is None or best["score"] is None or evaluation.score > best["score"]
+def _beats(evaluation: Evaluation, metric: str, best: Mapping[str, Any] | None) -> bool:
+    return best is None or best["score"] is None or evaluation.score(metric) > best["score"]

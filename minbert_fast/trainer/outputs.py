@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from minbert_fast.common.errors import RunError, translate_write_errors
-from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory
+from minbert_fast.common.storage import (
+    finite,
+    flush_directory,
+    remove,
+    sweep,
+    write_bytes,
+    write_directory,
+)
 from minbert_fast.trainer import trackers
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
@@ -84,15 +91,19 @@ class RunDirectory:
     def clear(self) -> None:
         """Removes an earlier run's results and no other files."""
         with translate_write_errors(self.path):
-            for name in (*RESULTS, *TRACKED):
+            for name in (*RESULTS, *TRACKED, *(path.name for path in self.path.glob("best-*"))):
                 remove(self.path / name)
 
     def prepare(self, recipe: str) -> None:
-        """Repairs what a crash left behind, makes the folders, and saves the recipe (TOML) for `--resume`."""
+        """Repairs what a crash left behind, makes the folders, and saves the recipe (TOML) for `--resume`.
+
+        Removes the summary of an earlier part of the run.
+        """
         with translate_write_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             sweep(self.path)
             sweep(self.checkpoints)
+            remove(self.path / SUMMARY)
             flush_directory(self.path)
             write_bytes(saved_recipe_path(self.path), recipe.encode("utf-8"))
 

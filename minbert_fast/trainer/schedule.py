@@ -20,8 +20,8 @@ from minbert_fast.recipes.recipe import OptimizerOptions
 def lr_scale(step: int, total_steps: int, steps_per_epoch: int, options: OptimizerOptions) -> float:
     """The factor of all base learning rates at `step` (0-based) of a stage.
 
-    `total_steps` counts all epochs of the stage, even if the run is cut short: a resumed run then has the learning
-    rates of an uninterrupted one.
+    `total_steps` is the length of the stage, even if `--stop-after` cuts the run short: a resumed run then has the
+    learning rates of an uninterrupted one.
     """
     assert step >= 0, f"step {step}"
     warmup = round(options.warmup * total_steps)

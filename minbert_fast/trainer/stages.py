@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -28,7 +28,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.neighbours import check_encoder_frozen, embed_labelled_sentences
-from minbert_fast.trainer.loop import Stage
+from minbert_fast.trainer.loop import Stage, schedule_steps
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StageContext:
 
     model: MultitaskModel
     tokenizer: Tokenizer
-    train: Mapping[str, TokenTable]  # training rows by task
+    train: Sequence[Mapping[str, TokenTable]]  # training rows by stage and task
     device: torch.device
     precision: Precision
     backend: Backend
@@ -49,18 +49,17 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     """Builds stage number `index` of the recipe. Raises ConfigError for values that cannot be carried out."""
     recipe = whole.resolved_stages()[index]
     training = recipe.training
-    tasks = build_tasks(recipe)
+    tables = context.train[index]
+    tasks = {name: task for name, task in build_tasks(recipe).items() if name in tables}
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
     check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)
-    tables = {name: context.train[name] for name in tasks}
     sampler = Sampler.from_tables(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
         training.seed + index,  # every stage draws its own order
-        fractions={name: task.options.fraction for name, task in tasks.items()},
-        balanced=[name for name, task in tasks.items() if task.options.balanced],
+        draws={name: task.options.draw for name, task in tasks.items()},
     )
     one_process = context.world.size == 1 and context.backend == "fast"
     graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
@@ -74,7 +73,6 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
     world = context.world
     collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)
-    steps = training.epochs * sampler.steps_per_epoch
     window = recipe.weighting.window or sampler.steps_per_epoch
     with_window = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
@@ -88,19 +86,19 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         assert isinstance(step, OnePassStep)
         return GraphedStep(step, context.captures)
 
-    def batches(start: int) -> Generator[MultitaskBatch, None, None]:
-        made = training_batches(sampler, collator, start, steps)
+    def batches(first: int, end: int) -> Generator[MultitaskBatch, None, None]:
+        made = training_batches(sampler, collator, first, end)
         if context.device.type == "cuda":
             made = ((step, batch.pin_memory()) for step, batch in made)
         with closing(prefetch(made)) as ahead:
             for _, batch in ahead:
                 yield batch.to(context.device, non_blocking=True)
 
-    own = whole.stages[index].get("training", {}) if whole.stages else {}
+    own = whole.stages[index].get("training", {}).get("max_steps") if whole.stages else None
     return Stage(
         recipe=recipe,
         steps_per_epoch=sampler.steps_per_epoch,
-        limit=own.get("max_steps"),
+        steps=schedule_steps(training.epochs, sampler.steps_per_epoch) if own is None else own,
         # Further pre-training does not train the heads that the dev scores come from.
         patience=training.patience if any(task.predicts for task in tasks.values()) else 0,
         build_step=build_step,

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by kinds with one text per example: options, further encoder layers, the head's layers.
+
+embedding of the text -> [neighbours] -> dropout -> [shared stack] -> linear -> scores
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minbert_fast.common.schema import check, check_at_least, check_below_one
+from minbert_fast.model import fused
+from minbert_fast.model.bert import BertLayer, read_layer
+from minbert_fast.model.config import BertConfig
+from minbert_fast.model.passes import AutogradPass, Sentences, through
+from minbert_fast.ops.pooling import Mode, pool
+from minbert_fast.tasks.base import Head, HeadOutput, TaskInput, TaskOptions, shared_stack
+from minbert_fast.tasks.neighbours import LabelledSentences
+
+
+@dataclass(frozen=True)
+class SingleOptions(TaskOptions):
+    """Options of a task with one text per example, in addition to those of every task."""
+
+    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
+    shared_depth: int = 2
+    extra_layers: int = 0  # BERT layers of this task, between the encoder and the pooling
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_below_one(self, "dropout")
+        check_at_least(self, 1, "shared_depth")
+        check(0 <= self.extra_layers <= 48, f"extra_layers = {self.extra_layers}: expected 0 to 48")
+        check(
+            not (self.extra_layers and self.pooling == "pooler"),
+            'pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max',
+        )
+
+
+class TokenLayers(nn.Module):
+    """`depth` layers like the encoder's, newly initialised, with the encoder's dropout; hidden rows [N, H] -> [n, H].
+
+    They process all N rows of the packed batch, also those of other tasks, because shapes must not depend on the data. A
+    recipe saves this work with a stage that trains this task alone.
+    """
+
+    def __init__(self, config: BertConfig, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(depth))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, inputs: TaskInput, pooling: Mode) -> Tensor:
+        """One vector per example [n, H], for tasks with one sentence per example."""
+        hidden = inputs.hidden.to(torch.promote_types(inputs.hidden.dtype, torch.float32))
+        rows = Sentences(inputs.cu_seqlens, inputs.max_seqlen, hidden.shape[0])
+        plan = fused.plan(self, None, self.layers, read_layer)
+        hidden = through(AutogradPass(), rows, hidden, self.layers, plan.layers)
+        n = inputs.embeddings[0].shape[0]
+        return pool(hidden, inputs.cu_seqlens[inputs.first : inputs.first + n + 1], pooling)
+
+
+class SingleHead(Head):
+    """Scores [n, outputs] of single texts; [n] for one output."""
+
+    options: SingleOptions
+
+    def __init__(
+        self,
+        options: SingleOptions,
+        config: BertConfig,
+        shared: dict[str, nn.Module],
+        outputs: int,
+        neighbours: LabelledSentences | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = options
+        width = config.hidden_size
+        self.layers = TokenLayers(config, options.extra_layers) if options.extra_layers else None
+        self.stack = shared_stack(options, width, shared)
+        self.neighbours = neighbours
+        if neighbours is not None:
+            width = neighbours.features + (width if neighbours.nearest else 0)
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, inputs: TaskInput) -> HeadOutput:
+        if self.layers is None:
+            (x,) = inputs.embeddings
+        else:
+            x = self.layers(inputs, self.options.pooling or "mean")
+        if self.neighbours is not None:
+            features = self.neighbours(x)
+            x = torch.cat([x, features], dim=-1) if self.neighbours.nearest else features
+        x = F.dropout(x, self.options.dropout, self.training)
+        if self.stack is not None:
+            x = self.stack(x)
+        scores = self.output(x)
+        return HeadOutput(scores.squeeze(-1) if self.output.out_features == 1 else scores)
+
+    def labelled_sentences(self) -> LabelledSentences | None:
+        return self.neighbours

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the flags of `train` to a recipe: one file, chosen tasks, whole tables, places that are mixed up; the help."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minbert_fast import __main__ as entry
+from minbert_fast import train
+from minbert_fast.common import cli
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.data import sample_directory
+from minbert_fast.recipes.recipe import Recipe
+
+
+def recipe_from(*arguments: str) -> Recipe:
+    return train.build_recipe(train.parser().parse_args(arguments))
+
+
+# ---- One file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> str:
+    path = tmp_path / "my reviews.csv"
+    path.write_text("review,stars\nfine,4\n")
+    return str(path)
+
+
+def test_one_file_is_one_task(reviews: str) -> None:
+    recipe = recipe_from("--data", reviews, "--text", "review", "--label", "star rating", "--model", "m")
+    assert recipe.tasks == {
+        "star-rating": {"kind": "", "data": {"train": reviews, "text": ["review"], "label": "star rating"}}
+    }
+    assert (recipe.name, recipe.data.directory) == ("default", "")
+    more = ("--dev", "dev.csv", "--id", "key", "--kind", "pair-classification", "--tasks", "same")
+    recipe = recipe_from("--data", reviews, "--text", "a,b", "--label", "same", *more)
+    source = {"train": reviews, "dev": "dev.csv", "text": ["a", "b"], "label": "same", "id": "key"}
+    assert recipe.tasks == {"same": {"kind": "pair-classification", "data": source}}
+    recipe = recipe_from("--data", reviews, "--text", "review", "--kind", "masked-lm")
+    assert recipe.tasks == {"my-reviews": {"kind": "masked-lm", "data": {"train": reviews, "text": ["review"]}}}
+
+
+def test_set_reaches_into_the_task_of_a_file(reviews: str) -> None:
+    recipe = recipe_from(
+        "--data", reviews, "--text", "review", "--label", "stars", "--set", "tasks.stars.data.quoting='none'"
+    )
+    assert list(recipe.tasks) == ["stars"]
+    assert recipe.tasks["stars"]["data"]["quoting"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "FILE"], "a file; --text COLUMN names its text and --label COLUMN its labels"),
+        (["--data", "FILE", "--text", "review"], "names its labels; for text without labels, choose a --kind"),
+        (["--data", ".", "--text", "review"], "--text review: describes --data FILE, and . is no file"),
+        (["--label", "stars"], "--label stars: describes --data FILE"),
+        (["--data", "FILE", "--text", "review", "--label", "words"], "tasks.words: this name is reserved"),
+    ],
+)  # fmt: skip
+def test_flags_of_a_file_that_do_not_fit(reviews: str, arguments: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe_from(*(reviews if word == "FILE" else word for word in arguments))
+    assert expected in str(caught.value)
+
+
+# ---- Tasks and tables ----------------------------------------------------------------------------------------------
+
+
+def test_tasks_picks_tasks_from_the_recipe_and_its_stages() -> None:
+    assert list(recipe_from("--tasks", "similarity,sentiment").tasks) == ["sentiment", "similarity"]
+    assert list(recipe_from("--tasks", "sentiment,nli").tasks) == ["sentiment", "nli"]
+    staged = recipe_from("--recipe", "bertology-nli-all", "--tasks", "sentiment,nli")
+    assert {name for stage in staged.resolved_stages() for name in stage.tasks} == {"sentiment", "nli"}
+    with pytest.raises(ConfigError, match=r"--tasks sentimnt: recipe demonstration has sentiment, paraphrase"):
+        recipe_from("--tasks", "sentimnt")
+
+
+def test_a_whole_table_replaces_and_a_key_is_merged() -> None:
+    """`tasks={sentiment={}}` was merged without a word, so that three tasks were trained."""
+    assert recipe_from("--set", "tasks={sentiment={}}").tasks == {"sentiment": {}}
+    both = recipe_from("--set", "tasks={sentiment={}}", "--set", "tasks.paraphrase.weight=2.0")
+    assert both.tasks == {"sentiment": {}, "paraphrase": {"weight": 2.0}}
+    assert len(recipe_from("--set", "tasks.sentiment.weight=2.0").tasks) == 3
+    assert recipe_from("--lr", "0.5", "--set", "optimizer={warmup=0.3}").optimizer.lr == Recipe().optimizer.lr
+
+
+# ---- Places that are mixed up --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The output of a run, as far as its place matters."""
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+def test_a_model_in_place_of_data(run: Path) -> None:
+    model, data = str(sample_directory().model), str(sample_directory().data)
+    with pytest.raises(ConfigError) as caught:
+        recipe_from("--data", model, "--model", data)
+    assert str(caught.value) == (
+        f"--data {model}: holds a model and no data files; did you mean --data {data} --model {model}?"
+    )
+    with pytest.raises(ConfigError, match=f"--data {run}: holds a model .*; --model {run / 'best'} uses it"):
+        recipe_from("--data", str(run))
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "more"),
+    [
+        ("train", "--model", ["--output", "new"]),
+        ("encode", "--model", ["--input", str(sample_directory().data / "sts-dev.csv"), "--output", "x.npy"]),
+        ("predict", "--checkpoint", ["--task", "sentiment", "--input", "x", "--output", "y"]),
+        ("evaluate", "--checkpoint", ["--data", str(sample_directory().data)]),
+        ("export", "--checkpoint", ["--format", "huggingface", "--output", "exported"]),
+    ],
+)
+def test_data_or_a_run_in_place_of_a_model(
+    command: str,
+    flag: str,
+    more: list[str],
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(run.parent)
+    more = ["--column", "sentence1", *more] if command == "encode" else more
+    main = importlib.import_module(f"minbert_fast.{command}").main
+    (run / "predictions").mkdir()
+    for path, problem in {
+        run: f"its model is {run / 'best'}",
+        run / "predictions": f"its model is {run / 'best'}",
+        sample_directory().data: "holds data files, expected the directory of a model",
+    }.items():
+        assert cli.run(main, [flag, str(path), *more]) == 2
+        assert problem in capsys.readouterr().err
+    assert not (run.parent / "new").exists()
+
+
+# ---- Help, and the installed command -------------------------------------------------------------------------------
+
+
+def test_the_help_fits_a_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = train.parser().format_help()
+    assert text.count("\n") <= 40
+    assert max(map(len, text.splitlines())) <= 84
+    assert "--sst_train" not in text
+    with pytest.raises(SystemExit):
+        train.parser().parse_args(["--help-course"])
+    course = capsys.readouterr().out
+    assert "--sst_train" in course
+    assert "--use_gpu" in course
+
+
+def test_the_entry_point_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    package = Path(entry.__file__).parent
+    files = {path.stem for path in package.glob("*.py") if not path.stem.startswith("__")}
+    assert files | {"recipes"} == set(entry.COMMANDS)
+    for module, _ in entry.COMMANDS.values():
+        assert callable(importlib.import_module(f"minbert_fast.{module}").main)
+    assert cli.run(entry.main, []) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in entry.COMMANDS)
+    assert cli.run(entry.main, ["trian"]) == 2
+    assert "'trian': no such command; did you mean train?" in capsys.readouterr().err
+    assert cli.run(entry.main, ["env", "--json"]) == 0
+    assert '"minbert_fast"' in capsys.readouterr().out
+
+
+def test_the_entry_point_imports_only_the_chosen_command() -> None:
+    code = (
+        "import sys; sys.argv = ['minbert-fast', 'recipes']\n"
+        "from minbert_fast.__main__ import script\n"
+        "assert script() == 0\n"
+        "import os; assert os.environ.get('GOMP_SPINCOUNT')\n"
+        "print([m for m in ('train', 'search', 'export') if f'minbert_fast.{m}' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
