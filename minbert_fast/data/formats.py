@@ -191,7 +191,13 @@ def find_tables(
     check_directory(folder)
     paths: dict[str, Path] = {}
     notices: list[str] = []
-    wanted = [layout for layout in map(format_of, tasks) if layout.stem]
+    layouts = list(map(format_of, tasks))
+    unplaced, wanted = [x.name for x in layouts if not x.stem], [x for x in layouts if x.stem]
+    if unplaced:
+        names = ", ".join(unplaced)
+        notices.append(f"layout {names}: has no file names of its own; name the files (train = ..., layout = ...)")
+    if not wanted:
+        raise DataError(notices[0])
     for layout in wanted:
         path = find_table(folder, layout, split)
         if path:
