@@ -39,11 +39,6 @@ class Layout:
     stem: str = ""  # in a data directory the files are called {stem}-{split}.csv; empty: not looked for there
 
     @property
-    def task(self) -> str:
-        """The layout's name."""
-        return self.name
-
-    @property
     def arity(self) -> int:
         """Texts per example; 0 if the file decides."""
         return len(self.texts)
