@@ -24,7 +24,7 @@ from minbert_fast.data.files import Table, open_rows, read_rows
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
-from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule
+from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.source import Source, sources_of
 
@@ -470,6 +470,10 @@ def test_published_layouts_are_read_as_they_are_published(tmp_path: Path, name: 
     assert numbers(table) == labels
     assert table.bad_rows == ()
     assert table.skipped == (1 if layout.skip else 0)
+    if layout.classes:
+        summary = summarise_labels(find(tmp_path / file, len(texts), layout=name))
+        assert summary.names() == layout.classes
+        assert merge_summaries([summary, LabelSummary(1, {layout.classes[0]: 1})]).names() == layout.classes
     if layout.id:
         assert table.ids[0] in ("0", "7")
 
