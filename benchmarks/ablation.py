@@ -78,7 +78,7 @@ def build_recipe(variant: str, seed: int, data: Path, model: Path | None) -> Rec
 def hold_out(data: Path, folder: Path) -> None:
     """Splits each training file of `data` at random into a training file (90 %) and a dev file (10 %) in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    datasets = tuple(task.dataset for task in build_tasks(BEST).values())
+    datasets = tuple(task.layout for task in build_tasks(BEST).values())
     for path in find_tables(data, "train", datasets).paths.values():
         with path.open(encoding="utf-8", newline="") as file:
             head, *rows = csv.reader(file, delimiter="\t")

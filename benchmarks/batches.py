@@ -68,12 +68,12 @@ def _make_batch(
     sentences: list[Sequence[np.ndarray]] = []
     labels, rows = {}, {}
     for name, task in model.tasks.items():
-        columns = sentence_pools()[1][task.kind]
+        columns = sentence_pools()[1][task.preset]
         drawn = rng.integers(0, min(len(column) for column in columns), examples)
         sentences.append([column[i] for column in columns for i in drawn])
-        high = {"sentiment": 5, "paraphrase": 2, "similarity": 6}[task.kind]
+        high = {"sentiment": 5, "paraphrase": 2, "similarity": 6}[task.preset]
         values = torch.from_numpy(rng.integers(0, high, examples))
-        labels[name] = values if task.kind == "sentiment" else values.float()
+        labels[name] = values if task.preset == "sentiment" else values.float()
         rows[name] = drawn
     packed = pack(sentences, token_capacity=token_capacity)
     return MultitaskBatch(packed, tuple(model.tasks), {n: t.arity for n, t in model.tasks.items()}, labels, rows)

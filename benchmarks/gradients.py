@@ -46,8 +46,8 @@ def real_gradients(model: str, device: torch.device) -> Tensor:
     tokenizer = Tokenizer.from_pretrained(sample.model)
     tables = {}
     for name, task in network.tasks.items():
-        path = find_tables(sample.data, "train", (task.dataset,)).paths[task.dataset]
-        tables[name] = tokenize_table(read_table(path, task.dataset), tokenizer)
+        path = find_tables(sample.data, "train", (task.layout,)).paths[task.layout]
+        tables[name] = tokenize_table(read_table(path, task.layout), tokenizer)
     batch = Collator(tables, max_length=128)({name: np.arange(32) for name in tables})
     step = OnePassStep(network, recipe, torch.float32)
     step(batch.to(device), 1.0)

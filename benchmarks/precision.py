@@ -52,8 +52,8 @@ def compare(
     """Trains the three runs on a CPU."""
     tokenizer = Tokenizer.from_pretrained(model)
     tasks = build_tasks(recipe)
-    paths = find_tables(data, "train", tuple(task.dataset for task in tasks.values())).paths
-    tables = {name: load_tokens(paths[task.dataset], task.dataset, tokenizer) for name, task in tasks.items()}
+    paths = find_tables(data, "train", tuple(task.layout for task in tasks.values())).paths
+    tables = {name: load_tokens(paths[task.layout], task.layout, tokenizer) for name, task in tasks.items()}
     sampler = Sampler.from_tables(tables, batch_size, seed=0)
     collator = Collator(tables, recipe.data.max_length)
     curves = {}

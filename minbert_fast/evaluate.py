@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     bad_rows = recipe.data.max_bad_rows
     tables = {}
     for name, path in paths.items():
-        tables[name] = load_tokens(path, model.tasks[name].dataset, tokenizer, max_bad_rows=bad_rows)
+        tables[name] = load_tokens(path, model.tasks[name].layout, tokenizer, max_bad_rows=bad_rows)
         for bad in tables[name].bad_rows:
             print(f"left out: {bad}", file=sys.stderr)
     with tqdm(
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
         evaluation = evaluate(model, tables, precision=precision, max_length=max_length, progress=bar.update)
     if options.output is not None:
-        files = {n: read_table(path, model.tasks[n].dataset, max_bad_rows=bad_rows) for n, path in paths.items()}
+        files = {n: read_table(path, model.tasks[n].layout, max_bad_rows=bad_rows) for n, path in paths.items()}
         texts = {name: table.sentences for name, table in files.items()}
         evaluation.write(options.output, texts, options.split)
     if options.json is not None:
@@ -86,7 +86,7 @@ def format_scores(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:
         for key, value in result.metrics.items():
             lines.append(f"{key:<{width}}  {value:7.4f}{where}")
             where = ""
-    kinds = {result.task.dataset for result in evaluation.tasks.values()}
+    kinds = {result.task.layout for result in evaluation.tasks.values()}
     part = "" if set(MAIN_TASKS) <= kinds else f"  of {', '.join(evaluation.tasks)} only"
     lines.append(f"{'score':<{width}}  {evaluation.score:7.4f}{part}")
     return "\n".join(lines)
@@ -94,18 +94,18 @@ def format_scores(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:
 
 def _find_paths(directory: Path, split: str, model: MultitaskModel) -> dict[str, Path]:
     """The files in a data directory by name of the model's tasks."""
-    datasets = tuple(dict.fromkeys(task.dataset for task in model.tasks.values() if task.predicts))
+    datasets = tuple(dict.fromkeys(task.layout for task in model.tasks.values() if task.predicts))
     found = find_tables(directory, split, datasets)
     for notice in found.notices:
         print(notice, file=sys.stderr)
-    return {name: found.paths[task.dataset] for name, task in model.tasks.items() if task.dataset in found.paths}
+    return {name: found.paths[task.layout] for name, task in model.tasks.items() if task.layout in found.paths}
 
 
 def _assign_paths(files: dict[str, Path], model: MultitaskModel) -> dict[str, Path]:
     """The files (by kind of data) by name of the task that they are for: the task named like the kind, else the first."""
     paths = {}
     for kind, path in files.items():
-        names = [name for name, task in model.tasks.items() if task.dataset == kind]
+        names = [name for name, task in model.tasks.items() if task.layout == kind]
         if not names:
             raise ConfigError(f"--{kind}: this model has no {kind} head (it has {', '.join(model.tasks)})")
         paths[kind if kind in names else names[0]] = path

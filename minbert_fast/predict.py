@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     name = model.task_of(options.task)
     task = model.tasks[name]
-    layout = FORMATS[task.dataset]
+    layout = FORMATS[task.layout]
     form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "course")
     count = left_out = 0
     with (

@@ -175,27 +175,6 @@ def test_commands_that_are_only_shown_exist(page: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.ci
-def test_the_worked_example_trains_and_is_evaluated(checkout: Path) -> None:
-    data = checkout / "data"
-    data.mkdir()
-    words = {1: ("the cat sat", "a dog ran", "she is here"), 0: ("cat the sat", "dog a ran", "here is she the")}
-    for split, repeats in (("train", 12), ("dev", 3)):
-        rows = [
-            f"{split}{i}{k}{j}\t{text}\t{k}" for i in range(repeats) for k in words for j, text in enumerate(words[k])
-        ]
-        (data / f"cola-{split}.csv").write_text("\n".join(["id\tsentence\tacceptable", *rows]) + "\n")
-    example = ROOT / "docs" / "examples"
-    command = [sys.executable, str(example / "acceptability.py")]
-    train = ["train", "--data", str(data), "--recipe", str(example / "acceptability.toml"), "--output", "runs/cola"]
-    done = subprocess.run([*command, *train, "--max-steps", "2"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "acceptability_matthews" in done.stdout
-    evaluate = ["evaluate", "--checkpoint", "runs/cola/best", "--data", str(data)]
-    done = subprocess.run([*command, *evaluate], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.ci
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="no mkdocs")
 def test_the_built_site_needs_no_network_and_search_works_from_disk(tmp_path: Path) -> None:
     site = tmp_path / "site"

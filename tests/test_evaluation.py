@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from minbert_fast.data.formats import find_tables
 from minbert_fast.evaluate import main
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, evaluation
-from minbert_fast.tasks.evaluation import evaluate
+from minbert_fast.tasks.base import build_task
+from minbert_fast.tasks.details import MAX_ERRORS, task_details
+from minbert_fast.tasks.evaluation import TaskResult, evaluate
 from tests.small import read_predictions
 
 ROWS = 40
@@ -105,14 +108,26 @@ def test_bf16_is_close_but_not_equal_to_fp32(model, tables):
 def test_written_files_contain_predictions_and_the_worst_errors(model, tables, files, tmp_path):
     result = evaluate(model, tables)
     texts = {n: read_table(p, n).sentences for n, p in find_tables(files, "dev").paths.items()}
-    result.write(tmp_path, texts)
+    result.write(tmp_path, texts, train_labels={"sentiment": np.array([4, 0, 0]), "similarity": None})
     ids, values = read_predictions(tmp_path / "sts-dev-output.csv")
     assert ids == result.tasks["similarity"].ids
     np.testing.assert_allclose(values, result.tasks["similarity"].predictions, rtol=1e-6)
     details = json.loads((tmp_path / "details.json").read_text())
     sentiment = details["tasks"]["sentiment"]
+    assert (sentiment["primary"], sentiment["classes"]) == (
+        "sentiment_accuracy",
+        list(model.tasks["sentiment"].class_names),
+    )
     assert np.sum(sentiment["confusion"]) == ROWS
     assert np.trace(np.array(sentiment["confusion"])) == pytest.approx(ROWS * result.metrics["sentiment_accuracy"])
+    assert sum(n for *_, n in sentiment["calibration"]["bins"]) == ROWS
+    distribution = sentiment["distribution"]
+    assert distribution["labels"] == np.sum(sentiment["confusion"], axis=1).tolist()
+    assert distribution["predictions"] == np.sum(sentiment["confusion"], axis=0).tolist()
+    assert distribution["train"] == [2, 0, 0, 0, 1]
+    bins = details["tasks"]["similarity"]["distribution"]
+    assert (len(bins["edges"]), sum(bins["labels"]), sum(bins["predictions"])) == (11, ROWS, ROWS)
+    assert bins["train"] is None
     errors = details["tasks"]["similarity"]["worst"]
     assert [e["error"] for e in errors] == sorted((e["error"] for e in errors), reverse=True)
     first = errors[0]
@@ -120,6 +135,70 @@ def test_written_files_contain_predictions_and_the_worst_errors(model, tables, f
     assert first["sentences"] == [column[row] for column in texts["similarity"]]
     assert first["error"] == pytest.approx(abs(first["label"] - first["prediction"]), abs=1e-5)
     assert all(e["label"] != e["prediction"] for e in sentiment["worst"])
+
+
+@pytest.mark.parametrize("name", ["sentiment", "paraphrase"])
+def test_mistakes_are_sorted_by_confidence(model, tables, files, tmp_path, name):
+    """Regression: they were sorted by the label's low probability, so that a hesitant mistake came before a sure one."""
+    result = evaluate(model, {name: tables[name]}).tasks[name]
+    path = find_tables(files, "dev").paths[name]
+    worst = task_details(result, read_table(path, name).sentences)["worst"]
+    sure = [e["probability"] for e in worst]
+    assert sure == sorted(sure, reverse=True)
+    rows = [result.ids.index(e["id"]) for e in worst]
+    assert sure == pytest.approx(result.probabilities[rows].max(axis=1), abs=1e-6)
+    wrong = np.flatnonzero(result.predictions != result.labels)
+    assert set(rows) == set(wrong) if len(wrong) <= MAX_ERRORS else len(rows) == MAX_ERRORS
+    truth = result.probabilities[rows, result.labels[rows].astype(int)]
+    assert [e["error"] for e in worst] == pytest.approx(1 - truth, abs=1e-6)
+
+
+def test_the_held_out_loss_is_the_mean_of_the_heads_loss(model, tables, monkeypatch):
+    """Whatever the batches, and times the task's weight, as in training."""
+    result = evaluate(model, tables)
+    sentiment = result.tasks["sentiment"]
+    shares = sentiment.probabilities[np.arange(ROWS), sentiment.labels.astype(int)]
+    assert result.metrics["sentiment_loss"] == pytest.approx(-np.log(shares).mean(), rel=1e-5)
+    scaled = result.tasks["similarity"].predictions / 5, result.tasks["similarity"].labels / 5
+    assert result.metrics["similarity_loss"] == pytest.approx(np.mean((scaled[0] - scaled[1]) ** 2), rel=0.01)
+    monkeypatch.setitem(evaluation.TOKEN_BUDGET, "cpu", 100)
+    small = evaluate(model, tables).metrics
+    assert small == pytest.approx(result.metrics)
+    heavy = build_task("sentiment", {"weight": 3.0})
+    monkeypatch.setitem(model.tasks, "sentiment", heavy)
+    weighted = evaluate(model, {"sentiment": tables["sentiment"]}).metrics["sentiment_loss"]
+    assert weighted == pytest.approx(3 * result.metrics["sentiment_loss"], rel=1e-5)
+    unlabelled = replace(tables["sentiment"], labels=None)
+    assert evaluate(model, {"sentiment": unlabelled}).metrics == {}
+
+
+def test_details_of_several_labels_an_example(model):
+    """Matrices [n, C] instead of columns: counts and calibration by label, mistakes with the surest wrong label first."""
+    labels = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]])
+    probabilities = np.array([[0.9, 0.2, 0.7], [0.6, 0.1, 0.3], [0.8, 0.05, 0.9], [0.1, 0.2, 0.8]])
+    predictions = (probabilities >= 0.5).astype(int)
+    task = model.tasks["sentiment"]
+    result = TaskResult(task, list("abcd"), labels, predictions, probabilities, {})
+    details = json.loads(json.dumps(task_details(result, [["A", "B", "C", "D"]], labels[:2])))
+    assert details["distribution"] == {
+        "edges": None, "train": [1, 0, 1], "labels": [2, 1, 2], "predictions": [3, 0, 3]
+    }  # fmt: skip
+    assert "confusion" not in details
+    assert sum(n for *_, n in details["calibration"]["bins"]) == 12
+    assert [(e["id"], e["probability"]) for e in details["worst"]] == [("c", 0.95), ("b", 0.6)]
+    assert details["worst"][0]["label"] == [1, 1, 0]
+
+
+def test_details_of_a_diverged_model_are_valid_json(model, tables):
+    result = evaluate(model, {n: tables[n] for n in ("sentiment", "similarity")})
+    nan = np.full_like(result.tasks["similarity"].predictions, np.nan)
+    similarity = replace(result.tasks["similarity"], predictions=nan)
+    sentiment = result.tasks["sentiment"]
+    sentiment = replace(sentiment, probabilities=np.full_like(sentiment.probabilities, np.nan))
+    for each in (similarity, sentiment):
+        details = json.loads(json.dumps(task_details(each, None), allow_nan=False))
+        assert "calibration" not in details
+        assert sum(details["distribution"]["predictions"]) in (0, ROWS)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -150,7 +229,7 @@ def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_pa
     assert run(main, [*common, "--similarity", str(files / "sts-dev.csv"), "--json", str(both[1])]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("of similarity only")  # not to be read as the course's
     whole, one = (json.loads(path.read_text()) for path in both)
-    assert set(one) == {"similarity_pearson", "similarity_spearman", "score"}
+    assert set(one) == {"similarity_pearson", "similarity_spearman", "similarity_loss", "score"}
     assert one["similarity_pearson"] == pytest.approx(whole["similarity_pearson"])
 
 

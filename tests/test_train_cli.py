@@ -273,7 +273,7 @@ def test_a_missing_task_file_drops_the_task_and_says_so(
     assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
     assert "paraphrase" in capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "score"}
+    assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "sentiment_loss", "score"}
     assert summary["notices"][1:] == [
         f"no quora-train.csv in {tmp_path / 'data'}: task paraphrase is left out",
         "no dev file for similarity: trained, not evaluated",

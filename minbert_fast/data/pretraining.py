@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -162,8 +162,20 @@ def collect_sentences(name: str, tables: Sequence[TokenTable]) -> Corpus:
 
 
 def collect_pairs(name: str, tables: Sequence[TokenTable]) -> Corpus:
-    """The first two sentences of every row of `tables`, table by table."""
-    return _concatenate(name, tables, [table.columns[:2] for table in tables])
+    """The first two sentences of every row of `tables`, table by table.
+
+    Of a table with one sentence per row, each row and the row on the next line; a blank line divides documents.
+    """
+    parts = [_consecutive(table) if table.arity == 1 else table for table in tables]
+    return _concatenate(name, parts, [part.columns[:2] for part in parts])
+
+
+def _consecutive(table: TokenTable) -> TokenTable:
+    """The rows of a table with one column whose next row is on the next line, each with that row as second sentence."""
+    first = np.flatnonzero(np.diff(table.lines) == 1)
+    (column,) = table.columns
+    columns = tuple(Tokens.of([column[row] for row in rows.tolist()]) for rows in (first, first + 1))
+    return replace(table, columns=columns, labels=None, lines=table.lines[first])
 
 
 def _concatenate(name: str, parts: Sequence[TokenTable], blocks: Sequence[Sequence[Tokens]]) -> Corpus:

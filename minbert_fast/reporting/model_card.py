@@ -63,7 +63,7 @@ def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
     head += ["- sentence-similarity", *(["- sentence-transformers"] if library != "transformers" else []), "---", ""]
     config = model.encoder.config
     pooled = f"{_POOLED[model.pooling]} of its tokens' vectors{', scaled to length 1,' if model.normalize else ''}"
-    kinds = [] if model.heads is None else dict.fromkeys(t.kind for t in model.tasks.values() if t.kind in _CALLS)
+    kinds = [] if model.heads is None else dict.fromkeys(t.preset for t in model.tasks.values() if t.preset in _CALLS)
     calls = "".join(f"model.{kind}{_CALLS[kind]}\n" for kind in kinds)
     parts = [
         "\n".join([*head, f"# {name}"]),
@@ -87,8 +87,8 @@ def model_card(model: Predictor, source: Path, name: str, form: str) -> str:
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
-    stems = {name: ", ".join(FORMATS[source].stem for source in task.sources) for name, task in tasks.items()}
-    rows = [f"| {name} | {task.kind} | {stems[name]} files |" for name, task in tasks.items()]
+    stems = {name: ", ".join(FORMATS[s.layout].stem for s in task.sources if s.layout) for name, task in tasks.items()}
+    rows = [f"| {name} | {task.preset or task.kind} | {stems[name]} files |" for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]

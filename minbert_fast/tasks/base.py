@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a task: options from the recipe, a head (sentence embeddings to scores and a loss), metrics, files.
 
-A task kind is one file of this package: a frozen dataclass of options, a `Head`, and a `Task` registered under the kind's
-name. A head's forward and loss must not synchronise with the device, and their shapes must not depend on tensor values:
-the training step is captured as a CUDA graph.
+A kind is one file of this package: a frozen dataclass of options, a `Head`, and a `Task` registered under the kind's name.
+A preset (`presets.toml`) is a kind with some options set. A head's forward and loss must not synchronise with the device,
+and their shapes must not depend on tensor values: the training step is captured as a CUDA graph.
 
 Shapes: n examples of the task in the batch, B sentences, N token rows, H hidden, C classes.
 """
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build, check, check_at_least
-from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.labels import LabelSummary, Rule
 from minbert_fast.data.sampling import Draw
+from minbert_fast.data.source import Source, sources_of
 from minbert_fast.model.config import BertConfig, Pooling
-from minbert_fast.tasks import metrics
+from minbert_fast.tasks.presets import PRESETS, preset_of
 
 if TYPE_CHECKING:
     from minbert_fast.data.pretraining import ExampleGenerator
@@ -53,10 +54,22 @@ class HeadOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Results:
+    """The results of a task's head for n rows, from which metrics are computed."""
+
+    predictions: np.ndarray  # [n], or [n, C]
+    labels: np.ndarray | None  # [n], or [n, C]; None for a task without labels
+    probabilities: np.ndarray | None = None  # [n, C]
+    vectors: tuple[np.ndarray, ...] = ()  # [n, D] per text, for tasks with `Head.compares_rows`
+    table: TokenTable | None = None  # the rows themselves
+
+
+@dataclass(frozen=True)
 class TaskOptions:
     """Options of every task kind: a table `[tasks.<name>]` of the recipe."""
 
-    kind: str = ""  # empty: the task's own name
+    kind: str = ""  # of task, or a preset; empty: the task's own name
+    data: Any = ""  # its data sets: files, data sets of the hub, named layouts (data/source.py)
     pooling: Pooling | None = None  # None: the recipe's `model.pooling`
     batch_size: int | None = None  # None: the recipe's `training.batch_size`
     weight: float = 1.0  # of the task's loss
@@ -65,6 +78,10 @@ class TaskOptions:
     replacement: bool = False  # draw with replacement; with balanced, a row's weight is 1 / (rows of its class)
     per_class: int = 0  # draw at most this many rows of each class per epoch; 0: no limit
     dev_fraction: float = 1.0  # share of the dev rows that evaluations use
+    metric: str = ""  # the metric that judges the task; empty: that of its kind
+    metrics: tuple[str, ...] = ()  # the reported metrics; empty: those of its kind
+    stem: str = ""  # prediction files are called {stem}-{split}-output.csv; empty: the task's name
+    header: str = ""  # second column of prediction files; empty: Predicted_{name}
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "batch_size")
@@ -91,6 +108,11 @@ class Head(nn.Module, ABC):
     """
 
     options: Any
+    compares_rows: ClassVar[bool] = False  # the task's metrics need the vectors of all rows
+
+    def configure(self, options: Any) -> None:
+        """Replaces the options."""
+        self.options = options
 
     @abstractmethod
     def forward(self, inputs: TaskInput) -> HeadOutput:
@@ -98,10 +120,10 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
-        """The mean loss over the n >= 1 examples, a scalar; labels [n] are as in the data file."""
+        """The mean loss over the n >= 1 examples, a scalar; labels [n] or [n, C] are as the task's rule parses them."""
 
     def predict(self, output: HeadOutput) -> Tensor:
-        """Predictions [n] on the scale of the labels, as in the prediction files; by default the most likely class."""
+        """Predictions, shaped and scaled like the labels; by default the most likely class [n]."""
         return output.scores.argmax(-1)
 
     def probabilities(self, output: HeadOutput) -> Tensor | None:
@@ -127,32 +149,60 @@ class Task(ABC):
 
     name: str
     options: Any
+    preset: str = ""  # the preset that it was built from; empty: none
 
     Options: ClassVar[type]
     head_class: ClassVar[type]  # a Head that is built from options, config and shared modules (`build_head`)
     labelled: ClassVar[bool] = True
-    stem: ClassVar[str] = ""  # start of the prediction file's name, if the task has its kind's name
-    header: ClassVar[str] = ""  # second column of the prediction file
-    metric: ClassVar[str] = "accuracy"  # the metric that judges the task
+    predicts: ClassVar[bool] = True  # False: the task only trains, without dev scores and predictions
+    metric: ClassVar[str] = "accuracy"  # judges the task, unless the options name another one
+    reported: ClassVar[tuple[str, ...]] = ()  # metrics of the kind, unless the options name some
+
+    def __post_init__(self) -> None:
+        _ = self.sources  # raises ConfigError
+        for metric in (self.options.metric, *self.options.metrics):
+            if metric and metric not in self.known_metrics:
+                known = ", ".join(self.known_metrics) or "none, it only trains"
+                raise ConfigError(f"tasks.{self.name}: metric {metric!r}: expected one of this kind: {known}")
 
     @property
     def kind(self) -> str:
         return str(self.options.kind)
 
-    @property
-    def dataset(self) -> str:
-        """The task's data files (a key of `minbert_fast.data.formats.FORMATS`); empty for a task without own files."""
-        return str(self.options.data)
+    # ---- Data ------------------------------------------------------------------------------------------------------
 
     @property
-    def predicts(self) -> bool:
-        """Whether the task has dev scores and predictions. Otherwise it only trains, on the files of `sources`."""
-        return bool(self.dataset)
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets that the task is trained and evaluated on."""
+        return sources_of(self.options.data, f"tasks.{self.name}.data")
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """The data sets whose training files the task uses (keys of FORMATS)."""
-        return (self.dataset,)
+    def layout(self) -> str:
+        """The layout whose files in the data directory are the task's only data set; empty if `data` names files."""
+        sources = self.sources
+        return sources[0].layout if len(sources) == 1 and not (sources[0].train or sources[0].hub) else ""
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of an example."""
+        return 1
+
+    @property
+    def rule(self) -> Rule | None:
+        """How a label becomes numbers; None for unlabelled data."""
+        return None
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the options are complete. Otherwise `resolve` finds the missing ones in the training labels."""
+        return True
+
+    def resolve(self, summary: LabelSummary) -> dict[str, Any]:
+        """The missing options, from the labels of the training set; a recipe stores them under the task's name.
+
+        Raises ConfigError if such labels do not suit the kind.
+        """
+        return {}
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
         """The task's rows, from the tables of those of its sources that exist (one or more)."""
@@ -164,20 +214,16 @@ class Task(ABC):
         return None
 
     @property
-    def arity(self) -> int:
-        """Sequences per example in the packed batch."""
-        sentences = FORMATS[self.dataset].arity
-        return {"bi": sentences, "cross": 1, "both": sentences + 1}[self.encoder]
-
-    @property
     def encoder(self) -> Encoder:
         """How a pair is encoded: as two sequences, as one sequence [CLS] a [SEP] b [SEP], or both."""
         return "bi"
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes 0 to C - 1; None for a regression."""
-        return None
+    def arity(self) -> int:
+        """Sequences per example in the packed batch."""
+        return {"bi": self.num_texts, "cross": 1, "both": self.num_texts + 1}[self.encoder]
+
+    # ---- Model -----------------------------------------------------------------------------------------------------
 
     @property
     def pooling(self) -> Pooling | None:
@@ -190,28 +236,68 @@ class Task(ABC):
         """Factor on the task's loss."""
         return float(self.options.weight)
 
-    @property
-    def primary(self) -> str:
-        """The full name of the metric that judges the task."""
-        return f"{self.name}_{self.metric}"
-
     def build_head(self, config: BertConfig, shared: dict[str, nn.Module]) -> Head:
         """A new head. `shared` holds the modules that heads of one model share, by name."""
         head: Head = self.head_class(self.options, config, shared)
         return head
 
-    def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        """The task's metrics; each name starts with the task's. The default is that of a task with classes."""
-        assert labels is not None
-        return {
-            self.primary: metrics.accuracy(predictions, labels),
-            f"{self.name}_macro_f1": metrics.macro_f1(predictions, labels),
-        }
+    # ---- Metrics and predictions -------------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes 0 to C - 1; None for a regression."""
+        return None
+
+    @property
+    def known_metrics(self) -> tuple[str, ...]:
+        """All metrics that the options may name."""
+        return self.reported
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The reported metrics, with the one that judges the task."""
+        judge = self.options.metric or self.metric
+        return tuple(dict.fromkeys((*(self.options.metrics or self.reported or (judge,)), judge)))
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The full names of the reported metrics, the keys of `evaluate`."""
+        return tuple(f"{self.name}_{metric}" for metric in self.metrics) if self.predicts else ()
+
+    @property
+    def primary(self) -> str:
+        """The full name of the metric that judges the task."""
+        return f"{self.name}_{self.options.metric or self.metric}"
+
+    def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
+        """A function for each metric that the options may name."""
+        return {}
+
+    def evaluate(
+        self,
+        predictions: np.ndarray,
+        labels: np.ndarray | None,
+        probabilities: np.ndarray | None = None,
+        vectors: tuple[np.ndarray, ...] = (),
+        table: TokenTable | None = None,
+    ) -> dict[str, float]:
+        """The reported metrics of n >= 1 rows by full name; the arguments are the fields of `Results`."""
+        functions = self.measure(Results(predictions, labels, probabilities, vectors, table))
+        return {f"{self.name}_{metric}": functions[metric]() for metric in self.metrics} if self.predicts else {}
+
+    @property
+    def header(self) -> str:
+        """Second column of the prediction files."""
+        return self.options.header or f"Predicted_{self.name}"
 
     def prediction_file(self, split: str) -> str:
         """Name of the prediction file; the three course tasks have the course's names."""
-        stem = self.stem if self.name == self.kind else self.name
-        return f"{stem}-{split}-output.csv"
+        return f"{self.options.stem or self.name}-{split}-output.csv"
+
+    def as_labels(self, predictions: np.ndarray) -> list[Any]:
+        """Predictions [n] as a data file writes labels: numbers, or names of classes."""
+        values: list[Any] = predictions.tolist()
+        return values
 
 
 # ---- Registry ------------------------------------------------------------------------------------------------------
@@ -225,11 +311,16 @@ def register(kind: str) -> Callable[[K], K]:
     """Class decorator: registers a Task as `kind`, its name in recipes."""
 
     def add(cls: K) -> K:
-        assert kind not in KINDS, f"two tasks of kind {kind!r}"
+        assert kind not in KINDS.keys() | PRESETS.keys(), f"two tasks of kind {kind!r}"
         KINDS[kind] = cls
         return cls
 
     return add
+
+
+def is_kind(name: str) -> bool:
+    """Whether `name` is a kind of task or a preset."""
+    return name in KINDS or name in PRESETS
 
 
 def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -242,10 +333,15 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigError(f"{where}: expected a name of letters, digits, '-' and '_'")
     kind = values.setdefault("kind", name)
-    if kind not in KINDS:
-        raise ConfigError(f"{where}.kind = {kind!r}: expected one of {', '.join(KINDS)}")
-    cls = KINDS[kind]
-    return cls(name, build(cls.Options, values, where, "."))
+    preset = preset_of(kind, values)
+    if preset:
+        values = PRESETS[preset] | values | {"kind": PRESETS[preset]["kind"]}
+        if name != preset and "stem" not in (options or {}):
+            values.pop("stem", None)
+    elif kind not in KINDS:
+        raise ConfigError(f"{where}.kind = {kind!r}: expected one of {', '.join([*KINDS, *PRESETS])}")
+    cls = KINDS[values["kind"]]
+    return cls(name, build(cls.Options, values, where, "."), preset)
 
 
 # ---- Shared by several heads ---------------------------------------------------------------------------------------

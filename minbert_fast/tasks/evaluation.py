@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks.base import HeadOutput, Task
-from minbert_fast.tasks.metrics import confusion_matrix, course_score
+from minbert_fast.tasks.details import task_details
+from minbert_fast.tasks.metrics import course_score
 from minbert_fast.tasks.model import MultitaskModel
 from minbert_fast.tasks.predictions import write_predictions
-
-MAX_ERRORS = 25  # errors listed per task
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class TaskResult:
     labels: np.ndarray | None  # [n]
     predictions: np.ndarray  # [n] on the labels' scale: integers for classes written as whole numbers, else fp32
     probabilities: np.ndarray | None  # [n, C]
-    metrics: dict[str, float]  # empty for an unlabelled file
+    metrics: dict[str, float]  # those of the task and `<task>_loss`, its head's mean loss; empty for an unlabelled file
 
 
 @dataclass(frozen=True)
@@ -59,21 +58,28 @@ class Evaluation:
         """The overall score; nan without metrics."""
         return self.metrics.get("score", float("nan"))
 
-    def write(self, directory: Path, texts: Mapping[str, Sequence[Sequence[str]]], split: str = "dev") -> None:
+    def write(
+        self,
+        directory: Path,
+        texts: Mapping[str, Sequence[Sequence[str]]],
+        split: str = "dev",
+        train_labels: Mapping[str, np.ndarray | None] | None = None,
+    ) -> None:
         """Writes the prediction files, and details.json for the report.
 
         `texts[task]` are the sentences of the task's file: one list [n] per sentence of an example. Without them the
-        details list no errors.
+        details list no errors. `train_labels[task]` are the labels that the task was trained on.
         """
         self.write_predictions(directory, split)
-        details = {name: _details(result, texts.get(name)) for name, result in self.tasks.items()}
+        trained = train_labels or {}
+        details = {n: task_details(result, texts.get(n), trained.get(n)) for n, result in self.tasks.items()}
         write_text(directory / "details.json", json.dumps({"split": split, "tasks": details}, allow_nan=False) + "\n")
 
     def write_predictions(self, directory: Path, split: str = "dev") -> None:
         """Writes one file per task in the course's format, each atomically."""
         for result in self.tasks.values():
             path = directory / result.task.prediction_file(split)
-            write_predictions(path, result.task.header, list(result.ids), result.predictions)
+            write_predictions(path, result.task.header, list(result.ids), result.task.as_labels(result.predictions))
 
 
 def evaluate(
@@ -95,23 +101,26 @@ def evaluate(
         results = {}
         snapshot = Snapshot(model.encoder, DTYPES[precision])
         for name, table in tables.items():
-            predictions, probabilities = predict(model, name, table, snapshot, max_length=max_length, progress=progress)
             task = model.tasks[name]
-            measurable = len(table) and (table.labels is not None or not task.labelled)
+            measurable = bool(len(table)) and (table.labels is not None or not task.labelled)
+            found = _run(model, name, table, snapshot, max_length, progress, losses=measurable)
+            values = found.predictions, table.labels, found.probabilities, found.vectors, table
+            metrics = task.evaluate(*values) if measurable else {}
+            if found.loss is not None:
+                metrics |= {f"{name}_loss": found.loss}
             results[name] = TaskResult(
                 task=task,
                 ids=[table.ids[row] for row in range(len(table))],
                 labels=table.labels,
-                predictions=predictions,
-                probabilities=probabilities,
-                metrics=task.evaluate(predictions, table.labels) if measurable else {},
+                predictions=found.predictions,
+                probabilities=found.probabilities,
+                metrics=metrics,
             )
         return Evaluation(results)
     finally:
         model.train(training)
 
 
-@torch.inference_mode()
 def predict(
     model: MultitaskModel,
     name: str,
@@ -125,9 +134,31 @@ def predict(
 
     `snapshot` is that of the model's encoder; the model must be in evaluation mode.
     """
+    found = _run(model, name, table, snapshot, max_length, progress, losses=False)
+    return found.predictions, found.probabilities
+
+
+class _Outputs(NamedTuple):
+    predictions: np.ndarray  # [n]
+    probabilities: np.ndarray | None  # [n, C]
+    loss: float | None  # mean over the rows, times the task's weight as in training
+    vectors: tuple[np.ndarray, ...] = ()  # [n, D] per text, if the head compares rows
+
+
+@torch.inference_mode()
+def _run(
+    model: MultitaskModel,
+    name: str,
+    table: TokenTable,
+    snapshot: Snapshot,
+    max_length: int,
+    progress: Callable[[int], object] | None,
+    losses: bool,
+) -> _Outputs:
+    """The outputs of task `name` for the table's rows, in their order, with the loss if `losses`."""
     device = next(model.encoder.parameters()).device
     head = model.head(name)
-    rows, predictions, probabilities = [], [], []
+    rows, predictions, probabilities, sums, vectors = [], [], [], [], []
     batches = evaluation_batches(
         name,
         table,
@@ -142,62 +173,16 @@ def predict(
         predictions.append(head.predict(output).cpu().numpy())
         if (shares := head.probabilities(output)) is not None:
             probabilities.append(shares.cpu().numpy())
+        if losses and head.compares_rows:
+            vectors.append([x.cpu().numpy() for x in output.vectors])
+        if losses:
+            sums.append(head.loss(output, batch.labels.get(name)).double() * len(rows[-1]))
         if progress is not None:
             progress(len(rows[-1]))
     if not rows:
-        return np.empty(0, np.float32), None
+        return _Outputs(np.empty(0, np.float32), None, None)
     order = np.argsort(np.concatenate(rows))
-    return np.concatenate(predictions)[order], np.concatenate(probabilities)[order] if probabilities else None
-
-
-def _details(result: TaskResult, texts: Sequence[Sequence[str]] | None) -> dict[str, Any]:
-    """A task's results as JSON values, for the report."""
-    task, classes = result.task, result.task.class_names
-    details: dict[str, Any] = {
-        "kind": task.kind,
-        "classes": classes,
-        "metrics": {key: _finite(value) for key, value in result.metrics.items()},
-        "ids": list(result.ids),
-        "labels": None if result.labels is None else _rounded(result.labels),
-        "predictions": _rounded(result.predictions),
-    }
-    if result.labels is None:
-        return details
-    if classes is not None:
-        details["confusion"] = confusion_matrix(result.predictions, result.labels, len(classes)).tolist()
-    if texts is not None:
-        details["worst"] = _worst_errors(result, texts)
-    return details
-
-
-def _worst_errors(result: TaskResult, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The largest errors: 1 - probability of the label for classes, |prediction - label| otherwise."""
-    assert result.labels is not None
-    rows = np.arange(len(result.labels))
-    if result.probabilities is not None:
-        size = 1 - result.probabilities[rows, result.labels.astype(np.int64)]
-        rows = rows[result.predictions != result.labels]
-    else:
-        size = np.abs(result.predictions - result.labels)
-        rows = rows[size > 0]
-    rows = rows[np.argsort(-size[rows], kind="stable")][:MAX_ERRORS]
-    return [
-        {
-            "id": result.ids[row],
-            "sentences": [column[row] for column in texts],
-            "label": _rounded(result.labels[row : row + 1])[0],
-            "prediction": _rounded(result.predictions[row : row + 1])[0],
-            "probability": None if result.probabilities is None else _finite(float(result.probabilities[row].max())),
-            "error": _finite(float(size[row])),
-        }
-        for row in rows.tolist()
-    ]
-
-
-def _rounded(values: np.ndarray) -> list[Any]:
-    """Numbers for JSON with at most six decimals; values that are not finite become null."""
-    return [_finite(value) for value in values.tolist()]
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 6) if np.isfinite(value) else None
+    mean = float(torch.stack(sums).sum()) / len(order) * model.tasks[name].weight if sums else None
+    in_order = np.concatenate(probabilities)[order] if probabilities else None
+    columns = tuple(np.concatenate(column)[order] for column in zip(*vectors, strict=True))
+    return _Outputs(np.concatenate(predictions)[order], in_order, mean, columns)

@@ -1,20 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics in plain NumPy: accuracy, macro-F1, Pearson, Spearman, confusion matrices and the course's overall score.
+"""Metrics in plain NumPy, of classes, several labels, numbers and rankings, and the course's overall score.
 
 Degenerate input has a defined value and gives no warning. Without examples a metric is 0; a correlation of fewer than two
-examples or of a constant column is 0; the mean F1 ignores classes that neither occur nor are predicted. A value that is not
-finite makes a correlation nan, so that a broken model does not look like an uncorrelated one.
+examples or of a constant column is 0; means over classes ignore those that neither occur nor are predicted. A value that is
+not finite makes a correlation or an error nan, so that a broken model does not look like an uncorrelated one.
+
+Shapes: n examples, C classes. Several labels an example are a matrix [n, C] of 0 and 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+#: Metrics whose lowest value is the best one.
+LOWER_IS_BETTER = ("loss", "mae")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether the lowest value of `metric` (`mae`, `topic_loss`) is the best one."""
+    return metric.rpartition("_")[2] in LOWER_IS_BETTER
+
+
+# ---- Classes ---------------------------------------------------------------------------------------------------------
+
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The share of predictions [n] that equal the labels [n]."""
+    """The share of predictions that equal the labels, both [n]; for [n, C], of the rows that equal them in every label."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if labels.ndim == 2 and predictions.shape == labels.shape:
+        return float(np.mean((predictions == labels).all(axis=1))) if len(labels) else 0.0
     predictions, labels = _check_columns(predictions, labels)
     return float(np.mean(predictions == labels)) if len(labels) else 0.0
 
@@ -34,15 +50,87 @@ def normalised_confusion(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
 
 
+def precision_recall_f1(predictions: np.ndarray, labels: np.ndarray, classes: int | None = None) -> np.ndarray:
+    """Precision, recall and F1 of each class, [C, 3].
+
+    Predictions and labels are classes [n], 0 to `classes` - 1, or matrices [n, C]. F1 = 2 TP / (2 TP + FP + FN). A class
+    that is never predicted has precision 0, one that does not occur recall 0. Raises ValueError for other values.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if labels.ndim == 2 and predictions.shape == labels.shape:
+        hits, predicted, true = (np.sum(m != 0, axis=0) for m in (predictions * labels, predictions, labels))
+    else:
+        assert classes is not None
+        matrix = confusion_matrix(predictions, labels, classes)
+        hits, predicted, true = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+    return np.stack([_share(hits, predicted), _share(hits, true), _share(2 * hits, predicted + true)], axis=1)
+
+
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The mean F1 = 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted."""
-    predictions, labels = _check_columns(predictions, labels)
+    """The mean F1 over the classes that occur or are predicted; predictions and labels are both [n] or both [n, C]."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
     if not len(labels):
         return 0.0
-    classes, codes = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
-    matrix = confusion_matrix(codes[: len(labels)], codes[len(labels) :], len(classes))
-    hits = np.diag(matrix)
-    return float(np.mean(2 * hits / (matrix.sum(axis=0) + matrix.sum(axis=1))))
+    if labels.ndim == 2 and predictions.shape == labels.shape:
+        present = (predictions != 0).any(axis=0) | (labels != 0).any(axis=0)
+        return float(precision_recall_f1(predictions, labels)[present, 2].mean()) if present.any() else 0.0
+    codes, count = _codes(predictions, labels)
+    return float(precision_recall_f1(*codes, count)[:, 2].mean())
+
+
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The Matthews correlation of classes [n], -1 to 1; for more than two classes Gorodkin's R_K.
+
+    0 if all predictions or all labels are of one class. Gorodkin 2004, "Comparing two K-category assignments by a
+    K-category correlation coefficient", equation 8.
+    """
+    codes, count = _codes(predictions, labels)
+    matrix = confusion_matrix(*codes, count).astype(np.float64)
+    predicted, true, n = matrix.sum(axis=0), matrix.sum(axis=1), matrix.sum()
+    spread = (n * n - predicted @ predicted) * (n * n - true @ true)
+    return float((n * np.trace(matrix) - predicted @ true) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The area under the precision-recall curve as a sum of steps: the mean over thresholds of (R_k - R_{k-1}) P_k.
+
+    Scores [n] against labels [n] of 0 and 1; for matrices [n, C], the mean over the classes that occur. Equal scores
+    share one threshold. 0 if no class occurs, nan if a score is not finite.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if labels.ndim == 2 and scores.shape == labels.shape:
+        parts = [average_precision(scores[:, c], labels[:, c]) for c in range(labels.shape[1]) if labels[:, c].any()]
+        return float(np.mean(parts)) if parts else 0.0
+    scores, labels = _check_columns(scores, labels)
+    if not np.isfinite(scores).all():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    ordered, hits = scores[order], np.cumsum(labels[order] != 0)
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) if len(ordered) else np.empty(0, np.int64)
+    if not len(ends) or not hits[-1]:
+        return 0.0
+    precision, recall = hits[ends] / (ends + 1), hits[ends] / hits[-1]
+    return float(np.diff(recall, prepend=0.0) @ precision)
+
+
+def calibration(confidences: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, float]:
+    """How often predictions of a given confidence are right: one row per filled bin, and the expected calibration error.
+
+    `confidences` [n] from 0 to 1, `right` [n] of 0 and 1. Bins have equal width. A row is (mean confidence, share that is
+    right, examples), [filled bins, 3]; the error is the mean of |confidence - share|, weighted by examples.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 1 to 3.
+    """
+    confidences, right = _check_columns(confidences, right)
+    place = np.clip(np.ceil(confidences * bins).astype(np.int64) - 1, 0, bins - 1)  # bins are (low, high]
+    counts = np.bincount(place, minlength=bins)
+    filled = counts > 0
+    sums = (np.bincount(place, weights=values, minlength=bins)[filled] for values in (confidences, right))
+    mean, share = (total / counts[filled] for total in sums)
+    error = float(counts[filled] @ np.abs(mean - share) / len(right)) if len(right) else 0.0
+    return np.stack([mean, share, counts[filled]], axis=1), error
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -66,11 +154,81 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     return pearson(ranks(x), ranks(y))
 
 
+def mae(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean absolute error of a column [n]; nan if a value is not finite."""
+    x, y = (values.astype(np.float64) for values in _check_columns(predictions, labels))
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("nan")
+    return float(np.abs(x - y).mean()) if len(x) else 0.0
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, [n] -> [n] fp64; equal values get the average of their ranks."""
     _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[codes])
+
+
+# ---- Rankings --------------------------------------------------------------------------------------------------------
+
+
+def ranks_of(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The rank, from 1, of the right candidate of each query: scores [n, candidates], columns `right` [n] -> [n].
+
+    Candidates with an equal score count as better, so a model that scores all of them alike ranks last, not first. A score
+    that is not finite ranks last too.
+    """
+    of_right = np.take_along_axis(scores, np.asarray(right)[:, None], axis=1)
+    return np.asarray(np.sum(~(scores < of_right), axis=1))
+
+
+def recall_at(ranks: np.ndarray, k: int) -> float:
+    """The share of queries whose right candidate is among the first k; ranks [n] from 1."""
+    return float(np.mean(np.asarray(ranks) <= k)) if len(ranks) else 0.0
+
+
+def mrr(ranks: np.ndarray) -> float:
+    """The mean reciprocal rank of the right candidates; ranks [n] from 1."""
+    return float(np.mean(1 / np.asarray(ranks))) if len(ranks) else 0.0
+
+
+def ndcg_at(ranks: np.ndarray, k: int = 10) -> float:
+    """The normalised discounted cumulative gain of the first k candidates, one of which is right; ranks [n] from 1.
+
+    1 / log2(1 + rank) within the first k, else 0. Järvelin and Kekäläinen 2002, with one relevant candidate a query.
+    """
+    ranks = np.asarray(ranks)
+    return float(np.mean(np.where(ranks <= k, 1 / np.log2(1 + ranks), 0.0))) if len(ranks) else 0.0
+
+
+# ---- Overall ---------------------------------------------------------------------------------------------------------
+
+#: Metrics of predictions and labels alone, by the end of their full name (`topic_macro_f1`).
+OF_PREDICTIONS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+    "mae": mae,
+}
+
+
+def standard_error(
+    metric: Callable[[np.ndarray, np.ndarray], float], predictions: np.ndarray, labels: np.ndarray, groups: int = 50
+) -> float:
+    """The standard error of `metric` over the n rows, by the delete-a-group jackknife; nan for fewer than two rows.
+
+    Computes the metric `groups` times, each time without every `groups`-th row: sqrt((g - 1) / g * sum((m_i - mean)^2)).
+    Shao and Tu 1995, "The Jackknife and Bootstrap", section 2.3.
+    """
+    n = len(labels)
+    groups = min(groups, n)
+    if groups < 2:
+        return float("nan")
+    group = np.random.default_rng(0).permutation(n) % groups  # files may be sorted by label
+    values = np.array([metric(predictions[group != g], labels[group != g]) for g in range(groups)])
+    return float(np.sqrt((groups - 1) * values.var()))
 
 
 def course_score(metrics: Mapping[str, float]) -> float | None:
@@ -82,6 +240,18 @@ def course_score(metrics: Mapping[str, float]) -> float | None:
     if "similarity_pearson" in metrics:
         parts.append((metrics["similarity_pearson"] + 1) / 2)
     return sum(parts) / len(parts) if parts else None
+
+
+def _codes(predictions: np.ndarray, labels: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+    """Predictions and labels [n] as numbers of the values that occur in either, and how many values there are."""
+    predictions, labels = _check_columns(predictions, labels)
+    values, codes = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
+    return (codes[: len(labels)], codes[len(labels) :]), len(values)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, 0 where `whole` is 0."""
+    return np.asarray(part / np.maximum(whole, 1))
 
 
 def _check_columns(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

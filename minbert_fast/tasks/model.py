@@ -180,7 +180,7 @@ class MultitaskModel(nn.Module):
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
         self.tasks = merged
         for name, task in tasks.items():
-            self.head(name).options = task.options
+            self.head(name).configure(task.options)
 
     def head_parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """Parameters of the heads called `names` (None: all heads), shared ones once."""
@@ -230,10 +230,10 @@ class MultitaskModel(nn.Module):
         return copied, reasons
 
     def _head_tensors(self, heads: nn.Module) -> dict[str, Tensor]:
-        """Parameters and buffers of heads by name, without the encoder's; a shared one has the first head's name."""
-        encoder = {id(p) for p in self.encoder.parameters()}
+        """Parameters and saved buffers of heads by name, without the encoder's; a shared one has the first head's name."""
+        encoder, saved = {id(p) for p in self.encoder.parameters()}, heads.state_dict().keys()
         tensors = itertools.chain(heads.named_parameters(), heads.named_buffers())
-        return {key: t for key, t in tensors if id(t) not in encoder}
+        return {key: t for key, t in tensors if id(t) not in encoder and key in saved}
 
     # ---- Files -------------------------------------------------------------------------------------------------
 

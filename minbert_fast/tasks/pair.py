@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of paraphrase and similarity, which compares two sentences; options select every published variant.
+"""The head of tasks that compare two texts; options select every published variant.
 
     embeddings u, v -> [dropout] -> [shared stack] -> [projection] -> cosine                        -> score
                                                                    -> features, [dropout], linear   -> score or classes
@@ -7,17 +7,18 @@
 With `encoder = "cross"` the only feature is the embedding of the joint sequence. With "both" the linear head gets the joint
 embedding as one more feature; the cosine head adds a linear function of it to its score, which is initially zero.
 
-Labels are scaled to t from 0 (different) to 1 (same meaning): the paraphrase label itself, or similarity / 5. The head
-predicts t; paraphrase reads it as a probability, similarity scales it back.
+Labels are scaled to t from 0 (different) to 1 (same meaning), and the head predicts t: `pair-classification` reads it as
+the probability of the second of two classes, `pair-regression` scales it back.
 
 Shapes: n examples, H hidden, D width of a vector, C classes.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ from minbert_fast.data.tokens import Encoder
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, shared_stack
+from minbert_fast.tasks.graded import from_unit, to_unit
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
-PairLoss = Literal["bce", "cross_entropy", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"]
+PairLoss = Literal["bce", "cross_entropy", "ordinal", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"]
 FEATURES: dict[Feature, Callable[[Tensor, Tensor], Tensor]] = {
     "u": lambda u, v: u,
     "v": lambda u, v: v,
@@ -45,10 +47,9 @@ VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # losses of the vecto
 class PairOptions(TaskOptions):
     """Options of a task on pairs, in addition to those of every task."""
 
-    data: str = ""  # key of the data file's format
     encoder: Encoder = "bi"  # encode the sentences separately, jointly ("cross"), or both
     head: Literal["linear", "cosine"] = "linear"
-    features: tuple[Feature, ...] = ("u", "v")  # input of the linear head, concatenated
+    features: tuple[Feature, ...] = ("u", "v", "abs_diff", "product")  # input of the linear head, concatenated
     project: bool | int = False  # a linear layer on each vector first: true keeps the width, a number sets it
     shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
     shared_depth: int = 2
@@ -60,7 +61,7 @@ class PairOptions(TaskOptions):
     offset: float = 0.0
     calibrated: bool = False  # learn scale and offset, starting from these values
     margin: float = 0.0  # of cosine_embedding
-    temperature: float = 0.05  # of cosent and ranking
+    temperature: float = 0.05  # of cosent and ranking; 1: none
     auxiliary: Mapping[str, float] = field(default_factory=dict)  # weights of additional losses of VECTOR_LOSSES
 
     def __post_init__(self) -> None:
@@ -88,12 +89,11 @@ class PairOptions(TaskOptions):
 
 
 class PairHead(Head):
-    """Compares two sentences."""
+    """Compares two sentences. `levels` is the number of whole labels, the classes of the losses over classes."""
 
     options: PairOptions
-    levels: ClassVar[int]  # number of whole labels, 0 to levels - 1
 
-    def __init__(self, options: PairOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
+    def __init__(self, options: PairOptions, config: BertConfig, shared: dict[str, nn.Module], levels: int) -> None:
         super().__init__()
         self.options = options
         width = config.hidden_size
@@ -103,10 +103,11 @@ class PairHead(Head):
             wanted = width if options.project is True else options.project
             self.projection = nn.Linear(width, wanted)
             width = wanted
+        self.thresholds = losses.initial_thresholds(levels) if options.loss == "ordinal" else None
         if options.head == "linear":
             inputs = sum(1 if f == "cosine" else width for f in options.features)
             inputs = {"bi": inputs, "cross": width, "both": inputs + width}[options.encoder]
-            self.output = nn.Linear(inputs, self.levels if options.loss == "cross_entropy" else 1)
+            self.output = nn.Linear(inputs, levels if options.loss == "cross_entropy" else 1)
             return
         if options.calibrated:
             self.factor = nn.Parameter(torch.tensor(float(options.scale)))
@@ -115,6 +116,11 @@ class PairHead(Head):
             self.together = nn.Linear(width, 1)
             nn.init.zeros_(self.together.weight)
             nn.init.zeros_(self.together.bias)
+
+    @property
+    @abstractmethod
+    def limits(self) -> tuple[float, float]:
+        """The labels that t = 0 and t = 1 stand for."""
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         options = self.options
@@ -135,11 +141,43 @@ class PairHead(Head):
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        t = labels.to(output.scores.dtype) / (self.levels - 1)
-        total = self._loss(self.options.loss, output, t)
+        t = to_unit(labels.to(output.scores.dtype), self.limits)
+        total = self.main_loss(output, t)
         for name, weight in self.options.auxiliary.items():
-            total = total + weight * self._loss(name, output, t)
+            total = total + weight * self.loss_named(name, output, t)
         return total
+
+    def main_loss(self, output: HeadOutput, t: Tensor) -> Tensor:
+        """The mean of the loss that the options name; targets t [n]."""
+        return self.loss_named(self.options.loss, output, t)
+
+    def loss_named(self, name: str, output: HeadOutput, t: Tensor) -> Tensor:
+        """The mean of loss `name`; targets t [n]."""
+        s, options = output.scores, self.options
+        if name == "bce":
+            return F.binary_cross_entropy_with_logits(s, t)
+        if name == "cross_entropy":
+            return F.cross_entropy(s, self.nearest_level(t))
+        if name == "ordinal":
+            assert self.thresholds is not None
+            return losses.ordinal(s, self.thresholds, t * len(self.thresholds)).mean()
+        if name == "hinge":
+            return losses.hinge(s, 2 * t - 1)
+        if name in ("mse", "l1"):
+            if options.labels == "raw":
+                t = from_unit(t, self.limits)
+            target = 2 * t - 1 if options.labels == "signed" else t
+            return F.mse_loss(s, target) if name == "mse" else F.l1_loss(s, target)
+        u, v = output.vectors
+        if name == "cosine_embedding":
+            return losses.cosine_embedding(u, v, t, options.margin)
+        loss = losses.cosent if name == "cosent" else losses.ranking
+        return loss(u, v, t, options.temperature)
+
+    def nearest_level(self, t: Tensor) -> Tensor:
+        """The nearest whole label, counted from 0, of targets t [n]; int64."""
+        low, high = self.limits
+        return (t * (high - low)).round().long()
 
     def logits(self, output: HeadOutput) -> Tensor | None:
         if self.options.loss == "cross_entropy":
@@ -148,19 +186,23 @@ class PairHead(Head):
             return torch.stack([torch.zeros_like(output.scores), output.scores], dim=-1)
         return None
 
-    def similarity(self, output: HeadOutput) -> Tensor:
-        """The predicted t: similarity of the sentences from 0 to 1, [n]."""
+    def similarity(self, output: HeadOutput, bounded: bool = True) -> Tensor:
+        """The predicted t: similarity of the sentences, [n]; `bounded`: from 0 to 1."""
         scores, options = output.scores, self.options
         if options.loss == "cross_entropy":
-            levels = torch.arange(self.levels, device=scores.device, dtype=scores.dtype)
-            return scores.softmax(-1) @ levels / (self.levels - 1)
+            levels = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
+            return scores.softmax(-1) @ levels / (scores.shape[-1] - 1)
+        if options.loss == "ordinal":
+            assert self.thresholds is not None
+            return losses.ordinal_mean(scores, self.thresholds) / len(self.thresholds)
         if options.loss == "bce":
             return scores.sigmoid()
         regression = options.loss in ("mse", "l1")
         if regression and options.labels == "raw":
-            scores = scores / (self.levels - 1)
+            scores = to_unit(scores, self.limits)
         signed = options.loss in ("hinge", "cosent", "ranking") or (regression and options.labels == "signed")
-        return ((scores + 1) / 2 if signed else scores).clamp(0.0, 1.0)
+        scores = (scores + 1) / 2 if signed else scores
+        return scores.clamp(0.0, 1.0) if bounded else scores
 
     def _vector(self, x: Tensor) -> Tensor:
         if "embedding" in self.options.dropout_at:
@@ -169,25 +211,14 @@ class PairHead(Head):
             x = self.stack(x)
         return x if self.projection is None else self.projection(x)
 
-    def _loss(self, name: str, output: HeadOutput, t: Tensor) -> Tensor:
-        s, options = output.scores, self.options
-        if name == "bce":
-            return F.binary_cross_entropy_with_logits(s, t)
-        if name == "cross_entropy":
-            return F.cross_entropy(s, (t * (self.levels - 1)).round().long())  # nearest class
-        if name == "hinge":
-            return losses.hinge(s, 2 * t - 1)
-        if name in ("mse", "l1"):
-            target = {"unit": t, "signed": 2 * t - 1, "raw": t * (self.levels - 1)}[options.labels]
-            return F.mse_loss(s, target) if name == "mse" else F.l1_loss(s, target)
-        u, v = output.vectors
-        if name == "cosine_embedding":
-            return losses.cosine_embedding(u, v, t, options.margin)
-        loss = losses.cosent if name == "cosent" else losses.ranking
-        return loss(u, v, t, options.temperature)
-
 
 class PairTask(Task):
+    """A task whose examples have two texts."""
+
+    @property
+    def num_texts(self) -> int:
+        return 2
+
     @property
     def encoder(self) -> Encoder:
         encoder: Encoder = self.options.encoder

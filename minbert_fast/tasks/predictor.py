@@ -23,7 +23,6 @@ from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.files import Table
-from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import inference, sentence_modules, weights
 from minbert_fast.model.bert import BertModel
@@ -222,13 +221,13 @@ class Predictor:
         """
         if task not in self.tasks:
             raise ConfigError(f"this model has no {task} head (it has {', '.join(self.tasks)})")
-        kind = FORMATS[self.tasks[task].dataset]
-        if len(sentences) != kind.arity or len({len(column) for column in sentences}) > 1:
-            raise ValueError(f"{task} takes {kind.arity} lists of sentences, equally long")
+        texts = self.tasks[task].num_texts
+        if len(sentences) != texts or len({len(column) for column in sentences}) > 1:
+            raise ValueError(f"{task} takes {texts} lists of sentences, equally long")
         if any(isinstance(column, str) for column in sentences):
             raise ValueError(f"{task} takes lists of sentences, not a string")
         count = len(sentences[0])
-        table = Table(kind.task, Path(), tuple(map(list, sentences)), None, [""] * count, np.arange(count))
+        table = Table(task, Path(), tuple(map(list, sentences)), None, [""] * count, np.arange(count))
         return self.predict_table(task, table, progress)
 
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
@@ -246,7 +245,7 @@ class Predictor:
         """The name of the model's task of this kind: `kind` itself, else the first. Raises ConfigError if there is none."""
         if kind in self.tasks:
             return kind
-        names = [name for name, task in self.tasks.items() if task.kind == kind]
+        names = [name for name, task in self.tasks.items() if kind in (task.preset, task.kind)]
         if not names:
             raise ConfigError(f"this model has no {kind} head (it has {', '.join(self.tasks)})")
         return names[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Further pre-training on the tasks' own text: masked language modelling (`mlm`), next-sentence prediction (`nsp`).
+"""Further pre-training on text: masked language modelling (`masked-lm`), next-sentence prediction (`next-sentence`).
 
 Neither needs labels: their examples are generated at each step (`data/pretraining.py`). They train the encoder, usually in
 a stage before the main tasks, and have no dev scores or predictions. If a model's file contains BERT's own pre-training
@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, check
-from minbert_fast.data.formats import FORMATS, MAIN_TASKS
+from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.pretraining import (
     IGNORED,
     ExampleGenerator,
@@ -29,6 +28,7 @@ from minbert_fast.data.pretraining import (
     collect_pairs,
     collect_sentences,
 )
+from minbert_fast.data.source import Source
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.config import BertConfig, Pooling
@@ -37,38 +37,32 @@ from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, Task
 
 @dataclass(frozen=True)
 class TextOptions(TaskOptions):
-    """`text` names the data sets whose training files provide the text; missing ones are ignored."""
+    """`data` are files of text, `text` names data sets whose training files provide more; missing ones are ignored."""
 
-    text: tuple[str, ...] = MAIN_TASKS
+    text: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(bool(self.text), "text = []: expected at least one data set")
+        check(bool(self.text or self.data), "text = []: expected at least one data set, or `data` with files of text")
         for name in self.text:
             check(name in FORMATS, f"text: {name!r}: expected some of {', '.join(FORMATS)}")
         check(not self.draw.by_class, "balanced, per_class: text has no classes")
 
 
 class TextTask(Task):
-    """A task that only trains, on the text of other tasks' files."""
+    """A task that only trains, on text without labels."""
 
     labelled: ClassVar[bool] = False
+    predicts: ClassVar[bool] = False
 
     @property
-    def dataset(self) -> str:
-        return ""
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets that provide text; a row has the texts of its layout or of `text`, by default one."""
+        return (*super().sources, *(Source(layout=name) for name in self.options.text))
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        text: tuple[str, ...] = self.options.text
-        return text
-
-    @property
-    def arity(self) -> int:
-        return 1
-
-    def evaluate(self, predictions: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        return {}
+    def table(self, tables: Sequence[TokenTable]) -> TokenTable:
+        """Every text of every source."""
+        return collect_sentences(self.name, tables)
 
 
 # ---- Masked words ---------------------------------------------------------------------------------------------------
@@ -132,7 +126,7 @@ class MaskedHead(Head):
         }
 
 
-@register("mlm")
+@register("masked-lm")
 class MaskedTask(TextTask):
     Options: ClassVar[type] = MaskedOptions
     head_class: ClassVar[type] = MaskedHead
@@ -140,9 +134,6 @@ class MaskedTask(TextTask):
     @property
     def pooling(self) -> Pooling:
         return "cls"  # the head ignores sentence embeddings; this is the cheapest pooling, without the pooler's weights
-
-    def table(self, tables: Sequence[TokenTable]) -> TokenTable:
-        return collect_sentences(self.name, tables)
 
     def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator:
         try:
@@ -158,7 +149,6 @@ class MaskedTask(TextTask):
 class NextSentenceOptions(TextOptions):
     """BERT's own setting: the pair as one sequence, a linear layer on the pooler's output."""
 
-    text: tuple[str, ...] = ("paraphrase", "similarity")
     pooling: Pooling | None = "pooler"
 
     def __post_init__(self) -> None:
@@ -191,7 +181,7 @@ class NextSentenceHead(Head):
         return {"cls.seq_relationship.weight": self.output.weight, "cls.seq_relationship.bias": self.output.bias}
 
 
-@register("nsp")
+@register("next-sentence")
 class NextSentenceTask(TextTask):
     Options: ClassVar[type] = NextSentenceOptions
     head_class: ClassVar[type] = NextSentenceHead
@@ -201,6 +191,7 @@ class NextSentenceTask(TextTask):
         return "cross"
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
+        """Pairs of texts: the first two of a row, or of a source with one text per row, each row and the next."""
         return collect_pairs(self.name, tables)
 
     def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator:

@@ -65,11 +65,11 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], 
 
     def load(split: str) -> dict[str, TokenTable]:
         chosen = {name: task for name, task in tasks.items() if split == "train" or task.predicts}
-        datasets = tuple(dict.fromkeys(source for task in chosen.values() for source in task.sources))
+        datasets = tuple(dict.fromkeys(source.layout for task in chosen.values() for source in task.sources))
         paths = find_files(recipe, split, datasets, notify) if datasets else {}
         tables = {}
         for name, task in chosen.items():
-            files = [(paths[source], source) for source in task.sources if source in paths]
+            files = [(paths[source.layout], source.layout) for source in task.sources if source.layout in paths]
             for file in files:
                 if file not in opened:
                     opened[file] = read(*file, split)
@@ -81,7 +81,7 @@ def load_datasets(recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], 
     kept = [name for name in tasks if name in train]
     if not kept:
         raise DataError(f"no training file for any task of recipe {recipe.name} ({', '.join(tasks)})")
-    evaluated = [name for name in kept if name in dev and dev[name].labels is not None]
+    evaluated = [name for name in kept if name in dev and (dev[name].labels is not None or not tasks[name].labelled)]
     without_dev = [name for name in kept if tasks[name].predicts and name not in evaluated]
     if without_dev:
         best = "" if evaluated else "; best/ will be the last model"

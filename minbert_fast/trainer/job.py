@@ -202,9 +202,8 @@ class _Job:
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
         known = ["score"]
-        for name, table in self.data.dev.items():
-            assert table.labels is not None
-            known += self.data.tasks[name].evaluate(table.labels[:2], table.labels[:2])
+        for name in self.data.dev:
+            known += self.data.tasks[name].metric_names
         for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
             select = recipe.training.select
             if select not in known:
@@ -357,7 +356,7 @@ class _Job:
                 columns = read_table(table.path, table.task, max_bad_rows=1.0).sentences
                 rows = self.dev_rows.get(name)
                 texts[name] = columns if rows is None else [[column[row] for row in rows] for column in columns]
-            found[0].write(directory, texts)
+            found[0].write(directory, texts, train_labels={n: t.labels for n, t in self.data.train.items()})
 
         dev, train = self.world.from_main(measure)
         return loop.Evaluation(dev, write, train)
@@ -395,7 +394,7 @@ class _Job:
         for (dataset, split), target in self.options.copies.items():
             for task in self.data.tasks.values():
                 written = self.files.path / "predictions" / task.prediction_file(split)
-                if task.dataset == dataset and written.exists():
+                if task.layout == dataset and written.exists():
                     with translate_write_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(written, target)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several classes per text: a probability of each of C classes, independent of the others (binary cross-entropy)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minbert_fast.common.schema import check
+from minbert_fast.data.labels import ClassSets, LabelSummary, Rule, split_names
+from minbert_fast.model.config import BertConfig
+from minbert_fast.tasks import metrics
+from minbert_fast.tasks.base import HeadOutput, Results, register
+from minbert_fast.tasks.classes import BY_CLASS, ClassOptions, ClassTask, set_class_weights
+from minbert_fast.tasks.single import SingleHead, SingleOptions
+
+
+@dataclass(frozen=True)
+class MultilabelOptions(ClassOptions, SingleOptions):
+    """Options of `multilabel`. `class_weights` are factors on the loss of the texts that have a class."""
+
+    separator: str = ","  # between the names in a label that is text
+    threshold: float = 0.5  # a text has a class from this probability on
+    row_count: int = 0  # training rows, for "balanced"; 0: those of the training set
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.separator), 'separator = "": expected a character')
+        check(0 <= self.threshold <= 1, f"threshold = {self.threshold}: expected a probability")
+        check(not self.draw.by_class, "balanced, per_class: an example has several classes")
+        check(self.written == "names", 'written: expected "names"')
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Factors on the positive part of the loss, [C]. `balanced`: rows without a class for each row with it."""
+        if not isinstance(self.class_weights, str):
+            return self.class_weights
+        return tuple((self.row_count - count) / count if count else 0.0 for count in self.class_counts)
+
+
+class MultilabelHead(SingleHead):
+    """A score of every class, [n, C]; labels and predictions are [n, C] of 0 and 1."""
+
+    options: MultilabelOptions
+    class_weights: Tensor | None
+
+    def __init__(self, options: MultilabelOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
+        super().__init__(options, config, shared, len(options.classes))
+        set_class_weights(self, options)
+
+    def configure(self, options: MultilabelOptions) -> None:
+        super().configure(options)
+        set_class_weights(self, options)
+
+    def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        smoothing = self.options.label_smoothing
+        t = labels * (1 - smoothing) + smoothing / 2 if smoothing else labels
+        return F.binary_cross_entropy_with_logits(output.scores, t, pos_weight=self.class_weights)
+
+    def predict(self, output: HeadOutput) -> Tensor:
+        return (output.scores.sigmoid() >= self.options.threshold).float()
+
+    def probabilities(self, output: HeadOutput) -> Tensor:
+        return output.scores.sigmoid()
+
+
+@register("multilabel")
+class MultilabelTask(ClassTask):
+    """`kind = "multilabel"`."""
+
+    Options: ClassVar[type] = MultilabelOptions
+    head_class: ClassVar[type] = MultilabelHead
+    metric: ClassVar[str] = "micro_f1"
+    reported: ClassVar[tuple[str, ...]] = ("accuracy", "micro_f1", "macro_f1", "average_precision")
+
+    @property
+    def rule(self) -> Rule | None:
+        return ClassSets(self.options.classes, self.options.separator)
+
+    def resolve(self, summary: LabelSummary) -> dict[str, Any]:
+        counts: Counter[str] = Counter()
+        for label, rows in summary.counts.items():
+            counts.update(dict.fromkeys([label] if summary.lists else split_names(label, self.options.separator), rows))
+        found = super().resolve(LabelSummary(summary.rows, counts))
+        return found | ({"row_count": summary.rows} if "class_counts" in found else {})
+
+    def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
+        predictions, labels, probabilities = results.predictions, results.labels, results.probabilities
+        assert labels is not None
+        assert probabilities is not None
+        table = metrics.precision_recall_f1(predictions, labels)  # [C, 3]
+        names = self.options.classes
+        by_class = {
+            f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
+        }
+        return {
+            "accuracy": lambda: metrics.accuracy(predictions, labels),
+            "micro_f1": lambda: float(2 * (predictions * labels).sum() / max(1, predictions.sum() + labels.sum())),
+            "macro_f1": lambda: metrics.macro_f1(predictions, labels),
+            "average_precision": lambda: metrics.average_precision(probabilities, labels),
+            **by_class,
+        }
+
+    def as_labels(self, predictions: np.ndarray) -> list[Any]:
+        names, separator = self.options.classes, self.options.separator
+        return [separator.join(name for name, one in zip(names, row, strict=True) if one) for row in predictions]
