@@ -123,7 +123,9 @@ def input_like(source: Source, path: Path, texts: int) -> Input:
     A file whose ending may be that of a table (.csv, .tsv, or an unknown one) is read as the source's files are.
     """
     form = ENDINGS.get(path.suffix.lower(), source.format)
-    own = replace(source, hub="", config="", train="", dev="", test=str(path), columns="" if source.hub else source.columns)
+    own = replace(
+        source, hub="", config="", train="", dev="", test=str(path), columns="" if source.hub else source.columns
+    )
     if form in ("jsonl", "parquet", "text"):
         own = replace(own, format=form)
     found = find_input(own, "test", texts)
