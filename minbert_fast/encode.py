@@ -5,7 +5,8 @@ python -m minbert_fast.encode --model DIR --input sentences.txt --output vectors
 python -m minbert_fast.encode --model DIR --input questions.csv --column question1 --output vectors.safetensors --normalize
 python -m minbert_fast.encode --onnx DIR --input sentences.txt --output vectors.npy
 
-Writes one vector per line of a text file (- reads standard input), or per row of one column of a .csv or .tsv file.
+Writes one vector per line of a text file (- reads standard input), or per row of one column of a .csv, .tsv, .jsonl or
+.parquet file.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ def parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
     )
     models.add_argument("--onnx", type=Path, metavar="DIR", help="what export --format onnx wrote; runs in onnxruntime")
-    add("--input", type=Path, required=True, metavar="FILE", help=".txt with one sentence per line, .csv, .tsv, or -")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".txt with one sentence per line, .csv, .tsv, .jsonl, .parquet, or -",
+    )
     add("--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]")
-    add("--column", metavar="NAME", help="column of a .csv or .tsv file (default: sentence, or the only one)")
+    add("--column", metavar="NAME", help="column of a table (default: text, sentence, or the only one)")
     add("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
     add("--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)")
     add_import_flag(flags)

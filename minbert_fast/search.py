@@ -4,8 +4,10 @@
     python -m minbert_fast.search --recipe NAME --data DIR --output DIR --grid lr=1e-5,2e-5 --grid dropout=0.1,0.3
     ... --random 10        ten random combinations of the grid
     ... --optuna 10        ten combinations that Optuna proposes (pip install 'minbert_fast[optuna]')
+    ... --range lr=1e-5..1e-4 --optuna 10    numbers of a range; a range over a factor of ten is drawn by its logarithm
 
-A grid's name is a flag of `train` (lr, dropout, batch-size, surgery, ...) or a key of the recipe (optimizer.layer_decay).
+KEY is a flag of `train` (lr, dropout, batch-size, surgery, ...) or a key of the recipe (optimizer.layer_decay).
+Optuna ends a run whose dev score is below the median of earlier ones at the same step. Its study is in optuna.db.
 Each combination has a directory under --output; a second call continues the search. Results: table.md, table.json,
 report.html and plots/.
 """
@@ -16,9 +18,8 @@ import itertools
 import random
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +32,10 @@ from minbert_fast.reporting.runs import format_score
 from minbert_fast.reporting.search_page import write_search
 from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
+from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.experiments import Trial
+from minbert_fast.trainer.study import Range, Space, Values, parse_range, run_study
 
-Values = Mapping[str, str]  # key of the recipe -> value as written
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in (flag.name, *flag.also)}
 
 
@@ -42,7 +44,15 @@ def parser() -> cli.Parser:
     command = cli.Parser("search", __doc__ or "")
     add = command.add_argument
     add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
-    add("--grid", metavar="KEY=A,B,...", action="append", required=True, help="(repeatable)")
+    add("--grid", metavar="KEY=A,B,...", action="append", default=[], help="(repeatable)")
+    add(
+        "--range",
+        metavar="KEY=LOW..HIGH",
+        action="append",
+        default=[],
+        dest="ranges",
+        help="needs --optuna (repeatable)",
+    )
     how = command.add_mutually_exclusive_group()
     how.add_argument("--random", metavar="N", type=cli.whole_number, help="run N random combinations")
     how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="run N combinations that Optuna proposes")
@@ -55,7 +65,13 @@ def parser() -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     """Runs the combinations and updates the results after each."""
     chosen = parser().parse_args(arguments)
-    grid = parse_grid(chosen.grid)
+    space: dict[str, Sequence[str] | Range] = {**parse_grid(chosen.grid), **parse_ranges(chosen.ranges)}
+    if not space:
+        raise ConfigError("expected --grid KEY=A,B,... or --range KEY=LOW..HIGH")
+    if chosen.ranges and chosen.optuna is None:
+        raise ConfigError(f"--range {chosen.ranges[0]}: --optuna N says how many values to try")
+    # Of a range, its ends: they show whether the recipe takes such values.
+    grid = {k: [f"{o.low:g}", f"{o.high:g}"] if isinstance(o, Range) else o for k, o in space.items()}
     base = experiments.load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
     for combination in combinations(grid):  # finds invalid values before the first run
         with_combination(base, combination)
@@ -64,21 +80,28 @@ def main(arguments: Sequence[str]) -> None:
     command = shlex.join(["python", "-m", "minbert_fast.search", *arguments])
     trials: dict[str, tuple[Values, Trial]] = {}
 
-    def run_trial(combination: Values) -> float | None:
+    def run_trial(combination: Values, callbacks: Sequence[Callback] = ()) -> Trial:
         name = directory_name(combination)
         if name not in trials:
             print(f"\n== {len(trials) + 1}: {name}", flush=True)
             recipe = with_combination(base, combination)
-            trial = experiments.run_or_resume(name, recipe, output / name, command, chosen.device)
+            trial = experiments.run_or_resume(name, recipe, output / name, command, chosen.device, callbacks=callbacks)
             dev = trial.summary.get("dev")
             if dev and chosen.metric not in dev:
                 raise ConfigError(f"--metric {chosen.metric}: no such dev metric; known: {', '.join(dev)}")
-            trials[name] = combination, trial
-            write_results(output, grid, list(trials.values()), chosen.metric)
-        return trials[name][1].score(chosen.metric)
+            add_trial(combination, trial)
+        return trials[name][1]
+
+    def add_trial(combination: Values, trial: Trial) -> None:
+        trials[trial.name] = combination, trial
+        write_results(output, space, list(trials.values()), chosen.metric)
+
+    def read_trial(combination: Values) -> None:
+        name = directory_name(combination)
+        add_trial(combination, experiments.read_trial(name, output / name))
 
     if chosen.optuna is not None:
-        run_optuna(run_trial, grid, chosen.optuna, chosen.seed)
+        run_study(output, space, chosen.metric, chosen.optuna, chosen.seed, run_trial, read_trial)
     else:
         for combination in sample_combinations(combinations(grid), chosen.random, chosen.seed):
             run_trial(combination)
@@ -98,6 +121,19 @@ def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:
             raise ConfigError(f"--grid {assignment!r}: expected KEY=A,B,... with a key such as lr or optimizer.lr")
         grid[key] = options
     return grid
+
+
+def parse_ranges(assignments: Sequence[str]) -> dict[str, Range]:
+    """The ranges in `KEY=LOW..HIGH` by key of the recipe. Raises ConfigError."""
+    ranges: dict[str, Range] = {}
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        key = SHORT.get(key.strip(), key.strip())
+        try:
+            ranges[key] = parse_range(text)
+        except ValueError:
+            raise ConfigError(f"--range {assignment!r}: expected KEY=LOW..HIGH, such as lr=1e-5..1e-4") from None
+    return ranges
 
 
 def combinations(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -121,29 +157,7 @@ def directory_name(combination: Values) -> str:
     return ",".join("".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in part) for part in parts)
 
 
-def run_optuna(
-    run_trial: Callable[[Values], float | None], grid: Mapping[str, list[str]], count: int, seed: int
-) -> None:
-    """Runs `count` trials that Optuna's TPE sampler proposes; a repeated call reads the finished ones from disk."""
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError("--optuna needs Optuna: pip install 'minbert_fast[optuna]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-
-    def objective(trial: Any) -> float:
-        found = run_trial({key: trial.suggest_categorical(key, options) for key, options in grid.items()})
-        if found is None:
-            raise optuna.TrialPruned
-        return found
-
-    study.optimize(objective, n_trials=count)
-
-
-def write_results(
-    output: Path, grid: Mapping[str, Sequence[str]], trials: Sequence[tuple[Values, Trial]], metric: str
-) -> None:
+def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Trial]], metric: str) -> None:
     """Writes table.md and table.json, best trials first, report.html and plots/."""
     ranked = sorted(trials, key=lambda pair: -(score if (score := pair[1].score(metric)) is not None else -np.inf))
     metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
@@ -151,11 +165,11 @@ def write_results(
         [
             *values.values(),
             *(format_score(trial.score(m), 3) for m in metrics),
-            str(trial.summary.get("steps", "failed")),
+            f"{trial.summary.get('steps', 'failed')}{'' if trial.summary.get('finished', True) else ' (pruned)'}",
         ]
         for values, trial in ranked
     ]
-    write_text(output / "table.md", experiments.markdown_table([*grid, *metrics, "steps"], rows))
+    write_text(output / "table.md", experiments.markdown_table([*space, *metrics, "steps"], rows))
     found = [
         {"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure, "metric": metric} for v, t in ranked
     ]

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def batch_at(stage: int, step: int) -> MultitaskBatch:
     )
 
 
+def accuracy_at(step: int, prime: int) -> float:
+    """A task's fake accuracy, which goes up and down over the steps."""
+    return (step * prime) % 7 / 7
+
+
 class Run:
     """One process that runs in directory `path`."""
 
@@ -92,6 +98,7 @@ class Run:
         self.at_step: Callable[[int], None] = hooks.pop("at_step", lambda step: None)
         self.scores: Callable[[Tensor], float] = hooks.pop("scores", lambda weight: -float(weight.square().sum()))
         self.broken: frozenset[int] = hooks.pop("broken", frozenset())
+        self.judged_by = {task: f"{task}_accuracy" for task in TASKS} if self.recipe.training.best_per_task else {}
         self.stop_after: int | None = hooks.pop("stop_after", None)
         assert not hooks
         self.model = Model()
@@ -129,7 +136,10 @@ class Run:
         self.at_evaluation(step)
         self.evaluations.append(step)
         score = self.scores(self.model.weight.detach())
-        return loop.Evaluation({"score": score}, lambda d: (d / "p.csv").write_text(str(step)) and None)
+        metrics = {"score": score}
+        if self.judged_by:
+            metrics |= {"a_accuracy": accuracy_at(step, 3), "b_accuracy": accuracy_at(step, 5)}
+        return loop.Evaluation(metrics, lambda d: (d / "p.csv").write_text(str(step)) and None)
 
     def save(self, directory: Path) -> None:
         (directory / "weight.json").write_text(json.dumps(self.model.weight.tolist()))
@@ -147,6 +157,7 @@ class Run:
                 evaluate=self.evaluate,
                 save=self.save,
                 constants={"fingerprint": "x"},
+                judged_by=self.judged_by,
                 fetch_every_step=self.eager,
                 stop_after=self.stop_after,
             )
@@ -159,7 +170,8 @@ class Run:
         return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
     def files(self) -> dict[str, str]:
-        names = ("last/weight.json", "best/weight.json", "predictions/p.csv")
+        names = ["last/weight.json", "best/weight.json", "predictions/p.csv"]
+        names += [f"best-{task}/weight.json" for task in self.judged_by]
         return {name: (self.path / name).read_text() for name in names}
 
 
@@ -172,6 +184,17 @@ RECIPE: dict[str, Any] = {
 STAGED: dict[str, Any] = RECIPE | {
     "stages": [{"training": {"epochs": 1}}, {"training": {"epochs": 5, "max_steps": 6}, "optimizer": {"lr": 1.0}}],
     "training": {"evaluate_every": 3},
+}
+
+
+RETURNING: dict[str, Any] = RECIPE | {  # stages that start from the best, the first and the initial weights
+    "training": {"epochs": 0.5, "evaluate_every": 2, "best_per_task": True},
+    "stages": [
+        {"training": {"epochs": 1.75}, "tasks": {"a": {}}},
+        {"training": {"start": "best"}, "tasks": {"b": {}}},
+        {"training": {"start": 1}},
+        {"training": {"start": 0}},
+    ],
 }
 
 
@@ -283,6 +306,65 @@ def test_patience_ends_the_stage_and_not_the_run(tmp_path: Path) -> None:
     assert outcome.reason == "no better score for a while"
 
 
+def test_a_stage_starts_from_the_weights_that_its_recipe_names(tmp_path: Path) -> None:
+    """The best of the stage before, the last ones of stage 1, those before the first stage; not simply the last."""
+    before: dict[int, list[float]] = {}
+
+    def note(step: int) -> None:
+        before[step] = run.model.weight.tolist()
+
+    best = 4  # of the steps 2, 4, 6 and 7 at which the first stage is evaluated
+    scores = {0: 0.0, 2: 0.1, best: 0.9, 6: 0.3, 7: 0.2}
+    run = Run(tmp_path, RETURNING, at_step=note, scores=lambda weight: scores.get(run.trainer.state.step, 0.0))
+    assert run.go().state.step == 7 + 2 + 2 + 2
+    second, third, fourth = 7 + 1, 7 + 2 + 1, 7 + 4 + 1
+    assert before[second] == before[best + 1] != before[7]
+    assert before[fourth] == before[1] == list(range(4))
+    alone = Run(tmp_path / "alone", RETURNING | {"stages": RETURNING["stages"][:1]})
+    alone.go()
+    assert before[third] == json.loads((tmp_path / "alone" / "last" / "weight.json").read_text())
+
+
+def test_without_an_evaluation_the_best_weights_are_the_last_ones(tmp_path: Path) -> None:
+    stages = [{"training": {"max_steps": 3}}, {"training": {"start": "best"}}]
+    runs = []
+    for start in ("best", "last"):
+        stages[1] = {"training": {"start": start}}
+        runs.append(Run(tmp_path / start, RECIPE | {"stages": stages}, scores=lambda weight: math.nan))
+        runs[-1].go()
+    assert runs[0].files()["last/weight.json"] == runs[1].files()["last/weight.json"]
+
+
+def test_each_tasks_best_model_is_kept_from_the_stages_that_train_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, RETURNING | {"stages": RETURNING["stages"][:2]})
+    outcome = run.go()
+    assert run.evaluations == [0, 2, 4, 6, 7, 8, 9]
+    best_a = max((2, 4, 6, 7), key=lambda step: accuracy_at(step, 3))  # steps of the first stage, which trains a
+    best_b = max((8, 9), key=lambda step: accuracy_at(step, 5))
+    assert {task: (kept["step"], kept["score"]) for task, kept in outcome.task_best.items()} == {
+        "a": (best_a, accuracy_at(best_a, 3)),
+        "b": (best_b, accuracy_at(best_b, 5)),
+    }
+    assert accuracy_at(4, 5) > accuracy_at(best_b, 5), "a better score in the other stage does not count"
+
+
+def test_train_scores_stand_in_the_records_and_beside_the_best(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE)
+    plain = run.evaluate
+    run.evaluate = lambda: replace(plain(), train={"score": 0.25})  # type: ignore[method-assign]
+    outcome = run.go()
+    assert [r["train/score"] for r in run.records() if "dev/score" in r] == [0.25] * 4
+    assert outcome.best is not None
+    assert outcome.best["train"] == {"score": 0.25}
+
+
+def test_fractions_of_an_epoch_are_whole_steps(tmp_path: Path) -> None:
+    for epochs, steps in ((0.5, 2), (1.75, 7), (0.01, 1), (2.0, 8)):
+        run = Run(tmp_path / str(epochs), RECIPE | {"training": {"epochs": epochs}})
+        assert run.go().state.step == steps
+        assert run.evaluations[-1] == steps
+
+
 def test_zero_epochs_are_no_error(tmp_path: Path) -> None:
     run = Run(tmp_path, RECIPE | {"training": {"epochs": 0}})
     outcome = run.go()
@@ -293,7 +375,7 @@ def test_zero_epochs_are_no_error(tmp_path: Path) -> None:
 # ---- Exact resume ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, STAGED], ids=["plain", "staged"])
+@pytest.mark.parametrize("recipe", [RECIPE, STAGED, RETURNING], ids=["plain", "staged", "returning"])
 def test_a_run_killed_anywhere_and_resumed_equals_an_uninterrupted_one(tmp_path: Path, recipe: dict[str, Any]) -> None:
     killed_anywhere(Run, tmp_path, recipe)
 

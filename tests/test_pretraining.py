@@ -21,6 +21,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import Buckets
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.collate import Collator
+from minbert_fast.data.tokens import Text, Tokens, TokenTable
 from minbert_fast.model import weights
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
@@ -62,7 +63,7 @@ def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
         for task, name in FILES.items()
     }
     tasks = build_tasks(recipe())
-    tables = {name: task.table([found[source] for source in task.sources]) for name, task in tasks.items()}
+    tables = {name: task.table([found[source.layout] for source in task.sources]) for name, task in tasks.items()}
     made = {name: task.example_generator(tokenizer, 5) for name, task in tasks.items()}
     generators = {name: generator for name, generator in made.items() if generator is not None}
     return Collator(tables, 32, {"nsp": "cross"}, generators=generators)
@@ -251,6 +252,20 @@ def test_the_encoder_is_saved_once(tmp_path: Path, collator: Collator) -> None:
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in loaded.state_dict().items())
     loaded.configure({"mlm": build_task("mlm", {"rate": 0.3})})
     assert loaded.head("mlm").options.rate == 0.3
+
+
+def test_consecutive_lines_are_pairs_and_blank_lines_divide_documents() -> None:
+    texts = Tokens.of([[1, 2], [3], [4, 5], [6]])
+    lines = np.array([1, 2, 4, 5])  # line 3 is blank
+    plain = TokenTable("text", Path("a.txt"), (texts,), None, Text.of([""] * 4), lines, (), "x")
+    pairs = TokenTable("pairs", Path("b.tsv"), (texts, texts), None, Text.of([""] * 4), lines, (), "y")
+    task = build_task("order", {"kind": "next-sentence", "data": ["a.txt", "b.tsv"]})
+    assert [source.train for source in task.sources] == ["a.txt", "b.tsv"]
+    table = task.table([plain, pairs])
+    rows = [[sentence.tolist() for sentence in column] for column in table.columns]
+    every = [[1, 2], [3], [4, 5], [6]]
+    assert rows == [[[1, 2], [4, 5], *every], [[3], [6], *every]]
+    assert [table.locate(row) for row in (0, 1, 2)] == ["a.txt:1", "a.txt:4", "b.tsv:1"]
 
 
 # ---- Options and whole runs -------------------------------------------------------------------------------------------

@@ -25,14 +25,14 @@ RANGES = {"unit": "[0, 1]", "signed": "[-1, 1]", "raw": "raw labels"}
 def head_of(task: Task) -> str:
     """A task's head and loss in the words of tests/reports.py."""
     o: Any = task.options
-    if task.kind == "nli":
+    if task.kind == "triplet":
         (objective,) = o.objectives
-        detail = {"contrastive": f", temperature {o.temperature:g}", "triplet": f", margin {o.margin:g}"}
+        detail = {"contrastive": f", temperature {o.temperature:g}", "triplet": f", {o.distance}, margin {o.margin:g}"}
         return {"regression": "regression of cosines"}.get(objective, objective) + detail.get(objective, "")
-    if task.kind == "mlm":
+    if task.kind == "masked-lm":
         return f"{o.rate:.0%} of {', '.join(o.text)}".replace("%", " %")
     dropout = f"dropout {o.dropout:g}"
-    if task.kind == "sentiment":
+    if task.kind == "classification":
         parts = [f"{o.extra_layers} BERT layers"] if o.extra_layers else []
         if o.neighbours:
             parts.append(f"cosines to {o.neighbours} sentences a class and their labels")

@@ -15,6 +15,8 @@ from minbert_fast import reproduce, search
 from minbert_fast.common import cli
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.tasks import build_tasks
+from minbert_fast.trainer import reproduction
 from minbert_fast.trainer.experiments import limit_steps, same_experiment
 from minbert_fast.trainer.job import Options, train
 
@@ -56,55 +58,99 @@ def test_every_recipe_trains(name: str, data: Path, tmp_path: Path) -> None:
     stages = max(1, len(recipe.stages))
     assert summary["steps"] == 2 * stages
     assert summary["skipped_steps"] == 0
-    metrics = set(summary["dev"])
-    assert {"sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"} <= metrics
+    judged = {task.primary for task in build_tasks(recipe).values() if task.predicts and task.labelled}
+    assert judged <= set(summary["dev"])
+    assert set(summary.get("train", {})) == (set(summary["dev"]) if recipe.training.evaluate_train else set())
     assert (output / "best" / "heads.safetensors").is_file()
-
-
-@pytest.mark.parametrize("name", [name for name in recipe_names() if Recipe.load(name).published])
-def test_a_published_recipe_names_its_source(name: str) -> None:
-    recipe = Recipe.load(name)
-    assert recipe.source
-    assert set(recipe.published) <= set(reproduce.METRICS)
-    if len(recipe.published) == 4:
-        a, b, c, total = (recipe.published[metric] for metric in reproduce.METRICS)
-        assert (a + b + (c + 1) / 2) / 3 == pytest.approx(total, abs=1e-3)
 
 
 def run(main: Any, *arguments: object) -> int:
     return cli.run(main, [str(a) for a in arguments])
 
 
-def test_reproduce_writes_a_table_and_continues(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--data", data, "--output", tmp_path, "--max-steps", 1]
-    assert run(reproduce.main, "finetune-cycle", "bertology-baseline", *flags) == 0
-    printed = capsys.readouterr().out
-    assert "| bertology-baseline" in printed
-    assert "0.596" in printed
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["recipe"] for row in rows] == ["finetune-cycle", "bertology-baseline"]
-    assert rows[1]["published"] == {"score": 0.596}
-    assert 0 <= rows[1]["measured"]["score"] <= 1
-    assert rows[0]["steps"] == 1
-
-    shutil.rmtree(tmp_path / "bertology-baseline")
-    kept = (tmp_path / "finetune-cycle" / "summary.json").stat().st_mtime_ns
-    assert run(reproduce.main, "finetune-cycle", "bertology-baseline", *flags) == 0
-    assert (tmp_path / "finetune-cycle" / "summary.json").stat().st_mtime_ns == kept
-    assert (tmp_path / "bertology-baseline" / "summary.json").is_file()
+def rows_in(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["recipe"]: row for row in json.loads((folder / "results.json").read_text())}
 
 
-def test_a_finished_run_is_reused_only_for_the_same_experiment(
+def test_reproduce_accumulates_rows_and_continues(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """More steps continue the run; another seed is another run and does not reuse the results."""
-    flags = ["siamese-product", "--data", data, "--output", tmp_path]
+    """A finished row never runs again, even if its directory is gone; the table holds the rows of all calls."""
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 2, "--discard"]
+    assert run(reproduce.main, "finetune-cosine", *flags) == 0
+    assert run(reproduce.main, "siamese-similarity-m*", "finetune-cosine", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "finetune-cosine: Similarity as the embeddings' cosine\nfinished before" in printed
+    rows = rows_in(tmp_path)
+    assert list(rows) == ["finetune-cosine", "siamese-similarity-mse"]
+    row = rows["finetune-cosine"]
+    assert row["published"]["dev"] == {
+        "sentiment_accuracy": 0.209,
+        "paraphrase_accuracy": 0.736,
+        "similarity_pearson": 0.384,
+    }
+    assert row["published"]["seconds"] == 1782
+    assert row["measured"]["dev"].keys() == row["measured"]["train"].keys()
+    assert (row["steps"], row["epochs"], row["epochs_scale"], row["max_steps"]) == (2, [1.0], 1.0, 2)
+    table = (tmp_path / "table.md").read_text()
+    assert table in printed
+    (line,) = (line for line in table.splitlines() if line.startswith("| finetune-cosine"))
+    for split, published in (("dev", "0.736"), ("train", "0.689")):
+        assert f"{published} / {row['measured'][split]['paraphrase_accuracy']:.3f}" in line
+    (line,) = (line for line in table.splitlines() if line.startswith("| siamese-similarity-mse"))
+    assert f"0.620 / {rows['siamese-similarity-mse']['measured']['dev']['similarity_pearson']:.3f}" in line
+    assert line.split("|")[2].strip() == "", "similarity alone has no sentiment score"
+
+    left = {path.name for path in (tmp_path / "finetune-cosine").iterdir()}
+    assert {"summary.json", "metrics.jsonl", "report.html", "predictions"} <= left
+    assert not {"best", "last", "checkpoints"} & left
+    shutil.rmtree(tmp_path / "finetune-cosine")
+    assert run(reproduce.main, "finetune-cosine", *flags) == 0
+    assert not (tmp_path / "finetune-cosine").exists()
+
+
+def test_scaled_epochs_are_stated_in_the_table(data: Path, tmp_path: Path) -> None:
+    assert run(reproduce.main, "finetune-cosine", "--epochs-scale", 0.5, "--data", data, "--output", tmp_path) == 0
+    row = rows_in(tmp_path)["finetune-cosine"]
+    assert row["steps"] == 2  # half of the four batches of 8 that 32 pairs fill
+    assert (row["epochs"], row["epochs_scale"]) == ([0.5], 0.5)
+    assert "Epochs are 0.5 times the reports' (--epochs-scale)." in (tmp_path / "table.md").read_text()
+
+
+def test_a_row_of_tasks_trained_one_by_one_has_each_tasks_own_best_scores(data: Path, tmp_path: Path) -> None:
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 2]
+    assert run(reproduce.main, "enhancing-final", *flags) == 0
+    row = rows_in(tmp_path)["enhancing-final"]
+    summary = json.loads((tmp_path / "enhancing-final" / "summary.json").read_text())
+    steps = {}
+    for task in ("sentiment", "paraphrase", "similarity"):
+        kept = summary["best_per_task"][task]
+        steps[task] = kept["step"]
+        (metric,) = (m for m in kept["metrics"] if m in reproduction_metrics(task))
+        assert row["measured"]["dev"][metric] == kept["metrics"][metric] == kept["score"]
+        assert (tmp_path / "enhancing-final" / f"best-{task}" / "heads.safetensors").is_file()
+    assert steps == {"sentiment": 4, "paraphrase": 6, "similarity": 8}, "a stage counts for the task that it trains"
+    assert (
+        "Each task's own best model (one by one, as the report trained them): enhancing-final."
+        in (tmp_path / "table.md").read_text()
+    )
+
+
+def reproduction_metrics(task: str) -> tuple[str, ...]:
+    return tuple(metric for metric in reproduction.COLUMNS[task] if metric.startswith(task))
+
+
+def test_a_row_of_another_experiment_runs_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More steps continue the run; another seed is another run, is refused, and leaves the finished row alone."""
+    flags = ["siamese-paraphrase-product", "--data", data, "--output", tmp_path]
     for steps in (1, 2):
         assert run(reproduce.main, *flags, "--max-steps", steps) == 0
-        assert json.loads((tmp_path / "table.json").read_text())[0]["steps"] == steps
+        assert rows_in(tmp_path)["siamese-paraphrase-product"]["steps"] == steps
+    before = rows_in(tmp_path)
     capsys.readouterr()
     assert run(reproduce.main, *flags, "--max-steps", 2, "--seed", 3) == 1
     assert "recipe.training.seed was" in capsys.readouterr().err
+    assert rows_in(tmp_path) == before
 
 
 def test_the_table_names_weights_data_and_device(data: Path, tmp_path: Path) -> None:
@@ -119,7 +165,7 @@ def test_the_table_names_weights_data_and_device(data: Path, tmp_path: Path) -> 
     assert "quora-train.csv 32" in text
     assert "bertology-nli-triplet ran without nli: no data." in text
     assert "Run on cpu" in text
-    assert json.loads((tmp_path / "runs" / "table.json").read_text())[0]["without"] == ["nli"]
+    assert rows_in(tmp_path / "runs")["bertology-nli-triplet"]["without"] == ["nli"]
 
 
 def test_a_failed_recipe_does_not_stop_the_others(
@@ -130,12 +176,13 @@ def test_a_failed_recipe_does_not_stop_the_others(
     for split in ("train", "dev"):
         shutil.copy(data / f"ids-cfimdb-{split}.csv", lonely)
     flags = ["--data", lonely, "--output", tmp_path / "runs", "--max-steps", 1]
-    assert run(reproduce.main, "finetune-cycle", "single-cfimdb", *flags) == 1
+    assert run(reproduce.main, "finetune-cosine", "sbert-cfimdb-frozen", *flags) == 1
     error = capsys.readouterr().err
-    assert "1 of 2 recipes did not run: finetune-cycle" in error
-    rows = json.loads((tmp_path / "runs" / "table.json").read_text())
-    assert "no training file" in rows[0]["failure"] or "no data files" in rows[0]["failure"]
-    assert rows[1]["steps"] == 1
+    assert "1 of 2 recipes did not run: finetune-cosine" in error
+    rows = rows_in(tmp_path / "runs")
+    assert "no training file" in rows["finetune-cosine"]["failure"] or "no data" in rows["finetune-cosine"]["failure"]
+    assert rows["sbert-cfimdb-frozen"]["steps"] == 1
+    assert "| sbert-cfimdb-frozen | 0.780 / " in (tmp_path / "runs" / "table.md").read_text()
 
 
 def test_search_ranks_every_combination_and_continues(

@@ -167,7 +167,7 @@ def test_numbers_on_the_page_are_those_of_the_files(full):
         "0.914", "0.654", "0.234 before training", "0.975 on training rows", "0.464 for always answering “bad”",
         "In 25.0% of the 40 logged steps", "5.0 s", "expected error 0.084", "so <so>410.761.000.860.80",
         "20.0%",  # 20 of the 100 seconds belong to no part
-        "250.0 ms", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
+        "250.0 ms", "an epoch of steps 20 s", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
     ):  # fmt: skip
         assert expected in text, expected
     assert "0.68" in text  # 27 of the 40 examples of class "good" were predicted as good

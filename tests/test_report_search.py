@@ -36,7 +36,7 @@ def ticks(svg: str) -> dict[str, float]:
 
 
 def dots(svg: str) -> list[tuple[float, float]]:
-    (path,) = re.findall(r'class="points s0" d="([^"]+)"', svg)
+    path = re.findall(r'class="points s0" d="([^"]+)"', svg)[-1]  # the first one is in the legend
     return [(float(x), float(y)) for x, y in re.findall(r"M([\d.]+) ([\d.]+)h0", path)]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from minbert_fast import predict, train
+from minbert_fast.common import cli
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.comparison import write_comparison
 from minbert_fast.reporting.next_steps import next_steps
@@ -21,6 +22,7 @@ from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import read_run
 from minbert_fast.reporting.verdicts import announce, verdicts
 from minbert_fast.tasks import build_tasks
+from tests.small import small_data, small_run
 
 CLASSES = ["different", "same"]
 
@@ -154,6 +156,20 @@ def test_a_diverged_run_is_said_first_and_in_red(tmp_path, monkeypatch, capsys):
     summary["dev"]["score"] = None
     (directory / "summary.json").write_text(json.dumps(summary))
     assert "not a number (0.545 before training)" in announce(directory).splitlines()[0]
+
+
+@pytest.mark.ci
+def test_train_prints_the_verdicts(tmp_path, capsys, monkeypatch):
+    """A run at lr = 1e3 ends with exit status 0, and its first result is that it got worse."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = small_run(small_data(tmp_path / "data"), tmp_path / "run", "--lr", "1e3", "--max-steps", "3")
+    assert cli.run(train.main, flags) == 0
+    before, _, after = capsys.readouterr().out.partition("Overall score: worse than before training: ")
+    assert "all steps taken" not in before
+    assert "all steps taken" in after
+    assert after.splitlines()[1:4] == [v.line for v in verdicts(read_run(tmp_path / "run"))]
+    task = read_run(tmp_path / "run").tasks["sentiment"]
+    assert sum(task["distribution"]["train"]) == task["distribution"]["train_rows"] == 40
 
 
 def test_tasks_of_other_kinds_have_verdicts(tmp_path):

@@ -4,17 +4,34 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    matthews_corrcoef,
+    ndcg_score,
+    precision_score,
+    recall_score,
+)
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.data.labels import Classes, LabelSummary, Numbers, label_number, label_text
+from minbert_fast.data.tokens import Text, Tokens, TokenTable
 from minbert_fast.model.config import BertConfig
-from minbert_fast.tasks import HeadOutput, TaskInput, build_task
+from minbert_fast.tasks import HeadOutput, TaskInput, build_task, losses
+from minbert_fast.tasks.guess import guess_kind
 from minbert_fast.tasks.predictions import write_predictions
+from minbert_fast.tasks.presets import PRESETS
+from minbert_fast.tasks.ranking import retrieval_ranks
 
 CONFIG = BertConfig(vocab_size=20, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 
@@ -36,8 +53,9 @@ def test_every_error_is_one_line_that_names_its_place():
         ("sentiment", {"dropuot": 0.1}, "tasks.sentiment: unknown key 'dropuot'; did you mean 'dropout'"),
         ("sentiment", {"dropout": 1.0}, "tasks.sentiment.dropout = 1.0"),
         ("sentiment", {"pooling": "median"}, "tasks.sentiment.pooling"),
-        ("sentiment", {"data": "quora"}, "tasks.sentiment.data = 'quora': expected one of sentiment, polarity"),
-        ("mood", {}, "tasks.mood.kind = 'mood': expected one of"),
+        ("sentiment", {"data": 3}, "tasks.sentiment.data = 3: expected a file, the name of a layout"),
+        ("sentiment", {"data": {"trian": "x.csv"}}, "tasks.sentiment.data: unknown key 'trian'; did you mean 'train'"),
+        ("mood", {}, "tasks.mood.kind = 'mood': expected one of classification, .*, sentiment"),
         ("a.b", {"kind": "sentiment"}, "expected a name of letters"),
         ("paraphrase", {"features": []}, "features = []"),
         ("paraphrase", {"features": ["u", "u"]}, "named twice"),
@@ -50,6 +68,23 @@ def test_every_error_is_one_line_that_names_its_place():
         ("paraphrase", {"encoder": "cross", "auxiliary": {"cosent": 1.0}}, "no two vectors to compare"),
         ("paraphrase", {"encoder": "tri"}, "tasks.paraphrase.encoder = 'tri': expected one of bi, cross, both"),
         ("similarity", {"per_class": 9, "balanced": True}, "per_class: expected no fraction"),
+        ("paraphrase", {"head": "cosine", "loss": "mse", "class_weights": [1, 2]}, 'loss = "mse" has none'),
+        ("nli", {"loss": "bce"}, 'loss = "bce": the task has 3 classes; expected "cross_entropy"'),
+        ("nli", {"threshold": 0.6}, "the most likely one is predicted"),
+        ("sentiment", {"metric": "pearson"}, "metric 'pearson': expected one of this kind: accuracy, macro_f1"),
+        ("sentiment", {"metrics": ["f1/bad"]}, "metric 'f1/bad': expected one of this kind: .*f1/neutral"),
+        ("mlm", {"metric": "accuracy"}, "expected one of this kind: none, it only trains"),
+        ("sentiment", {"class_weights": [1.0, 2.0]}, "expected one number for each of the 5 classes"),
+        ("sentiment", {"class_weights": "even"}, "tasks.sentiment.class_weights = 'even': expected a list"),
+        ("topic", {"kind": "classification", "classes": ["a"]}, "expected two or more"),
+        ("topic", {"kind": "classification", "classes": ["a", "a"]}, "named twice"),
+        ("stars", {"kind": "regression", "range": [5, 1]}, "low < high"),
+        ("stars", {"kind": "regression", "range": [0, 2.5], "loss": "ordinal"}, "whole labels"),
+        ("tags", {"kind": "multilabel", "balanced": True}, "several classes"),
+        ("find", {"kind": "ranking", "objectives": {"triplet": 1.0}}, "needs 3 texts or more, the data has 2"),
+        ("find", {"kind": "triplet", "data": {"train": "x.csv", "text": ["a", "b"]}}, "expected 3 text columns, not 2"),
+        ("find", {"kind": "ranking", "temperature": 0.0}, "temperature = 0.0: expected above 0"),
+        ("words", {"kind": "masked-lm"}, "expected at least one data set, or `data` with files of text"),
         ("nli", {"objectives": {"contrastive": -1.0}}, "expected 0 or more"),
         ("nli", {"objectives": {}}, "expected at least one"),
         ("paraphrase", {"weight": math.inf}, "weight = inf"),
@@ -62,13 +97,144 @@ def test_every_error_is_one_line_that_names_its_place():
         assert "\n" not in str(caught.value)
 
 
-def test_a_tasks_kind_is_its_name_or_its_option():
-    cfimdb = build_task("cfimdb", {"kind": "sentiment", "data": "polarity"})
-    assert (cfimdb.kind, cfimdb.dataset, cfimdb.primary) == ("sentiment", "polarity", "cfimdb_accuracy")
-    assert cfimdb.prediction_file("test") == "cfimdb-test-output.csv"
+def test_the_courses_tasks_are_presets_of_general_kinds():
+    cfimdb = build_task("cfimdb", {"kind": "sentiment", "data": "polarity"})  # as earlier versions spelled it
+    assert (cfimdb.kind, cfimdb.preset, cfimdb.layout) == ("classification", "polarity", "polarity")
+    assert (cfimdb.primary, cfimdb.prediction_file("test")) == ("cfimdb_accuracy", "cfimdb-test-output.csv")
+    assert cfimdb.header == "Predicted_Sentiment"
     assert cfimdb.build_head(CONFIG, {}).output.out_features == 2
     names = [build_task(name).prediction_file("dev") for name in ("sentiment", "paraphrase", "similarity")]
     assert names == ["sst-dev-output.csv", "para-dev-output.csv", "sts-dev-output.csv"]
+    assert build_task("nli", {"data": "triplets"}).preset == "nli-triplets"
+    own = build_task("films", {"kind": "sentiment", "data": {"train": "films.csv", "text": "review"}, "dropout": 0.3})
+    assert (own.sources[0].train, own.layout, own.prediction_file("dev")) == ("films.csv", "", "films-dev-output.csv")
+    assert (own.options.dropout, len(own.class_names)) == (0.3, 5)
+    for name, preset in PRESETS.items():
+        task = build_task(name)
+        assert (task.kind, task.preset) == (preset["kind"], name)
+        assert task.resolved
+        assert task.rule is None or task.labelled
+
+
+def test_a_task_of_ones_own_has_its_names_in_files_and_metrics():
+    task = build_task("topic", {"kind": "classification", "classes": ["b", "a"], "metric": "f1/a"})
+    assert (task.prediction_file("dev"), task.header) == ("topic-dev-output.csv", "Predicted_topic")
+    assert task.primary == "topic_f1/a"
+    assert task.metric_names[-1] == "topic_f1/a"
+    assert task.as_labels(np.array([1, 0])) == ["a", "b"]
+    assert build_task("sentiment").as_labels(np.array([1, 0])) == [1, 0]
+    assert build_task("topic", {"kind": "classification", "metric": "f1/later"}).primary == "topic_f1/later"
+
+
+# ---- What training labels say ----------------------------------------------------------------------------------------
+
+
+def summary(*labels: object, **more) -> LabelSummary:
+    names = Counter(label_text(label) for label in labels)
+    numbers = [label_number(label) for label in labels]
+    found = [number for number in numbers if number is not None]
+    ends = (min(found), max(found)) if found and len(found) == len(labels) else (None, None)
+    return LabelSummary(len(labels), names, *ends, **{"whole": all(float(n).is_integer() for n in found)} | more)
+
+
+def resolved(name: str, options: dict, found: LabelSummary):
+    task = build_task(name, options)
+    assert not task.resolved
+    whole = build_task(name, options | task.resolve(found))
+    assert whole.resolved
+    assert whole.resolve(found) == {}
+    return whole
+
+
+def test_classes_and_their_weights_are_found_in_the_training_labels():
+    labels = ["world", "sport", "sport", "10", "9", "sport"]
+    task = resolved("topic", {"kind": "classification", "class_weights": "balanced"}, summary(*labels))
+    assert task.class_names == ("9", "10", "sport", "world")
+    assert task.rule == Classes(task.class_names)
+    expected = compute_class_weight("balanced", classes=np.array(task.class_names), y=np.array(labels))
+    np.testing.assert_allclose(task.options.weights, expected)
+    sst = resolved("sentiment", {"class_weights": "balanced"}, summary(*[0, 1, 2, 3, 4, 4.0]))
+    assert sst.options.class_counts == (1, 1, 1, 1, 2)
+
+
+def test_names_of_several_labels_are_found():
+    text = summary("a,b", "b", "", "b, c")
+    task = resolved("tags", {"kind": "multilabel", "class_weights": "balanced"}, text)
+    assert task.class_names == ("a", "b", "c")
+    assert task.options.weights == (3.0, 1 / 3, 3.0)
+    lists = LabelSummary(4, {"a,b": 2, "b": 3}, lists=True)
+    assert resolved("tags", {"kind": "multilabel"}, lists).class_names == ("a,b", "b")
+
+
+def test_the_range_of_a_regression_is_found_and_does_not_refuse_other_rows():
+    task = resolved("stars", {"kind": "regression"}, summary(1, 5, 2.5))
+    assert (task.options.limits, task.rule) == ((1.0, 5.0), Numbers())
+    assert build_task("stars", {"kind": "pair-regression", "range": [1, 5]}).rule == Numbers(1.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "message"),
+    [
+        ("classification", summary(*range(4000)), "4,000 different labels in 4,000 rows are no classes"),
+        ("classification", LabelSummary(20_000), "too many different labels in 20,000 rows"),
+        ("classification", summary("a", "a"), "all 2 rows have the label 'a'; expected two classes or more"),
+        ("pair-classification", LabelSummary(), "no row has a label"),
+        ("classification", summary("a", "b", lists=True), 'expected kind = "multilabel"'),
+        ("multilabel", summary(*[f"a{i}" for i in range(3000)]), "3,000 different labels in 3,000 rows"),
+        ("regression", summary("good", 3), "the labels are not all numbers; expected numbers, or a kind of"),
+        ("pair-regression", summary(3, 3.0), "every label is 3; expected different numbers"),
+        ("regression", LabelSummary(), "no row has a label"),
+    ],
+)
+def test_labels_that_do_not_suit_the_kind_are_refused(kind, found, message):
+    with pytest.raises(ConfigError, match=f"^tasks.mine: .*{message}") as caught:
+        build_task("mine", {"kind": kind}).resolve(found)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_training_rows_has_no_balanced_weight():
+    task = build_task("sentiment", {"class_weights": "balanced"})
+    with pytest.raises(ConfigError, match="no training row of class 'positive'"):
+        task.resolve(summary(0, 1, 2, 3))
+
+
+def test_a_loss_for_two_classes_is_refused_once_three_are_found():
+    task = build_task("same", {"kind": "pair-classification", "loss": "bce"})
+    with pytest.raises(ConfigError, match="the task has 3 classes"):
+        build_task("same", {"kind": "pair-classification", "loss": "bce"} | task.resolve(summary("a", "b", "c")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts", "kind"),
+    [
+        ((), 1, "contrastive"),
+        ((), 2, "ranking"),
+        ((), 3, "ranking"),
+        (("good", "bad", "good"), 1, "classification"),
+        ((1, 2, 5, 3.0), 1, "classification"),
+        ((True, False), 2, "pair-classification"),
+        ((0.0, 1.0, 1), 2, "pair-classification"),
+        ((0.5, 2, 4.8), 2, "pair-regression"),
+        (tuple(range(1900, 2000)), 1, "regression"),
+        ((-1.5, 2e3), 1, "regression"),
+    ],
+)
+def test_the_kind_is_guessed_from_the_labels(labels, texts, kind):
+    guessed, reason = guess_kind(summary(*labels), texts)
+    assert guessed == kind
+    assert reason
+    assert "\n" not in reason
+    if labels:
+        build_task("mine", {"kind": guessed}).resolve(summary(*labels))
+
+
+def test_lists_are_several_labels_and_free_text_is_no_label():
+    assert guess_kind(summary("a", "b", lists=True), 1)[0] == "multilabel"
+    for found, texts in ((summary("a", "b", lists=True), 2), (summary("a", "b"), 3)):
+        with pytest.raises(ConfigError):
+            guess_kind(found, texts)
+    with pytest.raises(ConfigError, match="500 different labels in 500 rows"):
+        guess_kind(summary(*[f"text {i}" for i in range(500)]), 1)
 
 
 # ---- Heads -----------------------------------------------------------------------------------------------------------
@@ -151,8 +317,6 @@ def test_auxiliary_losses_are_added_with_their_weights():
     more = make_head("paraphrase", dropout=0.0, auxiliary={"ranking": 0.5, "cosent": 2.0})
     inputs = make_input(2)
     labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    from minbert_fast.tasks import losses
-
     expected = plain.loss(plain(inputs), labels)
     expected = expected + 0.5 * losses.ranking(*inputs.embeddings, labels, 0.05)
     expected = expected + 2.0 * losses.cosent(*inputs.embeddings, labels, 0.05)
@@ -219,18 +383,16 @@ def test_dropout_acts_at_its_place_and_only_in_training(placement, changes):
 
 
 def test_nli_objectives_are_summed_with_their_weights():
-    from minbert_fast.tasks import losses
-
     head = make_head("nli", objectives={"regression": 1.0, "contrastive": 0.5, "triplet": 2.0})
     inputs = make_input(3)
     a, p, n = inputs.embeddings
-    expected = losses.entailment_regression(a, p, n) + 0.5 * losses.contrastive(a, p, n, 0.05)
+    expected = losses.entailment_regression(a, p, n) + 0.5 * losses.contrastive(a, p, (n,), 0.05)
     expected = expected + 2.0 * losses.triplet(a, p, n, 1.0)
     output = head(inputs)
     torch.testing.assert_close(head.loss(output, None), expected)
     follows = torch.cosine_similarity(a, p) > torch.cosine_similarity(a, n)
     assert head.predict(output).tolist() == follows.float().tolist()
-    task = build_task("nli")
+    task = build_task("nli", {"data": "triplets"})
     assert task.evaluate(head.predict(output).numpy(), None) == {"nli_accuracy": follows.float().mean().item()}
 
 
@@ -239,6 +401,221 @@ def test_the_threshold_sets_the_decision():
     for threshold, expected in ((0.05, [1.0, 1.0, 1.0]), (0.6, [0.0, 0.0, 1.0]), (0.99, [0.0, 0.0, 0.0])):
         head = make_head("paraphrase", threshold=threshold)
         assert head.predict(HeadOutput(scores)).tolist() == expected
+
+
+# ---- Heads of the general kinds --------------------------------------------------------------------------------------
+
+
+def test_class_weights_multiply_the_losses_of_their_examples():
+    options = {"kind": "classification", "classes": ["a", "b", "c"], "dropout": 0.0}
+    labels = torch.tensor([2, 0, 1, 1])
+    for smoothing in (0.0, 0.1):
+        head = make_head("topic", **options, class_weights=[1.0, 3.0, 0.5], label_smoothing=smoothing)
+        output = head(make_input(1))
+        each = -output.scores.log_softmax(-1)
+        own = (1 - smoothing) * each[torch.arange(4), labels] + smoothing * each.mean(-1)
+        torch.testing.assert_close(head.loss(output, labels), (own * torch.tensor([0.5, 1.0, 3.0, 3.0])).mean())
+    head.configure(build_task("topic", options).options)
+    torch.testing.assert_close(head.loss(output, labels), F.cross_entropy(output.scores, labels))
+
+
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy", "ordinal"])
+def test_class_weights_and_smoothing_of_pairs(loss):
+    smoothing = {} if loss == "ordinal" else {"label_smoothing": 0.2}
+    head = make_head("paraphrase", loss=loss, dropout=0.0, class_weights=[2.0, 0.5], **smoothing)
+    output, labels = head(make_input(2)), torch.tensor([1, 0, 0, 1])
+    s = output.scores
+    logits = s - head.thresholds if loss == "ordinal" else s
+    if loss == "cross_entropy":
+        logits = s[:, 1] - s[:, 0]
+    t = labels * 0.8 + 0.1 if smoothing else labels
+    each = -(t * F.logsigmoid(logits) + (1 - t) * F.logsigmoid(-logits))
+    torch.testing.assert_close(head.loss(output, labels), (each * torch.tensor([0.5, 2.0, 2.0, 0.5])).mean())
+
+
+def test_three_classes_of_pairs_are_a_softmax_over_the_features():
+    head = make_head("nli", dropout=0.0)
+    u, v = make_input(2).embeddings
+    output = head(make_input(2))
+    scores = torch.cat([u, v, (u - v).abs()], -1) @ head.output.weight.T + head.output.bias
+    torch.testing.assert_close(output.scores, scores)
+    labels = torch.tensor([2, 0, 1, 1])
+    torch.testing.assert_close(head.loss(output, labels), F.cross_entropy(scores, labels))
+    assert head.predict(output).tolist() == scores.argmax(-1).tolist()
+    torch.testing.assert_close(head.probabilities(output), scores.softmax(-1))
+
+
+def test_ordinal_classes_have_one_score_and_thresholds():
+    """At first all classes are equally likely for a score of 0; predictions are the median class."""
+    head = make_head("sentiment", loss="ordinal", dropout=0.0)
+    torch.testing.assert_close(head.probabilities(HeadOutput(torch.zeros(2))), torch.full((2, 5), 0.2))
+    output = HeadOutput(torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0]))
+    assert head.predict(output).tolist() == [0, 1, 2, 3, 4]
+    labels = torch.tensor([0, 2, 2, 4, 1])
+    above = torch.sigmoid(output.scores[:, None] - head.thresholds)
+    total = [
+        sum(-(above[i, k] if label > k else 1 - above[i, k]).log() for k in range(4)) for i, label in enumerate(labels)
+    ]
+    torch.testing.assert_close(head.loss(output, labels), torch.stack(total).mean())
+    assert head.logits(output) is None
+
+
+def test_a_regression_predicts_on_the_scale_of_its_labels():
+    inputs, labels = make_input(1), torch.tensor([1.0, 5.0, 2.0, 3.5])
+    x = inputs.embeddings[0]
+    for options, function in (
+        ({}, lambda s, t: ((s - (t - 1) / 4) ** 2).mean()),
+        ({"loss": "l1"}, lambda s, t: (s - (t - 1) / 4).abs().mean()),
+        ({"labels": "raw"}, lambda s, t: ((s - t) ** 2).mean()),
+        ({"loss": "bce"}, lambda s, t: F.binary_cross_entropy(s.sigmoid(), (t - 1) / 4)),
+    ):
+        head = make_head("stars", kind="regression", found_range=[1, 5], dropout=0.0, **options)
+        output = head(inputs)
+        s = (x @ head.output.weight.T + head.output.bias)[:, 0]
+        torch.testing.assert_close(head.loss(output, labels), function(s, labels))
+        scale = {"raw": s}.get(options.get("labels"), 1 + 4 * (s.sigmoid() if "bce" in options.values() else s))
+        torch.testing.assert_close(head.predict(output), scale)
+    far = HeadOutput(torch.tensor([-3.0, 7.0]))
+    assert make_head("stars", kind="regression", range=[1, 5]).predict(far).tolist() == [1.0, 5.0]
+    assert make_head("stars", kind="regression", found_range=[1, 5]).predict(far).tolist() == [-11.0, 29.0]
+
+
+@pytest.mark.parametrize("name", ["regression", "pair-regression"])
+def test_ordinal_regression_predicts_the_expected_label(name):
+    head = make_head("stars", kind=name, found_range=[1, 4], loss="ordinal", dropout=0.0)
+    output = head(make_input(1 if name == "regression" else 2))
+    above = torch.sigmoid(output.scores[:, None] - head.thresholds)  # [n, 3]
+    torch.testing.assert_close(head.predict(output), 1 + above.sum(-1))
+    labels = torch.tensor([1.0, 4.0, 2.25, 3.0])
+    targets = torch.tensor([[0, 0, 0], [1, 1, 1], [1, 0.25, 0], [1, 1, 0]])
+    expected = F.binary_cross_entropy(above, targets, reduction="none").sum(-1).mean()
+    torch.testing.assert_close(head.loss(output, labels), expected)
+
+
+def test_raw_labels_are_regressed_as_in_the_file():
+    head = make_head("similarity", head="linear", labels="raw", dropout_at=["features"], dropout=0.0)
+    output, labels = head(make_input(2)), torch.tensor([5.0, 0.0, 2.5, 4.0])
+    s = (torch.cat(make_input(2).embeddings, -1) @ head.output.weight.T + head.output.bias)[:, 0]
+    torch.testing.assert_close(head.loss(output, labels), ((s - labels) ** 2).mean())
+    torch.testing.assert_close(head.predict(output), s.clamp(0, 5))
+
+
+def test_several_labels_are_independent_probabilities():
+    options = {"kind": "multilabel", "classes": ["a", "b", "c"], "dropout": 0.0, "threshold": 0.4}
+    head = make_head("tags", **options, class_weights=[1.0, 2.0, 3.0])
+    output, labels = head(make_input(1)), torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    p = output.scores.sigmoid()
+    expected = -(torch.tensor([1.0, 2, 3]) * labels * p.log() + (1 - labels) * (1 - p).log()).mean()
+    torch.testing.assert_close(head.loss(output, labels), expected)
+    torch.testing.assert_close(head.probabilities(output), p)
+    predictions = head.predict(output)
+    assert torch.equal(predictions, (p >= 0.4).float())
+    task = build_task("tags", options | {"metrics": ["micro_f1", "macro_f1", "accuracy", "average_precision", "f1/b"]})
+    found = task.evaluate(predictions.numpy(), labels.numpy(), probabilities=p.detach().numpy())
+    y, z = labels.numpy(), predictions.numpy()
+    assert found == pytest.approx(
+        {
+            "tags_micro_f1": f1_score(y, z, average="micro"),
+            "tags_macro_f1": f1_score(y, z, average="macro"),
+            "tags_accuracy": accuracy_score(y, z),
+            "tags_average_precision": average_precision_score(y, p.detach().numpy(), average="macro"),
+            "tags_f1/b": f1_score(y[:, 1], z[:, 1]),
+        }
+    )
+    assert task.as_labels(np.array([[1, 0, 1], [0, 0, 0]])) == ["a,c", ""]
+
+
+def test_metrics_of_classes_equal_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels, shares = rng.integers(0, 3, 60), rng.dirichlet(np.ones(3), 60)
+    predictions = shares.argmax(1)
+    options = {"kind": "classification", "classes": ["x", "y", "z"], "metric": "recall/y"}
+    found = build_task("topic", options).evaluate(predictions, labels, probabilities=shares)
+    macro = {"average": "macro"}
+    assert found == pytest.approx(
+        {
+            "topic_accuracy": accuracy_score(labels, predictions),
+            "topic_macro_f1": f1_score(labels, predictions, **macro),
+            "topic_macro_precision": precision_score(labels, predictions, **macro),
+            "topic_macro_recall": recall_score(labels, predictions, **macro),
+            "topic_matthews": matthews_corrcoef(labels, predictions),
+            "topic_average_precision": average_precision_score(np.eye(3)[labels], shares, **macro),
+            "topic_recall/y": recall_score(labels, predictions, labels=[1], average="macro"),
+        }
+    )
+
+
+# ---- Ranking ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_text_columns_is_the_number_of_negatives():
+    assert build_task("find", {"kind": "ranking"}).arity == 2
+    for columns in (["q", "a"], ["q", "a", "n1", "n2"]):
+        task = build_task("find", {"kind": "ranking", "data": {"train": "x.csv", "text": columns}})
+        assert (task.num_texts, task.arity, task.rule) == (len(columns), len(columns), None)
+    with pytest.raises(ConfigError, match="one source has 2 texts, another 3"):
+        build_task("find", {"kind": "ranking", "data": [{"train": "x", "text": ["a", "b"]}, "triplets"]})
+
+
+def test_ranking_objectives_take_any_number_of_negatives():
+    data = {"train": "x.csv", "text": ["q", "a", "n1", "n2"]}
+    options = {"contrastive": 1.0, "triplet": 0.5}
+    head = make_head("find", kind="ranking", data=data, objectives=options, temperature=1.0, symmetric=True, margin=0.2,
+                     distance="cosine")  # fmt: skip
+    a, p, m, n = make_input(4).embeddings
+    output = head(make_input(4))
+    expected = losses.contrastive(a, p, (m, n), 1.0, symmetric=True)
+    expected = expected + 0.25 * sum(losses.triplet(a, p, x, 0.2, "cosine") for x in (m, n))
+    torch.testing.assert_close(head.loss(output, None), expected)
+    cosines = torch.stack([torch.cosine_similarity(a, x) for x in (p, m, n)], -1)
+    assert head.predict(output).tolist() == (cosines.argmax(-1) == 0).float().tolist()
+    alone = make_head("find", kind="ranking")
+    torch.testing.assert_close(alone.predict(alone(make_input(2))), cosines[:, 0])
+
+
+def test_ranking_is_judged_by_retrieval_among_the_dev_rows():
+    rng = np.random.default_rng(1)
+    anchors, positives, negatives = (rng.normal(size=(30, 5)) for _ in range(3))
+    task = build_task("find", {"kind": "ranking", "data": "triplets"})
+    found = task.evaluate(np.ones(30), None, vectors=(anchors, positives, negatives))
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    scores = unit(anchors) @ np.concatenate([unit(positives), unit(negatives)]).T
+    ranks = [1 + sum(scores[i] > scores[i, i]) for i in range(30)]
+    assert found == pytest.approx(
+        {
+            "find_recall_at_1": np.mean([r <= 1 for r in ranks]),
+            "find_recall_at_10": np.mean([r <= 10 for r in ranks]),
+            "find_mrr": np.mean([1 / r for r in ranks]),
+            "find_ndcg_at_10": ndcg_score(np.eye(30, 60), scores, k=10),
+        }
+    )
+
+
+def test_equal_texts_do_not_count_against_each_other():
+    """Rows 0 and 1 ask the same question, rows 1 and 2 have the same answer; row 3 is another text."""
+    sentences = [["q", "q", "r", "s"], ["a", "b", "b", "c"]]
+    vectors = {"q": [1.0, 0.0], "r": [0.0, 1.0], "s": [1.0, 1.0], "a": [1.0, 0.1], "b": [1.0, 0.2], "c": [-1.0, 0.0]}
+    words = {text: i for i, text in enumerate(vectors)}
+    columns = tuple(Tokens.of([[words[text]] for text in column]) for column in sentences)
+    table = TokenTable("find", Path(), columns, None, Text.of([""] * 4), np.arange(4), (), "")
+    found = tuple(np.array([vectors[text] for text in column]) for column in sentences)
+    assert retrieval_ranks(found, table).tolist() == [1, 1, 1, 3]  # row 1: "a" answers it as well; row 2: b before a
+    assert retrieval_ranks(found).tolist() == [1, 3, 2, 4]
+
+
+def test_contrastive_compares_each_text_with_itself():
+    task = build_task("embed", {"kind": "contrastive", "text": ["sentiment"], "temperature": 0.1})
+    columns = (Tokens.of([[1, 2], [3]]), Tokens.of([[4], [5, 6]]))
+    table = TokenTable("pairs", Path("x"), columns, None, Text.of(["", ""]), np.arange(2), (), "")
+    rows = task.table([table])
+    assert (len(rows), task.arity, task.num_texts, task.predicts) == (4, 2, 1, False)
+    assert [[sentence.tolist() for sentence in column] for column in rows.columns] == [[[1, 2], [3], [4], [5, 6]]] * 2
+    head = task.build_head(CONFIG, {})
+    u, v = make_input(2).embeddings
+    torch.testing.assert_close(head.loss(head(make_input(2)), None), losses.contrastive(u, v, (), 0.1))
 
 
 def _loss_of_last(name: str, options: dict, labels: Tensor) -> Tensor:

@@ -90,13 +90,76 @@ def test_contrastive_with_hard_negatives():
         positive = math.exp(cos(a[i], p[i]) / 0.2)
         everything = sum(math.exp(cos(a[i], p[j]) / 0.2) + math.exp(cos(a[i], n[j]) / 0.2) for j in range(N))
         total -= math.log(positive / everything)
-    assert float(losses.contrastive(a, p, n, 0.2)) == pytest.approx(total / N)
+    assert float(losses.contrastive(a, p, (n,), 0.2)) == pytest.approx(total / N)
 
 
 def test_triplet():
     a, p, n = vectors(3)
     expected = sum(max(0.0, distance(a[i], p[i]) - distance(a[i], n[i]) + 1.0) for i in range(N)) / N
     assert float(losses.triplet(a, p, n, 1.0)) == pytest.approx(expected)
+
+
+def test_cosine_triplet_equals_pytorchs():
+    a, p, n = vectors(3)
+    expected = F.triplet_margin_with_distance_loss(
+        a, p, n, distance_function=lambda x, y: 1 - torch.cosine_similarity(x, y), margin=0.3
+    )
+    torch.testing.assert_close(losses.triplet(a, p, n, 0.3, "cosine"), expected)
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_contrastive_is_a_cross_entropy_over_all_candidates(negatives, symmetric, temperature):
+    texts = [x.requires_grad_() for x in vectors(2 + negatives)]
+    a, p, *others = texts
+    similarities = torch.stack([torch.stack([cosines(x, y) for y in torch.cat([p, *others])]) for x in a]) / temperature
+    expected = F.cross_entropy(similarities, torch.arange(N))
+    if symmetric:
+        expected = (expected + F.cross_entropy(similarities[:, :N].T, torch.arange(N))) / 2
+    loss = losses.contrastive(a, p, others, temperature, symmetric)
+    torch.testing.assert_close(loss, expected)
+    for own, other in zip(torch.autograd.grad(loss, texts), torch.autograd.grad(expected, texts), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def cosines(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v).sum() / (u.square().sum() * v.square().sum()).sqrt()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_contrastive_equals_sentence_transformers():
+    from sentence_transformers import losses as published
+
+    class Encoder(torch.nn.Module):
+        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"sentence_embedding": features["vectors"]}
+
+    for count in (2, 3, 4):
+        texts = vectors(count)
+        expected = published.MultipleNegativesRankingLoss(Encoder(), scale=20.0)([{"vectors": x} for x in texts], None)
+        torch.testing.assert_close(losses.contrastive(texts[0], texts[1], texts[2:], 0.05), expected)
+
+
+def test_ordinal():
+    generator = torch.Generator().manual_seed(2)
+    s = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
+    thresholds = torch.tensor([0.4, -0.8, 1.5], dtype=torch.float64).requires_grad_()  # in any order
+    labels = torch.tensor([0.0, 1.0, 2.0, 3.0, 1.25, 2.5], dtype=torch.float64)
+    low, middle, high = sorted(thresholds.tolist())
+    for i, each in enumerate(losses.ordinal(s, thresholds, labels).tolist()):
+        total = 0.0
+        for k, threshold in enumerate((low, middle, high)):
+            p, t = 1 / (1 + math.exp(threshold - s[i].item())), min(1.0, max(0.0, labels[i].item() - k))
+            total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+        assert each == pytest.approx(total)
+    torch.autograd.gradcheck(lambda a, b: losses.ordinal(a, b, labels), (s, thresholds))
+    shares = losses.ordinal_probabilities(s, thresholds)
+    assert (shares >= 0).all()
+    torch.testing.assert_close(shares.sum(-1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(losses.ordinal_mean(s, thresholds), shares @ torch.arange(4.0, dtype=torch.float64))
+    medians = (shares.cumsum(-1) < 0.5).sum(-1)
+    assert losses.ordinal_levels(s, thresholds).tolist() == medians.tolist()
 
 
 def test_entailment_regression():
@@ -114,7 +177,9 @@ def test_entailment_regression():
         lambda u, v, w: losses.cosine_embedding(u, v, LABELS, 0.0),
         lambda u, v, w: losses.cosent(u, v, LABELS, 0.05),
         lambda u, v, w: losses.ranking(u, v, LABELS, 0.05),
-        lambda u, v, w: losses.contrastive(u, v, w, 0.05),
+        lambda u, v, w: losses.contrastive(u, v, (w,), 0.05),
+        lambda u, v, w: losses.contrastive(u, v, (w, u), 1.0, symmetric=True),
+        lambda u, v, w: losses.triplet(u, v, w, 0.5, "cosine"),
         lambda u, v, w: losses.triplet(u, v, w, 1.0),
         lambda u, v, w: losses.entailment_regression(u, v, w),
     ],

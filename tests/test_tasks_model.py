@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+import runpy
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from minbert_fast import BertConfig, BertModel
@@ -15,13 +19,18 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
+from minbert_fast.step.backends import make_step
+from minbert_fast.step.captured import GraphedStep, at_capacity
+from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.tasks import MultitaskModel, base, build_task, build_tasks
+from tests.test_graph import strangers
 
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
-OPTIONS = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}, "nli": {}}
+TRIPLETS = {"data": "triplets"}
+OPTIONS = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}, "nli": TRIPLETS}
 LABELS = {"sentiment": [0, 4, 2, 1, 3], "paraphrase": [1.0, 0, 1, 1, 0], "similarity": [5.0, 0, 2.4, 3, 1]}
 
 
@@ -31,12 +40,14 @@ def make_model(options: dict | None = None, pooling="mean") -> MultitaskModel:
     return MultitaskModel(BertModel(CONFIG), tasks, pooling)
 
 
-def make_batch(model: MultitaskModel, sizes: dict[str, int], capacity: bool = True) -> MultitaskBatch:
+def make_batch(
+    model: MultitaskModel, sizes: dict[str, int], capacity: bool = True, known: dict[str, list] = LABELS
+) -> MultitaskBatch:
     rng = np.random.default_rng(0)
     arity = {name: model.tasks[name].arity for name in sizes}
     sentences = [[rng.integers(1, 40, rng.integers(1, 9)) for _ in range(n * arity[name])] for name, n in sizes.items()]
     room = {"token_capacity": 400, "sentence_capacity": 60, "max_seqlen": 16} if capacity else {}
-    labels = {name: torch.tensor(LABELS[name][:n]) for name, n in sizes.items() if name in LABELS}
+    labels = {name: torch.tensor(known[name][:n]) for name, n in sizes.items() if name in known}
     rows = {name: np.arange(n) for name, n in sizes.items()}
     return MultitaskBatch(pack(sentences, **room), tuple(sizes), arity, labels, rows)
 
@@ -60,6 +71,126 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(pooling):
     expected = gradients(model, padded)
     for name, gradient in gradients(model, packed).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+# One task of each kind that learns from batches alone, and its labels; `masked-lm` and `next-sentence` draw their own.
+KINDS = {
+    "classification": {"classes": ["a", "b", "c"], "dropout": 0.0, "class_weights": [1.0, 2.0, 0.5]},
+    "ordinal": {"kind": "classification", "classes": ["1", "2", "3"], "dropout": 0.0, "loss": "ordinal"},
+    "multilabel": {"classes": ["a", "b"], "dropout": 0.0},
+    "regression": {"found_range": [1, 5], "dropout": 0.0},
+    "pair-classification": {"classes": ["a", "b", "c"], "dropout": 0.0, "label_smoothing": 0.1},
+    "pair-regression": {"range": [0, 4], "dropout": 0.0, "labels": "raw"},
+    "ranking": {"symmetric": True},
+    "triplet": {"project": True},
+    "contrastive": {"text": ["sentiment"]},
+}
+KIND_LABELS = {
+    "classification": [0, 2, 1, 1, 0],
+    "ordinal": [2, 0, 1, 2, 2],
+    "multilabel": [[0.0, 1], [1, 1], [0, 0], [1, 0], [1, 1]],
+    "regression": [1.0, 5, 2.5, 3, 4],
+    "pair-classification": [2, 1, 0, 0, 1],
+    "pair-regression": [4.0, 0, 1, 2.5, 3],
+}
+
+
+KIND_RECIPE = build(Recipe, {"tasks": KINDS, "optimizer": {"lr": 2e-3}, "surgery": {"method": "pcgrad"}}, "test")
+
+
+def test_every_kind_trains_alike_in_the_one_pass_and_the_naive_step(tmp_path: Path):
+    """Losses of four steps are equal and fall; the saved model predicts what the trained one does."""
+    losses, model = [], make_model(KINDS)
+    assert {task.kind for task in model.tasks.values()} | {"masked-lm", "next-sentence"} == set(base.KINDS)
+    for backend in ("reference", "fast"):
+        model = make_model(KINDS)
+        batch = make_batch(model, dict.fromkeys(KINDS, 5), capacity=False, known=KIND_LABELS)
+        step = make_step(backend, model, KIND_RECIPE, torch.float32)
+        losses.append(torch.stack([step(batch, 1.0).losses for _ in range(4)]))
+    torch.testing.assert_close(losses[0], losses[1], atol=2e-4, rtol=2e-4)
+    falling = losses[1][-1] < losses[1][0]
+    assert falling.all(), [name for name, good in zip(KINDS, falling, strict=True) if not good]
+
+    model.eval().save(tmp_path, KIND_RECIPE.to_toml())
+    saved = load_file(tmp_path / "heads.safetensors")
+    assert not [key for key in saved if "class_weights" in key]  # the options hold them
+    check_equal_results(model, MultitaskModel.load(tmp_path), batch)
+
+
+@torch.no_grad()
+def check_equal_results(model: MultitaskModel, loaded: MultitaskModel, batch: MultitaskBatch) -> None:
+    """Both models have the same losses and predictions, of which every task has its metrics."""
+    outputs = [each.outputs(batch, each.encoder(batch.packed)["last_hidden_state"]) for each in (model, loaded)]
+    for name, task in model.tasks.items():
+        (trained, first), (read, second) = (
+            (m.head(name), o[name]) for m, o in zip((model, loaded), outputs, strict=True)
+        )
+        predictions, shares = trained.predict(first), trained.probabilities(first)
+        assert torch.equal(predictions, read.predict(second))
+        assert torch.equal(trained.loss(first, batch.labels.get(name)), read.loss(second, batch.labels.get(name)))
+        assert (shares is None) == (task.class_names is None)
+        if not task.predicts:
+            continue
+        labels = batch.labels[name].numpy() if task.labelled else None
+        vectors = tuple(x.numpy() for x in first.vectors)
+        scores = task.evaluate(predictions.numpy(), labels, None if shares is None else shares.numpy(), vectors)
+        assert tuple(scores) == task.metric_names
+        assert task.primary in scores
+        assert all(np.isfinite(value) for value in scores.values())
+        assert len(task.as_labels(predictions.numpy())) == 5
+
+
+def test_no_kind_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
+    model = make_model(KINDS)
+    batch = make_batch(model, dict.fromkeys(KINDS, 4), capacity=False, known=KIND_LABELS)
+    assert strangers(model, KIND_RECIPE, at_capacity(batch), monkeypatch) == []
+
+
+@pytest.mark.gpu
+def test_every_kind_trains_alike_as_a_cuda_graph():
+    model = make_model(KINDS).cuda()
+    batch = at_capacity(make_batch(model, dict.fromkeys(KINDS, 5), capacity=False, known=KIND_LABELS).to("cuda"))
+    eager = OnePassStep(copy.deepcopy(model), KIND_RECIPE, torch.float32)
+    graphed = GraphedStep(OnePassStep(model, KIND_RECIPE, torch.float32))
+    for _ in range(4):
+        assert torch.equal(eager(batch, 1.0).losses, graphed(batch, 1.0).losses)
+    assert torch.equal(eager.flat.data, graphed.step.flat.data)
+
+
+def test_the_worked_example_is_the_focal_loss():
+    """docs/adding_a_task.md; for gamma = 0 the cross-entropy."""
+    path = Path(__file__).parents[1] / "docs" / "examples" / "focal.py"
+    try:
+        runpy.run_path(str(path))
+        options = tomllib.loads(path.with_suffix(".toml").read_text())["tasks"]["sentiment"] | {"dropout": 0.0}
+        for gamma in (0.0, 2.0):
+            chosen = {"sentiment": options | {"gamma": gamma}}
+            recipe = build(Recipe, {"tasks": chosen}, "test")
+            found = []
+            for backend in ("reference", "fast"):
+                model = make_model(chosen)
+                batch = make_batch(model, {"sentiment": 5}, capacity=False)
+                p = model.outputs(batch, model.encoder(batch.packed)["last_hidden_state"])["sentiment"].scores.softmax(
+                    -1
+                )
+                p = p[torch.arange(5), batch.labels["sentiment"]]
+                step = make_step(backend, model, recipe, torch.float32)
+                found.append(torch.stack([step(batch, 1.0).losses for _ in range(2)]))
+                torch.testing.assert_close(found[-1][0, 0], (-((1 - p) ** gamma) * p.log()).mean().detach())
+            torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    finally:
+        base.KINDS.pop("focal", None)
+
+
+def test_a_stage_replaces_class_weights():
+    model = make_model({"sentiment": {"dropout": 0.0, "class_weights": [1.0, 1, 1, 1, 9]}})
+    batch = make_batch(model, {"sentiment": 5})
+    hidden = model.encoder(batch.packed)["last_hidden_state"]
+    for options in ({}, {"class_weights": [2.0, 2, 2, 2, 2]}):
+        model.configure({"sentiment": build_task("sentiment", options | {"dropout": 0.0})})
+        scores = model.outputs(batch, hidden)["sentiment"].scores
+        expected = F.cross_entropy(scores, batch.labels["sentiment"]) * (2 if options else 1)
+        torch.testing.assert_close(model.losses(batch, hidden)["sentiment"], expected)
 
 
 def test_options_set_a_tasks_pooling_and_weight():
@@ -137,6 +268,74 @@ def test_tasks_of_all_stages_have_heads():
     first, second = recipe.resolved_stages()
     assert list(build_tasks(first)) == ["nli"]
     assert build_tasks(second)["sentiment"].options.dropout == 0.3
+
+
+# Options of earlier versions, and the names and shapes of the parameters in heads.safetensors (hidden size 16).
+EARLIER: dict[str, tuple[dict, dict[str, tuple[int, ...]]]] = {
+    "sentiment": ({}, {"output.weight": (5, 16), "output.bias": (5,)}),
+    "cfimdb": (
+        {"kind": "sentiment", "data": "polarity", "neighbours": 2, "nearest": 1},
+        {
+            "neighbours.vectors": (4, 16),
+            "neighbours.labels": (4,),
+            "output.weight": (2, 18),
+            "output.bias": (2,),
+        },
+    ),
+    "paraphrase": ({"features": ["cosine"], "loss": "cross_entropy"}, {"output.weight": (2, 1), "output.bias": (2,)}),
+    "similarity": (
+        {"calibrated": True, "encoder": "both", "project": 3},
+        {
+            "projection.weight": (3, 16),
+            "projection.bias": (3,),
+            "factor": (),
+            "offset": (),
+            "together.weight": (1, 3),
+            "together.bias": (1,),
+        },
+    ),
+    "graded": (
+        {"kind": "similarity", "head": "linear", "loss": "cross_entropy"},
+        {"output.weight": (6, 32), "output.bias": (6,)},
+    ),
+    "nli": (
+        {"objectives": {"triplet": 1.0}, "project": True},
+        {"projection.weight": (16, 16), "projection.bias": (16,)},
+    ),
+    "nsp": ({"text": ["similarity"]}, {"output.weight": (2, 16), "output.bias": (2,)}),
+}
+
+
+def test_models_of_earlier_versions_load(tmp_path: Path):
+    """Their recipes spell the course's tasks as kinds; every tensor has its place."""
+    recipe = build(Recipe, {"tasks": {name: options for name, (options, _) in EARLIER.items()}}, "test")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.{key}": torch.randn(shape, generator=generator)
+        for name, (_, shapes) in EARLIER.items()
+        for key, shape in shapes.items()
+    }
+    BertModel(CONFIG).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "heads.safetensors")
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    loaded = MultitaskModel.load(tmp_path)
+    found = loaded.heads.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    files = {name: task.prediction_file("dev") for name, task in loaded.tasks.items() if task.predicts}
+    assert files["sentiment"] == "sst-dev-output.csv"
+    assert files["cfimdb"] == "cfimdb-dev-output.csv"
+    assert loaded.tasks["nli"].header == "Follows_Closer_Than_Contradicts"
+
+
+def test_heads_draw_their_first_weights_in_the_order_of_earlier_versions():
+    options = {"project": 3, "features": ["u", "product"], "shared_layers": "pair", "shared_depth": 1}
+    torch.manual_seed(5)
+    head = build_task("paraphrase", options).build_head(CONFIG, {})
+    torch.manual_seed(5)
+    expected = [torch.nn.Linear(16, 16), torch.nn.Linear(16, 3), torch.nn.Linear(6, 1)]
+    for layer, own in zip(expected, (head.stack.layers[0], head.projection, head.output), strict=True):
+        assert torch.equal(layer.weight, own.weight)
+        assert torch.equal(layer.bias, own.bias)
 
 
 def test_save_and_load_keep_every_bit(tmp_path: Path):

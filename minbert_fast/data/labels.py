@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from minbert_fast.data.formats import show
+from minbert_fast.data.messages import show
 
 # float() would also accept nan, 1_0 and more.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
@@ -105,7 +105,28 @@ class ClassSets:
         return row
 
 
-Rule = Classes | Numbers | ClassSets
+@dataclass(frozen=True)
+class Label:
+    """Numbers from `low` to `high`, whole numbers only if `whole`; messages name the column."""
+
+    column: str
+    low: int
+    high: int
+    whole: bool
+    dtype: str  # of the label array: int64 for classes, float32 for regression and pair tasks
+
+    width: ClassVar[int | None] = None
+
+    def parse(self, value: object) -> float:
+        """Raises ValueError with the value and what was expected."""
+        kind = "a whole number" if self.whole else "a number"
+        number = label_number(value)
+        if number is not None and self.low <= number <= self.high and (not self.whole or number == int(number)):
+            return number
+        raise ValueError(f"{self.column} is {show(value)}, expected {kind} from {self.low} to {self.high}")
+
+
+Rule = Classes | Numbers | ClassSets | Label
 
 
 def split_names(value: object, separator: str) -> list[str]:

@@ -147,7 +147,7 @@ class RegularisationOptions:
 class TrainingOptions:
     """Length of the run, batch size, precision, evaluation, model selection."""
 
-    epochs: float = 1.0  # passes over the data, as the scheme defines one; fractions are allowed
+    epochs: float = 1.0  # passes over the data, as the scheme defines one; 0.25: a quarter of one
     max_steps: int | None = None  # length of the run and of its schedule, in place of `epochs`; stages share it
     batch_size: int = 32  # examples per task and step; a task's own `batch_size` takes precedence
     seed: int = 11711  # of all random numbers

@@ -91,7 +91,7 @@ def line_chart(
         return _svg(label, _text(WIDTH / 2, HEIGHT / 2, "no values", "middle"))
     xs = np.concatenate([s.x for s in shown])
     ys = np.concatenate([s.y[np.isfinite(s.y)] for s in shown])
-    legend, height = _legend([s.name for s in shown]) if len(shown) > 1 else ("", 0.0)
+    legend, height = _legend([s.name for s in shown], [s.joined for s in shown]) if len(shown) > 1 else ("", 0.0)
     low, high = (float(ys.min()), float(ys.max())) if y_range is None else y_range
     margin = 0.0 if x_ticks is None else 0.06
     frame = _Frame(_padded(float(xs.min()), float(xs.max()), margin), _padded(low, high, 0.06), TOP + height)
@@ -146,7 +146,7 @@ def scatter_chart(
 
 def bar_chart(label: str, series: Sequence[tuple[str, np.ndarray]], names: Sequence[str], x_label: str) -> str:
     """Bars in groups, one group for each of `names`: series (name, shares [groups]) of values from 0 to 1."""
-    legend, height = _legend([name for name, _ in series])
+    legend, height = _legend([name for name, _ in series], [False] * len(series))
     top = max((float(values.max()) for _, values in series if len(values)), default=0.0)
     frame = _Frame((0.0, float(len(names))), (0.0, 1.06 * top or 1.0), TOP + height)
     ticks = [(i + 0.5, name) for i, name in enumerate(names)]
@@ -254,15 +254,17 @@ def _axes(
     return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> tuple[str, float]:
-    """The legend above a chart, broken into rows, and its height."""
+def _legend(names: Sequence[str], joined: Sequence[bool] = ()) -> tuple[str, float]:
+    """The legend above a chart, broken into rows, and its height. A series that is not `joined` has a dot, not a line."""
     parts = []
     x, y = float(LEFT), TOP + 10.0
     for index, name in enumerate(names):
         width = 30 + CHARACTER * len(name) + 12
         if x > LEFT and x + width > WIDTH - RIGHT + 12:
             x, y = float(LEFT), y + LINE
-        parts += [_line(index, f"M{x:.0f} {y - 4:.0f}h24"), _text(x + 30, y, name, "start", "strong")]
+        dot = f'<path class="points s{index % COLOURS}" d="M{x + 12:.0f} {y - 4:.0f}h0"/>'
+        drawn = _line(index, f"M{x:.0f} {y - 4:.0f}h24") if index >= len(joined) or joined[index] else dot
+        parts += [drawn, _text(x + 30, y, name, "start", "strong")]
         x += width
     return "".join(parts), y - TOP + 8
 

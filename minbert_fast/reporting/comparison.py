@@ -75,16 +75,15 @@ def _scores(runs: dict[str, Run]) -> str:
         choose = min if lower_is_better(key) else max
         best[key] = choose(run.dev[key] for run in runs.values() if key in run.dev)
     rows = []
-    for name, run in runs.items():
-        row: list[str] = [name]
-        for key in keys:
-            error = f" ± {errors[name][key]:.3f}" if key in errors[name] else ""
-            cell = f"{format_score(run.dev.get(key))}{error}"
+    for key in keys:
+        row: list[str] = [display_name(key)]
+        for name, run in runs.items():
+            error = errors[name].get(key, np.nan)
+            cell = format_score(run.dev.get(key)) + (f" ± {error:.3f}" if np.isfinite(error) else "")
             row.append(Html(f"<b>{cell}</b>") if run.dev.get(key) == best[key] else cell)
         rows.append(row)
-    head = ["run", *map(display_name, keys)]
     text = "The best of each column is bold; a lead within the standard errors (±) may be chance."
-    return paragraph(text, "muted") + table("Scores", head, rows) + _surgery(runs)
+    return paragraph(text, "muted") + table("Scores", ["metric", *runs], rows) + _surgery(runs)
 
 
 def _surgery(runs: dict[str, Run]) -> str:
@@ -128,11 +127,11 @@ def _conflicts(runs: dict[str, Run]) -> str:
     pairs = {key: None for run in runs.values() for key in run.keys("cosine/")}
 
     def cell(cosines: np.ndarray) -> str:
-        return f"{cosines.mean():+.3f}, {(cosines < -NOISE).mean():.0%} apart" if len(cosines) else "-"
+        return f"{cosines.mean():+.3f}, {(cosines < -NOISE).mean():.0%}" if len(cosines) else "-"
 
-    rows = [[name, *(cell(run.finite(key)) for key in pairs)] for name, run in runs.items()]
-    heads = [display_name(key.removeprefix("cosine/").replace("|", " · ")) for key in pairs]
-    return table("Mean cosine and share of steps in conflict", ["run", *heads], rows) if pairs else ""
+    names = {key: display_name(key.removeprefix("cosine/").replace("|", " · ")) for key in pairs}
+    rows = [[names[key], *(cell(run.finite(key)) for run in runs.values())] for key in pairs]
+    return table("Mean cosine and share of steps in conflict", ["tasks", *runs], rows) if pairs else ""
 
 
 def _time(runs: dict[str, Run]) -> str:
@@ -143,8 +142,9 @@ def _time(runs: dict[str, Run]) -> str:
         on = ", ".join(str(run.summary[k]) for k in ("device", "precision", "backend") if run.summary.get(k))
         median = f"{1000 * float(np.median(seconds)):,.1f} ms" if len(seconds) else "-"
         whole = format_duration(total) if isinstance(total, int | float) else "-"
-        rows.append([name, on or "-", str(run.summary.get("steps", "-")), median, whole])
-    return table("Time", ["run", "on", "steps", "median step", "whole run"], rows, text_columns=2)
+        epoch = format_duration(run.epoch_seconds) if np.isfinite(run.epoch_seconds) else "-"
+        rows.append([name, on or "-", str(run.summary.get("steps", "-")), median, epoch, whole])
+    return table("Time", ["run", "on", "steps", "median step", "an epoch", "whole run"], rows, text_columns=2)
 
 
 def _settings(runs: dict[str, Run]) -> str:

@@ -118,7 +118,7 @@ def _about(model: Predictor, task: str | None) -> str:
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
-    rows = [f"| {name} | {task.kind} | {_data_of(task)} files |" for name, task in tasks.items()]
+    rows = [f"| {name} | {task.preset or task.kind} | {_data_of(task)} |" for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]

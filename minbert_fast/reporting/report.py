@@ -26,7 +26,6 @@ from minbert_fast.reporting.page import (
     table,
 )
 from minbert_fast.reporting.runs import (
-    TRAINING_PARTS,
     Run,
     display_name,
     display_title,
@@ -280,10 +279,11 @@ def _time(run: Run) -> str:
     seconds = run.finite("step_seconds")
     if len(seconds):
         text = f"A step took {1000 * float(np.median(seconds)):,.1f} ms in the median of the logged ones"
-        training = sum(timings.get(part, 0.0) for part in TRAINING_PARTS)
+        if np.isfinite(run.epoch_seconds):
+            text += f", an epoch of steps {format_duration(run.epoch_seconds)}"
         tokens = run.summary.get("tokens")
-        if isinstance(tokens, int) and training > 0:
-            text += f"; {tokens / training:,.0f} tokens a second while training"
+        if isinstance(tokens, int) and run.training_seconds > 0:
+            text += f"; {tokens / run.training_seconds:,.0f} tokens a second while training"
     return table("Time by part", ["part", "time", "share", ""], rows) + (paragraph(f"{text}.") if text else "")
 
 

@@ -55,9 +55,8 @@ def write_search(directory: Path) -> Path:
             "It is the best of several on one dev set, which flatters it: confirm it on rows that no trial has seen."
         )
         head += paragraph(text)
-    chart_text = "Dots are trials, the line joins the best trial of each value." if figures else ""
     sections = [
-        ("Values", paragraph(chart_text, "muted") + figure_grid(figures) if figures else ""),
+        ("Values", figure_grid(figures) if figures else ""),
         ("Trials", _table(keys, _ranked(finished, metric), [t for t in trials if t not in finished], metric)),
     ]
     path = directory / "report.html"
@@ -74,8 +73,9 @@ def value_chart(key: str, trials: Sequence[Mapping[str, Any]], metric: str) -> s
     places, ticks, words = _axis(texts)
     series = [charts.Series("trials", places, scores, joined=False)]
     distinct = np.unique(places)
-    best = [(min if lower_is_better(metric) else max)(scores[places == place]) for place in distinct]
-    series.append(charts.Series("best of its value", distinct, np.array(best)))
+    if len(distinct) <= SHOWN_TICKS:  # of values drawn from a range, almost each is its own best
+        best = [(min if lower_is_better(metric) else max)(scores[places == place]) for place in distinct]
+        series.append(charts.Series("best of its value", distinct, np.array(best)))
     return charts.line_chart(f"{metric} of the trials against {key}", series, f"{key}{words}", x_ticks=ticks)
 
 

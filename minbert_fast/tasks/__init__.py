@@ -14,8 +14,9 @@ from minbert_fast.tasks import (  # noqa: F401  (each registers its kind)
     ranking,
     regression,
 )
-from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, build_task, register
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, build_task, is_kind, register
 from minbert_fast.tasks.consistency import ConsistencyLoss
+from minbert_fast.tasks.guess import guess_kind
 from minbert_fast.tasks.model import MultitaskModel, build_tasks
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "TaskOptions",
     "build_task",
     "build_tasks",
+    "guess_kind",
+    "is_kind",
     "register",
 ]

@@ -24,6 +24,7 @@ from minbert_fast.common.schema import ConfigError, build, check, check_at_least
 from minbert_fast.data.labels import LabelSummary, Rule
 from minbert_fast.data.sampling import Draw
 from minbert_fast.data.source import Source, sources_of
+from minbert_fast.data.tokens import chain
 from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.presets import PRESETS, preset_of
 
@@ -55,7 +56,7 @@ class HeadOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """What a task's metrics are computed from: its head's results for n rows."""
+    """The results of a task's head for n rows, from which metrics are computed."""
 
     predictions: np.ndarray  # [n], or [n, C]
     labels: np.ndarray | None  # [n], or [n, C]; None for a task without labels
@@ -178,7 +179,7 @@ class Task(ABC):
 
     @property
     def layout(self) -> str:
-        """The named layout of the task's only data set; empty for files of its own."""
+        """The layout whose files in the data directory are the task's only data set; empty if `data` names files."""
         sources = self.sources
         return sources[0].layout if len(sources) == 1 and not (sources[0].train or sources[0].hub) else ""
 
@@ -206,8 +207,7 @@ class Task(ABC):
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
         """The task's rows, from the tables of those of its sources that exist (one or more)."""
-        (table,) = tables
-        return table
+        return tables[0] if len(tables) == 1 else chain(self.name, tables)
 
     def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator | None:
         """Generates the task's examples from its rows at each step; None if the rows are the examples."""
@@ -311,11 +311,16 @@ def register(kind: str) -> Callable[[K], K]:
     """Class decorator: registers a Task as `kind`, its name in recipes."""
 
     def add(cls: K) -> K:
-        assert kind not in KINDS and kind not in PRESETS, f"two tasks of kind {kind!r}"
+        assert kind not in KINDS.keys() | PRESETS.keys(), f"two tasks of kind {kind!r}"
         KINDS[kind] = cls
         return cls
 
     return add
+
+
+def is_kind(name: str) -> bool:
+    """Whether a task may have `name` as its kind: a kind or a preset."""
+    return name in KINDS or name in PRESETS
 
 
 def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds with classes share: their options, the classes found in the training labels, class weights, metrics."""
+"""Shared by kinds with classes: options, the classes found in the training labels, class weights, metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ClassOptions(TaskOptions):
     """Options of a task with classes."""
 
     classes: tuple[str, ...] = ()  # their names, in order; empty: those of the training labels
-    class_weights: Literal["", "balanced"] | tuple[float, ...] = ""  # factors on the loss of each class's examples
+    class_weights: Literal["balanced"] | tuple[float, ...] = ()  # factors on the loss of each class's examples
     class_counts: tuple[
         int, ...
     ] = ()  # training rows of each class, for "balanced"; empty: those of the training labels
@@ -50,8 +50,8 @@ class ClassOptions(TaskOptions):
 
         `balanced` is n / (C n_c), as in scikit-learn: every class has the same share of the loss, and the mean is 1.
         """
-        if self.class_weights != "balanced":
-            return tuple(self.class_weights)
+        if not isinstance(self.class_weights, str):
+            return self.class_weights
         total, classes = sum(self.class_counts), len(self.class_counts)
         return tuple(total / (classes * count) if count else 0.0 for count in self.class_counts)
 
@@ -98,7 +98,8 @@ class ClassTask(Task):
         return bool(options.classes) and (options.class_weights != "balanced" or bool(options.class_counts))
 
     def resolve(self, summary: LabelSummary) -> dict[str, Any]:
-        options, found = self.options, {}
+        options = self.options
+        found: dict[str, Any] = {}
         if not options.classes:
             found["classes"] = list(self.find_classes(summary))
         if options.class_weights == "balanced" and not options.class_counts:

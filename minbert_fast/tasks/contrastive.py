@@ -23,7 +23,7 @@ from minbert_fast.tasks.pretraining import TextOptions, TextTask
 
 @dataclass(frozen=True)
 class ContrastiveOptions(TextOptions):
-    """The paper's setting: temperature 0.05. The layer that it trains beside the encoder is `project`."""
+    """The paper's setting: temperature 0.05, and an additional layer during training (`project = true`)."""
 
     temperature: float = 0.05  # divides the cosines; 1: none
     project: bool = False  # a linear layer on each embedding, used only by this task

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds with numbers as labels share: the range of the labels, and metrics.
+"""Shared by kinds with numbers as labels: the range of the labels, and metrics.
 
 Heads compare with targets t = (label - low) / (high - low), from 0 to 1.
 """

@@ -40,8 +40,8 @@ class MultilabelOptions(ClassOptions, SingleOptions):
     @property
     def weights(self) -> tuple[float, ...]:
         """Factors on the positive part of the loss, [C]. `balanced`: rows without a class for each row with it."""
-        if self.class_weights != "balanced":
-            return tuple(self.class_weights)
+        if not isinstance(self.class_weights, str):
+            return self.class_weights
         return tuple((self.row_count - count) / count if count else 0.0 for count in self.class_counts)
 
 

@@ -15,8 +15,8 @@ from minbert_fast.common.storage import write_text
 def write_predictions(path: Path, header: str, ids: Sequence[str], values: np.ndarray | Sequence[Any]) -> None:
     """Writes a file atomically: the line `id \\t <header> \\n`, then one line `{id} , {value} \\n` per row.
 
-    Integers are written as whole numbers, other numbers as floats, text as it is. Raises ValueError if the numbers of ids and
-    values differ, or if an id or a text contains a line break.
+    Integers are written as whole numbers, other numbers as floats, text as it is. Raises ValueError if the numbers of ids
+    and values differ, or if an id or a text contains a line break.
     """
     if len(ids) != len(values):
         raise ValueError(f"{path}: {len(ids)} ids for {len(values)} predictions")

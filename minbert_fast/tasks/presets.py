@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Presets: a kind of task with some options set, as in `presets.toml`. A task's own options replace a preset's one by one."""
+"""Presets: a kind of task with some options set, from `presets.toml`. A task's own options replace them one by one."""
 
 from __future__ import annotations
 

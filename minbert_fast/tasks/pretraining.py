@@ -57,7 +57,7 @@ class TextTask(Task):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The data sets that provide text; each has as many texts per row as its layout or its `text` says, by default one."""
+        """The data sets that provide text; a row has the texts of its layout or of `text`, by default one."""
         return (*super().sources, *(Source(layout=name) for name in self.options.text))
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:

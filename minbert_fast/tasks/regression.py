@@ -46,8 +46,9 @@ class RegressionHead(SingleHead):
         if self.thresholds is not None:
             return losses.ordinal(s, self.thresholds, labels - options.limits[0]).mean()
         target = labels if options.labels == "raw" and options.loss != "bce" else to_unit(labels, options.limits)
-        function = {"mse": F.mse_loss, "l1": F.l1_loss, "bce": F.binary_cross_entropy_with_logits}[options.loss]
-        return function(s, target)
+        if options.loss == "bce":
+            return F.binary_cross_entropy_with_logits(s, target)
+        return F.mse_loss(s, target) if options.loss == "mse" else F.l1_loss(s, target)
 
     def predict(self, output: HeadOutput) -> Tensor:
         s, options = output.scores, self.options

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds with one text per example share: options, further encoder layers, the head's layers.
+"""Shared by kinds with one text per example: options, further encoder layers, the head's layers.
 
 embedding of the text -> [neighbours] -> dropout -> [shared stack] -> linear -> scores
 """

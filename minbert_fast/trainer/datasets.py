@@ -10,14 +10,15 @@ from typing import Any
 
 from minbert_fast.common.schema import merge
 from minbert_fast.data.cache import load_tokens
-from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.formats import FORMATS, DataError, find_tables, format_of
 from minbert_fast.data.holdout import hold_out
-from minbert_fast.data.inputs import Input, find_input, summarise_labels
+from minbert_fast.data.inputs import Input, find_input
+from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import LabelSummary, Rule, merge_summaries
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.source import Source, sources_of
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import TokenTable, chain
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_task, build_tasks, is_kind
 from minbert_fast.trainer.completing import complete, without_tasks
@@ -75,7 +76,7 @@ def load_datasets(
             continue
         table = reader.table(tasks[name], "dev")
         if table is None:
-            table = _hold_out(name, train, recipe, notify)
+            table = _hold_out_of_training(name, train, recipe, notify)
         if table is not None:
             dev[name] = table
         if (table := reader.table(tasks[name], "test")) is not None:
@@ -94,6 +95,31 @@ def load_datasets(
         dev=dev,
         test=test,
     )
+
+
+def load_split(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    split: str,
+    notify: Callable[[str], None],
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, TokenTable]:
+    """The labelled rows of a split (train, dev or test) by task, for the tasks of a saved recipe that have any.
+
+    `files` replace the recipe's data of the tasks that they name, and only these tasks are read. Without dev data, a task's
+    dev rows are those that its run held out. Raises DataError or ConfigError.
+    """
+    reader = _Reader(recipe, tokenizer, notify, {})
+    tables = {}
+    for name, task in build_tasks(recipe).items():
+        if not task.predicts or (files and name not in files):
+            continue
+        table = reader.table(task, split, labeled=True, file=(files or {}).get(name))
+        if table is None and split == "dev" and (whole := reader.table(task, "train")) is not None:
+            table = _divide(whole, recipe)[1]
+        if table is not None:
+            tables[name] = table
+    return tables
 
 
 class _Reader:
@@ -117,7 +143,8 @@ class _Reader:
         for name in rows:
             if name not in self._sources:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
-        layouts = tuple(dict.fromkeys(s.layout for each in self._sources.values() for s in each if _in_directory(s)))
+        named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if _in_directory(s))
+        layouts = tuple(layout for layout in named if format_of(layout).stem)
         self._paths = {split: find_files(recipe, split, layouts, notify) if layouts else {} for split in SPLITS}
 
     def summarise(self, name: str, texts: int) -> LabelSummary:
@@ -128,14 +155,18 @@ class _Reader:
         ]
         return merge_summaries([summarise_labels(found) for found in inputs])
 
-    def table(self, task: Task, split: str) -> TokenTable | None:
-        """The rows of a task; None if it has none in this split. Test files are read without labels."""
+    def table(self, task: Task, split: str, labeled: bool | None = None, file: Path | None = None) -> TokenTable | None:
+        """The rows of a task, from `file` if one is given; None if it has none in this split.
+
+        `labeled` says whether labels are read (None: not those of test files, which may have none).
+        """
+        rule = task.rule if (split != "test" if labeled is None else labeled) else None
+        sources = task.sources if file is None else (replace(task.sources[0], hub="", **{split: str(file)}),)
         tables = []
-        for index, source in enumerate(task.sources):
-            found = self._input(task.name, source, split, task.num_texts)
+        for index, source in enumerate(sources):
+            found = self._input(task.name, source, split, task.num_texts if task.predicts else 0)
             if found is None:
                 continue
-            rule = None if split == "test" else task.rule
             own = (task.name, str(index)) if task.name in self.rows else ()
             key = (repr(source), split, repr(rule), *own)
             if key not in self._tables:
@@ -173,20 +204,26 @@ class _Reader:
         return table
 
 
+def names_data(recipe: Recipe) -> bool:
+    """Whether any task of the recipe or its stages names files or a data set of the hub."""
+    tables = (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages))
+    sources = [s for tasks in tables for options in tasks.values() for s in sources_of(options.get("data", ""))]
+    return any(not source.layout or not _in_directory(source) for source in sources)
+
+
 def _in_directory(source: Source) -> bool:
     """Whether the source names only a layout, whose files are in the data directory or in `data.files`."""
     return bool(source.layout) and not (source.hub or any(source.files(split) for split in SPLITS))
 
 
-def _hold_out(
+def _hold_out_of_training(
     name: str, train: list[dict[str, TokenTable]], recipe: Recipe, notify: Callable[[str], None]
 ) -> TokenTable | None:
     """Takes dev rows from the training rows of a task's first stage, in every stage that has the same rows."""
     whole = next(tables[name] for tables in train if name in tables)
-    if not recipe.data.holdout or len(whole) < FEWEST_ROWS:
+    kept, held = _divide(whole, recipe)
+    if held is None:
         return None
-    rest, held = hold_out(whole, recipe.data.holdout, recipe.training.seed)
-    kept = whole.select(rest)
     for tables in train:
         if tables.get(name) is whole:
             tables[name] = kept
@@ -194,7 +231,15 @@ def _hold_out(
         f"no dev rows for {name}: {len(held):,} of {len(whole):,} training rows are held out for it "
         f"(data.holdout = {recipe.data.holdout:g}, seed {recipe.training.seed})"
     )
-    return whole.select(held)
+    return held
+
+
+def _divide(whole: TokenTable, recipe: Recipe) -> tuple[TokenTable, TokenTable | None]:
+    """The rows to train on and the rows to hold out, the same ones in every run with the recipe's share and seed."""
+    if not recipe.data.holdout or len(whole) < FEWEST_ROWS:
+        return whole, None
+    kept, held = hold_out(whole, recipe.data.holdout, recipe.training.seed)
+    return whole.select(kept), whole.select(held)
 
 
 def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Callable[[str], None]) -> dict[str, Path]:

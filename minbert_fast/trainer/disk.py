@@ -31,16 +31,18 @@ class Room:
 
 
 def estimate(model: nn.Module, recipe: Recipe, stages: Sequence[Stage], dev_rows: int) -> Room:
-    """The room of a run: best/, last/, predictions/, and checkpoints with weights, moments and averaged weights."""
+    """The room of a run: its models, predictions/, and checkpoints with weights, moments and further copies of weights."""
     whole = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     heads = getattr(model, "heads", model)
     frozen = all(stage.recipe.model.freeze for stage in stages)
     trained = sum(p.nbytes for p in heads.parameters()) if frozen else whole
     copies = sum(value > 0 for s in stages[:1] for value in (s.recipe.training.ema, s.recipe.regularisation.proximal))
-    checkpoint = whole + 2 * trained + copies * whole
+    returned = len({str(stage.recipe.training.start) for stage in stages[1:]} - {"last", "0"})  # weights kept for later
+    checkpoint = whole + 2 * trained + (copies + returned) * whole
     written = sum(math.ceil(s.steps / (recipe.checkpoint.every or s.steps_per_epoch or 1)) for s in stages)
     kept = max(recipe.checkpoint.keep, NEWEST)
-    results = 2 * whole + dev_rows * ROW_BYTES
+    models = 2 + len(recipe.tasks) * recipe.training.best_per_task  # best/, last/, best-TASK/
+    results = models * whole + dev_rows * ROW_BYTES
     # A new checkpoint is complete before the oldest one is removed; so is a new best/ before the old one.
     running = min(written, kept + 1) * checkpoint + results
     return Room(running, min(written, recipe.checkpoint.keep) * checkpoint + results)

@@ -16,6 +16,7 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError, Whole, merge, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
+from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import SUMMARY
 
@@ -42,26 +43,34 @@ def run_or_resume(
     command: str,
     device: str = "auto",
     backend: Literal["auto", "fast", "reference"] = "auto",
+    callbacks: Sequence[Callback] = (),
 ) -> Trial:
     """Runs `recipe` in `directory`: resumes an interrupted run, and only reads the results of a finished one.
 
     A run that fails (its data are missing, its recipe has changed) gives a Trial with the reason, which is printed on
     standard error too. Raises RunError if a signal stopped the run.
     """
-    path = directory / SUMMARY
     try:
         recipe = recipe.with_paths(absolute_path)  # as the run saves it
         if not is_finished(directory) or not same_experiment(load_executed_recipe(directory), recipe):
-            train(recipe, Options(directory, device, backend, resume=directory.is_dir(), command=command))
-        try:
-            return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path}: cannot be read ({error})") from error
+            again = directory.is_dir()
+            options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
+            train(recipe, options)
+        return read_trial(name, directory)
     except (ValueError, RunError) as error:
         if isinstance(error, RunError) and error.status > 128:
             raise
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return Trial(name, directory, failure=str(error))
+
+
+def read_trial(name: str, directory: Path) -> Trial:
+    """The result of the run in `directory`. Raises RunError if it has none."""
+    path = directory / SUMMARY
+    try:
+        return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
 
 
 def is_finished(directory: Path) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
-from minbert_fast.common.errors import RunError, translate_write_errors
+from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
@@ -38,7 +38,7 @@ from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import disk, loop
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
-from minbert_fast.trainer.datasets import load_datasets
+from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
 from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values
 from minbert_fast.trainer.signals import StopSignals
@@ -83,7 +83,7 @@ def train(recipe: Recipe, options: Options) -> Path:
             files = stack.enter_context(RunDirectory(path))
             _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
-        if not loop.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             "out of memory outside training steps: choose a smaller model or --set data.max_length"
@@ -107,7 +107,9 @@ class _Job:
         self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
-        self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
+        data = self.recipe.data
+        self.own_data = bool(self.options.rows) or names_data(self.recipe)
+        self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
         if self.world.size > 1 and self.backend == "reference":
             raise ConfigError(f"--backend reference trains in one process, not in {self.world.size}")
         if self.files.holds_run and self.options.overwrite:
@@ -151,7 +153,7 @@ class _Job:
         name, data = self.recipe.model.name, self.recipe.data
         if not self.demonstration and not name:
             self.notify("no --model: trains the embedded tiny model, whose weights are random: it cannot learn much")
-        if not self.demonstration and not (data.directory or data.files):
+        if not (self.demonstration or data.directory or data.files or self.own_data):
             self.notify("no --data: trains on the embedded sample of made-up sentences")
         source = weights.resolve(name) if name else sample_directory().model
         self.tokenizer = Tokenizer.from_pretrained(_tokenizer_directory(source))

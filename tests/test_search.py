@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches with Optuna: ranges, pruning, resumption. A stand-in takes the place of training but in the last test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minbert_fast import search
+from minbert_fast.common import cli
+from minbert_fast.trainer import experiments
+from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
+from minbert_fast.trainer.experiments import Trial
+from tests.small import small_data
+
+optuna = pytest.importorskip("optuna")
+EVALUATIONS = (5, 10, 15)
+
+
+class Trainings:
+    """Runs whose score is best at lr = 3e-3; `interrupt_at` is the number of the run that stops the search."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.interrupt_at = -1
+
+    def run(self, name: str, recipe: Any, directory: Path, *_: Any, callbacks: Sequence[Callback] = ()) -> Trial:
+        self.begun.append(name)
+        if len(self.begun) == self.interrupt_at:
+            raise KeyboardInterrupt
+        final = 1 - abs(recipe.optimizer.lr - 3e-3) * 100 - (0.5 if recipe.surgery.method == "none" else 0)
+        finished, score, step = True, None, 0
+        for step in EVALUATIONS:
+            score = final * step / EVALUATIONS[-1]
+            asked = [callback.on_evaluation(EvaluationEvent(step, {"score": score}, True)) for callback in callbacks]
+            if any(asked) and step < EVALUATIONS[-1]:
+                finished = False
+                break
+        directory.mkdir(parents=True, exist_ok=True)
+        summary = {"dev": {"score": score}, "steps": step, "finished": finished}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        return Trial(name, directory, summary)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    found = Trainings()
+    monkeypatch.setattr(experiments, "run_or_resume", found.run)
+    return found
+
+
+def run(output: Path, *more: str) -> int:
+    return cli.run(search.main, ["--output", str(output), "--max-steps", "15", *more])
+
+
+SPACE = ("--range", "lr=1e-4..1e-2", "--grid", "surgery=none,pcgrad")
+
+
+@pytest.mark.ci
+def test_ranges_are_searched_and_weak_runs_are_pruned(trainings: Trainings, tmp_path: Path) -> None:
+    assert run(tmp_path, *SPACE, "--optuna", "20") == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    rates = [float(row["values"]["optimizer.lr"]) for row in rows]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert 1e-3 < rates[0] < 6e-3, "the best one is near the optimum"
+    assert sum(rate < 1e-3 for rate in rates) > 4, "drawn by its logarithm"
+    assert len(trainings.begun) == len(rows)
+    table = (tmp_path / "table.md").read_text()
+    assert " (pruned) " in table
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    states = [trial.state for trial in study.trials]
+    assert len(states) == 20
+    assert states.count(optuna.trial.TrialState.PRUNED) == table.count("(pruned)") > 0
+    study._storage._backend.engine.dispose()
+
+
+def test_an_interrupted_search_goes_on(trainings: Trainings, tmp_path: Path) -> None:
+    trainings.interrupt_at = 3
+    assert run(tmp_path, *SPACE, "--optuna", "5") == 130
+    interrupted = trainings.begun[-1]
+    trainings.begun.clear()
+    trainings.interrupt_at = -1
+    assert run(tmp_path, *SPACE, "--optuna", "5") == 0
+    assert trainings.begun[0] == interrupted
+    assert len(trainings.begun) == 3, "two of five were done"
+    assert len(json.loads((tmp_path / "table.json").read_text())) == 5
+    trainings.begun.clear()
+    assert run(tmp_path, *SPACE, "--optuna", "5") == 0
+    assert trainings.begun == []
+    assert run(tmp_path, *SPACE, "--optuna", "6") == 0
+    assert len(trainings.begun) == 1
+
+
+def test_a_study_of_other_values_is_not_continued(
+    trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "--range", "batch-size=4..8", "--optuna", "1") == 0
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert row["values"]["training.batch_size"] in "45678"
+    assert run(tmp_path, "--range", "batch-size=4..9", "--optuna", "2") == 2
+    assert "holds another search (training.batch_size 4..8, metric score)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "expected --grid KEY=A,B,... or --range KEY=LOW..HIGH"),
+        (["--range", "lr=1e-5..1e-4"], "--range lr=1e-5..1e-4: --optuna N says how many values to try"),
+        (["--range", "lr=1e-4..1e-5", "--optuna", "2"], "--range 'lr=1e-4..1e-5': expected KEY=LOW..HIGH"),
+        (["--range", "lr=fast", "--optuna", "2"], "expected KEY=LOW..HIGH, such as lr=1e-5..1e-4"),
+        (["--range", "batch-size=0..8", "--optuna", "2"], "batch_size = 0: expected 1 or more"),
+        (["--range", "nothing=1..2", "--optuna", "2"], "unknown key 'nothing'"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_run(
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_real_search(tmp_path: Path) -> None:
+    data = small_data(tmp_path / "data")
+    flags = ["--data", str(data), "--range", "lr=1e-3..2e-3", "--optuna", "1"]
+    assert cli.run(search.main, ["--output", str(tmp_path / "out"), "--max-steps", "1", *flags]) == 0
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert row["failure"] == ""
+    assert row["dev"]["score"] > 0
