@@ -252,7 +252,8 @@ class Predictor:
         task = self.task_of(kind)
         if _is_frame(examples):
             raise ValueError(f"{kind} takes lists: for a DataFrame call predict({task!r}, frame, text=...)")
-        return self.predict(task, examples).values
+        found: Predictions = self.predict(task, examples)
+        return found.values
 
     @overload
     def predict(
@@ -373,8 +374,9 @@ def _frame_columns(task: Task, frame: DataFrame, text: str | Sequence[str] | Non
     """The sentences in the columns `text` of a DataFrame. Raises ValueError."""
     known = list(frame.columns)
     if text is None:
-        usual = {1: [("sentence",), ("text",)], 2: [("sentence1", "sentence2")]}.get(task.num_texts, [])
-        named = next((names for names in usual if all(name in known for name in names)), None)
+        usual: list[tuple[str, ...]] = [("sentence",), ("text",), ("sentence1", "sentence2")]
+        fitting = (names for names in usual if len(names) == task.num_texts and all(name in known for name in names))
+        named = next(fitting, None)
         if named is None:
             columns = ", ".join(map(str, known))
             raise ValueError(f"{task.name} takes {task.num_texts} columns: name them as text=... (there are {columns})")
