@@ -252,8 +252,8 @@ class Predictor:
         task = self.task_of(kind)
         if _is_frame(examples):
             raise ValueError(f"{kind} takes lists: for a DataFrame call predict({task!r}, frame, text=...)")
-        values: np.ndarray = self.predict(task, examples).values
-        return values
+        found: Predictions = self.predict(task, examples)
+        return found.values
 
     @overload
     def predict(
@@ -377,9 +377,10 @@ def _frame_columns(task: Task, frame: Any, text: str | Sequence[str] | None) -> 
     """The sentences in the columns `text` of a DataFrame. Raises ValueError."""
     known = list(frame.columns)
     if text is None:
-        usual = [source.texts for source in task.sources if source.texts]  # the columns that the task was trained on
-        usual += {1: [("sentence",), ("text",)], 2: [("sentence1", "sentence2")]}.get(task.num_texts, [])
-        named = next((names for names in usual if all(name in known for name in names)), None)
+        usual = [source.texts for source in task.sources]  # the columns that the task was trained on
+        usual += [("sentence",), ("text",), ("sentence1", "sentence2")]
+        fitting = (names for names in usual if len(names) == task.num_texts and all(name in known for name in names))
+        named = next(fitting, None)
         if named is None:
             columns = ", ".join(map(str, known))
             raise ValueError(f"{task.name} takes {task.num_texts} columns: name them as text=... (there are {columns})")
