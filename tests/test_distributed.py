@@ -194,7 +194,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         cwd=folder,
     )
     deadline = time.monotonic() + 120
-    while not list((folder / "run" / "checkpoints").glob("*")):
+    while not list((folder / "run" / "checkpoints").glob("step-*")):
         assert begun.poll() is None, begun.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
