@@ -21,13 +21,14 @@ from typing import Any
 
 from benchmarks import ablation, conflicts, figures
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.trainer import reproduction
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("index", "performance", "reliability", "surgery")),
+    *(ROOT / "docs" / f"{page}.md" for page in ("index", "performance", "recipes", "reliability", "surgery")),
 )
 DEVICES = ("cpu", "cuda")
 METHOD = "3 x 32 examples, pcgrad"  # how the step suite's main cases end
@@ -58,6 +59,17 @@ def dev_scores(results: Path = RESULTS) -> str:
     precision = f"{best['precision']} products on a CPU"
     lines += ["", f"{first['tokens']:,} and {best['tokens']:,} tokens, {precision}, commit {best['commit'][:12]}."]
     return "\n".join(lines)
+
+
+def published_rows(results: Path = RESULTS) -> str:
+    """The reports' rows: published beside measured scores if `reproduce` has run, else the published ones alone."""
+    path = results / "reproduced.json"
+    if path.exists():
+        return reproduction.page(reproduction.read_rows(path)).rstrip()
+    command = (
+        f"python -m minbert_fast.reproduce --data DIR --model DIR --output DIR --results benchmarks/results/{path.name}"
+    )
+    return f"{reproduction.published_table()}\nNot measured yet: `{command}`."
 
 
 def gpu_runs(results: Path = RESULTS) -> str:
@@ -277,7 +289,8 @@ def _milliseconds(value: float) -> str:
 SUITES: Mapping[str, Table] = {"step": _step_table, "surgery": _surgery_table, "encode": _encode_table}
 TABLES: Mapping[str, Callable[[], str]] = (
     {"dev scores": dev_scores, "runs cuda": gpu_runs, "profile cuda": gpu_profile, "tests cuda": gpu_tests}
-    | {"ablation": ablation_table, "conflicts": conflicts_table, "same job": same_job}
+    | {"ablation": ablation_table, "conflicts": conflicts_table}
+    | {"published": published_rows, "same job": same_job}
     | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
     | {
         f"summed {device}": partial(suite, "step", device, table=partial(candidates_table, method="none"))
