@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation, conflicts, figures
+from minbert_fast import compare
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -256,10 +257,33 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-SUITES: Mapping[str, Table] = {"step": _step_table, "surgery": _surgery_table, "encode": _encode_table}
+def _any_model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Times relative to the step without surgery: ratios, because the machine's load changes the milliseconds."""
+    lines = ["| model | step | times the step of the summed losses |", "|---|---|---|"]
+    for case in _in_order(rows):
+        found = [row for row in rows if row["case"] == case and row["median"]]
+        floor = next((row["median"] for row in found if row["name"] == "summed losses"), None)
+        lines += [f"| {case} | {row['name']} | {row['median'] / floor:.2f} |" for row in found if floor]
+    return lines
+
+
+def methods_table(results: Path = RESULTS) -> str:
+    """The comparison of multitask methods on real data."""
+    path = results / "methods-cpu.json"
+    if not path.exists():
+        return f"Not measured yet: the command's `table.json` becomes `benchmarks/results/{path.name}`."
+    return compare.markdown(_load(path)).rstrip()
+
+
+SUITES: Mapping[str, Table] = {
+    "step": _step_table,
+    "surgery": _surgery_table,
+    "encode": _encode_table,
+    "any_model": _any_model_table,
+}
 TABLES: Mapping[str, Callable[[], str]] = (
     {"dev scores": dev_scores, "runs cuda": gpu_runs, "profile cuda": gpu_profile, "tests cuda": gpu_tests}
-    | {"ablation": ablation_table, "conflicts": conflicts_table}
+    | {"ablation": ablation_table, "conflicts": conflicts_table, "methods": methods_table}
     | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
     | {
         f"summed {device}": partial(suite, "step", device, table=partial(candidates_table, method="none"))
