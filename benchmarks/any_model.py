@@ -2,7 +2,7 @@
 """Gradient surgery on models that are not ours: a training step with `PCGrad`, with TorchJD and with the classic loop.
 
 Three losses of one graph, on a multilayer perceptron and on a residual network of 26 million parameters. Each candidate
-takes a whole step: forward, backward, PCGrad over all parameters, SGD. "summed losses" is the step without surgery, the floor.
+takes a whole step: forward, backward, PCGrad over all parameters, SGD. "summed losses" is the step without surgery.
 
     ours            minbert_fast.PCGrad
     TorchJD         autojac.backward over all losses at once, jac_to_grad with its PCGrad

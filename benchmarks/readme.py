@@ -157,7 +157,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: str, shape: str) -> list[str]:
     row = found.get((name, shape), {})
-    times = found.get(("ours", shape), {}).get("speedup", {}).get(name)
+    ours = found.get(("ours, fp32", shape)) if name in FP32 else None  # the same precision, where it was measured
+    times = (ours or found.get(("ours", shape), {})).get("speedup", {}).get(name)
     median, pipelined, peak = row.get("median"), row.get("pipelined_ms"), row.get("peak_megabytes")
     return [
         _milliseconds(median) if median else "",
@@ -168,14 +169,29 @@ def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: st
 
 
 def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence: our step with PCGrad in each shape, and its speed relative to two baselines."""
+    """One sentence: our step with PCGrad in each shape, and its speed relative to two baselines in each precision."""
     ours = [row for row in rows if row["name"] == "ours" and row["case"].endswith(METHOD) and row["median"]]
-    parts = [
-        f"{_milliseconds(row['median'])} ms for {row['case'].split(',')[0]} ({row['speedup']['naive']:.1f} times as fast "
-        f"as the naive step, {row['speedup']['transformers']:.1f} times as fast as transformers)"
-        for row in ours
-    ]
+    parts = []
+    for row in ours:
+        full = next((r for r in rows if r["name"] == "ours, fp32" and r["case"] == row["case"]), None)
+        naive = _ratios(row, full, "naive, bf16", "naive", "the naive step")
+        rival = _ratios(row, full, "transformers", "transformers, fp32", "transformers")
+        shown = ", ".join(text for text in (naive, rival) if text)
+        parts.append(f"{_milliseconds(row['median'])} ms for {row['case'].split(',')[0]} ({shown})")
     return [f"A step of 3 x 32 real examples with PCGrad takes {' and '.join(parts)}."]
+
+
+def _ratios(low: Mapping[str, Any], full: Mapping[str, Any] | None, in_bf16: str, in_fp32: str, name: str) -> str:
+    """How much faster our step is than a baseline, with both in bf16 and both in fp32; a mixed ratio says so."""
+    found = {}
+    if in_bf16 in low["speedup"]:
+        found["both in bf16"] = low["speedup"][in_bf16]
+    if full is not None and in_fp32 in full["speedup"]:
+        found["both in fp32"] = full["speedup"][in_fp32]
+    elif not found and in_fp32 in low["speedup"]:
+        found["theirs in fp32"] = low["speedup"][in_fp32]
+    ratios = " and ".join(f"{times:.1f} times ({which})" for which, times in found.items())
+    return f"{ratios} as fast as {name}" if found else ""
 
 
 def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -228,7 +244,7 @@ def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| sentences | way | ms | speed-up over sentence-transformers |", "|---|---|---|---|"]
     for row in rows:
         if row["median"]:
-            times = ", ".join(f"{x:.1f} ({name.split()[1].rstrip(',')})" for name, x in row["speedup"].items())
+            times = ", ".join(f"{x:.1f} ({name.split(',')[0].partition(' ')[2]})" for name, x in row["speedup"].items())
             mine = row["name"].startswith("ours")
             lines.append(
                 f"| {row['case']} | {row['name']} | {_milliseconds(row['median'])} | {times if mine else ''} |"

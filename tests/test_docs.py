@@ -68,9 +68,9 @@ def run_command(line: str, checkout: Path) -> None:
     words = filled(words, checkout / "course")
     if "--max-steps" in words and int(words[words.index("--max-steps") + 1]) > 50:
         words[words.index("--max-steps") + 1] = FEW_STEPS
-    elif "--max-steps" not in words and {f"minbert_fast.{name}" for name in ("train", "search", "reproduce", "compare")} & {
-        *words
-    }:
+    elif "--max-steps" not in words and {
+        f"minbert_fast.{name}" for name in ("train", "search", "reproduce", "compare")
+    } & {*words}:
         words += ["--max-steps", FEW_STEPS]
     if words[:2] == ["python", "-c"]:
         exec(words[2], {})
