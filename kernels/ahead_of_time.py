@@ -21,18 +21,17 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from minbert_fast.kernels.launches import Launch
+from minbert_fast.kernels.launches import Launch, intercepted
 
 
 @dataclass(frozen=True)
@@ -88,34 +87,14 @@ def modules() -> dict[str, ModuleType]:
     return {name: file for name, file in files.items() if hasattr(file, "launches")}
 
 
-@contextmanager
-def compiling_for(chip: Chip) -> Iterator[list[tuple[JITFunction, Any]]]:
-    """Inside, launching a Triton kernel compiles it for `chip`; yields the (kernel, compiled) pairs as they come."""
-    compiled: list[tuple[JITFunction, Any]] = []
-    driver = SimpleNamespace(
-        get_current_target=lambda: chip.target,
-        get_current_device=lambda: chip.name,  # Triton keeps compiled kernels by device
-        get_current_stream=lambda device: 0,
-    )
-
-    def launcher(kernel: JITFunction, grid: object) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            compiled.append((kernel, kernel.warmup(*args, grid=grid, **kwargs)))
-
-        return launch
-
-    original = JITFunction.__getitem__
-    triton.runtime.driver.set_active(driver)
-    JITFunction.__getitem__ = launcher
-    try:
-        yield compiled
-    finally:
-        JITFunction.__getitem__ = original
-
-
 def check(launch: Launch, chip: Chip) -> list[Report]:
     """Compiles what one launcher call launches, for one chip."""
-    with compiling_for(chip) as compiled:
+    compiled: list[tuple[JITFunction[Any], Any]] = []
+
+    def take(kernel: JITFunction[Any], grid: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        compiled.append((kernel, kernel.warmup(*args, grid=grid, **kwargs)))
+
+    with intercepted(chip.target, take, chip.name):
         try:
             launch.call()
         except Exception as error:  # any error is this kernel's failure; the others go on

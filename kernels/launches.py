@@ -15,11 +15,20 @@ CUDA graph. It fails in the check too, because a meta tensor has no values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import KernelInterface
+
+#: Takes a kernel, the grid and the arguments of a launch, instead of the launch.
+Take = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -33,3 +42,29 @@ class Launch:
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor without storage."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def intercepted(target: GPUTarget, take: Take, device: object = 0) -> Iterator[None]:
+    """Inside, launching a Triton kernel calls `take(kernel, grid, arguments, keywords)`, and launchers see `target`.
+
+    Nothing runs, so tensors may be without storage. `device` names the device that Triton believes to be current.
+    """
+    driver, original = triton.runtime.driver, KernelInterface.__getitem__
+    before = driver._active
+
+    def launcher(kernel: Any, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: take(kernel, grid, args, kwargs)
+
+    fake = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: device,  # Triton keeps compiled kernels by device
+        get_current_stream=lambda device: 0,
+    )
+    driver._active = fake
+    KernelInterface.__getitem__ = launcher
+    try:
+        yield
+    finally:
+        driver._active = before
+        KernelInterface.__getitem__ = original

@@ -22,6 +22,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.optim import AdamW
 from minbert_fast.surgery.wrapper import PCGrad
 from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.trainer.fit import fit
 
 __all__ = [
     "AdamW",
@@ -33,6 +34,7 @@ __all__ = [
     "Predictor",
     "Recipe",
     "__version__",
+    "fit",
     "patch",
 ]
 

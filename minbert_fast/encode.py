@@ -4,7 +4,8 @@
 python -m minbert_fast.encode --model DIR --input sentences.txt --output vectors.npy
 python -m minbert_fast.encode --model DIR --input questions.csv --column question1 --output vectors.safetensors --normalize
 
-Writes one vector per line of a text file (- reads standard input), or per row of one column of a .csv or .tsv file.
+Writes one vector per line of a text file (- reads standard input), or per row of one column of a .csv, .tsv, .jsonl or
+.parquet file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, r
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data.lines import read_sentences
+from minbert_fast.tasks.onnx_model import OnnxModel
 from minbert_fast.tasks.predictor import Predictor
 
 TENSOR = "embeddings"  # the tensor's name in a .safetensors file
@@ -30,10 +32,20 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("encode", __doc__ or "")
     add = flags.add_argument
-    add("--model", required=True, metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model")
-    add("--input", type=Path, required=True, metavar="FILE", help=".txt with one sentence per line, .csv, .tsv, or -")
+    models = flags.add_mutually_exclusive_group(required=True)
+    models.add_argument(
+        "--model", metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
+    )
+    models.add_argument("--onnx", type=Path, metavar="DIR", help="what export --format onnx wrote; runs in onnxruntime")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".txt with one sentence per line, .csv, .tsv, .jsonl, .parquet, or -",
+    )
     add("--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]")
-    add("--column", metavar="NAME", help="column of a .csv or .tsv file (default: sentence, or the only one)")
+    add("--column", metavar="NAME", help="column of a table (default: text, sentence, or the only one)")
     add("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
     add("--normalize", action=argparse.BooleanOptionalAction, help="scale to length 1 (default: the model's setting)")
     add_import_flag(flags)
@@ -48,7 +60,13 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--output {options.output}: expected a name that ends in .npy or .safetensors")
     chunks = read_sentences(options.input, options.column)
     first = next(chunks, [])  # reports mistakes in the input before the slow loading of the model
-    model = Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
+    if options.onnx and options.precision != "auto":
+        raise ConfigError(f"--precision {options.precision}: an ONNX graph has its own (export --int8)")
+    model: Predictor | OnnxModel = (
+        OnnxModel.from_pretrained(options.onnx, device=options.device)
+        if options.onnx
+        else Predictor.from_pretrained(options.model, device=options.device, precision=options.precision)
+    )
     name = TENSOR if options.output.suffix == ".safetensors" else None
     with (
         whole_file(options.output) as file,

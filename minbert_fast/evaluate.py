@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores a trained model on labelled files.
 
+python -m minbert_fast.evaluate --checkpoint runs/first/best                      the dev rows of its run
 python -m minbert_fast.evaluate --checkpoint runs/first/best --data DIR [--split dev]
+python -m minbert_fast.evaluate --checkpoint runs/first/best --task topic --input more.csv
 python -m minbert_fast.evaluate --checkpoint runs/first/best --sentiment FILE --similarity FILE --json scores.json
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,14 +21,13 @@ from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, r
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json
-from minbert_fast.data.cache import load_tokens
-from minbert_fast.data.files import read_table
-from minbert_fast.data.formats import MAIN_TASKS, find_tables
+from minbert_fast.data.formats import MAIN_TASKS, DataError
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.evaluation import Evaluation, evaluate
+from minbert_fast.trainer.datasets import SPLITS, load_split
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,8 +35,12 @@ def parser() -> argparse.ArgumentParser:
     flags = Parser("evaluate", __doc__ or "")
     add = flags.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
-    add("--data", type=Path, metavar="DIR", help="data directory with the course's files")
-    add("--split", default="dev", help="which files of --data: train, dev or test (default: dev)")
+    add(
+        "--data", type=Path, metavar="DIR", help="data directory with the course's files (default: the data of the run)"
+    )
+    add("--split", default="dev", choices=SPLITS, help="which rows: train, dev or test (default: dev)")
+    add("--task", metavar="NAME", help="the task of --input")
+    add("--input", type=Path, metavar="FILE", help="a labelled file of --task, with the columns of its training file")
     for kind in MAIN_TASKS:
         add(f"--{kind}", type=Path, metavar="FILE", help=f"a {kind} file, instead of --data")
     add("--json", type=Path, metavar="FILE", help="write the scores here")
@@ -48,29 +54,37 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     files = {kind: getattr(options, kind) for kind in MAIN_TASKS if getattr(options, kind) is not None}
-    if (options.data is None) == (not files):
-        raise ConfigError("expected either --data DIR or files (--sentiment, --paraphrase, --similarity)")
+    if (options.task is None) != (options.input is None):
+        raise ConfigError("--task NAME and --input FILE belong together")
+    if options.data is not None and (files or options.input):
+        raise ConfigError("expected either --data DIR or files")
     device = choose_device(options.device)
     model = MultitaskModel.load(options.checkpoint).to(device)
     recipe = Recipe.load(str(options.checkpoint / "recipe.toml"))
-    paths = _find_paths(options.data, options.split, model) if options.data else _assign_paths(files, model)
+    if options.data is not None:
+        recipe = replace(recipe, data=replace(recipe.data, directory=str(options.data), files={}))
+    named = _assign_paths(files, model)
+    if options.input is not None:
+        if options.task not in model.tasks:
+            raise ConfigError(f"--task {options.task}: the model has {', '.join(model.tasks)}")
+        named[options.task] = options.input
+
+    def notify(line: str) -> None:
+        print(line, file=sys.stderr)
 
     tokenizer = Tokenizer.from_pretrained(options.checkpoint)
-    bad_rows = recipe.data.max_bad_rows
-    tables = {}
-    for name, path in paths.items():
-        tables[name] = load_tokens(path, model.tasks[name].layout, tokenizer, max_bad_rows=bad_rows)
-        for bad in tables[name].bad_rows:
-            print(f"left out: {bad}", file=sys.stderr)
+    tables = load_split(recipe, tokenizer, options.split, notify, named)
+    if not tables:
+        raise DataError(
+            f"no {options.split} rows for any of {', '.join(model.tasks)}; --data DIR or --task and --input"
+        )
     with tqdm(
         total=sum(map(len, tables.values())), unit=" examples", file=sys.stderr, disable=None, leave=False
     ) as bar:
         precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
         evaluation = evaluate(model, tables, precision=precision, max_length=max_length, progress=bar.update)
     if options.output is not None:
-        files = {n: read_table(path, model.tasks[n].layout, max_bad_rows=bad_rows) for n, path in paths.items()}
-        texts = {name: table.sentences for name, table in files.items()}
-        evaluation.write(options.output, texts, options.split)
+        evaluation.write(options.output, {name: table.texts() for name, table in tables.items()}, options.split)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, evaluation.metrics)
@@ -90,15 +104,6 @@ def format_scores(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:
     part = "" if set(MAIN_TASKS) <= kinds else f"  of {', '.join(evaluation.tasks)} only"
     lines.append(f"{'score':<{width}}  {evaluation.score:7.4f}{part}")
     return "\n".join(lines)
-
-
-def _find_paths(directory: Path, split: str, model: MultitaskModel) -> dict[str, Path]:
-    """The files in a data directory by name of the model's tasks."""
-    datasets = tuple(dict.fromkeys(task.layout for task in model.tasks.values() if task.predicts))
-    found = find_tables(directory, split, datasets)
-    for notice in found.notices:
-        print(notice, file=sys.stderr)
-    return {name: found.paths[task.layout] for name, task in model.tasks.items() if task.layout in found.paths}
 
 
 def _assign_paths(files: dict[str, Path], model: MultitaskModel) -> dict[str, Path]:

@@ -2,10 +2,14 @@
 """Writes a trained model, with a model card, in the format of another library.
 
 python -m minbert_fast.export --checkpoint runs/first/best --format huggingface --output exported/
+python -m minbert_fast.export --checkpoint runs/first/best --format huggingface --task sentiment --output exported/
+python -m minbert_fast.export --checkpoint runs/first/best --format onnx --int8 --output exported/
 python -m minbert_fast.export --checkpoint runs/first/best --format sentence-transformers --output exported/ --push USER/NAME
 
-huggingface: transformers' AutoModel and AutoTokenizer load it. sentence-transformers (3.4 to 6.2): `SentenceTransformer`
-loads it and gives the same embeddings. Both include the heads and the recipe, so `Predictor` loads them too.
+huggingface: transformers' AutoModel and AutoTokenizer load it; with --task, AutoModelForSequenceClassification and the
+pipeline "text-classification" load it and give the same probabilities. onnx: onnxruntime computes the same vectors; with
+--task, the same predictions. sentence-transformers (3.4 to 6.2): `SentenceTransformer` loads it and gives the same vectors.
+Without --task, huggingface and sentence-transformers include the heads and the recipe, so `Predictor` loads them too.
 """
 
 from __future__ import annotations
@@ -22,12 +26,11 @@ from minbert_fast.common.cli import Parser, add_import_flag, run
 from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_directory, write_text
-from minbert_fast.model import sentence_modules
-from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.reporting.model_card import model_card, public_recipe
+from minbert_fast.tasks import exporting
 from minbert_fast.tasks.predictor import Predictor
 
-FORMATS = ("huggingface", "sentence-transformers")
+FORMATS = ("huggingface", "sentence-transformers", "onnx")
 HEADS = "heads.safetensors"
 
 
@@ -39,9 +42,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     flags.add_argument("--overwrite", action="store_true", help="replace what --output holds")
     flags.add_argument(
+        "--task", metavar="NAME", help="huggingface, onnx: export this task's head (default: the encoder alone)"
+    )
+    flags.add_argument("--int8", action="store_true", help="onnx: 8-bit weights; smaller, faster, less exact")
+    flags.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="sentence-transformers: scale vectors to length 1 (default: the model's setting)",
+        help="sentence-transformers, onnx: scale vectors to length 1 (default: the model's setting)",
     )
     flags.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
     add_import_flag(flags)
@@ -52,45 +59,60 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises ConfigError, RunError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
-    if options.normalize is not None and options.format != "sentence-transformers":
-        raise ConfigError("--normalize needs --format sentence-transformers")
-    if options.private and not options.push:
-        raise ConfigError("--private needs --push")
+    _check(options)
     output: Path = options.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
-        raise ConfigError(f"--output {output}: not empty; choose another folder or add --overwrite")
-    if output.resolve() == options.checkpoint.resolve():
-        raise ConfigError(f"--output {output}: is the checkpoint itself")
     model = Predictor.from_pretrained(options.checkpoint, device="cpu", precision="fp32", local_files_only=True)
     if options.normalize is not None:
         model.normalize = options.normalize
+    task = None if options.task is None else model.task_of(options.task)
     name = options.push or output.resolve().name
-    card = model_card(model, options.checkpoint, name, options.format)
+    notes: list[str] = []
+
+    def fill(folder: Path) -> None:
+        if options.format == "onnx":
+            notes.append(exporting.write_onnx(folder, model, task, int8=options.int8))
+        elif task is not None:
+            notes.append(exporting.write_classifier(folder, model, task))
+        else:
+            exporting.write_encoder(folder, model, modules=options.format == "sentence-transformers")
+            _add_heads(folder, options.checkpoint)
+        card = model_card(model, options.checkpoint, name, options.format, task, " ".join(notes))
+        write_text(folder / "README.md", card)
+
     with translate_write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_directory(output, lambda folder: write_model(model, options.checkpoint, folder, options.format, card))
-    print(f"{output}: {options.format} model")
+        write_directory(output, fill)
+    print(f"{output}: {options.format} model{'' if task is None else f' of task {task}'}")
+    for note in filter(None, notes):
+        print(note)
     if options.push:
         print(upload(output, options.push, options.private))
 
 
-def write_model(model: Predictor, source: Path, folder: Path, form: str, card: str) -> None:
-    """Writes the model and its card to `folder` in the format `form`; copies the heads from directory `source`."""
-    model.encoder.save_pretrained(folder)
-    model.tokenizer.save(folder)
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not fit together, and for an --output that is taken."""
+    output: Path = options.output
+    if options.normalize is not None and (options.format == "huggingface" or options.task):
+        raise ConfigError("--normalize needs --format sentence-transformers or onnx, and an encoder (no --task)")
+    if options.task and options.format == "sentence-transformers":
+        raise ConfigError("--task needs --format huggingface or onnx: a SentenceTransformer has no heads")
+    if options.int8 and options.format != "onnx":
+        raise ConfigError("--int8 needs --format onnx")
+    if options.private and not options.push:
+        raise ConfigError("--private needs --push")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
+        raise ConfigError(f"--output {output}: not empty; choose another folder or add --overwrite")
+    if output.resolve() == options.checkpoint.resolve():
+        raise ConfigError(f"--output {output}: is the checkpoint itself")
+
+
+def _add_heads(folder: Path, source: Path) -> None:
+    """Copies the heads and the recipe of the model directory `source`, if it has them."""
     if (source / HEADS).is_file():
         shutil.copyfile(source / HEADS, folder / HEADS)
     recipe = public_recipe(source)
     if recipe is not None:
         write_text(folder / "recipe.toml", recipe.to_toml())
-    if form == "sentence-transformers":
-        dense = model.encoder.pooler_dense
-        pooler = {"weight": dense.weight, "bias": dense.bias} if model.pooling == "pooler" else None
-        hidden = model.encoder.config.hidden_size
-        cut = model.width if model.width < hidden else None
-        modules = SentenceModules(folder, model.pooling, model.normalize, model.max_length, model.prompt, pooler, cut)
-        sentence_modules.write(folder, modules, hidden)
-    write_text(folder / "README.md", card)
 
 
 def upload(folder: Path, repository: str, private: bool) -> str:

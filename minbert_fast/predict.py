@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.storage import is_stream, whole_file
-from minbert_fast.data.files import Table, TableReader
-from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.files import Table, open_rows
+from minbert_fast.data.inputs import file_input
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
 from minbert_fast.tasks.predictor import Predictions, Predictor
@@ -59,11 +59,11 @@ def main(arguments: Sequence[str]) -> None:
     )
     name = model.task_of(options.task)
     task = model.tasks[name]
-    layout = FORMATS[task.layout]
+    source = file_input(options.input, task.layout)
     form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "course")
     count = left_out = 0
     with (
-        TableReader(options.input, layout, labeled=False, max_bad_rows=MAX_BAD_ROWS) as reader,
+        open_rows(source, None, max_bad_rows=MAX_BAD_ROWS) as reader,
         whole_file(options.output) as file,
         tqdm(unit=" examples", file=sys.stderr, disable=None, leave=False) as bar,
     ):

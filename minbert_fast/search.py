@@ -8,8 +8,8 @@
 
 KEY is a flag of `train` (lr, dropout, batch-size, surgery, ...) or a key of the recipe (optimizer.layer_decay).
 Optuna ends a run whose dev score is below the median of earlier ones at the same step. Its study is in optuna.db.
-Each combination has a directory under --output; a second call continues the search. Results: table.md, table.json and
-plot.svg.
+Each combination has a directory under --output; a second call continues the search. Results: table.md, table.json,
+report.html and plots/.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
-from minbert_fast.reporting import charts
 from minbert_fast.reporting.runs import format_score
+from minbert_fast.reporting.search_page import write_search
 from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.callbacks import Callback
@@ -158,7 +158,7 @@ def directory_name(combination: Values) -> str:
 
 
 def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Trial]], metric: str) -> None:
-    """Writes table.md and table.json, best trials first, and plot.svg."""
+    """Writes table.md and table.json, best trials first, report.html and plots/."""
     ranked = sorted(trials, key=lambda pair: -(score if (score := pair[1].score(metric)) is not None else -np.inf))
     metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
     rows = [
@@ -170,22 +170,11 @@ def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Tri
         for values, trial in ranked
     ]
     write_text(output / "table.md", experiments.markdown_table([*space, *metrics, "steps"], rows))
-    found = [{"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure} for v, t in ranked]
+    found = [
+        {"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure, "metric": metric} for v, t in ranked
+    ]
     write_json(output / "table.json", found)
-    write_text(output / "plot.svg", charts.standalone_svg(plot(space, trials, metric)))
-
-
-def plot(space: Space, trials: Sequence[tuple[Values, Trial]], metric: str) -> str:
-    """A chart with one line per key: the best score of each of its values, in the order of the grid."""
-    series = []
-    for key, choice in space.items():
-        tried = sorted({values[key] for values, _ in trials}, key=float) if isinstance(choice, Range) else choice
-        options = list(tried)
-        scores = {option: [t.score(metric) for values, t in trials if values[key] == option] for option in options}
-        best = [max((s for s in scores[option] if s is not None), default=np.nan) for option in options]
-        name = f"{key}: {', '.join(options)}"
-        series.append(charts.Series(name, np.arange(1, len(options) + 1), np.array(best), marked=True))
-    return charts.line_chart(f"best {metric} by value", series, "place of the value in its list")
+    write_search(output)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, Whole, merge
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.tasks import build_task, build_tasks
-from minbert_fast.trainer.datasets import without_tasks
+from minbert_fast.trainer.completing import without_tasks
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import saved_recipe_path
 from minbert_fast.trainer.resume import require_run

@@ -15,15 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minbert_fast.data import read_table
-from minbert_fast.data.files import (
-    MAX_LINE_BYTES,
-    MAX_RECORD_LINES,
-    BadRow,
-    TableReader,
-    _OpenQuoteError,
-    _split_quoted,
-)
+from minbert_fast.data.files import open_rows
 from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.inputs import file_input
+from minbert_fast.data.messages import BadRow
+from minbert_fast.data.readers.course import MAX_RECORD_LINES, OpenQuoteError, split_quoted
+from minbert_fast.data.readers.lines import MAX_LINE_BYTES
 
 SENTIMENT_HEADER = "\tid\tsentence\tsentiment\n"
 PAIR_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
@@ -133,7 +130,7 @@ def test_chunks_add_up_to_the_table(tmp_path: Path) -> None:
     rows = "".join(f"{i}\tid{i}\tsentence {i}\t{i % 7}\n" for i in range(50))
     path = write(tmp_path, SENTIMENT_HEADER + rows)
     whole = read_table(path, "sentiment", max_bad_rows=0.5)
-    with TableReader(path, "sentiment", max_bad_rows=0.5) as reader:
+    with open_rows(file_input(path, "sentiment"), FORMATS["sentiment"].rule, max_bad_rows=0.5) as reader:
         parts = list(reader.chunks(rows=8))
         assert reader.position == reader.size == path.stat().st_size
     assert all(part.rows_read <= 8 for part in parts)
@@ -147,7 +144,7 @@ def test_chunks_add_up_to_the_table(tmp_path: Path) -> None:
 def test_splitting_inverts_the_csv_writer(fields: list[str], separator: str) -> None:
     out = io.StringIO()
     csv.writer(out, delimiter=separator, lineterminator="").writerow(fields)
-    assert _split_quoted(out.getvalue(), separator) == fields
+    assert split_quoted(out.getvalue(), separator) == fields
 
 
 @settings(max_examples=300, deadline=None)
@@ -156,11 +153,11 @@ def test_splitting_agrees_with_the_strict_csv_reader(text: str) -> None:
     try:
         expected = next(csv.reader([text], delimiter="\t", strict=True), [""])
     except csv.Error as error:
-        kind = _OpenQuoteError if "unexpected end" in str(error) else ValueError
+        kind = OpenQuoteError if "unexpected end" in str(error) else ValueError
         with pytest.raises(kind):
-            _split_quoted(text, "\t")
+            split_quoted(text, "\t")
     else:
-        assert _split_quoted(text, "\t") == (expected or [""])
+        assert split_quoted(text, "\t") == (expected or [""])
 
 
 # -------------------------------------------------------------------------------------- rows that are reported
@@ -284,8 +281,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     assert refused(tmp_path / "two\nlines").count("\n") == 0
 
 
-def test_unknown_task_is_refused(tmp_path: Path) -> None:
-    assert "no task is called 'poetry'" in refused(tmp_path / "x", "poetry")
+def test_unknown_layout_is_refused(tmp_path: Path) -> None:
+    assert "no layout is called 'poetry'" in refused(tmp_path / "x", "poetry")
 
 
 # ------------------------------------------------------------------------------------- data directories
@@ -335,7 +332,7 @@ def test_real_files_are_read_completely(shared_data: Path, name: str, task: str,
     layout = FORMATS[task]
     with open(shared_data / name, newline="", encoding="utf-8") as file:
         expected = list(csv.DictReader(file, delimiter=layout.separator))
-    for column, texts in zip(layout.text_columns, table.sentences, strict=True):
+    for column, texts in zip(layout.texts, table.sentences, strict=True):
         assert texts == [row[column] for row in expected]
 
 

@@ -16,7 +16,6 @@ from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.collate import Collator, training_batches
 from minbert_fast.data.pretraining import (
     IGNORED,
-    Corpus,
     SentencePairing,
     WordMasking,
     collect_pairs,
@@ -41,12 +40,12 @@ def tables(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
-def corpus(tables: dict[str, TokenTable]) -> Corpus:
+def corpus(tables: dict[str, TokenTable]) -> TokenTable:
     return collect_sentences("mlm", list(tables.values()))
 
 
 @pytest.fixture(scope="module")
-def pairs(tables: dict[str, TokenTable]) -> Corpus:
+def pairs(tables: dict[str, TokenTable]) -> TokenTable:
     return collect_pairs("nsp", [tables["paraphrase"], tables["similarity"]])
 
 
@@ -58,7 +57,7 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
 # ---- Corpora ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_has_every_sentence_once_and_locates_it(corpus: Corpus, tables: dict[str, TokenTable]) -> None:
+def test_a_corpus_has_every_sentence_once_and_locates_it(corpus: TokenTable, tables: dict[str, TokenTable]) -> None:
     first, second = tables["paraphrase"].columns
     begin, n = len(tables["sentiment"]), len(tables["paraphrase"])
     assert len(corpus) == begin + 2 * n + 2 * len(tables["similarity"])
@@ -67,14 +66,14 @@ def test_a_corpus_has_every_sentence_once_and_locates_it(corpus: Corpus, tables:
         np.testing.assert_array_equal(column[begin + row], first[row])
         np.testing.assert_array_equal(column[begin + n + row], second[row])
         assert corpus.locate(begin + n + row) == tables["paraphrase"].locate(row)
-    assert column.flat.size == sum(c.flat.size for table in tables.values() for c in table.columns)
+    assert column.lengths.sum() == sum(c.lengths.sum() for table in tables.values() for c in table.columns)
     assert corpus.locate(2) == tables["sentiment"].locate(2)
     assert corpus.labels is None
     with pytest.raises(IndexError):
         corpus.locate(len(corpus))
 
 
-def test_pairs_are_the_first_two_sentences(pairs: Corpus, tables: dict[str, TokenTable]) -> None:
+def test_pairs_are_the_first_two_sentences(pairs: TokenTable, tables: dict[str, TokenTable]) -> None:
     n = len(tables["paraphrase"])
     assert (len(pairs), pairs.arity) == (n + len(tables["similarity"]), 2)
     for column in (0, 1):
@@ -85,7 +84,7 @@ def test_pairs_are_the_first_two_sentences(pairs: Corpus, tables: dict[str, Toke
 # ---- Masked words -----------------------------------------------------------------------------------------------------
 
 
-def test_masks_are_15_percent_of_the_words_80_10_10(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def test_masks_are_15_percent_of_the_words_80_10_10(corpus: TokenTable, tokenizer: Tokenizer) -> None:
     """Counts over many sentences; each is within five standard deviations of its expected value."""
     rate, special = 0.15, special_ids(tokenizer)
     rows = np.arange(0, len(corpus), 2)
@@ -139,7 +138,7 @@ def test_a_vocabulary_without_a_mask_is_refused() -> None:
         WordMasking(bare, 0.15, 0, "mlm")
 
 
-def test_masks_depend_only_on_seed_task_step_and_row(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def test_masks_depend_only_on_seed_task_step_and_row(corpus: TokenTable, tokenizer: Tokenizer) -> None:
     rows = np.array([5, 900, 17, 2000])
 
     def made(rows: np.ndarray, seed: int = 1, task: str = "mlm", step: int = 4) -> list[bytes]:
@@ -164,7 +163,7 @@ def test_masks_equal_pinned_values(tokenizer: Tokenizer) -> None:
 # ---- Pairs ------------------------------------------------------------------------------------------------------------
 
 
-def test_half_of_the_pairs_have_another_rows_second_sentence(pairs: Corpus) -> None:
+def test_half_of_the_pairs_have_another_rows_second_sentence(pairs: TokenTable) -> None:
     rows = np.arange(len(pairs))
     made = SentencePairing(3, "nsp")(pairs, rows, 0, 128)
     targets = made.labels()
@@ -176,7 +175,7 @@ def test_half_of_the_pairs_have_another_rows_second_sentence(pairs: Corpus) -> N
         length = len(first[row])
         np.testing.assert_array_equal(sequence[:length], first[row])
         np.testing.assert_array_equal(types, np.arange(len(sequence)) >= length)
-        ending = sequence[length:].astype(second.flat.dtype)
+        ending = sequence[length:].astype(second[0].dtype)
         assert ending.tobytes() in seconds
         if not answer:
             np.testing.assert_array_equal(ending, second[row][1:])
@@ -205,7 +204,7 @@ def test_a_single_pair_is_never_replaced() -> None:
 
 
 @pytest.fixture(scope="module")
-def collator(corpus: Corpus, pairs: Corpus, tables: dict[str, TokenTable], tokenizer: Tokenizer) -> Collator:
+def collator(corpus: TokenTable, pairs: TokenTable, tables: dict[str, TokenTable], tokenizer: Tokenizer) -> Collator:
     generators = {"mlm": WordMasking(tokenizer, 0.15, 5, "mlm"), "nsp": SentencePairing(5, "nsp")}
     rows = {"sentiment": tables["sentiment"], "mlm": corpus, "nsp": pairs}
     return Collator(rows, 24, {"nsp": "cross"}, generators=generators)

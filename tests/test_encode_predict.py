@@ -117,10 +117,13 @@ def test_standard_input_and_an_empty_file(tmp_path: Path, vectors: np.ndarray, m
     ("name", "content", "more", "problem"),
     [
         ("in.txt", b"fine\nna\xefve\n", (), "in.txt:2: byte 0xef at offset 2 is not UTF-8"),
-        ("in.txt", b"a\n", ("--column", "text"), "a column needs a file that ends in .csv or .tsv"),
-        ("in.csv", b",id,text\n0,1,a\n", (), "which column? --column names one of 'id, text'"),
+        ("in.txt", b"a\n", ("--column", "text"), "a column needs a file that ends in one of .csv, .tsv"),
+        ("in.csv", b",id,body\n0,1,a\n", (), "which column? --column names one of 'id, body'"),
         ("in.csv", b"id,text\n1,a\n", ("--column", "txt"), "no column 'txt'"),
         ("in.csv", b"id,sentence\n1,a\n1,a,b\n", (), "in.csv:3: 3 fields, expected 2"),
+        ("in.txt", b'{"text": "a"}\n', (), "in.txt:1: JSON lines, expected a sentence"),
+        ("in.jsonl", b'{"body": "a", "n": 1}\n', (), "in.jsonl:1: which column? --column names one of 'body, n'"),
+        ("in.jsonl", b'{"text": "a"}\n{"text": 1}\n', (), "in.jsonl:2: text is 1, expected text"),
         ("in.txt", b"a\n", ("--pooling", "median"), "invalid choice: 'median'"),
     ],
 )

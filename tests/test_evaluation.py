@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, evaluation
 from minbert_fast.tasks.base import build_task
 from minbert_fast.tasks.details import MAX_ERRORS, task_details
-from minbert_fast.tasks.evaluation import TaskResult, evaluate
+from minbert_fast.tasks.evaluation import Evaluation, TaskResult, evaluate
 from tests.small import read_predictions
 
 ROWS = 40
@@ -181,12 +182,23 @@ def test_details_of_several_labels_an_example(model):
     result = TaskResult(task, list("abcd"), labels, predictions, probabilities, {})
     details = json.loads(json.dumps(task_details(result, [["A", "B", "C", "D"]], labels[:2])))
     assert details["distribution"] == {
-        "edges": None, "train": [1, 0, 1], "labels": [2, 1, 2], "predictions": [3, 0, 3]
+        "edges": None, "train": [1, 0, 1], "train_rows": 2, "labels": [2, 1, 2], "predictions": [3, 0, 3]
     }  # fmt: skip
     assert "confusion" not in details
     assert sum(n for *_, n in details["calibration"]["bins"]) == 12
     assert [(e["id"], e["probability"]) for e in details["worst"]] == [("c", 0.95), ("b", 0.6)]
     assert details["worst"][0]["label"] == [1, 1, 0]
+
+
+def test_an_error_counts_with_a_minus_sign_in_the_score(model):
+    """Regression: the epoch with the largest mean absolute error was the best one."""
+
+    def of(mae: float) -> float:
+        task = SimpleNamespace(primary="price_mae")
+        return Evaluation({"price": TaskResult(task, [], None, np.empty(0), None, {"price_mae": mae})}).score
+
+    assert of(0.1) > of(0.5)
+    assert of(0.5) == -0.5
 
 
 def test_details_of_a_diverged_model_are_valid_json(model, tables):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported models give equal outputs in other libraries and in Predictor; model cards; the `env` command."""
+"""Exported models give equal outputs in transformers, sentence-transformers, onnxruntime and Predictor; cards; `env`."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +17,14 @@ import pytest
 import torch
 import transformers
 
-from minbert_fast import BertModel, Predictor, env, export
+from minbert_fast import BertModel, Predictor, encode, env, export
 from minbert_fast.common import cli
-from minbert_fast.common.schema import build
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.tasks.onnx_model import OnnxModel
+from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SENTENCES = ["a film", "the girl eats an apple in the park", "a very good film, " * 60]
@@ -32,9 +37,11 @@ SUMMARY = {
 }
 
 
-def checkpoint(folder: Path, pooling: str = "mean", **summary: Any) -> Path:
+def checkpoint(folder: Path, pooling: str = "mean", tasks: Mapping[str, Any] | None = None, **summary: Any) -> Path:
+    """A model with the heads of `tasks` (None: those of the course), with weights that give decided predictions."""
     torch.manual_seed(0)
-    values = {
+    values: dict[str, Any] = {
+        **({} if tasks is None else {"tasks": tasks}),
         "model": {"pooling": pooling, "name": "/somewhere/weights"},
         "data": {"max_length": 40, "directory": "/somewhere/data", "files": {"sts": {"dev": "/somewhere/sts.csv"}}},
         "surgery": {"method": "pcgrad"},
@@ -43,6 +50,12 @@ def checkpoint(folder: Path, pooling: str = "mean", **summary: Any) -> Path:
     model = MultitaskModel(
         BertModel.from_pretrained(sample_directory().model), build_tasks(recipe), recipe.model.pooling
     )
+    for parameter in model.head_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for name in model.tasks:
+        stored = model.head(name).labelled_sentences()
+        if stored is not None:
+            stored.store(torch.randn_like(stored.vectors), torch.arange(len(stored.labels)) % stored.classes)
     model.save(folder / "best", recipe.to_toml(), Tokenizer.from_pretrained(sample_directory().model))
     (folder / "summary.json").write_text(json.dumps(SUMMARY | summary))
     return folder / "best"
@@ -69,7 +82,7 @@ def test_transformers_load_the_export_with_equal_outputs(tmp_path: Path) -> None
     torch.testing.assert_close(mine["pooler_output"], theirs.pooler_output, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", ["huggingface", "sentence-transformers"])
 def test_an_export_loads_with_its_heads(tmp_path: Path, form: str) -> None:
     source = checkpoint(tmp_path, "cls")
     assert run_export(source, form, tmp_path / "out") == 0
@@ -126,7 +139,7 @@ def test_the_card_has_data_scores_recipe_and_versions(tmp_path: Path) -> None:
         "gradient surgery (pcgrad)",
         "torch 2.99",
         'method = "pcgrad"',
-        "| paraphrase | paraphrase | quora files |",
+        "| paraphrase | pair-classification | quora files |",
         "model.similarity(",
     ):
         assert text in card, text
@@ -138,6 +151,194 @@ def test_the_card_has_data_scores_recipe_and_versions(tmp_path: Path) -> None:
     assert recipe.data.files == {"sts": {"dev": "sts.csv"}}
     metadata = card.split("---")[1]
     assert "tags:\n- bert" in metadata
+
+
+# ---- Heads as classifiers of transformers --------------------------------------------------------------------------------
+
+PAIRS = list(zip(SENTENCES, SENTENCES[::-1], strict=True))
+CLASSIFIERS: Mapping[str, Any] = {
+    "sentiment": {},
+    "paraphrase": {"encoder": "cross"},
+    "tags": {"kind": "multilabel", "data": "tags.csv", "classes": ["sad", "long", "new"]},
+    "stars": {"kind": "regression", "data": "stars.csv", "found_range": [1, 5]},
+    "firm": {"kind": "paraphrase", "encoder": "cross", "threshold": 0.9},
+    "bounded": {"kind": "regression", "data": "stars.csv", "range": [1, 5]},
+    "stack": {"kind": "sentiment", "shared_layers": "both"},
+    "deep": {"kind": "sentiment", "extra_layers": 1, "pooling": "cls"},
+}
+
+
+def blocks(folder: Path) -> list[str]:
+    """The code in an exported card."""
+    return re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "pooler"])
+def test_transformers_classify_with_the_heads_names_and_probabilities(
+    tmp_path: Path, pooling: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint(tmp_path, pooling, CLASSIFIERS)
+    ours = Predictor.from_pretrained(source, device="cpu", precision="fp32")
+    monkeypatch.chdir(tmp_path)
+    for task in ("sentiment", "paraphrase", "tags", "stars"):
+        found = ours.predict(task, PAIRS if task == "paraphrase" else SENTENCES)
+        expected = found.values[:, None] if task == "stars" else found.probabilities
+        assert expected is not None
+        assert run_export(source, "huggingface", tmp_path / task, "--task", task) == 0
+        stock = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / task).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / task)
+        assert type(stock).__name__.startswith("DebertaV2" if pooling == "cls" else "Bert")
+        columns = ([a for a, _ in PAIRS], [b for _, b in PAIRS]) if task == "paraphrase" else (SENTENCES,)
+        batch = tokenizer(*columns, padding=True, truncation=True, return_tensors="pt")
+        assert batch["input_ids"].shape[1] == 40  # the recipe's max_length
+        with torch.no_grad():
+            scores = stock(**batch).logits
+        got = scores.softmax(-1) if len(scores[0]) in (2, 5) else scores.sigmoid() if task == "tags" else scores
+        np.testing.assert_allclose(got.numpy(), expected, atol=2e-6, rtol=1e-5)
+
+        pipe = transformers.pipeline("text-classification", model=str(tmp_path / task), device="cpu")
+        inputs = [{"text": a, "text_pair": b} for a, b in PAIRS] if task == "paraphrase" else SENTENCES
+        names = ours.tasks[task].class_names or (task,)
+        for results, shares in zip(pipe(inputs, top_k=None, truncation=True, batch_size=2), expected, strict=True):
+            assert {each["label"] for each in results} == set(names)
+            for each in results:
+                assert each["score"] == pytest.approx(shares[names.index(each["label"])], abs=2e-6, rel=1e-5)
+        exec(blocks(tmp_path / task)[0], {})
+        assert "Debert" in (tmp_path / task / "README.md").read_text() or pooling == "pooler"
+    capsys.readouterr()
+    assert run_export(source, "huggingface", tmp_path / "firm", "--task", "firm") == 0
+    assert "decides at a threshold of its own" in capsys.readouterr().out
+    for task in ("bounded", "stack", *(["deep"] if pooling == "cls" else [])):  # what no class of transformers computes
+        assert run_export(source, "huggingface", tmp_path / "refused", "--task", task) == 2
+        error = capsys.readouterr().err
+        assert "not linear in the pooled vector; use --format onnx" in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "refused").exists()
+
+
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
+
+HEADS: Mapping[str, Any] = {
+    "all": {"kind": "paraphrase", "features": ["u", "v", "abs_diff", "product", "cosine"], "loss": "cross_entropy"},
+    "paraphrase": {"encoder": "cross"},
+    "similarity": {"encoder": "both"},
+    "cosine": {"kind": "similarity", "project": 24, "loss": "cosent", "calibrated": True},
+    "sentiment": {"shared_layers": "both", "pooling": "pooler"},
+    "deep": {"kind": "sentiment", "extra_layers": 1, "pooling": "max"},
+    "near": {"kind": "sentiment", "neighbours": 3, "nearest": 2},
+    "tags": {"kind": "multilabel", "data": "tags.csv", "classes": ["sad", "long", "new"]},
+    "stars": {"kind": "regression", "data": "stars.csv", "range": [1, 5], "loss": "ordinal"},
+    "nli": {},
+}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("heads"), "mean", HEADS)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("task", HEADS)
+def test_onnxruntime_predicts_as_every_kind_of_head_does(
+    heads: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    assert run_export(heads, "onnx", tmp_path / "out", "--task", task) == 0
+    ours = Predictor.from_pretrained(heads, device="cpu", precision="fp32")
+    texts = [*SENTENCES, "", "is it", "no, it is not", "yes " * 90]
+    columns = [texts[shift:] + texts[:shift] for shift in range(ours.tasks[task].num_texts)]
+    expected = ours.predict(task, *columns)
+    graph = OnnxModel.from_pretrained(tmp_path / "out", device="cpu")
+    values, shares = graph.predict(*columns)
+    np.testing.assert_allclose(values, expected.values, rtol=1e-4, atol=1e-5)
+    if expected.probabilities is None:
+        assert shares is None
+    else:
+        assert shares is not None
+        np.testing.assert_allclose(shares, expected.probabilities, atol=1e-5)
+    assert graph.predict(*([] for _ in columns))[0].shape[0] == 0
+
+    monkeypatch.chdir(tmp_path)  # the card's own code, with onnxruntime and tokenizers alone
+    plain: dict[str, Any] = {}
+    for block in blocks(tmp_path / "out"):
+        exec(block, plain)
+    names = {1: ("sentences",), 2: ("firsts", "seconds"), 3: ("firsts", "seconds", "thirds")}[len(columns)]
+    expected = ours.predict(task, *(plain[name] for name in names))
+    np.testing.assert_allclose(plain["prediction"], expected.values, rtol=1e-4, atol=1e-5)
+    if expected.probabilities is not None:
+        np.testing.assert_allclose(plain["probabilities"], expected.probabilities, atol=1e-5)
+
+
+def test_an_onnx_encoder_gives_the_same_vectors_here_and_in_the_encode_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    source = checkpoint(tmp_path, "mean")
+    out = tmp_path / "graph"
+    assert run_export(source, "onnx", out, "--normalize") == 0
+    assert "On 6 sentences its vectors are at most" in capsys.readouterr().out
+    texts = [" ".join(sentence.split()) for sentence in (*SENTENCES, "is it", "no, it is not")]
+    expected = Predictor.from_pretrained(source, device="cpu", precision="fp32").encode(texts, normalize=True)
+    graph = OnnxModel.from_pretrained(out)
+    np.testing.assert_allclose(graph.encode(texts), expected, atol=2e-6)
+    assert graph.encode([]).shape == (0, 64)
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.npy")]
+    assert cli.run(encode.main, ["--onnx", str(out), *files]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), graph.encode(texts))
+
+    monkeypatch.chdir(tmp_path)
+    plain: dict[str, Any] = {}
+    exec(blocks(out)[0], plain)
+    np.testing.assert_allclose(plain["embeddings"], graph.encode(plain["sentences"]), atol=2e-6)
+    shapes = {each.name: each.shape for each in (*plain["session"].get_inputs(), *plain["session"].get_outputs())}
+    assert shapes["input_ids"] == ["n", "length"]
+    assert shapes["last_hidden_state"] == ["n", "length", 64]
+    hidden, vectors = plain["session"].run(["last_hidden_state", "sentence_embedding"], plain["feed"])
+    mask = plain["feed"]["attention_mask"][:, :, None]
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(vectors, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=2e-6)
+
+    capsys.readouterr()
+    for more, problem in (
+        (["--onnx", str(out), "--pooling", "cls"], "the graph pools with mean"),
+        (["--onnx", str(out), "--no-normalize"], "export it with --no-normalize"),
+        (["--onnx", str(out), "--precision", "bf16"], "an ONNX graph has its own"),
+        (["--onnx", str(source)], "no such file; export --format onnx writes it"),
+        (["--onnx", str(out), "--model", str(source)], "not allowed with argument"),
+        (["--onnx", str(out), "--device", "tpu"], "expected auto, cpu or cuda"),
+    ):
+        assert cli.run(encode.main, [*more, *files]) == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert error.count("\n") == 1
+    with pytest.raises(ConfigError, match="export the model with --task NAME"):
+        graph.predict(texts)
+
+
+@pytest.mark.ci
+def test_int8_is_a_quarter_of_the_size_and_says_how_far_it_is(tmp_path: Path, minilm: Path) -> None:
+    """On real weights: those of random layers say nothing about the loss."""
+    pytest.importorskip("onnxscript")
+    assert run_export(minilm, "onnx", tmp_path / "fp32") == 0
+    assert run_export(minilm, "onnx", tmp_path / "int8", "--int8") == 0
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("fp32", "int8")]
+    assert sizes[1] < 0.3 * sizes[0]
+    expected = Predictor.from_pretrained(minilm, device="cpu", precision="fp32").encode(SENTENCES)
+    graph = OnnxModel.from_pretrained(tmp_path / "int8")
+    assert graph.contents.int8
+    assert cosine_rows(graph.encode(SENTENCES), expected).min() > 0.97
+    np.testing.assert_allclose(OnnxModel.from_pretrained(tmp_path / "fp32").encode(SENTENCES), expected, atol=1e-5)
+    assert "its vectors with 8-bit weights are at most" in (tmp_path / "int8" / "README.md").read_text()
+
+
+def test_without_the_libraries_of_onnx_a_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run_export(sample_directory().model, "onnx", tmp_path / "out") == 2
+    assert "ONNX needs onnxruntime: pip install 'minbert-fast[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoder_without_heads_can_be_exported(tmp_path: Path) -> None:
@@ -159,6 +360,21 @@ def test_export_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (tmp_path / "nowhere", tmp_path / "out", (), "no such file or directory"),
         (source, tmp_path / "out", ("--normalize",), "--normalize"),
         (source, tmp_path / "out", ("--private",), "--private needs --push"),
+        (source, tmp_path / "out", ("--int8",), "--int8 needs --format onnx"),
+        (
+            source,
+            tmp_path / "out",
+            ("--task", "polarity"),
+            "no polarity head (it has sentiment, paraphrase, similarity)",
+        ),
+        (
+            source,
+            tmp_path / "out",
+            ("--task", "sentiment"),
+            'the first token alone (pooling "cls" or "pooler"), not "mean"',
+        ),
+        (source, tmp_path / "out", ("--task", "similarity"), "reads 2 sequences, a classifier of transformers one"),
+        (sample_directory().model, tmp_path / "out", ("--task", "sentiment"), "this model has no heads"),
     ]
     for where, output, more, problem in cases:
         assert run_export(where, "huggingface", output, *more) == 2
@@ -166,6 +382,8 @@ def test_export_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert problem in error
         assert error.count("\n") == 1
     assert [p.name for p in full.iterdir()] == ["thesis.txt"]
+    assert run_export(source, "sentence-transformers", tmp_path / "out", "--task", "sentiment") == 2
+    assert "a SentenceTransformer has no heads" in capsys.readouterr().err
     assert run_export(source, "huggingface", full, "--overwrite") == 0
     assert not (full / "thesis.txt").exists()
 

@@ -55,6 +55,15 @@ def test_metrics_of_several_labels_equal_scikit_learn(seed):
     assert metrics.macro_f1(predictions, labels) == pytest.approx(
         sklearn.metrics.f1_score(labels, predictions, average="macro")
     )
+    assert metrics.micro_f1(predictions, labels) == pytest.approx(
+        sklearn.metrics.f1_score(labels, predictions, average="micro")
+    )
+    assert metrics.macro_precision(predictions, labels) == pytest.approx(
+        sklearn.metrics.precision_score(labels, predictions, average="macro")
+    )
+    assert metrics.macro_recall(predictions[:, 0], labels[:, 0]) == pytest.approx(
+        sklearn.metrics.recall_score(labels[:, 0], predictions[:, 0], average="macro")
+    )
     *expected, _ = sklearn.metrics.precision_recall_fscore_support(labels, predictions)
     np.testing.assert_allclose(metrics.precision_recall_f1(predictions, labels), np.transpose(expected))
     scores = rng.random(labels.shape)

@@ -198,7 +198,10 @@ def test_search_ranks_every_combination_and_continues(
     assert {(row["values"]["optimizer.lr"], row["values"]["surgery.method"]) for row in rows} == {
         (lr, method) for lr in ("1e-3", "2e-3") for method in ("none", "pcgrad")
     }
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "search-optimizer.lr.svg", "search-surgery.method.svg"
+    }  # fmt: skip
     recipe = Recipe.load(str(tmp_path / "lr=2e-3,method=pcgrad" / "best" / "recipe.toml"))
     assert (recipe.optimizer.lr, recipe.surgery.method) == (2e-3, "pcgrad")
 

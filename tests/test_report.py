@@ -60,13 +60,23 @@ def parse(path: Path) -> Checker:
 def details() -> dict[str, Any]:
     worst = {"id": "a<b", "sentences": [EVIL, "plain"], "label": 0, "prediction": 1, "probability": 0.9, "error": 0.9}
     sentiment = {
-        "kind": "sentiment", "classes": ["bad", "so <so>", "good"], "metrics": {}, "ids": ["1", "2", "3"],
-        "labels": [0, 1, 2], "predictions": [0, 1, 1], "confusion": [[70, 0, 0], [0, 41, 0], [0, 13, 27]],
-        "worst": [worst] * 9,
+        "kind": "sentiment", "primary": "sentiment_accuracy", "classes": ["bad", "so <so>", "good"],
+        "metrics": {"sentiment_accuracy": 138 / 151, "sentiment_macro_f1": 0.88, "sentiment_loss": 0.4},
+        "ids": [str(i) for i in range(151)], "labels": [0] * 70 + [1] * 41 + [2] * 40,
+        "predictions": [0] * 70 + [1] * 41 + [1] * 13 + [2] * 27,
+        "confusion": [[70, 0, 0], [0, 41, 0], [0, 13, 27]], "average_precision": [1.0, 0.8, 0.97],
+        "distribution": {
+            "edges": None, "train": [300, 200, 0], "train_rows": 500, "labels": [70, 41, 40], "predictions": [70, 54, 27]
+        },
+        "calibration": {"bins": [[0.55, 0.4, 51], [0.95, 1.0, 100]], "error": 0.0838}, "worst": [worst] * 9,
     }  # fmt: skip
     similarity = {
-        "kind": "similarity", "classes": None, "metrics": {}, "ids": ["1", "2"], "labels": [0.0, 5.0],
-        "predictions": [1.0, None], "worst": [worst | {"label": 5.0, "prediction": None, "probability": None}],
+        "kind": "similarity", "primary": "similarity_pearson", "classes": None,
+        "metrics": {"similarity_pearson": 0.5}, "ids": ["1", "2", "3"], "labels": [0.0, 5.0, 2.0],
+        "predictions": [1.0, None, 2.5], "worst": [worst | {"label": 5.0, "prediction": None, "probability": None}],
+        "distribution": {
+            "edges": [0.0, 2.5, 5.0], "train": None, "train_rows": None, "labels": [2, 1], "predictions": [1, 1]
+        },
     }  # fmt: skip
     return {"split": "dev", "tasks": {"sentiment": sentiment, "similarity": similarity}}
 
@@ -76,15 +86,22 @@ def make_run(directory: Path, steps: int = 40, lr: float = 1e-3) -> Path:
     for step in range(1, steps + 1):
         cosine = 0.5 if step % 4 else -0.25
         record = {
-            "step": step, "epoch": step / 10, "stage": int(step > 20), "lr": lr * step, "loss/sentiment": 2.0 / step,
-            "loss/similarity": None if step == 7 else 0.5, "grad_norm": 1.0, "cosine/sentiment|similarity": cosine,
+            "step": step, "epoch": step / 10, "stage": int(step > 20), "lr": lr * (steps - step),
+            "loss/sentiment": 2.0 / step, "loss/similarity": None if step == 7 else 0.5,
+            "cosine/sentiment|similarity": cosine, "grad_norm": 1.0,
             "conflicts": float(cosine < 0), "tokens": 100 * step, "step_seconds": 0.25,
         }  # fmt: skip
         if step % 10 == 0:
             record |= {"dev/sentiment_accuracy": step / 100, "dev/score": step / 80, "dev/sentiment_macro_f1": 0.1}
+            record |= {"dev/sentiment_loss": 3.0 / step, "train/sentiment_accuracy": step / 50}
         records.append(record)
     summary = {
-        "dev": {"sentiment_accuracy": 0.4321, "score": 0.6543}, "untrained": {"sentiment_accuracy": 0.2345},
+        "dev": {
+            "sentiment_accuracy": 138 / 151, "sentiment_macro_f1": 0.88, "sentiment_loss": 0.4, "similarity_pearson": 0.5,
+            "score": 0.6543,
+        },
+        "untrained": {"sentiment_accuracy": 0.2345, "sentiment_macro_f1": 0.1, "score": 0.5, "similarity_pearson": 0.1},
+        "train": {"sentiment_accuracy": 0.9753},
         "steps": steps, "seconds": 100.0, "tokens": 4000, "device": "cpu", "backend": "fast", "precision": "fp32",
         "best": {"step": 40, "score": 0.6543}, "command": f"python -m minbert_fast.train --output 'a b' {EVIL}",
         "timings": {"data": 5.0, "steps": 75.0}, "versions": {"torch": "2.99"}, "notices": [EVIL],
@@ -145,10 +162,12 @@ def test_charts_are_described_and_scrollable_elements_have_tab_stops(full):
 
 def test_numbers_on_the_page_are_those_of_the_files(full):
     text = " ".join("".join(parse(full / "report.html").text).split())
+    assert text.count("0.914") == 1  # a score stands on the page once
     for expected in (
-        "0.432", "0.654", "0.234 untrained", "In 25.0% of the 40 logged steps", "5.0 s",
+        "0.914", "0.654", "0.234 before training", "0.975 on training rows", "0.464 for always answering “bad”",
+        "In 25.0% of the 40 logged steps", "5.0 s", "expected error 0.084", "so <so>410.761.000.860.80",
         "20.0%",  # 20 of the 100 seconds belong to no part
-        "250.0 ms", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
+        "250.0 ms", "an epoch of steps 20 s", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
     ):  # fmt: skip
         assert expected in text, expected
     assert "0.68" in text  # 27 of the 40 examples of class "good" were predicted as good
@@ -156,7 +175,14 @@ def test_numbers_on_the_page_are_those_of_the_files(full):
 
 def test_plots_are_standalone_files(full):
     names = {path.stem for path in (full / "plots").iterdir()}
-    assert names >= {"dev", "loss-sentiment", "loss-similarity", "lr", "cosine", "similarity", "confusion-sentiment"}
+    assert names >= {
+        "dev", "loss-sentiment", "loss-similarity", "lr", "cosine", "similarity", "confusion-sentiment",
+        "confusion-sentiment-normalised", "calibration-sentiment", "distribution-sentiment", "distribution-similarity",
+        "overfitting-sentiment_accuracy",
+    }  # fmt: skip
+    loss = (full / "plots" / "loss-sentiment.svg").read_text()
+    assert ">training<" in loss
+    assert ">dev<" in loss
     for path in (full / "plots").iterdir():
         root = ElementTree.fromstring(path.read_text())
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -173,7 +199,7 @@ def test_a_missing_file_affects_only_its_own_section(tmp_path, missing):
     directory = make_run(tmp_path / "run")
     (directory / missing).unlink()
     page = parse(write_report(directory))
-    assert sum(tag == "h2" for tag, _ in page.tags) >= 7
+    assert sum(tag == "h2" for tag, _ in page.tags) >= 6
 
 
 def test_damaged_files_are_reported(tmp_path):

@@ -252,10 +252,9 @@ def generate_rows(task: str, seed: int) -> list[Row]:
 def write_table(path: Path, task: str, rows: Sequence[Row]) -> None:
     """Writes rows in the course's layout."""
     layout = FORMATS[task]
-    assert layout.label is not None
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=layout.separator, lineterminator="\n")
-        writer.writerow(["", "id", *layout.text_columns, layout.label.column])
+        writer.writerow(["", layout.id, *layout.texts, *layout.label])
         for index, (sentences, label) in enumerate(rows):
             name = hashlib.blake2b("\n".join(sentences).encode(), digest_size=6).hexdigest()
             writer.writerow([index, name, *sentences, label])

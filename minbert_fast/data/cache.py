@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token cache: each data file is tokenized once, into memory-mapped arrays, and again when anything changes.
 
-An entry is a directory named after everything that determines its content: the file's bytes, the tokenizer, the format.
-It holds one raw array per file, and a meta.json with each array's dtype, length and checksum. Entries are written under a
-temporary name, flushed and renamed, so an entry with a final name is complete. Checksums detect damaged entries, which are
-rebuilt. Writing an entry also deletes those that were not opened for a month. If the directory cannot be written, the
-arrays stay in memory.
+An entry is a directory named after everything that determines its content: the file's bytes, the tokenizer, the layout,
+the rule that turns labels into numbers. It holds one raw array per file, and a meta.json with each array's dtype, length
+and checksum. Entries are written under a temporary name, flushed and renamed, so an entry with a final name is complete.
+Checksums detect damaged entries, which are rebuilt. Writing an entry also deletes those that were not opened for a month.
+If the directory cannot be written, the arrays stay in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,17 @@ import numpy as np
 import tokenizers
 
 from minbert_fast.common.storage import flush_directory, flush_file, write_text
-from minbert_fast.data.files import BadRow, Table, TableReader, check_bad_rows, open_regular
-from minbert_fast.data.formats import DataError, FileFormat, format_of, show_path
+from minbert_fast.data.files import MAX_BAD_ROWS, Table, open_rows
+from minbert_fast.data.formats import Layout
+from minbert_fast.data.inputs import Input, file_input
+from minbert_fast.data.labels import Rule
+from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show_path
 from minbert_fast.data.prefetch import prefetch
+from minbert_fast.data.readers.records import STANDARD_INPUT, open_regular
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable
+from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
 
-VERSION = 1  # of an entry's layout; entries of other versions are ignored
+VERSION = 2  # of an entry's layout; entries of other versions are ignored
 BLOCK = 1 << 20  # bytes of a cached array that are read at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
 UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
@@ -41,8 +47,14 @@ UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
 
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
 
-# An entry's arrays by name, and its bad rows as (line, reason).
-_Entry = tuple[dict[str, np.ndarray], list[tuple[int, str]]]
+
+@dataclass(frozen=True)
+class _Entry:
+    """What was read from one input."""
+
+    arrays: dict[str, np.ndarray]  # by name
+    bad_rows: list[tuple[int, str]]  # line, reason
+    skipped: int
 
 
 def default_cache_dir() -> Path:
@@ -54,30 +66,74 @@ def default_cache_dir() -> Path:
 
 
 def load_tokens(
-    path: str | os.PathLike[str],
-    task: str | FileFormat,
+    source: Input | str | os.PathLike[str],
+    rule: Rule | Layout | str | None,
     tokenizer: Tokenizer,
     *,
     labeled: bool = True,
-    max_bad_rows: float = 0.01,
+    max_bad_rows: float = MAX_BAD_ROWS,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> TokenTable:
-    """The rows of a data file as word ids: from the cache, or else read, tokenized and cached.
+    """The rows of an input as word ids, with labels by `rule` (None: without labels).
 
-    Memory is bounded for files of any size. `progress` is called during tokenization; `notify` gets one line for the user
-    if the cache cannot be written. Raises DataError like `read_table`.
+    They come from the cache, or else are read, tokenized and cached; rows in memory are tokenized in memory. Each file has
+    an entry of its own. Memory is bounded for files of any size. `progress` is called during tokenization; `notify` gets one
+    line for the user if rows are left out or the cache cannot be written. Raises DataError like `read_rows`.
+
+    A path with a layout (or its name) in the place of the rule is a file of that layout, with the layout's own rule;
+    `labeled=False` reads it without labels.
     """
-    layout, path = format_of(task), Path(path)
-    labeled = labeled and layout.label is not None
-    source_hash, signature = _hash_file(path)
+    if not isinstance(source, Input):
+        assert isinstance(rule, str | Layout)
+        source = file_input(os.fspath(source), rule)
+        rule = source.layout.rule
+    assert not isinstance(rule, str | Layout)
+    rule = rule if labeled else None
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, repr(layout), labeled)
+    tables, sizes = [], [sum(file.stat().st_size for file in part.files if file.exists()) for part in source.parts]
+    rows = 0
+    for index, part in enumerate(source.parts):
+        if STANDARD_INPUT in part.files:
+            raise DataError("standard input can be read only once; save it to a file")
+        shifted = progress and partial(_shifted, progress, rows, sum(sizes[:index]), sum(sizes[index + 1 :]))
+        table = _load_part(part, rule, tokenizer, max_bad_rows, folder, shifted, notify)
+        if table.skipped and notify:
+            labels = ", ".join(map(repr, part.layout.skip))
+            notify(f"{part.name}: {table.skipped:,} rows with the label {labels} are left out")
+        rows += len(table)
+        tables.append(table)
+    return tables[0] if len(tables) == 1 else chain(source.layout.name, tables)
+
+
+def _shifted(progress: Progress, rows: int, before: int, after: int, read: int, position: int, size: int) -> None:
+    """Reports the progress in one of several files as that in all of them."""
+    progress(rows + read, before + position, before + size + after)
+
+
+def _load_part(
+    part: Input,
+    rule: Rule | None,
+    tokenizer: Tokenizer,
+    max_bad_rows: float,
+    folder: Path,
+    progress: Progress | None,
+    notify: Callable[[str], None] | None,
+) -> TokenTable:
+    """The rows of one file, one hub split or rows in memory."""
+    path = part.path
+    if part.files:
+        source_hash, signature = _hash_file(path)
+        layout = repr((part.layout, part.format))
+    else:
+        source_hash, layout = part.fingerprint(rule is not None), repr(part.layout)
+    parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, layout, part.texts, repr(rule))
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
     name = f"{stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}"
     entry = folder / name
-    found = _open_entry(entry)
+    build = partial(_build, part, rule, tokenizer, max_bad_rows, progress)
+    found = _open_entry(entry) if part.stored else build(None)
     if found is not None:
         with suppress(OSError):
             os.utime(entry)  # marks the entry as used
@@ -85,38 +141,60 @@ def load_tokens(
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
             _prepare(folder, temporary)
-            found = _build(path, layout, tokenizer, labeled, max_bad_rows, progress, temporary)
+            found = build(temporary)
             _publish(temporary, entry)
         except OSError as error:
             if notify:
                 reason = error.strerror or str(error)
                 notify(f"{show_path(folder)}: no token cache there ({reason}); the tokens stay in memory")
-            found = _build(path, layout, tokenizer, labeled, max_bad_rows, progress, None)
+            found = build(None)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        with open_regular(path) as file:
-            if _signature(os.fstat(file.fileno())) != signature:
-                raise DataError(f"{show_path(path)}: changed while it was read")
-    arrays, lines_and_reasons = found
-    bad_rows = tuple(BadRow(path, line, reason) for line, reason in lines_and_reasons)
-    good = len(arrays["lines"])
-    check_bad_rows(path, good + len(bad_rows), len(bad_rows), next(iter(bad_rows), None), max_bad_rows)
+        if part.files:
+            with open_regular(path) as file:
+                if _signature(os.fstat(file.fileno())) != signature:
+                    raise DataError(f"{show_path(path)}: changed while it was read")
+    arrays = found.arrays
+    bad_rows = tuple(BadRow(path, line, reason) for line, reason in found.bad_rows)
+    read = len(arrays["lines"]) + len(bad_rows) + found.skipped
+    check_bad_rows(path, read, len(bad_rows), next(iter(bad_rows), None), max_bad_rows)
+    labels = arrays.get("labels")
+    if labels is not None and rule is not None and rule.width is not None:
+        labels = labels.reshape(-1, rule.width)
     return TokenTable(
-        task=layout.task,
+        task=part.layout.name,
         path=path,
-        columns=tuple(Tokens(arrays[f"tokens{c}"], arrays[f"offsets{c}"]) for c in range(layout.arity)),
-        labels=arrays.get("labels"),
+        columns=tuple(Tokens(arrays[f"tokens{c}"], arrays[f"offsets{c}"]) for c in range(part.texts)),
+        labels=labels,
         ids=Text(arrays["ids"], arrays["id_offsets"]),
         lines=arrays["lines"],
         bad_rows=bad_rows,
         source_hash=source_hash,
+        skipped=found.skipped,
+        reread=partial(_reread, part, rule),
     )
+
+
+def _reread(part: Input, rule: Rule | None) -> Iterator[Table]:
+    """The rows of a part again, with their texts."""
+    with open_rows(part, rule, max_bad_rows=1.0) as reader:
+        yield from reader.chunks()
 
 
 def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
     """The rows of a table as word ids, in memory."""
-    columns, ids = tuple(map(tokenizer.encode, table.sentences)), Text.of(table.ids)
-    return TokenTable(table.task, table.path, columns, table.labels, ids, table.lines, table.bad_rows, source_hash="")
+    return TokenTable(
+        task=table.task,
+        path=table.path,
+        columns=tuple(map(tokenizer.encode, table.sentences)),
+        labels=table.labels,
+        ids=Text.of(table.ids),
+        lines=table.lines,
+        bad_rows=table.bad_rows,
+        source_hash="",
+        skipped=table.skipped,
+        reread=lambda: iter((table,)),
+    )
 
 
 class _GrowingArray:
@@ -150,10 +228,9 @@ class _GrowingArray:
 
 
 def _build(
-    path: Path,
-    layout: FileFormat,
+    part: Input,
+    rule: Rule | None,
     tokenizer: Tokenizer,
-    labeled: bool,
     max_bad_rows: float,
     progress: Progress | None,
     folder: Path | None,
@@ -163,9 +240,9 @@ def _build(
     A background thread reads ahead while the tokenizer runs on all cores, in threads of the tokenizers library.
     """
     types = {"lines": "int64", "ids": "uint8", "id_offsets": "int64"}
-    if labeled and layout.label:
-        types["labels"] = layout.label.dtype
-    for column in range(layout.arity):
+    if rule is not None:
+        types["labels"] = rule.dtype
+    for column in range(part.texts):
         word = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
         types |= {f"tokens{column}": word, f"offsets{column}": "int64"}
     growing = {name: _GrowingArray(dtype, folder and folder / name) for name, dtype in types.items()}
@@ -178,28 +255,29 @@ def _build(
         growing[name].append(pieces.flat)
 
     bad_rows: list[tuple[int, str]] = []
-    rows = 0
+    rows = skipped = 0
     with (
-        TableReader(path, layout, labeled=labeled, max_bad_rows=max_bad_rows) as reader,
-        closing(prefetch(reader.chunks())) as parts,
+        open_rows(part, rule, max_bad_rows=max_bad_rows) as reader,
+        closing(prefetch(reader.chunks())) as tables,
     ):
-        for part in parts:
-            for column, texts in enumerate(part.sentences):
+        for table in tables:
+            for column, texts in enumerate(table.sentences):
                 append(f"tokens{column}", f"offsets{column}", tokenizer.encode(texts))
-            append("ids", "id_offsets", Text.of(part.ids))
-            growing["lines"].append(part.lines)
-            if part.labels is not None:
-                growing["labels"].append(part.labels)
-            bad_rows += [(bad.line, bad.reason) for bad in part.bad_rows]
-            rows += part.rows_read
+            append("ids", "id_offsets", Text.of(table.ids))
+            growing["lines"].append(table.lines)
+            if table.labels is not None:
+                growing["labels"].append(table.labels.reshape(-1))
+            bad_rows += [(bad.line, bad.reason) for bad in table.bad_rows]
+            skipped += table.skipped
+            rows += table.rows_read
             if progress:
                 progress(rows, reader.position, reader.size)
     arrays = {name: array.finish() for name, array in growing.items()}
     if folder is not None:
         summary = {name: [array.dtype.name, array.count, array.checksum] for name, array in growing.items()}
-        body = {"version": VERSION, "arrays": summary, "bad_rows": bad_rows}
+        body = {"version": VERSION, "arrays": summary, "bad_rows": bad_rows, "skipped": skipped}
         write_text(folder / "meta.json", json.dumps({"body": body, "checksum": _checksum(body)}))
-    return arrays, bad_rows
+    return _Entry(arrays, bad_rows, skipped)
 
 
 def _open_entry(entry: Path) -> _Entry | None:
@@ -215,7 +293,7 @@ def _open_entry(entry: Path) -> _Entry | None:
             if path.stat().st_size != count * np.dtype(dtype).itemsize or _file_checksum(path) != checksum:
                 return None
             arrays[name] = _map(path, np.dtype(dtype), count)
-        return arrays, [(line, reason) for line, reason in body["bad_rows"]]
+        return _Entry(arrays, [(line, reason) for line, reason in body["bad_rows"]], body["skipped"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -1,349 +1,249 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads data files. Every row is either used, or reported with file, line and reason.
+"""Records of any format to tables. Every row is either used, left out by its label, or reported with its place.
 
-The files are tab-separated (nli-triplets: comma-separated) with a header line. Columns are found by name; extra columns
-and any column order are allowed. Quoting follows CSV: a field that starts with `"` ends at its closing quote, and quotes
-inside it are doubled. A quoted field may contain separators or line breaks but not both, so that an unclosed quote
-spoils its own row and never the rows after it.
-
-    rows read = rows in the table + rows reported
+rows read = rows in the table + rows left out + rows reported
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import sys
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from minbert_fast.data.formats import DataError, FileFormat, format_of, show, show_path
+from minbert_fast.data.columns import choose_columns
+from minbert_fast.data.formats import Layout
+from minbert_fast.data.inputs import Input, file_input
+from minbert_fast.data.labels import Rule, label_text
+from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show
 
-MAX_LINE_BYTES = 1 << 20  # a longer line is reported as a bad row
-MAX_RECORD_LINES = 100  # a quoted field may continue over this many further lines
 CHUNK_ROWS = 8192
-
-Line = bytes | ValueError  # a line without its end; an error in place of a line that is too long
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that was read but not used. `str()` gives `file:line: reason`."""
-
-    path: Path
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{show_path(self.path)}:{self.line}: {self.reason}"
+MAX_BAD_ROWS = 0.01  # a file with a larger share of bad rows is refused
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one file, or of a part of it."""
+    """The rows of one input, or of a part of it."""
 
-    task: str
-    path: Path
-    sentences: tuple[list[str], ...]  # one list [n] per sentence of an example
-    labels: np.ndarray | None  # [n] in the format's dtype; None for an unlabelled file
+    task: str  # name of the layout
+    path: Path  # of the file, or the name of what is no file
+    sentences: tuple[list[str], ...]  # one list [n] per text of an example
+    labels: np.ndarray | None  # [n] or [n, C] in the rule's dtype; None if labels were not read
     ids: list[str]
     lines: np.ndarray  # [n] int64: the line where each row begins in the file
     bad_rows: tuple[BadRow, ...] = ()
+    skipped: int = 0  # rows left out because of their label
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def rows_read(self) -> int:
-        """Rows that were read: those of the table and the bad ones."""
-        return len(self) + len(self.bad_rows)
+        """Rows that were read: those of the table, the skipped and the bad ones."""
+        return len(self) + self.skipped + len(self.bad_rows)
 
 
 def read_table(
-    path: str | os.PathLike[str], task: str | FileFormat, *, labeled: bool = True, max_bad_rows: float = 0.01
+    path: str | os.PathLike[str], layout: str | Layout, *, labeled: bool = True, max_bad_rows: float = MAX_BAD_ROWS
 ) -> Table:
-    """Reads a whole file into memory.
+    """Reads a whole file of a layout into memory; `labeled=False` needs no label column. Otherwise like `read_rows`."""
+    source = file_input(os.fspath(path), layout)
+    return read_rows(source, source.layout.rule if labeled else None, max_bad_rows=max_bad_rows)
 
-    With `labeled=False` the file needs no label column. Malformed rows are listed in `bad_rows`. A file whose share of
-    bad rows reaches `max_bad_rows` is rejected.
 
-    Raises DataError (one line that names the place) if the file is not a readable file of this format.
+def read_rows(source: Input, rule: Rule | None, *, max_bad_rows: float = MAX_BAD_ROWS) -> Table:
+    """Reads an input into memory, with labels by `rule` (None: without labels).
+
+    Malformed rows are listed in `bad_rows`. A file whose share of bad rows reaches `max_bad_rows` is refused.
+    Raises DataError (one line that names the place) if a file is not a readable file of its layout.
     """
-    with TableReader(path, task, labeled=labeled, max_bad_rows=max_bad_rows) as reader:
-        (table,) = reader.chunks(sys.maxsize)
-    return table
+    with open_rows(source, rule, max_bad_rows=max_bad_rows) as reader:
+        parts = list(reader.chunks(sys.maxsize))
+    if len(parts) == 1:
+        return parts[0]
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Table(
+        task=source.layout.name,
+        path=source.path,
+        sentences=tuple(
+            [text for texts in column for text in texts]
+            for column in zip(*(part.sentences for part in parts), strict=True)
+        ),
+        labels=np.concatenate(labels) if labels else None,
+        ids=[name for part in parts for name in part.ids],
+        lines=np.concatenate([part.lines for part in parts]),
+        bad_rows=tuple(bad for part in parts for bad in part.bad_rows),
+        skipped=sum(part.skipped for part in parts),
+    )
+
+
+def open_rows(source: Input, rule: Rule | None, *, max_bad_rows: float = MAX_BAD_ROWS) -> TableReader:
+    """A reader of the input in chunks of rows, in bounded memory: a context manager. Raises DataError like `read_rows`."""
+    return TableReader(source, rule, max_bad_rows)
 
 
 class TableReader:
-    """Reads a data file in chunks of rows, in bounded memory. Use it as a context manager.
+    """Reads an input in chunks of rows. Use it as a context manager.
 
-    `size` is the file's size and `position` the number of bytes read so far.
+    `size` is the size of the files in bytes (0 for standard input; rows in memory: their number), and `position` how much of
+    it was read so far.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], task: str | FileFormat, *, labeled: bool = True, max_bad_rows: float = 0.01
-    ) -> None:
-        self.layout = format_of(task)
-        self.labeled = labeled and self.layout.label is not None
-        self.max_bad_rows = max_bad_rows
-        self.path = Path(path)
-        self._file = open_regular(self.path)
-        self.size = os.fstat(self._file.fileno()).st_size
-        self.position = 0
-        try:
-            self._lines = _Lines(self._file, self.path)
-            self._columns, self._width = self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
+    def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
+        self._parts = [_PartReader(source.parts[0], rule, max_bad_rows)]  # opened: reports a mistake at once
+        self._more = source.parts[1:]
+        self._rule, self._max_bad_rows = rule, max_bad_rows
+        self.size = self._parts[0].records.size + sum(path.stat().st_size for p in self._more for path in p.files)
 
     def __enter__(self) -> TableReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._parts[-1].records.close()
+
+    @property
+    def position(self) -> int:
+        """How much of `size` was read."""
+        return sum(part.records.position for part in self._parts)
 
     def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[Table]:
-        """Yields tables of up to `rows` rows, bad rows included.
+        """Yields tables of up to `rows` rows, bad rows included; a table has rows of one file.
 
-        Raises DataError at the end of the file if it has no rows or too many bad ones.
+        Raises DataError at the end of a file if it has no rows or too many bad ones.
         """
-        read = bad = 0
+        yield from self._parts[0].chunks(rows)
+        for part in self._more:
+            self._parts[-1].records.close()
+            self._parts.append(_PartReader(part, self._rule, self._max_bad_rows))
+            yield from self._parts[-1].chunks(rows)
+
+
+class _PartReader:
+    """Reads one file, one hub split, or rows in memory."""
+
+    def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
+        self.source = source
+        self.rule = rule
+        self.max_bad_rows = max_bad_rows
+        self.records = source.open()
+        try:
+            self.columns = choose_columns(self.records, source.layout, source.texts, labeled=rule is not None)
+        except BaseException:
+            self.records.close()
+            raise
+
+    def chunks(self, rows: int) -> Iterator[Table]:
+        path, limit = self.source.path, self.max_bad_rows
+        read = bad = left_out = 0
         first_bad: BadRow | None = None
+        records = self.records.rows(self.columns.all)
         done = False
         while not done:
-            good: list[tuple[int, list[str], float]] = []
+            good: list[tuple[int, str, Sequence[str], Any]] = []
             reported: list[BadRow] = []
-            for line, raw in self._lines:
+            skipped = 0
+            for line, values in records:
                 try:
-                    good.append((line, *self._parse(raw)))
+                    if isinstance(values, ValueError):
+                        raise values
+                    row = self._parse(line, values)
+                    if row is None:
+                        skipped += 1
+                    else:
+                        good.append(row)
                 except ValueError as error:
-                    reported.append(BadRow(self.path, line, str(error)))
-                if len(good) + len(reported) == rows:
+                    reported.append(BadRow(path, line, str(error)))
+                if len(good) + len(reported) + skipped == rows:
                     break
             else:
                 done = True
-            self.position = self._lines.position
-            read += len(good) + len(reported)
-            bad += len(reported)
+            read += len(good) + len(reported) + skipped
+            bad, left_out = bad + len(reported), left_out + skipped
             first_bad = first_bad or next(iter(reported), None)
-            if good or reported:
-                yield self._table(good, tuple(reported))
-        check_bad_rows(self.path, read, bad, first_bad, self.max_bad_rows)
+            if good or reported or skipped:
+                yield self._table(good, tuple(reported), skipped)
+        check_bad_rows(path, read, bad, first_bad, limit)
+        if read == bad + left_out:
+            raise DataError(f"{self.records.name}: no row is left: {left_out:,} have a label that is skipped")
 
-    def _read_header(self) -> tuple[list[int], int]:
-        """The positions of the columns that the format needs, and the number of columns."""
-        try:
-            line, raw = next(self._lines)
-        except StopIteration:
-            raise DataError(f"{show_path(self.path)}: empty file") from None
-        place = f"{show_path(self.path)}:{line}"
-        separator = self.layout.separator
-        try:
-            names = [name.strip() for name in self._lines.split(raw, separator, width=None)]
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from None
-        wanted = self.layout.columns(self.labeled)
-        for name in wanted:
-            if names.count(name) != 1:
-                problem = "no column" if name not in names else "more than one column"
-                kind = {"\t": "tab", ",": "comma"}.get(separator, show(separator))
-                raise DataError(
-                    f"{place}: {problem} {show(name)}; expected {kind}-separated columns "
-                    f"{', '.join(wanted)}, found {show(separator.join(names), 100)}"
-                )
-        return [names.index(name) for name in wanted], len(names)
-
-    def _parse(self, raw: Line) -> tuple[list[str], float]:
-        """A row's id and sentences in the format's order, and its label. Raises ValueError with the reason."""
-        fields = self._lines.split(raw, self.layout.separator, self._width)
-        values = [fields[column] for column in self._columns]
-        label = self.layout.label.parse(values.pop()) if self.labeled and self.layout.label else 0.0
-        return values, label
-
-    def _table(self, good: list[tuple[int, list[str], float]], reported: tuple[BadRow, ...]) -> Table:
-        label = self.layout.label
-        first = 1 if self.layout.id_column else 0
-        return Table(
-            task=self.layout.task,
-            path=self.path,
-            sentences=tuple([values[first + column] for _, values, _ in good] for column in range(self.layout.arity)),
-            labels=np.array([y for _, _, y in good], dtype=label.dtype) if self.labeled and label else None,
-            ids=[values[0].strip() if first else str(line) for line, values, _ in good],
-            lines=np.array([line for line, _, _ in good], dtype=np.int64),
-            bad_rows=reported,
-        )
-
-
-def check_bad_rows(path: Path, read: int, bad: int, first: BadRow | None, limit: float) -> None:
-    """Raises DataError if the share of bad rows reaches `limit`, or if no good row is left."""
-    if read == 0:
-        raise DataError(f"{show_path(path)}: no rows after the header")
-    if bad and (bad >= limit * read or bad == read):
-        raise DataError(
-            f"{show_path(path)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}; fewer than {limit:.1%} "
-            f"are tolerated), the first at {first}"
-        )
-
-
-class _Lines:
-    """Iterates over the non-blank lines of a file as (line number, line). Lines end in LF or CRLF."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file = file
-        self._path = path
-        self._ahead: deque[Line] = deque()  # lines that were read but not yet yielded
-        self._number = 0
-        self.position = 0
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> tuple[int, Line]:
-        while True:
-            raw = self._ahead.popleft() if self._ahead else self._read()
-            if raw is None:
-                raise StopIteration
-            self._number += 1
-            if self._number == 1 and isinstance(raw, bytes):
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw:
-                return self._number, raw
-
-    def split(self, raw: Line, separator: str, width: int | None) -> list[str]:
-        """The fields of the line just yielded, `width` of them unless None. Raises ValueError with the reason.
-
-        Consumes the following lines if a quoted field continues there.
-        """
-        text = _decode(raw)
-        try:
-            fields = _split_quoted(text, separator) if '"' in text else text.split(separator)
-        except _OpenQuoteError as error:
-            fields = self._join(text, separator, width)
-            if not fields:
-                raise ValueError(str(error)) from None
-        if width is not None and len(fields) != width:
-            raise ValueError(f"{len(fields)} fields, expected {width}")
-        return fields
-
-    def _join(self, text: str, separator: str, width: int | None) -> list[str]:
-        """The fields of `text` and the following lines; none unless those lines close the open quote and the row."""
-        for count, raw in enumerate(self._peek(), start=1):
-            try:
-                line = _decode(raw)
-                text = f"{text}\n{line}"
-                fields = _split_quoted(text, separator) if '"' in line else None
-            except _OpenQuoteError:
-                fields = None
-            except ValueError:
-                break
-            if fields is None:  # the quote is still open: a field with a line break may have no separator
-                if separator in line:
-                    break
-                continue
-            if len(fields) != width or any("\n" in field and separator in field for field in fields):
-                break
-            for _ in range(count):
-                self._ahead.popleft()
-            self._number += count
-            return fields
-        return []
-
-    def _peek(self) -> Iterator[Line]:
-        """The next lines, up to MAX_RECORD_LINES, without consuming them."""
-        for index in range(MAX_RECORD_LINES):
-            if index == len(self._ahead):
-                raw = self._read()
-                if raw is None:
-                    return
-                self._ahead.append(raw)
-            yield self._ahead[index]
-
-    def _read(self) -> Line | None:
-        """Reads the next line; None at the end of the file."""
-        try:
-            raw = self._file.readline(MAX_LINE_BYTES + 1)
-            length = len(raw)
-            if length > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                rest = raw
-                while rest and not rest.endswith(b"\n"):
-                    rest = self._file.readline(MAX_LINE_BYTES)
-                    length += len(rest)
-                self.position += length
-                return ValueError(f"a line of {length:,} bytes, expected at most {MAX_LINE_BYTES:,}")
-        except OSError as error:
-            place = f"{show_path(self._path)}:{self._number + 1}"
-            raise DataError(f"{place}: cannot be read: {error.strerror or error}") from error
-        self.position += length
-        if not raw:
+    def _parse(self, line: int, values: Sequence[Any]) -> tuple[int, str, Sequence[str], Any] | None:
+        """Line, id, texts and label of a row; None if its label says to skip it. Raises ValueError with the reason."""
+        name, first = str(line), 0
+        if self.columns.id:
+            name, first = _identity(self.columns.id, values[0]), 1
+        end = first + len(self.columns.texts)
+        texts = values[first:end]
+        for column, text in zip(self.columns.texts, texts, strict=True):
+            text_of(column, text)
+        if self.rule is None:
+            return line, name, texts, 0.0
+        label = self._label(values[end:])
+        if self.source.layout.skip and label_text(label) in self.source.layout.skip:
             return None
-        return raw.removesuffix(b"\n").removesuffix(b"\r")
+        return line, name, texts, self.rule.parse(self._replaced(label))
 
-
-class _OpenQuoteError(ValueError):
-    """The line ends inside a quoted field."""
-
-
-def _decode(raw: Line) -> str:
-    """A line's text. Raises ValueError with the reason if the line is too long or not UTF-8 text."""
-    if isinstance(raw, ValueError):
-        raise raw
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("UTF-16 text, expected UTF-8")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8") from None
-    if "\0" in text:
-        raise ValueError(f"NUL character at offset {text.index(chr(0))}")
-    return text
-
-
-def _split_quoted(text: str, separator: str) -> list[str]:
-    """The fields of a row with quotes. Raises _OpenQuoteError if a quote is not closed, ValueError for other errors."""
-    fields: list[str] = []
-    begin = 0
-    while True:
-        if not text.startswith('"', begin):
-            end = text.find(separator, begin)
-            if end < 0:
-                return [*fields, text[begin:]]
-            fields.append(text[begin:end])
+    def _label(self, values: Sequence[Any]) -> Any:
+        """The label as it stands in the file; of several columns of 0 and 1 the names of those with 1."""
+        if len(values) == 1:
+            label = values[0]
         else:
-            end = text.find('"', begin + 1)
-            while end >= 0 and text.startswith('"', end + 1):  # a doubled quote is part of the text
-                end = text.find('"', end + 2)
-            if end < 0:
-                raise _OpenQuoteError(f"a quote is opened and never closed: {show(text[begin:])}")
-            fields.append(text[begin + 1 : end].replace('""', '"'))
-            end += 1
-            if end == len(text):
-                return fields
-            if text[end] != separator:
-                raise ValueError(
-                    f"text after a closing quote (quotes in a quoted field are doubled): {show(text[begin:])}"
-                )
-        begin = end + 1
+            marks = [label_text(value).lower() for value in values]
+            for column, mark in zip(self.columns.label, marks, strict=True):
+                if mark not in ("0", "1", "false", "true"):
+                    raise ValueError(f"{column} is {show(mark)}, expected 0 or 1")
+            label = [c for c, mark in zip(self.columns.label, marks, strict=True) if mark in ("1", "true")]
+        if label is None:
+            raise ValueError(f"{self.columns.label[0]} is missing")
+        return label
+
+    def _replaced(self, label: Any) -> Any:
+        """The label, or what the layout replaces it with."""
+        replacements = self.source.layout.values
+        if not replacements:
+            return label
+        if isinstance(label, list | tuple | np.ndarray):
+            return [replacements.get(label_text(each), each) for each in label]
+        return replacements.get(label_text(label), label)
+
+    def _table(self, good: list[tuple[int, str, Sequence[str], Any]], bad: tuple[BadRow, ...], skipped: int) -> Table:
+        labels = None
+        if self.rule is not None:
+            labels = np.array([label for _, _, _, label in good], dtype=self.rule.dtype)
+            if self.rule.width is not None:
+                labels = labels.reshape(len(good), self.rule.width)
+        return Table(
+            task=self.source.layout.name,
+            path=self.source.path,
+            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self.columns.texts))),
+            labels=labels,
+            ids=[name for _, name, _, _ in good],
+            lines=np.array([line for line, _, _, _ in good], dtype=np.int64),
+            bad_rows=bad,
+            skipped=skipped,
+        )
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading. Raises DataError for a directory, a FIFO or a device."""
-    # Without O_NONBLOCK, opening a FIFO blocks until a writer opens it.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{show_path(path)}: cannot be opened: {reason}") from error
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a special file"
-        raise DataError(f"{show_path(path)}: {kind}, expected a regular file")
-    return os.fdopen(descriptor, "rb")
+def text_of(column: str, value: Any) -> str:
+    """A value that is text. Raises ValueError if it is none, or cannot be UTF-8 (JSON may write half a character)."""
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is {show(value)}, expected text")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{column} has half a surrogate pair: {show(value)}") from None
+    return value
+
+
+def _identity(column: str, value: Any) -> str:
+    """A row's id. Raises ValueError for one that would not fit on a line of a prediction file."""
+    if value is None:
+        raise ValueError(f"{column} is missing")
+    name = text_of(column, str(value).strip())
+    if "\n" in name or "\r" in name:
+        raise ValueError(f"{column} is {show(name)}, expected an id without line breaks")
+    return name

@@ -1,143 +1,232 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats of the data files, the search for files in a directory, and the wording of error messages.
+"""How a data file is read (`Layout`), the layouts that have a name, and the search for their files in a directory.
 
-A format is data: columns, separator, the label's range. A new kind of file is one more FileFormat (`add_format`).
+A layout is data. A new kind of file is one more Layout (`add_format`), or keys of a task's `data` (source.py).
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
-# float() would also accept nan, 1_0 and more.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+from minbert_fast.data.labels import Label, Numbers, Rule
+from minbert_fast.data.messages import DataError, show, show_path
 
-
-class DataError(ValueError):
-    """A data or tokenizer file cannot be used; the message is one line with the place and the reason."""
-
-
-@dataclass(frozen=True)
-class Label:
-    """The label column of a format: numbers from `low` to `high`, whole numbers only if `whole`."""
-
-    column: str
-    low: int
-    high: int
-    whole: bool
-    dtype: str  # of the label array: int64 for classes, float32 for regression and pair tasks
-
-    def parse(self, text: str) -> float:
-        """The label in `text`. Raises ValueError with the value and what was expected."""
-        kind = "a whole number" if self.whole else "a number"
-        if _NUMBER.fullmatch(text.strip()):
-            value = float(text)
-            if self.low <= value <= self.high and (not self.whole or value == int(value)):
-                return value
-        raise ValueError(f"{self.column} is {show(text)}, expected {kind} from {self.low} to {self.high}")
+Kind = Literal["auto", "csv", "tsv", "jsonl", "parquet", "text"]
+Quoting = Literal["course", "csv", "none"]
 
 
 @dataclass(frozen=True)
-class FileFormat:
-    """The format of one task's files."""
+class Layout:
+    """How a file is read: its format, its columns and its labels. Empty values are found in the file."""
 
-    task: str
-    stem: str  # files are called {stem}-{split}.csv
-    text_columns: tuple[str, ...]  # one per sentence of an example
-    label: Label | None
-    id_column: str | None = "id"  # None: the line number is the id
-    separator: str = "\t"
+    name: str
+    texts: tuple[str, ...] = ()  # one column per text of an example
+    label: tuple[str, ...] = ()  # a column, or several columns of 0 and 1
+    id: str = ""  # column of the row's name; empty: the line number
+    format: Kind = "auto"  # auto: by the file's ending
+    separator: str = ""  # of csv and tsv; empty: as in the header line
+    quoting: Quoting = "csv"  # course: a quoted field has separators or line breaks, not both; none: quotes are text
+    columns: tuple[str, ...] = ()  # the columns of a csv or tsv file without a header line
+    rule: Rule | None = None  # how labels become numbers, unless the task says otherwise
+    classes: tuple[str, ...] = ()  # names of the classes in order; labels may be their numbers
+    values: Mapping[str, float | str] = field(default_factory=dict, hash=False)  # replaces labels
+    skip: tuple[str, ...] = ()  # rows with these labels are left out and counted
+    stem: str = ""  # in a data directory the files are called {stem}-{split}.csv; empty: not looked for there
+
+    @property
+    def task(self) -> str:
+        """The layout's name."""
+        return self.name
 
     @property
     def arity(self) -> int:
-        """Sentences per example."""
-        return len(self.text_columns)
+        """Texts per example; 0 if the file decides."""
+        return len(self.texts)
 
     def names(self, split: str) -> tuple[str, ...]:
         """File names of a split in order of preference; the course calls its unlabelled tests `test-student`."""
+        if not self.stem:
+            return ()
         names = (f"{self.stem}-{split}.csv",)
         return (*names, f"{self.stem}-test-student.csv") if split == "test" else names
 
-    def columns(self, labeled: bool) -> tuple[str, ...]:
-        """The columns that a file must have."""
-        label = (self.label.column,) if labeled and self.label else ()
-        return ((self.id_column,) if self.id_column else ()) + self.text_columns + label
+
+def FileFormat(  # noqa: N802  # a class in earlier versions
+    task: str,
+    stem: str,
+    text_columns: tuple[str, ...],
+    label: Label | None,
+    id_column: str | None = "id",
+    separator: str = "\t",
+) -> Layout:
+    """The layout of a course-like file: a header line, columns found by name, the strict quoting of the course's files."""
+    columns = (label.column,) if label else ()
+    return Layout(task, text_columns, columns, id_column or "", "tsv", separator, "course", rule=label, stem=stem)
 
 
 _PAIR = ("sentence1", "sentence2")
-_KNOWN = {
-    layout.task: layout
-    for layout in (
-        FileFormat("sentiment", "ids-sst", ("sentence",), Label("sentiment", 0, 4, True, "int64")),
-        FileFormat("paraphrase", "quora", _PAIR, Label("is_duplicate", 0, 1, True, "float32")),
-        FileFormat("similarity", "sts", _PAIR, Label("similarity", 0, 5, False, "float32")),
-        FileFormat("polarity", "ids-cfimdb", ("sentence",), Label("sentiment", 0, 1, True, "int64")),
-        FileFormat("triplets", "nli-triplets", ("sent0", "sent1", "hard_neg"), None, None, ","),
+_COURSE = (
+    FileFormat("sentiment", "ids-sst", ("sentence",), Label("sentiment", 0, 4, True, "int64")),
+    FileFormat("paraphrase", "quora", _PAIR, Label("is_duplicate", 0, 1, True, "float32")),
+    FileFormat("similarity", "sts", _PAIR, Label("similarity", 0, 5, False, "float32")),
+    FileFormat("polarity", "ids-cfimdb", ("sentence",), Label("sentiment", 0, 1, True, "int64")),
+    Layout("triplets", ("sent0", "sent1", "hard_neg"), format="csv", separator=",", stem="nli-triplets"),
+)
+
+_NLI = ("entailment", "neutral", "contradiction")
+_ENTAILS = ("entailment", "not_entailment")
+
+
+def _glue(
+    task: str,
+    texts: tuple[str, ...],
+    label: str = "label",
+    id: str = "",
+    classes: tuple[str, ...] = (),
+    columns: tuple[str, ...] = (),
+    rule: Rule | None = None,
+    skip: tuple[str, ...] = (),
+) -> Layout:
+    """A task of GLUE, in the tab-separated files of gluebenchmark.com: quotes are ordinary characters."""
+    return Layout(
+        f"glue-{task}", texts, (label,), id, "tsv", "\t", "none", columns, rule=rule, classes=classes, skip=skip
     )
-}
-FORMATS: Mapping[str, FileFormat] = MappingProxyType(_KNOWN)
+
+
+_PUBLISHED = (
+    # The STS benchmark (Cer et al. 2017): no header; some rows have further columns with the sentences' sources.
+    Layout(
+        "stsb",
+        _PAIR,
+        ("score",),
+        format="tsv",
+        separator="\t",
+        quoting="none",
+        columns=("genre", "file", "year", "id", "score", *_PAIR),
+        rule=Numbers(0, 5),
+    ),
+    _glue("sst2", ("sentence",), classes=("negative", "positive")),
+    _glue(
+        "cola",
+        ("sentence",),
+        classes=("unacceptable", "acceptable"),
+        columns=("source", "label", "mark", "sentence"),  # train and dev; test has a header
+    ),
+    _glue("mrpc", ("#1 String", "#2 String"), "Quality", classes=("not_equivalent", "equivalent")),
+    _glue("stsb", _PAIR, "score", "index", rule=Numbers(0, 5)),
+    _glue("qqp", ("question1", "question2"), "is_duplicate", "id", ("not_duplicate", "duplicate")),
+    _glue("mnli", _PAIR, "gold_label", "index", _NLI, skip=("-",)),
+    _glue("qnli", ("question", "sentence"), "label", "index", _ENTAILS),
+    _glue("rte", _PAIR, "label", "index", _ENTAILS),
+    _glue("wnli", _PAIR, "label", "index", ("not_entailment", "entailment")),
+    # Quora's own quora_duplicate_questions.tsv: a few questions have line breaks, in quotes.
+    Layout(
+        "quora",
+        ("question1", "question2"),
+        ("is_duplicate",),
+        "id",
+        "tsv",
+        "\t",
+        classes=("not_duplicate", "duplicate"),
+    ),
+    # SNLI (Bowman et al. 2015) and MNLI (Williams et al. 2018). "-": the annotators did not agree.
+    Layout("nli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",)),
+    Layout(
+        "label-text",
+        ("text",),
+        ("label",),
+        format="csv",
+        separator="|||",
+        quoting="none",
+        columns=("label", "text"),
+    ),
+    Layout("lines", ("text",), format="text"),  # one sentence a line, without labels
+)
+_KNOWN = {layout.name: layout for layout in (*_COURSE, *_PUBLISHED)}
+FORMATS: Mapping[str, Layout] = MappingProxyType(_KNOWN)
 MAIN_TASKS = ("sentiment", "paraphrase", "similarity")
 
 
-def add_format(layout: FileFormat) -> None:
-    """Registers a format under `layout.task`. Raises ValueError if that name has a different format."""
-    if _KNOWN.setdefault(layout.task, layout) != layout:
-        raise ValueError(f"the files of {layout.task!r} have another format already")
+def add_format(layout: Layout) -> None:
+    """Registers a layout under its name. Raises ValueError if that name has a different layout."""
+    if _KNOWN.setdefault(layout.name, layout) != layout:
+        raise ValueError(f"the files of {layout.name!r} have another layout already")
 
 
-def format_of(task: str | FileFormat) -> FileFormat:
-    """The format registered for a task name. Raises DataError for an unknown name."""
-    if isinstance(task, FileFormat):
-        return task
-    if task not in FORMATS:
-        raise DataError(f"no task is called {show(task)}; known are {', '.join(FORMATS)}")
-    return FORMATS[task]
+def format_of(layout: str | Layout) -> Layout:
+    """The layout of this name. Raises DataError for an unknown name."""
+    if isinstance(layout, Layout):
+        return layout
+    if layout not in FORMATS:
+        raise DataError(f"no layout is called {show(layout)}; known are {', '.join(FORMATS)}")
+    return FORMATS[layout]
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """The files of a split by task, in the requested order, and notices for the user."""
+    """The files of a split by layout, in the requested order, and notices for the user."""
 
     paths: dict[str, Path]
     notices: tuple[str, ...]
 
 
+def find_table(folder: Path, layout: Layout, split: str) -> Path | None:
+    """The file of a split in a data directory; None if there is none."""
+    return next((folder / name for name in layout.names(split) if os.path.exists(folder / name)), None)
+
+
 def find_tables(
     directory: str | os.PathLike[str], split: str = "train", tasks: tuple[str, ...] = MAIN_TASKS
 ) -> Discovery:
-    """Finds the files of `tasks` in a data directory; a task without a file is omitted with a notice.
+    """Finds the files of the layouts `tasks` in a data directory; one without a file is omitted with a notice.
 
     Raises DataError if `directory` is not a directory or has no file for any task.
     """
     folder = Path(directory)
-    if not os.path.isdir(folder):
-        problem = "is not a directory" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")
+    check_directory(folder)
     paths: dict[str, Path] = {}
     notices: list[str] = []
-    wanted = {layout.task: layout.names(split) for layout in map(format_of, tasks)}
-    for task, names in wanted.items():
-        path = next((folder / name for name in names if os.path.exists(folder / name)), None)
+    wanted = [layout for layout in map(format_of, tasks) if layout.stem]
+    for layout in wanted:
+        path = find_table(folder, layout, split)
         if path:
-            paths[task] = path
+            paths[layout.name] = path
         else:
-            notices.append(f"no {' or '.join(names)} in {show_path(folder)}: task {task} is left out")
+            names = " or ".join(layout.names(split))
+            notices.append(f"no {names} in {show_path(folder)}: task {layout.name} is left out")
     if not paths:
-        expected = ", ".join(name for names in wanted.values() for name in names)
+        expected = ", ".join(name for layout in wanted for name in layout.names(split))
         raise DataError(f"{show_path(folder)}: no data files; expected one or more of {expected}")
     return Discovery(paths, tuple(notices))
 
 
-def show(value: str, limit: int = 60) -> str:
-    """A value for a message: quoted, on one line, cut to `limit` characters."""
-    return ascii(value) if len(value) <= limit else f"{value[:limit]!a}..."
+def check_directory(folder: Path) -> None:
+    """Raises DataError unless `folder` is a directory."""
+    if not os.path.isdir(folder):
+        problem = "is not a directory" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")
 
 
-def show_path(path: os.PathLike[str] | str) -> str:
-    """A path for a message: unchanged if printable, else quoted."""
-    text = os.fspath(path)
-    return text if text.isprintable() else ascii(text)
+__all__ = [
+    "FORMATS",
+    "MAIN_TASKS",
+    "DataError",
+    "Discovery",
+    "FileFormat",
+    "Kind",
+    "Label",
+    "Layout",
+    "Quoting",
+    "add_format",
+    "check_directory",
+    "find_table",
+    "find_tables",
+    "format_of",
+    "show",
+    "show_path",
+]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
-from minbert_fast.data.formats import show
+from minbert_fast.data.messages import show
 
 # float() would also accept nan, 1_0 and more.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
@@ -105,7 +105,28 @@ class ClassSets:
         return row
 
 
-Rule = Classes | Numbers | ClassSets
+@dataclass(frozen=True)
+class Label:
+    """Numbers from `low` to `high`, whole numbers only if `whole`; messages name the column."""
+
+    column: str
+    low: int
+    high: int
+    whole: bool
+    dtype: str  # of the label array: int64 for classes, float32 for regression and pair tasks
+
+    width: ClassVar[int | None] = None
+
+    def parse(self, value: object) -> float:
+        """Raises ValueError with the value and what was expected."""
+        kind = "a whole number" if self.whole else "a number"
+        number = label_number(value)
+        if number is not None and self.low <= number <= self.high and (not self.whole or number == int(number)):
+            return number
+        raise ValueError(f"{self.column} is {show(value)}, expected {kind} from {self.low} to {self.high}")
+
+
+Rule = Classes | Numbers | ClassSets | Label
 
 
 def split_names(value: object, separator: str) -> list[str]:
@@ -140,3 +161,23 @@ def _order(name: str) -> tuple[bool, float, str]:
 
 def _is_number(name: str) -> bool:
     return label_number(name) is not None
+
+
+def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
+    """The summary of several training sets as one."""
+    parts = [part for part in parts if part.rows]
+    counts: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.counts.items():
+            counts[name] = counts.get(name, 0) + count
+    few = len(counts) <= MAX_CLASSES and all(part.counts for part in parts)
+    lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
+    numeric = len(lows) == len(parts) > 0
+    return LabelSummary(
+        rows=sum(part.rows for part in parts),
+        counts=counts if few else {},
+        low=min(lows) if numeric else None,
+        high=max(highs) if numeric else None,
+        whole=numeric and all(part.whole for part in parts),
+        lists=any(part.lists for part in parts),
+    )

@@ -1,68 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads sentences for `encode`: from a text file with one sentence per line, or from one column of a table."""
+"""Reads sentences for `encode`: from a text file with one sentence per line, or from one column of another file."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
-from minbert_fast.data.files import TableReader, open_regular
-from minbert_fast.data.formats import DataError, FileFormat, show, show_path
+from minbert_fast.data.columns import usual_names
+from minbert_fast.data.files import text_of
+from minbert_fast.data.formats import Kind, Layout
+from minbert_fast.data.inputs import ENDINGS, Input, first_byte
+from minbert_fast.data.messages import DataError, show
+from minbert_fast.data.readers.jsonl import parse_object
+from minbert_fast.data.readers.records import STANDARD_INPUT, Record, Records, name_of
+from minbert_fast.data.readers.text import COLUMN, TextRecords
 
-STANDARD_INPUT = Path("-")
-TABLES = (".csv", ".tsv")  # files with a header line; columns are separated by tabs or commas
 CHUNK = 16_384  # sentences
 
 
 def read_sentences(path: Path, column: str | None = None) -> Iterator[list[str]]:
-    """Yields lists of sentences: the lines of a text file (`-`: standard input), or a table's `column`.
+    """Yields lists of sentences: the lines of a text file, or one column of CSV, TSV, JSON lines or Parquet.
 
-    An empty line is an empty sentence, so sentence i is line i. The default column of a table is `sentence`, or its only
-    column. Raises DataError (one line that names the place) for the first line that cannot be read.
+    An empty line of a text file is an empty sentence, so sentence i is line i. The default column is `text`, `sentence`, or
+    the only one. Standard input is JSON lines if it begins with `{`, else CSV or TSV if a column is named, else text.
+    Raises DataError (one line that names the place) for the first line that cannot be read.
     """
-    if path.suffix.lower() in TABLES:
-        yield from _read_column(path, column)
-        return
-    if column is not None:
-        raise DataError(f"{show_path(path)}: a column needs a file that ends in {' or '.join(TABLES)}")
-    if path == STANDARD_INPUT:
-        yield from _read_lines(sys.stdin.buffer, "standard input")
+    form = _format_of(path, column)
+    if form == "text":
+        if column is not None:
+            endings = ", ".join(ending for ending, kind in ENDINGS.items() if kind != "text")
+            raise DataError(f"{name_of(path)}: a column needs a file that ends in one of {endings}")
+        records: Records = TextRecords(path, blank=True)
     else:
-        with open_regular(path) as file:
-            yield from _read_lines(file, show_path(path))
+        records = Input(name_of(path), Layout("sentences", format=form), 1, (path,)).open()
+    try:
+        if form == "text":
+            column = COLUMN
+        elif column is None:
+            column = _usual_column(records)
+        elif problem := records.problem(column):
+            raise DataError(f"{records.place}: {problem} {show(column)}, found {_names(records)}")
+        rows = records.rows([column])
+        while chunk := list(islice(rows, CHUNK)):
+            yield [_sentence(records, column, row, form == "text") for row in chunk]
+    finally:
+        records.close()
 
 
-def _read_lines(file: BinaryIO, name: str) -> Iterator[list[str]]:
-    done = 0
-    while raw := list(islice(file, CHUNK)):
-        sentences = []
-        for line in raw:
-            done += 1
-            try:
-                text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if done == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                bad = f"byte 0x{line[error.start]:02x} at offset {error.start} is not UTF-8"
-                raise DataError(f"{name}:{done}: {bad}") from None
-            sentences.append(text)
-        yield sentences
+def _format_of(path: Path, column: str | None) -> Kind:
+    if path == STANDARD_INPUT:
+        return "jsonl" if first_byte(path) == b"{" else "text" if column is None else "csv"
+    return ENDINGS.get(path.suffix.lower(), "text")
 
 
-def _read_column(path: Path, column: str | None) -> Iterator[list[str]]:
-    with open_regular(path) as file:
-        head = file.readline(1 << 20).decode("utf-8-sig", errors="replace").rstrip("\r\n")
-    separator = "\t" if "\t" in head else ","
-    names = [name.strip().strip('"') for name in head.split(separator)]
-    if column is None:
-        column = names[0] if len(names) == 1 else "sentence"
-        if column not in names:
-            known = show(", ".join(filter(None, names)), 200)
-            raise DataError(f"{show_path(path)}: which column? --column names one of {known}")
-    layout = FileFormat("sentences", "", (column,), label=None, id_column=None, separator=separator)
-    with TableReader(path, layout) as reader:
-        for table in reader.chunks(CHUNK):
-            if table.bad_rows:
-                raise DataError(str(table.bad_rows[0]))
-            yield table.sentences[0]
+def _usual_column(records: Records) -> str:
+    """The column that is read where none is named."""
+    known = [str(name) for name in records.names]
+    usual = [*(name for (name,) in usual_names(1)), *(known if len(known) == 1 else ())]
+    found = next((name for name in usual if name in known), "")
+    if found:
+        return str(found)
+    raise DataError(f"{records.place}: which column? --column names one of {_names(records)}")
+
+
+def _names(records: Records) -> str:
+    return show(", ".join(filter(None, map(str, records.names))), 200)
+
+
+def _sentence(records: Records, column: str, row: Record, lines: bool) -> str:
+    """The sentence of a row. Raises DataError if the row cannot be read, or is JSON in a text file."""
+    number, values = row
+    try:
+        if isinstance(values, ValueError):
+            raise values
+        text = text_of(column, values[0])
+    except ValueError as error:
+        raise DataError(f"{records.name}:{number}: {error}") from None
+    if lines and number == 1 and _is_object(text):
+        raise DataError(
+            f"{records.name}:1: JSON lines, expected a sentence; rename the file to .jsonl, and use --column"
+        )
+    return text
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return text.startswith("{") and bool(parse_object(text))
+    except ValueError:
+        return False

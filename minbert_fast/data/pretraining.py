@@ -8,17 +8,15 @@ The text comes from the files of other tasks, concatenated by `collect_sentences
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from minbert_fast.data.sampling import philox
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, join_pair, offsets_of, truncate
+from minbert_fast.data.tokens import TokenTable, chain, join_pair, offsets_of, truncate
 
 IGNORED = -100  # the target of a position without one, as in torch's cross_entropy
 
@@ -141,59 +139,25 @@ class SentencePairing:
         return examples
 
 
-@dataclass(frozen=True)
-class Corpus(TokenTable):
-    """The rows of several tables as one unlabelled table in memory, part after part."""
-
-    parts: tuple[TokenTable, ...] = ()
-
-    def locate(self, row: int) -> str:
-        for part in self.parts:
-            if row < len(part):
-                return part.locate(row)
-            row -= len(part)
-        raise IndexError(f"row {row} beyond the last one")
+def collect_sentences(name: str, tables: Sequence[TokenTable]) -> TokenTable:
+    """Every text of `tables` as one row without a label: table by table, column by column."""
+    return chain(name, [_unlabelled(table, [column]) for table in tables for column in range(table.arity)])
 
 
-def collect_sentences(name: str, tables: Sequence[TokenTable]) -> Corpus:
-    """Every sentence of `tables` as one row: table by table, column by column."""
-    blocks = [(table, column) for table in tables for column in table.columns]
-    return _concatenate(name, [table for table, _ in blocks], [[column] for _, column in blocks])
+def collect_pairs(name: str, tables: Sequence[TokenTable]) -> TokenTable:
+    """The first two texts of every row of `tables`, table by table, without labels.
 
-
-def collect_pairs(name: str, tables: Sequence[TokenTable]) -> Corpus:
-    """The first two sentences of every row of `tables`, table by table.
-
-    Of a table with one sentence per row, each row and the row on the next line; a blank line divides documents.
+    Of a table with one text per row, each row and the row on the next line; a blank line divides documents.
     """
-    parts = [_consecutive(table) if table.arity == 1 else table for table in tables]
-    return _concatenate(name, parts, [part.columns[:2] for part in parts])
+    return chain(name, [_consecutive(table) if table.arity == 1 else _unlabelled(table, [0, 1]) for table in tables])
 
 
 def _consecutive(table: TokenTable) -> TokenTable:
-    """The rows of a table with one column whose next row is on the next line, each with that row as second sentence."""
+    """The rows of a table with one column whose next row is on the next line, each with that row as second text."""
     first = np.flatnonzero(np.diff(table.lines) == 1)
-    (column,) = table.columns
-    columns = tuple(Tokens.of([column[row] for row in rows.tolist()]) for rows in (first, first + 1))
-    return replace(table, columns=columns, labels=None, lines=table.lines[first])
+    left, right = table.select(first), table.select(first + 1)
+    return replace(left, columns=(*left.columns, *right.columns), labels=None)
 
 
-def _concatenate(name: str, parts: Sequence[TokenTable], blocks: Sequence[Sequence[Tokens]]) -> Corpus:
-    lines = np.concatenate([part.lines for part in parts])
-    files = {part.path: part.source_hash for part in parts}
-    digest = hashlib.blake2b(" ".join(files.values()).encode(), digest_size=16)
-    columns = []
-    for column in zip(*blocks, strict=True):
-        offsets = offsets_of(np.concatenate([tokens.lengths for tokens in column]))
-        columns.append(Tokens(np.concatenate([tokens.flat for tokens in column]), offsets))
-    return Corpus(
-        task=name,
-        path=Path("+".join(path.name for path in files)),
-        columns=tuple(columns),
-        labels=None,
-        ids=Text(np.empty(0, np.uint8), np.zeros(len(lines) + 1, np.int64)),
-        lines=lines,
-        bad_rows=(),
-        source_hash=digest.hexdigest(),
-        parts=tuple(parts),
-    )
+def _unlabelled(table: TokenTable, columns: list[int]) -> TokenTable:
+    return replace(table.select(columns=columns), labels=None)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from minbert_fast.common.schema import ConfigError, build, check
+from minbert_fast.data.formats import FORMATS, Kind
 
-Kind = Literal["auto", "csv", "tsv", "jsonl", "parquet", "text"]
 Names = str | tuple[str, ...]
 
 
@@ -40,7 +40,10 @@ class Source:
     text: Names = ()  # column(s) of the texts of an example, in order
     label: Names = ""  # column of the label; several columns of 0 and 1 for several classes
     id: str = ""  # column of the row's name; empty: its line number
-    values: Mapping[str, float | str] = field(default_factory=dict)  # replaces labels, such as { neutral = 0.5 }
+    columns: Names = ()  # names of all columns of a csv or tsv file without a header line
+    values: Mapping[str, float | str] = field(
+        default_factory=dict, hash=False
+    )  # replaces labels, such as { neutral = 0.5 }
     skip: Names = ()  # labels of rows that are left out and counted, such as "-"
 
     def __post_init__(self) -> None:
@@ -55,13 +58,17 @@ class Source:
 
     def files(self, split: str) -> tuple[str, ...]:
         """The files (with `hub`: the names of splits) of train, dev or test; none if none is named."""
-        named: Names = getattr(self, split)
-        return named if isinstance(named, tuple) else (named,) if named else ()
+        return as_tuple(getattr(self, split))
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The named text columns; none if the layout or the file decides."""
-        return self.text if isinstance(self.text, tuple) else (self.text,)
+        return as_tuple(self.text)
+
+
+def as_tuple(names: Names) -> tuple[str, ...]:
+    """One name or several as a tuple; an empty name is none."""
+    return names if isinstance(names, tuple) else (names,) if names else ()
 
 
 def sources_of(value: Any, where: str = "data") -> tuple[Source, ...]:
@@ -69,8 +76,6 @@ def sources_of(value: Any, where: str = "data") -> tuple[Source, ...]:
     if isinstance(value, Source):
         return (value,)
     if isinstance(value, str):
-        from minbert_fast.data.formats import FORMATS
-
         return (Source(layout=value) if value in FORMATS else Source(train=value),) if value else ()
     if isinstance(value, Mapping):
         return (build(Source, value, where, "."),)

@@ -21,8 +21,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from minbert_fast.common.storage import write_text
-from minbert_fast.data.formats import show
-from minbert_fast.data.tokens import Tokens, offsets_of
+from minbert_fast.data.messages import show
+from minbert_fast.data.sentences import Tokens, offsets_of
 from minbert_fast.data.vocabulary import Vocabulary, errors_name, read_vocabulary
 
 BATCH = 1024  # sentences per call of the Rust tokenizer; limits the memory of its Python objects

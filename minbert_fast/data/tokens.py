@@ -1,107 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenized sentences: one flat array of word ids, and the offset of each sentence in it.
+"""Tables of tokenized rows, and views of them: some rows of one table, or several tables as one.
 
-Sentences are stored untruncated as [CLS] .. [SEP]. Batches truncate them, so one tokenized file serves every maximum
-length.
+A view shares the word ids of the tables that it is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from minbert_fast.data.files import BadRow
-from minbert_fast.data.formats import show_path
+from minbert_fast.data.files import Table
+from minbert_fast.data.messages import BadRow, DataError, show_path
+from minbert_fast.data.sentences import (
+    Chained,
+    ChainedSentences,
+    Items,
+    Selected,
+    SelectedSentences,
+    Sentences,
+    Text,
+    Tokens,
+    join_pair,
+    offsets_of,
+    part_of,
+    truncate,
+)
 
 #: How the sentences of an example become sequences: one sequence each ("bi"), one joint sequence ("cross"), or both.
 Encoder = Literal["bi", "cross", "both"]
 
 
-def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """int64 [n + 1]: where each of n adjacent pieces begins, then the end."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Sentences of word ids, concatenated; each is [CLS] .. [SEP]."""
-
-    flat: np.ndarray  # [tokens] word ids, uint16 or int32; may be memory-mapped
-    offsets: np.ndarray  # [sentences + 1] int64: where each sentence begins in `flat`, then the end
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, sentence: int) -> np.ndarray:
-        """The word ids [length] of one sentence (a view)."""
-        return self.flat[self.offsets[sentence] : self.offsets[sentence + 1]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[sentence] for sentence in range(len(self)))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [sentences]."""
-        lengths = np.empty(len(self), dtype=np.int32)
-        # Subtracts into int32 directly: an int64 intermediate of millions of sentences would be twice as large.
-        np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
-        return lengths
-
-    @staticmethod
-    def of(sentences: Sequence[Sequence[int] | np.ndarray]) -> Tokens:
-        parts = [np.empty(0, np.int32), *(np.asarray(sentence, dtype=np.int32) for sentence in sentences)]
-        return Tokens(np.concatenate(parts), offsets_of([len(sentence) for sentence in sentences]))
-
-
-@dataclass(frozen=True)
-class Text:
-    """Short strings concatenated in UTF-8, so that millions of them need no Python objects."""
-
-    flat: np.ndarray  # [bytes] uint8; may be memory-mapped
-    offsets: np.ndarray  # [strings + 1] int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return bytes(self.flat[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
-
-    @staticmethod
-    def of(strings: Sequence[str]) -> Text:
-        encoded = [string.encode("utf-8") for string in strings]
-        return Text(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets_of([len(each) for each in encoded]))
+Rows = np.ndarray | Sequence[int]  # row numbers
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A tokenized data file: n rows of `arity` sentences each."""
+    """A tokenized data set: n rows of `arity` texts each."""
 
-    task: str
-    path: Path
-    columns: tuple[Tokens, ...]  # n untruncated sentences per column; one column per sentence of an example
-    labels: np.ndarray | None  # [n] int64 classes or float32 values; None for an unlabelled file
-    ids: Text  # [n]
-    lines: np.ndarray  # [n] int64: the line where each row begins in the file
+    task: str  # name of the layout, or of the view
+    path: Path  # of the file, or the name of what is no file
+    columns: tuple[Sentences, ...]  # n untruncated sentences per column; one column per text of an example
+    labels: np.ndarray | None  # [n] or [n, C], int64 classes or float32 values; None for an unlabelled table
+    ids: Items[str]  # [n]
+    lines: np.ndarray  # [n] int64: the line where each row begins in its file
     bad_rows: tuple[BadRow, ...]
-    source_hash: str  # of the file's content; empty for rows that were not read from a file
+    source_hash: str  # of the content; empty for rows that were not loaded by `load_tokens`
+    skipped: int = 0  # rows left out because of their label
+    reread: Callable[[], Iterator[Table]] | None = field(default=None, compare=False)  # reads the texts again
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def arity(self) -> int:
-        """Sentences per example."""
+        """Texts per example."""
         return len(self.columns)
 
     def locate(self, row: int) -> str:
         """`file:line` of a row."""
         return f"{show_path(self.path)}:{self.lines[row]}"
+
+    def texts(self, rows: Rows | None = None) -> tuple[list[str], ...]:
+        """The texts of some rows (None: all), one list per text of an example; files are read again for them.
+
+        Raises DataError if the file has changed, ValueError for a table that does not know where its texts are.
+        """
+        wanted = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        found: tuple[list[str], ...] = tuple([""] * len(wanted) for _ in self.columns)
+        if len(wanted) == 0:
+            return found
+        if self.reread is None:
+            raise ValueError(f"{show_path(self.path)}: the texts of this table were not kept")
+        order = np.argsort(wanted, kind="stable")
+        begin = done = 0
+        for table in self.reread():
+            end = begin + len(table)
+            if not np.array_equal(table.lines, self.lines[begin:end]):
+                break
+            while done < len(order) and wanted[order[done]] < end:
+                place = order[done]
+                for column, texts in zip(found, table.sentences, strict=True):
+                    column[place] = texts[wanted[place] - begin]
+                done += 1
+            if done == len(order):
+                return found
+            begin = end
+        raise DataError(f"{show_path(self.path)}: changed since it was tokenized")
+
+    def select(self, rows: Rows | None = None, columns: Sequence[int] | None = None) -> TokenTable:
+        """A view of some rows, by their numbers (None: all), and of some texts of each. The word ids are not copied."""
+        picked = tuple(range(self.arity)) if columns is None else tuple(columns)
+        sentences = tuple(self.columns[column] for column in picked)
+        labels, ids, lines, kept = self.labels, self.ids, self.lines, None
+        if rows is not None:
+            kept = np.asarray(rows, dtype=np.int64)
+            sentences = tuple(SelectedSentences(column, kept) for column in sentences)
+            labels = None if labels is None else labels[kept]
+            ids, lines = Selected(ids, kept), lines[kept]
+        return SelectedTable(
+            task=self.task,
+            path=self.path,
+            columns=sentences,
+            labels=labels,
+            ids=ids,
+            lines=lines,
+            bad_rows=self.bad_rows,
+            source_hash=self.source_hash,
+            skipped=self.skipped,
+            base=self,
+            rows=kept,
+            picked=picked,
+        )
 
     def lengths(self, encoder: Encoder = "bi") -> np.ndarray:
         """Tokens of each sequence of each row before truncation, int32 [n, sequences]."""
@@ -114,28 +128,90 @@ class TokenTable:
         return int((self.lengths(encoder) > max_length).any(axis=1).sum())
 
 
-def truncate(sentence: np.ndarray, max_length: int) -> np.ndarray:
-    """[CLS] .. [SEP] shortened to `max_length` >= 2 tokens; [SEP] is kept."""
-    if len(sentence) <= max_length:
-        return sentence
-    return np.concatenate([sentence[: max_length - 1], sentence[-1:]])
+@dataclass(frozen=True, kw_only=True)
+class SelectedTable(TokenTable):
+    """A view of some rows and columns of `base`. The bad rows and the hash are those of the whole table."""
+
+    base: TokenTable
+    rows: np.ndarray | None  # [n] int64: row numbers in `base`; None: all
+    picked: tuple[int, ...]  # columns of `base`
+
+    def locate(self, row: int) -> str:
+        """`file:line` of a row."""
+        return self.base.locate(row if self.rows is None else int(self.rows[row]))
+
+    def texts(self, rows: Rows | None = None) -> tuple[list[str], ...]:
+        """The texts of some rows, as of `base`."""
+        wanted = rows
+        if self.rows is not None:
+            wanted = self.rows if rows is None else self.rows[np.asarray(rows, dtype=np.int64)]
+        found = self.base.texts(wanted)
+        return tuple(found[column] for column in self.picked)
 
 
-def join_pair(first: np.ndarray, second: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Joins two [CLS] .. [SEP] sentences into [CLS] a [SEP] b [SEP]: word ids [n] and token types int32 [n] (0, then 1).
+@dataclass(frozen=True, kw_only=True)
+class ChainedTable(TokenTable):
+    """The rows of `parts`, part after part."""
 
-    A pair above `max_length` >= 3 tokens is shortened like transformers' "longest_first": the longer sentence first, then
-    both equally.
+    parts: tuple[TokenTable, ...]
+    begins: list[int]  # [parts + 1]
+
+    def locate(self, row: int) -> str:
+        """`file:line` of a row."""
+        part = part_of(self.begins, row)
+        return self.parts[part].locate(row - self.begins[part])
+
+    def texts(self, rows: Rows | None = None) -> tuple[list[str], ...]:
+        """The texts of some rows; only the files of these rows are read again."""
+        wanted = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        found: tuple[list[str], ...] = tuple([""] * len(wanted) for _ in self.columns)
+        for part, begin, end in zip(self.parts, self.begins, self.begins[1:], strict=False):
+            places = np.flatnonzero((begin <= wanted) & (wanted < end))
+            for column, texts in zip(found, part.texts(wanted[places] - begin), strict=True):
+                for place, text in zip(places, texts, strict=True):
+                    column[place] = text
+        return found
+
+
+def chain(name: str, tables: Sequence[TokenTable]) -> TokenTable:
+    """The rows of all tables as one table of the name `name`, table after table.
+
+    Raises ValueError for tables that differ in the number of texts or in the shape of their labels.
     """
-    a, b = len(first) - 2, len(second) - 2  # without [CLS] and [SEP]
-    budget = max_length - 3
-    if a + b > budget:
-        half = budget // 2
-        if min(a, b) <= half:
-            a, b = (a, budget - a) if a <= b else (budget - b, b)
-        else:
-            a, b = (budget - half, half) if a > b else (half, budget - half)
-    parts = (first[: a + 1], first[-1:], second[1 : b + 1], second[-1:])
-    types = np.zeros(a + b + 3, dtype=np.int32)
-    types[a + 2 :] = 1
-    return np.concatenate(parts), types
+    if len({table.arity for table in tables}) != 1:
+        raise ValueError(
+            f"{name}: data sets with {' and '.join(str(table.arity) for table in tables)} texts an example"
+        )
+    labels = [table.labels for table in tables if table.labels is not None]
+    if labels and (len(labels) < len(tables) or len({(each.dtype, each.shape[1:]) for each in labels}) > 1):
+        raise ValueError(f"{name}: data sets with different kinds of labels")
+    begins = offsets_of([len(table) for table in tables]).tolist()
+    files = {table.path: table for table in tables}  # a file may stand in several tables, with other columns
+    digest = hashlib.blake2b(" ".join(table.source_hash for table in files.values()).encode(), digest_size=16)
+    return ChainedTable(
+        task=name,
+        path=Path("+".join(path.name for path in files)),
+        columns=tuple(
+            ChainedSentences(column, begins) for column in zip(*(table.columns for table in tables), strict=True)
+        ),
+        labels=np.concatenate(labels) if labels else None,
+        ids=Chained(tuple(table.ids for table in tables), begins),
+        lines=np.concatenate([table.lines for table in tables]),
+        bad_rows=tuple(bad for table in files.values() for bad in table.bad_rows),
+        source_hash=digest.hexdigest(),
+        skipped=sum(table.skipped for table in files.values()),
+        parts=tuple(tables),
+        begins=begins,
+    )
+
+
+__all__ = [
+    "Encoder",
+    "Text",
+    "TokenTable",
+    "Tokens",
+    "chain",
+    "join_pair",
+    "offsets_of",
+    "truncate",
+]

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minbert_fast.data.files import open_regular
-from minbert_fast.data.formats import DataError, show, show_path
+from minbert_fast.data.messages import DataError, show, show_path
+from minbert_fast.data.readers.records import open_regular
 
 MAX_FILE_BYTES = 64 << 20  # larger files are rejected
 MAX_WORD_ID = 1 << 24

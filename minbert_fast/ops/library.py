@@ -21,6 +21,8 @@ from minbert_fast.ops.backend import implementation
 
 NAMESPACE = "minbert_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+#: Every op by its full name, for tools that follow a step op by op.
+OPS: dict[str, Op] = {}
 
 
 class Op:
@@ -33,6 +35,8 @@ class Op:
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, _launched(run, _places(declared, mutates_args)), "CompositeExplicitAutograd")
         self.name = f"{NAMESPACE}::{name}"
+        self.run = run
+        OPS[self.name] = self
         self.__doc__ = declared.__doc__
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -60,9 +60,11 @@ class DataOptions:
     scheme: Scheme = "cycle"  # of an epoch: cycle, each-once or sequential (docs/data.md)
     max_length: int = 128  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
     max_bad_rows: float = 0.01  # share of a file's rows that may be malformed and left out
+    holdout: float = 0.1  # share of the training rows that serves as dev rows of a task without any; 0: no dev rows
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "max_length")
+        check(0 <= self.holdout < 1, f"holdout = {self.holdout}: expected a fraction below 1")
         check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
         for dataset, splits in self.files.items():
             paths = splits.values() if isinstance(splits, Mapping) else [None]
@@ -104,13 +106,15 @@ class SurgeryOptions:
 class WeightingOptions:
     """Dynamic weights of the tasks' losses; each multiplies the task's own `weight`."""
 
-    method: Literal["none", "uncertainty", "dwa"] = "none"  # learned uncertainties, or dynamic weight averaging
+    method: Literal["none", "uncertainty", "dwa", "famo", "random"] = "none"  # none: each weight is 1
     lr: float = 0.01  # uncertainty: learning rate of the log-variances
+    logit_lr: float = 0.025  # famo: Adam's learning rate of the logits
+    logit_decay: float = 0.001  # famo: decay of the logits, in Adam's gradient
     temperature: float = 2.0  # dwa: a higher temperature gives more equal weights
     window: int = 0  # dwa: compares mean losses over this many steps; 0: an epoch
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "lr", "window")
+        check_at_least(self, 0, "lr", "logit_lr", "logit_decay", "window")
         check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
 
 
@@ -169,7 +173,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Resumable checkpoints. A run keeps its newest two, or `keep` if that is more. A finished run keeps `keep`."""
+    """Resumable checkpoints. A run keeps its newest two, or `keep` if that is more; a finished run keeps `keep`."""
 
     every: int = 0  # steps from one checkpoint to the next; 0: one at the end of each epoch
     keep: int = 0  # checkpoints of a finished run that stay

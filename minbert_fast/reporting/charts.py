@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts as SVG text (lines, scattered points, matrices) for the report page and for files.
+"""Charts as SVG text (lines, scattered points, bars, matrices) for the report page and for files.
 
 CSS variables set the colours, so one drawing works in light mode, dark mode and print. Series differ by dash pattern and
 colour. No value is visible on hover only. Units are those of the view box; text stays readable down to 320 pixels.
@@ -40,6 +40,7 @@ svg.chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg.chart .faint { fill: none; stroke-width: 1; opacity: 0.35; }
 svg.chart .points { fill: none; stroke-width: 6; stroke-linecap: round; }
 svg.chart .cloud { fill: none; stroke-width: 4; stroke-linecap: round; opacity: 0.45; }
+svg.chart .bars { fill: none; }
 svg.chart .cell { stroke: var(--grid); }
 """ + "\n".join(f"svg.chart .s{i} {{ stroke: var(--s{i}); }}" for i in range(COLOURS))
 
@@ -53,6 +54,7 @@ class Series:
     y: np.ndarray
     marked: bool = False  # draw a dot at every point
     smooth: bool = False  # draw the running mean, with the values faint behind it
+    joined: bool = True  # False: dots alone, in any order
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,28 @@ def line_chart(
     x_label: str,
     y_range: tuple[float, float] | None = None,
     marks: Sequence[float] = (),
+    x_ticks: Sequence[tuple[float, str]] | None = None,
 ) -> str:
-    """A line chart with `label` as its accessible description; `marks` are x positions of dotted vertical lines."""
+    """A line chart with `label` as its accessible description; `marks` are x positions of dotted vertical lines.
+
+    `x_ticks` are (position, text) on the x axis; None chooses round values.
+    """
     shown = [s for s in series if np.isfinite(s.y).any()]
     if not shown:
         return _svg(label, _text(WIDTH / 2, HEIGHT / 2, "no values", "middle"))
     xs = np.concatenate([s.x for s in shown])
     ys = np.concatenate([s.y[np.isfinite(s.y)] for s in shown])
-    legend, height = _legend([s.name for s in shown]) if len(shown) > 1 else ("", 0.0)
+    legend, height = _legend([s.name for s in shown], [s.joined for s in shown]) if len(shown) > 1 else ("", 0.0)
     low, high = (float(ys.min()), float(ys.max())) if y_range is None else y_range
-    frame = _Frame(_padded(float(xs.min()), float(xs.max()), 0.0), _padded(low, high, 0.06), TOP + height)
-    parts = [legend, _axes(frame, x_label)]
+    margin = 0.0 if x_ticks is None else 0.06
+    frame = _Frame(_padded(float(xs.min()), float(xs.max()), margin), _padded(low, high, 0.06), TOP + height)
+    parts = [legend, _axes(frame, x_label, x_ticks)]
     parts += [_segment("mark", frame.px(mark), frame.top, frame.px(mark), HEIGHT - BOTTOM) for mark in marks]
     for index, one in enumerate(shown):
         colour = f"s{index % COLOURS}"
+        if not one.joined:
+            parts.append(f'<path class="points {colour}" d="{_dots(frame, one.x, one.y)}"/>')
+            continue
         x, y = downsample(one.x, one.y)
         if one.smooth:
             parts.append(f'<path class="faint {colour}" d="{_path(frame, x, y)}"/>')
@@ -104,18 +114,49 @@ def line_chart(
 
 
 def scatter_chart(
-    label: str, x: np.ndarray, y: np.ndarray, x_label: str, y_label: str, limits: tuple[float, float]
+    label: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    x_label: str,
+    y_label: str,
+    limits: tuple[float, float],
+    trend: Series | None = None,
 ) -> str:
-    """Points x [n] against y [n], n > 0, both within `limits`, with the diagonal; at most MAX_SCATTERED, evenly chosen."""
+    """Points x [n] against y [n], n > 0, both within `limits`, with the diagonal; at most MAX_SCATTERED, evenly chosen.
+
+    `trend` is a line through the points, with its name in the legend.
+    """
     chosen = np.linspace(0, len(x) - 1, min(MAX_SCATTERED, len(x))).round().astype(int)
     frame = _Frame(_padded(*limits, 0.03), _padded(*limits, 0.03), TOP + LINE)
-    low, high = limits
+    low, high = frame.x
     parts = [
         f'<text class="strong" x="{LEFT}" y="{TOP + 10}">{escape(y_label)}</text>',
         _axes(frame, x_label),
         _segment("mark", frame.px(low), frame.py(low), frame.px(high), frame.py(high)),
         f'<path class="cloud s0" d="{_dots(frame, x[chosen], y[chosen])}"/>',
     ]
+    if trend is not None:
+        parts.append(f'<path class="line s1" d="{_path(frame, trend.x, trend.y)}"/>')
+        parts.append(f'<path class="points s1" d="{_dots(frame, trend.x, trend.y)}"/>')
+        begin = WIDTH - RIGHT - CHARACTER * len(trend.name)
+        parts.append(f'<path class="line s1" d="M{begin - 30:.0f} {TOP + 6}h24"/>')
+        parts.append(_text(WIDTH - RIGHT, TOP + 10, trend.name, "end", "strong"))
+    return _svg(label, "".join(parts))
+
+
+def bar_chart(label: str, series: Sequence[tuple[str, np.ndarray]], names: Sequence[str], x_label: str) -> str:
+    """Bars in groups, one group for each of `names`: series (name, shares [groups]) of values from 0 to 1."""
+    legend, height = _legend([name for name, _ in series], [False] * len(series))
+    top = max((float(values.max()) for _, values in series if len(values)), default=0.0)
+    frame = _Frame((0.0, float(len(names))), (0.0, 1.06 * top or 1.0), TOP + height)
+    ticks = [(i + 0.5, name) for i, name in enumerate(names)]
+    parts = [legend, _axes(frame, x_label, ticks, "{:.0%}".format)]
+    width = 0.8 * (frame.px(1.0) - frame.px(0.0)) / len(series)
+    for index, (_, values) in enumerate(series):
+        for group, value in enumerate(values.tolist()):
+            x = frame.px(group + 0.1) + (index + 0.5) * width
+            path = f"M{x:.1f} {frame.py(0.0):.1f}V{frame.py(value):.1f}"
+            parts.append(f'<path class="bars s{index % COLOURS}" style="stroke-width: {0.9 * width:.1f}" d="{path}"/>')
     return _svg(label, "".join(parts))
 
 
@@ -193,29 +234,37 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - margin, max(low, high) + margin
 
 
-def _axes(frame: _Frame, x_label: str) -> str:
+def _axes(
+    frame: _Frame,
+    x_label: str,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    form: Callable[[float], str] = format_tick,
+) -> str:
+    """Grid lines with their values in `form`, and the x axis with `x_ticks` (None: round values)."""
     parts = []
     for value in round_ticks(*frame.y):
         y = frame.py(value)
         parts.append(_segment("zero" if value == 0 else "grid", LEFT, y, WIDTH - RIGHT, y))
-        parts.append(_text(LEFT - 6, y + 4, format_tick(value), "end"))
-    for value in round_ticks(*frame.x):
-        text, x = format_tick(value), frame.px(value)
+        parts.append(_text(LEFT - 6, y + 4, form(value), "end"))
+    for value, text in [(v, format_tick(v)) for v in round_ticks(*frame.x)] if x_ticks is None else x_ticks:
+        x = frame.px(value)
         fits = x + CHARACTER * len(text) / 2 <= WIDTH
         parts.append(_text(x if fits else WIDTH, HEIGHT - BOTTOM + 16, text, "middle" if fits else "end"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 6, x_label, "end"))
     return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> tuple[str, float]:
-    """The legend above a chart, broken into rows, and its height."""
+def _legend(names: Sequence[str], joined: Sequence[bool] = ()) -> tuple[str, float]:
+    """The legend above a chart, broken into rows, and its height. A series that is not `joined` has a dot, not a line."""
     parts = []
     x, y = float(LEFT), TOP + 10.0
     for index, name in enumerate(names):
         width = 30 + CHARACTER * len(name) + 12
         if x > LEFT and x + width > WIDTH - RIGHT + 12:
             x, y = float(LEFT), y + LINE
-        parts += [_line(index, f"M{x:.0f} {y - 4:.0f}h24"), _text(x + 30, y, name, "start", "strong")]
+        dot = f'<path class="points s{index % COLOURS}" d="M{x + 12:.0f} {y - 4:.0f}h0"/>'
+        drawn = _line(index, f"M{x:.0f} {y - 4:.0f}h24") if index >= len(joined) or joined[index] else dot
+        parts += [drawn, _text(x + 30, y, name, "start", "strong")]
         x += width
     return "".join(parts), y - TOP + 8
 

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs on one self-contained page: scores, curves in one chart, times, and the settings that differ."""
+"""Several runs on one self-contained page: scores, curves in one chart, times, and the settings that differ.
+
+Scores compare only on the same rows, so the page begins with a warning where the runs' dev sets differ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, document, figure, figure_grid, format_duration, paragraph, table
-from minbert_fast.reporting.report import display_name, headline_order
-from minbert_fast.reporting.runs import Run, flatten, format_score, read_run
+from minbert_fast.reporting.report import NOISE, headline_order
+from minbert_fast.reporting.runs import Run, display_name, flatten, format_score, read_run
+from minbert_fast.reporting.verdicts import verdicts
+from minbert_fast.tasks.metrics import lower_is_better
 
 
 def write_comparison(directories: Sequence[Path], path: Path) -> Path:
@@ -26,6 +33,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
     runs = {str(run.directory) if names.count(run.name) > 1 else run.name: run for run in found}
     head = f"<h1>{len(runs)} runs compared</h1>" + paragraph(" · ".join(runs), "muted")
     head += "".join(paragraph(f"{name}: {text}", "banner") for name, run in runs.items() for text in run.notices)
+    head += "".join(paragraph(text, "banner worse") for text in differing_dev_sets(runs))
     sections = [
         ("Scores", _scores(runs)),
         ("Curves", _curves(runs)),
@@ -38,18 +46,67 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
     return path
 
 
+def differing_dev_sets(runs: Mapping[str, Run]) -> list[str]:
+    """A sentence on each task whose dev rows (ids and labels) are not the same in all runs that have it."""
+    found = []
+    for task in dict.fromkeys(name for run in runs.values() for name in run.tasks):
+        sets: dict[str, list[str]] = {}
+        for name, run in runs.items():
+            if task in run.tasks:
+                rows = [run.tasks[task].get(key) for key in ("ids", "labels")]
+                sets.setdefault(json.dumps(rows), []).append(name)
+        if len(sets) > 1:
+            sizes = "; ".join(
+                f"{len(json.loads(rows)[0] or ()):,} in {', '.join(names)}" for rows, names in sets.items()
+            )
+            found.append(
+                f"{display_name(task)}: the runs' dev sets differ, so their scores do not compare (rows: {sizes})."
+            )
+    return found
+
+
 def _scores(runs: dict[str, Run]) -> str:
     keys = sorted({key: None for run in runs.values() for key in run.dev}, key=headline_order)
     if not keys:
         return paragraph("None of the runs has dev scores.")
-    best = {key: max((run.dev[key] for run in runs.values() if key in run.dev), default=np.nan) for key in keys}
+    errors = {name: {f"{v.task}_{v.metric}": v.error for v in verdicts(run)} for name, run in runs.items()}
+    best = {}
+    for key in keys:
+        choose = min if lower_is_better(key) else max
+        best[key] = choose(run.dev[key] for run in runs.values() if key in run.dev)
     rows = []
-    for name, run in runs.items():
-        cells = [format_score(run.dev.get(key)) for key in keys]
-        bold = [Html(f"<b>{c}</b>") if run.dev.get(key) == best[key] else c for key, c in zip(keys, cells, strict=True)]
-        rows.append([name, *bold])
-    head = ["run", *map(display_name, keys)]
-    return paragraph("The best of each column is bold.", "muted") + table("Scores", head, rows)
+    for key in keys:
+        row: list[str] = [display_name(key)]
+        for name, run in runs.items():
+            error = errors[name].get(key, np.nan)
+            cell = format_score(run.dev.get(key)) + (f" ± {error:.3f}" if np.isfinite(error) else "")
+            row.append(Html(f"<b>{cell}</b>") if run.dev.get(key) == best[key] else cell)
+        rows.append(row)
+    text = "The best of each column is bold; a lead within the standard errors (±) may be chance."
+    return paragraph(text, "muted") + table("Scores", ["metric", *runs], rows) + _surgery(runs)
+
+
+def _surgery(runs: dict[str, Run]) -> str:
+    """Whether surgery helped, if the runs with and without it differ in nothing else but the seed."""
+    methods = {name: str((run.recipe.get("surgery") or {}).get("method", "none")) for name, run in runs.items()}
+    differing = {key for key in _differing([flatten(run.recipe) for run in runs.values()]) if key != "training.seed"}
+    same = not differing - {"surgery.method", "surgery.reduction", "name", "description"}
+    if len(set(methods.values())) < 2 or not same or differing_dev_sets(runs):
+        return ""
+    plain = [run.dev["score"] for name, run in runs.items() if methods[name] == "none" and "score" in run.dev]
+    lines = []
+    for method in dict.fromkeys(m for m in methods.values() if m != "none"):
+        scores = [run.dev["score"] for name, run in runs.items() if methods[name] == method and "score" in run.dev]
+        if not plain or not scores:
+            continue
+        text = f"{method}: {np.mean(scores) - np.mean(plain):+.4f}"
+        if min(len(scores), len(plain)) > 1:
+            error = np.sqrt(sum(np.var(each, ddof=1) / len(each) for each in (scores, plain)))
+            lines.append(f"{text} ± {error:.4f} overall score against the runs without surgery.")
+        else:
+            chance = "One run cannot tell a gain from chance: repeat both with several seeds."
+            lines.append(f"{text} overall score against the run without surgery. {chance}")
+    return "".join(map(paragraph, lines))
 
 
 def _curves(runs: dict[str, Run]) -> str:
@@ -57,7 +114,7 @@ def _curves(runs: dict[str, Run]) -> str:
     figures = []
     for key in sorted(keys, key=lambda k: k != "dev/score"):
         kind, _, name = key.partition("/")
-        caption = f"Dev {display_name(name)}" if kind == "dev" else f"Training loss: {display_name(name)}"
+        caption = f"Training loss: {display_name(name)}" if kind == "loss" else f"Dev {display_name(name)}"
         series = [
             charts.Series(run_name, *run.column(key), marked=kind == "dev", smooth=kind == "loss")
             for run_name, run in runs.items()
@@ -70,11 +127,11 @@ def _conflicts(runs: dict[str, Run]) -> str:
     pairs = {key: None for run in runs.values() for key in run.keys("cosine/")}
 
     def cell(cosines: np.ndarray) -> str:
-        return f"{cosines.mean():+.3f}, {(cosines < 0).mean():.0%} apart" if len(cosines) else "-"
+        return f"{cosines.mean():+.3f}, {(cosines < -NOISE).mean():.0%}" if len(cosines) else "-"
 
-    rows = [[name, *(cell(run.finite(key)) for key in pairs)] for name, run in runs.items()]
-    heads = [display_name(key.removeprefix("cosine/").replace("|", " · ")) for key in pairs]
-    return table("Mean cosine and share of steps in conflict", ["run", *heads], rows) if pairs else ""
+    names = {key: display_name(key.removeprefix("cosine/").replace("|", " · ")) for key in pairs}
+    rows = [[names[key], *(cell(run.finite(key)) for run in runs.values())] for key in pairs]
+    return table("Mean cosine and share of steps in conflict", ["tasks", *runs], rows) if pairs else ""
 
 
 def _time(runs: dict[str, Run]) -> str:
@@ -85,18 +142,24 @@ def _time(runs: dict[str, Run]) -> str:
         on = ", ".join(str(run.summary[k]) for k in ("device", "precision", "backend") if run.summary.get(k))
         median = f"{1000 * float(np.median(seconds)):,.1f} ms" if len(seconds) else "-"
         whole = format_duration(total) if isinstance(total, int | float) else "-"
-        rows.append([name, on or "-", str(run.summary.get("steps", "-")), median, whole])
-    return table("Time", ["run", "on", "steps", "median step", "whole run"], rows, text_columns=2)
+        epoch = format_duration(run.epoch_seconds) if np.isfinite(run.epoch_seconds) else "-"
+        rows.append([name, on or "-", str(run.summary.get("steps", "-")), median, epoch, whole])
+    return table("Time", ["run", "on", "steps", "median step", "an epoch", "whole run"], rows, text_columns=2)
 
 
 def _settings(runs: dict[str, Run]) -> str:
     settings = [flatten(run.recipe) for run in runs.values()]
-    keys = {key: None for values in settings for key in values}
-    differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
+    differing = _differing(settings)
     if not differing:
         return paragraph("The runs' settings are the same.")
     rows = [[key, *(str(values.get(key, "-")) for values in settings)] for key in differing]
     return table("Settings that differ", ["setting", *runs], rows, text_columns=1 + len(runs))
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all settings."""
+    keys = {key: None for values in settings for key in values}
+    return [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
 
 
 def _commands(runs: dict[str, Run]) -> str:

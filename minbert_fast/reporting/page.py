@@ -30,10 +30,15 @@ nav a { display: inline-block; padding: 0.2rem 0; }
 .muted { color: var(--muted); }
 .banner { background: var(--card); border-left: 4px solid var(--s1); padding: 0.4rem 0.8rem; max-width: none;
   font-size: 0.95rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.7rem; margin: 1rem 0; }
+.banner.worse { border-color: var(--s4); color: var(--s4); font-weight: 600; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13.5rem, 1fr)); gap: 0.7rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 0.5rem; padding: 0.7rem 0.9rem; }
 .tile b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { display: block; }
+.tile.worse { border-left: 4px solid var(--s4); } .tile.worse .verdict, .tile.worse b { color: var(--s4); }
+.tile.unclear { border-left: 4px solid var(--s1); } .tile.better { border-left: 4px solid var(--s2); }
+.verdict { margin-top: 0.4rem; font-weight: 600; font-size: 0.95rem; }
+ol { padding-left: 1.4rem; } ol pre { margin: 0.3rem 0 0.7rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--card); border-radius: 0.5rem; padding: 0.7rem; min-width: 0;
   break-inside: avoid; }
@@ -49,8 +54,9 @@ table.prose td { overflow-wrap: anywhere; min-width: 4.5rem; }
 th { font-weight: 600; } thead th { color: var(--muted); font-weight: 500; }
 table.matrix th, table.matrix td { padding: 0.45rem 0.6rem; text-align: center; border: 1px solid var(--grid); }
 table.matrix tbody th { text-align: left; }
-@media (max-width: 32rem) { .bar { --full: 4rem; } figure { padding: 0.5rem; } .tile { padding: 0.5rem 0.7rem; }
-  table.matrix { font-size: 0.85rem; } table.matrix th, table.matrix td { padding: 0.35rem 0.3rem; } }
+@media (max-width: 32rem) { table { font-size: 0.85rem; } th, td { padding-right: 0.4rem; } .bar { --full: 2.5rem; }
+  figure { padding: 0.5rem; } .tile { padding: 0.5rem 0.7rem; }
+  table.matrix th, table.matrix td { padding: 0.35rem 0.3rem; } }
 table.matrix td { background: rgb(var(--heat) / var(--share)); }
 .bar { display: block; width: calc(var(--share) * var(--full)); min-width: 1px; height: 0.8rem; margin-top: 0.35rem;
   background: var(--s0); border-radius: 2px; --full: 10rem; }
@@ -83,9 +89,9 @@ class Html(str):
 
 def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
     """The HTML document: `body`, links to the sections, then the sections (title, body) that are not empty."""
-    sections = [(name, content) for name, content in sections if content]
-    links = "".join(f'<li><a href="#{anchor(t)}">{escape(t)}</a></li>' for t, _ in sections)
-    parts = "".join(f'<section id="{anchor(t)}"><h2>{escape(t)}</h2>{b}</section>\n' for t, b in sections)
+    shown = [(f"{anchor(name)}-{i}", name, content) for i, (name, content) in enumerate(sections) if content]
+    links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name, _ in shown)
+    parts = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{part}</section>\n' for key, name, part in shown)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -97,7 +103,7 @@ def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
 
 
 def anchor(title: str) -> str:
-    """The id of a section."""
+    """The beginning of a section's id; two tasks may have the same one."""
     return "-".join("".join(c if c.isalnum() and c.isascii() else " " for c in title.lower()).split())
 
 

@@ -6,15 +6,15 @@ The charts are written to `plots/` as well. A section whose data the run did not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
+from minbert_fast.reporting.next_steps import next_steps, without_surgery
 from minbert_fast.reporting.page import (
     Html,
     collapsible,
@@ -23,15 +23,28 @@ from minbert_fast.reporting.page import (
     figure_grid,
     format_duration,
     paragraph,
-    scrollable,
     table,
 )
-from minbert_fast.reporting.runs import TRAINING_PARTS, Run, flatten, format_score, numbers, read_run
-from minbert_fast.tasks.metrics import normalised_confusion
+from minbert_fast.reporting.runs import (
+    Run,
+    display_name,
+    display_title,
+    flatten,
+    format_score,
+    numbers,
+    read_run,
+)
+from minbert_fast.reporting.task_sections import Plots, task_section
+from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metric, verdicts
+from minbert_fast.tasks.metrics import lower_is_better
 
-SHOWN_ERRORS = 6  # per task; a click shows the others
 SHOWN_EVALUATIONS = 60
-HEADLINE = ("score", "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson")
+COURSE = {  # the metrics in the course's score, and how it scales them
+    "sentiment_accuracy": "sentiment accuracy",
+    "paraphrase_accuracy": "paraphrase accuracy",
+    "similarity_pearson": "(similarity Pearson + 1) / 2",
+}
+NOISE = 0.05  # cosines of gradients between -NOISE and NOISE are those of directions without any relation
 
 
 def write_report(directory: Path) -> Path:
@@ -40,14 +53,12 @@ def write_report(directory: Path) -> Path:
     Raises ConfigError if the directory holds no run.
     """
     run = read_run(directory)
-    plots: dict[str, str] = {}  # SVG text by file name, filled by the sections
+    plots: Plots = {}  # filled by the sections
     sections = [
-        ("Scores", _scores(run)),
+        ("Other scores", _other_scores(run)),
         ("Curves", _curves(run, plots)),
+        *((display_title(name), task_section(name, task, plots)) for name, task in run.tasks.items()),
         ("Gradient conflicts", _conflicts(run, plots)),
-        ("Confusion matrices", _confusions(run, plots)),
-        ("Similarity", _similarity(run, plots)),
-        ("Worst errors", _errors(run)),
         ("Where the time went", _time(run)),
         ("Environment", _environment(run)),
     ]
@@ -58,24 +69,12 @@ def write_report(directory: Path) -> Path:
     return path
 
 
-def display_name(name: str) -> str:
-    """The name of a metric or task as a reader sees it."""
-    words = name.replace("_", " ").replace("macro f1", "macro-F1")
-    return words.replace("pearson", "Pearson").replace("spearman", "Spearman").replace("matthews", "Matthews")
-
-
-def display_title(name: str) -> str:
-    """`display_name` with a capital first letter."""
-    words = display_name(name)
-    return words[:1].upper() + words[1:]
-
-
 def headline_order(metric: str) -> int:
-    """Sort key that puts the metrics of HEADLINE first."""
-    return HEADLINE.index(metric) if metric in HEADLINE else len(HEADLINE)
+    """Sort key of metrics: the overall score first, the losses last."""
+    return 0 if metric == "score" else 2 if metric.endswith("_loss") else 1
 
 
-# ---- The sections, in the order of the page ------------------------------------------------------------------------
+# ---- The top of the page: did it go well, what next? -----------------------------------------------------------------
 
 
 def _header(run: Run) -> str:
@@ -85,47 +84,80 @@ def _header(run: Run) -> str:
     facts += [f"{steps:,} steps"] if isinstance(steps, int) else []
     facts += [format_duration(seconds)] if isinstance(seconds, int | float) else []
     facts += [str(summary[key]) for key in ("device", "precision", "backend") if summary.get(key)]
-    parts = [f"<h1>{escape(run.name)}</h1>", paragraph(" · ".join(f for f in facts if f), "muted")]
+    parts = [f"<h1>{escape(run.name)}</h1>"]
+    found = verdicts(run)
+    fallen = ", ".join(verdict.task for verdict in found if verdict.level == "worse")
+    texts = [fallen_score(run), f"Worse than before training: {fallen}" if fallen else ""]
+    parts += [paragraph(f"{text}.", "banner worse") for text in texts if text]
+    parts.append(paragraph(" · ".join(f for f in facts if f), "muted"))
     description = summary.get("description") or run.recipe.get("description")
     if description:
         parts.append(paragraph(str(description)))
     if summary.get("demonstration"):
         text = "A demonstration: a tiny model on sample data that ship with the package. Its scores mean nothing else."
         parts.append(paragraph(text, "banner"))
-    untrained = numbers(summary.get("untrained"))
-    tiles = []
-    for name in HEADLINE:
-        if name in run.dev:
-            before = f"<span class='muted'>{untrained[name]:.3f} untrained</span>" if name in untrained else ""
-            title = escape(display_title(name))
-            tiles.append(f"<div class='tile'><span>{title}</span><b>{run.dev[name]:.3f}</b>{before}</div>")
-    parts.append(f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "")
+    parts.append(f'<div class="tiles">{_score_tile(run)}{"".join(_verdict_tile(run, v) for v in found)}</div>')
+    if advice := next_steps(run):
+        items = [f"<li>{escape(a.reason)}{f'<pre>{escape(a.command)}</pre>' if a.command else ''}</li>" for a in advice]
+        parts.append(f"<h2>What next?</h2><ol>{''.join(items)}</ol>")
     parts += [paragraph(notice, "banner") for notice in [*run.notices, *map(str, summary.get("notices") or ())]]
     return "".join(parts)
 
 
-def _scores(run: Run) -> str:
-    if not run.dev:
-        return paragraph("No dev scores: the run was not evaluated, or ended before it wrote its summary.")
-    untrained, published = (
-        numbers(run.summary.get("untrained")),
-        numbers((run.recipe.get("published") or {}).get("dev")),
-    )
-    columns = [("untrained", untrained), ("best model", run.dev), ("published", published)]
-    columns = [(name, values) for name, values in columns if values.keys() & run.dev.keys()]
-    rows = [
-        [display_name(key), *(format_score(values.get(key)) for _, values in columns)]
-        for key in sorted(run.dev, key=headline_order)
-    ]
+def _score_tile(run: Run) -> str:
+    """The overall score, and how it is made."""
+    if "score" not in run.dev:
+        return "" if run.dev else paragraph("No dev scores: the run was not evaluated, or wrote no summary yet.")
     best = numbers(run.summary.get("best"))
-    text = f"Dev scores of the best model, that of step {best['step']:,.0f}. " if "step" in best else ""
-    text += (
-        "score = (sentiment accuracy + paraphrase accuracy + (similarity Pearson + 1) / 2) / 3, of the tasks present."
-    )
-    return paragraph(text) + table("Dev scores", ["metric", *(name for name, _ in columns)], rows)
+    facts = _other_values(run, "score")
+    made, course = "The mean of the tasks' judging metrics", COURSE.keys() & run.dev.keys()
+    if course:
+        made = f"({' + '.join(COURSE[key] for key in COURSE if key in course)}) / {len(course)}"
+        if others := [name for name, task in run.tasks.items() if primary_metric(name, task) not in COURSE]:
+            made += f", without {', '.join(others)}"
+    step = f"; dev scores of step {best['step']:,.0f}, the best" if "step" in best else ""
+    return _tile("", "Overall score", f"{run.dev['score']:.3f}", [*facts, f"{made}{step}."])
 
 
-def _curves(run: Run, plots: dict[str, str]) -> str:
+def _verdict_tile(run: Run, verdict: Verdict) -> str:
+    key = f"{verdict.task}_{verdict.metric}"
+    facts = _other_values(run, key)
+    if verdict.constant is not None:
+        facts.insert(1 if verdict.before is not None else 0, f"{verdict.constant:.3f} for {verdict.constant_name}")
+    value = "not a number" if np.isnan(verdict.value) else f"{verdict.value:.3f}"
+    title = f"{display_title(verdict.task)}: {display_name(verdict.metric)}"
+    text = verdict.text[:1].upper() + verdict.text[1:] + "."
+    facts = facts if np.isnan(verdict.error) else [f"± {verdict.error:.3f} standard error", *facts]
+    return _tile(verdict.level, title, value, facts, text)
+
+
+def _other_values(run: Run, key: str) -> list[str]:
+    """A metric before training, on training rows, and as published, as far as they are known."""
+    columns = [(run.untrained, "before training"), (run.train, "on training rows"), (run.published, "published")]
+    return [f"{values[key]:.3f} {words}" for values, words in columns if key in values]
+
+
+def _tile(kind: str, title: str, value: str, facts: Sequence[str], text: str = "") -> str:
+    lines = "".join(f"<span class='muted'>{escape(fact)}</span>" for fact in facts)
+    head = f"<span>{escape(title)}</span><b>{escape(value)}</b>"
+    verdict = f'<span class="verdict">{escape(text)}</span>' if text else ""
+    return f'<div class="tile {kind}">{head}{lines}{verdict}</div>'
+
+
+# ---- The sections, in the order of the page ------------------------------------------------------------------------
+
+
+def _other_scores(run: Run) -> str:
+    """The metrics that the tiles do not show."""
+    shown = {"score", *(primary_metric(name, task) for name, task in run.tasks.items())}
+    columns = [("before training", run.untrained), ("dev", run.dev), ("train", run.train), ("published", run.published)]
+    keys = sorted((key for key in run.dev if key not in shown), key=headline_order)
+    columns = [(name, values) for name, values in columns if values.keys() & set(keys)]
+    rows = [[display_name(key), *(format_score(values.get(key)) for _, values in columns)] for key in keys]
+    return table("Other scores", ["metric", *(name for name, _ in columns)], rows) if rows else ""
+
+
+def _curves(run: Run, plots: Plots) -> str:
     figures: list[str] = []
     marks = run.stage_steps()
 
@@ -137,15 +169,27 @@ def _curves(run: Run, plots: dict[str, str]) -> str:
         return [charts.Series(display_name(key.partition("/")[2]), *run.column(key), marked=marked) for key in keys]
 
     # One metric per task and the overall score.
-    scores = [key for key in run.keys("dev/") if key == "dev/score" or key.endswith(("_accuracy", "_pearson"))]
-    if scores:
-        add("dev", "Dev scores over the steps", "Dev scores", series_of(scores, marked=True))
+    primary = [key for name, task in run.tasks.items() if (key := primary_metric(name, task))]
+    primary = primary or [k.removeprefix("dev/") for k in run.keys("dev/") if k.endswith(("_accuracy", "_pearson"))]
+    scores = [f"dev/{key}" for key in (*primary, "score") if len(run.finite(f"dev/{key}"))]
+    for lower, words in ((False, "Dev scores"), (True, "Dev errors")):
+        if chosen := [key for key in scores if lower_is_better(key) == lower]:
+            add("dev-errors" if lower else "dev", f"{words} over the steps", words, series_of(chosen, marked=True))
+    for key in primary:
+        if len(run.finite(f"train/{key}")):
+            names = ("train", "dev")
+            pair = [charts.Series(n, *run.column(f"{n}/{key}", "epoch"), marked=True) for n in names]
+            title = f"Train against dev: {display_name(key)}"
+            plots[f"overfitting-{key}"] = charts.line_chart(f"{title}, by epoch", pair, "epoch")
+            figures.append(figure(title, plots[f"overfitting-{key}"]))
     rows = []
     for key in run.keys("loss/"):
         name = key.removeprefix("loss/")
-        words = display_name(name)
-        one = charts.Series(words, *run.column(key), smooth=True)
-        add(f"loss-{name}", f"Training loss of {words}", f"Training loss: {words}", [one])
+        words, held_out = display_name(name), f"dev/{name}_loss"
+        lines = [charts.Series("training", *run.column(key), smooth=True)]
+        if len(run.finite(held_out)):
+            lines.append(charts.Series("dev", *run.column(held_out), marked=True))
+        add(f"loss-{name}", f"Loss of {words}", f"Loss: {words}", lines)
         losses = run.finite(key)
         if len(losses):
             tenth = max(1, len(losses) // 10)
@@ -162,6 +206,7 @@ def _curves(run: Run, plots: dict[str, str]) -> str:
         return paragraph("No curves: metrics.jsonl has no values.")
     text = "Thin lines are the logged values, thick ones their running mean."
     text += " Dotted vertical lines: the next stage begins." if marks else ""
+    text += " A training loss is measured with dropout, a dev loss without." if run.keys("loss/") else ""
     losses_table = table("Training losses", ["loss", "first tenth", "last tenth", "lowest"], rows) if rows else ""
     evaluations = _evaluations(run, scores) if scores else ""
     folded = collapsible("The curves in numbers", evaluations + losses_table)
@@ -178,7 +223,7 @@ def _evaluations(run: Run, keys: list[str]) -> str:
     return table("Evaluations", head, rows[-SHOWN_EVALUATIONS:], text_columns=0)
 
 
-def _conflicts(run: Run, plots: dict[str, str]) -> str:
+def _conflicts(run: Run, plots: Plots) -> str:
     pairs = run.keys("cosine/")
     if not pairs:
         return paragraph("No gradient cosines were logged: the run had one task, or summed the gradients of all tasks.")
@@ -190,117 +235,31 @@ def _conflicts(run: Run, plots: dict[str, str]) -> str:
         steps, values = run.column(key)
         series.append(charts.Series(name, steps, values, smooth=True))
         cosines = values[np.isfinite(values)]
-        share = float((cosines < 0).mean())
-        rows.append([name, f"{cosines.mean():+.3f}", f"{cosines.min():+.3f}", f"{share:.1%}", _bar(share)])
+        share, mean = float((cosines < -NOISE).mean()), float(cosines.mean())
+        noise = " (noise)" if abs(mean) < NOISE else ""
+        rows.append([name, f"{mean:+.3f}{noise}", f"{cosines.min():+.3f}", f"{share:.1%}", _bar(share)])
         logged |= set(steps[np.isfinite(values)].tolist())
-        conflicting |= set(steps[values < 0].tolist())
+        conflicting |= set(steps[values < -NOISE].tolist())
     label = "Cosine between the tasks' gradients over the steps"
     plots["cosine"] = charts.line_chart(label, series, "step", marks=run.stage_steps())
-    figures = [figure("Cosine between task gradients", plots["cosine"])]
     method = str((run.recipe.get("surgery") or {}).get("method", "none"))
     text = (
         f"In {len(conflicting) / len(logged):.1%} of the {len(logged):,} logged steps at least one pair of tasks pulled the "
-        "shared encoder in opposing directions (a negative inner product of their gradients). "
+        f"shared encoder in opposing directions: a cosine of their gradients below -{NOISE}. Values nearer to 0 are noise. "
     )
-    text += (
-        "No surgery was applied: the gradients were added as they are."
-        if method == "none"
-        else f"Surgery ({method}) changed the gradients in these steps so that tasks undo less of each other's progress."
-    )
-    if len(run.finite("conflicts")):
-        title = "Share of task pairs in conflict"
-        one = charts.Series("conflicts", *run.column("conflicts"), smooth=True)
-        plots["conflicts"] = charts.line_chart(f"{title} over the steps", [one], "step", (0.0, 1.0), run.stage_steps())
-        figures.append(figure(title, plots["conflicts"]))
-    head = ["tasks", "mean cosine", "lowest", "steps in conflict", ""]
-    return paragraph(text) + figure_grid(figures) + table("Conflicts by pair of tasks", head, rows)
+    if method == "none":
+        return paragraph(f"{text}No surgery was applied.") + _conflict_table(plots, rows)
+    text += f"Surgery ({method}) was applied. Whether it helped, only the same run without it can tell:"
+    command = without_surgery(run)
+    compare = f"python -m minbert_fast.report {run.directory}-no-surgery {run.directory}"
+    shown = f"<pre>{escape(command)}\n{escape(compare)}</pre>" if command else ""
+    return paragraph(text) + shown + _conflict_table(plots, rows)
 
 
-def _confusions(run: Run, plots: dict[str, str]) -> str:
-    parts = []
-    for name, task in _tasks(run).items():
-        counts, classes = task.get("confusion"), task.get("classes")
-        if not counts or not classes:
-            continue
-        raw = np.array(counts)
-        shares = normalised_confusion(raw)
-        label = f"Confusion matrix of {display_name(name)}"
-        plots[f"confusion-{name}"] = charts.matrix_chart(f"{label}, counts", raw, classes, "{:,.0f}".format)
-        plots[f"confusion-{name}-normalised"] = charts.matrix_chart(
-            f"{label}, shares of the truth", shares, classes, "{:.2f}".format
-        )
-        parts.append(f"<h3>{escape(display_title(name))}</h3>")
-        tables = [
-            figure("Examples", _matrix(f"{name}: counts", raw, shares, classes, "{:,.0f}")),
-            figure("Shares of each true class", _matrix(f"{name}: shares", shares, shares, classes, "{:.2f}")),
-        ]
-        parts.append(figure_grid(tables))
-    if not parts:
-        return paragraph("No confusion matrices: no classes were predicted.")
-    return paragraph("Rows are the truth, columns the prediction.", "muted") + "".join(parts)
-
-
-def _matrix(label: str, values: np.ndarray, shares: np.ndarray, classes: list[str], form: str) -> str:
-    numbered = len(classes) > 2
-    head = "".join(f'<th scope="col">{i if numbered else escape(c)}</th>' for i, c in enumerate(classes))
-    rows = []
-    for i, name in enumerate(classes):
-        cells = "".join(
-            f'<td style="--share: {0.6 * share:.3f}">{form.format(value)}</td>'
-            for value, share in zip(values[i], shares[i], strict=True)
-        )
-        rows.append(f'<tr><th scope="row">{f"{i} " if numbered else ""}{escape(name)}</th>{cells}</tr>')
-    body = f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return scrollable(label, f'<table class="matrix">{body}</table>')
-
-
-def _similarity(run: Run, plots: dict[str, str]) -> str:
-    parts = []
-    for name, task in _tasks(run).items():
-        if task.get("classes") or not task.get("labels"):
-            continue
-        truth, predicted = (
-            np.array([np.nan if v is None else v for v in task[k]], float) for k in ("labels", "predictions")
-        )
-        order = np.argsort(truth, kind="stable")
-        title = f"Predicted against true {display_name(name)}"
-        plots[name] = charts.scatter_chart(title, truth[order], predicted[order], "truth", "predicted", (0.0, 5.0))
-        rows = []
-        for low in range(5):
-            chosen = (truth >= low) & ((truth < low + 1) | (low == 4))
-            if chosen.any():
-                inside = predicted[chosen]
-                rows.append([f"{low} to {low + 1}", f"{chosen.sum():,}", f"{inside.mean():.2f}", f"{inside.std():.2f}"])
-        by_label = table(f"{name} in numbers", ["true label", "pairs", "mean predicted", "spread"], rows)
-        parts.append(figure_grid([figure(title, plots[name]), figure("By true label", by_label)]))
-    return "".join(parts)
-
-
-def _errors(run: Run) -> str:
-    parts = []
-    for name, task in _tasks(run).items():
-        if not task.get("worst"):
-            continue
-        items = [_error(one, task.get("classes")) for one in task["worst"]]
-        shown, more = (f'<ul class="errors">{"".join(i)}</ul>' for i in (items[:SHOWN_ERRORS], items[SHOWN_ERRORS:]))
-        parts.append(f"<h3>{escape(display_title(name))}</h3>{shown}")
-        if len(items) > SHOWN_ERRORS:
-            parts.append(collapsible(f"{len(items) - SHOWN_ERRORS} more", more))
-    if not parts:
-        return paragraph("No errors are listed: predictions/details.json has none.")
-    text = "The dev examples with the largest errors of the best model, in descending order."
-    return paragraph(text, "muted") + "".join(parts)
-
-
-def _error(one: Mapping[str, Any], classes: list[str] | None) -> str:
-    def label(value: Any) -> str:
-        return classes[int(value)] if classes and value is not None else f"{value:.1f}" if value is not None else "-"
-
-    sure = f" ({one['probability']:.0%} sure)" if "probability" in numbers(one) else ""
-    quotes = "".join(f"<q>{escape(str(sentence))}</q>" for sentence in one.get("sentences", ()))
-    predicted, truth = escape(label(one.get("prediction"))), escape(label(one.get("label")))
-    name = f'<span class="muted">{escape(str(one.get("id", "")))}</span>'
-    return f"<li><b>{predicted}</b>{sure}, in truth <b>{truth}</b> {name}{quotes}</li>"
+def _conflict_table(plots: Plots, rows: Sequence[Sequence[str]]) -> str:
+    head = ["tasks", "mean", "lowest", "in conflict", ""]
+    by_pair = table("Cosines and steps in conflict by pair of tasks", head, rows)
+    return figure_grid([figure("Cosine between task gradients", plots["cosine"]), figure("By pair of tasks", by_pair)])
 
 
 def _time(run: Run) -> str:
@@ -320,10 +279,11 @@ def _time(run: Run) -> str:
     seconds = run.finite("step_seconds")
     if len(seconds):
         text = f"A step took {1000 * float(np.median(seconds)):,.1f} ms in the median of the logged ones"
-        training = sum(timings.get(part, 0.0) for part in TRAINING_PARTS)
+        if np.isfinite(run.epoch_seconds):
+            text += f", an epoch of steps {format_duration(run.epoch_seconds)}"
         tokens = run.summary.get("tokens")
-        if isinstance(tokens, int) and training > 0:
-            text += f"; {tokens / training:,.0f} tokens a second while training"
+        if isinstance(tokens, int) and run.training_seconds > 0:
+            text += f"; {tokens / run.training_seconds:,.0f} tokens a second while training"
     return table("Time by part", ["part", "time", "share", ""], rows) + (paragraph(f"{text}.") if text else "")
 
 
@@ -343,11 +303,6 @@ def _environment(run: Run) -> str:
 
 
 # ---- Helpers -------------------------------------------------------------------------------------------------------
-
-
-def _tasks(run: Run) -> dict[str, dict[str, Any]]:
-    tasks = run.details.get("tasks")
-    return tasks if isinstance(tasks, dict) else {}
 
 
 def _bar(share: float) -> str:

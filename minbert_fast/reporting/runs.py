@@ -7,6 +7,7 @@ Missing and damaged files become notices for the reader of the report; only a di
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from minbert_fast.common.schema import ConfigError
 
 #: Parts of a run's `timings` that are training. "steps" is time that the step does not attribute to a part (on a GPU: all).
 TRAINING_PARTS = ("data", "forward", "backward", "exchange", "surgery", "clipping", "optimizer", "steps")
+
+SPELLINGS = {  # of metrics; the longer pattern first
+    "macro f1": "macro-F1", "micro f1": "micro-F1", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman",
+    "matthews": "Matthews", "mae": "mean absolute error", "mrr": "MRR", r"ndcg at (\d+)": r"nDCG@\1",
+    r"recall at (\d+)": r"recall@\1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,43 @@ class Run:
         """Dev scores of the best model."""
         return numbers(self.summary.get("dev"))
 
-    def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps [n] and values [n] of the records that have `key`; null becomes nan."""
-        steps = [record["step"] for record in self.records if key in record]
+    @property
+    def untrained(self) -> dict[str, float]:
+        """Dev scores before the first step."""
+        return numbers(self.summary.get("untrained"))
+
+    @property
+    def train(self) -> dict[str, float]:
+        """Scores of the best model on training rows; empty if the run did not measure them."""
+        return numbers(self.summary.get("train"))
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Each task's entry in details.json, by name."""
+        tasks = self.details.get("tasks")
+        return {n: task for n, task in tasks.items() if isinstance(task, dict)} if isinstance(tasks, dict) else {}
+
+    @property
+    def published(self) -> dict[str, float]:
+        """The dev scores that a report published for the run's recipe."""
+        values = self.recipe.get("published")
+        return numbers(values.get("dev", values)) if isinstance(values, Mapping) else {}
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of all steps, without evaluations, checkpoints and loading."""
+        timings = numbers(self.summary.get("timings"))
+        return sum(timings.get(part, 0.0) for part in TRAINING_PARTS)
+
+    @property
+    def epoch_seconds(self) -> float:
+        """`training_seconds` per epoch; nan for a run without whole records."""
+        epochs = numbers(self.records[-1]).get("epoch", 0.0) if self.records else 0.0
+        return self.training_seconds / epochs if epochs > 0 and self.training_seconds > 0 else np.nan
+
+    def column(self, key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+        """Steps (or epochs, `x`) [n] and values [n] of the records that have `key`; null becomes nan."""
+        steps = [record.get(x, np.nan) for record in self.records if key in record]
         values = [numbers(record).get(key, np.nan) for record in self.records if key in record]
         return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
 
@@ -82,6 +123,20 @@ def read_run(directory: Path) -> Run:
             except (OSError, ValueError) as error:
                 notices.append(f"{name}/recipe.toml cannot be read: {error}")
     return Run(directory, records, summary, details, recipe, tuple(notices))
+
+
+def display_name(name: str) -> str:
+    """The name of a metric or task as a reader sees it."""
+    words = name.replace("_", " ")
+    for plain, written in SPELLINGS.items():
+        words = re.sub(rf"\b{plain}\b", written, words)
+    return words
+
+
+def display_title(name: str) -> str:
+    """`display_name` with a capital first letter."""
+    words = display_name(name)
+    return words[:1].upper() + words[1:]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

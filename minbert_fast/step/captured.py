@@ -34,10 +34,9 @@ class _Captured:
 
     def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
-        for target, source in zip(_tensors(self.batch), _tensors(batch), strict=True):
-            target.copy_(source, non_blocking=True)
+        copy_in(self.batch, batch)
         self.graph.replay()
-        return _cloned(self.result)
+        return cloned(self.result)
 
 
 @dataclass
@@ -123,7 +122,14 @@ def _tensors(batch: MultitaskBatch) -> list[Tensor]:
     return [*batch.packed.tensors().values(), *batch.labels.values()]
 
 
-def _cloned(result: StepResult) -> StepResult:
+def copy_in(own: MultitaskBatch, batch: MultitaskBatch) -> None:
+    """Copies a batch into the tensors that a graph reads."""
+    for target, source in zip(_tensors(own), _tensors(batch), strict=True):
+        target.copy_(source, non_blocking=True)
+
+
+def cloned(result: StepResult) -> StepResult:
+    """The result in memory that the next replay does not overwrite."""
     gram = None if result.gram is None else result.gram.clone()
     weights = None if result.task_weights is None else result.task_weights.clone()
     return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone(), weights)

@@ -6,11 +6,13 @@ A step calls its hooks in this order:
     before_step        host work, before anything runs on the device
     embedding_noise    [N, H] to add to the embeddings
     losses             replace the losses of the labels
+    before_weights     the losses of the whole step are known (only if a hook `follows_losses`)
     loss_weights       [T] factors on the losses
     before_backward    the backward is about to write J
     after_layer        the backward has written the gradients of one layer
     after_backward     J, the words' rows, the heads' gradients and the losses are complete
     after_update       the parameters have moved
+    remeasured         the losses of the same batch after the update (only if a hook `follows_losses`)
 
 A plain recipe in one process has no hooks. `step/extras` holds the hooks that a recipe can switch on; `parallel` holds the
 hook that sums gradients over processes.
@@ -36,6 +38,7 @@ class StepHook:
     """Does nothing. A hook overrides the methods that it needs. T is the number of tasks, in the order of the batch."""
 
     part = "optimizer"  # the part of `StepResult.seconds` that the hook's time counts for
+    follows_losses = False  # whether the step calls `before_weights` and `remeasured`, which costs a second forward
 
     def before_step(self, step: int) -> None:
         """Prepares step number `step` (from 0) on the host, outside a captured graph."""
@@ -47,6 +50,9 @@ class StepHook:
     def losses(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, Tensor] | None:
         """Returns the loss of each task of the batch from hidden [N, H], or None for the model's own losses."""
         return None
+
+    def before_weights(self, losses: Tensor, present: Sequence[str]) -> None:
+        """losses [T] are detached, and this process's share until the exchange, the first hook, sums them in place."""
 
     def loss_weights(self) -> Tensor | None:
         """Returns factors [T] on the losses, or None."""
@@ -63,6 +69,9 @@ class StepHook:
 
     def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         """The step is done. losses [T] are unweighted; tasks `present` have examples; skipped [] bool is on the device."""
+
+    def remeasured(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        """losses [T] of the step's batch, with the same dropout, under the updated parameters; as in `before_weights`."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the hook's own tensors for a checkpoint, by names that no other part of the step uses."""

@@ -24,7 +24,7 @@ from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.hooks import first
 from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
 from minbert_fast.step.trainable import constant, trainable
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
 
 class AdamW(optim.AdamW):
@@ -57,9 +57,8 @@ def pcgrad(gradients: Sequence[Tensor], orders: Sequence[Sequence[int]], reducti
             if j == i:
                 continue
             product = torch.dot(g, gradients[j])
-            squared = torch.dot(gradients[j], gradients[j])
-            if product < 0 and squared > 0:
-                g -= product / squared * gradients[j]
+            if product < 0:  # then gradient j is not zero
+                g -= product / torch.dot(gradients[j], gradients[j]) * gradients[j]
     total = torch.stack(projected).sum(0)
     return total / len(projected) if reduction == "mean" else total
 
@@ -82,7 +81,7 @@ def write_gradient(shared: Sequence[nn.Parameter], merged: Tensor) -> None:
     """Sets the parameters' `.grad` from a flat gradient [P]."""
     offset = 0
     for p in shared:
-        p.grad = merged[offset : offset + p.numel()].view_as(p).clone()
+        p.grad = merged[offset : offset + p.numel()].view_as(p)
         offset += p.numel()
 
 
@@ -117,7 +116,7 @@ class ReferenceStep:
         return [{"params": p, "lr_factor": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
-        reseed(self.recipe.training.seed, self.steps)
+        step_seed = reseed(self.recipe.training.seed, self.steps)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
@@ -125,17 +124,22 @@ class ReferenceStep:
         timer = PartTimer(batch.packed.tokens.device)
         self.optimizer.zero_grad()
         consistency = next((hook.consistency for hook in self.hooks if isinstance(hook, Consistency)), None)
-        device = batch.packed.tokens.device.type
-        with constant(self.frozen), torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            losses = torch.stack(list(self.model.losses_padded(batch, consistency).values()))
+        with constant(self.frozen):
+            losses = self._losses(batch, consistency)
         timer.end("forward")
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
+        follows = any(hook.follows_losses for hook in self.hooks)
+        for hook in self.hooks if follows else ():
+            hook.before_weights(losses.detach(), batch.active_tasks())
         weights = first(hook.loss_weights() for hook in self.hooks)
         self._backward(batch, (losses if weights is None else losses * weights).unbind(), timer)
         values = losses.detach()
         parameters = [spec.parameter for _, spec in self.specs if spec.parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
+        clip = self.recipe.optimizer.clip
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         nonfinite = ~torch.isfinite(values)
         skip = nonfinite.any() | ~torch.isfinite(norm)
         if not skip:
@@ -143,7 +147,20 @@ class ReferenceStep:
         for hook in self.hooks:
             hook.after_update(values, batch.active_tasks(), skip)
         timer.end("optimizer")
+        if follows:
+            torch.manual_seed(step_seed)  # the same dropout again
+            with torch.no_grad():
+                again = self._losses(batch, consistency)
+            for hook in self.hooks:
+                hook.remeasured(again, batch.active_tasks(), skip)
+            timer.end("forward")
         return StepResult(values, norm, None, nonfinite, weights, timer.seconds)
+
+    def _losses(self, batch: MultitaskBatch, consistency: ConsistencyLoss | None) -> Tensor:
+        """The tasks' losses [T]."""
+        device = batch.packed.tokens.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return torch.stack(list(self.model.losses_padded(batch, consistency).values()))
 
     def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor], timer: PartTimer) -> None:
         """Writes the merged gradient to `.grad`; the heads of tasks without examples get None."""

@@ -83,7 +83,8 @@ class OnePassStep:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
         if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
-        self.seed.fill_(reseed(self.seed_base, self.steps))
+        self.step_seed = reseed(self.seed_base, self.steps)
+        self.seed.fill_(self.step_seed)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
@@ -134,6 +135,11 @@ class OnePassStep:
         for hook in self.hooks:
             hook.after_update(values, present, skip)
             timer.end(hook.part)
+        if any(hook.follows_losses for hook in self.hooks):
+            again = self._remeasure(batch)
+            for hook in self.hooks:
+                hook.remeasured(again, present, skip)
+            timer.end("forward")
         return StepResult(values, norm, gram if self.apart else None, nonfinite, weights, timer.seconds)
 
     # ---- Forward ---------------------------------------------------------------------------------------------------
@@ -164,12 +170,25 @@ class OnePassStep:
         found = first(hook.losses(batch, hidden) for hook in self.hooks)
         return list((self.model.losses(batch, hidden) if found is None else found).values())
 
+    def _remeasure(self, batch: MultitaskBatch) -> Tensor:
+        """The batch's losses [T] under the updated parameters, by a second forward with the same dropout."""
+        if not (self.seed.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's heads draw other masks
+            torch.manual_seed(self.step_seed)
+        with constant([p for p in self.model.parameters() if p.requires_grad]):
+            losses = self._losses(batch, self._encode(batch))
+        return torch.stack([loss.detach() for loss in losses])
+
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor]) -> None:
         """Fills J, the words' rows and the heads' gradients with the gradients of `losses`."""
         self.head_gradient.zero_()
-        weights, total = first(hook.loss_weights() for hook in self.hooks), torch.stack(list(losses))
+        total = torch.stack(list(losses))
+        if any(hook.follows_losses for hook in self.hooks):
+            known = total.detach().clone()
+            for hook in self.hooks:
+                hook.before_weights(known, batch.active_tasks())
+        weights = first(hook.loss_weights() for hook in self.hooks)
         if weights is not None:
             total = total * weights
         if self.apart:

@@ -52,12 +52,17 @@ def weights(
 ) -> Weights:
     """The method of that name, or anything that maps G to w: an object of this module, or a TorchJD `Weighting`.
 
-    "torchjd:NAME" or "torchjd:NAME(option=value, ...)" is TorchJD's weighting. `reduction` and `generator` go to METHODS
-    only. ValueError of one line for an unknown name.
+    "torchjd:NAME" or "torchjd:NAME(option=value, ...)" is TorchJD's weighting. Such a weighting, like any other callable,
+    gives the weights themselves: it takes no reduction "mean". ValueError of one line for that, and for an unknown name.
     """
+    if reduction == "mean" and (method.startswith("torchjd:") if isinstance(method, str) else callable(method)):
+        shown = method if isinstance(method, str) else type(method).__name__
+        raise ValueError(
+            f'surgery method {shown!r} gives the weights themselves: reduction = "mean" has no effect on it'
+        )
     if isinstance(method, str):
         if method.startswith("torchjd:"):
-            return named(method.removeprefix("torchjd:"))
+            return named(method.removeprefix("torchjd:"), generator)
         if method not in METHODS:
             raise ValueError(f"surgery method {method!r}: expected one of {', '.join(METHODS)}, torchjd:NAME")
         return METHODS[method](reduction, generator)
@@ -65,4 +70,4 @@ def weights(
         return method  # type: ignore[return-value]
     if not callable(method):
         raise ValueError(f"surgery method: expected a name or a callable, not {type(method).__name__}")
-    return FromTorchJD(method)
+    return FromTorchJD(method, generator)

@@ -12,40 +12,73 @@ TorchJD: Quinton & Rey 2024, arXiv:2406.16232; `pip install torchjd`.
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert_fast.surgery.base import Weights, nonfinite
 
-# Weightings of other matrices than G: what they need.
+# Weightings that G alone cannot feed, and what they need.
 UNFIT = {
-    "ExcessMTL": "the gradients themselves",
-    "MoDo": "the gradients of two batches",
-    "SDMGrad": "the gradients of two batches",
+    "CRMOGM": "another weighting, which is no number, text or list",
+    "ExcessMTL": "the gradients themselves, not their Gram matrix",
+    "MoDo": "the gradients of two batches, not a Gram matrix",
+    "SDMGrad": "the gradients of two batches, not a Gram matrix",
 }
 
 
 class FromTorchJD(Weights):
     """A TorchJD `Weighting`, or any other callable from G to w. It may wait for the device.
 
-    The weights are used as the callable gives them: no reduction is applied.
+    The weights are used as the callable gives them: no reduction is applied. What the callable draws from torch's own
+    generators is seeded from `generator` in each call, so that every process draws the same. `state_dict` holds that
+    generator, and the tensors that a TorchJD weighting with a state keeps as buffers.
     """
 
-    def __init__(self, weighting: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, weighting: Callable[[Tensor], Tensor], generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.weighting = weighting
+        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        self._tasks = 0  # of the state, if there is one
 
     def __call__(self, gram: Tensor) -> Tensor:
         used = ~nonfinite(gram)
         w = torch.zeros_like(gram[0])
-        if used.any():
-            w[used] = self.weighting(gram[used][:, used]).to(w)
+        seed = int(torch.randint(2**62, (1,), generator=self.generator))
+        with torch.random.fork_rng([gram.device] if gram.is_cuda else []):
+            torch.manual_seed(seed)
+            if used.all():
+                self._tasks = len(gram)
+                w.copy_(self.weighting(gram))
+            elif used.any():  # such a step is skipped: the state stays
+                w[used] = copy.deepcopy(self.weighting)(gram[used][:, used]).to(w)
         return w
 
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state, the number of tasks of the weighting's state, and its buffers by name."""
+        state: dict[str, Any] = {"generator": self.generator.get_state(), "tasks": torch.tensor(self._tasks)}
+        return state | {f"weighting/{name}": value.clone() for name, value in self._buffers().items()}
 
-def named(text: str) -> FromTorchJD:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self._tasks = int(state["tasks"])
+        saved = {k.removeprefix("weighting/"): v for k, v in state.items() if k.startswith("weighting/")}
+        if saved and self._tasks:  # the weighting makes its buffers in its first call
+            self.weighting(torch.eye(self._tasks))
+        own = self._buffers()
+        if own.keys() != saved.keys():
+            raise ValueError(f"the state of another weighting: it has {sorted(saved)}, expected {sorted(own)}")
+        for name, buffer in own.items():
+            buffer.copy_(saved[name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return dict(self.weighting.named_buffers()) if isinstance(self.weighting, nn.Module) else {}
+
+
+def named(text: str, generator: torch.Generator | None = None) -> FromTorchJD:
     """TorchJD's weighting `NAME` or `NAME(option=value, ...)`; a list is passed on as a tensor.
 
     ValueError of one line for a name or an option that TorchJD does not know, and where a package is missing.
@@ -61,7 +94,7 @@ def named(text: str) -> FromTorchJD:
     if name not in known:
         raise ValueError(f"{where}: expected one of {', '.join(n for n in known if n not in UNFIT)}")
     if name in UNFIT:
-        raise ValueError(f"{where}: {name} needs {UNFIT[name]}, not their Gram matrix")
+        raise ValueError(f"{where}: {name} needs {UNFIT[name]}")
     try:
         call = ast.parse(text if bracket else f"{text}()", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -71,6 +104,6 @@ def named(text: str) -> FromTorchJD:
         raise ValueError(f"{where}: expected NAME or NAME(option=value, ...)") from None
     tensors = {key: torch.tensor(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        return FromTorchJD(getattr(aggregation, f"{name}Weighting")(**tensors))
+        return FromTorchJD(getattr(aggregation, f"{name}Weighting")(**tensors), generator)
     except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None

@@ -24,6 +24,7 @@ from minbert_fast.common.schema import ConfigError, build, check, check_at_least
 from minbert_fast.data.labels import LabelSummary, Rule
 from minbert_fast.data.sampling import Draw
 from minbert_fast.data.source import Source, sources_of
+from minbert_fast.data.tokens import chain
 from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.presets import PRESETS, preset_of
 
@@ -206,8 +207,7 @@ class Task(ABC):
 
     def table(self, tables: Sequence[TokenTable]) -> TokenTable:
         """The task's rows, from the tables of those of its sources that exist (one or more)."""
-        (table,) = tables
-        return table
+        return tables[0] if len(tables) == 1 else chain(self.name, tables)
 
     def example_generator(self, tokenizer: Tokenizer, seed: int) -> ExampleGenerator | None:
         """Generates the task's examples from its rows at each step; None if the rows are the examples."""
@@ -319,7 +319,7 @@ def register(kind: str) -> Callable[[K], K]:
 
 
 def is_kind(name: str) -> bool:
-    """Whether `name` is a kind of task or a preset."""
+    """Whether a task may have `name` as its kind: a kind or a preset."""
     return name in KINDS or name in PRESETS
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What details.json holds of a task's predictions, for the report; docs/report.md lists its keys.
+"""A task's predictions as details.json holds them for the report; docs/report.md lists the keys.
 
 Shapes: n examples, C classes. Labels and predictions are [n], or matrices [n, C] of 0 and 1 for several labels an example.
 """
@@ -87,6 +87,7 @@ def _distribution(
     return {
         "edges": None if edges is None else _rounded(edges.tolist()),
         "train": None if train_labels is None else count(train_labels),
+        "train_rows": None if train_labels is None else len(train_labels),
         "labels": count(labels),
         "predictions": count(predictions),
     }

@@ -20,7 +20,7 @@ from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks.base import HeadOutput, Task
 from minbert_fast.tasks.details import task_details
-from minbert_fast.tasks.metrics import course_score
+from minbert_fast.tasks.metrics import course_score, lower_is_better
 from minbert_fast.tasks.model import MultitaskModel
 from minbert_fast.tasks.predictions import write_predictions
 
@@ -45,11 +45,15 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All tasks' metrics and `score`: the course's score, or the mean primary metric without course tasks."""
+        """All tasks' metrics and `score`: the course's score, or the mean primary metric without course tasks.
+
+        An error such as `price_mae` counts with a minus sign, so that a higher score is always better.
+        """
         flat = {key: value for result in self.tasks.values() for key, value in result.metrics.items()}
         score = course_score(flat)
         if score is None:
-            primary = [flat[r.task.primary] for r in self.tasks.values() if r.task.primary in flat]
+            judging = [result.task.primary for result in self.tasks.values() if result.task.primary in flat]
+            primary = [-flat[name] if lower_is_better(name) else flat[name] for name in judging]
             score = sum(primary) / len(primary) if primary else None
         return flat if score is None else flat | {"score": score}
 

@@ -68,14 +68,24 @@ def precision_recall_f1(predictions: np.ndarray, labels: np.ndarray, classes: in
 
 def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """The mean F1 over the classes that occur or are predicted; predictions and labels are both [n] or both [n, C]."""
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if not len(labels):
-        return 0.0
-    if labels.ndim == 2 and predictions.shape == labels.shape:
-        present = (predictions != 0).any(axis=0) | (labels != 0).any(axis=0)
-        return float(precision_recall_f1(predictions, labels)[present, 2].mean()) if present.any() else 0.0
-    codes, count = _codes(predictions, labels)
-    return float(precision_recall_f1(*codes, count)[:, 2].mean())
+    return _macro(predictions, labels, 2)
+
+
+def macro_precision(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean precision over the classes that occur or are predicted, as `macro_f1`."""
+    return _macro(predictions, labels, 0)
+
+
+def macro_recall(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The mean recall over the classes that occur or are predicted, as `macro_f1`."""
+    return _macro(predictions, labels, 1)
+
+
+def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of all labels of all rows together, for matrices [n, C]: 2 TP / (2 TP + FP + FN); 0 if there are no labels."""
+    predictions, labels = np.asarray(predictions) != 0, np.asarray(labels) != 0
+    total = predictions.sum() + labels.sum()
+    return float(2 * (predictions & labels).sum() / total) if total else 0.0
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -207,6 +217,9 @@ def ndcg_at(ranks: np.ndarray, k: int = 10) -> float:
 OF_PREDICTIONS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "macro_f1": macro_f1,
+    "macro_precision": macro_precision,
+    "macro_recall": macro_recall,
+    "micro_f1": micro_f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
@@ -240,6 +253,16 @@ def course_score(metrics: Mapping[str, float]) -> float | None:
     if "similarity_pearson" in metrics:
         parts.append((metrics["similarity_pearson"] + 1) / 2)
     return sum(parts) / len(parts) if parts else None
+
+
+def _macro(predictions: np.ndarray, labels: np.ndarray, column: int) -> float:
+    """The mean of a column of `precision_recall_f1` over the classes that occur or are predicted."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if labels.ndim == 2 and predictions.shape == labels.shape:
+        present = (predictions != 0).any(axis=0) | (labels != 0).any(axis=0)
+        return float(precision_recall_f1(predictions, labels)[present, column].mean()) if present.any() else 0.0
+    codes, count = _codes(predictions, labels)
+    return float(precision_recall_f1(*codes, count)[:, column].mean()) if count else 0.0
 
 
 def _codes(predictions: np.ndarray, labels: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], int]:

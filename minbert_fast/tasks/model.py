@@ -140,7 +140,7 @@ class MultitaskModel(nn.Module):
         columns = (packed.tokens.long(), packed.types.long(), torch.ones_like(packed.tokens).long())
         ids, types, mask = (pad_sequence([column[span] for span in spans], batch_first=True) for column in columns)
         hidden = self.encoder.stock(ids, mask, types)  # [n, S, H]
-        pooled = _pool_padded(hidden, mask, mode, self.encoder)
+        pooled = pool_padded(hidden, mask, mode, self.encoder)
         return pooled.to(torch.promote_types(pooled.dtype, torch.float32)), hidden[mask.bool()]
 
     def loss(
@@ -278,7 +278,7 @@ def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict
     return nn.ModuleDict({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
 
 
-def _pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:
+def pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:
     """hidden [n, S, H], mask [n, S] -> [n, H], as in course code."""
     if mode == "cls":
         return hidden[:, 0]

@@ -5,17 +5,20 @@
 
     model = Predictor.from_pretrained("runs/first/best")
     model.sentiment(["A gripping film."]), model.similarity([("A man sings.", "Someone is singing.")])
+    model.predict("sentiment", frame, text="review")  # a pandas DataFrame in, a DataFrame out
 
 Shapes: n sentences or pairs, H hidden, C classes.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -31,7 +34,18 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, Task, evaluation
 
 Pair = tuple[str, str] | Sequence[str]
-Progress = Callable[[int], object]  # gets the number of sentences or examples of each batch
+# A function that gets the number of sentences or examples of each batch, or True for a progress bar (also in notebooks).
+Progress = Callable[[int], object] | bool
+
+
+class DataFrame(Protocol):
+    """What is used of a pandas DataFrame. This package does not import pandas."""
+
+    columns: Any
+    index: Any
+    iloc: Any
+
+    def __getitem__(self, column: Any, /) -> Any: ...
 
 
 class Hit(NamedTuple):
@@ -49,12 +63,15 @@ class Predictions(NamedTuple):
     probabilities: np.ndarray | None  # [n, C]; None for a regression
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Index:
     """Sentences and their vectors, for repeated searches."""
 
     texts: Sequence[str]
     vectors: np.ndarray  # [n, H] fp32, of length 1
+
+    def __repr__(self) -> str:
+        return f"Index({len(self.texts):,} sentences, vectors of {self.vectors.shape[1]})"
 
     def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
         """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1."""
@@ -155,42 +172,59 @@ class Predictor:
             precision=choose_precision(precision, target),
         )
 
+    def __repr__(self) -> str:
+        config = self.encoder.config
+        shape = f"BERT of {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.vocab_size:,} words"
+        tasks = "no heads" if self.heads is None else f"tasks {', '.join(self.tasks)}"
+        vectors = f"{self.pooling} pooling{', normalized' if self.normalize else ''}"
+        device = next(self.encoder.parameters()).device.type
+        return f"Predictor({shape}; {tasks}; {vectors}; {device}, {self.precision})"
+
     # ---- Vectors ---------------------------------------------------------------------------------------------------
 
     def encode(
         self,
-        sentences: Sequence[str],
+        sentences: str | Iterable[str],
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """One vector per sentence, fp32 [n, width]; `pooling` and `normalize` replace the model's own settings.
+        """One vector per sentence, fp32 [n, width]; [width] for a single string.
 
-        Vectors are scaled before they are truncated (`truncate_dim`), as in sentence-transformers. `normalize=True` scales
-        truncated vectors to length 1 again. Raises ValueError for a single string.
+        `pooling` and `normalize` replace the model's own settings. Vectors are scaled before they are truncated
+        (`truncate_dim`), as in sentence-transformers. `normalize=True` scales truncated vectors to length 1 again.
+        Raises ValueError for a DataFrame, or for a sentence that is not a string.
         """
         if isinstance(sentences, str):
-            raise ValueError("encode expects a list of sentences, not a string")
-        texts = [self.prompt + sentence for sentence in sentences] if self.prompt else sentences
-        vectors = inference.encode(
-            self._snapshot,
-            texts,
-            self.tokenizer,
-            pooling=pooling or self.pooling,
-            normalize=self.normalize if normalize is None else normalize,
-            max_length=self.max_length,
-            progress=progress,
-        )
+            row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
+            return row
+        if _is_frame(sentences):
+            raise ValueError("encode takes sentences, not a DataFrame: pass one of its columns")
+        texts = list(sentences)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"sentence {number} is {text!r:.60}, expected a string")
+        with _reporting(progress, len(texts), " sentences") as report:
+            vectors = inference.encode(
+                self._snapshot,
+                [self.prompt + text for text in texts] if self.prompt else texts,
+                self.tokenizer,
+                pooling=pooling or self.pooling,
+                normalize=self.normalize if normalize is None else normalize,
+                max_length=self.max_length,
+                progress=report,
+            )
         if self.width < vectors.shape[1]:
             vectors = np.ascontiguousarray(vectors[:, : self.width])
             if normalize:
                 vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors
 
-    def index(self, corpus: Sequence[str], progress: Progress | None = None) -> Index:
+    def index(self, corpus: Iterable[str], progress: Progress | None = None) -> Index:
         """Encodes a corpus for `search`."""
-        return Index(corpus, self.encode(corpus, normalize=True, progress=progress))
+        texts = list(corpus)
+        return Index(texts, self.encode(texts, normalize=True, progress=progress))
 
     def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
         """The `top` sentences of the corpus whose vectors have the highest cosine with that of `query`, best first.
@@ -204,42 +238,92 @@ class Predictor:
 
     def sentiment(self, sentences: Sequence[str]) -> np.ndarray:
         """Sentiment classes [n], 0 (most negative) to 4. Raises ConfigError for a model without such a head."""
-        return self.predict(self.task_of("sentiment"), sentences).values
+        return self._values("sentiment", sentences)
 
     def paraphrase(self, pairs: Sequence[Pair]) -> np.ndarray:
         """1.0 if the sentences of a pair have the same meaning, else 0.0, [n]. Raises ConfigError without such a head."""
-        return self.predict(self.task_of("paraphrase"), *columns(pairs)).values
+        return self._values("paraphrase", pairs)
 
     def similarity(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Similarity of the sentences of a pair, 0 to 5, [n]. Raises ConfigError without such a head."""
-        return self.predict(self.task_of("similarity"), *columns(pairs)).values
+        return self._values("similarity", pairs)
 
-    def predict(self, task: str, *sentences: Sequence[str], progress: Progress | None = None) -> Predictions:
-        """Predictions of the head of `task`. The arguments are one list [n] of texts per sentence of an example.
+    def _values(self, kind: str, examples: Any) -> np.ndarray:
+        task = self.task_of(kind)
+        if _is_frame(examples):
+            raise ValueError(f"{kind} takes lists: for a DataFrame call predict({task!r}, frame, text=...)")
+        return self.predict(task, examples).values
 
-        Raises ConfigError for an unknown task, ValueError for a wrong number of lists or lists of different lengths.
+    @overload
+    def predict(
+        self, task: str, frame: DataFrame, /, *, text: str | Sequence[str] | None = None, probabilities: bool = False,
+        progress: Progress | None = None,
+    ) -> Any: ...  # fmt: skip
+
+    @overload
+    def predict(
+        self, task: str, /, *examples: Sequence[Any], probabilities: Literal[False] = False,
+        progress: Progress | None = None,
+    ) -> Predictions: ...  # fmt: skip
+
+    @overload
+    def predict(
+        self, task: str, /, *examples: Sequence[Any], probabilities: Literal[True], progress: Progress | None = None
+    ) -> np.ndarray: ...
+
+    def predict(
+        self,
+        task: str,
+        /,
+        *examples: Any,
+        text: str | Sequence[str] | None = None,
+        probabilities: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Predictions of the head of `task` for n examples.
+
+        The examples are a list of sentences, a list of pairs, one list [n] per sentence of an example, or a pandas
+        DataFrame whose columns `text` hold the sentences (default: `sentence` or `text`; `sentence1` and `sentence2`).
+        Returns `Predictions`; with `probabilities=True` those alone, [n, C]. A DataFrame gives a DataFrame with the same
+        index: `prediction` as data files write labels, and `probability_<class>` for each class.
+        Raises ConfigError for an unknown task; ValueError for examples of another form, or for probabilities of a task
+        without classes.
         """
         if task not in self.tasks:
             raise ConfigError(f"this model has no {task} head (it has {', '.join(self.tasks)})")
-        texts = self.tasks[task].num_texts
-        if len(sentences) != texts or len({len(column) for column in sentences}) > 1:
-            raise ValueError(f"{task} takes {texts} lists of sentences, equally long")
-        if any(isinstance(column, str) for column in sentences):
-            raise ValueError(f"{task} takes lists of sentences, not a string")
-        count = len(sentences[0])
-        table = Table(task, Path(), tuple(map(list, sentences)), None, [""] * count, np.arange(count))
-        return self.predict_table(task, table, progress)
+        found = self.tasks[task]
+        names = found.class_names
+        if probabilities and names is None:
+            raise ValueError(f"{task} predicts no classes, so it has no probabilities")
+        frame = next(filter(_is_frame, examples), None)
+        if frame is None and text is not None:
+            raise ValueError("text names columns of a DataFrame, and the examples are none")
+        if frame is not None and len(examples) > 1:
+            raise ValueError(f"{task} takes one DataFrame, or lists")
+        texts = _columns(task, found.num_texts, examples) if frame is None else _frame_columns(found, frame, text)
+        count = len(texts[0])
+        table = Table(task, Path(), texts, None, [""] * count, np.arange(count))
+        result = self.predict_table(task, table, progress)
+        if names is not None and result.probabilities is None:  # without examples
+            result = result._replace(probabilities=np.empty((0, len(names)), np.float32))
+        if frame is None:
+            return result.probabilities if probabilities else result
+        shares = {} if names is None else {f"probability_{n}": result.probabilities[:, c] for c, n in enumerate(names)}
+        return type(frame)(
+            ({} if probabilities else {"prediction": found.as_labels(result.values)}) | shares, frame.index
+        )
 
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
         """Predictions of the head of `task` for the rows of a data file."""
-        model, rows = self._model(), tokenize_table(table, self.tokenizer)
-        found = evaluation.predict(model, task, rows, self._snapshot, max_length=self.max_length, progress=progress)
+        model, rows = self.multitask(), tokenize_table(table, self.tokenizer)
+        with _reporting(progress, len(rows), " examples") as report:
+            found = evaluation.predict(model, task, rows, self._snapshot, max_length=self.max_length, progress=report)
         return Predictions(*found)
 
     @property
     def tasks(self) -> Mapping[str, Task]:
         """The tasks that the model can predict, by name. Raises ConfigError for a model without heads."""
-        return {name: task for name, task in self._model().tasks.items() if task.predicts}
+        return {name: task for name, task in self.multitask().tasks.items() if task.predicts}
 
     def task_of(self, kind: str) -> str:
         """The name of the model's task of this kind: `kind` itself, else the first. Raises ConfigError if there is none."""
@@ -250,18 +334,70 @@ class Predictor:
             raise ConfigError(f"this model has no {kind} head (it has {', '.join(self.tasks)})")
         return names[0]
 
-    def _model(self) -> MultitaskModel:
+    def multitask(self) -> MultitaskModel:
+        """The encoder with its heads. Raises ConfigError for a model without heads."""
         if self.heads is None:
             raise ConfigError("this model has no heads: it is an encoder alone, and only encode and search work")
         return self.heads
 
 
-def columns(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
-    """The first sentences and the second sentences of pairs. Raises ValueError that names the first invalid pair."""
-    for number, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"pair {number} is {pair!r:.60}, expected two sentences")
-    return [first for first, _ in pairs], [second for _, second in pairs]
+# ---- Forms of examples and of progress -----------------------------------------------------------------------------------
+
+
+def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str], ...]:
+    """One list per sentence of an example, from such lists or from one list of tuples. Raises ValueError."""
+    if any(isinstance(each, str) for each in examples):
+        raise ValueError(f"{task} takes lists of sentences, not a string")
+    columns = [list(each) for each in examples]
+    if count > 1 and len(columns) == 1:
+        noun, number = {2: ("pair", "two"), 3: ("triple", "three")}.get(count, ("example", str(count)))
+        for row, example in enumerate(columns[0]):
+            if isinstance(example, str) or not isinstance(example, Sequence) or len(example) != count:
+                raise ValueError(f"{noun} {row} is {example!r:.60}, expected {number} sentences")
+        columns = [[example[place] for example in columns[0]] for place in range(count)]
+    if len(columns) != count or len({len(column) for column in columns}) > 1:
+        forms = (
+            "one list of sentences" if count == 1 else f"{count} lists of sentences, equally long, or a list of tuples"
+        )
+        raise ValueError(f"{task} takes {forms}")
+    return tuple(columns)
+
+
+def _is_frame(value: object) -> bool:
+    """Whether `value` is a DataFrame. Where pandas was never imported, nothing is."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.DataFrame)
+
+
+def _frame_columns(task: Task, frame: DataFrame, text: str | Sequence[str] | None) -> tuple[list[str], ...]:
+    """The sentences in the columns `text` of a DataFrame. Raises ValueError."""
+    known = list(frame.columns)
+    if text is None:
+        usual = {1: [("sentence",), ("text",)], 2: [("sentence1", "sentence2")]}.get(task.num_texts, [])
+        named = next((names for names in usual if all(name in known for name in names)), None)
+        if named is None:
+            columns = ", ".join(map(str, known))
+            raise ValueError(f"{task.name} takes {task.num_texts} columns: name them as text=... (there are {columns})")
+    else:
+        named = (text,) if isinstance(text, str) else tuple(text)
+    for name in named:
+        if name not in known:
+            raise ValueError(f"the DataFrame has no column {name!r} (it has {', '.join(map(str, known))})")
+    if len(named) != task.num_texts:
+        raise ValueError(f"{task.name} takes {task.num_texts} columns, text names {len(named)}")
+    return tuple(frame[name].tolist() for name in named)
+
+
+@contextmanager
+def _reporting(progress: Progress | None, total: int, unit: str) -> Iterator[Callable[[int], object] | None]:
+    """The function that gets the size of each batch: the caller's, that of a progress bar, or None."""
+    if progress is not True:
+        yield progress or None
+        return
+    from tqdm.auto import tqdm  # looks for a notebook when it is imported
+
+    with tqdm(total=total, unit=unit) as bar:
+        yield bar.update
 
 
 __all__ = ["Hit", "Index", "Predictions", "Predictor"]

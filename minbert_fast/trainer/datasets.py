@@ -1,102 +1,245 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token tables for a recipe's tasks: finds and reads their files, and drops tasks without training data."""
+"""Token tables for a recipe's tasks: finds and reads their data, and drops tasks without training data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minbert_fast.common.schema import plain
+from minbert_fast.common.schema import merge
 from minbert_fast.data.cache import load_tokens
-from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.formats import FORMATS, DataError, find_tables, format_of
+from minbert_fast.data.holdout import hold_out
+from minbert_fast.data.inputs import Input, find_input
+from minbert_fast.data.label_summary import summarise_labels
+from minbert_fast.data.labels import LabelSummary, Rule, merge_summaries
 from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.source import Source, sources_of
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import Task, build_tasks
+from minbert_fast.tasks import Task, build_task, build_tasks, is_kind
+from minbert_fast.trainer.completing import complete, without_tasks
 from minbert_fast.trainer.progress import file_progress
 
+SPLITS = ("train", "dev", "test")
 SHOWN_ROWS = 3  # bad rows listed per file
+FEWEST_ROWS = 10  # a smaller training set is not divided to hold rows out
+Rows = Mapping[str, Mapping[str, object]]  # task -> split -> rows in memory
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """A run's tables by task name. `recipe` lacks the tasks without training data."""
+    """A run's tables by task name. `recipe` is complete, and lacks the tasks without training data."""
 
     recipe: Recipe
     tasks: dict[str, Task]
-    train: dict[str, TokenTable]
+    train: tuple[dict[str, TokenTable], ...]  # by stage: the tables of the tasks that it trains
     dev: dict[str, TokenTable]
     test: dict[str, TokenTable]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Names, sizes and hashes of the files, which a resumed run must find unchanged."""
+        """Names, sizes and hashes of the data, which a resumed run must find unchanged."""
+        stages = {"train" if i == 0 else f"train (stage {i + 1})": tables for i, tables in enumerate(self.train)}
         return {
             split: {
                 name: {"file": table.path.name, "rows": len(table), "hash": table.source_hash}
                 for name, table in tables.items()
             }
-            for split, tables in (("train", self.train), ("dev", self.dev))
+            for split, tables in (*stages.items(), ("dev", self.dev))
         }
 
 
-def load_datasets(recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], None]) -> Datasets:
-    """Reads the files of the recipe's tasks, or their cached tokens.
+def load_datasets(
+    recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], None], rows: Rows | None = None
+) -> Datasets:
+    """Reads the data of the recipe's tasks, or their cached tokens; `rows` in memory replace files.
 
-    Drops tasks without a training file. Calls `notify` with a line about each dropped task, bad row and set with cut
-    sentences. Raises DataError or ConfigError.
+    Completes the recipe (see completing.py). Drops tasks without training data. Calls `notify` with a line about each
+    dropped task, bad row, held-out set and set with cut sentences. Raises DataError or ConfigError.
     """
+    reader = _Reader(recipe, tokenizer, notify, rows or {})
+    recipe = complete(recipe, reader.summarise, notify)
     tasks = build_tasks(recipe)
-    opened: dict[tuple[Path, str], TokenTable] = {}
+    train = []
+    for stage in recipe.resolved_stages():
+        found = {name: reader.table(task, "train") for name, task in build_tasks(stage).items()}
+        train.append({name: table for name, table in found.items() if table is not None})
+    kept = [name for name in tasks if any(name in tables for tables in train)]
+    if not kept:
+        raise DataError(f"no training data for any task of recipe {recipe.name} ({', '.join(tasks)})")
+    dev, test = {}, {}
+    for name in kept:
+        if not tasks[name].predicts:
+            continue
+        table = reader.table(tasks[name], "dev")
+        if table is None:
+            table = _hold_out_of_training(name, train, recipe, notify)
+        if table is not None:
+            dev[name] = table
+        if (table := reader.table(tasks[name], "test")) is not None:
+            test[name] = table
+    without_dev = [name for name in kept if tasks[name].predicts and name not in dev]
+    if without_dev:
+        best = "" if dev else "; best/ will be the last model"
+        notify(f"no dev rows for {', '.join(without_dev)}: trained, not evaluated{best}")
+    for table, task in {id(t): (t, tasks[n]) for tables in train for n, t in tables.items()}.values():
+        if cut := table.count_truncated(recipe.data.max_length, task.encoder):
+            notify(f"{table.path}: {cut:,} rows are cut to {recipe.data.max_length} tokens (data.max_length)")
+    return Datasets(
+        recipe=without_tasks(recipe, [name for name in tasks if name not in kept], notify),
+        tasks={name: tasks[name] for name in kept},
+        train=tuple(tables for tables in train if tables),
+        dev=dev,
+        test=test,
+    )
 
-    def read(path: Path, dataset: str, split: str) -> TokenTable:
-        data, labeled = recipe.data, split != "test"
-        tokens_of = partial(load_tokens, max_bad_rows=data.max_bad_rows, cache_dir=data.cache or None, notify=notify)
-        with file_progress(path.name) as progress:
-            table = tokens_of(path, dataset, tokenizer, labeled=labeled, progress=progress)
+
+def load_split(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    split: str,
+    notify: Callable[[str], None],
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, TokenTable]:
+    """The labelled rows of a split (train, dev or test) by task, for the tasks of a saved recipe that have any.
+
+    `files` replace the recipe's data of the tasks that they name, and only these tasks are read. Without dev data, a task's
+    dev rows are those that its run held out. Raises DataError or ConfigError.
+    """
+    reader = _Reader(recipe, tokenizer, notify, {})
+    tables = {}
+    for name, task in build_tasks(recipe).items():
+        if not task.predicts or (files and name not in files):
+            continue
+        table = reader.table(task, split, labeled=True, file=(files or {}).get(name))
+        if table is None and split == "dev" and (whole := reader.table(task, "train")) is not None:
+            table = _divide(whole, recipe)[1]
+        if table is not None:
+            tables[name] = table
+    return tables
+
+
+class _Reader:
+    """Reads each file of a recipe once, whichever tasks and stages use it."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], None], rows: Rows) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.notify = notify
+        self.rows = rows
+        self._tables: dict[tuple[str, ...], TokenTable] = {}
+        self._sources: dict[str, list[Source]] = {}  # of each task, in all stages
+        for tables in (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages)):
+            for name, options in tables.items():
+                merged = merge(recipe.tasks.get(name, {}), options)
+                known = is_kind(str(merged.get("kind", name)))
+                found = (
+                    build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
+                )
+                self._sources.setdefault(name, []).extend(found)
+        for name in rows:
+            if name not in self._sources:
+                raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
+        named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if _in_directory(s))
+        layouts = tuple(layout for layout in named if format_of(layout).stem)
+        self._paths = {split: find_files(recipe, split, layouts, notify) if layouts else {} for split in SPLITS}
+
+    def summarise(self, name: str, texts: int) -> LabelSummary:
+        """What the training labels of task `name` hold, in all stages."""
+        sources = {repr(source): source for source in self._sources[name]}  # each once
+        inputs = [
+            found for source in sources.values() if (found := self._input(name, source, "train", texts)) is not None
+        ]
+        return merge_summaries([summarise_labels(found) for found in inputs])
+
+    def table(self, task: Task, split: str, labeled: bool | None = None, file: Path | None = None) -> TokenTable | None:
+        """The rows of a task, from `file` if one is given; None if it has none in this split.
+
+        `labeled` says whether labels are read (None: not those of test files, which may have none).
+        """
+        rule = task.rule if (split != "test" if labeled is None else labeled) else None
+        sources = task.sources if file is None else (replace(task.sources[0], hub="", **{split: str(file)}),)
+        tables = []
+        for index, source in enumerate(sources):
+            found = self._input(task.name, source, split, task.num_texts if task.predicts else 0)
+            if found is None:
+                continue
+            own = (task.name, str(index)) if task.name in self.rows else ()
+            key = (repr(source), split, repr(rule), *own)
+            if key not in self._tables:
+                self._tables[key] = self._read(found, rule)
+            tables.append(self._tables[key])
+        return task.table(tables) if tables else None
+
+    def _input(self, name: str, source: Source, split: str, texts: int) -> Input | None:
+        """A source's data of one split: rows in memory, its own files, or those of its layout; None if there are none."""
+        if split in self.rows.get(name, {}):
+            return find_input(source, split, texts, rows=self.rows[name][split])
+        if _in_directory(source):
+            path = self._paths[split].get(source.layout)
+            if path is None:
+                return None
+            source = replace(source, **{split: str(path)})
+        return find_input(source, split, texts)
+
+    def _read(self, found: Input, rule: Rule | None) -> TokenTable:
+        data = self.recipe.data
+        with file_progress(found.name) as progress:
+            table = load_tokens(
+                found,
+                rule,
+                self.tokenizer,
+                max_bad_rows=data.max_bad_rows,
+                cache_dir=data.cache or None,
+                progress=progress,
+                notify=self.notify,
+            )
         for bad in table.bad_rows[:SHOWN_ROWS]:
-            notify(str(bad))
+            self.notify(str(bad))
         if len(table.bad_rows) > SHOWN_ROWS:
-            notify(f"{path}: {len(table.bad_rows) - SHOWN_ROWS:,} more bad rows")
+            self.notify(f"{found.name}: {len(table.bad_rows) - SHOWN_ROWS:,} more bad rows")
         return table
 
-    def load(split: str) -> dict[str, TokenTable]:
-        chosen = {name: task for name, task in tasks.items() if split == "train" or task.predicts}
-        datasets = tuple(dict.fromkeys(source.layout for task in chosen.values() for source in task.sources))
-        paths = find_files(recipe, split, datasets, notify) if datasets else {}
-        tables = {}
-        for name, task in chosen.items():
-            files = [(paths[source.layout], source.layout) for source in task.sources if source.layout in paths]
-            for file in files:
-                if file not in opened:
-                    opened[file] = read(*file, split)
-            if files:
-                tables[name] = task.table([opened[file] for file in files])
-        return tables
 
-    train, dev, test = load("train"), load("dev"), load("test")
-    kept = [name for name in tasks if name in train]
-    if not kept:
-        raise DataError(f"no training file for any task of recipe {recipe.name} ({', '.join(tasks)})")
-    evaluated = [name for name in kept if name in dev and (dev[name].labels is not None or not tasks[name].labelled)]
-    without_dev = [name for name in kept if tasks[name].predicts and name not in evaluated]
-    if without_dev:
-        best = "" if evaluated else "; best/ will be the last model"
-        notify(f"no dev file for {', '.join(without_dev)}: trained, not evaluated{best}")
-    for name in kept:
-        cut = train[name].count_truncated(recipe.data.max_length, tasks[name].encoder)
-        if cut:
-            notify(f"{train[name].path}: {cut:,} rows are cut to {recipe.data.max_length} tokens (data.max_length)")
-    return Datasets(
-        recipe=without_tasks(recipe, [name for name in tasks if name not in train], notify),
-        tasks={name: tasks[name] for name in kept},
-        train={name: train[name] for name in kept},
-        dev={name: dev[name] for name in evaluated},
-        test={name: test[name] for name in kept if name in test},
+def names_data(recipe: Recipe) -> bool:
+    """Whether any task of the recipe or its stages names files or a data set of the hub."""
+    tables = (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages))
+    sources = [s for tasks in tables for options in tasks.values() for s in sources_of(options.get("data", ""))]
+    return any(not source.layout or not _in_directory(source) for source in sources)
+
+
+def _in_directory(source: Source) -> bool:
+    """Whether the source names only a layout, whose files are in the data directory or in `data.files`."""
+    return bool(source.layout) and not (source.hub or any(source.files(split) for split in SPLITS))
+
+
+def _hold_out_of_training(
+    name: str, train: list[dict[str, TokenTable]], recipe: Recipe, notify: Callable[[str], None]
+) -> TokenTable | None:
+    """Takes dev rows from the training rows of a task's first stage, in every stage that has the same rows."""
+    whole = next(tables[name] for tables in train if name in tables)
+    kept, held = _divide(whole, recipe)
+    if held is None:
+        return None
+    for tables in train:
+        if tables.get(name) is whole:
+            tables[name] = kept
+    notify(
+        f"no dev rows for {name}: {len(held):,} of {len(whole):,} training rows are held out for it "
+        f"(data.holdout = {recipe.data.holdout:g}, seed {recipe.training.seed})"
     )
+    return held
+
+
+def _divide(whole: TokenTable, recipe: Recipe) -> tuple[TokenTable, TokenTable | None]:
+    """The rows to train on and the rows to hold out, the same ones in every run with the recipe's share and seed."""
+    if not recipe.data.holdout or len(whole) < FEWEST_ROWS:
+        return whole, None
+    kept, held = hold_out(whole, recipe.data.holdout, recipe.training.seed)
+    return whole.select(kept), whole.select(held)
 
 
 def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Callable[[str], None]) -> dict[str, Path]:
@@ -121,22 +264,3 @@ def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Ca
     for notice in notices if split == "train" else ():  # the caller reports missing dev files; test files are optional
         notify(notice)
     return named
-
-
-def without_tasks(recipe: Recipe, dropped: list[str], notify: Callable[[str], None]) -> Recipe:
-    """The recipe and its stages without the `dropped` tasks; stages that lose all their tasks are removed."""
-    if not dropped:
-        return recipe
-
-    def keep(tasks: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: options for name, options in tasks.items() if name not in dropped}
-
-    stages: list[Mapping[str, Any]] = []
-    for index, stage in enumerate(recipe.stages):
-        kept = keep(stage.get("tasks", recipe.tasks))
-        if kept:
-            stages.append({**stage, "tasks": kept} if "tasks" in stage else stage)
-        else:
-            notify(f"stage {index + 1} has no task left and is left out")
-    tasks = keep(recipe.tasks) or keep({name: o for stage in stages for name, o in stage["tasks"].items()})
-    return replace(recipe, tasks=plain(tasks), stages=tuple(stages))

@@ -14,17 +14,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
-from minbert_fast.common.errors import RunError, translate_write_errors
+from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
-from minbert_fast.data.files import read_table
 from minbert_fast.data.sample import sample_directory
-from minbert_fast.data.sampling import subset, take
+from minbert_fast.data.sampling import subset
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
@@ -33,13 +31,14 @@ from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flatten, format_score
+from minbert_fast.reporting.verdicts import announce
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.trainer import disk, loop
-from minbert_fast.trainer.callbacks import Callback
+from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
-from minbert_fast.trainer.datasets import load_datasets
+from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
 from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values
 from minbert_fast.trainer.signals import StopSignals
@@ -65,8 +64,9 @@ class Options:
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included; --resume goes on
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
     report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
-    command: str = ""  # the command line, for summary.json
+    rows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # task -> split -> rows in memory
     callbacks: tuple[Callback, ...] = ()
+    command: str = ""  # the command line, for summary.json
 
 
 def train(recipe: Recipe, options: Options) -> Path:
@@ -83,7 +83,7 @@ def train(recipe: Recipe, options: Options) -> Path:
             files = stack.enter_context(RunDirectory(path))
             _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
-        if not loop.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             "out of memory outside training steps: choose a smaller model or --set data.max_length"
@@ -107,7 +107,9 @@ class _Job:
         self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
-        self.demonstration = not (self.recipe.model.name or self.recipe.data.directory or self.recipe.data.files)
+        data = self.recipe.data
+        self.own_data = bool(self.options.rows) or names_data(self.recipe)
+        self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
         if self.world.size > 1 and self.backend == "reference":
             raise ConfigError(f"--backend reference trains in one process, not in {self.world.size}")
         if self.files.holds_run and self.options.overwrite:
@@ -151,13 +153,13 @@ class _Job:
         name, data = self.recipe.model.name, self.recipe.data
         if not self.demonstration and not name:
             self.notify("no --model: trains the embedded tiny model, whose weights are random: it cannot learn much")
-        if not self.demonstration and not (data.directory or data.files):
+        if not (self.demonstration or data.directory or data.files or self.own_data):
             self.notify("no --data: trains on the embedded sample of made-up sentences")
         source = weights.resolve(name) if name else sample_directory().model
         self.tokenizer = Tokenizer.from_pretrained(_tokenizer_directory(source))
         if not self.world.is_main:  # rank 0 reads first and fills the cache for the others
             self.world.wait()
-        self.data = load_datasets(self.recipe, self.tokenizer, self.notify)
+        self.data = load_datasets(self.recipe, self.tokenizer, self.notify, self.options.rows)
         if self.world.is_main:
             self.world.wait()
         self.recipe = self.data.recipe
@@ -201,9 +203,7 @@ class _Job:
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
-        known = ["score"]
-        for name in self.data.dev:
-            known += self.data.tasks[name].metric_names
+        known = ["score", *(metric for name in self.data.dev for metric in self.data.tasks[name].metric_names)]
         for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
             select = recipe.training.select
             if select not in known:
@@ -214,20 +214,22 @@ class _Job:
     def _choose_scored_rows(self) -> None:
         """Draws the dev and training rows that evaluations read, where the recipe wants only a part of them."""
         seed, count = self.recipe.training.seed, self.recipe.training.evaluate_train
-        self.dev, self.dev_rows = dict(self.data.dev), dict[str, np.ndarray]()
+        self.dev = dict(self.data.dev)
         for name, table in self.data.dev.items():
             share = self.data.tasks[name].options.dev_fraction
             if share < 1:
-                self.dev_rows[name] = subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
-                self.dev[name] = take(table, self.dev_rows[name])
+                self.dev[name] = table.select(
+                    subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
+                )
         self.scored_train: dict[str, TokenTable] = {}
         if count and not self.dev:
             self.notify(
                 "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
             )
+        train = {name: table for tables in self.data.train for name, table in tables.items()}
         for name in self.dev if count else ():
-            table = self.data.train[name]
-            self.scored_train[name] = take(table, subset(len(table), count, seed, f"train/{name}"))
+            table = train[name]
+            self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 
@@ -323,9 +325,11 @@ class _Job:
             judged_by={name: self.data.tasks[name].primary for name in self.dev},
             fetch_every_step=self.device.type == "cpu",
             world=self.world,
+            callbacks=self.options.callbacks,
             stop_after=self.options.stop_after,
         )
-        rows = ", ".join(f"{name} {len(table):,}" for name, table in self.data.train.items())
+        counts = {name: len(table) for tables in self.data.train for name, table in tables.items()}
+        rows = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self._print(
             f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
             f"{self.backend} backend; training rows: {rows}; results in {self.files.path} ({self.room})"
@@ -351,12 +355,9 @@ class _Job:
             return _finite(found[0].metrics), _finite(train)
 
         def write(directory: Path) -> None:
-            texts = {}
-            for name, table in self.data.dev.items():
-                columns = read_table(table.path, table.task, max_bad_rows=1.0).sentences
-                rows = self.dev_rows.get(name)
-                texts[name] = columns if rows is None else [[column[row] for row in rows] for column in columns]
-            found[0].write(directory, texts, train_labels={n: t.labels for n, t in self.data.train.items()})
+            texts = {name: table.texts() for name, table in self.dev.items()}
+            labels = {name: table.labels for tables in self.data.train for name, table in tables.items()}
+            found[0].write(directory, texts, train_labels=labels)
 
         dev, train = self.world.from_main(measure)
         return loop.Evaluation(dev, write, train)
@@ -382,7 +383,10 @@ class _Job:
             write_report(self.files.path)
         if outcome.finished:
             self._prune_checkpoints()
-        self._print(_format_outcome(outcome, self.files.path))
+        self._print("\n".join(filter(None, [announce(self.files.path), _format_outcome(outcome, self.files.path)])))
+        end = EndEvent(outcome.state.step, outcome.reason, (outcome.best or {}).get("metrics", {}), self.files.path)
+        for callback in self.options.callbacks:
+            callback.on_end(end)
 
     def _prune_checkpoints(self) -> None:
         """Removes the checkpoints that a finished run does not keep."""
@@ -394,7 +398,7 @@ class _Job:
         for (dataset, split), target in self.options.copies.items():
             for task in self.data.tasks.values():
                 written = self.files.path / "predictions" / task.prediction_file(split)
-                if task.layout == dataset and written.exists():
+                if any(source.layout == dataset for source in task.sources) and written.exists():
                     with translate_write_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(written, target)

@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from minbert_fast.common.errors import InterruptError, RunError
+from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.parallel.world import World
+from minbert_fast.parallel.world import Agreement, World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
+from minbert_fast.trainer.callbacks import Callback, EvaluationEvent, StepEvent
 from minbert_fast.trainer.checkpoint import (
     NEWEST,
     Checkpoint,
@@ -117,6 +117,7 @@ class Trainer:
     judged_by: Mapping[str, str] = field(default_factory=dict)  # task -> the metric that judges it
     fetch_every_step: bool = True  # costs nothing on a CPU; on a GPU it would wait for every step to finish
     world: World = field(default_factory=World)
+    callbacks: Sequence[Callback] = ()
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included
 
     def __post_init__(self) -> None:
@@ -134,6 +135,8 @@ class Trainer:
         self._kept = self._initial_weights(checkpoint)
         self._observer = Observer()
         self._signals = StopSignals()
+        self._stopped = False  # by a callback
+        self._agreed = Agreement(self.world)
         self._clock = Clock(self.state)
         self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
@@ -161,15 +164,16 @@ class Trainer:
         self._clock.tick("other")
         step = self.state.step
         if self._cut:
-            reason = f"stopped after step {step:,} of {self.total:,}: --resume continues"
+            who = "stopped by a callback" if self._stopped else "stopped"
+            reason = f"{who} after step {step:,} of {self.total:,}: --resume continues"
         else:
             reason = "no better score for a while" if step < self.total else "all steps taken"
-        return Outcome(self.state, final.best, final.task_best, reason, finished=not self._cut)
+        return Outcome(self.state, final.best, final.task_best, reason, not self._cut)
 
     @property
     def _cut(self) -> bool:
-        """Whether `stop_after` ends the run before its last step."""
-        return self.end <= self.state.step < self.total
+        """Whether a callback or `stop_after` ends the run before its last step."""
+        return self.state.step < self.total and (self._stopped or self.end <= self.state.step)
 
     def _run_stages(self, checkpoint: Checkpoint | None) -> None:
         for index in range(self.state.stage, len(self.stages)):
@@ -232,7 +236,7 @@ class Trainer:
             pass  # handled below; the checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
-        stop = self.world.agreed(self._signals.received)
+        stop = self._agreed(self._signals.received)
         if stop is not None or self._checkpoint_due(stage):
             self._save_checkpoint()
         if stop is not None:
@@ -304,10 +308,11 @@ class Trainer:
         """A scheduled evaluation: updates the state, and best/ if the score is the best one so far."""
         state, evaluation = self.state, self._measure()
         if evaluation is not None:
+            better = state.step > 0 and self._is_better(evaluation, state.best)
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
             else:
-                if self._is_better(evaluation, state.best):
+                if better:
                     state.best = self._keep_best(evaluation)
                 self._keep_task_bests(evaluation, state)
                 score = evaluation.score(self.stages[state.stage].recipe.training.select)
@@ -318,6 +323,7 @@ class Trainer:
                     if self._needed("best", state.stage + 1):
                         self._kept["best"] = copy_weights(self.model)
             state.record = self._report_dev(evaluation)
+            self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
         state.evaluated = state.step
 
     def _final_evaluation(self) -> State:
@@ -333,7 +339,9 @@ class Trainer:
         self.files.metrics.write(self._report_dev(evaluation))
         bests = replace(state, task_best=dict(state.task_best))
         self._keep_task_bests(evaluation, bests, provisional=True)
-        if self._is_better(evaluation, state.best):
+        better = self._is_better(evaluation, state.best)
+        self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
+        if better:
             if state.best is not None:
                 self.files.set_aside("best", "predictions")
             bests.best = self._keep_best(evaluation)
@@ -408,8 +416,19 @@ class Trainer:
                 if logged and last:
                     self._progress.advance(seen.losses, self._clock.speed()[1])
                     self._clock.reset_speed()
+                    self._tell(StepEvent(seen.step, self.total, seen.losses, record.get("lr"), seen.grad_norm))
             if state.skipped_in_a_row >= self.recipe.training.max_skipped:
                 self._abort(stage, seen)
+
+    def _tell(self, event: StepEvent | EvaluationEvent) -> None:
+        """Calls every callback on rank 0. The run ends, in every process, if one of them returns True."""
+
+        def call(callback: Callback) -> bool:
+            return bool(callback.on_step(event) if isinstance(event, StepEvent) else callback.on_evaluation(event))
+
+        if self.callbacks:
+            asked = self.world.from_main(lambda: [call(callback) for callback in self.callbacks])
+            self._stopped = self._stopped or any(asked)
 
     def _save_checkpoint(self) -> None:
         state = self.state
@@ -443,13 +462,6 @@ class Trainer:
             f"{', '.join(places[:SHOWN_EXAMPLES])}{more}); the last good model is in {self.files.path / 'last'}; "
             "a lower --lr may help"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, in GPU memory (torch.OutOfMemoryError) or main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -37,7 +37,7 @@ class StageContext:
 
     model: MultitaskModel
     tokenizer: Tokenizer
-    train: Mapping[str, TokenTable]  # training rows by task
+    train: Sequence[Mapping[str, TokenTable]]  # training rows by stage and task
     device: torch.device
     precision: Precision
     backend: Backend
@@ -49,11 +49,11 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     """Builds stage number `index` of the recipe. Raises ConfigError for values that cannot be carried out."""
     recipe = whole.resolved_stages()[index]
     training = recipe.training
-    tasks = build_tasks(recipe)
+    tables = context.train[index]
+    tasks = {name: task for name, task in build_tasks(recipe).items() if name in tables}
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
     check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)
-    tables = {name: context.train[name] for name in tasks}
     sampler = Sampler.from_tables(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from minbert_fast import train
+from minbert_fast import surgery, train
 from minbert_fast.common import cli
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.extras import weighting
+from minbert_fast.surgery.torchjd import UNFIT
 from tests.small import small_data, small_run
 
 
@@ -40,12 +43,53 @@ def test_both_backends_train_alike(data: Path, tmp_path: Path, method: str) -> N
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+TORCHJD = (
+    "AlignedMTL", "CAGrad(c=0.4)", "Constant(weights=[1.0, 2.0, 0.5])", "DualProj", "FairGrad(alpha=1.0)", "GradVac",
+    "IMTLG", "Krum(n_byzantine=0)", "Mean", "MGDA", "PCD", "PCGrad", "Random", "Sum", "UPGrad",
+)  # fmt: skip
+NEEDS = {"torchjd:CAGrad(c=0.4)": "clarabel", "torchjd:FairGrad(alpha=1.0)": "scipy"}  # packages beside TorchJD
+
+
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", ["fast", "reference"])
-def test_gradvac_resumes_with_its_targets(data: Path, tmp_path: Path, backend: str) -> None:
-    whole = losses(data, tmp_path / "whole", "gradvac", "--backend", backend)
-    first = losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--stop-after", "2")
+@pytest.mark.parametrize("method", [*surgery.METHODS, *(f"torchjd:{name}" for name in TORCHJD)])
+def test_every_method_trains(data: Path, tmp_path: Path, method: str, backend: str) -> None:
+    if method.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
+    if method in NEEDS:
+        pytest.importorskip(NEEDS[method])
+    assert np.isfinite(losses(data, tmp_path / "run", method, "--backend", backend, "--max-steps", "2")).all()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+@pytest.mark.parametrize("method", weighting.METHODS)
+def test_every_weighting_trains(data: Path, tmp_path: Path, method: str, backend: str) -> None:
+    flags = ("--set", f"weighting.method={method}", "--backend", backend, "--max-steps", "2")
+    assert np.isfinite(losses(data, tmp_path / "run", "pcgrad", *flags)).all()
+
+
+def test_the_list_of_torchjds_weightings_is_complete() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    all_of_them = {name.removesuffix("Weighting") for name in aggregation.__all__ if name.endswith("Weighting")} - {""}
+    assert all_of_them == {name.partition("(")[0] for name in TORCHJD} | set(UNFIT)
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+@pytest.mark.parametrize("method", ["gradvac", "torchjd:GradVac", "torchjd:PCD", "torchjd:Random"])
+def test_a_resumed_run_has_the_methods_state(data: Path, tmp_path: Path, method: str, backend: str) -> None:
+    if method.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
+    whole = losses(data, tmp_path / "whole", method, "--backend", backend)
+    first = losses(data, tmp_path / "parts", method, "--backend", backend, "--stop-after", "2")
     assert first == whole[:2]
-    assert losses(data, tmp_path / "parts", "gradvac", "--backend", backend, "--resume") == whole
+    assert losses(data, tmp_path / "parts", method, "--backend", backend, "--resume") == whole
+
+
+def test_a_reduction_without_effect_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--surgery", "torchjd:MGDA", "--set", "surgery.reduction=mean")
+    assert cli.run(train.main, small_run(data, tmp_path / "run", *flags)) != 0
+    assert 'gives the weights themselves: reduction = "mean" has no effect on it' in capsys.readouterr().err
 
 
 def test_recipes_name_torchjd(tmp_path: Path) -> None:

@@ -402,6 +402,7 @@ def test_torchjd_weightings_by_name(name: str, options: dict[str, Any]) -> None:
         ("NoSuch", "expected one of AlignedMTL, CAGrad, "),
         ("", "expected one of AlignedMTL, CAGrad, "),
         ("ExcessMTL", "ExcessMTL needs the gradients themselves, not their Gram matrix"),
+        ("CRMOGM(weighting='MGDA')", "CRMOGM needs another weighting"),
         ("Krum", "missing 1 required positional argument: 'n_byzantine'"),
         ("Krum(1)", r"expected NAME or NAME\(option=value, ...\)"),
         ("Krum(n_byzantine=", r"expected NAME or NAME\(option=value, ...\)"),
@@ -416,6 +417,60 @@ def test_torchjd_names_that_do_not_fit(name: str, message: str) -> None:
         surgery.weights(f"torchjd:{name}")
     assert str(raised.value).startswith(f"surgery method 'torchjd:{name}': ")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["GradVac", "PCD", "PCGrad", "Random"])
+def test_a_restored_torchjd_weighting_goes_on(name: str) -> None:
+    """Running averages and random numbers, also across a step whose gradients are not all finite."""
+    pytest.importorskip("torchjd.aggregation")
+
+    def made() -> surgery.Weights:
+        return surgery.weights(f"torchjd:{name}", generator=torch.Generator().manual_seed(3))
+
+    grams = [ops.gram(oracles.random_rows(3, 20, seed=seed)) for seed in range(6)]
+    grams[3][1, 1] = torch.nan
+    whole, cut = made(), made()
+    expected = [whole(gram) for gram in grams]
+    for gram in grams[:2]:
+        cut(gram)
+    resumed, blank = made(), made()
+    resumed.load_state_dict(cut.state_dict())
+    torch.manual_seed(99)  # of no influence
+    for gram, w in zip(grams[2:], expected[2:], strict=True):
+        assert torch.equal(resumed(gram), w)
+    assert not all(torch.equal(blank(gram), w) for gram, w in zip(grams[2:], expected[2:], strict=True))
+
+
+def test_a_broken_gradient_leaves_the_state_of_a_weighting_alone() -> None:
+    pytest.importorskip("torchjd.aggregation")
+    one, other = (surgery.weights("torchjd:PCD") for _ in range(2))
+    gram = ops.gram(oracles.random_rows(3, 20))
+    broken = gram.clone()
+    broken[0, 0] = torch.inf
+    for method in (one, other):
+        method(gram)
+    assert one(broken)[0] == 0
+    assert torch.equal(one(2 * gram), other(2 * gram))
+
+
+def test_torchjd_draws_what_the_generator_says() -> None:
+    """Processes of one run have different seeds of torch's own generator, and must take the same step."""
+    pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(rows(4, "nearly opposite"))
+    drawn = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        drawn.append(surgery.weights("torchjd:PCGrad", generator=torch.Generator().manual_seed(1))(gram))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("method", ["torchjd:MGDA", lambda gram: gram[0]])
+def test_weights_that_are_given_take_no_mean(method: Any) -> None:
+    with pytest.raises(ValueError, match='reduction = "mean" has no effect on it'):
+        surgery.weights(method, "mean")
 
 
 def test_torchjd_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def distinct(**tensors: Tensor | None) -> None:
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + _extent(t) * t.element_size(), name)
         for name, t in tensors.items()
-        if t is not None and t.numel()
+        if t is not None and t.numel() and not t.is_meta  # which has no memory
     )
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:

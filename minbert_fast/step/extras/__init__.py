@@ -23,7 +23,7 @@ def flat_hooks(model: MultitaskModel, recipe: Recipe, flat: FlatParameters, dtyp
     teacher = Teacher(model, flat, options, dtype) if options.proximal else None
     hooks = (
         Consistency(model, options, adversary, teacher) if options.duplicates_examples or options.proximal else None,
-        task_weights(recipe.weighting, list(recipe.tasks), flat.data.device),
+        task_weights(recipe.weighting, list(recipe.tasks), flat.data.device, recipe.training.seed),
         WeightAverage.of_flat(recipe.training.ema, flat) if recipe.training.ema else None,
     )
     return [hook for hook in hooks if hook is not None]
@@ -33,7 +33,7 @@ def separate_hooks(model: MultitaskModel, recipe: Recipe, specs: Sequence[Parame
     """The hooks of a step whose parameters are separate tensors. SMART needs flat buffers (`check_smart`)."""
     hooks = (
         Consistency(model, recipe.regularisation) if recipe.regularisation.duplicates_examples else None,
-        task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device),
+        task_weights(recipe.weighting, list(recipe.tasks), next(model.parameters()).device, recipe.training.seed),
         WeightAverage.of_parameters(recipe.training.ema, specs) if recipe.training.ema else None,
     )
     return [hook for hook in hooks if hook is not None]

@@ -4,9 +4,11 @@
     method        weight of task t                               changes
     uncertainty   exp(-s_t), with s_t a learned log-variance     every step
     dwa           T softmax over t of (r_t / temperature)        every window of steps
+    famo          softmax over t of (x_t - log L_t), x learned   every step, by a second forward
+    random        softmax over t of normal numbers               every step
 
-The factors scale the rows of J, with or without surgery. They stay on the device. Several processes compute the same factors
-without communication, because each knows the losses of the whole step.
+The factors scale the rows of J, with or without surgery. They stay on the device: no method needs the host. Several
+processes compute the same factors, because each knows the losses of the whole step.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ PREFIX = "weighting/"
 class TaskWeights(StepHook):
     """Weights [T] of the tasks' losses, in the order of `tasks`. `state` holds the changing tensors by name."""
 
-    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
         self.options = options
         self.tasks = tuple(tasks)
+        self.seed = seed
         self.state: dict[str, Tensor] = {}
         self._device = device
         self._masks: dict[frozenset[str], Tensor] = {}
@@ -58,8 +61,8 @@ class Uncertainty(TaskWeights):
     shift s_t by log 2 and change nothing else.
     """
 
-    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
-        super().__init__(options, tasks, device)
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
+        super().__init__(options, tasks, device, seed)
         self.log_variances = self._numbers("log_variances")
 
     def loss_weights(self) -> Tensor:
@@ -81,8 +84,8 @@ class DynamicAverage(TaskWeights):
     example r_t = 1.
     """
 
-    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> None:
-        super().__init__(options, tasks, device)
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
+        super().__init__(options, tasks, device, seed)
         if options.window < 1:
             raise ValueError(f"window = {options.window}: expected the steps of an epoch, or fewer")
         self.current = self._numbers("weights", 1.0)
@@ -110,8 +113,89 @@ class DynamicAverage(TaskWeights):
         self.counts += taken
 
 
-def task_weights(options: WeightingOptions, tasks: Sequence[str], device: torch.device) -> TaskWeights | None:
+class Famo(TaskWeights):
+    """FAMO (Liu, Feng, Stone & Liu 2023, arXiv:2306.03792, algorithm 1): all log losses fall at the same rate.
+
+    With z = softmax(x) of logits x [T], 0 at first, and losses L before and L' after the update on the same batch:
+
+        w_t = z_t / L_t / sum over i of (z_i / L_i),    which is softmax(x - log L)
+        d_t = z_t (log(L_t / L'_t) - sum over i of z_i log(L_i / L'_i)),    x <- Adam(x, d + decay x)
+
+    L' takes a second forward, as in the authors' code; losses get 1e-8 added, as in TorchJD. w sums to 1. A task without
+    examples, or with a loss that is not finite, is left out of the sums, and its logit stays (but for the decay).
+    """
+
+    follows_losses = True
+    EPSILON = 1e-8
+    BETAS = (0.9, 0.999)
+
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
+        super().__init__(options, tasks, device, seed)
+        self.logits = self._numbers("logits")
+        self.mean, self.square, self.steps = (self._numbers(name) for name in ("mean", "square", "steps"))
+        self._current = torch.full((len(self.tasks),), 1.0 / len(self.tasks), device=device)
+        self._logs, self._counted = torch.zeros_like(self._current), torch.zeros_like(self._current, dtype=torch.bool)
+
+    def before_weights(self, losses: Tensor, present: Sequence[str]) -> None:
+        self._counted.copy_(self._taken(present, ~losses.isfinite()))
+        self._logs.copy_(self._log(losses, self._counted))
+        scores = (self.logits - self._logs).masked_fill(~self._counted, -torch.inf)
+        self._current.copy_(torch.softmax(scores, 0).nan_to_num(0.0))  # NaN: no task counts
+
+    def loss_weights(self) -> Tensor:
+        return self._current
+
+    def remeasured(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
+        counted = self._counted & losses.isfinite() & ~skipped
+        change = torch.where(counted, self._logs - self._log(losses, counted), 0.0)
+        z = torch.softmax(self.logits, 0)
+        gradient = z * (change - (z * change).sum()) + self.options.logit_decay * self.logits
+        taken = counted.any().float()
+        self.steps += taken
+        for average, value, beta in zip(
+            (self.mean, self.square), (gradient, gradient.square()), self.BETAS, strict=True
+        ):
+            average.lerp_(value, (1 - beta) * taken)
+        corrected = [1 - beta ** self.steps.clamp(min=1) for beta in self.BETAS]
+        move = self.mean / corrected[0] / ((self.square / corrected[1]).sqrt() + self.EPSILON)
+        self.logits -= self.options.logit_lr * taken * move
+
+    def _log(self, losses: Tensor, counted: Tensor) -> Tensor:
+        return (torch.where(counted, losses, 1.0).clamp(min=0) + self.EPSILON).log()
+
+
+class RandomWeights(TaskWeights):
+    """Random loss weighting (Lin, Ye, Zhang & Tsang 2022, arXiv:2111.10603, algorithm 2): w = softmax(n), n ~ N(0, I).
+
+    The numbers depend on the recipe's seed and the step alone, so that every process and a resumed run draw the same.
+    """
+
+    def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
+        super().__init__(options, tasks, device, seed)
+        self._current = torch.full((len(self.tasks),), 1.0 / len(self.tasks), device=device)
+        self._generator = torch.Generator()
+
+    def before_step(self, step: int) -> None:
+        self._generator.manual_seed((self.seed * 1_000_003 + step) % 2**62)
+        drawn = torch.softmax(torch.randn(len(self.tasks), generator=self._generator, dtype=torch.float64), 0).float()
+        if self._current.is_cuda:
+            drawn = drawn.pin_memory()
+        self._current.copy_(drawn, non_blocking=True)
+
+    def loss_weights(self) -> Tensor:
+        return self._current
+
+
+METHODS: dict[str, type[TaskWeights]] = {
+    "uncertainty": Uncertainty,
+    "dwa": DynamicAverage,
+    "famo": Famo,
+    "random": RandomWeights,
+}
+
+
+def task_weights(
+    options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0
+) -> TaskWeights | None:
     """The hook for the recipe's section `[weighting]`; None for method "none"."""
-    if options.method == "none":
-        return None
-    return {"uncertainty": Uncertainty, "dwa": DynamicAverage}[options.method](options, tasks, device)
+    return None if options.method == "none" else METHODS[options.method](options, tasks, device, seed)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a data source to something that can be read: files, one split of a hub data set, or rows in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from minbert_fast.common.schema import check
+from minbert_fast.data.columns import LABEL, choose_columns, usual_names
+from minbert_fast.data.formats import Kind, Layout, check_directory, find_table, format_of
+from minbert_fast.data.labels import Label
+from minbert_fast.data.messages import DataError
+from minbert_fast.data.readers.columnar import DatasetRecords, ParquetRecords
+from minbert_fast.data.readers.course import CourseRecords
+from minbert_fast.data.readers.delimited import DelimitedRecords
+from minbert_fast.data.readers.hub import load_split
+from minbert_fast.data.readers.jsonl import JsonRecords
+from minbert_fast.data.readers.records import STANDARD_INPUT, Records, name_of, open_source
+from minbert_fast.data.readers.rows import is_dataset, memory_records
+from minbert_fast.data.readers.text import TextRecords
+from minbert_fast.data.source import Source, as_tuple
+
+ENDINGS: dict[str, Kind] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".txt": "text",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """Data that are ready to be read: their place, their layout, and the number of texts of an example."""
+
+    name: str  # for messages and file names
+    layout: Layout
+    texts: int
+    files: tuple[Path, ...] = ()  # read one after the other; `-` is standard input
+    rows: Any = None  # instead of files: rows in memory, or a split of a hub data set
+    stored: bool = True  # False: rows in memory, whose tokens stay in memory
+
+    @property
+    def path(self) -> Path:
+        """The file's path, or the name of what is not a file."""
+        return self.files[0] if len(self.files) == 1 and self.files[0] != STANDARD_INPUT else Path(self.name)
+
+    @property
+    def parts(self) -> tuple[Input, ...]:
+        """One input for each file."""
+        if len(self.files) < 2:
+            return (self,)
+        return tuple(replace(self, name=name_of(file), files=(file,)) for file in self.files)
+
+    @property
+    def format(self) -> Kind:
+        """The format of the only file. Raises DataError if its ending does not say."""
+        (file,) = self.files
+        if self.layout.format != "auto":
+            return self.layout.format
+        ending = file.suffix.lower()
+        if file == STANDARD_INPUT:
+            return "jsonl" if first_byte(file) == b"{" else "csv"
+        if ending not in ENDINGS:
+            raise DataError(f"{self.name}: ends in none of {', '.join(ENDINGS)}; set format = ... to csv, jsonl, ...")
+        return ENDINGS[ending]
+
+    def open(self) -> Records:
+        """Opens the only file, or the rows, and reads the names of the columns. Raises DataError."""
+        records = self._records()
+        try:
+            records.begin()
+        except BaseException:
+            records.close()
+            raise
+        return records
+
+    def _records(self) -> Records:
+        if not self.files:
+            names = self.layout.texts or usual_names(self.texts)[0]
+            return memory_records(self.rows, self.name, names)
+        (file,), layout, form = self.files, self.layout, self.format
+        if form == "jsonl":
+            return JsonRecords(file)
+        if form == "text":
+            return TextRecords(file)
+        if form == "parquet":
+            if file == STANDARD_INPUT:
+                raise DataError("standard input: Parquet needs a file")
+            return ParquetRecords(file, self.name)
+        separator = layout.separator or ("\t" if form == "tsv" else "")
+        if layout.quoting == "course":
+            return CourseRecords(file, separator or ",")
+        return DelimitedRecords(file, layout, separator)
+
+    def fingerprint(self, labeled: bool) -> str:
+        """A hash of the content of rows that are no file: the columns that are read."""
+        digest = hashlib.blake2b(digest_size=16)
+        records = self.open()
+        columns = choose_columns(records, self.layout, self.texts, labeled)
+        for _, values in records.rows(columns.all):
+            digest.update(repr(values).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def file_input(path: Path | str, layout: str | Layout) -> Input:
+    """A file of a layout that names its text columns."""
+    layout = format_of(layout)
+    return Input(name_of(Path(path)), layout, layout.arity, (Path(path),))
+
+
+def input_like(source: Source, path: Path, texts: int) -> Input:
+    """A file (`-`: standard input) with the columns of a task's source, in the format that its ending says.
+
+    A file whose ending may be that of a table (.csv, .tsv, or an unknown one) is read as the source's files are.
+    """
+    form = ENDINGS.get(path.suffix.lower(), source.format)
+    own = replace(
+        source, hub="", config="", train="", dev="", test=str(path), columns="" if source.hub else source.columns
+    )
+    if form in ("jsonl", "parquet", "text"):
+        own = replace(own, format=form)
+    found = find_input(own, "test", texts)
+    assert found is not None
+    return found
+
+
+def find_input(
+    source: Source, split: str, texts: int = 0, *, directory: Path | None = None, rows: object = None
+) -> Input | None:
+    """What `source` holds of a split (train, dev or test); None if nothing.
+
+    `texts` is the number of texts of an example (0: as many as the source names, else 1). `directory` is the data directory
+    in which files of a named layout are looked for. `rows` are rows in memory in place of files: a list of dicts or of
+    tuples (texts, then label), a dict of lists, a pandas DataFrame, a datasets.Dataset.
+
+    Files are opened when they are read. Raises ConfigError for a source that does not fit the task, DataError for a hub
+    data set that cannot be loaded.
+    """
+    layout = layout_of(source)
+    texts = texts or layout.arity or 1
+    named = f"layout = {source.layout!r}" if source.layout and not source.texts else f"text = {list(layout.texts)}"
+    check(layout.arity in (0, texts), f"{named}: {layout.arity} texts, expected {texts}")
+    if rows is not None:
+        return Input(f"{split}-rows", _with_classes(layout, rows), texts, rows=rows, stored=False)
+    names = source.files(split)
+    if source.hub:
+        check(len(names) < 2, f"{split} = {list(names)}: expected one split")
+        loaded = load_split(source.hub, source.config, split, names[0] if names else "")
+        if loaded is None:
+            return None
+        name = "/".join(filter(None, (source.hub, source.config, loaded[0])))
+        return Input(name, _with_classes(layout, loaded[1]), texts, rows=loaded[1])
+    files = tuple(map(Path, names))
+    if not files and directory is not None and layout.stem:
+        check_directory(directory)
+        found = find_table(directory, layout, split)
+        files = (found,) if found else ()
+    if not files:
+        return None
+    return Input("+".join(map(name_of, files)), layout, texts, files)
+
+
+def layout_of(source: Source) -> Layout:
+    """The source's layout: the named one, with what the source sets itself. Raises DataError for an unknown name."""
+    base = format_of(source.layout) if source.layout else Layout("own")
+    label = as_tuple(source.label) or base.label
+    rule = base.rule
+    if isinstance(rule, Label) and label != base.label:
+        rule = replace(rule, column=label[0])
+    form = base.format if source.format == "auto" else source.format
+    return replace(
+        base,
+        texts=source.texts or base.texts,
+        label=label,
+        id=source.id or base.id,
+        format=form,
+        separator=source.separator or base.separator,
+        quoting=source.quoting or base.quoting,
+        columns=as_tuple(source.columns) or base.columns,
+        rule=rule,
+        values=source.values or base.values,
+        skip=as_tuple(source.skip) or base.skip,
+    )
+
+
+def _with_classes(layout: Layout, rows: object) -> Layout:
+    """The layout with the class names of a `datasets.Dataset`, unless it has its own."""
+    if layout.classes or not is_dataset(rows):
+        return layout
+    label = layout.label[0] if layout.label else LABEL
+    return replace(layout, classes=DatasetRecords(rows, "").class_names(label))
+
+
+def first_byte(path: Path) -> bytes:
+    """The first byte of standard input, which stays to be read."""
+    stream, _ = open_source(path)
+    if isinstance(stream, BufferedReader):
+        return stream.peek(1)[:1]
+    at = stream.tell()
+    first = stream.read(1)
+    stream.seek(at)
+    return first

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strict reader of the course's files, which hold unbalanced quotes.
+
+A field that starts with `"` ends at its closing quote, and quotes inside it are doubled. A quoted field may contain
+separators or line breaks but not both, so that an unclosed quote spoils its own row and never the rows after it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minbert_fast.data.messages import DataError, show
+from minbert_fast.data.readers.lines import Line, Lines, decode, without_end
+from minbert_fast.data.readers.records import FileRecords, Record
+
+MAX_RECORD_LINES = 100  # a quoted field may continue over this many further lines
+
+
+class CourseRecords(FileRecords):
+    """The rows of a separated file with a header line."""
+
+    def __init__(self, path: Path, separator: str) -> None:
+        super().__init__(path)
+        self.separator = separator
+        self.kind = kind_of_separator(separator)
+        self._lines = _RowLines(Lines(self.file, self.name))
+
+    def begin(self) -> None:
+        try:
+            line, raw = next(self._lines)
+        except StopIteration:
+            raise DataError(f"{self.name}: empty file") from None
+        self.place = f"{self.name}:{line}"
+        try:
+            self.names = [name.strip() for name in self._lines.split(raw, self.separator, width=None)]
+        except ValueError as error:
+            raise DataError(f"{self.place}: {error}") from None
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Record]:
+        positions, width = [self.names.index(name) for name in columns], len(self.names)
+        for line, raw in self._lines:
+            self.position = self._lines.source.position
+            try:
+                fields = self._lines.split(raw, self.separator, width)
+            except ValueError as error:
+                yield line, error
+            else:
+                yield line, [fields[position] for position in positions]
+        self.position = self._lines.source.position
+
+
+def kind_of_separator(separator: str) -> str:
+    """The columns of a file in words, such as "comma-separated columns"."""
+    names = {"\t": "tab", ",": "comma", ";": "semicolon"}
+    return f"{names.get(separator, show(separator))}-separated columns"
+
+
+class _RowLines:
+    """Iterates over the non-blank lines of a file as (line number, line without its end)."""
+
+    def __init__(self, source: Lines) -> None:
+        self.source = source
+        self._ahead: deque[Line] = deque()  # lines that were read but not yet yielded
+        self._number = 0
+
+    def __iter__(self) -> _RowLines:
+        return self
+
+    def __next__(self) -> tuple[int, Line]:
+        while True:
+            raw = self._ahead.popleft() if self._ahead else self._read()
+            if raw is None:
+                raise StopIteration
+            self._number += 1
+            if raw:
+                return self._number, raw
+
+    def split(self, raw: Line, separator: str, width: int | None) -> list[str]:
+        """The fields of the line just yielded, `width` of them unless None. Raises ValueError with the reason.
+
+        Consumes the following lines if a quoted field continues there.
+        """
+        text = decode(raw)
+        try:
+            fields = split_quoted(text, separator) if '"' in text else text.split(separator)
+        except OpenQuoteError as error:
+            fields = self._join(text, separator, width)
+            if not fields:
+                raise ValueError(str(error)) from None
+        if width is not None and len(fields) != width:
+            raise ValueError(f"{len(fields)} fields, expected {width}")
+        return fields
+
+    def _join(self, text: str, separator: str, width: int | None) -> list[str]:
+        """The fields of `text` and the following lines; none unless those lines close the open quote and the row."""
+        for count, raw in enumerate(self._peek(), start=1):
+            try:
+                line = decode(raw)
+                text = f"{text}\n{line}"
+                fields = split_quoted(text, separator) if '"' in line else None
+            except OpenQuoteError:
+                fields = None
+            except ValueError:
+                break
+            if fields is None:  # the quote is still open: a field with a line break may have no separator
+                if separator in line:
+                    break
+                continue
+            if len(fields) != width or any("\n" in field and separator in field for field in fields):
+                break
+            for _ in range(count):
+                self._ahead.popleft()
+            self._number += count
+            return fields
+        return []
+
+    def _peek(self) -> Iterator[Line]:
+        """The next lines, up to MAX_RECORD_LINES, without consuming them."""
+        for index in range(MAX_RECORD_LINES):
+            if index == len(self._ahead):
+                raw = self._read()
+                if raw is None:
+                    return
+                self._ahead.append(raw)
+            yield self._ahead[index]
+
+    def _read(self) -> Line | None:
+        raw = self.source.read()
+        return without_end(raw) if isinstance(raw, bytes) else raw
+
+
+class OpenQuoteError(ValueError):
+    """The line ends inside a quoted field."""
+
+
+def split_quoted(text: str, separator: str) -> list[str]:
+    """The fields of a row with quotes. Raises OpenQuoteError if a quote is not closed, ValueError for other errors."""
+    fields: list[str] = []
+    begin = 0
+    while True:
+        if not text.startswith('"', begin):
+            end = text.find(separator, begin)
+            if end < 0:
+                return [*fields, text[begin:]]
+            fields.append(text[begin:end])
+        else:
+            end = text.find('"', begin + 1)
+            while end >= 0 and text.startswith('"', end + 1):  # a doubled quote is part of the text
+                end = text.find('"', end + 2)
+            if end < 0:
+                raise OpenQuoteError(f"a quote is opened and never closed: {show(text[begin:])}")
+            fields.append(text[begin + 1 : end].replace('""', '"'))
+            end += 1
+            if end == len(text):
+                return fields
+            if text[end] != separator:
+                raise ValueError(
+                    f"text after a closing quote (quotes in a quoted field are doubled): {show(text[begin:])}"
+                )
+        begin = end + 1

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CSV and TSV, with quotes as Python's `csv` module reads them, or with quotes as ordinary characters.
+
+A row is what `csv.reader` takes as one: a quoted field may contain separators and line breaks. A row that its strict mode
+refuses is reported. A quote that is never closed ends the reading with an error, since it has swallowed other rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from minbert_fast.data.formats import Layout
+from minbert_fast.data.messages import DataError, show
+from minbert_fast.data.readers.course import kind_of_separator
+from minbert_fast.data.readers.lines import Line, Lines, decode, without_end
+from minbert_fast.data.readers.records import FileRecords, Record
+
+MAX_RECORD_BYTES = 1 << 20  # a quoted field of more bytes is a quote that is never closed
+SEPARATORS = ("\t", ",", ";")  # looked for in the header line, in this order
+_CSV_LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # as Python's csv reads lines: a lone CR ends one, too
+
+Fields = list[str] | ValueError
+
+
+class DelimitedRecords(FileRecords):
+    """The rows of a separated file, whose first row names the columns unless the layout does.
+
+    A first row that holds the layout's text columns is a header even if the layout names the columns of files without.
+    """
+
+    def __init__(self, path: Path, layout: Layout, separator: str) -> None:
+        super().__init__(path)
+        self._lines = Lines(self.file, self.name)
+        self._layout = layout
+        self.separator = separator
+        self._pushed: list[tuple[int, Fields]] = []
+        self._more_fields = False  # rows may have more fields than columns have names
+
+    def begin(self) -> None:
+        self._first = self._read_first()
+        self.separator = self.separator or _separator_of(self._first)
+        layout = self._layout
+        self.kind = kind_of_separator(self.separator)
+        self._records = self._read_plain() if layout.quoting == "none" else self._read_quoted()
+        found = next(self._records, None)
+        if found is None:
+            raise DataError(f"{self.name}: empty file")
+        line, fields = found
+        self.place = f"{self.name}:{line}"
+        if layout.columns and (
+            isinstance(fields, ValueError) or not set(layout.texts or layout.columns) <= set(fields)
+        ):
+            self.names, self._pushed, self._more_fields = layout.columns, [found], True
+        elif isinstance(fields, ValueError):
+            raise DataError(f"{self.place}: {fields}")
+        else:
+            self.names = [name.strip() for name in fields]
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Record]:
+        positions, width = [list(self.names).index(name) for name in columns], len(self.names)
+        for records in (self._pushed, self._records):
+            for line, fields in records:
+                self.position = self._lines.position
+                if isinstance(fields, ValueError):
+                    yield line, fields
+                elif len(fields) == width or (self._more_fields and len(fields) > width):
+                    yield line, [fields[position] for position in positions]
+                else:
+                    least = "at least " if self._more_fields else ""
+                    yield line, ValueError(f"{len(fields)} fields, expected {least}{width}")
+        self.position = self._lines.position
+
+    def _read_first(self) -> Line | None:
+        """The first line that is not blank. Its number is `_lines.lines_read`."""
+        while (raw := self._lines.read()) is not None:
+            if isinstance(raw, ValueError) or without_end(raw):
+                return raw
+        return None
+
+    def _raw_lines(self) -> Iterator[tuple[int, Line]]:
+        """The lines from the first one that is not blank on, with their numbers."""
+        raw = self._first
+        while raw is not None:
+            yield self._lines.lines_read, raw
+            raw = self._lines.read()
+
+    def _read_plain(self) -> Iterator[tuple[int, Fields]]:
+        """Every line is a row; quotes are ordinary characters."""
+        spaced = len(self.separator) > 1  # "label ||| text"
+        for number, raw in self._raw_lines():
+            if isinstance(raw, bytes):
+                raw = without_end(raw)
+            try:
+                text = decode(raw)
+            except ValueError as error:
+                yield number, error
+                continue
+            if text:
+                fields = text.split(self.separator)
+                yield number, [field.strip() for field in fields] if spaced else fields
+
+    def _read_quoted(self) -> Iterator[tuple[int, Fields]]:
+        """The rows that `csv.reader` finds."""
+        csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_RECORD_BYTES))
+        feed = _Feed(self._raw_lines())
+        reader = csv.reader(feed, delimiter=self.separator)
+        while True:
+            feed.begin_row()
+            try:
+                fields = next(reader)
+                problem = feed.fault or feed.check_quotes(self.separator)
+            except StopIteration:
+                return
+            except _OpenQuoteError:
+                raise DataError(
+                    f"{self.name}:{feed.row}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
+                    'ordinary characters in this file, set quoting = "none"'
+                ) from None
+            if problem:
+                yield feed.row, problem
+            elif fields:  # none: a blank line
+                yield feed.row, fields
+
+
+class _OpenQuoteError(Exception):
+    """A quoted field goes on to the end of the file, or for more than MAX_RECORD_BYTES."""
+
+
+class _Feed:
+    """Hands the lines of a file to `csv.reader`, and remembers where a row begins and what is wrong with it."""
+
+    def __init__(self, lines: Iterator[tuple[int, Line]]) -> None:
+        self._lines = lines
+        self._ahead: list[str] = []  # what a lone CR divides from the present line, last first
+        self._number = 0  # of the present line
+        self._extra = 0  # lone CRs before: they count as line ends
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """The next line begins a row."""
+        self.row = 0  # line number; 0: none read yet
+        self.fault: ValueError | None = None
+        self._pieces: list[str] = []  # the row's lines
+        self._length = 0
+
+    @property
+    def text(self) -> str:
+        """The row's first line."""
+        return self._pieces[0].rstrip("\r\n")
+
+    def check_quotes(self, separator: str) -> ValueError | None:
+        """What is wrong with the row's quotes, which `csv.reader` takes as they come. Raises _OpenQuoteError."""
+        if any('"' in piece for piece in self._pieces):
+            try:
+                next(csv.reader(self._pieces, delimiter=separator, strict=True))
+            except csv.Error as error:
+                if "unexpected end" in str(error):
+                    raise _OpenQuoteError from None
+                return ValueError(
+                    f"text after a closing quote (quotes in a quoted field are doubled): {show(self.text)}"
+                )
+        return None
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> str:
+        if self._ahead:
+            self._extra += 1
+            text = self._ahead.pop()
+        else:
+            self._number, raw = next(self._lines)
+            text = self._decode(raw)
+            if "\r" in text.removesuffix("\n").removesuffix("\r"):
+                self._ahead = _CSV_LINES.findall(text)[::-1]
+                text = self._ahead.pop()
+        self.row = self.row or self._number + self._extra
+        self._length += len(text)
+        if self._pieces and self._length > MAX_RECORD_BYTES:
+            raise _OpenQuoteError
+        self._pieces.append(text)
+        return text
+
+    def _decode(self, raw: Line) -> str:
+        """A line's text; of a line with a fault, a text that keeps its quotes."""
+        try:
+            return decode(raw)
+        except ValueError as error:
+            self.fault = self.fault or error
+            if isinstance(raw, bytes):
+                return raw.decode("utf-8", "replace").replace("\0", "?")
+            if self.row:  # inside quotes
+                raise _OpenQuoteError from None
+            return "\n"
+
+
+def _separator_of(first: Line | None) -> str:
+    """The separator that the header line has: a tab, else a comma, else a semicolon; a comma if it has none."""
+    text = first.decode("utf-8", "replace") if isinstance(first, bytes) else ""
+    return next((separator for separator in SEPARATORS if separator in text), ",")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every reader offers, and how a regular file or standard input is opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minbert_fast.data.messages import DataError, show_path
+
+STANDARD_INPUT = Path("-")
+
+#: A row: the line where it begins, and the values of the wanted columns, or why they cannot be read.
+Record = tuple[int, Sequence[Any] | ValueError]
+
+
+class Records(ABC):
+    """The rows of one file: `begin` reads the names of its columns, `rows` the rows, `close` closes it."""
+
+    name: str  # of the file, for messages
+    place: str  # where the columns are named, for messages
+    names: Sequence[str] = ()  # the columns; those of the first row if each row names its own
+    separator: str = ", "  # of names in messages
+    kind: str = "columns"  # for messages, such as "comma-separated columns"
+    size: int = 0  # bytes
+    position: int = 0  # bytes read so far
+
+    def begin(self) -> None:  # noqa: B027  # optional
+        """Reads the names of the columns. Raises DataError if the file has none."""
+
+    @abstractmethod
+    def rows(self, columns: Sequence[str]) -> Iterator[Record]:
+        """The rows in order. Raises DataError if the file cannot be read on."""
+
+    def problem(self, column: str) -> str:
+        """What is wrong with a column's name; empty if nothing is."""
+        return {0: "no column", 1: ""}.get(list(self.names).count(column), "more than one column")
+
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """Names of the classes that a column numbers, in order; empty if the file has none."""
+        return ()
+
+    def close(self) -> None:  # noqa: B027  # optional
+        """Closes the file."""
+
+
+class FileRecords(Records):
+    """The rows of an open binary file; `path` may be standard input."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = name_of(path)
+        self.file, self.size = open_source(path)
+
+    def close(self) -> None:
+        """Closes the file, but not standard input."""
+        if self.file is not sys.stdin.buffer:
+            self.file.close()
+
+
+def name_of(path: Path) -> str:
+    """A path for messages."""
+    return "standard input" if path == STANDARD_INPUT else show_path(path)
+
+
+def open_source(path: Path) -> tuple[BinaryIO, int]:
+    """The open file and its size in bytes; `-` is standard input, of size 0. Raises DataError."""
+    if path == STANDARD_INPUT:
+        return sys.stdin.buffer, 0
+    file = open_regular(path)
+    return file, os.fstat(file.fileno()).st_size
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file for reading. Raises DataError for a directory, a FIFO or a device."""
+    # Without O_NONBLOCK, opening a FIFO blocks until a writer opens it.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{show_path(path)}: cannot be opened: {reason}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a special file"
+        raise DataError(f"{show_path(path)}: {kind}, expected a regular file")
+    return os.fdopen(descriptor, "rb")

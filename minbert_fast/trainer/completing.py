@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completes a recipe from its training data: kinds, classes, ranges and class weights that the recipe leaves open.
+
+The values that are found become part of the recipe, and so of the model directory and of every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from minbert_fast.common.schema import merge, plain
+from minbert_fast.data.labels import LabelSummary
+from minbert_fast.data.source import sources_of
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.tasks import build_tasks, guess_kind, is_kind
+
+Summarise = Callable[[str, int], LabelSummary]  # (task, texts per example) -> what its training labels hold
+
+
+def complete(recipe: Recipe, summarise: Summarise, notify: Callable[[str], None]) -> Recipe:
+    """`recipe` with a kind for each task, and with every value that a task finds in its training labels.
+
+    `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
+    """
+    for name, options in task_tables(recipe).items():
+        if options.get("kind") or is_kind(name) or not options.get("data"):
+            continue
+        texts = max((len(source.texts) for source in sources_of(options["data"])), default=0) or 1
+        kind, reason = guess_kind(summarise(name, texts), texts)
+        notify(f'tasks.{name}: kind = "{kind}" ({reason})')
+        recipe = with_task_values(recipe, name, {"kind": kind})
+    for name, task in build_tasks(recipe).items():
+        if not task.resolved:
+            recipe = with_task_values(recipe, name, task.resolve(summarise(name, task.num_texts)))
+    return recipe
+
+
+def task_tables(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
+    """The options of every task of the recipe and its stages, by name; a task's first table counts."""
+    tables = dict(recipe.tasks)
+    for stage in recipe.stages:
+        for name, options in stage.get("tasks", {}).items():
+            tables.setdefault(name, options)
+    return tables
+
+
+def with_task_values(recipe: Recipe, name: str, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with `values` added to the options of task `name`, wherever the recipe has them."""
+    if name in recipe.tasks:
+        return replace(recipe, tasks=plain({**recipe.tasks, name: merge(recipe.tasks[name], values)}))
+
+    def add(stage: Mapping[str, Any]) -> Mapping[str, Any]:
+        tasks = stage.get("tasks", {})
+        return {**stage, "tasks": {**tasks, name: merge(tasks[name], values)}} if name in tasks else stage
+
+    return replace(recipe, stages=tuple(add(stage) for stage in recipe.stages))
+
+
+def without_tasks(recipe: Recipe, dropped: Sequence[str], notify: Callable[[str], None]) -> Recipe:
+    """The recipe and its stages without the `dropped` tasks; stages that lose all their tasks are removed."""
+    if not dropped:
+        return recipe
+
+    def keep(tasks: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: options for name, options in tasks.items() if name not in dropped}
+
+    stages: list[Mapping[str, Any]] = []
+    for index, stage in enumerate(recipe.stages):
+        kept = keep(stage.get("tasks", recipe.tasks))
+        if kept:
+            stages.append({**stage, "tasks": kept} if "tasks" in stage else stage)
+        else:
+            notify(f"stage {index + 1} has no task left and is left out")
+    tasks = keep(recipe.tasks) or keep({name: o for stage in stages for name, o in stage["tasks"].items()})
+    return replace(recipe, tasks=plain(tasks), stages=tuple(stages))

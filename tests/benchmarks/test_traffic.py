@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches of a captured step, and their bytes: what a change of the step adds or saves shows here first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import traffic
+from benchmarks.gradients import CONFIGS
+
+#: Launches and megabytes of one step, 3 x 32 examples, PCGrad. Lower them with the change that saves launches.
+TOTALS = {"MiniLM-L6": (336, 2272.1), "BERT-base": (486, 10252.0)}
+
+
+@pytest.mark.parametrize("shape", TOTALS)
+def test_totals(shape: str) -> None:
+    found = traffic.summary(traffic.launches(CONFIGS[shape]))
+    assert (found["launches"], found["megabytes"]) == TOTALS[shape], traffic.table(shape, found)
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    """y = x + 1 reads and writes 4 bytes an element, an in-place sum too, a view nothing, an expanded tensor its rows."""
+    x = torch.empty(100, 30, device="meta")
+    watch = traffic.Watch()
+    with watch:
+        y = x + 1
+        y += x[:1]
+        y.view(3000)
+    assert [(each.name, each.bytes) for each in watch.launches] == [("add", 24_000), ("add_", 24_120)]
+
+
+def test_a_row_of_a_table_is_not_the_table() -> None:
+    table, rows = torch.empty(30_000, 8, device="meta"), torch.empty(5, dtype=torch.int64, device="meta")
+    watch = traffic.Watch()
+    with watch:
+        table[rows]
+    assert [each.bytes for each in watch.launches] == [2 * 5 * 8 * 4 + 5 * 8]
