@@ -289,7 +289,8 @@ def _milliseconds(value: float) -> str:
 SUITES: Mapping[str, Table] = {"step": _step_table, "surgery": _surgery_table, "encode": _encode_table}
 TABLES: Mapping[str, Callable[[], str]] = (
     {"dev scores": dev_scores, "runs cuda": gpu_runs, "profile cuda": gpu_profile, "tests cuda": gpu_tests}
-    | {"ablation": ablation_table, "conflicts": conflicts_table, "published": published_rows, "same job": same_job}
+    | {"ablation": ablation_table, "conflicts": conflicts_table}
+    | {"published": published_rows, "same job": same_job}
     | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
     | {
         f"summed {device}": partial(suite, "step", device, table=partial(candidates_table, method="none"))

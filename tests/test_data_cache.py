@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minbert_fast.data import Tokenizer, read_table, sample_directory
-from minbert_fast.data import cache as cache_module
-from minbert_fast.data.cache import BLOCK, load_tokens, tokenize_table
+from minbert_fast.data import Tokenizer, cache_entries, read_table, sample_directory
+from minbert_fast.data.cache import load_tokens, tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.files import TableReader
 from minbert_fast.data.formats import DataError
@@ -275,7 +274,7 @@ def test_memory_does_not_grow_with_the_file(
 ) -> None:
     """Building and reading; tests/large_data.py measures a whole run on millions of rows."""
     monkeypatch.setattr(TableReader.chunks, "__defaults__", (128,))
-    monkeypatch.setattr(cache_module, "BLOCK", BLOCK // 256)
+    monkeypatch.setattr(cache_entries, "BLOCK", cache_entries.BLOCK // 256)
     peaks = {}
     for rows in (2_000, 16_000):
         path = tmp_path / f"{rows}.csv"

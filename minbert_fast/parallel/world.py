@@ -94,7 +94,8 @@ class World:
     def begin_largest(self, numbers: Tensor) -> Work | None:
         """Begins to replace numbers on the CPU by the largest of all processes; `finish` waits for it."""
         with self._lost():
-            return distributed.all_reduce(numbers, distributed.ReduceOp.MAX, async_op=True)
+            work: Work = distributed.all_reduce(numbers, distributed.ReduceOp.MAX, async_op=True)
+        return work
 
     def every(self, value: Any) -> list[Any]:
         """Returns, in every process, the `value` of each process in the order of their ranks. Plain data only."""

@@ -30,7 +30,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     batch: MultitaskBatch  # the tensors that the graph reads
     result: StepResult  # the tensors that it writes
-    held: Sequence[Tensor]  # buffers that it uses; the step may have replaced them by larger ones
+    held: Sequence[Tensor]  # buffers that it uses, which the step may have replaced by larger ones, and its tables
 
     def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
@@ -98,7 +98,7 @@ class GraphedStep:
             result = self.step.compute(own)
         self.captures.captured += 1
         self.captures.capture_seconds += time.perf_counter() - began
-        return _Captured(graph, own, result, self.step.gradients.buffers())
+        return _Captured(graph, own, result, [*self.step.gradients.buffers(), *self.step.tables.write()])
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self.step.state_dict()

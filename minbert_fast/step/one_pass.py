@@ -21,6 +21,7 @@ from torch import Tensor
 from minbert_fast import surgery
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.ops.grouped import Tables, groups
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras import flat_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
@@ -29,6 +30,7 @@ from minbert_fast.step.flat_pass import OnePass, check_unshared
 from minbert_fast.step.hooks import Connect, StepHook, first
 from minbert_fast.step.optim import FlatAdamW
 from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
+from minbert_fast.step.tape import Tape
 from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
 
@@ -59,6 +61,9 @@ class OnePassStep:
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         rows = len(recipe.tasks) if self.apart else 1
         self.hooks: list[StepHook] = flat_hooks(model, recipe, self.flat, dtype)
+        self.alone = connect is None
+        self.tables = Tables()
+        self.tape: Tape | None = None  # of the present step
         if connect is None:
             self.gradients = TaskGradients(self.flat, rows, dtype)
             self.optimizer = FlatAdamW(self.flat, recipe.optimizer)
@@ -112,7 +117,7 @@ class OnePassStep:
             timer.end(hook.part)
 
         # G [T, T] -> w [T]: gradient surgery is arithmetic on the tasks' inner products.
-        gram = self.gradients.gram(words)
+        gram = self.gradients.gram(words) if self.tape is None else self.tape.gram(words)
         w = self.weights(gram)
         nonfinite = ~torch.isfinite(values)
         if self.apart:
@@ -158,10 +163,13 @@ class OnePassStep:
             sentences = [0, sentences[-1]]
 
         def after_layer(layer: int) -> None:
+            if self.tape is not None and not self.alone:  # other processes get this layer's gradients now
+                self.tape.finish()
             for hook in self.hooks:
                 hook.after_layer(layer)
 
-        run = OnePass(self.flat, self.gradients, packed, bounds, self.seed, noise, after_layer, sentences)
+        self.tape = Tape(self.gradients, bounds, self.tables, self.alone) if groups(self.flat.compute) else None
+        run = OnePass(self.flat, self.gradients, packed, bounds, self.seed, noise, after_layer, self.tape, sentences)
         with torch.set_grad_enabled(self.flat.words_end > 0):  # a frozen encoder needs no graph
             return self.model.encoder.encode_packed(run, packed)
 
@@ -195,7 +203,11 @@ class OnePassStep:
             self._write_others(total.unbind())
         for hook in self.hooks:
             hook.before_backward()
+        if self.tape is not None:
+            self.tape.clear()
         total.sum().backward()  # last, since each backward overwrites J
+        if self.tape is not None:
+            self.tape.finish()
         for p in self.others:
             if not self.apart:
                 row = self.gradients.view(p)[0]
