@@ -23,7 +23,6 @@ from torch import Tensor
 from minbert_fast.ops.backend import implementation
 from minbert_fast.ops.library import custom_op
 
-
 Rows = Sequence[Sequence[int]]
 
 
