@@ -30,7 +30,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step import naive
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 from minbert_fast.tasks.base import TaskInput
-from minbert_fast.tasks.model import _pool_padded
+from minbert_fast.tasks.model import pool_padded
 
 GRAIN = 32  # compiled: pads sentences to multiples of 32 tokens
 
@@ -89,7 +89,7 @@ class NaiveStep(naive.ReferenceStep):
                 embeddings = []
                 for made in columns:
                     hidden = encoder.stock(made.ids, made.mask, made.types)
-                    embeddings.append(_pool_padded(hidden, made.mask, self.model.pooling, encoder).float())
+                    embeddings.append(pool_padded(hidden, made.mask, self.model.pooling, encoder).float())
                 packed = columns[0].batch.packed
                 inputs = TaskInput(
                     embeddings=tuple(embeddings),
@@ -198,7 +198,7 @@ class PaddedStep(_PerTaskStep):
         return combined
 
     def parameters(self) -> dict[str, Tensor]:
-        heads = {name: p for name, p in self.model.named_parameters() if not p.is_meta}
+        heads: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if not p.is_meta}
         with tempfile.TemporaryDirectory() as folder:
             self.encoder.save_pretrained(folder)  # type: ignore[operator]
             ours = BertModel.from_pretrained(folder)

@@ -258,7 +258,7 @@ class _Rows:
 
     def fit(self, parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> bool:
         """Whether the buckets were made for just these."""
-        return self._key == self._key_of(parameters, reached, combined)
+        return bool(self._key == self._key_of(parameters, reached, combined))
 
     @staticmethod
     def _key_of(parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> Any:
