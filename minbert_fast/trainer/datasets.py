@@ -57,8 +57,9 @@ def load_datasets(
 ) -> Datasets:
     """Reads the data of the recipe's tasks, or their cached tokens; `rows` in memory replace files.
 
-    Completes the recipe (see completing.py). Drops tasks without training data. Calls `notify` with a line about each
-    dropped task, bad row, held-out set and set with cut sentences. Raises DataError or ConfigError.
+    Completes the recipe (see completing.py). Drops tasks without training data; a task that no stage trains is kept and
+    evaluated, with its untrained head, if it has dev rows. Calls `notify` with a line about each dropped task, bad row,
+    held-out set and set with cut sentences. Raises DataError or ConfigError.
     """
     reader = _Reader(recipe, tokenizer, notify, rows or {})
     recipe = complete(recipe, reader.summarise, notify)
@@ -67,9 +68,12 @@ def load_datasets(
     for stage in recipe.resolved_stages():
         found = {name: reader.table(task, "train") for name, task in build_tasks(stage).items()}
         train.append({name: table for name, table in found.items() if table is not None})
-    kept = [name for name in tasks if any(name in tables for tables in train)]
-    if not kept:
+    trained = {name for tables in train for name in tables}
+    if not trained:
         raise DataError(f"no training data for any task of recipe {recipe.name} ({', '.join(tasks)})")
+    staged = {name for stage in recipe.resolved_stages() for name in stage.tasks}
+    untrained = {n for n, t in tasks.items() if n not in staged and t.predicts and reader.table(t, "dev") is not None}
+    kept = [name for name in tasks if name in trained | untrained]
     dev, test = {}, {}
     for name in kept:
         if not tasks[name].predicts:

@@ -227,8 +227,9 @@ class _Job:
                 "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
             )
         train = {name: table for tables in self.data.train for name, table in tables.items()}
-        for name in self.dev if count else ():
-            table = train[name]
+        for name, table in train.items() if count else ():
+            if name not in self.dev:
+                continue
             self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
