@@ -3,7 +3,8 @@
 
 A program holds whole rows on chip: the forward reads x and residual once and writes y, the backward reads dy, x and
 residual and writes dx and dresidual; the sum before the norm and the dropout mask are computed again, not stored.
-Statistics and all arithmetic are fp32. Per-task dgamma, dbeta and dbias leave through column_sums.py.
+Where y went two ways, the backward reads both gradients and adds them on chip. Statistics and all arithmetic are fp32.
+Per-task dgamma, dbeta and dbias leave through column_sums.py.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def _add_norm_forward(
 @triton.jit(do_not_specialize=["site"])
 def _add_norm_backward(
     dy_ptr,  # [rows, WIDTH]
+    more_ptr,  # [rows, WIDTH], added to dy; or None
     x_ptr,  # [rows, WIDTH]
     bias_ptr,  # [WIDTH]
     residual_ptr,  # [rows, WIDTH]
@@ -96,6 +98,8 @@ def _add_norm_backward(
                 mask = (row < high)[:, None] & within[None, :]
                 offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                if more_ptr is not None:
+                    dy += tl.load(more_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 branch, keep = _branch(x_ptr, bias, offsets, mask, seed, site, row, P, BLOCK)
                 z = residual + branch * keep
@@ -131,24 +135,39 @@ def add_norm_forward(
         )
 
 
+def partition(rows: int, width: int, device: torch.device) -> Partition:
+    """The programs of a backward, and their rows."""
+    tile = RowTile.of(width)
+    return Partition.among(rows, tile.rows, tile.programs(device))
+
+
+def add_norm_unfinished(
+    dy: Tensor, more: Tensor | None, x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
+    bounds: Tensor, p: float, seed: Tensor | None, site: int, dx: Tensor, dresidual: Tensor, partials: Tensor,
+) -> None:  # fmt: skip
+    """Writes dx, dresidual [N, H] for the gradient dy + more (None: dy alone), and the programs' column sums.
+
+    partials [programs + T - 1, 3, H] are those of dgamma, dbeta and dbias (see `partition`). Rows from bounds[T] on get
+    zero gradients and add to none.
+    """
+    rows, width = x.shape
+    parts = partition(rows, width, x.device)
+    _add_norm_backward[(parts.programs,)](
+        dy, more, x, bias, residual, gamma, mean, rstd, bounds, dx, dresidual, partials, seed, site,
+        rows, bounds.numel() - 1, parts.rows_per_program, **RowTile.of(width).launch(width, p),
+    )  # fmt: skip
+
+
 def add_norm_backward(
     dy: Tensor, x: Tensor, bias: Tensor, residual: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, bounds: Tensor,
     p: float, seed: Tensor | None, site: int, dgamma: Tensor | None, dbeta: Tensor | None, dbias: Tensor | None,
     dx: Tensor, dresidual: Tensor,
 ) -> None:  # fmt: skip
-    """Writes dx, dresidual [N, H] and dgamma, dbeta, dbias [T, H] (None: not wanted; any task stride).
-
-    Rows from bounds[T] on get zero gradients and add to none.
-    """
-    rows, width = x.shape
-    tile, tasks = RowTile.of(width), bounds.numel() - 1
-    partition = Partition.among(rows, tile.rows, tile.programs(x.device))
-    partials = partition.partials(tasks, 3, width, x.device)
-    _add_norm_backward[(partition.programs,)](
-        dy, x, bias, residual, gamma, mean, rstd, bounds, dx, dresidual, partials, seed, site,
-        rows, tasks, partition.rows_per_program, **tile.launch(width, p),
-    )  # fmt: skip
-    finish(partials, bounds, partition, (dgamma, dbeta, dbias))
+    """The same for one gradient; writes dgamma, dbeta, dbias [T, H] too (None: not wanted; any task stride)."""
+    parts = partition(*x.shape, x.device)
+    partials = parts.partials(bounds.numel() - 1, 3, x.shape[1], x.device)
+    add_norm_unfinished(dy, None, x, bias, residual, gamma, mean, rstd, bounds, p, seed, site, dx, dresidual, partials)
+    finish(partials, bounds, parts, (dgamma, dbeta, dbias))
 
 
 def launches() -> Iterator[Launch]:
@@ -163,3 +182,6 @@ def launches() -> Iterator[Launch]:
         yield Launch(f"forward {label}", partial(add_norm_forward, *forward))
         backward = (x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, out, out, out, x, x)
         yield Launch(f"backward {label}", partial(add_norm_backward, *backward))
+        partials = partition(2816, width, x.device).partials(3, 3, width, x.device)
+        two = (x, x, x, vector, x, vector, rows, rows, bounds, p, seed, 1, x, x, partials)
+        yield Launch(f"backward of two {label}", partial(add_norm_unfinished, *two))

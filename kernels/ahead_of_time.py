@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -102,7 +102,21 @@ def check(launch: Launch, chip: Chip) -> list[Report]:
             return [Report(launch.label, "", chip.name, 0, failure=f"{type(error).__name__}: {lines[-1][:200]}")]
     if not compiled:
         return [Report(launch.label, "", chip.name, 0, failure="no kernel was launched")]
-    return [_report(launch.label, kernel.__name__, binary, chip) for kernel, binary in compiled]
+    reports = [_report(launch.label, kernel.__name__, binary, chip) for kernel, binary in compiled]
+    if launch.wide and chip.name == "sm_90":
+        texts = [narrow_accesses(binary.asm["ptx"]) for _, binary in compiled]
+        reports = [replace(each, failure=each.failure or text) for each, text in zip(reports, texts, strict=True)]
+    return reports
+
+
+def narrow_accesses(ptx: str) -> str:
+    """What is wrong with the widths of memory accesses in a kernel of tiles; empty where all are 16 bytes."""
+    copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+)", ptx))
+    if copies != {"0x10"}:
+        return f"copies {', '.join(sorted(copies)) or 'nothing'} asynchronously instead of 16 bytes at a time"
+    if "st.global.v4.b32" not in ptx:
+        return "stores less than 16 bytes at a time"
+    return ""
 
 
 def _report(label: str, name: str, binary: Any, chip: Chip) -> Report:

@@ -7,6 +7,10 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
+
+#: Triton's names of the dtypes, for kernels whose pointers come from a table.
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @functools.cache
@@ -24,10 +28,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def is_hopper_or_newer(device: torch.device) -> bool:
-    """Whether kernels for `device` compile for an NVIDIA chip of compute capability 9.0 or above."""
+    """Whether kernels for `device` compile for an NVIDIA chip of compute capability 9.0 or above.
+
+    A meta tensor on a machine without a GPU counts as one on an H100.
+    """
     if device.type == "cpu":
         return False
-    target = triton.runtime.driver.active.get_current_target()
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        if device.type == "meta":
+            return True
+        raise
     return target.backend == "cuda" and target.arch >= 90
 
 

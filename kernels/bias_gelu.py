@@ -93,19 +93,29 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, y: Tensor) -> None:
         _bias_gelu_forward[grid](x, bias, y, rows, WIDTH=width, **_LAUNCH)
 
 
-def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor | None, dx: Tensor) -> None:
-    """Writes dx [N, F] and dbias [T, F] (None: not wanted; any task stride).
+def partition(rows: int) -> Partition:
+    """The programs of a backward along the rows, and the rows of each."""
+    return Partition.of(rows, ROWS_PER_PROGRAM)
+
+
+def bias_gelu_unfinished(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dx: Tensor, partials: Tensor) -> None:
+    """Writes dx [N, F] and the programs' column sums [programs + T - 1, 1, F] of dbias (see `partition`).
 
     Rows from bounds[T] on get zero gradients and add to none.
     """
     rows, width = x.shape
-    tasks = bounds.numel() - 1
-    partition = Partition.of(rows, ROWS_PER_PROGRAM)
-    partials = partition.partials(tasks, 1, width, x.device)
-    _bias_gelu_backward[(triton.cdiv(width, COLUMNS), partition.programs)](
-        dy, x, bias, bounds, dx, partials, rows, tasks, partition.rows_per_program, WIDTH=width, **_LAUNCH
+    parts = partition(rows)
+    _bias_gelu_backward[(triton.cdiv(width, COLUMNS), parts.programs)](
+        dy, x, bias, bounds, dx, partials, rows, bounds.numel() - 1, parts.rows_per_program, WIDTH=width, **_LAUNCH
     )
-    finish(partials, bounds, partition, (dbias,))
+
+
+def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbias: Tensor | None, dx: Tensor) -> None:
+    """The same, and dbias [T, F] (None: not wanted; any task stride)."""
+    parts = partition(x.shape[0])
+    partials = parts.partials(bounds.numel() - 1, 1, x.shape[1], x.device)
+    bias_gelu_unfinished(dy, x, bias, bounds, dx, partials)
+    finish(partials, bounds, parts, (dbias,))
 
 
 def launches() -> Iterator[Launch]:

@@ -37,6 +37,7 @@ class Launch:
 
     label: str  # op, dtypes by their names in torch, and shape; unique in its file
     call: Callable[[], object]
+    wide: bool = False  # on sm_90, tiles must arrive by asynchronous copies of 16 bytes, and leave by stores of 16
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,6 +3,7 @@
 
 python -m minbert_fast.encode --model DIR --input sentences.txt --output vectors.npy
 python -m minbert_fast.encode --model DIR --input questions.csv --column question1 --output vectors.safetensors --normalize
+python -m minbert_fast.encode --onnx DIR --input sentences.txt --output vectors.npy
 
 Writes one vector per line of a text file (- reads standard input), or per row of one column of a .csv, .tsv, .jsonl or
 .parquet file.

@@ -87,9 +87,7 @@ def main(arguments: Sequence[str]) -> None:
         reproduction.write_rows(results, rows)
         if chosen.discard and not trial.failure:
             reproduction.discard_models(directory)
-    shown = [rows[name] for name in sorted(rows)]
-    below = "\n\n".join(reproduction.notes(shown))
-    write_text(output / "table.md", f"{reproduction.table(shown)}\n{below}\n")
+    write_text(output / "table.md", reproduction.page(rows))
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     if failed:
         raise RunError(f"{len(failed)} of {len(names)} recipes did not run: {', '.join(failed)}")

@@ -17,7 +17,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ RECIPE_FLAGS = (
     Flag("training.max_steps", "--max-steps", "N", "length of run and schedule, not --epochs", ("--max_steps",)),
     Flag("training.batch_size", "--batch-size", "N", "examples per task and step", ("--batch_size",)),
     Flag("optimizer.lr", "--lr", "F", "learning rate"),
-    Flag("model.dropout", "--dropout", "P", "dropout of the encoder", ("--hidden_dropout_prob",)),
+    Flag("model.dropout", "--dropout", "P", "dropout of the encoder"),
     Flag("model.freeze", "--freeze", "", "train the heads only"),
     Flag("training.patience", "--patience", "N", "stop after N evaluations without a better score"),
     Flag("surgery.method", "--surgery", "METHOD", f"{', '.join(surgery.METHODS)}, torchjd:NAME"),
@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add("--id", metavar="COLUMN", help="--data FILE: names of rows (default: line numbers)")
     add_flag(course, dropout)
     add("--option", choices=tuple(COURSE_OPTIONS), help="pretrain: heads, lr 1e-3; finetune: everything, lr 1e-5")
+    add("--hidden_dropout_prob", metavar="P", type=float, help="dropout of the heads, as in the course's scripts")
     add("--use_gpu", action="store_true", help="--device cuda")
     for flag in RECIPE_FLAGS:
         for name in flag.also:
@@ -136,7 +137,8 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
 def build_recipe(chosen: argparse.Namespace) -> Recipe:
     """The recipe with the values of the course's --option, then of the flags, then of --set.
 
-    --resume starts from the recipe saved under --output, unless the command line names one.
+    --option without --recipe trains `course`, which has the defaults of the course's scripts. --resume starts from the
+    recipe saved under --output, unless the command line names one.
     """
     values: dict[str, Any] = dict(COURSE_OPTIONS[chosen.option]) if chosen.option else {}
     for key, value in vars(chosen).items():
@@ -145,17 +147,37 @@ def build_recipe(chosen: argparse.Namespace) -> Recipe:
                 value = {part: value}
             values = merge(values, value)
     values = merge(values, one_file(chosen))
-    values = merge(values, parse_assignments(chosen.assignments))
+    assigned = parse_assignments(chosen.assignments)
     if chosen.imports:
         values["imports"] = Whole(chosen.imports)
     # The learning rate of `default` suits pre-trained weights; the tiny model has random ones.
-    name = chosen.recipe or ("default" if values.get("model", {}).get("name") else "demonstration")
+    model = merge(values, assigned).get("model", {}).get("name")
+    name = chosen.recipe or ("course" if chosen.option else "default" if model else "demonstration")
     if chosen.resume and chosen.recipe is None:
         saved = saved_recipe_path(chosen.output or Path())
         name = str(saved) if saved.is_file() else name
     recipe = Recipe.load(name).with_values(values, "command line")
+    if chosen.hidden_dropout_prob is not None:
+        recipe = with_dropout_of_heads(recipe, chosen.hidden_dropout_prob)
+    recipe = recipe.with_values(assigned, "command line")
     check_places(recipe)
     return recipe if chosen.tasks is None or chosen.text is not None else only_tasks(recipe, chosen.tasks.split(","))
+
+
+def with_dropout_of_heads(recipe: Recipe, dropout: float) -> Recipe:
+    """The recipe with this dropout in every head that has one, those of tasks that only a stage trains included."""
+
+    def changed(tasks: Mapping[str, Any], inherited: Collection[str] = ()) -> dict[str, Any]:
+        values = {name: dict(options) for name, options in tasks.items()}
+        for name, options in values.items():
+            own = name not in inherited or "dropout" in options  # a stage's task has the recipe's, else its own
+            guessed = not options.get("kind", name)  # the labels will decide; each of these kinds has a dropout
+            if own and (guessed or hasattr(build_task(name, options).options, "dropout")):
+                options["dropout"] = dropout
+        return values
+
+    stages = [{**s, "tasks": changed(s["tasks"], recipe.tasks)} if "tasks" in s else s for s in recipe.stages]
+    return recipe.with_values({"tasks": changed(recipe.tasks), "stages": stages}, "--hidden_dropout_prob")
 
 
 def one_file(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def pieces(page: Path) -> Iterator[Piece]:
 
 # ---- Commands with placeholders for the reader to fill in -------------------------------------------------------------
 
-_BLANK = re.compile(r".*\b(?:DIR|FILE|NAME|HUB_NAME|HOST|PORT)\b.*|\[.*|\.\.\.")
+_BLANK = re.compile(r".*\b(?:DIR|FILE|NAME|COLUMN|HUB_NAME|HOST|PORT)\b.*|\[.*|\.\.\.")
 
 
 def filled(words: Sequence[str], data: Path) -> list[str]:
@@ -61,6 +61,9 @@ def filled(words: Sequence[str], data: Path) -> list[str]:
     sample = sample_directory()
     values: Mapping[tuple[str, str], object] = {
         ("--data", "DIR"): data,
+        ("--data", "FILE"): sample.data / "ids-sst-train.csv",
+        ("--text", "COLUMN"): "sentence",
+        ("--label", "COLUMN"): "sentiment",
         ("--model", "DIR"): sample.model,
         ("--model", "DIR|HUB_NAME"): sample.model,
         ("--output", "DIR"): "filled/directory",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import json
 import os
@@ -13,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,8 +24,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from minbert_fast import PCGrad
+from minbert_fast.common.errors import RunError, is_out_of_memory
 from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.cache import load_tokens
@@ -31,8 +36,9 @@ from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder
 from minbert_fast.parallel.exchange import AllReduce
 from minbert_fast.parallel.sharding import connect
-from minbert_fast.parallel.world import World
+from minbert_fast.parallel.world import Agreement, World, joined
 from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.trainer.records import Observer
 from tests.test_step import SIZES, make_batch, make_model, recipe
 
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
@@ -194,7 +200,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
         cwd=folder,
     )
     deadline = time.monotonic() + 120
-    while not list((folder / "run" / "checkpoints").glob("step-*")):
+    while not list((folder / "run" / "checkpoints").glob("step-*")):  # then every rank is in its loop
         assert begun.poll() is None, begun.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -262,8 +268,107 @@ def test_a_world_of_one_exchanges_nothing() -> None:
     world.reduce(tensor)
     world.wait()
     assert torch.equal(tensor, torch.ones(3))
-    assert world.agreed(None) is None
+    agreed = Agreement(world)
+    assert [agreed(None), agreed(15)] == [None, 15]
     assert world.from_main(lambda: 7) == 7
+
+
+def speak(rank: int, size: int, port: int, told: Path) -> None:
+    """One of `size` processes: every kind of message, through gloo."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    with joined(torch.device("cpu")) as (world, _):
+        J = torch.arange(12.0).view(2, 6) + rank
+        world.finish([world.begin_sum([J[0, 1:3], J[1, 1:3], J[1, 4:5], J[:, :0]]), world.begin_sum([J[:, :0]])])
+        whole = (torch.arange(2.0 * 2 * size).view(2, 2 * size) + rank).bfloat16()
+        shares = torch.zeros(2, 2, dtype=torch.bfloat16)
+        world.finish([world.begin_share(list(whole), list(shares))])
+        agreed = Agreement(world)
+        heard = [agreed(15 if (call, rank) == (1, size - 1) else None) for call in range(4)]
+        found = {"J": J.tolist(), "shares": shares.tolist(), "heard": heard, "main": world.from_main(lambda: "hello")}
+        found["apart"] = surgery_apart(rank, size)
+        (told / f"{rank}.json").write_text(json.dumps(found))
+
+
+def surgery_apart(rank: int, size: int) -> float:
+    """How far `PCGrad` with shares of the examples is from `PCGrad` with all of them, for a DistributedDataParallel."""
+    torch.manual_seed(3)
+    x, trunk = torch.randn(2 * size, 6), nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def losses(model: nn.Module, examples: Tensor) -> list[Tensor]:
+        output = model(examples)
+        return [(output[:, task] - (-3.0) ** task).square().mean() for task in range(3)]
+
+    alone, shared = copy.deepcopy(trunk), nn.parallel.DistributedDataParallel(trunk)
+    torch.manual_seed(50 + rank)
+    own = PCGrad(torch.optim.SGD(shared.parameters(), lr=0.1), process_group=True)
+    with shared.no_sync():
+        own.pc_backward(losses(shared, x[rank::size]))
+    PCGrad(torch.optim.SGD(alone.parameters(), lr=0.1), generator=torch.Generator().manual_seed(50)).pc_backward(
+        losses(alone, x)
+    )
+    pairs = zip(shared.parameters(), alone.parameters(), strict=True)
+    return max(float((p.grad - q.grad).abs().max()) for p, q in pairs)  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.ci)])
+def test_messages_between_processes(size: int, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(speak, (size, port, tmp_path), size)
+    for rank in range(size):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        plain, total = torch.arange(12.0).view(2, 6), size * (size - 1) / 2
+        expected = plain + rank
+        for row, columns in ((0, slice(1, 3)), (1, slice(1, 3)), (1, slice(4, 5))):
+            expected[row, columns] = size * plain[row, columns] + total
+        assert found["J"] == expected.tolist()
+        own = torch.arange(4.0 * size).view(2, 2 * size)[:, 2 * rank : 2 * rank + 2]
+        assert found["shares"] == (size * own + total).tolist()
+        assert found["heard"] == [None, None, 15, None]  # one call late, in every process
+        assert found["main"] == "hello"
+        assert found["apart"] < 1e-6
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("method", "shard"), [("torchjd:PCGrad", "false"), ("gradvac", "true")])
+def test_three_ranks_draw_the_same_orders_and_weigh_alike(method: str, shard: str, tmp_path: Path) -> None:
+    """Each rank's own random numbers (dropout) must not reach the method; famo needs the losses of the whole step."""
+    if method.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
+    flags = ["--max-steps", "4", "--precision", "fp32", "--surgery", method, "--set", "weighting.method=famo"]
+    succeed(1, tmp_path, *flags, "--output", "alone")
+    succeed(3, tmp_path, *flags, "--output", "three", "--set", f"training.shard={shard}")
+    same(tmp_path / "alone", tmp_path / "three")
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "Cuda failure 2 'out of memory'"])
+def test_memory_that_runs_out_in_a_message_is_reported_as_such(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as another process that was lost: `batch_size` can help, a look at the other machines cannot."""
+
+    def full(*arguments: object, **options: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", full)
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        World(0, 2).begin_largest(torch.zeros(1))
+    assert is_out_of_memory(raised.value)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("reset")))
+    with pytest.raises(RunError, match=r"rank 0 of 2 lost another process \(reset\)"):
+        World(0, 2).begin_largest(torch.zeros(1))
+
+
+def test_the_observer_keeps_no_batches() -> None:
+    """On a GPU the results of many steps wait for the next log line; their batches must not."""
+    step, batch = make_step_of(0, 1)
+    observer = Observer()
+    observer.add(1, batch, step(batch, 1.0))
+    names, tokens = batch.tasks, weakref.ref(batch.packed.tokens)
+    del batch
+    gc.collect()
+    assert tokens() is None
+    (seen,) = observer.fetch()
+    assert seen.losses.keys() == set(names)
 
 
 # ---- One process's side of it, with nobody to talk to -----------------------------------------------------------------
@@ -274,12 +379,14 @@ class Alone(World):
 
     sent: ClassVar[list[tuple[int, bool]]] = []  # elements, and whether a backward was under way
 
-    def begin_sum(self, tensor: Tensor) -> None:
-        self.sent.append((tensor.numel(), torch._C._current_graph_task_id() >= 0))
+    def begin_sum(self, tensors: Sequence[Tensor]) -> None:
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        self.sent.append((sum(t.numel() for t in tensors), torch._C._current_graph_task_id() >= 0))
 
-    def begin_share(self, tensor: Tensor, share: Tensor) -> None:
-        self.begin_sum(tensor)
-        share.copy_(tensor.chunk(self.size)[self.rank])
+    def begin_share(self, tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
+        self.begin_sum(tensors)
+        for tensor, share in zip(tensors, shares, strict=True):
+            share.copy_(tensor.chunk(self.size)[self.rank])
 
     def begin_union(self, share: Tensor, tensor: Tensor) -> None:
         tensor.copy_(share.repeat(self.size))
@@ -301,9 +408,7 @@ def test_layers_are_sent_while_the_backward_goes_on(shard: bool) -> None:
     step, batch = make_step_of(0, 2, training={"shard": shard})
     Alone.sent.clear()
     step(batch, 1.0)
-    spans = exchange_of(step).spans
-    layers = sum(len(group) for group in spans[:-1]) * len(batch.tasks)
-    rest = len(spans[-1]) * len(batch.tasks)
+    layers, rest = len(exchange_of(step).spans) - 1, 1  # one message each, for all tasks
     assert all(during for _, during in Alone.sent[:layers])
     assert not any(during for _, during in Alone.sent[layers:])
     _words, _heads, losses, *more = Alone.sent[layers + rest :]

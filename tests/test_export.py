@@ -139,7 +139,7 @@ def test_the_card_has_data_scores_recipe_and_versions(tmp_path: Path) -> None:
         "gradient surgery (pcgrad)",
         "torch 2.99",
         'method = "pcgrad"',
-        "| paraphrase | paraphrase | quora files |",
+        "| paraphrase | paraphrase | quora |",
         "model.similarity(",
     ):
         assert text in card, text
@@ -237,7 +237,8 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("heads"), "mean", HEADS)
 
 
-@pytest.mark.parametrize("task", [pytest.param(t, marks=() if t == "similarity" else pytest.mark.ci) for t in HEADS])
+@pytest.mark.ci
+@pytest.mark.parametrize("task", HEADS)
 def test_onnxruntime_predicts_as_every_kind_of_head_does(
     heads: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep, at_capacity
-from minbert_fast.step.flat import TaskGradients
 from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.step.tape import Tape
 from minbert_fast.tasks import MultitaskModel
 from tests.test_step import make_batch, make_model, recipe
 
@@ -88,14 +88,14 @@ def test_the_step_asks_the_device_nothing(surgery: str, pooling: str, monkeypatc
 
 def test_a_question_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = recipe()
-    original = TaskGradients.gram
+    original = Tape.gram
 
-    def curious(self: TaskGradients, words: Tensor | None) -> Tensor:
+    def curious(self: Tape, words: Tensor | None) -> Tensor:
         gram = original(self, words)
         assert float(gram.sum()) > 0
         return gram
 
-    monkeypatch.setattr(TaskGradients, "gram", curious)
+    monkeypatch.setattr(Tape, "gram", curious)
     with pytest.raises(RuntimeError, match="meta"):
         computed_on_meta(chosen, SIZES, monkeypatch)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +246,22 @@ every = 1
     run(evaluate, *evaluated)
     scores = json.loads(Path("scores.json").read_text())
     assert scores
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("library", ["minbert_fast", "transformers", "sentence_transformers"])
+def test_the_same_job_in_three_libraries(library: str, tmp_path: Path) -> None:
+    """The programs whose lines the README counts do run, on the data that they name."""
+    pytest.importorskip(library)
+    if library == "sentence_transformers":
+        pytest.importorskip("datasets")
+    write_csv(tmp_path / "reviews.csv", rows())
+    pairs = [("a dog runs", "the dog is running", 4.5), ("a dog runs", "bread is cheap", 0.0), ("tea", "warm tea", 3.0)]
+    write_csv(tmp_path / "alike.csv", [{"first": a, "second": b, "grade": g} for a, b, g in pairs * 20])
+    program = Path(__file__).parents[1] / "docs" / "examples" / "same_job" / f"with_{library}.py"
+    command = [sys.executable, str(program), str(sample_directory().model), "out"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

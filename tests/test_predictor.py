@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,113 @@ def test_search_finds_the_sentence_itself_first(predictor: Predictor):
     assert len(predictor.search("a", corpus[:3], top=9)) == 3
 
 
+# ---- Forms of input and output ---------------------------------------------------------------------------------------
+
+
+def test_one_line_says_what_a_model_and_an_index_are(predictor: Predictor) -> None:
+    assert repr(predictor) == (
+        "Predictor(BERT of 2 layers, 64 wide, 456 words; tasks sentiment, paraphrase, alike; cls pooling; cpu, fp32)"
+    )
+    alone = Predictor(predictor.encoder, predictor.tokenizer, normalize=True)
+    assert "; no heads; mean pooling, normalized; cpu" in repr(alone)
+    assert repr(predictor.index(SENTENCES)) == "Index(4 sentences, vectors of 64)"
+
+
+def test_one_sentence_gives_one_vector(predictor: Predictor) -> None:
+    one = predictor.encode("a film", normalize=True)
+    assert one.shape == (64,)
+    np.testing.assert_array_equal(one, predictor.encode(["a film"], normalize=True)[0])
+    np.testing.assert_array_equal(predictor.encode(iter(SENTENCES)), predictor.encode(SENTENCES))
+
+
+def test_predict_takes_pairs_as_the_named_methods_do(predictor: Predictor) -> None:
+    firsts, seconds = map(list, zip(*PAIRS, strict=True))
+    apart = predictor.predict("alike", firsts, seconds)
+    for pairs in (PAIRS, [list(pair) for pair in PAIRS]):
+        np.testing.assert_array_equal(predictor.predict("alike", pairs).values, apart.values)
+    np.testing.assert_array_equal(predictor.similarity(PAIRS), apart.values)
+    assert predictor.predict("alike", []).values.shape == (0,)
+
+
+def test_probabilities_alone(predictor: Predictor) -> None:
+    for task, examples in (("sentiment", SENTENCES), ("paraphrase", PAIRS)):
+        shares = predictor.predict(task, examples, probabilities=True)
+        np.testing.assert_array_equal(shares, predictor.predict(task, examples).probabilities)
+        assert shares.shape == (4, len(predictor.tasks[task].class_names or ()))
+        np.testing.assert_allclose(shares.sum(1), 1, atol=1e-6)
+        assert predictor.predict(task, [], probabilities=True).shape == (0, shares.shape[1])
+
+
+def test_a_data_frame_in_and_a_data_frame_out(predictor: Predictor) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"review": SENTENCES, "other": SENTENCES[::-1], "id": range(4)}, index=[7, 3, 9, 1])
+    found = predictor.predict("sentiment", frame, text="review")
+    expected = predictor.predict("sentiment", SENTENCES)
+    names = predictor.tasks["sentiment"].class_names
+    assert names is not None
+    assert list(found.columns) == ["prediction", *(f"probability_{name}" for name in names)]
+    assert list(found.index) == [7, 3, 9, 1]
+    assert found["prediction"].tolist() == predictor.tasks["sentiment"].as_labels(expected.values)
+    np.testing.assert_array_equal(found.iloc[:, 1:].to_numpy(), expected.probabilities)
+    assert list(frame.join(found)["review"]) == SENTENCES
+
+    pairs = predictor.predict("alike", frame, text=("review", "other"))
+    np.testing.assert_array_equal(pairs["prediction"], predictor.predict("alike", PAIRS).values)
+    usual = frame.rename(columns={"review": "sentence1", "other": "sentence2"})
+    pandas.testing.assert_frame_equal(predictor.predict("alike", usual), pairs)
+    alone = predictor.predict("paraphrase", usual, probabilities=True)
+    assert list(alone.columns) == ["probability_different", "probability_paraphrase"]
+    np.testing.assert_array_equal(predictor.encode(frame["review"]), predictor.encode(SENTENCES))
+    assert predictor.search("a film", predictor.index(frame["review"]), top=1)[0].text == "a film"
+    assert predictor.predict("sentiment", frame[:0], text="review").shape == (0, 6)
+
+    for call, problem in (
+        (lambda: predictor.predict("sentiment", frame), r"name them as text=... \(there are review, other, id\)"),
+        (lambda: predictor.predict("alike", frame, text="review"), "takes 2 columns, text names 1"),
+        (lambda: predictor.predict("sentiment", frame, text="body"), "no column 'body'"),
+        (lambda: predictor.predict("sentiment", frame, text="id"), "sentence 0 is 0, expected a string"),
+        (lambda: predictor.sentiment(frame), r"call predict\('sentiment', frame, text=...\)"),
+        (lambda: predictor.encode(frame), "pass one of its columns"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            call()
+
+
+@pytest.mark.ci
+def test_pandas_is_imported_by_nobody_but_the_user() -> None:
+    code = "import sys, minbert_fast; sys.exit('pandas' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_progress_bar_counts_to_the_end(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Bar] = []
+
+    class Bar:
+        def __init__(self, total: int, unit: str) -> None:
+            self.total, self.unit, self.count = total, unit, 0
+            bars.append(self)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self, count: int) -> None:
+            self.count += count
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    predictor.encode(SENTENCES, progress=True)
+    predictor.index(SENTENCES, progress=True)
+    predictor.predict("alike", PAIRS, progress=True)
+    assert [(bar.count, bar.total, bar.unit) for bar in bars] == [
+        (4, 4, " sentences"),
+        (4, 4, " sentences"),
+        (4, 4, " examples"),
+    ]
+    predictor.encode(SENTENCES, progress=False)
+    assert len(bars) == 3
+
+
 # ---- Directories in sentence-transformers' form -----------------------------------------------------------------------
 
 
@@ -193,13 +302,19 @@ def test_mistakes_are_named(predictor: Predictor, checkpoint: Path, tmp_path: Pa
         predictor.similarity(["ab"])
     with pytest.raises(ValueError, match="not a string"):
         predictor.sentiment("a film")
-    with pytest.raises(ValueError, match="2 lists of sentences"):
+    with pytest.raises(ValueError, match="2 lists of sentences, equally long, or a list of tuples"):
+        predictor.predict("alike", SENTENCES, SENTENCES[:2])
+    with pytest.raises(ValueError, match="pair 0 is 'a film', expected two sentences"):
         predictor.predict("alike", SENTENCES)
-    with pytest.raises(ValueError, match="not a string"):
-        predictor.encode("a film")
+    with pytest.raises(ValueError, match="sentiment takes one list of sentences"):
+        predictor.predict("sentiment", SENTENCES, SENTENCES)
+    with pytest.raises(ValueError, match="alike predicts no classes, so it has no probabilities"):
+        predictor.predict("alike", PAIRS, probabilities=True)
+    with pytest.raises(ValueError, match="text names columns of a DataFrame"):
+        predictor.predict("sentiment", SENTENCES, text="review")
     with pytest.raises(ConfigError, match=r"config\.json"):
         Predictor.from_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="output of a training run; its model is"):
+    with pytest.raises(ConfigError, match="part of a training run's output; its model is"):
         Predictor.from_pretrained(checkpoint.parent)
     with pytest.raises(ConfigError, match="no such file"):
         Predictor.from_pretrained(tmp_path / "nothing")

@@ -59,14 +59,14 @@ def sigmoid(x: Tensor) -> list[float]:
         ("paraphrase", {"loss": "cross_entropy"}, 2),
         ("paraphrase", {}, 0),
         ("similarity", {}, 0),
-        ("nli", {}, 2),
+        ("nli-triplets", {}, 2),
     ],
 )
 def test_divergences_are_their_formulas(kind: str, options: dict[str, Any], columns: int) -> None:
     head = build_task(kind, options).build_head(CONFIG, {})
     first, second = (torch.randn(4, columns) if columns else torch.randn(4) for _ in range(2))
     found = divergence(head, HeadOutput(first), HeadOutput(second)).item()
-    if kind in ("similarity", "nli"):
+    if kind in ("similarity", "nli-triplets"):
         expected = (first - second).square().mean().item()
     else:
         shares = softmax if columns else sigmoid

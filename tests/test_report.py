@@ -124,6 +124,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_many_notices_are_folded(tmp_path):
+    directory = make_run(tmp_path / "run")
+    summary = json.loads((directory / "summary.json").read_text())
+    summary["notices"] = [f"notice {i}" for i in range(9)]
+    (directory / "summary.json").write_text(json.dumps(summary))
+    text = write_report(directory).read_text()
+    assert "<summary>9 notices</summary>" in text
+    assert "notice 8" in text
+
+
 def test_the_page_is_self_contained(full):
     page = parse(full / "report.html")
     names = {tag for tag, _ in page.tags}
@@ -167,7 +177,7 @@ def test_numbers_on_the_page_are_those_of_the_files(full):
         "0.914", "0.654", "0.234 before training", "0.975 on training rows", "0.464 for always answering “bad”",
         "In 25.0% of the 40 logged steps", "5.0 s", "expected error 0.084", "so <so>410.761.000.860.80",
         "20.0%",  # 20 of the 100 seconds belong to no part
-        "250.0 ms", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
+        "250.0 ms", "an epoch of steps 20 s", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
     ):  # fmt: skip
         assert expected in text, expected
     assert "0.68" in text  # 27 of the 40 examples of class "good" were predicted as good
@@ -297,6 +307,14 @@ def test_a_line_breaks_at_a_gap():
     (path,) = re.findall(r'class="line s0" d="([^"]+)"', svg)
     assert path.count("M") == 2
     assert path.count("L") == 2
+
+
+def test_no_two_series_look_alike():
+    """Regression: the seventh line had the colour and the dashes of the first."""
+    many = [charts.Series(str(i), np.arange(3.0), np.arange(3.0) + i, marked=True) for i in range(12)]
+    svg = charts.line_chart("test", many, "step")
+    looks = re.findall(r'class="line (s\d)"( stroke-dasharray="[^"]+")?', svg)
+    assert len(set(looks)) == 12
 
 
 def test_series_of_one_point_or_none_give_valid_charts():

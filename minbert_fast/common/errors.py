@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 
@@ -29,6 +30,13 @@ class InterruptError(RunError):
     def signal_name(self) -> str:
         """The signal's name for a message."""
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in GPU memory (torch.OutOfMemoryError) or main memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 @contextmanager

@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token cache: each data file is tokenized once, into memory-mapped arrays, and again when anything changes.
 
-An entry is a directory named after everything that determines its content: the file's bytes, the tokenizer, the layout,
-the rule that turns labels into numbers. It holds one raw array per file, and a meta.json with each array's dtype, length
-and checksum. Entries are written under a temporary name, flushed and renamed, so an entry with a final name is complete.
-Checksums detect damaged entries, which are rebuilt. Writing an entry also deletes those that were not opened for a month.
-If the directory cannot be written, the arrays stay in memory.
+An entry is named after everything that determines its content: the file's bytes, the tokenizer, the layout, the rule that
+turns labels into numbers. A damaged entry (cache_entries.py) is rebuilt. If the directory cannot be written, the arrays
+stay in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import shutil
-import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 
-from minbert_fast.common.storage import flush_directory, flush_file, write_text
+from minbert_fast.data.cache_entries import (
+    VERSION,
+    Entry,
+    GrowingArray,
+    open_entry,
+    prepare_entry,
+    publish_entry,
+    write_meta,
+)
 from minbert_fast.data.files import MAX_BAD_ROWS, Table, open_rows
 from minbert_fast.data.formats import Layout
 from minbert_fast.data.inputs import Input, file_input
@@ -38,23 +38,7 @@ from minbert_fast.data.readers.records import STANDARD_INPUT, open_regular
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
 
-VERSION = 2  # of an entry's layout; entries of other versions are ignored
-BLOCK = 1 << 20  # bytes of a cached array that are read at a time
-ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
-UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
-ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{32}")
-UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
-
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What was read from one input."""
-
-    arrays: dict[str, np.ndarray]  # by name
-    bad_rows: list[tuple[int, str]]  # line, reason
-    skipped: int
 
 
 def default_cache_dir() -> Path:
@@ -133,16 +117,16 @@ def _load_part(
     name = f"{stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}"
     entry = folder / name
     build = partial(_build, part, rule, tokenizer, max_bad_rows, progress)
-    found = _open_entry(entry) if part.stored else build(None)
+    found = open_entry(entry) if part.stored else build(None)
     if found is not None:
         with suppress(OSError):
             os.utime(entry)  # marks the entry as used
     else:
         temporary = folder / f".{name}.{os.getpid()}.tmp"
         try:
-            _prepare(folder, temporary)
+            prepare_entry(folder, temporary)
             found = build(temporary)
-            _publish(temporary, entry)
+            publish_entry(temporary, entry)
         except OSError as error:
             if notify:
                 reason = error.strerror or str(error)
@@ -197,36 +181,6 @@ def tokenize_table(table: Table, tokenizer: Tokenizer) -> TokenTable:
     )
 
 
-class _GrowingArray:
-    """An array that grows at its end, in a file or in memory, with a running checksum."""
-
-    def __init__(self, dtype: str, path: Path | None) -> None:
-        self.dtype = np.dtype(dtype)
-        self.path = path
-        self.count = 0
-        self.checksum = 0
-        self.parts: list[np.ndarray] = []
-
-    def append(self, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        self.count += len(values)
-        if self.path is None:
-            self.parts.append(values)
-        else:
-            data = values.tobytes()
-            self.checksum = zlib.crc32(data, self.checksum)
-            # Opened for each part (thousands of rows), so that a failure leaves no open file.
-            with open(self.path, "ab") as file:
-                file.write(data)
-
-    def finish(self) -> np.ndarray:
-        if self.path is None:
-            return np.concatenate([np.empty(0, dtype=self.dtype), *self.parts])
-        self.path.touch()  # creates the file of an array without rows
-        flush_file(self.path)
-        return _map(self.path, self.dtype, self.count)
-
-
 def _build(
     part: Input,
     rule: Rule | None,
@@ -234,7 +188,7 @@ def _build(
     max_bad_rows: float,
     progress: Progress | None,
     folder: Path | None,
-) -> _Entry:
+) -> Entry:
     """Reads and tokenizes a file; writes a complete entry into `folder` unless it is None.
 
     A background thread reads ahead while the tokenizer runs on all cores, in threads of the tokenizers library.
@@ -245,7 +199,7 @@ def _build(
     for column in range(part.texts):
         word = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
         types |= {f"tokens{column}": word, f"offsets{column}": "int64"}
-    growing = {name: _GrowingArray(dtype, folder and folder / name) for name, dtype in types.items()}
+    growing = {name: GrowingArray(dtype, folder and folder / name) for name, dtype in types.items()}
     for name, array in growing.items():
         if "offsets" in name:
             array.append(np.zeros(1, dtype=np.int64))
@@ -274,77 +228,8 @@ def _build(
                 progress(rows, reader.position, reader.size)
     arrays = {name: array.finish() for name, array in growing.items()}
     if folder is not None:
-        summary = {name: [array.dtype.name, array.count, array.checksum] for name, array in growing.items()}
-        body = {"version": VERSION, "arrays": summary, "bad_rows": bad_rows, "skipped": skipped}
-        write_text(folder / "meta.json", json.dumps({"body": body, "checksum": _checksum(body)}))
-    return _Entry(arrays, bad_rows, skipped)
-
-
-def _open_entry(entry: Path) -> _Entry | None:
-    """A cached entry with its arrays memory-mapped; None if it does not exist or is damaged."""
-    try:
-        meta: Any = json.loads((entry / "meta.json").read_text(encoding="ascii"))
-        body = meta["body"]
-        if meta["checksum"] != _checksum(body) or body["version"] != VERSION:
-            return None
-        arrays = {}
-        for name, (dtype, count, checksum) in body["arrays"].items():
-            path = entry / name
-            if path.stat().st_size != count * np.dtype(dtype).itemsize or _file_checksum(path) != checksum:
-                return None
-            arrays[name] = _map(path, np.dtype(dtype), count)
-        return _Entry(arrays, [(line, reason) for line, reason in body["bad_rows"]], body["skipped"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _file_checksum(path: Path) -> int:
-    """CRC-32 of a file, read block by block: the pages of a memory map would count as the process's memory."""
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    # A plain array: slicing a memmap is several times slower. Empty files cannot be mapped.
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,))) if count else np.empty(0, dtype)
-
-
-def _prepare(folder: Path, temporary: Path) -> None:
-    """Creates the temporary directory; deletes unfinished entries of killed processes, and unused entries."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        unfinished = UNFINISHED.fullmatch(old.name)
-        if not unfinished and not ENTRY.fullmatch(old.name):
-            continue  # not a cache entry
-        with suppress(OSError):
-            age = time.time() - old.stat().st_mtime
-            if old == temporary or age > (ABANDONED_SECONDS if unfinished else UNUSED_SECONDS):
-                shutil.rmtree(old)
-    temporary.mkdir()
-
-
-def _publish(temporary: Path, entry: Path) -> None:
-    """Renames a complete entry to its final name, replacing a damaged entry.
-
-    It tries to rename first and checks afterwards: another process may publish the same entry at any time.
-    """
-    flush_directory(temporary)
-    while True:
-        try:
-            temporary.rename(entry)
-            break
-        except OSError:
-            if _open_entry(entry) is not None:
-                return  # another process was faster; its arrays are the same
-            if not os.path.lexists(entry):
-                raise
-        with suppress(FileNotFoundError):
-            entry.rename(temporary / "damaged")
-    shutil.rmtree(entry / "damaged", ignore_errors=True)
-    flush_directory(entry.parent)
+        write_meta(folder, growing, bad_rows, skipped)
+    return Entry(arrays, bad_rows, skipped)
 
 
 def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:
@@ -360,7 +245,3 @@ def _hash_file(path: Path) -> tuple[str, tuple[int, ...]]:
 
 def _signature(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _checksum(body: Any) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

@@ -178,7 +178,8 @@ class _PartReader:
         end = first + len(self.columns.texts)
         texts = values[first:end]
         for column, text in zip(self.columns.texts, texts, strict=True):
-            text_of(column, text)
+            if type(text) is not str or not text.isascii():  # the common case costs no call
+                text_of(column, text)
         if self.rule is None:
             return line, name, texts, 0.0
         label = self._label(values[end:])

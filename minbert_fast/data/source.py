@@ -11,7 +11,8 @@ data = [{ train = "snli.jsonl", layout = "nli" }, { train = "mnli.jsonl", layout
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from minbert_fast.common.schema import ConfigError, build, check
@@ -59,6 +60,10 @@ class Source:
     def files(self, split: str) -> tuple[str, ...]:
         """The files (with `hub`: the names of splits) of train, dev or test; none if none is named."""
         return as_tuple(getattr(self, split))
+
+    def with_file(self, split: str, file: Path) -> Source:
+        """This source with `file` as its only data of a split."""
+        return replace(self, hub="", config="", **{split: str(file)})  # type: ignore[arg-type]
 
     @property
     def texts(self) -> tuple[str, ...]:

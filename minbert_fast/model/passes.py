@@ -29,6 +29,7 @@ from minbert_fast.model.packing import PackedBatch
 from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, backend
 
 Sink = TypeVar("Sink")
+Value = TypeVar("Value")
 
 # ---- Rows: which tokens there are, and which of them attend to each other --------------------------------------------
 
@@ -139,8 +140,8 @@ TokenRows = tuple[Tensor, Tensor, Tensor]  # word ids, positions, token types [N
 # ---- Layers ----------------------------------------------------------------------------------------------------------
 
 
-def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
-    """One BERT layer: hidden [N, H] -> [N, H]."""
+def fused_layer(layer: Layer, hidden: Tensor, residual: Tensor, run: Pass, rows: Rows) -> tuple[Tensor, Tensor]:
+    """One BERT layer: hidden [N, H], and its other name for the residual connection (Pass.add_norm) -> the same two."""
 
     def product(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """x W^T, and the bias that the next op adds; a foreign module has added its own."""
@@ -163,10 +164,10 @@ def fused_layer(layer: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
     qkv = projections().unflatten(-1, (3, layer.heads, -1))  # [N, 3, h, d]
     context = run.attention(rows, qkv, layer.probability_dropout)  # [N, H]
     branch, bias = product(context, "attention_dense")  # [N, H]
-    hidden = run.add_norm(branch, bias, layer.attention_dropout, hidden, layer.attention_norm)
+    hidden, residual = run.add_norm(branch, bias, layer.attention_dropout, residual, layer.attention_norm)
     inner = run.bias_gelu(*product(hidden, "interm_dense"))  # [N, F]
     branch, bias = product(inner, "out_dense")  # [N, H]
-    return run.add_norm(branch, bias, layer.out_dropout, hidden, layer.out_norm)
+    return run.add_norm(branch, bias, layer.out_dropout, residual, layer.out_norm)
 
 
 def through(
@@ -183,6 +184,7 @@ def through(
     a layer keeps its input alone, and its backward computes the rest a second time, with the same dropout.
     """
     padded: Tensor | None = None  # hidden as a rectangle, while layers in a row are called as modules
+    residual = hidden
     for number, (module, parts) in enumerate(zip(modules, exact, strict=True)):
         if parts is None:
             padded = rows.rectangle(hidden) if padded is None else padded
@@ -190,9 +192,12 @@ def through(
             mask = extended_mask(rows.mask(), padded.dtype)
             padded = computed(run.call, module, padded, mask, recompute=recompute)
         else:
-            hidden, padded = (hidden if padded is None else rows.rows(padded)), None
+            if padded is not None:
+                hidden = residual = rows.rows(padded)
+                padded = None
             run.enter(number, hidden)
-            hidden = computed(_fused_layer_at, run.sites, parts, hidden, run, rows, recompute=recompute)
+            arguments = (run.sites, parts, hidden, residual, run, rows)
+            hidden, residual = computed(_fused_layer_at, *arguments, recompute=recompute)
     return hidden if padded is None else rows.rows(padded)
 
 
@@ -208,17 +213,19 @@ def encode_rectangle(
     return rows.rectangle(through(run, rows, run.embed(tokens, plan.embedding), modules, plan.layers, recompute))
 
 
-def _fused_layer_at(site: int, parts: Layer, hidden: Tensor, run: Pass, rows: Rows) -> Tensor:
+def _fused_layer_at(
+    site: int, parts: Layer, hidden: Tensor, residual: Tensor, run: Pass, rows: Rows
+) -> tuple[Tensor, Tensor]:
     """A fused layer whose dropout streams follow number `site`, so that a second run draws what the first drew."""
     run.sites = site
-    return fused_layer(parts, hidden, run, rows)
+    return fused_layer(parts, hidden, residual, run, rows)
 
 
-def computed(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+def computed(function: Callable[..., Value], *arguments: Any, recompute: bool) -> Value:
     """function(*arguments). With `recompute`, the backward computes it again instead of keeping its activations."""
     if not recompute:
         return function(*arguments)
-    out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    out: Value = checkpoint(function, *arguments, use_reentrant=False)
     return out
 
 
@@ -303,10 +310,12 @@ class Pass:
         """softmax(q k^T / sqrt(d)) v within each sentence of `rows`: qkv [N, 3, h, d] -> [N, h * d]."""
         return rows.attention(qkv, 1.0 / math.sqrt(qkv.shape[-1]), *self.dropout(dropout, qkv.device))
 
-    def add_norm(self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """LayerNorm(residual + dropout(x + bias)) [N, H]."""
+    def add_norm(
+        self, x: Tensor, bias: Tensor, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        """LayerNorm(residual + dropout(x + bias)) [N, H], for the next product and for the residual around it."""
         gamma, beta = self.weight(norm.weight, x.dtype), self.weight(norm.bias, x.dtype)
-        return ops.add_norm(
+        return ops.add_norm_twice(
             x, self.weight(bias, x.dtype), residual.to(x.dtype), gamma, beta, norm.eps,
             *self.dropout(dropout, x.device), into=self.sink(AddNormSink, norm.weight, norm.bias, bias),
         )  # fmt: skip

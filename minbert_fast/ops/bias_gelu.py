@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from minbert_fast.ops import segments
 from minbert_fast.ops.backend import implementation
+from minbert_fast.ops.grouped import Tape, Unfinished
 from minbert_fast.ops.library import kernel_op
 
 
@@ -28,6 +29,7 @@ class BiasGeluSink(NamedTuple):
 
     bounds: Tensor  # [T + 1] int32, token rows of the tasks
     dbias: Tensor | None = None  # [T, F], any task stride; overwritten
+    tape: Tape | None = None  # takes it for later; None: it is computed at once
 
 
 def bias_gelu(x: Tensor, bias: Tensor, into: BiasGeluSink | None = None) -> Tensor:
@@ -65,6 +67,15 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dbia
     return torch.empty_like(x)
 
 
+@kernel_op()
+def bias_gelu_unfinished(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [N, F], and partial sums of dbias (kernels/column_sums.py)."""
+    from minbert_fast.kernels import bias_gelu as kernels
+
+    partials = kernels.partition(x.shape[0]).partials(bounds.numel() - 1, 1, x.shape[1], x.device)
+    return torch.empty_like(x), partials
+
+
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, into: BiasGeluSink | None, anchor: Tensor | None) -> Tensor:
@@ -76,6 +87,13 @@ class _BiasGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        bounds, dbias = ctx.into or segments.one_task(x, bias)
+        if ctx.into and ctx.into.tape is not None:
+            from minbert_fast.kernels import bias_gelu as kernels
+
+            dx, partials = bias_gelu_unfinished(dy, x, bias, ctx.into.bounds)
+            rows = kernels.partition(x.shape[0]).rows_per_program
+            ctx.into.tape.sums(Unfinished(partials, rows, (ctx.into.dbias,)))
+            return dx, None, None, None
+        bounds, dbias = ctx.into[:2] if ctx.into else segments.one_task(x, bias)
         dx = bias_gelu_backward(dy, x, bias, bounds, dbias)
         return dx, None if ctx.into else dbias[0], None, None

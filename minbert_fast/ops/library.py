@@ -112,7 +112,8 @@ def _launched(function: Callable[..., Any], written: frozenset[int]) -> Callable
     def called(*arguments: Any) -> Any:
         with torch.cuda.device_of(arguments[0]):
             result = function(*arguments)
-        tensors = [arguments[place] for place in written if arguments[place] is not None]
+        changed = [arguments[place] for place in written]
+        tensors = [t for each in changed for t in (each if isinstance(each, list) else [each]) if t is not None]
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
         return result
 

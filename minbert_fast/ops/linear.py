@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from minbert_fast.ops import native, segments
 from minbert_fast.ops.backend import implementation
+from minbert_fast.ops.grouped import Product, Tape
 from minbert_fast.ops.library import custom_op
 
 
@@ -23,6 +24,7 @@ class LinearSink(NamedTuple):
     bounds: Tensor  # [T + 1] int32, token rows of the tasks
     dweight: Tensor | None = None  # [T, O, I], any task stride; overwritten, as the one below
     dbias: Tensor | None = None  # [T, O]
+    tape: Tape | None = None  # takes them for later; None: they are computed at once
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, into: LinearSink | None = None) -> Tensor:
@@ -77,5 +79,9 @@ class _LinearInto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        linear_gradients(dy, x, *ctx.into)
+        bounds, dweight, dbias, tape = ctx.into
+        if tape is None:
+            linear_gradients(dy, x, bounds, dweight, dbias)
+        else:
+            tape.product(Product(dy, x, dweight, dbias))
         return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None, None

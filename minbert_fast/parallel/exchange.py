@@ -101,9 +101,10 @@ class AllReduce(Exchange):
         """Starts the remaining sums, and returns when J and `tensors` are summed."""
         while self._unsent:
             self._send(self._unsent.pop(0))
-        self._begun += [self.world.begin_sum(tensor) for tensor in tensors]
+        self._begun += [self.world.begin_sum([tensor]) for tensor in tensors]
         self.world.finish(self._begun)
 
     def _send(self, number: int) -> None:
-        for span in self.spans[number]:
-            self._begun += [self.world.begin_sum(row[span.begin : span.end]) for row in self.gradients.J]
+        """Starts the sums of all rows of a layer, in one message."""
+        spans, J = self.spans[number], self.gradients.J
+        self._begun.append(self.world.begin_sum([row[span.begin : span.end] for span in spans for row in J]))

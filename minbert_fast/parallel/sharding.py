@@ -130,7 +130,7 @@ class ReduceScatter(AllReduce):
 
     def before_backward(self) -> None:
         super().before_backward()
-        self._sent: dict[int, list[Work | None]] = {}
+        self._sent: dict[int, Work | None] = {}
 
     def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         """Sends the parameters that this process has updated to the others, and receives theirs."""
@@ -148,17 +148,19 @@ class ReduceScatter(AllReduce):
             buffer[span.begin : span.end] = union[: span.end - span.begin]
 
     def _send(self, number: int) -> None:
-        works = []
+        """Starts the sums of all rows of a layer, in one message."""
+        totals: list[Tensor] = []
+        shares: list[Tensor] = []
         for span in self.spans[number]:
             at, size = self.gradients.offsets[span], self.shares.size(span)
-            for total, kept in zip(self.gradients.rooms[span], self.gradients.J, strict=True):
-                works.append(self.world.begin_share(total, kept[at : at + size]))
-        self._sent[number] = works
-        self._begun += works
+            totals += self.gradients.rooms[span]
+            shares += self.gradients.J[:, at : at + size]
+        self._sent[number] = self.world.begin_share(totals, shares)
+        self._begun.append(self._sent[number])
         # The backward next writes layer `number` - 1 into the scratch memory of layer `number` + 1. Wait for the sums of
         # that layer, then clear its scratch: the gaps between parameters must be zero.
         if 0 < number < len(self.spans) - 1:
-            self.world.finish(self._sent.get(number + 1, []) if number + 1 < len(self.spans) - 1 else [])
+            self.world.finish([self._sent.get(number + 1) if number + 1 < len(self.spans) - 1 else None])
             self.gradients.scratch[number - 1].zero_()
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes that train together, and the messages between them.
 
-`torchrun` starts the processes and gives each its rank through the environment. They exchange gradients through gloo (CPU)
-or NCCL (GPU). A process that loses the others ends with one line; torchrun then ends the rest.
+`torchrun` starts the processes and gives each its rank through the environment. They exchange tensors on a GPU through NCCL,
+and everything else, also beside GPUs, through gloo: no message about the run makes a process wait for its GPU. A process
+that loses the others ends with one line; torchrun then ends the rest.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import AllreduceCoalescedOptions, ReduceScatterOptions
 
-from minbert_fast.common.errors import InterruptError, RunError
+from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.common.schema import ConfigError
 
 if TYPE_CHECKING:
-    from torch.distributed import Work
+    from torch.distributed import ProcessGroup, Work
 
 Result = TypeVar("Result")
 
@@ -42,18 +44,25 @@ class World:
 
     def reduce(self, *tensors: Tensor) -> None:
         """Sums each tensor over all processes, in place; every process ends with the same bits."""
-        self.finish([self.begin_sum(tensor) for tensor in tensors if self.size > 1])
+        self.finish([self.begin_sum([tensor]) for tensor in tensors if self.size > 1])
 
-    def begin_sum(self, tensor: Tensor) -> Work | None:
-        """Begins to sum a contiguous tensor over all processes, in place; `finish` waits for it."""
+    def begin_sum(self, tensors: Sequence[Tensor]) -> Work | None:
+        """Begins to sum contiguous tensors of one dtype over all processes, in place, in one message; `finish` waits."""
+        filled = [tensor for tensor in tensors if tensor.numel()]
         with self._lost():
-            return distributed.all_reduce(tensor, async_op=True) if tensor.numel() else None
+            return _group().allreduce_coalesced(filled, AllreduceCoalescedOptions()) if filled else None
 
-    def begin_share(self, tensor: Tensor, share: Tensor) -> Work | None:
-        """Begins to sum `tensor` [size * n] over all processes. Rank r gets elements r * n to (r + 1) * n in `share` [n]."""
+    def begin_share(self, tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> Work | None:
+        """Begins to sum each tensor [size * n] over all processes. Rank r gets elements r n to (r + 1) n in its share [n].
+
+        One message for all tensors, which are contiguous and of one dtype.
+        """
+        filled = [pair for pair in zip(shares, tensors, strict=True) if pair[0].numel()]
         with self._lost():
-            work: Work = distributed.reduce_scatter(share, list(tensor.chunk(self.size)), async_op=True)
-        return work
+            if not filled:
+                return None
+            outputs, inputs = map(list, zip(*filled, strict=True))
+            return _group().reduce_scatter_tensor_coalesced(outputs, inputs, ReduceScatterOptions())
 
     def begin_union(self, share: Tensor, tensor: Tensor) -> Work | None:
         """Begins to fill `tensor` [size * n] with the `share` [n] of every process, in the order of their ranks."""
@@ -74,14 +83,11 @@ class World:
             with self._lost():
                 distributed.barrier()
 
-    def agreed(self, number: int | None) -> int | None:
-        """The largest `number` of all processes; None if all are None."""
-        if self.size == 1:
-            return number
-        found = torch.tensor([number or 0], device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    def begin_largest(self, numbers: Tensor) -> Work | None:
+        """Begins to replace numbers on the CPU by the largest of all processes; `finish` waits for it."""
         with self._lost():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return int(found) or None
+            work: Work = distributed.all_reduce(numbers, distributed.ReduceOp.MAX, async_op=True)
+        return work
 
     def every(self, value: Any) -> list[Any]:
         """Returns, in every process, the `value` of each process in the order of their ranks. Plain data only."""
@@ -119,8 +125,38 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"rank {self.rank} of {self.size} lost another process ({reason})") from error
+
+
+class Agreement:
+    """The largest number of all processes, one call late: a call starts a message and returns the result of the last one.
+
+    The message travels during a step, so no process waits for it between two steps.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._number = torch.zeros(1, dtype=torch.int64)
+        self._begun: Work | None = None
+
+    def __call__(self, number: int | None) -> int | None:
+        """The largest `number` that a process gave to its call before this one (to this one, in a world of one)."""
+        if self._world.size == 1:
+            return number
+        self._world.finish([self._begun])
+        largest = int(self._number)
+        self._number.fill_(number or 0)
+        self._begun = self._world.begin_largest(self._number)
+        return largest or None
+
+
+def _group() -> ProcessGroup:
+    group = distributed.group.WORLD
+    assert group is not None
+    return group
 
 
 @contextmanager
@@ -145,7 +181,7 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(device)
     world = World(rank, size)
     with world._lost():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield world, device
     finally:

@@ -13,14 +13,16 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, plain, to_toml
 from minbert_fast.recipes.keys import Key, keys_of
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks.base import KINDS, TaskOptions, build_task
+from minbert_fast.tasks.presets import PRESETS
 
 OURS = "this package"
 
@@ -82,15 +84,22 @@ def format_recipe(recipe: Recipe) -> str:
 
 def resolve_tasks(recipe: Recipe) -> Recipe:
     """The recipe with every option of its tasks. A task that only a stage has gets them there."""
-    tasks = {name: plain(build_task(name, options).options) for name, options in recipe.tasks.items()}
+    tasks = {name: task_values(name, options) for name, options in recipe.tasks.items()}
     stages = []
     for stage in recipe.stages:
         own = {
-            name: options if name in tasks else plain(build_task(name, options).options)
+            name: options if name in tasks else task_values(name, options)
             for name, options in stage.get("tasks", {}).items()
         }
         stages.append({**stage, "tasks": own} if own else stage)
     return recipe.with_values({"tasks": tasks, "stages": stages}, recipe.name)
+
+
+def task_values(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a task that has a value; `kind` stays the preset that the task comes from."""
+    task = build_task(name, options)
+    values: dict[str, Any] = plain(task.options)
+    return values | {"kind": task.preset or task.kind}
 
 
 def unset_keys(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -122,6 +131,9 @@ def format_keys(word: str) -> str:
             lines.append(f"  {prefix}{key.name} = {key.default}   ({key.type})")
             if key.line:
                 lines.append(f"      {key.line}")
+    presets = [f"  {name}: {values['kind']}" for name, values in PRESETS.items() if word.lower() in name]
+    if presets:
+        lines += ["", "Presets, further values of `kind`, and the kinds that they set options of", *presets]
     if not lines:
         raise ConfigError(f"keys {word}: no key's name or meaning holds this")
     return "\n".join(lines[1:])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of runs: HTML pages, charts, comparisons of runs, model cards."""
+"""Reports of runs: verdicts and next steps, HTML pages, charts, comparisons, searches, model cards."""

@@ -142,8 +142,9 @@ def _time(runs: dict[str, Run]) -> str:
         on = ", ".join(str(run.summary[k]) for k in ("device", "precision", "backend") if run.summary.get(k))
         median = f"{1000 * float(np.median(seconds)):,.1f} ms" if len(seconds) else "-"
         whole = format_duration(total) if isinstance(total, int | float) else "-"
-        rows.append([name, on or "-", str(run.summary.get("steps", "-")), median, whole])
-    return table("Time", ["run", "on", "steps", "median step", "whole run"], rows, text_columns=2)
+        epoch = format_duration(run.epoch_seconds) if np.isfinite(run.epoch_seconds) else "-"
+        rows.append([name, on or "-", str(run.summary.get("steps", "-")), median, epoch, whole])
+    return table("Time", ["run", "on", "steps", "median step", "an epoch", "whole run"], rows, text_columns=2)
 
 
 def _settings(runs: dict[str, Run]) -> str:

@@ -71,6 +71,18 @@ class Run:
         values = self.recipe.get("published")
         return numbers(values.get("dev", values)) if isinstance(values, Mapping) else {}
 
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of all steps, without evaluations, checkpoints and loading."""
+        timings = numbers(self.summary.get("timings"))
+        return sum(timings.get(part, 0.0) for part in TRAINING_PARTS)
+
+    @property
+    def epoch_seconds(self) -> float:
+        """`training_seconds` per epoch; nan for a run without whole records."""
+        epochs = numbers(self.records[-1]).get("epoch", 0.0) if self.records else 0.0
+        return self.training_seconds / epochs if epochs > 0 and self.training_seconds > 0 else np.nan
+
     def column(self, key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
         """Steps (or epochs, `x`) [n] and values [n] of the records that have `key`; null becomes nan."""
         steps = [record.get(x, np.nan) for record in self.records if key in record]

@@ -30,7 +30,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     batch: MultitaskBatch  # the tensors that the graph reads
     result: StepResult  # the tensors that it writes
-    held: Sequence[Tensor]  # buffers that it uses; the step may have replaced them by larger ones
+    held: Sequence[Tensor]  # buffers that it uses, which the step may have replaced by larger ones, and its tables
 
     def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
@@ -98,7 +98,7 @@ class GraphedStep:
             result = self.step.compute(own)
         self.captures.captured += 1
         self.captures.capture_seconds += time.perf_counter() - began
-        return _Captured(graph, own, result, self.step.gradients.buffers())
+        return _Captured(graph, own, result, [*self.step.gradients.buffers(), *self.step.tables.write()])
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self.step.state_dict()
@@ -123,13 +123,19 @@ def _tensors(batch: MultitaskBatch) -> list[Tensor]:
 
 
 def copy_in(own: MultitaskBatch, batch: MultitaskBatch) -> None:
-    """Copies a batch into the tensors that a graph reads."""
-    for target, source in zip(_tensors(own), _tensors(batch), strict=True):
-        target.copy_(source, non_blocking=True)
+    """Copies a batch into the tensors that a graph reads, with one launch for each dtype."""
+    _copy_all(_tensors(own), _tensors(batch))
+
+
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for dtype in dict.fromkeys(target.dtype for target in targets):
+        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs], non_blocking=True)
 
 
 def cloned(result: StepResult) -> StepResult:
     """The result in memory that the next replay does not overwrite."""
-    gram = None if result.gram is None else result.gram.clone()
-    weights = None if result.task_weights is None else result.task_weights.clone()
-    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone(), weights)
+    found = {name: t for name, t in vars(result).items() if isinstance(t, Tensor)}
+    copies = {name: torch.empty_like(t) for name, t in found.items()}
+    _copy_all(list(copies.values()), list(found.values()))
+    return replace(result, **copies)  # type: ignore[arg-type]

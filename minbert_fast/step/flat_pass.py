@@ -18,6 +18,7 @@ from minbert_fast.model.packing import PackedBatch
 from minbert_fast.model.passes import Pass, Sink, TokenRows, called
 from minbert_fast.ops import EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
+from minbert_fast.step.tape import Tape
 
 
 def check_unshared(encoder: BertModel) -> None:
@@ -42,6 +43,7 @@ class OnePass(Pass):
     noise: Tensor | None = None  # [N, H] added to the embeddings; may ask for a gradient
     # Called with a layer's number when the backward has written the gradients of that layer and of those above.
     through: Callable[[int], None] = lambda layer: None
+    tape: Tape | None = None  # notes parameter gradients for later; None: the backward computes them as it goes
     sentences: Sequence[int] = ()  # [T + 1] sentence bounds of J's rows: modules are called with one task at a time
     _called: set[int] = field(default_factory=set)  # parameters of modules that were called so far
 
@@ -52,10 +54,11 @@ class OnePass(Pass):
         if not (self._together(weights) and self._together(biases)):
             return torch.cat([self.linear(x, module) for module in modules], -1)
         weight, bias = (self.flat.stacked(self.flat.compute, parameters) for parameters in (weights, biases))
-        return ops.linear(x, weight, bias, LinearSink(self.bounds, self._gradient(*weights), self._gradient(*biases)))
+        sink = LinearSink(self.bounds, self._gradient(*weights), self._gradient(*biases), self.tape)
+        return ops.linear(x, weight, bias, sink)
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
-        sink = LinearSink(self.bounds, self._gradient(module.weight), None)
+        sink = LinearSink(self.bounds, self._gradient(module.weight), None, self.tape)
         return ops.linear(x, self.weight(module.weight), into=sink)
 
     def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
@@ -71,7 +74,7 @@ class OnePass(Pass):
         return self.flat.view(self.flat.compute, parameter)
 
     def sink(self, kind: Callable[..., Sink], *parameters: Tensor) -> Sink | None:
-        return kind(self.bounds, *map(self._gradient, parameters))
+        return kind(self.bounds, *map(self._gradient, parameters), tape=self.tape)
 
     def embedding_sink(self, parts: Embedding) -> EmbeddingSink:
         word, batch, words = parts.word.weight, self.batch, None

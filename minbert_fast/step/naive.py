@@ -57,9 +57,8 @@ def pcgrad(gradients: Sequence[Tensor], orders: Sequence[Sequence[int]], reducti
             if j == i:
                 continue
             product = torch.dot(g, gradients[j])
-            squared = torch.dot(gradients[j], gradients[j])
-            if product < 0 and squared > 0:
-                g -= product / squared * gradients[j]
+            if product < 0:  # then gradient j is not zero
+                g -= product / torch.dot(gradients[j], gradients[j]) * gradients[j]
     total = torch.stack(projected).sum(0)
     return total / len(projected) if reduction == "mean" else total
 
@@ -82,7 +81,7 @@ def write_gradient(shared: Sequence[nn.Parameter], merged: Tensor) -> None:
     """Sets the parameters' `.grad` from a flat gradient [P]."""
     offset = 0
     for p in shared:
-        p.grad = merged[offset : offset + p.numel()].view_as(p).clone()
+        p.grad = merged[offset : offset + p.numel()].view_as(p)
         offset += p.numel()
 
 
@@ -137,7 +136,10 @@ class ReferenceStep:
         self._backward(batch, (losses if weights is None else losses * weights).unbind(), timer)
         values = losses.detach()
         parameters = [spec.parameter for _, spec in self.specs if spec.parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or float("inf"))
+        clip = self.recipe.optimizer.clip
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         nonfinite = ~torch.isfinite(values)
         skip = nonfinite.any() | ~torch.isfinite(norm)
         if not skip:

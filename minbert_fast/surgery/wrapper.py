@@ -6,8 +6,9 @@
     optimizer.step()
 
 By default it leaves the gradients that github.com/WeiChengTseng/Pytorch-PCGrad leaves, at less cost. Each loss takes one
-ordinary backward, and only the part of a graph that several losses share is kept for them. The projections need the Gram
-matrix alone, and a parameter takes memory only for the losses that reach it.
+ordinary backward, and only the part of a graph that several losses share is kept for them. Its gradients move straight into
+their row of J, which is allocated once; nothing is flattened or filled with zeros. The projections need the Gram matrix
+alone, and a parameter takes memory only for the losses that reach it.
 
 The method of the same name, projections computed from a Gram matrix, is in pcgrad.py.
 """
@@ -16,20 +17,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from minbert_fast import ops, surgery
 from minbert_fast.common import huge_pages
 from minbert_fast.surgery.pcgrad import ClassicProjections
 from minbert_fast.surgery.torchjd import FromTorchJD
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 # Elements of one task's gradients that are gathered at a time. Larger buckets are no faster; smaller ones save memory.
 _BUCKET = 1 << 24
 
 _Gradients = dict[int, Tensor]  # of one task, by the parameter's position
+_Reached = Sequence[tuple[int, ...]]  # by the parameter's position: the tasks that reach it
 
 
 class PCGrad:
@@ -37,8 +42,8 @@ class PCGrad:
 
     The defaults are the classic's:
 
-    reduction: how the projected gradients are combined. "mean" averages them over the tasks where all losses reach a
-        parameter, and adds them elsewhere (a head keeps its scale). "sum" adds them everywhere.
+    reduction: how the projected gradients are combined. "mean" (default) averages them over the tasks where all losses
+        reach a parameter, and adds them elsewhere (a head keeps its scale). "sum" adds them everywhere.
     scope: the parameters whose gradients count in norms and inner products and are changed. "all": every parameter of
         the optimizer, heads included. "shared": those that at least two losses reach; the others keep their loss's
         gradient, as in the trainer.
@@ -46,8 +51,11 @@ class PCGrad:
         `backward` does.
     weights: the method. "classic": PCGrad with the classic's loop, which also compares a gradient with its own task's
         original. Or a name of minbert_fast.surgery.METHODS ("pcgrad" is the paper's loop, which does not), an object of
-        that module, or a TorchJD `Weighting`; `reduction` has no effect on the last two.
+        that module, or a TorchJD `Weighting`; the last two give the weights themselves, so they take no `reduction`.
     generator: draws the task orders (default: one seeded with torch.initial_seed()); part of `state_dict`.
+    process_group: several processes, each with its share of the examples (True: all of torch.distributed's). The tasks'
+        gradients are averaged over them before surgery. Every process needs the same parameters and losses; run the
+        forward and pc_backward of a DistributedDataParallel under `no_sync()`.
     scaler: a GradScaler for mixed precision. Without it, scale the losses and call `scaler.step(optimizer)` yourself;
         either way a gradient that is not finite makes the scaler skip the step.
 
@@ -58,24 +66,35 @@ class PCGrad:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        reduction: surgery.Reduction = "mean",
+        reduction: surgery.Reduction | None = None,
         *,
         scope: Literal["all", "shared"] = "all",
         accumulate: bool = False,
         weights: str | Callable[[Tensor], Tensor] = "classic",
         generator: torch.Generator | None = None,
+        process_group: ProcessGroup | Literal[True] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if reduction not in ("sum", "mean"):
+        if reduction not in ("sum", "mean", None):
             raise ValueError(f'reduction = {reduction!r}: expected "mean" or "sum"')
         if scope not in ("all", "shared"):
             raise ValueError(f'scope = {scope!r}: expected "all" or "shared"')
         self.optimizer = optimizer
         self.scope = scope
         self.accumulate = accumulate
+        self.group = distributed.group.WORLD if process_group is True else process_group
+        if self.group is not None and generator is None:  # every process draws the same orders
+            seed = [torch.initial_seed()]
+            distributed.broadcast_object_list(seed, group=self.group, group_src=0)
+            generator = torch.Generator().manual_seed(seed[0])
         method = ClassicProjections("sum", generator) if weights == "classic" else weights
         self.weights = surgery.weights(method, "sum", generator)
-        self.averages = reduction == "mean" and isinstance(weights, str) and not isinstance(self.weights, FromTorchJD)
+        given = not isinstance(weights, str) or isinstance(self.weights, FromTorchJD)
+        if given and reduction is not None:
+            raise ValueError(f"reduction = {reduction!r} has no effect on weights that are given: leave it out")
+        self.averages = not given and reduction != "sum"
+        self._rows: _Rows | None = None
+        self._collected: list[_Gradients] = []  # of calls with final=False
         self.scaler = scaler
         self.gram: Tensor | None = None
         self.task_weights: Tensor | None = None
@@ -106,10 +125,14 @@ class PCGrad:
         self.optimizer.load_state_dict(state["optimizer"])
         self.weights.load_state_dict(state["surgery"])
 
-    def pc_backward(self, losses: Sequence[Tensor]) -> None:
+    def pc_backward(self, losses: Sequence[Tensor], final: bool = True) -> None:
         """Leaves the combined gradient of the tasks' losses (scalars) in the parameters' `.grad`.
 
-        ValueError when there is no loss, or one is not a scalar that requires a gradient.
+        final: False only adds the tasks' gradients to those of the calls before, for micro-batches: the next final call
+            combines the sums, as if all micro-batches were one batch. Scale the losses yourself.
+
+        ValueError when there is no loss, when one is not a scalar that requires a gradient, or when the losses reach other
+        parameters than in the call before that was not final.
         """
         losses = list(losses)
         if not losses:
@@ -118,12 +141,18 @@ class PCGrad:
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"losses[{task}] must be a scalar tensor that requires a gradient")
         parameters = list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
-        before = [p.grad if self.accumulate else None for p in parameters]
+        before = [p.grad for p in parameters]
         try:
             tasks = self._backward_each(losses, parameters)
+        except BaseException:
+            self._collected = []
+            raise
         finally:
             for p, gradient in zip(parameters, before, strict=True):
-                p.grad = gradient
+                p.grad = gradient if self.accumulate or not final else None
+        self._collected = [] if final else tasks
+        if not final:
+            return
         with torch.no_grad():
             for position, gradient in self._combine(tasks, parameters):
                 p = parameters[position]
@@ -133,15 +162,26 @@ class PCGrad:
                     p.grad = torch.zeros_like(p)
 
     def _backward_each(self, losses: list[Tensor], parameters: list[nn.Parameter]) -> list[_Gradients]:
-        """One backward a loss; each task's gradients, taken out of `.grad`."""
+        """One backward a loss; each task's gradients, taken out of `.grad` into its row of J."""
+        shared, reaches = _walk(losses, parameters)
+        reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
+        combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
+        if self._collected and (self._rows is None or not self._rows.fit(parameters, reached, combined)):
+            raise ValueError(
+                "pc_backward: these losses reach other parameters than those of the call that was not final"
+            )
+        if self._rows is None or not self._rows.fit(parameters, reached, combined):
+            self._rows = None  # frees its memory first
+            self._rows = _Rows(parameters, reached, combined)
         tasks: list[_Gradients] = []
-        for loss, keep in zip(losses, _shared_with_later(losses), strict=True):
+        for number, (loss, keep) in enumerate(zip(losses, shared, strict=True)):
             for p in parameters:
                 p.grad = None
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scaled.backward(retain_graph=keep)
             found = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
-            tasks.append({i: g.to_dense() if g.is_sparse else g for i, g in found.items()})
+            dense = {i: g.to_dense() if g.is_sparse else g for i, g in found.items()}
+            tasks.append(self._rows.take(number, dense, self._collected[number] if self._collected else {}))
         return tasks
 
     def _combine(self, tasks: list[_Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
@@ -151,14 +191,21 @@ class PCGrad:
         combined = [i for i, owners in reached.items() if len(owners) > (self.scope == "shared")]
         for i in reached.keys() - set(combined):
             for owner in reached[i]:
-                yield i, tasks[owner].pop(i)
+                gradient = tasks[owner].pop(i)
+                self._average(gradient)
+                yield i, gradient
         if not combined:
             return
         home = parameters[combined[0]].device
         self.gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float32, device=home)
-        groups = list(_groups(parameters, reached, combined))
-        buckets = [(group, reached[group[0]], _gather(tasks, reached[group[0]], group)) for group in groups]
+        assert self._rows is not None
+        if self._rows.fit(parameters, [reached[i] for i in range(len(parameters))], combined):
+            buckets = list(self._rows.buckets)
+        else:  # a graph hid some parameters (reentrant checkpointing), or gave them no gradient
+            groups = _groups(parameters, reached, combined)
+            buckets = [_Bucket(group, reached[group[0]], _gather(tasks, reached[group[0]], group)) for group in groups]
         for _, owners, J in buckets:
+            self._average(J)
             products = ops.gram(J).to(home)
             if len(owners) == len(tasks):
                 self.gram += products
@@ -169,7 +216,7 @@ class PCGrad:
         # A broken gradient stays visible wherever it takes part, as GradScaler expects; weight 0 would hide it.
         w = torch.where(surgery.nonfinite(self.gram), torch.nan, self.weights(self.gram))
         self.task_weights = w / len(tasks) if self.averages else w
-        while buckets:  # each is freed once its gradients are combined
+        while buckets:  # those of `_gather` are freed once their gradients are combined
             group, owners, J = buckets.pop()
             averaged = self.scope == "shared" or len(owners) == len(tasks)
             weights = self.task_weights if averaged else w
@@ -178,22 +225,85 @@ class PCGrad:
             for i, piece in zip(group, gradient.split(sizes), strict=True):
                 yield i, piece.view_as(parameters[i]).to(parameters[i].dtype)
 
+    def _average(self, gradients: Tensor) -> None:
+        """Averages over the processes, in place, in one message."""
+        if self.group is not None:
+            distributed.all_reduce(gradients, group=self.group)
+            gradients /= self.group.size()
 
-def _shared_with_later(losses: list[Tensor]) -> list[bool]:
-    """Whether a part of each loss's graph (beyond the parameters themselves) belongs to a later loss too."""
+
+class _Bucket(NamedTuple):
+    """Parameters of one device, dtype and set of tasks, by position, and the tasks' gradients [owners, n] of them."""
+
+    group: list[int]
+    owners: tuple[int, ...]
+    J: Tensor
+
+
+class _Rows:
+    """J in buckets, for parameters whose tasks are known before the backward. It is reused as long as they stay the same."""
+
+    def __init__(self, parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> None:
+        self._key = self._key_of(parameters, reached, combined)
+        self.buckets: list[_Bucket] = []
+        self._pieces: dict[tuple[int, int], Tensor] = {}  # by task and position: a part of a row
+        for group in _groups(parameters, dict(enumerate(reached)), combined):
+            owners, example = reached[group[0]], parameters[group[0]]
+            sizes = [parameters[i].numel() for i in group]
+            J = _empty_rows(len(owners), sum(sizes), example)
+            self.buckets.append(_Bucket(group, owners, J))
+            for row, owner in zip(J, owners, strict=True):
+                for i, piece in zip(group, row.split(sizes), strict=True):
+                    self._pieces[owner, i] = piece.view(parameters[i].shape)
+
+    def fit(self, parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> bool:
+        """Whether the buckets were made for just these."""
+        return bool(self._key == self._key_of(parameters, reached, combined))
+
+    @staticmethod
+    def _key_of(parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> Any:
+        return [(id(p), p.shape, p.dtype, p.device) for p in parameters], list(reached), combined
+
+    def take(self, task: int, gradients: _Gradients, earlier: _Gradients) -> _Gradients:
+        """Moves a task's gradients into its rows, added to the `earlier` ones there. Those without a row stay apart."""
+        own = {i: self._pieces[task, i] for i in gradients if (task, i) in self._pieces}
+        for move, chosen in (
+            (torch._foreach_copy_, [i for i in own if i not in earlier]),
+            (torch._foreach_add_, [i for i in own if i in earlier]),
+        ):
+            if chosen:
+                move([own[i] for i in chosen], [gradients[i] for i in chosen])
+        apart = {i: g + earlier[i] if i in earlier else g for i, g in gradients.items() if i not in own}
+        return earlier | own | apart
+
+
+def _walk(losses: list[Tensor], parameters: list[nn.Parameter]) -> tuple[list[bool], list[set[int]]]:
+    """Walks each loss's graph.
+
+    Returns, by loss, whether a part of its graph (beyond the parameters themselves) belongs to a later loss too, and the
+    positions of the parameters in it.
+    """
+    positions = {id(p): i for i, p in enumerate(parameters)}
     later: set[Any] = set()
-    shared = []
+    shared, reaches = [], []
     for loss in reversed(losses):
-        nodes, pending = set(), [loss.grad_fn]
+        nodes: set[Any] = set()
+        found: set[int] = set()
+        pending = [loss.grad_fn]
         while pending:
             node = pending.pop()
-            if node is None or node in nodes or hasattr(node, "variable"):  # a parameter saves nothing for a backward
+            if node is None or node in nodes:
+                continue
+            if hasattr(node, "variable"):  # a parameter; it saves nothing for a backward
+                if id(node.variable) in positions:
+                    found.add(positions[id(node.variable)])
                 continue
             nodes.add(node)
             pending.extend(following for following, _ in node.next_functions)
         shared.append(not nodes.isdisjoint(later))
+        reaches.append(found)
         later |= nodes
-    return shared[::-1]
+    return shared[::-1], reaches[::-1]
 
 
 def _groups(
@@ -220,11 +330,16 @@ def _gather(tasks: list[_Gradients], owners: tuple[int, ...], positions: list[in
     """Moves the gradients of these parameters, which the tasks `owners` reach, into one J [len(owners), n]."""
     example = [tasks[owners[0]][i] for i in positions]
     sizes = [g.numel() for g in example]
-    dtype = torch.bfloat16 if example[0].dtype == torch.bfloat16 else torch.float32
-    J = huge_pages.empty(len(owners), sum(sizes), dtype=dtype, device=example[0].device)
+    J = _empty_rows(len(owners), sum(sizes), example[0])
     del example
     for row, owner in zip(J, owners, strict=True):
         for i, piece in zip(positions, row.split(sizes), strict=True):
             gradient = tasks[owner].pop(i)
             piece.view(gradient.shape).copy_(gradient)
     return J
+
+
+def _empty_rows(rows: int, columns: int, example: Tensor) -> Tensor:
+    """J [rows, columns] for gradients like `example`: bf16 ones stay bf16, all others become fp32."""
+    dtype = torch.bfloat16 if example.dtype == torch.bfloat16 else torch.float32
+    return huge_pages.empty(rows, columns, dtype=dtype, device=example.device)

@@ -13,7 +13,7 @@ from minbert_fast.common.storage import write_json
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
-from minbert_fast.tasks import classifier
+from minbert_fast.tasks import classifier, onnx_graph
 from minbert_fast.tasks.predictor import Predictor
 
 
@@ -49,8 +49,6 @@ def write_onnx(folder: Path, model: Predictor, task: str | None, *, int8: bool) 
     The configuration is transformers', so that libraries which run ONNX models find the pooling or the class names in it.
     Raises ConfigError for a missing library, RunError for a head that cannot be traced.
     """
-    from minbert_fast.tasks import onnx_graph  # needs the extra `onnx`
-
     _write_tokenizer(folder, model)
     written = onnx_graph.write(folder, model, task, int8=int8)
     config = json.loads(model.encoder.config.to_json())

@@ -5,7 +5,8 @@ The graph is traced from the plain modules on rectangles, and compared in onnxru
 its inputs and runs it. Its outputs:
 
     encoder   last_hidden_state [n, S, H], sentence_embedding [n, width]
-    head      prediction [n]; with classes probabilities [n, C]; where transformers has the same form, logits [n, C]
+    head      prediction [n], of several labels [n, C]; with classes probabilities [n, C]; logits [n, C] where transformers
+              has the same form
 
 Shapes: n examples, S positions, H hidden, C classes.
 """

@@ -252,7 +252,8 @@ class Predictor:
         task = self.task_of(kind)
         if _is_frame(examples):
             raise ValueError(f"{kind} takes lists: for a DataFrame call predict({task!r}, frame, text=...)")
-        return self.predict(task, examples).values
+        found: Predictions = self.predict(task, examples)
+        return found.values
 
     @overload
     def predict(
@@ -308,7 +309,10 @@ class Predictor:
             result = result._replace(probabilities=np.empty((0, len(names)), np.float32))
         if frame is None:
             return result.probabilities if probabilities else result
-        shares = {} if names is None else {f"probability_{n}": result.probabilities[:, c] for c, n in enumerate(names)}
+        found_shares = result.probabilities
+        shares = (
+            {} if found_shares is None else {f"probability_{n}": found_shares[:, c] for c, n in enumerate(names or ())}
+        )
         return type(frame)(
             ({} if probabilities else {"prediction": found.as_labels(result.values)}) | shares, frame.index
         )
@@ -369,12 +373,14 @@ def _is_frame(value: object) -> bool:
     return pandas is not None and isinstance(value, pandas.DataFrame)
 
 
-def _frame_columns(task: Task, frame: DataFrame, text: str | Sequence[str] | None) -> tuple[list[str], ...]:
+def _frame_columns(task: Task, frame: Any, text: str | Sequence[str] | None) -> tuple[list[str], ...]:
     """The sentences in the columns `text` of a DataFrame. Raises ValueError."""
     known = list(frame.columns)
     if text is None:
-        usual = {1: [("sentence",), ("text",)], 2: [("sentence1", "sentence2")]}.get(task.num_texts, [])
-        named = next((names for names in usual if all(name in known for name in names)), None)
+        usual = [source.texts for source in task.sources]  # the columns that the task was trained on
+        usual += [("sentence",), ("text",), ("sentence1", "sentence2")]
+        fitting = (names for names in usual if len(names) == task.num_texts and all(name in known for name in names))
+        named = next(fitting, None)
         if named is None:
             columns = ", ".join(map(str, known))
             raise ValueError(f"{task.name} takes {task.num_texts} columns: name them as text=... (there are {columns})")

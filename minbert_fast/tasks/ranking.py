@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError, check, check_at_least
 from minbert_fast.data.formats import FORMATS
-from minbert_fast.data.tokens import Tokens, TokenTable
+from minbert_fast.data.sentences import Sentences
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses, metrics
 from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskInput, TaskOptions, cosine, register
@@ -193,7 +194,7 @@ def retrieval_ranks(vectors: tuple[np.ndarray, ...], table: TokenTable | None = 
     return ranks
 
 
-def _equal_texts(columns: tuple[Tokens, ...]) -> np.ndarray:
+def _equal_texts(columns: tuple[Sentences, ...]) -> np.ndarray:
     """A number for each text of the columns, column by column, equal for equal word ids."""
     known: dict[bytes, int] = {}
     return np.array([known.setdefault(text.tobytes(), len(known)) for column in columns for text in column])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class _Reader:
         `labeled` says whether labels are read (None: not those of test files, which may have none).
         """
         rule = task.rule if (split != "test" if labeled is None else labeled) else None
-        sources = task.sources if file is None else (replace(task.sources[0], hub="", **{split: str(file)}),)
+        sources = task.sources if file is None else (task.sources[0].with_file(split, file),)
         tables = []
         for index, source in enumerate(sources):
             found = self._input(task.name, source, split, task.num_texts if task.predicts else 0)
@@ -182,7 +182,7 @@ class _Reader:
             path = self._paths[split].get(source.layout)
             if path is None:
                 return None
-            source = replace(source, **{split: str(path)})
+            source = source.with_file(split, path)
         return find_input(source, split, texts)
 
     def _read(self, found: Input, rule: Rule | None) -> TokenTable:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
-from minbert_fast.common.errors import RunError, translate_write_errors
+from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import write_json
@@ -83,7 +83,7 @@ def train(recipe: Recipe, options: Options) -> Path:
             files = stack.enter_context(RunDirectory(path))
             _Job(recipe, options, output, files, world, device).run()
     except (RuntimeError, MemoryError) as error:
-        if not loop.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             "out of memory outside training steps: choose a smaller model or --set data.max_length"

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from minbert_fast.common.errors import InterruptError, RunError
+from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.parallel.world import World
+from minbert_fast.parallel.world import Agreement, World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
 from minbert_fast.trainer.callbacks import Callback, EvaluationEvent, StepEvent
@@ -137,6 +136,7 @@ class Trainer:
         self._observer = Observer()
         self._signals = StopSignals()
         self._stopped = False  # by a callback
+        self._agreed = Agreement(self.world)
         self._clock = Clock(self.state)
         self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
@@ -236,7 +236,7 @@ class Trainer:
             pass  # handled below; the checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
-        stop = self.world.agreed(self._signals.received)
+        stop = self._agreed(self._signals.received)
         if stop is not None or self._checkpoint_due(stage):
             self._save_checkpoint()
         if stop is not None:
@@ -462,13 +462,6 @@ class Trainer:
             f"{', '.join(places[:SHOWN_EXAMPLES])}{more}); the last good model is in {self.files.path / 'last'}; "
             "a lower --lr may help"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, in GPU memory (torch.OutOfMemoryError) or main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> str:

@@ -40,40 +40,52 @@ class Observation:
         return sum(c < 0 for c in self.cosines.values()) / len(self.cosines) if self.cosines else None
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What the host knows of a step whose results are still on the device."""
+
+    step: int
+    tasks: tuple[str, ...]
+    present: tuple[str, ...]  # tasks with examples
+    rows: Mapping[str, np.ndarray]
+    weighted: bool  # whether the losses have dynamic weights
+
+
 class Observer:
     """Queues results of steps on the device until `fetch`."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, MultitaskBatch, bool, Tensor]] = []
+        self._pending: list[tuple[_Origin, Tensor]] = []  # no batches: they would fill the device's memory
 
     def add(self, step: int, batch: MultitaskBatch, result: StepResult) -> None:
         """Queues a step's result without waiting for the device.
 
         The values are copied: a CUDA graph overwrites its own buffers at the next step.
         """
-        weighted = result.task_weights is not None
+        tasks, present = tuple(batch.tasks), tuple(batch.active_tasks())
+        origin = _Origin(step, tasks, present, batch.rows, result.task_weights is not None)
         parts = [result.losses, result.nonfinite, result.grad_norm, result.task_weights, result.gram]
         packed = torch.cat([part.flatten().float() for part in parts if part is not None])
-        self._pending.append((step, batch, weighted, packed))
+        self._pending.append((origin, packed))
 
     def fetch(self) -> list[Observation]:
         """All queued results, in order of their steps. Waits for the device."""
         if not self._pending:
             return []
-        rows = torch.stack([packed for *_, packed in self._pending]).tolist()
-        found = [_unpack(*pending[:3], row) for pending, row in zip(self._pending, rows, strict=True)]
+        rows = torch.stack([packed for _, packed in self._pending]).tolist()
+        found = [_unpack(origin, row) for (origin, _), row in zip(self._pending, rows, strict=True)]
         self._pending.clear()
         return found
 
 
-def _unpack(step: int, batch: MultitaskBatch, weighted: bool, values: list[float]) -> Observation:
-    tasks, present = batch.tasks, batch.active_tasks()
+def _unpack(origin: _Origin, values: list[float]) -> Observation:
+    tasks, present = origin.tasks, origin.present
     count = len(tasks)
     losses, flags, (grad_norm, *rest) = values[:count], values[count : 2 * count], values[2 * count :]
-    weights, gram = (rest[:count], rest[count:]) if weighted else ([], rest)
+    weights, gram = (rest[:count], rest[count:]) if origin.weighted else ([], rest)
     skipped = tuple(task for task, flag in zip(tasks, flags, strict=True) if flag)
     if not skipped and not math.isfinite(grad_norm):  # each task's gradient is finite, their sum overflowed
-        skipped = tuple(present)
+        skipped = present
     cosines = {}
     for i in range(count if gram else 0):
         for j in range(i):
@@ -81,12 +93,12 @@ def _unpack(step: int, batch: MultitaskBatch, weighted: bool, values: list[float
             if math.isfinite(norms) and norms > 0:  # a task without examples has no gradient
                 cosines[f"{tasks[j]}|{tasks[i]}"] = gram[i * count + j] / norms
     return Observation(
-        step=step,
+        step=origin.step,
         losses={task: loss for task, loss in zip(tasks, losses, strict=True) if task in present},
         grad_norm=grad_norm,
         cosines=cosines,
         skipped=skipped,
-        rows=batch.rows,
+        rows=origin.rows,
         weights=dict(zip(tasks, weights, strict=False)),
     )
 

@@ -22,7 +22,7 @@ from minbert_fast.data.formats import FORMATS, DataError, find_tables
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
-from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.recipes.recipe import SPLITS, Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
@@ -33,6 +33,34 @@ COLUMNS = {
     "paraphrase": ("paraphrase_accuracy",),
     "similarity": ("similarity_pearson",),
 }
+#: What the reports conclude by comparing two of their rows on dev: the first recipe scores higher than the second.
+COMPARISONS = (
+    ("fine-tuning the encoder beats training the head alone (SST)", "sbert-sst-full", "sbert-sst-frozen", "sentiment"),
+    ("the same on CFIMDB", "sbert-cfimdb-full", "sbert-cfimdb-frozen", "sentiment"),
+    ("PCGrad helps", "sbert-exp1", "sbert-exp2", "score"),
+    ("a linear paraphrase head beats the cosine", "sbert-exp1", "sbert-exp3", "paraphrase"),
+    ("no dropout before the similarity head's linear layer", "sbert-exp1", "sbert-exp4", "similarity"),
+    (
+        "(u, v, abs(u - v)) beats (u, v, u * v)",
+        "siamese-paraphrase-u-v-abs-diff",
+        "siamese-paraphrase-u-v-product",
+        "paraphrase",
+    ),
+    ("(u, v, u * v) beats (u * v)", "siamese-paraphrase-u-v-product", "siamese-paraphrase-product", "paraphrase"),
+    ("squared error beats absolute error", "siamese-similarity-mse", "siamese-similarity-l1", "similarity"),
+    ("absolute error beats cross-entropy", "siamese-similarity-l1", "siamese-similarity-cross-entropy", "similarity"),
+    ("shared layers help", "bertology-shared", "bertology-baseline", "score"),
+    ("the cosine beats a linear layer for similarity", "bertology-head-mod", "bertology-shared", "similarity"),
+    ("NLI triplets first help", "bertology-nli-triplet", "bertology-head-mod", "score"),
+    ("triplets beat regression", "bertology-nli-triplet", "bertology-nli-regression", "score"),
+    ("triplets beat the contrastive loss", "bertology-nli-triplet", "bertology-nli-contrastive", "score"),
+    ("training sentiment with the pairs beats a frozen encoder", "bertology-head-mod", "bertology-freeze-sst", "score"),
+    ("the cosine beats a linear layer for similarity", "finetune-cosine", "finetune-baseline", "similarity"),
+    ("gradient surgery helps", "finetune-pcgrad", "finetune-baseline", "mean"),
+    ("a loop on similarity first helps", "finetune-similarity-first", "finetune-baseline", "similarity"),
+    ("all together beat the baseline", "finetune-all", "finetune-baseline", "mean"),
+    ("masked words, cosine embedding loss and decay help", "enhancing-final", "enhancing-base", "score"),
+)
 FACTS = ("steps", "seconds", "tokens", "device", "precision", "backend", "commit")
 DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
 
@@ -232,6 +260,52 @@ def _cell(published: float | None, found: float | None) -> str:
     return " / ".join("-" if value is None else f"{value:.3f}" for value in (published, found))
 
 
+def comparisons(rows: Mapping[str, Row]) -> str:
+    """Which of the reports' comparisons the measured scores repeat, in Markdown; empty if no pair was measured."""
+    lines = []
+    for claim, better, worse, column in COMPARISONS:
+        pair = [rows.get(name) for name in (better, worse)]
+        if any(row is None or row["failure"] for row in pair):
+            continue
+        values = [
+            [_column(row[part]["dev"], column) for row in pair if row is not None] for part in ("published", "measured")
+        ]
+        (first, second), (own, other) = values
+        if None in (first, second, own, other):
+            continue
+        holds = "yes" if own > other else "no"  # type: ignore[operator]  # neither is None
+        lines.append(
+            [claim, f"{better}, {worse}", column, f"{first:.3f}, {second:.3f}", f"{own:.3f}, {other:.3f}", holds]
+        )
+    if not lines:
+        return ""
+    return experiments.markdown_table(["the report says", "rows", "by", "published", "measured", "holds"], lines)
+
+
+def _column(scores: Scores, column: str) -> float | None:
+    if column in COLUMNS:
+        return task_scores(scores)[list(COLUMNS).index(column)]
+    return score(scores) if column == "score" else plain_mean(scores)
+
+
+def page(rows: Mapping[str, Row]) -> str:
+    """The table, the reports' comparisons and the notes, in Markdown."""
+    shown = [rows[name] for name in sorted(rows)]
+    below = "\n\n".join(notes(shown))
+    return "\n".join(filter(None, [table(shown), comparisons(rows), below])) + "\n"
+
+
+def published_table() -> str:
+    """The published scores of all rows in Markdown."""
+    lines = []
+    for recipe in map(Recipe.load, published_names()):
+        published = recipe.published
+        minutes = "" if published.seconds is None else f"{published.seconds / 60:.0f} min"
+        place = ": ".join(filter(None, (published.table, published.row)))
+        lines.append([f"`{recipe.name}`", place, *(_triple(getattr(published, s)) for s in SPLITS), minutes])
+    return experiments.markdown_table(["recipe", "the report's row", *SPLITS, "time"], lines)
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     """The paragraphs below the table: what a cell holds, weights, data, devices, and what differs from the reports."""
     lines = [
@@ -272,10 +346,7 @@ def listing(names: Sequence[str]) -> str:
             if recipe.source != source:
                 continue
             published = recipe.published
-            parts = [f"{split} {_triple(getattr(published, split))}" for split in ("dev", "train", "test")]
-            parts = [
-                part for part, split in zip(parts, ("dev", "train", "test"), strict=True) if getattr(published, split)
-            ]
+            parts = [f"{split} {_triple(scores)}" for split in SPLITS if (scores := getattr(published, split))]
             if published.seconds is not None:
                 parts.append(f"{published.seconds / 60:.0f} min")
             place = ", ".join(filter(None, (published.table, published.row)))
@@ -286,5 +357,7 @@ def listing(names: Sequence[str]) -> str:
 
 
 def _triple(scores: Scores) -> str:
+    if not scores:
+        return ""
     values = [*task_scores(scores), *([scores["score"]] if "score" in scores else [])]
     return ", ".join("-" if value is None else f"{value:.3f}" for value in values)

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import baselines, batches, harness, step
 from minbert_fast import BertConfig
+from minbert_fast.data.batch import MultitaskBatch
 
 CPU = torch.device("cpu")
 TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -43,13 +47,59 @@ def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.Monkey
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
 
-    def wrong(*arguments: object) -> step.Step:
-        found = step.naive(*arguments)  # type: ignore[arg-type]
-        return lambda batch: found(batch) * 1.1
+    class Wrong(baselines.NaiveStep):
+        def __call__(self, batch: MultitaskBatch, lr_scale: float = 1.0) -> Tensor:
+            return super().__call__(batch, lr_scale) * 1.1
 
-    (row, _) = step._case("tiny", {"wrong": wrong, "naive": step.naive}, TINY, 3, 2, CPU, CEILINGS, "none")
+    makers: dict[str, step.Maker] = {"wrong": partial(Wrong, dtype=torch.float32), "naive": step.naive}
+    (row, _) = step._case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, "none")
     assert row.median is None
     assert row.note.startswith("WRONG")
+
+
+class OtherRate(baselines.NaiveStep):
+    """A learning rate that is 2 % too high; the losses of three steps hardly show it."""
+
+    def __call__(self, batch: MultitaskBatch, lr_scale: float = 1.0) -> Tensor:
+        return super().__call__(batch, 1.02 * lr_scale)
+
+
+class OneTaskTwice(baselines.PackedStep):
+    """Adds the first task's gradient once more."""
+
+    def _combine(self, J: Tensor) -> Tensor:
+        return super()._combine(J) + 0.05 * J[0]
+
+
+class NoSurgery(baselines.PackedStep):
+    """Adds the gradients, whatever the recipe says."""
+
+    def _combine(self, J: Tensor) -> Tensor:
+        return J.sum(0)
+
+
+@pytest.mark.parametrize("kind", [OtherRate, OneTaskTwice, NoSurgery])
+def test_parameters_show_steps_that_the_losses_hide(kind: Any) -> None:
+    """Each is right but for one thing, and is refused in fp32."""
+    with pytest.raises(AssertionError, match="otherwise than in the reference's three steps"):
+        step.steps_agree(partial(kind, dtype=torch.float32), TINY, "pcgrad", CPU)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("method", ["pcgrad", "none"])
+def test_every_candidate_in_bf16_passes_and_a_larger_error_does_not(method: str) -> None:
+    makers = step.candidate_makers(method, torch.bfloat16, CPU)
+    makers.pop("transformers, compiled", None)
+    assert {"ours", "ours, fp32", "naive", "naive, bf16"} <= makers.keys()
+    for make in makers.values():
+        step.steps_agree(make, TINY, method, CPU)
+
+    class Fast(baselines.NaiveStep):
+        def __call__(self, batch: MultitaskBatch, lr_scale: float = 1.0) -> Tensor:
+            return super().__call__(batch, 1.2 * lr_scale)
+
+    with pytest.raises(AssertionError, match="otherwise"):
+        step.steps_agree(partial(Fast, dtype=torch.bfloat16), TINY, method, CPU)
 
 
 def test_flops_equal_a_naive_count() -> None:
@@ -69,8 +119,11 @@ def test_packed_and_padded_baselines_contain_every_token() -> None:
     assert sum(part.packed.num_tokens for part in parts.values()) == batch.packed.num_tokens
     rebuilt = []
     for part in parts.values():
-        index, mask = baselines.rectangle(part.packed, part.packed.max_seqlen)
-        rebuilt.append(part.packed.tokens[index][mask])
+        made = baselines.rectangle_of(part, grain=8)
+        assert made.ids.shape[1] % 8 == 0
+        assert torch.equal(made.ids[made.mask.bool()], made.ids.flatten()[made.padded])
+        assert torch.equal(part.packed.tokens[made.packed][made.mask.bool()], part.packed.tokens)
+        rebuilt.append(made.ids.flatten()[made.padded].int())
     assert torch.equal(torch.cat(rebuilt), batch.packed.tokens)
 
 

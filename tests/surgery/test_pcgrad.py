@@ -268,6 +268,62 @@ def test_gradients_accumulate_like_backward(model: Model) -> None:
     assert_gradients(model, {n: None if g is None else 2 * g for n, g in once.items()})
 
 
+@pytest.mark.parametrize("scope", ["all", "shared"])
+def test_micro_batches_are_one_batch(model: Model, scope: Any) -> None:
+    """Surgery of each task's summed gradients, not the sum of two surgeries; in the second step too."""
+    halves = [inputs()[0], inputs()[0].flip(0) * 0.5]
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    made = [
+        PCGrad(torch.optim.SGD(m.parameters(), lr=0.1), scope=scope, generator=torch.Generator().manual_seed(0))
+        for m in (whole, parts)
+    ]
+    for _ in range(2):
+        first, second = (whole.losses([x] * 3) for x in halves)
+        made[0].pc_backward([a + b for a, b in zip(first, second, strict=True)])
+        made[1].pc_backward(parts.losses([halves[0]] * 3), final=False)
+        made[1].pc_backward(parts.losses([halves[1]] * 3))
+        for p, q in zip(parts.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        for optimizer in made:
+            optimizer.step()
+
+
+def test_micro_batches_with_other_losses_are_refused(model: Model) -> None:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), weights=lambda gram: torch.ones_like(gram[0]))
+    optimizer.pc_backward(model.losses(inputs()), final=False)
+    with pytest.raises(ValueError, match="reach other parameters"):
+        optimizer.pc_backward(model.losses(inputs())[:2])
+    optimizer.pc_backward(model.losses(inputs()))  # nothing is left over of the failure
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    sum(model.losses(inputs())).backward()  # type: ignore[union-attr]
+    for p, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is gathered afterwards, and no J is allocated after the first step; a parameter that joins makes a new one."""
+    allocated: list[tuple[int, ...]] = []
+    empty = wrapper.huge_pages.empty
+    monkeypatch.setattr(wrapper.huge_pages, "empty", lambda *s, **o: (allocated.append(s), empty(*s, **o))[1])
+    monkeypatch.setattr(wrapper, "_gather", None)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        optimizer.pc_backward(model.losses(inputs()))
+    assert len(allocated) == 5  # encoder, pair, and one for each head
+    assert sum(rows * columns for rows, columns in allocated) == 3 * (6 * 10 + 10 + 10 * 5 + 5) + 2 * 5 + 3 * 6
+    optimizer.pc_backward(model.losses(inputs())[:2])
+    assert len(allocated) > 5
+
+
+@pytest.mark.parametrize("weights", ["torchjd:MGDA", lambda gram: gram[0]])
+def test_a_reduction_without_effect_is_refused(model: Model, weights: Any) -> None:
+    if isinstance(weights, str):
+        pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(ValueError, match="reduction = 'sum' has no effect on weights that are given"):
+        PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), "sum", weights=weights)
+
+
 def test_existing_gradients_survive_a_failing_backward(model: Model) -> None:
     optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), accumulate=True)
     optimizer.pc_backward(model.losses(inputs()))

@@ -17,7 +17,7 @@ def load_split(hub: str, config: str, split: str, named: str) -> tuple[str, Any]
     `hub` is a name on the hub, or a directory that `datasets` loads. Raises DataError (one line) if the data set or the
     named split does not exist, cannot be reached, or needs code of its own.
     """
-    splits = _load(hub, config)
+    splits = load(hub, config)
     wanted = (named,) if named else SPLITS[split]
     found = next((name for name in wanted if name in splits), None)
     if found is None:
@@ -28,7 +28,8 @@ def load_split(hub: str, config: str, split: str, named: str) -> tuple[str, Any]
 
 
 @lru_cache(maxsize=8)
-def _load(hub: str, config: str) -> dict[str, Any]:
+def load(hub: str, config: str) -> dict[str, Any]:
+    """All splits of a data set by name. Raises DataError."""
     try:
         import datasets
     except ImportError:
