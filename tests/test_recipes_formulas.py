@@ -204,9 +204,20 @@ def triplet(a: Tensor, p: Tensor, n: Tensor) -> float:
     return ((a - p).square().sum(1).sqrt() - (a - n).square().sum(1).sqrt() + 1).clamp(min=0).mean().item()
 
 
+@pytest.mark.parametrize("task", ["snli", "mnli"])
+def test_bertology_nli_regression_is_the_squared_error_of_the_cosine(task: str) -> None:
+    labels = torch.tensor([0.0, 0.5, 1.0, 0.5, 1.0])
+    _, loss = loss_of("bertology-nli-regression", task, labels)
+    assert loss == pytest.approx((cosines(*vectors(2)) - labels).square().mean().item(), rel=1e-5)
+
+
 def test_bertology_nli_objectives_alone_and_together() -> None:
     parts = {f.__name__: f(*vectors(3)) for f in (regression, contrastive, triplet)}
-    alone = parts | {"contrastive": contrastive(*vectors(3), temperature=1.0)}  # the report's has none
+    alone = {
+        "contrastive": contrastive(*vectors(3), temperature=1.0),  # the report's has none
+        "triplet": parts["triplet"],
+        "regression-triplets": parts["regression"],
+    }
     for name, part in alone.items():
         _, loss = loss_of(f"bertology-nli-{name}", "nli", None)
         assert loss == pytest.approx(part, rel=1e-4)

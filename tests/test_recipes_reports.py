@@ -15,7 +15,7 @@ import pytest
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import Task, build_tasks
-from tests.reports import METRICS, ROWS, Row, Stage
+from tests.reports import METRICS, NLI_LABELS, ROWS, Row, Stage
 
 FEATURES = {"u": "u", "v": "v", "abs_diff": "|u-v|", "product": "u*v", "cosine": "cos"}
 LOSSES = {"bce": "BCE", "cross_entropy": "softmax", "mse": "MSE", "l1": "L1"}
@@ -26,9 +26,9 @@ def head_of(task: Task) -> str:
     """A task's head and loss in the words of tests/reports.py."""
     o: Any = task.options
     if task.kind == "triplet":
-        (objective,) = o.objectives
+        (objective,) = (name for name, weight in o.objectives.items() if weight)
         detail = {"contrastive": f", temperature {o.temperature:g}", "triplet": f", {o.distance}, margin {o.margin:g}"}
-        return {"regression": "regression of cosines"}.get(objective, objective) + detail.get(objective, "")
+        return objective + detail[objective]
     if task.kind == "masked-lm":
         return f"{o.rate:.0%} of {', '.join(o.text)}".replace("%", " %")
     dropout = f"dropout {o.dropout:g}"
@@ -127,6 +127,15 @@ def test_a_recipe_of_a_report_says_what_the_report_does_not(name: str) -> None:
         for split in ("dev", "train", "test"):
             metrics: Mapping[str, float] = getattr(recipe.published, split)
             assert all(m == "score" or m.rpartition("_")[0] in known for m in metrics)
+
+
+def test_nli_regression_reads_every_labelled_pair_as_a_number() -> None:
+    recipe = Recipe.load("bertology-nli-regression")
+    assert recipe.data.holdout == 0
+    for name, layout in (("snli", "snli"), ("mnli", "multinli")):
+        task = build_tasks(recipe)[name]
+        (source,) = task.sources
+        assert (source.layout, source.values, task.options.range) == (layout, NLI_LABELS, (0, 1))
 
 
 def test_enhancing_final_keeps_each_tasks_best_model() -> None:

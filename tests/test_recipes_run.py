@@ -36,6 +36,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [f"{i}\t{sentence}\t{i % 2}" for i, sentence in enumerate(sentences)]
         (folder / f"ids-cfimdb-{split}.csv").write_text("\n".join(["id\tsentence\tsentiment", *rows]) + "\n")
         triplets = [",".join(f'"{chance.choice(sentences)}"' for _ in range(3)) for _ in range(24)]
+        for name in ("snli", "multinli"):
+            pairs = [
+                {"sentence1": chance.choice(sentences), "sentence2": chance.choice(sentences), "gold_label": label}
+                for label in ("entailment", "neutral", "contradiction", "-") * 6
+            ]
+            (folder / f"{name}-{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         (folder / f"nli-triplets-{split}.csv").write_text("\n".join(["sent0,sent1,hard_neg", *triplets]) + "\n")
     return folder
 

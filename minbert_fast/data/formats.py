@@ -36,12 +36,7 @@ class Layout:
     classes: tuple[str, ...] = ()  # names of the classes in order; labels may be their numbers
     values: Mapping[str, float | str] = field(default_factory=dict, hash=False)  # replaces labels
     skip: tuple[str, ...] = ()  # rows with these labels are left out and counted
-    stem: str = ""  # in a data directory the files are called {stem}-{split}.csv; empty: not looked for there
-
-    @property
-    def task(self) -> str:
-        """The layout's name."""
-        return self.name
+    stem: str = ""  # in a data directory the files are called {stem}-{split}.csv (.jsonl); empty: not looked for there
 
     @property
     def arity(self) -> int:
@@ -52,6 +47,8 @@ class Layout:
         """File names of a split in order of preference; the course calls its unlabelled tests `test-student`."""
         if not self.stem:
             return ()
+        if self.format == "jsonl":
+            return (f"{self.stem}-{split}.jsonl",)
         names = (f"{self.stem}-{split}.csv",)
         return (*names, f"{self.stem}-test-student.csv") if split == "test" else names
 
@@ -136,6 +133,8 @@ _PUBLISHED = (
     ),
     # SNLI (Bowman et al. 2015) and MNLI (Williams et al. 2018). "-": the annotators did not agree.
     Layout("nli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",)),
+    Layout("snli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",), stem="snli"),
+    Layout("multinli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",), stem="multinli"),
     Layout(
         "label-text",
         ("text",),
@@ -191,7 +190,13 @@ def find_tables(
     check_directory(folder)
     paths: dict[str, Path] = {}
     notices: list[str] = []
-    wanted = [layout for layout in map(format_of, tasks) if layout.stem]
+    layouts = list(map(format_of, tasks))
+    unplaced, wanted = [x.name for x in layouts if not x.stem], [x for x in layouts if x.stem]
+    if unplaced:
+        names = ", ".join(unplaced)
+        notices.append(f"layout {names}: has no file names of its own; name the files (train = ..., layout = ...)")
+    if not wanted:
+        raise DataError(notices[0])
     for layout in wanted:
         path = find_table(folder, layout, split)
         if path:
