@@ -198,7 +198,7 @@ class PaddedStep(_PerTaskStep):
         return combined
 
     def parameters(self) -> dict[str, Tensor]:
-        heads = {name: p for name, p in self.model.named_parameters() if not p.is_meta}
+        heads: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if not p.is_meta}
         with tempfile.TemporaryDirectory() as folder:
             self.encoder.save_pretrained(folder)  # type: ignore[operator]
             ours = BertModel.from_pretrained(folder)
