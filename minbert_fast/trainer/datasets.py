@@ -63,12 +63,15 @@ def load_datasets(
     reader = _Reader(recipe, tokenizer, notify, rows or {})
     recipe = complete(recipe, reader.summarise, notify)
     tasks = build_tasks(recipe)
-    train = []
-    for stage in recipe.resolved_stages():
+    train: list[dict[str, TokenTable]] = []
+    stages = recipe.resolved_stages()
+    for stage in stages:
         found = {name: reader.table(task, "train") for name, task in build_tasks(stage).items()}
         train.append({name: table for name, table in found.items() if table is not None})
-    kept = [name for name in tasks if any(name in tables for tables in train)]
-    if not kept:
+    untrained = [name for name in tasks if all(name not in stage.tasks for stage in stages)]  # evaluated only
+    evaluated = {name for name in untrained if tasks[name].predicts and reader.table(tasks[name], "dev") is not None}
+    kept = [name for name in tasks if name in evaluated or any(name in tables for tables in train)]
+    if not any(train):
         raise DataError(f"no training data for any task of recipe {recipe.name} ({', '.join(tasks)})")
     dev, test = {}, {}
     for name in kept:

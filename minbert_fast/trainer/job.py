@@ -227,7 +227,7 @@ class _Job:
                 "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
             )
         train = {name: table for tables in self.data.train for name, table in tables.items()}
-        for name in self.dev if count else ():
+        for name in [name for name in self.dev if name in train and count]:  # some tasks are only evaluated
             table = train[name]
             self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
 
