@@ -64,8 +64,9 @@ def load_datasets(
     reader = _Reader(recipe, tokenizer, notify, rows or {})
     recipe = complete(recipe, reader.summarise, notify)
     tasks = build_tasks(recipe)
-    train = []
-    for stage in recipe.resolved_stages():
+    train: list[dict[str, TokenTable]] = []
+    stages = recipe.resolved_stages()
+    for stage in stages:
         found = {name: reader.table(task, "train") for name, task in build_tasks(stage).items()}
         train.append({name: table for name, table in found.items() if table is not None})
     trained = {name for tables in train for name in tables}
