@@ -72,7 +72,7 @@ def load_datasets(
     trained = {name for tables in train for name in tables}
     if not trained:
         raise DataError(f"no training data for any task of recipe {recipe.name} ({', '.join(tasks)})")
-    staged = {name for stage in recipe.resolved_stages() for name in stage.tasks}
+    staged = {name for stage in stages for name in stage.tasks}
     untrained = {n for n, t in tasks.items() if n not in staged and t.predicts and reader.table(t, "dev") is not None}
     kept = [name for name in tasks if name in trained | untrained]
     dev, test = {}, {}
