@@ -203,7 +203,9 @@ class _Job:
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
-        known = ["score", *(metric for name in self.data.dev for metric in self.data.tasks[name].metric_names)]
+        known = ["score"]
+        for name in self.data.dev:
+            known += [*self.data.tasks[name].metric_names, f"{name}_loss"]
         for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
             select = recipe.training.select
             if select not in known:
