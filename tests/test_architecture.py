@@ -38,7 +38,7 @@ ROOMS = (
 )
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
 # The package's top level: the public face, and one thin file a command (`recipes` is a room with a `__main__`).
-COMMANDS = ("encode", "env", "evaluate", "export", "predict", "report", "reproduce", "search", "train")
+COMMANDS = ("compare", "encode", "env", "evaluate", "export", "predict", "report", "reproduce", "search", "train")
 FACE = len(ROOMS)  # the rank of the top level: it may import from every room
 
 # Only here may code ask which device there is, or of what kind a tensor is: where implementations are chosen, where the

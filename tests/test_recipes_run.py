@@ -146,16 +146,17 @@ def reproduction_metrics(task: str) -> tuple[str, ...]:
     return tuple(metric for metric in reproduction.COLUMNS[task] if metric.startswith(task))
 
 
-def test_a_row_of_another_experiment_runs_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """More steps continue the run; another seed is another run, is refused, and leaves the finished row alone."""
+def test_a_row_of_another_experiment_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another length or another seed is another run, is refused, and leaves the finished row alone."""
     flags = ["siamese-paraphrase-product", "--data", data, "--output", tmp_path]
-    for steps in (1, 2):
-        assert run(reproduce.main, *flags, "--max-steps", steps) == 0
-        assert rows_in(tmp_path)["siamese-paraphrase-product"]["steps"] == steps
+    assert run(reproduce.main, *flags, "--max-steps", 1) == 0
     before = rows_in(tmp_path)
+    assert before["siamese-paraphrase-product"]["steps"] == 1
     capsys.readouterr()
-    assert run(reproduce.main, *flags, "--max-steps", 2, "--seed", 3) == 1
-    assert "recipe.training.seed was" in capsys.readouterr().err
+    assert run(reproduce.main, *flags, "--max-steps", 2) == 1
+    assert "finished after 1 steps and kept no checkpoint" in capsys.readouterr().err
+    assert run(reproduce.main, *flags, "--max-steps", 1, "--seed", 3) == 1
+    assert "holds a different, finished run: training.seed was 11711, now 3" in capsys.readouterr().err
     assert rows_in(tmp_path) == before
 
 
