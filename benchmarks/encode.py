@@ -4,8 +4,9 @@
 The texts are the distinct sentences of the course's dev files in random order (`MINBERT_FAST_DATA`, else ../shared/data),
 or made-up words with lengths drawn from benchmarks/lengths.json. MiniLM-L6 has real weights if `MINBERT_FAST_MINILM` names
 them; BERT-base has random ones. sentence-transformers, which sorts by length too, runs in fp32 and bf16 with the best of
-several batch sizes. A candidate passes if the cosine of every vector with that of sentence-transformers in fp32 is at
-least 0.999.
+several batch sizes, and on a GPU with the package flash-attn also without padding. packed-encoders (0.2.0, October 2026) is
+no baseline: its `pack` takes ModernBERT and Qwen3.5, not BERT. A candidate passes if the cosine of every vector with that of
+sentence-transformers in fp32 is at least 0.999.
 
 FLOPs count 2 per token and weight of the encoder's products; attention would add 1 % at these lengths. Shares refer to the
 rate of bf16 products, also for fp32 candidates.
@@ -13,6 +14,7 @@ rate of bf16 products, also for fp32 candidates.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -40,6 +42,7 @@ PILOT = 512  # sentences used to find the best batch size
 COSINE = 0.999
 PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
 MAX_LENGTH = 256
+UNPADDED = "unpadded"  # FlashAttention over concatenated sentences
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
@@ -58,10 +61,15 @@ def _case(name: str, directory: Path, texts: list[str], device: torch.device, ce
         yield Row("encode", name, "all", note="sentence-transformers is not installed: left out")
         return
     theirs: dict[str, Callable[[], np.ndarray]] = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        model = SentenceTransformer(str(directory), device=str(device), model_kwargs={"dtype": dtype})
+    for precision, options in ways(device).items():
+        model = SentenceTransformer(str(directory), device=str(device), model_kwargs=options)
+        if UNPADDED in precision and not getattr(model[0], "can_flatten_inputs", False):
+            continue
         best = _best_batch_size(model, texts[:PILOT], device)
         theirs[f"sentence-transformers {precision}, batch {best}"] = partial(_encode_with, model, texts, best)
+    if device.type == "cuda" and not any(UNPADDED in way for way in theirs):
+        missing = f"sentence-transformers bf16 {UNPADDED}"
+        yield Row("encode", name, missing, note="needs the package flash-attn and a sentence-transformers that unpads")
     baselines = list(theirs)
     expected = theirs[baselines[0]]()
 
@@ -81,6 +89,14 @@ def _case(name: str, directory: Path, texts: list[str], device: torch.device, ce
     candidates["our tokenizer alone"] = Candidate(lambda: tokenizer.encode(texts))
     case = f"{name}, {int(lengths.sum()):,} tokens"
     yield from harness.case("encode", case, candidates, device, ceilings, baselines=baselines, product="bf16")
+
+
+def ways(device: torch.device) -> dict[str, dict[str, Any]]:
+    """The ways to run sentence-transformers here, and the keyword arguments of its model."""
+    found: dict[str, dict[str, Any]] = {"fp32": {"dtype": torch.float32}, "bf16": {"dtype": torch.bfloat16}}
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        found[f"bf16 {UNPADDED}"] = {"dtype": torch.bfloat16, "attn_implementation": "flash_attention_2"}
+    return found
 
 
 def sentences(count: int, tokenizer: Tokenizer) -> tuple[list[str], str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation, conflicts, figures
+from minbert_fast import compare
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.trainer import reproduction
 
@@ -169,7 +170,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: str, shape: str) -> list[str]:
     row = found.get((name, shape), {})
-    times = found.get(("ours", shape), {}).get("speedup", {}).get(name)
+    ours = found.get(("ours, fp32", shape)) if name in FP32 else None  # the same precision, where it was measured
+    times = (ours or found.get(("ours", shape), {})).get("speedup", {}).get(name)
     median, pipelined, peak = row.get("median"), row.get("pipelined_ms"), row.get("peak_megabytes")
     return [
         _milliseconds(median) if median else "",
@@ -180,14 +182,29 @@ def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: st
 
 
 def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence: our step with PCGrad in each shape, and its speed relative to two baselines."""
+    """One sentence: our step with PCGrad in each shape, and its speed relative to two baselines in each precision."""
     ours = [row for row in rows if row["name"] == "ours" and row["case"].endswith(METHOD) and row["median"]]
-    parts = [
-        f"{_milliseconds(row['median'])} ms for {row['case'].split(',')[0]} ({row['speedup']['naive']:.1f} times as fast "
-        f"as the naive step, {row['speedup']['transformers']:.1f} times as fast as transformers)"
-        for row in ours
-    ]
+    parts = []
+    for row in ours:
+        full = next((r for r in rows if r["name"] == "ours, fp32" and r["case"] == row["case"]), None)
+        naive = _ratios(row, full, "naive, bf16", "naive", "the naive step")
+        rival = _ratios(row, full, "transformers", "transformers, fp32", "transformers")
+        shown = ", ".join(text for text in (naive, rival) if text)
+        parts.append(f"{_milliseconds(row['median'])} ms for {row['case'].split(',')[0]} ({shown})")
     return [f"A step of 3 x 32 real examples with PCGrad takes {' and '.join(parts)}."]
+
+
+def _ratios(low: Mapping[str, Any], full: Mapping[str, Any] | None, in_bf16: str, in_fp32: str, name: str) -> str:
+    """How much faster our step is than a baseline, with both in bf16 and both in fp32; a mixed ratio says so."""
+    found = {}
+    if in_bf16 in low["speedup"]:
+        found["both in bf16"] = low["speedup"][in_bf16]
+    if full is not None and in_fp32 in full["speedup"]:
+        found["both in fp32"] = full["speedup"][in_fp32]
+    elif not found and in_fp32 in low["speedup"]:
+        found["theirs in fp32"] = low["speedup"][in_fp32]
+    ratios = " and ".join(f"{times:.1f} times ({which})" for which, times in found.items())
+    return f"{ratios} as fast as {name}" if found else ""
 
 
 def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -240,7 +257,7 @@ def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| sentences | way | ms | speed-up over sentence-transformers |", "|---|---|---|---|"]
     for row in rows:
         if row["median"]:
-            times = ", ".join(f"{x:.1f} ({name.split()[1].rstrip(',')})" for name, x in row["speedup"].items())
+            times = ", ".join(f"{x:.1f} ({name.split(',')[0].partition(' ')[2]})" for name, x in row["speedup"].items())
             mine = row["name"].startswith("ours")
             lines.append(
                 f"| {row['case']} | {row['name']} | {_milliseconds(row['median'])} | {times if mine else ''} |"
@@ -286,10 +303,33 @@ def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-SUITES: Mapping[str, Table] = {"step": _step_table, "surgery": _surgery_table, "encode": _encode_table}
+def _any_model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Times relative to the step without surgery: ratios, because the machine's load changes the milliseconds."""
+    lines = ["| model | step | times the step of the summed losses |", "|---|---|---|"]
+    for case in _in_order(rows):
+        found = [row for row in rows if row["case"] == case and row["median"]]
+        floor = next((row["median"] for row in found if row["name"] == "summed losses"), None)
+        lines += [f"| {case} | {row['name']} | {row['median'] / floor:.2f} |" for row in found if floor]
+    return lines
+
+
+def methods_table(results: Path = RESULTS) -> str:
+    """The comparison of multitask methods on real data."""
+    path = results / "methods-cpu.json"
+    if not path.exists():
+        return f"Not measured yet: the command's `table.json` becomes `benchmarks/results/{path.name}`."
+    return compare.markdown(_load(path)).rstrip()
+
+
+SUITES: Mapping[str, Table] = {
+    "step": _step_table,
+    "surgery": _surgery_table,
+    "encode": _encode_table,
+    "any_model": _any_model_table,
+}
 TABLES: Mapping[str, Callable[[], str]] = (
     {"dev scores": dev_scores, "runs cuda": gpu_runs, "profile cuda": gpu_profile, "tests cuda": gpu_tests}
-    | {"ablation": ablation_table, "conflicts": conflicts_table}
+    | {"ablation": ablation_table, "conflicts": conflicts_table, "methods": methods_table}
     | {"published": published_rows, "same job": same_job}
     | {f"{name} {device}": partial(suite, name, device) for name in SUITES for device in DEVICES}
     | {

@@ -19,6 +19,7 @@ COMMANDS = {
     "encode": ("encode", "write the vectors of sentences"),
     "export": ("export", "write a model in the format of another library"),
     "search": ("search", "search for the best values of a recipe"),
+    "compare": ("compare", "compare multitask methods over seeds"),
     "reproduce": ("reproduce", "run published experiments again"),
     "recipes": ("recipes.__main__", "list recipes, show one"),
     "report": ("report", "rewrite a run's report, compare runs"),

@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a trained model's predictions for a data file.
+"""Writes a trained model's predictions for a file.
 
-python -m minbert_fast.predict --checkpoint runs/first/best --task sentiment --input FILE --output sst-test-output.csv
-python -m minbert_fast.predict --checkpoint runs/first/best --task similarity --input FILE --output pairs.jsonl
+  minbert-fast predict --checkpoint runs/first/best --task topic --input news.jsonl --output topics.csv --probabilities
+  ... | minbert-fast predict --checkpoint runs/first/best --task topic --input - --text body --output -
+  minbert-fast predict --checkpoint runs/first/best --task sentiment --input FILE --output sst-test-output.csv
 
-The input is a file in the course's layout; labels are ignored. The output has the course's prediction format, or, if its
-name ends in .jsonl, one JSON object per row, with the probabilities of the classes for a classification task.
+The input needs no labels; - is standard input. Formats of the output: csv (id, prediction), jsonl (one object per row),
+course (the course's graders). The default is jsonl for a .jsonl file, course for a file in the course's layout, else csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import is_stream, whole_file
-from minbert_fast.data.files import Table, open_rows
-from minbert_fast.data.inputs import file_input
+from minbert_fast.data.files import TableReader, open_rows
+from minbert_fast.data.inputs import ENDINGS, find_input, layout_of
+from minbert_fast.data.source import Source
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
-from minbert_fast.tasks.predictor import Predictions, Predictor
+from minbert_fast.tasks.predictor import Predictor
 
 MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 
@@ -32,20 +39,15 @@ MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     flags = Parser("predict", __doc__ or "")
-    flags.add_argument("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
-    flags.add_argument(
-        "--task",
-        required=True,
-        metavar="NAME",
-        help="sentiment, paraphrase, similarity, or another of the model's tasks",
-    )
-    flags.add_argument("--input", type=Path, required=True, metavar="FILE", help="a data file of that task")
-    flags.add_argument("--output", type=Path, required=True, metavar="FILE", help="the prediction file")
-    flags.add_argument(
-        "--format",
-        choices=("course", "jsonl"),
-        help="format of the output (default: jsonl for a .jsonl file, else course)",
-    )
+    add = flags.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
+    add("--task", metavar="NAME", help="one of the model's tasks (default: the only one)")
+    add("--input", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSON lines, Parquet, or -")
+    add("--text", metavar="COLUMNS", help="columns of text: NAME or NAME,NAME (default: those of the training file)")
+    add("--id", metavar="COLUMN", help="column with the names of rows (default: that of the training file)")
+    add("--output", type=Path, required=True, metavar="FILE", help="the prediction file, or -")
+    add("--format", choices=("csv", "jsonl", "course"), help="of the output (default: see above)")
+    add("--probabilities", action="store_true", help="csv, jsonl: also write the probability of each class")
     add_import_flag(flags)
     add_device_flags(flags)
     return flags
@@ -57,41 +59,94 @@ def main(arguments: Sequence[str]) -> None:
     model = Predictor.from_pretrained(
         options.checkpoint, device=options.device, precision=options.precision, local_files_only=True
     )
-    name = model.task_of(options.task)
+    name = choose_task(model, options.task)
     task = model.tasks[name]
-    source = file_input(options.input, task.layout)
-    form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "course")
+    columns = tuple(options.text.split(",")) if options.text else ()
+    names = class_names(task) if options.probabilities else ()
+    form = options.format or default_format(options.output, task, plain=bool(columns or names))
+    if names and form == "course":
+        raise ConfigError("--format course: has no place for --probabilities; choose csv or jsonl")
     count = left_out = 0
     with (
-        open_rows(source, None, max_bad_rows=MAX_BAD_ROWS) as reader,
+        open_input(options.input, task, columns, options.id or "") as reader,
         whole_file(options.output) as file,
         tqdm(unit=" examples", file=sys.stderr, disable=None, leave=False) as bar,
     ):
         if form == "course":
             file.write(header_line(task.header).encode())
+        elif form == "csv":
+            file.write(csv_lines([("id", "prediction", *(f"probability_{name}" for name in names))]).encode())
         for table in reader.chunks():
             for bad in table.bad_rows:
                 tqdm.write(f"left out: {bad}", file=sys.stderr)
             found = model.predict_table(name, table, bar.update)
-            course = map(row_line, table.ids, found.values.tolist())
-            lines = course if form == "course" else _json_lines(table, found, task)
-            file.write("".join(lines).encode("utf-8"))
+            labels = task.as_labels(found.values)
+            shares = found.probabilities.tolist() if names and found.probabilities is not None else [()] * len(labels)
+            rows = zip(table.ids, labels, shares, strict=True)
+            if form == "course":
+                text = "".join(row_line(identity, label) for identity, label, _ in rows)
+            elif form == "csv":
+                text = csv_lines((i, label, *(f"{share:.6g}" for share in row)) for i, label, row in rows)
+            else:
+                text = "".join(json_line(*row, names) for row in rows)
+            file.write(text.encode("utf-8"))
             count += len(table)
             left_out += len(table.bad_rows)
     total = f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else "")
     print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
 
 
-def _json_lines(table: Table, found: Predictions, task: Task) -> Iterator[str]:
-    """One JSON object per row: id, prediction, and for a classification the class name and all probabilities."""
-    names = task.class_names
-    for row, (identity, value) in enumerate(zip(table.ids, found.values.tolist(), strict=True)):
-        one: dict[str, object] = {"id": identity, "prediction": value}
-        if names is not None and found.probabilities is not None:
-            one["class"] = names[int(value)]
-            shares = found.probabilities[row].tolist()
-            one["probabilities"] = {name: round(share, 6) for name, share in zip(names, shares, strict=True)}
-        yield json.dumps(one, ensure_ascii=False) + "\n"
+def choose_task(model: Predictor, name: str | None) -> str:
+    """The task called `name`, or the model's only one. Raises ConfigError."""
+    if name is not None:
+        return model.task_of(name)
+    if len(model.tasks) != 1:
+        raise ConfigError(f"--task: expected one of {', '.join(model.tasks)}")
+    return next(iter(model.tasks))
+
+
+def class_names(task: Task) -> tuple[str, ...]:
+    """The classes whose probabilities are written. Raises ConfigError for a task without classes."""
+    if task.class_names is None:
+        raise ConfigError(f"--probabilities: task {task.name} has no classes")
+    return task.class_names
+
+
+def default_format(output: Path, task: Task, plain: bool) -> str:
+    """The format of an output whose --format is not given; `plain`: own columns or probabilities are asked for."""
+    if output.suffix == ".jsonl":
+        return "jsonl"
+    return "course" if task.layout and not plain else "csv"
+
+
+def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) -> TableReader:
+    """Opens a file to predict: read as the task's training data, unless `columns` or the file's ending say otherwise."""
+    source = next(iter(task.sources), Source())
+    ending = path.suffix.lower()
+    if columns or (task.layout and ending not in (".csv", ".tsv")):  # no file in the course's layout
+        source = Source(text=columns or layout_of(source).texts)
+    form = "auto" if ending in ENDINGS else source.format
+    source = replace(
+        source, train=str(path), dev="", test="", hub="", config="", format=form, label="", values={}, skip=()
+    )
+    found = find_input(replace(source, id=identity or source.id), "train", task.num_texts)
+    assert found is not None, "the source names a file"
+    return open_rows(found, None, max_bad_rows=MAX_BAD_ROWS)
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV (RFC 4180 but for plain line feeds)."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def json_line(identity: str, label: Any, shares: Sequence[float], names: Sequence[str]) -> str:
+    """A JSON object: id, prediction and, with `names`, the probability of each class."""
+    one: dict[str, Any] = {"id": identity, "prediction": label}
+    if names:
+        one["probabilities"] = {name: round(share, 6) for name, share in zip(names, shares, strict=True)}
+    return json.dumps(one, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ ROOMS = (
 )
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
 # The package's top level: the public face, and one thin file a command (`recipes` is a room with a `__main__`).
-COMMANDS = ("encode", "env", "evaluate", "export", "predict", "report", "reproduce", "search", "train")
+COMMANDS = ("compare", "encode", "env", "evaluate", "export", "predict", "report", "reproduce", "search", "train")
 FACE = len(ROOMS)  # the rank of the top level: it may import from every room
 
 # Only here may code ask which device there is, or of what kind a tensor is: where implementations are chosen, where the
@@ -202,7 +202,7 @@ def readme_commands() -> list[str]:
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("no README.md in this installation")
-    blocks = re.findall(r"^    +(.+)$|^```\w*\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(r"^    +([^\n]+)$|^```\w*\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
     return [line for indented, fenced in blocks for line in (indented or fenced).splitlines()]
 
 

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from minbert_fast.data import Tokenizer, cache_entries, read_table, sample_direc
 from minbert_fast.data.cache import load_tokens, tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.files import TableReader
-from minbert_fast.data.formats import DataError
+from minbert_fast.data.formats import FORMATS, DataError, Quoting
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable
 from tests.large_data import write_rows
@@ -269,12 +270,14 @@ def test_another_process_publishes_the_entry_first(
 
 
 @pytest.mark.ci
+@pytest.mark.parametrize("quoting", ["course", "csv"])
 def test_memory_does_not_grow_with_the_file(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, quoting: Quoting
 ) -> None:
     """Building and reading; tests/large_data.py measures a whole run on millions of rows."""
     monkeypatch.setattr(TableReader.chunks, "__defaults__", (128,))
     monkeypatch.setattr(cache_entries, "BLOCK", cache_entries.BLOCK // 256)
+    layout = replace(FORMATS["paraphrase"], quoting=quoting)
     peaks = {}
     for rows in (2_000, 16_000):
         path = tmp_path / f"{rows}.csv"
@@ -282,7 +285,7 @@ def test_memory_does_not_grow_with_the_file(
         for stage in ("build", "open"):
             tracemalloc.start()
             try:
-                table = load_tokens(path, "paraphrase", tokenizer, cache_dir=tmp_path / "cache")
+                table = load_tokens(path, layout, tokenizer, cache_dir=tmp_path / "cache")
                 peaks[stage, rows] = tracemalloc.get_traced_memory()[1]
             finally:
                 tracemalloc.stop()

@@ -301,6 +301,16 @@ def test_find_tables_knows_the_course_s_test_files(tmp_path: Path) -> None:
     assert find_tables(tmp_path, "test").paths == {"paraphrase": tmp_path / "quora-test-student.csv"}
 
 
+def test_layouts_without_file_names_are_said(tmp_path: Path) -> None:
+    write(tmp_path, "x", "sts-dev.csv")
+    found = find_tables(tmp_path, "dev", ("quora", "similarity", "nli"))
+    assert list(found.paths) == ["similarity"]
+    expected = "layout quora, nli: has no file names of its own; name the files (train = ..., layout = ...)"
+    assert found.notices == (expected,)
+    with pytest.raises(DataError, match="layout quora: has no file names of its own"):
+        find_tables(tmp_path, "dev", ("quora",))
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
 def test_find_tables_refuses_a_directory_without_data(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / kind

@@ -30,7 +30,7 @@ from tests.small import small_data
 
 #: Steps of a training command that a reader would run for longer.
 FEW_STEPS = "2"
-TRAINING = [[f"minbert_fast.{name}"] for name in ("train", "search", "reproduce")]
+TRAINING = [[f"minbert_fast.{name}"] for name in ("train", "search", "reproduce", "compare")]
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import importlib.util
 import io
 import json
 import sys
@@ -171,7 +174,8 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
 )
 def test_predictions_in_both_formats(checkpoint: Path, tmp_path: Path, task: str, file: str) -> None:
     assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.csv") == 0
-    assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.jsonl") == 0
+    classes = () if task == "similarity" else ("--probabilities",)
+    assert run_predict(checkpoint, task, DATA / file, tmp_path / "out.jsonl", *classes) == 0
     model = Predictor.from_pretrained(checkpoint, device="cpu", precision="fp32")
     table = read_table(DATA / file, task)
     expected = model.predict(task, *table.sentences)
@@ -191,7 +195,7 @@ def test_predictions_in_both_formats(checkpoint: Path, tmp_path: Path, task: str
         for one, shares in zip(objects, expected.probabilities, strict=True):
             assert list(one["probabilities"]) == list(names)
             assert list(one["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-6)
-            assert one["class"] == names[int(one["prediction"])]
+            assert max(one["probabilities"], key=one["probabilities"].get) == names[int(one["prediction"])]
 
 
 def test_labels_are_optional_and_bad_rows_are_reported(
@@ -227,3 +231,119 @@ def test_prediction_mistakes_are_one_line(checkpoint: Path, tmp_path: Path, caps
         assert problem in error
         assert error.splitlines()[-1].startswith("error: ")
         assert not (tmp_path / "out.csv").exists()
+
+
+# ---- predict: a task of one's own, any format in and out -------------------------------------------------------------
+
+REVIEWS = [("Rude, cold", "bad"), ('A "fine"\nlunch', "fair"), ("Wonderful cake", "great")]
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one task, whose training file had the columns `review` and `key`."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "best"
+    data = {"train": "gone.csv", "text": "review", "label": "stars", "id": "key"}
+    task = {"kind": "classification", "classes": ["bad", "fair", "great"], "data": data}
+    recipe = build(Recipe, {"tasks": {"stars": task}}, "test")
+    model = MultitaskModel(BertModel.from_pretrained(MODEL), build_tasks(recipe))
+    model.save(folder, recipe.to_toml(), Tokenizer.from_pretrained(MODEL))
+    return folder
+
+
+def predict_topics(topics: Path, *more: object) -> int:
+    flags = ["--checkpoint", topics, "--precision", "fp32", "--device", "cpu", *more]
+    return cli.run(predict.main, [str(word) for word in flags])
+
+
+def test_every_format_gives_the_same_predictions(topics: Path, tmp_path: Path) -> None:
+    """Read as the training file was: by its columns, whatever the format."""
+    rows = [{"key": f"k{i}", "review": text, "more": i} for i, (text, _) in enumerate(REVIEWS)]
+    with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["more", "review", "key"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [tmp_path / "in.csv", tmp_path / "in.jsonl"]
+    if importlib.util.find_spec("pyarrow"):
+        pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+        sources.append(tmp_path / "in.parquet")
+    model = Predictor.from_pretrained(topics, device="cpu", precision="fp32")
+    found = model.predict("stars", [text for text, _ in REVIEWS])
+    assert found.probabilities is not None
+    for source in sources:
+        out = source.with_suffix(source.suffix + ".out.csv")
+        assert predict_topics(topics, "--input", source, "--output", out, "--probabilities") == 0
+        with out.open(newline="", encoding="utf-8") as file:
+            written = list(csv.DictReader(file))
+        assert [row["id"] for row in written] == ["k0", "k1", "k2"]
+        for row, shares in zip(written, found.probabilities, strict=True):
+            named = {name: float(row[f"probability_{name}"]) for name in ("bad", "fair", "great")}
+            assert list(named.values()) == pytest.approx(shares.tolist(), abs=1e-5)
+            assert row["prediction"] == max(named, key=named.__getitem__)
+    plain = tmp_path / "plain.csv"
+    assert predict_topics(topics, "--input", tmp_path / "in.csv", "--output", plain) == 0
+    assert plain.read_text().splitlines()[0] == "id,prediction"
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_standard_input_to_standard_output(
+    topics: Path, form: str, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    text = "".join(json.dumps({"body": review}) + "\n" for review, _ in REVIEWS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    flags = ("--input", "-", "--text", "body", "--output", "-", "--format", form)
+    assert predict_topics(topics, *flags) == 0
+    out, error = capfdbinary.readouterr()
+    lines = out.decode().splitlines()
+    assert b"3 predictions" in error
+    if form == "csv":
+        assert lines[0] == "id,prediction"
+        assert {line.split(",")[1] for line in lines[1:]} <= {"bad", "fair", "great"}
+    else:
+        assert [list(json.loads(line)) for line in lines] == [["id", "prediction"]] * 3
+
+
+def test_a_course_task_reads_files_of_other_formats(checkpoint: Path, tmp_path: Path) -> None:
+    table = read_table(DATA / "sts-dev.csv", "similarity")
+    rows = [{"sentence1": a, "sentence2": b} for a, b in zip(*table.sentences, strict=True)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in.csv").write_text('left,right\n"a, b",c\n')
+    assert run_predict(checkpoint, "similarity", DATA / "sts-dev.csv", tmp_path / "course.jsonl") == 0
+    assert run_predict(checkpoint, "similarity", tmp_path / "in.jsonl", tmp_path / "own.jsonl") == 0
+    course, own = (
+        [json.loads(line)["prediction"] for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("course.jsonl", "own.jsonl")
+    )
+    assert course == own
+    assert run_predict(checkpoint, "similarity", tmp_path / "in.csv", tmp_path / "o.csv", "--text", "left,right") == 0
+    assert (tmp_path / "o.csv").read_text().startswith("id,prediction\n2,")
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "problem"),
+    [
+        ("topics", ["--text", "revue"], "in.csv:1: no column 'revue'"),
+        ("topics", ["--text", "review,key"], "expected 1"),
+        ("topics", ["--probabilities", "--format", "course"], "--format course: has no place for --probabilities"),
+        ("checkpoint", [], "--task: expected one of sentiment, paraphrase, similarity"),
+        ("checkpoint", ["--task", "similarity", "--probabilities"], "--probabilities: task similarity has no classes"),
+    ],
+)
+def test_flags_of_predict_that_do_not_fit(
+    model: str,
+    more: list[str],
+    problem: str,
+    topics: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "in.csv").write_text("key,review\n1,fine\n")
+    folder = topics if model == "topics" else checkpoint
+    assert predict_topics(folder, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv", *more) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.csv").exists()

@@ -139,7 +139,7 @@ def test_the_card_has_data_scores_recipe_and_versions(tmp_path: Path) -> None:
         "gradient surgery (pcgrad)",
         "torch 2.99",
         'method = "pcgrad"',
-        "| paraphrase | pair-classification | quora files |",
+        "| paraphrase | paraphrase | quora |",
         "model.similarity(",
     ):
         assert text in card, text

@@ -326,3 +326,9 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="457 words for an encoder of 456"):
         Predictor.from_pretrained(tmp_path)
+
+
+def test_an_unknown_precision_is_a_value_error(checkpoint: Path) -> None:
+    """`precision="fp16"` was taken without a word."""
+    with pytest.raises(ValueError, match=r"precision 'fp16': expected auto, fp32 or bf16"):
+        Predictor.from_pretrained(checkpoint, precision="fp16")  # type: ignore[arg-type]

@@ -124,6 +124,16 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_many_notices_are_folded(tmp_path):
+    directory = make_run(tmp_path / "run")
+    summary = json.loads((directory / "summary.json").read_text())
+    summary["notices"] = [f"notice {i}" for i in range(9)]
+    (directory / "summary.json").write_text(json.dumps(summary))
+    text = write_report(directory).read_text()
+    assert "<summary>9 notices</summary>" in text
+    assert "notice 8" in text
+
+
 def test_the_page_is_self_contained(full):
     page = parse(full / "report.html")
     names = {tag for tag, _ in page.tags}
@@ -297,6 +307,14 @@ def test_a_line_breaks_at_a_gap():
     (path,) = re.findall(r'class="line s0" d="([^"]+)"', svg)
     assert path.count("M") == 2
     assert path.count("L") == 2
+
+
+def test_no_two_series_look_alike():
+    """Regression: the seventh line had the colour and the dashes of the first."""
+    many = [charts.Series(str(i), np.arange(3.0), np.arange(3.0) + i, marked=True) for i in range(12)]
+    svg = charts.line_chart("test", many, "step")
+    looks = re.findall(r'class="line (s\d)"( stroke-dasharray="[^"]+")?', svg)
+    assert len(set(looks)) == 12
 
 
 def test_series_of_one_point_or_none_give_valid_charts():

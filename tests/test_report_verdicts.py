@@ -121,11 +121,34 @@ def test_a_head_that_answers_one_class_is_no_gain(tmp_path):
     assert verdict.level == "unclear"
     assert "it answers “different” for 94% of the rows (63% have that label)" in verdict.text
     assert "macro-F1 fell from 0.520 to 0.470" in verdict.text
-    (advice,) = [a for a in next_steps(run) if "each class equally often" in a.reason]
-    assert "--set tasks.task.balanced=true" in advice.command
+    (advice,) = [a for a in next_steps(run) if "Weight the classes" in a.reason]
+    assert "--set tasks.task.class_weights=balanced" in advice.command
+    check_commands([advice.command])
     fair = of_classes("task", labels, [0] * 750 + [1] * 250, macro_f1=0.8)
     (verdict,) = verdicts(read_run(write_run(tmp_path / "fair", {"task": fair}, {"task_accuracy": 0.53})))
     assert verdict.level == "better"
+
+
+def test_a_score_that_falls_with_its_loss_is_no_matter_of_the_learning_rate(tmp_path):
+    """Regression: of rare labels a head first gives none at all; a lower rate was advised, which would prolong that."""
+    labels = np.zeros((100, 2), int)
+    labels[:20, 0] = 1
+    tags = {
+        "kind": "multilabel", "primary": "tags_micro_f1", "classes": ["rare", "rarer"],
+        "metrics": {"tags_micro_f1": 0.0, "tags_loss": 0.2}, "labels": labels.tolist(),
+        "predictions": np.zeros_like(labels).tolist(),
+    }  # fmt: skip
+    chosen = {"tasks": {"tags": {"kind": "multilabel", "data": "tags.csv", "classes": ["rare", "rarer"]}}}
+    before = {"tags_micro_f1": 0.15, "tags_loss": 0.7}
+    run = read_run(write_run(tmp_path / "run", {"tags": tags}, before, recipe=chosen))
+    (verdict,) = verdicts(run)
+    assert (verdict.level, verdict.constant) == ("worse", 0.0)
+    assert "but it gives 0 labels where there are 20" in verdict.text
+    (advice,) = next_steps(run)
+    assert "--set tasks.tags.class_weights=balanced" in advice.command
+    check_commands([advice.command])
+    hurt = read_run(write_run(tmp_path / "hurt", {"tags": tags}, before | {"tags_loss": 0.1}, recipe=chosen))
+    assert [a.reason for a in next_steps(hurt)] == ["Training made it worse (tags): lower the learning rate."]
 
 
 def test_a_diverged_run_is_said_first_and_in_red(tmp_path, monkeypatch, capsys):

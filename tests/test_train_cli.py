@@ -300,14 +300,14 @@ def test_a_missing_task_file_drops_the_task_and_says_so(
     small_data(tmp_path / "data")
     for name in ("quora-train.csv", "quora-dev.csv", "sts-dev.csv"):
         (tmp_path / "data" / name).unlink()
-    output = tmp_path / "run"
-    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
+    output, all_rows = tmp_path / "run", ("--set", "data.holdout=0")
+    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2", *all_rows)) == 0
     assert "paraphrase" in capsys.readouterr().out
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary["dev"]) == {"sentiment_accuracy", "sentiment_macro_f1", "sentiment_loss", "score"}
     assert summary["notices"][1:] == [
         f"no quora-train.csv in {tmp_path / 'data'}: task paraphrase is left out",
-        "no dev file for similarity: trained, not evaluated",
+        "no dev rows for similarity: trained, not evaluated",
     ]
     assert set(Recipe.load(str(output / "best" / "recipe.toml")).tasks) == {"sentiment", "similarity"}
     assert "loss/paraphrase" not in records(output)[-1]
@@ -317,8 +317,8 @@ def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) ->
     small_data(tmp_path / "data")
     for path in (tmp_path / "data").glob("*-dev.csv"):
         path.unlink()
-    output = tmp_path / "run"
-    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2")) == 0
+    output, all_rows = tmp_path / "run", ("--set", "data.holdout=0")
+    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2", *all_rows)) == 0
     assert (output / "best" / "model.safetensors").read_bytes() == (output / "last" / "model.safetensors").read_bytes()
     summary = json.loads((output / "summary.json").read_text())
     assert summary["dev"] == {}
@@ -331,7 +331,7 @@ def test_tasks_without_a_named_file_are_reported(data: Path, tmp_path: Path) -> 
     assert cli.run(train.main, flags) == 0
     notices = json.loads((tmp_path / "run" / "summary.json").read_text())["notices"]
     assert "no train file named for paraphrase, similarity: left out" in notices
-    assert any("no dev file for sentiment" in line for line in notices)
+    assert any(line.startswith("no dev rows for sentiment: 4 of 40 training rows are held out") for line in notices)
 
 
 def test_a_run_first_prints_its_plan(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

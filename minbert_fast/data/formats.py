@@ -39,11 +39,6 @@ class Layout:
     stem: str = ""  # in a data directory the files are called {stem}-{split}.csv (.jsonl); empty: not looked for there
 
     @property
-    def task(self) -> str:
-        """The layout's name."""
-        return self.name
-
-    @property
     def arity(self) -> int:
         """Texts per example; 0 if the file decides."""
         return len(self.texts)
@@ -195,7 +190,13 @@ def find_tables(
     check_directory(folder)
     paths: dict[str, Path] = {}
     notices: list[str] = []
-    wanted = [layout for layout in map(format_of, tasks) if layout.stem]
+    layouts = list(map(format_of, tasks))
+    unplaced, wanted = [x.name for x in layouts if not x.stem], [x for x in layouts if x.stem]
+    if unplaced:
+        names = ", ".join(unplaced)
+        notices.append(f"layout {names}: has no file names of its own; name the files (train = ..., layout = ...)")
+    if not wanted:
+        raise DataError(notices[0])
     for layout in wanted:
         path = find_table(folder, layout, split)
         if path:

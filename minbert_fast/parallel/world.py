@@ -83,14 +83,6 @@ class World:
             with self._lost():
                 distributed.barrier()
 
-    def agreed(self, number: int | None) -> int | None:
-        """The largest `number` of all processes; None if all are None."""
-        if self.size == 1:
-            return number
-        found = torch.tensor([number or 0])
-        self.finish([self.begin_largest(found)])
-        return int(found) or None
-
     def begin_largest(self, numbers: Tensor) -> Work | None:
         """Begins to replace numbers on the CPU by the largest of all processes; `finish` waits for it."""
         with self._lost():
@@ -140,7 +132,7 @@ class World:
 
 
 class Agreement:
-    """`World.agreed`, one call late: a call starts a message and returns the result of the last one.
+    """The largest number of all processes, one call late: a call starts a message and returns the result of the last one.
 
     The message travels during a step, so no process waits for it between two steps.
     """

@@ -271,7 +271,7 @@ def _legend(names: Sequence[str], joined: Sequence[bool] = ()) -> tuple[str, flo
 
 def _line(index: int, path: str) -> str:
     """A line in the colour and dash pattern of series number `index`."""
-    dash = DASHES[index % len(DASHES)]
+    dash = DASHES[(index + index // COLOURS) % len(DASHES)]  # the seventh has the first one's colour, not its dashes
     dashes = f' stroke-dasharray="{dash}"' if dash else ""
     return f'<path class="line s{index % COLOURS}"{dashes} d="{path}"/>'
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.reporting.runs import Run, numbers
 from minbert_fast.reporting.verdicts import collapsed_class, verdicts
+from minbert_fast.tasks.base import build_task
 
 HIGHEST_RATE = 1e-3  # of AdamW, for any encoder
 RISE = 1.02  # a dev loss this many times its lowest value has risen
@@ -27,7 +29,8 @@ def next_steps(run: Run) -> list[Advice]:
     """Advice for the next run, the most important first; how to use the model if there is nothing to improve."""
     advice = []
     training, optimizer = (numbers(run.recipe.get(section)) for section in ("training", "optimizer"))
-    fallen = [v.task for v in verdicts(run) if v.level == "worse"]
+    # A score may fall while its loss does too, of rare labels for example: that is no matter of the learning rate.
+    fallen = [v.task for v in verdicts(run) if v.level == "worse" and not _loss_fell(run, v.task)]
     overfitted = _rising_losses(run)
     if run.summary.get("demonstration"):
         own = "python -m minbert_fast.train --data DIR --model DIR"
@@ -54,9 +57,9 @@ def next_steps(run: Run) -> list[Advice]:
         advice.append(Advice(reason, _train(run, "early", "--set training.patience=1")))
     collapses = {n: found for n, task in run.tasks.items() if n not in fallen and (found := collapsed_class(task))}
     if collapses:
-        reason = f"{'; '.join(f'{name}: {text}' for name, text in collapses.items())}. Draw each class equally often."
-        flags = " ".join(f"--set tasks.{name}.balanced=true" for name in collapses)
-        advice.append(Advice(reason, _train(run, "balanced", flags, staged=True)))
+        reason = "; ".join(f"{name}: {text}" for name, text in collapses.items())
+        flags = " ".join(filter(None, (_balancing(run, name) for name in collapses)))
+        advice.append(Advice(f"{reason}. Weight the classes.", _train(run, "weighted", flags, staged=True)))
     if not advice and run.tasks:
         task, checkpoint = next(iter(run.tasks)), shlex.quote(str(run.directory / "best"))
         command = f"python -m minbert_fast.predict --checkpoint {checkpoint} --task {task} --input FILE --output FILE"
@@ -80,6 +83,24 @@ def _train(run: Run, suffix: str, flags: str, *, staged: bool = False) -> str:
         return ""
     output = shlex.quote(f"{run.directory}-{suffix}")
     return f"python -m minbert_fast.train --recipe {shlex.quote(str(recipe))} {flags} --output {output}"
+
+
+def _balancing(run: Run, task: str) -> str:
+    """The flag that weights the classes of a task, or draws them equally often if its head takes no weights."""
+    options = (run.recipe.get("tasks") or {}).get(task) or {}
+    for key, value, text in (("class_weights", "balanced", "balanced"), ("balanced", True, "true")):
+        try:
+            build_task(task, {**options, key: value})
+        except ConfigError:
+            continue
+        return f"--set tasks.{task}.{key}={text}"
+    return ""
+
+
+def _loss_fell(run: Run, task: str) -> bool:
+    """Whether the task's dev loss is lower than before training."""
+    key = f"{task}_loss"
+    return run.dev.get(key, np.inf) < run.untrained.get(key, -np.inf)
 
 
 def _ended_in_warmup(run: Run, optimizer: Mapping[str, float]) -> int:

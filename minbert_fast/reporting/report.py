@@ -39,6 +39,7 @@ from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metri
 from minbert_fast.tasks.metrics import lower_is_better
 
 SHOWN_EVALUATIONS = 60
+SHOWN_NOTICES = 3  # more are folded
 COURSE = {  # the metrics in the course's score, and how it scales them
     "sentiment_accuracy": "sentiment accuracy",
     "paraphrase_accuracy": "paraphrase accuracy",
@@ -100,7 +101,10 @@ def _header(run: Run) -> str:
     if advice := next_steps(run):
         items = [f"<li>{escape(a.reason)}{f'<pre>{escape(a.command)}</pre>' if a.command else ''}</li>" for a in advice]
         parts.append(f"<h2>What next?</h2><ol>{''.join(items)}</ol>")
-    parts += [paragraph(notice, "banner") for notice in [*run.notices, *map(str, summary.get("notices") or ())]]
+    parts += [paragraph(notice, "banner") for notice in run.notices]
+    notices = [paragraph(str(notice), "banner") for notice in summary.get("notices") or ()]
+    folded = len(notices) > SHOWN_NOTICES
+    parts.append(collapsible(f"{len(notices)} notices", "".join(notices)) if folded else "".join(notices))
     return "".join(parts)
 
 
@@ -174,7 +178,8 @@ def _curves(run: Run, plots: Plots) -> str:
     scores = [f"dev/{key}" for key in (*primary, "score") if len(run.finite(f"dev/{key}"))]
     for lower, words in ((False, "Dev scores"), (True, "Dev errors")):
         if chosen := [key for key in scores if lower_is_better(key) == lower]:
-            add("dev-errors" if lower else "dev", f"{words} over the steps", words, series_of(chosen, marked=True))
+            caption = words if len(chosen) > 1 else f"{words}: {display_name(chosen[0].removeprefix('dev/'))}"
+            add("dev-errors" if lower else "dev", f"{words} over the steps", caption, series_of(chosen, marked=True))
     for key in primary:
         if len(run.finite(f"train/{key}")):
             names = ("train", "dev")
@@ -237,7 +242,7 @@ def _conflicts(run: Run, plots: Plots) -> str:
         cosines = values[np.isfinite(values)]
         share, mean = float((cosines < -NOISE).mean()), float(cosines.mean())
         noise = " (noise)" if abs(mean) < NOISE else ""
-        rows.append([name, f"{mean:+.3f}{noise}", f"{cosines.min():+.3f}", f"{share:.1%}", _bar(share)])
+        rows.append([f"{name}{noise}", f"{mean:+.3f}", f"{cosines.min():+.3f}", f"{share:.1%}", _bar(share)])
         logged |= set(steps[np.isfinite(values)].tolist())
         conflicting |= set(steps[values < -NOISE].tolist())
     label = "Cosine between the tasks' gradients over the steps"

@@ -153,9 +153,14 @@ def _constant_answer(task: Mapping[str, Any], labels: np.ndarray) -> tuple[np.nd
 def collapsed_class(task: Mapping[str, Any]) -> str:
     """A sentence about a class that is answered far too often; empty if there is no such class.
 
-    A class is answered far too often if it takes more than half of the rows that belong to the others.
+    A class is answered far too often if it takes more than half of the rows that belong to the others. With several
+    labels an example, a sentence if fewer than half as many labels are given as there are.
     """
-    classes, matrix = task.get("classes"), np.array(task.get("confusion") or [])
+    labels, classes = column(task.get("labels") or []), task.get("classes")
+    if labels.ndim == 2:
+        given, there = column(task["predictions"]).sum(), labels.sum()
+        return f"it gives {given:,.0f} labels where there are {there:,.0f}" if given < there / 2 else ""
+    matrix = np.array(task.get("confusion") or [])
     if not classes or len(classes) < 2 or matrix.ndim != 2 or not matrix.sum():
         return ""
     predicted, true = matrix.sum(axis=0) / matrix.sum(), matrix.sum(axis=1) / matrix.sum()

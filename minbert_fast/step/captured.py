@@ -123,13 +123,19 @@ def _tensors(batch: MultitaskBatch) -> list[Tensor]:
 
 
 def copy_in(own: MultitaskBatch, batch: MultitaskBatch) -> None:
-    """Copies a batch into the tensors that a graph reads."""
-    for target, source in zip(_tensors(own), _tensors(batch), strict=True):
-        target.copy_(source, non_blocking=True)
+    """Copies a batch into the tensors that a graph reads, with one launch for each dtype."""
+    _copy_all(_tensors(own), _tensors(batch))
+
+
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for dtype in dict.fromkeys(target.dtype for target in targets):
+        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs], non_blocking=True)
 
 
 def cloned(result: StepResult) -> StepResult:
     """The result in memory that the next replay does not overwrite."""
-    gram = None if result.gram is None else result.gram.clone()
-    weights = None if result.task_weights is None else result.task_weights.clone()
-    return StepResult(result.losses.clone(), result.grad_norm.clone(), gram, result.nonfinite.clone(), weights)
+    found = {name: t for name, t in vars(result).items() if isinstance(t, Tensor)}
+    copies = {name: torch.empty_like(t) for name, t in found.items()}
+    _copy_all(list(copies.values()), list(found.values()))
+    return replace(result, **copies)  # type: ignore[arg-type]

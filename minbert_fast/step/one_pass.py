@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minbert_fast import surgery
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.ops.grouped import Tables, groups
@@ -62,6 +61,7 @@ class OnePassStep:
         rows = len(recipe.tasks) if self.apart else 1
         self.hooks: list[StepHook] = flat_hooks(model, recipe, self.flat, dtype)
         self.alone = connect is None
+        self._one = torch.ones(len(recipe.tasks), device=self.flat.data.device)
         self.tables = Tables()
         self.tape: Tape | None = None  # of the present step
         if connect is None:
@@ -108,8 +108,7 @@ class OnePassStep:
         timer.end("forward")
 
         # One backward writes J [T, P], the words' rows [T, U, H] and the heads' gradients.
-        self._backward(batch, losses)
-        values = torch.stack([loss.detach() for loss in losses])
+        values = self._backward(batch, losses)
         words = None if self.flat.words is None else self._word_rows(batch)  # None: a dense part of J, or frozen
         timer.end("backward")
         for hook in self.hooks:
@@ -119,17 +118,13 @@ class OnePassStep:
         # G [T, T] -> w [T]: gradient surgery is arithmetic on the tasks' inner products.
         gram = self.gradients.gram(words) if self.tape is None else self.tape.gram(words)
         w = self.weights(gram)
-        nonfinite = ~torch.isfinite(values)
-        if self.apart:
-            nonfinite |= surgery.nonfinite(gram)
-        elif self.recipe.surgery.reduction == "mean":
+        if not self.apart and self.recipe.surgery.reduction == "mean":
             w = w / len(batch.tasks)
-        norm = self.optimizer.clip(gram, w, self.head_gradient.square().sum()[None])
-        skip = nonfinite.any() | ~torch.isfinite(norm)
+        labels = ["shared", "words", *present]
+        norm, nonfinite, skip = self.optimizer.settle(labels, values, gram, w, self.head_gradient)
         timer.end("surgery" if self.apart else "clipping")
 
         # w J and AdamW in one pass over memory: J, w, p, m, v -> p, m, v and the bf16 copy.
-        self.optimizer.advance(["shared", "words", *present], skip)
         self.optimizer.step_shared(self.gradients.J, w)
         if words is not None:
             self.optimizer.step_words(words, batch.packed.word_ids[: batch.packed.num_words], w)
@@ -180,7 +175,9 @@ class OnePassStep:
 
     def _remeasure(self, batch: MultitaskBatch) -> Tensor:
         """The batch's losses [T] under the updated parameters, by a second forward with the same dropout."""
-        if not (self.seed.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's heads draw other masks
+        if not (
+            self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):  # a graph's heads draw other masks
             torch.manual_seed(self.step_seed)
         with constant([p for p in self.model.parameters() if p.requires_grad]):
             losses = self._losses(batch, self._encode(batch))
@@ -188,12 +185,13 @@ class OnePassStep:
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
-    def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor]) -> None:
-        """Fills J, the words' rows and the heads' gradients with the gradients of `losses`."""
+    def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor]) -> Tensor:
+        """Fills J, the words' rows and the heads' gradients with the gradients of `losses`, and returns these [T]."""
         self.head_gradient.zero_()
         total = torch.stack(list(losses))
+        values = total.detach()
         if any(hook.follows_losses for hook in self.hooks):
-            known = total.detach().clone()
+            known = values.clone()
             for hook in self.hooks:
                 hook.before_weights(known, batch.active_tasks())
         weights = first(hook.loss_weights() for hook in self.hooks)
@@ -205,7 +203,7 @@ class OnePassStep:
             hook.before_backward()
         if self.tape is not None:
             self.tape.clear()
-        total.sum().backward()  # last, since each backward overwrites J
+        total.backward(self._ones(len(losses)))  # last, since each backward overwrites J
         if self.tape is not None:
             self.tape.finish()
         for p in self.others:
@@ -221,6 +219,13 @@ class OnePassStep:
                 rows.masked_fill_((ids == word.padding_idx)[:, None], 0.0)
             if tied:  # a head uses the words too: adds the rows to the head's dense gradient
                 self.gradients.view(word.weight).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
+        return values
+
+    def _ones(self, tasks: int) -> Tensor:
+        """The gradient [T] of the sum of the losses. Made once."""
+        if self._one.shape[0] != tasks:
+            self._one = torch.ones(tasks, device=self.flat.data.device)
+        return self._one
 
     def _write_others(self, losses: Sequence[Tensor]) -> None:
         """Writes to J, by plain autograd, the per-task gradients of shared parameters outside the one-pass encoder."""

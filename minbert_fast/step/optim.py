@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minbert_fast import ops
 from minbert_fast.common import huge_pages
-from minbert_fast.ops.adamw import GRADIENT_SCALE, LEARNING_RATE, SCALARS, SKIP, STEP, check_settings
+from minbert_fast.ops.adamw import LEARNING_RATE, SCALARS, STEP, check_settings
 from minbert_fast.recipes.recipe import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, UpdateRange
 
@@ -122,17 +122,13 @@ class FlatAdamW:
         """Sets the learning rate of the next step: the base rate times `lr_scale`, times each group's own factor."""
         self.scalars[:, LEARNING_RATE].fill_(self.options.lr * lr_scale)
 
-    def clip(self, gram: Tensor, w: Tensor, head_square: Tensor) -> Tensor:
-        """Returns the norm [] of the combined gradient, from w^T G w and the heads' square. Sets the clip scale."""
-        norm = ops.clip_scale(gram, w, self.options.clip, self.scalars[0], head_square)
-        self.scalars[1:, GRADIENT_SCALE] = self.scalars[0, GRADIENT_SCALE]
-        return norm[0]
-
-    def advance(self, labels: Iterable[str], skip: Tensor) -> None:
-        """Counts a step for `labels`. `skip` [] bool: count nothing, and let the update change nothing."""
-        skipped = skip.to(self.scalars.dtype)
-        self.scalars[:, STEP] += self._counts(frozenset(labels)) * (1.0 - skipped)
-        self.scalars[:, SKIP] = skipped
+    def settle(
+        self, labels: Sequence[str], values: Tensor, gram: Tensor, w: Tensor, heads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Begins a step of `labels`, unless it is not finite: returns the gradient's norm [], the tasks that are not finite
+        [T], and whether the step is skipped []. Arguments as for `ops.settle`."""
+        taking = self._counts(frozenset(labels))
+        return ops.settle(values, gram, w, heads, self.options.clip, self.scalars, taking)
 
     def _counts(self, labels: frozenset[str]) -> Tensor:
         """1 in the rows of `labels`, else 0. Made once per set of labels, so that a captured graph copies nothing."""
@@ -158,8 +154,7 @@ class FlatAdamW:
         Other words have gradient zero. Their moments decay and change the weights all the same, as in dense AdamW.
         """
         slots = self._row_slot
-        slots.fill_(-1)
-        slots[ids.long()] = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)  # -1 lands past the end
+        ops.row_slots(ids, slots)
         flat = self.flat
         assert flat.words is not None
         begin, width = flat.placement(flat.words).begin, flat.words.shape[1]

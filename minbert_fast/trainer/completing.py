@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from minbert_fast.common.imports import missing
 from minbert_fast.common.schema import merge, plain
 from minbert_fast.data.labels import LabelSummary
 from minbert_fast.data.source import sources_of
@@ -24,8 +25,9 @@ def complete(recipe: Recipe, summarise: Summarise, notify: Callable[[str], None]
 
     `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
     """
+    absent = missing(recipe.imports)  # a task of an absent file must not be taken for one without a kind
     for name, options in task_tables(recipe).items():
-        if options.get("kind") or is_kind(name) or not options.get("data"):
+        if options.get("kind") or is_kind(name) or not options.get("data") or absent:
             continue
         texts = max((len(source.texts) for source in sources_of(options["data"])), default=0) or 1
         kind, reason = guess_kind(summarise(name, texts), texts)

@@ -31,6 +31,17 @@ def test_every_candidate_passes_its_check_and_ours_is_compared(monkeypatch: pyte
     assert set(rows["ours bf16"].speedup) == set(theirs)
 
 
+def test_flash_attention_without_padding_is_a_baseline_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for installed in (False, True):
+        monkeypatch.setattr(
+            encode.importlib.util, "find_spec", lambda name, found=installed: object() if found else None
+        )
+        assert list(encode.ways(cpu)) == ["fp32", "bf16"]
+        assert ("bf16 unpadded" in encode.ways(cuda)) == installed
+    assert encode.ways(cuda)["bf16 unpadded"]["attn_implementation"] == "flash_attention_2"
+
+
 def test_a_wrong_vector_is_detected() -> None:
     expected = np.random.default_rng(0).normal(size=(4, 8))
     encode._check_cosines(2 * expected, expected)

@@ -92,9 +92,38 @@ def test_rows_without_ceilings_or_memory_have_empty_cells(tmp_path: Path) -> Non
 def test_the_brief_is_one_sentence_from_the_measured_rows(results: Path) -> None:
     first = readme.suite("step", "cpu", results, table=readme.in_brief).splitlines()[0]
     assert first == (
-        "A step of 3 x 32 real examples with PCGrad takes 500 ms for MiniLM-L6 (6.4 times as fast as the naive step, "
-        "3.0 times as fast as transformers)."
+        "A step of 3 x 32 real examples with PCGrad takes 500 ms for MiniLM-L6 (6.4 times (theirs in fp32) as fast as the "
+        "naive step, 3.0 times (both in bf16) as fast as transformers)."
     )
+
+
+def test_the_brief_states_each_ratio_in_both_precisions() -> None:
+    case = f"BERT-base, {readme.METHOD}"
+    rows = [
+        {
+            "case": case,
+            "name": "ours",
+            "median": 7.0,
+            "speedup": {"naive": 9.0, "naive, bf16": 5.0, "transformers": 3.0},
+        },
+        {"case": case, "name": "ours, fp32", "median": 14.0, "speedup": {"naive": 4.5, "transformers, fp32": 2.0}},
+    ]
+    (text,) = readme.in_brief(rows)
+    assert "5.0 times (both in bf16) and 4.5 times (both in fp32) as fast as the naive step" in text
+    assert "3.0 times (both in bf16) and 2.0 times (both in fp32) as fast as transformers" in text
+    assert "9.0" not in text
+    table = readme.headline([*rows, {"case": case, "name": "naive", "median": 63.0, "speedup": {}}])
+    assert next(line for line in table if line.startswith("| naive")) == "| naive | fp32 | 63.0 | 4.5 |"
+
+
+def test_other_models_are_compared_by_ratios(tmp_path: Path) -> None:
+    rows = [Row("any_model", "a net", name, median=time) for name, time in (("ours", 150.0), ("summed losses", 100.0))]
+    write(tmp_path, "any_model", rows)
+    assert "| a net | ours | 1.50 |" in readme.suite("any_model", "cpu", tmp_path).splitlines()
+
+
+def test_the_comparison_of_methods_is_a_file_or_a_sentence(tmp_path: Path) -> None:
+    assert "Not measured yet" in readme.methods_table(tmp_path)
 
 
 def test_a_profile_is_a_table_with_its_sums(tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ from benchmarks import traffic
 from benchmarks.gradients import CONFIGS
 
 #: Launches and megabytes of one step, 3 x 32 examples, PCGrad. Lower them with the change that saves launches.
-TOTALS = {"MiniLM-L6": (336, 2272.1), "BERT-base": (486, 10252.0)}
+TOTALS = {"MiniLM-L6": (235, 2160.0), "BERT-base": (332, 9543.0)}
 
 
 @pytest.mark.parametrize("shape", TOTALS)
 def test_totals(shape: str) -> None:
     found = traffic.summary(traffic.launches(CONFIGS[shape]))
-    assert (found["launches"], found["megabytes"]) == TOTALS[shape], traffic.table(shape, found)
+    launches, megabytes = TOTALS[shape]
+    assert found["launches"] == launches, traffic.table(shape, found)
+    assert found["megabytes"] == pytest.approx(megabytes, rel=1e-3), traffic.table(shape, found)
 
 
 def test_bytes_are_those_of_the_tensors() -> None:

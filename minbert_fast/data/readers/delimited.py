@@ -111,7 +111,7 @@ class DelimitedRecords(FileRecords):
             feed.begin_row()
             try:
                 fields = next(reader)
-                problem = feed.fault or feed.check_quotes(self.separator)
+                problem = feed.check_quotes(self.separator)
             except StopIteration:
                 return
             except _OpenQuoteError:
@@ -119,7 +119,7 @@ class DelimitedRecords(FileRecords):
                     f"{self.name}:{feed.row}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
                     'ordinary characters in this file, set quoting = "none"'
                 ) from None
-            if problem:
+            if problem := feed.fault or problem:
                 yield feed.row, problem
             elif fields:  # none: a blank line
                 yield feed.row, fields
@@ -156,9 +156,9 @@ class _Feed:
         if any('"' in piece for piece in self._pieces):
             try:
                 next(csv.reader(self._pieces, delimiter=separator, strict=True))
-            except csv.Error as error:
-                if "unexpected end" in str(error):
-                    raise _OpenQuoteError from None
+            except csv.Error:
+                if len(list(csv.reader([*self._pieces, "one more row"], delimiter=separator))) == 1:
+                    raise _OpenQuoteError from None  # the row would go on
                 return ValueError(
                     f"text after a closing quote (quotes in a quoted field are doubled): {show(self.text)}"
                 )
