@@ -5,7 +5,8 @@
     csrc/cpu/*.cpp   compiled once per instruction set; the right one is picked at run time (csrc/isa.h)
     csrc/cuda/*.cu   compiled by nvcc when there is one; left out, saying so, when not
 
-Environment: MINBERT_FAST_CUDA=0 leaves CUDA out, =1 makes its absence an error; CUDA_HOME, CXX, CXXFLAGS, LDFLAGS as
+Environment: MINBERT_FAST_CUDA=0 leaves CUDA out, =1 makes its absence an error; MINBERT_FAST_CUDA_ARCHITECTURES names
+the chips to build for ("90"; all); CUDA_HOME, CXX, CXXFLAGS, LDFLAGS as
 everywhere; MAX_JOBS bounds the compilers that run at once. Nothing here needs torch.
 """
 
@@ -90,7 +91,11 @@ def cuda_library_folder(nvcc: Path) -> Path:
 
 def architecture_flags(nvcc: Path) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    chosen = [a for a in CUDA_ARCHITECTURES if f"compute_{a}\n" in known]
+    wished = os.environ.get("MINBERT_FAST_CUDA_ARCHITECTURES")
+    wanted = [int(a) for a in wished.split()] if wished else CUDA_ARCHITECTURES
+    chosen = [a for a in wanted if f"compute_{a}\n" in known]
+    if not chosen:
+        raise SystemExit(f"minbert_fast: {nvcc} knows none of the architectures {wanted}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 

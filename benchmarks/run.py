@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: `python -m benchmarks.run {kernels,surgery,any_model,step,encode,all} [--device D] [--json FILE]`.
+"""Benchmarks: `python -m benchmarks.run SUITE|all [--device D] [--json FILE]`.
 
 Prints a table as it measures, and as its last line one JSON object (which --json writes): commit, device, versions, the
 machine's measured ceilings, and one row per candidate. Exit status 1 if a candidate failed or computed a wrong result.
@@ -19,7 +19,7 @@ import torch
 from benchmarks import harness
 
 #: Modules of this folder with a function `run(device, ceilings) -> Iterable[harness.Row]`.
-SUITES = ("kernels", "surgery", "any_model", "step", "encode")
+SUITES = ("kernels", "surgery", "any_model", "step", "encode", "dropin", "compiled")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

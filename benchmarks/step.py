@@ -72,15 +72,17 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
     for shape, config in CONFIGS.items():
         yield from cost_of_surgery(shape, config, low, device, ceilings)
     yield from scaling(CONFIGS["MiniLM-L6"], low, device, ceilings)
-    for method in ("pcgrad", "none"):  # last: torch.compile takes minutes on CUDA
+    for method in ("pcgrad", "none"):
         for shape, config in CONFIGS.items():
             name = f"{shape}, 3 x 32 examples, {method}"
             makers = candidate_makers(method, low, device)
             wide = device.type == "cpu" and config.hidden_size > WIDEST_COMPILED_ON_CPU
-            if wide and COMPILED in makers:
+            if device.type == "cuda":
+                makers.pop(COMPILED, None)  # a suite of its own, benchmarks/compiled.py
+            elif wide and COMPILED in makers:
                 del makers[COMPILED]
                 yield Row("step", name, COMPILED, note=LEFT_OUT)
-            yield from _case(name, makers, config, 3, 32, device, ceilings, method)
+            yield from run_case(name, makers, config, 3, 32, device, ceilings, method)
 
 
 def cost_of_surgery(
@@ -89,7 +91,7 @@ def cost_of_surgery(
     """Our step without and with PCGrad, timed in turns, so that noise of the machine affects both."""
     methods = {"ours, summed losses": "none", "ours, PCGrad": "pcgrad"}
     makers = {key: partial(Ours, dtype=low, device=device) for key in methods}
-    rows = _case(f"{shape}, cost of surgery", makers, config, 3, 32, device, ceilings, methods)
+    rows = run_case(f"{shape}, cost of surgery", makers, config, 3, 32, device, ceilings, methods)
     yield from rows
     without, surgical = (row.median for row in rows)
     if without and surgical:
@@ -104,7 +106,7 @@ def scaling(config: BertConfig, low: torch.dtype, device: torch.device, ceilings
     for kind, tasks, examples in sizes:
         makers = {f"ours, {kind}": partial(Ours, dtype=low, device=device)}
         name = f"MiniLM-L6, {tasks} x {examples} examples, {kind}"
-        for row in _case(name, makers, config, tasks, examples, device, ceilings):
+        for row in run_case(name, makers, config, tasks, examples, device, ceilings):
             yield row
             if row.median and row.tokens:
                 points.append((row.tokens, tasks, row.median))
@@ -183,7 +185,7 @@ def make_model(config: BertConfig, tasks: int, device: torch.device) -> tuple[Mu
     return MultitaskModel(BertModel(config), build_tasks(recipe), "mean").to(device), recipe
 
 
-def _case(
+def run_case(
     name: str,
     makers: Mapping[str, Maker],
     config: BertConfig,

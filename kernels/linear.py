@@ -254,8 +254,6 @@ def _weight_gradients(
     firsts = tl.load(table_ptr + problem * FIELDS + FIRST_TILE, mask=problem < problems, other=2147483647)
     pair = tl.arange(0, T * T)
     sums = tl.zeros((T * T,), tl.float32)
-    if ADD:
-        sums += tl.load(partials_ptr + program * T * T + pair)
     for number in range(program, tiles, programs):
         row_ptr = table_ptr + FIELDS * (tl.sum((firsts <= number).to(tl.int32), 0) - 1)
         tile = number - tl.load(row_ptr + FIRST_TILE).to(tl.int32)
@@ -289,6 +287,8 @@ def _weight_gradients(
                     out_ptr, out_stride, tasks, outputs, inputs, row * OUT, column * IN, pair, T, OUT, IN, PART
                 )
     if partials_ptr is not None:
+        if ADD:
+            sums += tl.load(partials_ptr + program * T * T + pair)
         tl.store(partials_ptr + program * T * T + pair, sums)
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A course project's loop with the course's modules and with ours swapped in, eagerly: no graphs, no packing.
+
+Each call is one step on three tasks: forward of a rectangle [sentences, positions] with padding, three losses, the classic
+PCGrad (one backward a task), AdamW. "stock modules" calls every module of the same encoder on its own, as the course's
+`bert.py` does, with torch's AdamW and a classic PCGrad loop; "swapped imports" calls the drop-in model, AdamW and PCGrad of
+this package.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.gradients import CONFIGS
+from benchmarks.harness import Candidate, Ceilings, Row
+from minbert_fast import AdamW, BertModel, PCGrad
+
+SENTENCES = (8, 32, 64)
+POSITIONS, TASKS = 32, 3
+
+
+def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
+    """Both shapes at each batch size."""
+    for shape, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = BertModel(config).to(device).train()
+        for sentences in SENTENCES:
+            ids, mask = rectangle(sentences, config.vocab_size, device)
+            makers: dict[str, Callable[[BertModel], Callable[[], Tensor]]] = {
+                "swapped imports": partial(swapped, ids=ids, mask=mask),
+                "stock modules": partial(stock, ids=ids, mask=mask),
+            }
+            candidates = {name: Candidate(make(copy.deepcopy(model))) for name, make in makers.items()}
+            name = f"{shape}, {sentences} sentences of up to {POSITIONS} tokens, {TASKS} tasks"
+            yield from harness.case("dropin", name, candidates, device, ceilings, baselines=["stock modules"])
+
+
+def rectangle(sentences: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Word ids and mask [sentences, positions]; lengths from a quarter of the positions to all."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, words, (sentences, POSITIONS), generator=generator)
+    lengths = torch.randint(POSITIONS // 4, POSITIONS + 1, (sentences, 1), generator=generator)
+    mask = (torch.arange(POSITIONS) < lengths).long()
+    return (ids * mask).to(device), mask.to(device)
+
+
+def losses(pooled: Tensor) -> list[Tensor]:
+    """A scalar for each task from its share of the sentences' vectors [sentences, H]."""
+    return [part.square().mean() - part.mean() for part in pooled.chunk(TASKS)]
+
+
+def swapped(model: BertModel, ids: Tensor, mask: Tensor) -> Callable[[], Tensor]:
+    """One step by this package's drop-in parts."""
+    optimizer = PCGrad(AdamW(model.parameters(), lr=1e-5))
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        found = losses(model(ids, mask)["pooler_output"])
+        optimizer.pc_backward(found)
+        optimizer.step()
+        return torch.stack(found).detach()
+
+    return step
+
+
+def stock(model: BertModel, ids: Tensor, mask: Tensor) -> Callable[[], Tensor]:
+    """One step by plain modules, the classic PCGrad loop and torch's AdamW."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, eps=1e-6, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> Tensor:
+        found = losses(model.pool(model.stock(ids, mask)[:, 0]))
+        flat = []
+        for loss in found:
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            pairs = zip(gradients, parameters, strict=True)
+            flat.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+        merged = torch.stack(projected(flat, generator)).mean(0)
+        for p, gradient in zip(parameters, merged.split([p.numel() for p in parameters]), strict=True):
+            p.grad = gradient.view_as(p)
+        optimizer.step()
+        return torch.stack(found).detach()
+
+    return step
+
+
+def projected(gradients: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """PCGrad (Yu et al. 2020, algorithm 1) as course code writes it: a loop over pairs, with a decision on the host."""
+    results = [gradient.clone() for gradient in gradients]
+    for gradient in results:
+        for other in torch.randperm(len(gradients), generator=generator).tolist():
+            product = gradient @ gradients[other]
+            if product < 0:
+                gradient -= product * gradients[other] / gradients[other].square().sum()
+    return results

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drop-in benchmark: both candidates take the same step, and the classic loop is PCGrad."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks import dropin, harness
+from minbert_fast import BertConfig, BertModel
+
+CONFIG = BertConfig(
+    vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+
+def test_both_take_the_same_first_step() -> None:
+    torch.manual_seed(0)
+    model = BertModel(CONFIG).train()
+    ids, mask = dropin.rectangle(6, CONFIG.vocab_size, torch.device("cpu"))
+    one, other = (make(copy.deepcopy(model), ids, mask)() for make in (dropin.swapped, dropin.stock))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_conflict_is_projected_away() -> None:
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
+    found = dropin.projected([first, second], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.stack(found), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+
+
+def test_rows_compare_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropin, "CONFIGS", {"tiny": CONFIG})
+    monkeypatch.setattr(dropin, "SENTENCES", (3,))
+    rows = list(dropin.run(torch.device("cpu"), harness.Ceilings(1e9, 1e9, 1e9)))
+    assert [row.name for row in rows] == ["swapped imports", "stock modules"]
+    assert rows[0].speedup.keys() == {"stock modules"}
