@@ -30,6 +30,7 @@ from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting.runs import format_score
 from minbert_fast.reporting.search_page import write_search
+from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.callbacks import Callback
@@ -56,7 +57,7 @@ def parser() -> cli.Parser:
     how = command.add_mutually_exclusive_group()
     how.add_argument("--random", metavar="N", type=cli.whole_number, help="run N random combinations")
     how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="run N combinations that Optuna proposes")
-    add("--metric", default="score", help="dev metric to maximize (default: score)")
+    add("--metric", default="score", help="the dev metric that counts (default: score)")
     experiments.add_series_flags(command)
     add("--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)")
     return command
@@ -159,7 +160,8 @@ def directory_name(combination: Values) -> str:
 
 def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Trial]], metric: str) -> None:
     """Writes table.md and table.json, best trials first, report.html and plots/."""
-    ranked = sorted(trials, key=lambda pair: -(score if (score := pair[1].score(metric)) is not None else -np.inf))
+    sign = 1 if lower_is_better(metric) else -1
+    ranked = sorted(trials, key=lambda pair: np.inf if (score := pair[1].score(metric)) is None else sign * score)
     metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
     rows = [
         [

@@ -202,7 +202,7 @@ def readme_commands() -> list[str]:
     readme = ROOT / "README.md"
     if not readme.exists():
         pytest.skip("no README.md in this installation")
-    blocks = re.findall(r"^    +(.+)$|^```\w*\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(r"^    +([^\n]+)$|^```\w*\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
     return [line for indented, fenced in blocks for line in (indented or fenced).splitlines()]
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from minbert_fast.data.files import Table, open_rows, read_rows
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
-from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule
+from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.source import Source, sources_of
 
@@ -470,13 +471,21 @@ def test_published_layouts_are_read_as_they_are_published(tmp_path: Path, name: 
     assert numbers(table) == labels
     assert table.bad_rows == ()
     assert table.skipped == (1 if layout.skip else 0)
+    if layout.classes:
+        summary = summarise_labels(find(tmp_path / file, len(texts), layout=name))
+        assert summary.names() == layout.classes
+        assert merge_summaries([summary, LabelSummary(1, {layout.classes[0]: 1})]).names() == layout.classes
     if layout.id:
         assert table.ids[0] in ("0", "7")
 
 
 def test_every_named_layout_is_tried() -> None:
     course = {"sentiment", "paraphrase", "similarity", "polarity", "triplets", "lines"}
-    assert set(PUBLISHED) >= {name for name in FORMATS if name not in course and not name.startswith("acceptability")}
+    named_as = {"snli": "nli", "multinli": "nli"}  # the same files, found in a data directory
+    for name in FORMATS.keys() - course - {"acceptability"}:
+        assert named_as.get(name, name) in PUBLISHED, name
+    for name, same in named_as.items():
+        assert replace(FORMATS[name], name="", stem="") == replace(FORMATS[same], name="", stem="")
 
 
 def test_cola_s_test_file_has_a_header(tmp_path: Path) -> None:

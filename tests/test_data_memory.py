@@ -139,13 +139,15 @@ def test_classes_of_a_data_set_keep_their_order_and_names() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["5", "1"])})
     found = find(datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features), 1)
     assert found.layout.classes == ("5", "1")
+    assert summarise_labels(found).names() == ("-1", "1", "5")  # a label without a name: what is found counts
+    assert summarise_labels(find(found.rows.select([0, 1]), 1)).names() == ("5", "1")
     table = read_rows(found, Classes(found.layout.classes), max_bad_rows=1.0)
     assert table.labels is not None
     assert table.labels.tolist() == [0, 1]  # not the classes of these numbers as names
     assert [bad.line for bad in table.bad_rows] == [3]
     several = datasets.Features({"text": datasets.Value("string"), "label": [datasets.ClassLabel(names=["x", "y"])]})
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[0, 1], []]}, features=several)
-    assert summarise_labels(find(rows, 1)) == LabelSummary(2, {"x": 1, "y": 1}, lists=True)
+    assert summarise_labels(find(rows, 1)) == LabelSummary(2, {"x": 1, "y": 1}, lists=True, classes=("x", "y"))
     assert read(rows, ClassSets(("x", "y")), 1).labels.tolist() == [[1, 1], [0, 0]]  # type: ignore[union-attr]
 
 

@@ -233,6 +233,16 @@ def test_command_on_a_directory(checkpoint, files, tmp_path, capsys):
     }  # fmt: skip
 
 
+def test_a_directory_without_training_files_is_evaluated(checkpoint, files, tmp_path, capsys):
+    """Regression: the command asked for training files; a missing dev file is named."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sts-dev.csv").write_bytes((files / "sts-dev.csv").read_bytes())
+    assert run(main, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "data")]) == 0
+    captured = capsys.readouterr()
+    assert "similarity_pearson" in captured.out
+    assert captured.err.splitlines()[0] == "no dev rows for sentiment, paraphrase: left out"
+
+
 def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_path, capsys):
     both = tmp_path / "both.json", tmp_path / "one.json"
     common = ["--checkpoint", str(checkpoint), "--precision", "fp32"]
@@ -250,12 +260,12 @@ def test_errors_are_one_line_without_a_traceback(checkpoint, files, tmp_path, ca
     (tmp_path / "bad.csv").write_text("id\tsentence\n1\tgood\n")
     wrong = [
         ([], "--checkpoint"),
-        (["--checkpoint", checkpoint], "expected either --data DIR or files"),
+        (["--checkpoint", checkpoint, "--task", "sentiment"], "belong together"),
         (["--checkpoint", checkpoint, "--data", files, "--similarity", files / "sts-dev.csv"], "expected either"),
         (["--checkpoint", tmp_path / "empty", "--data", files], "holds no recipe.toml"),
         (["--checkpoint", checkpoint.parent, "--data", files], f"its model is {checkpoint}"),
         (["--checkpoint", tmp_path / "nowhere", "--data", files], "nowhere"),
-        (["--checkpoint", checkpoint, "--data", tmp_path / "empty"], "no data files"),
+        (["--checkpoint", checkpoint, "--data", tmp_path / "empty"], "no dev rows for any of sentiment, paraphrase"),
         (["--checkpoint", checkpoint, "--sentiment", tmp_path / "bad.csv"], "bad.csv"),
         (["--checkpoint", checkpoint, "--sentiment", tmp_path / "none.csv"], "none.csv"),
         (["--checkpoint", checkpoint, "--data", files, "--device", "tpu"], "device 'tpu'"),

@@ -44,9 +44,15 @@ def test_the_average_of_one_stage_is_where_the_next_one_starts(tmp_path: Path) -
         "1",
         "--set",
         "tasks.sentiment.neighbours=3",
+        "--set",
+        "training.start=last",
     )
     encoders = []
-    for decay, steps in (("0.0", "5"), ("0.5", "5"), ("0.5", "8")):
+    for decay, steps in (
+        ("0.0", "10"),
+        ("0.5", "10"),
+        ("0.5", "13"),
+    ):  # the first stage has 5 batches of each pair task
         output = tmp_path / f"{decay}-{steps}"
         run = small_run(data, output, *flags, "--stop-after", steps, "--set", f"training.ema={decay}")
         assert cli.run(train.main, run) == 0

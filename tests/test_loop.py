@@ -96,6 +96,7 @@ class Run:
         self.eager = hooks.pop("eager", True)
         self.at_evaluation: Callable[[int], None] = hooks.pop("at_evaluation", lambda step: None)
         self.at_step: Callable[[int], None] = hooks.pop("at_step", lambda step: None)
+        self.metric = "score"
         self.scores: Callable[[Tensor], float] = hooks.pop("scores", lambda weight: -float(weight.square().sum()))
         self.broken: frozenset[int] = hooks.pop("broken", frozenset())
         self.judged_by = {task: f"{task}_accuracy" for task in TASKS} if self.recipe.training.best_per_task else {}
@@ -136,7 +137,7 @@ class Run:
         self.at_evaluation(step)
         self.evaluations.append(step)
         score = self.scores(self.model.weight.detach())
-        metrics = {"score": score}
+        metrics = {self.metric: score}
         if self.judged_by:
             metrics |= {"a_accuracy": accuracy_at(step, 3), "b_accuracy": accuracy_at(step, 5)}
         return loop.Evaluation(metrics, lambda d: (d / "p.csv").write_text(str(step)) and None)
@@ -291,6 +292,16 @@ def test_a_non_finite_score_is_never_best(tmp_path: Path) -> None:
     outcome = Run(tmp_path, RECIPE, scores=lambda weight: next(scores)).go()
     assert outcome.best is not None
     assert outcome.best["step"] == 8
+
+
+def test_an_error_is_best_where_it_is_lowest(tmp_path: Path) -> None:
+    recipe = RECIPE | {"training": {"epochs": 2, "select": "a_mae"}}
+    errors = iter([0.9, 0.2, 0.7])
+    run = Run(tmp_path, recipe, scores=lambda weight: next(errors))
+    run.metric = "a_mae"
+    outcome = run.go()
+    assert outcome.best is not None
+    assert outcome.best["step"] == 4
 
 
 def test_patience_ends_the_stage_and_not_the_run(tmp_path: Path) -> None:

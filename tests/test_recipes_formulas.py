@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from minbert_fast.model.config import BertConfig
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Head, HeadOutput, TaskInput, build_tasks
+from minbert_fast.trainer.job import Options, train
+from tests.small import small_data
 
 WIDTH, ROWS = 6, 5
 CONFIG = BertConfig(vocab_size=20, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -95,6 +99,24 @@ def test_sbert_baselines_compare_embeddings_of_one_dimension(task: str) -> None:
     u, v = (linear(head.projection, x) for x in vectors(2))
     assert u.shape == (ROWS, 1)
     torch.testing.assert_close(run(head, *vectors(2)).scores, (u * v).sign()[:, 0])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_sbert_baselines_evaluate_heads_that_no_stage_trains(tmp_path: Path) -> None:
+    data = small_data(tmp_path / "data")
+    values = {
+        "data": {"directory": str(data), "cache": str(data / "cache")},
+        "training": {"max_steps": 2, "batch_size": 4, "evaluate_train": 5},
+    }
+    recipe = Recipe.load("sbert-baseline-full").with_values(values, "test")
+    output = train(recipe, Options(tmp_path / "run", device="cpu"))
+    scores = json.loads((output / "summary.json").read_text())
+    assert {"sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"} <= set(scores["dev"])
+    assert "sentiment_accuracy" in scores["train"]
+    assert "paraphrase_accuracy" not in scores["train"]
+    assert {path.name for path in (output / "predictions").glob("*.csv")} == {
+        f"{n}-dev-output.csv" for n in ("sst", "para", "sts")
+    }
 
 
 # ---- Siamese minBERT -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ def summarise_labels(source: Input) -> LabelSummary:
     with open_rows(source, counter, max_bad_rows=1.0) as reader:  # type: ignore[arg-type]  # it parses like a rule
         for _ in reader.chunks():
             pass
-    return counter.summary()
+    return replace(counter.summary(), classes=source.layout.classes)
 
 
 class _Counter:

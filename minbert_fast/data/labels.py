@@ -59,6 +59,14 @@ class Classes:
         known = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
         raise ValueError(f"label {show(text)} is not one of the {len(self.names)} classes ({known})")
 
+    def accepts(self, value: object) -> bool:
+        """Whether `parse` returns a number."""
+        try:
+            self.parse(value)
+        except ValueError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -141,16 +149,17 @@ class LabelSummary:
     """What the labels of a training set hold, for tasks that find their classes or their range there."""
 
     rows: int = 0  # labelled rows
-    counts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # rows by `label_text`; empty above MAX_CLASSES different ones
+    counts: Mapping[str, int] = field(default_factory=dict)  # rows by `label_text`; empty above MAX_CLASSES of them
     low: float | None = None  # the smallest and the largest number; None if a label is no number
     high: float | None = None
     whole: bool = False  # all labels are whole numbers
     lists: bool = False  # some labels are lists (JSON lines, Parquet); `counts` then counts their names
+    classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
 
     def names(self) -> tuple[str, ...]:
-        """The classes in order: numbers by value, else by name."""
+        """The classes in order: that of `classes` if every label is one of these, else numbers by value, else by name."""
+        if self.classes and self.counts and all(map(Classes(self.classes).accepts, self.counts)):
+            return self.classes
         return tuple(sorted(self.counts, key=_order))
 
 
@@ -173,6 +182,7 @@ def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
     few = len(counts) <= MAX_CLASSES and all(part.counts for part in parts)
     lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
     numeric = len(lows) == len(parts) > 0
+    named = {part.classes for part in parts if part.classes}
     return LabelSummary(
         rows=sum(part.rows for part in parts),
         counts=counts if few else {},
@@ -180,4 +190,5 @@ def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
         high=max(highs) if numeric else None,
         whole=numeric and all(part.whole for part in parts),
         lists=any(part.lists for part in parts),
+        classes=named.pop() if len(named) == 1 else (),
     )

@@ -295,7 +295,7 @@ class Recipe:
     def load(cls, name_or_file: str) -> Recipe:
         """Reads a recipe of the package by name, or a TOML file, and the recipes that it extends. Raises ConfigError."""
         path = recipe_path(name_or_file)
-        return build(cls, _without_removed_tasks(_read_inherited(path, ())), str(path))
+        return build(cls, _with_split(_without_removed_tasks(_read_inherited(path, ()))), str(path))
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -375,6 +375,18 @@ def _read_inherited(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     for own in ("name", "description", "published"):
         inherited.pop(own, None)
     return merge(inherited, values)
+
+
+def _with_split(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with published dev scores under `dev`: recipes and saved models of earlier versions have them directly."""
+    published = values.get("published")
+    if (
+        not isinstance(published, Mapping)
+        or not published
+        or not all(key.endswith(("score", *SCORED)) for key in published)
+    ):
+        return values
+    return values | {"published": {"dev": published}}
 
 
 def _without_removed_tasks(values: dict[str, Any]) -> dict[str, Any]:

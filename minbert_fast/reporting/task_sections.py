@@ -94,7 +94,8 @@ def _by_class(name: str, task: Mapping[str, Any], classes: list[str]) -> str:
         heads.append("AP")
         scores = np.concatenate([scores, column(precisions)[:, None]], axis=1)
     order = np.argsort(scores[:, 2], kind="stable") if len(classes) > SHOWN_CLASSES else np.arange(len(classes))
-    rows = [[classes[c], f"{counts[c]:,.0f}", *(f"{score:.2f}" for score in scores[c])] for c in order]
+    names = [f"{i} {words}" for i, words in enumerate(classes)] if 2 < len(classes) <= SHOWN_CLASSES else classes
+    rows = [[names[c], f"{counts[c]:,.0f}", *(f"{score:.2f}" for score in scores[c])] for c in order]
     text = paragraph(
         f"Recall is the accuracy within a class{'; AP: average precision' if precisions else ''}.", "muted"
     )
@@ -133,7 +134,8 @@ def _distribution(name: str, task: Mapping[str, Any], classes: list[str] | None,
     ticks = [str(i) for i in range(len(names))] if classes else [f"{low:.3g}" for low in edges[:-1]]
     title = f"Labels and predictions of {display_name(name)}"
     if len(names) <= SHOWN_CLASSES:
-        ticks = names if classes and len(names) <= 3 else ticks
+        room = (charts.WIDTH - charts.LEFT - charts.RIGHT) / len(names)  # of a group of bars
+        ticks = names if classes and charts.CHARACTER * max(map(len, names)) < room else ticks
         label = "class" if classes else "from"
         plots[f"distribution-{name}"] = charts.bar_chart(title, shares, ticks, label)
     heads = ["class" if classes else "label", *(words for words, _ in shares)]

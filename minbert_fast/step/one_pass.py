@@ -175,7 +175,9 @@ class OnePassStep:
 
     def _remeasure(self, batch: MultitaskBatch) -> Tensor:
         """The batch's losses [T] under the updated parameters, by a second forward with the same dropout."""
-        if not (self.seed.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's heads draw other masks
+        if not (
+            self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):  # a graph's heads draw other masks
             torch.manual_seed(self.step_seed)
         with constant([p for p in self.model.parameters() if p.requires_grad]):
             losses = self._losses(batch, self._encode(batch))

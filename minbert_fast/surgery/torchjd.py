@@ -48,7 +48,7 @@ class FromTorchJD(Weights):
         used = ~nonfinite(gram)
         w = torch.zeros_like(gram[0])
         seed = int(torch.randint(2**62, (1,), generator=self.generator))
-        with torch.random.fork_rng([gram.device] if gram.is_cuda else []):
+        with torch.random.fork_rng([gram.device] if gram.device.type == "cuda" else []):
             torch.manual_seed(seed)
             if used.all():
                 self._tasks = len(gram)

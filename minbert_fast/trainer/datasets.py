@@ -57,19 +57,24 @@ def load_datasets(
 ) -> Datasets:
     """Reads the data of the recipe's tasks, or their cached tokens; `rows` in memory replace files.
 
-    Completes the recipe (see completing.py). Drops tasks without training data. Calls `notify` with a line about each
-    dropped task, bad row, held-out set and set with cut sentences. Raises DataError or ConfigError.
+    Completes the recipe (see completing.py). Drops tasks without training data; a task that no stage trains is kept and
+    evaluated, with its untrained head, if it has dev rows. Calls `notify` with a line about each dropped task, bad row,
+    held-out set and set with cut sentences. Raises DataError or ConfigError.
     """
     reader = _Reader(recipe, tokenizer, notify, rows or {})
     recipe = complete(recipe, reader.summarise, notify)
     tasks = build_tasks(recipe)
-    train = []
-    for stage in recipe.resolved_stages():
+    train: list[dict[str, TokenTable]] = []
+    stages = recipe.resolved_stages()
+    for stage in stages:
         found = {name: reader.table(task, "train") for name, task in build_tasks(stage).items()}
         train.append({name: table for name, table in found.items() if table is not None})
-    kept = [name for name in tasks if any(name in tables for tables in train)]
-    if not kept:
+    trained = {name for tables in train for name in tables}
+    if not trained:
         raise DataError(f"no training data for any task of recipe {recipe.name} ({', '.join(tasks)})")
+    staged = {name for stage in stages for name in stage.tasks}
+    untrained = {n for n, t in tasks.items() if n not in staged and t.predicts and reader.table(t, "dev") is not None}
+    kept = [name for name in tasks if name in trained | untrained]
     dev, test = {}, {}
     for name in kept:
         if not tasks[name].predicts:
@@ -109,23 +114,29 @@ def load_split(
     `files` replace the recipe's data of the tasks that they name, and only these tasks are read. Without dev data, a task's
     dev rows are those that its run held out. Raises DataError or ConfigError.
     """
-    reader = _Reader(recipe, tokenizer, notify, {})
-    tables = {}
+    reader = _Reader(recipe, tokenizer, notify, {}, training=False)
+    tables, missing = {}, []
     for name, task in build_tasks(recipe).items():
         if not task.predicts or (files and name not in files):
             continue
         table = reader.table(task, split, labeled=True, file=(files or {}).get(name))
         if table is None and split == "dev" and (whole := reader.table(task, "train")) is not None:
             table = _divide(whole, recipe)[1]
-        if table is not None:
+        if table is None:
+            missing.append(name)
+        else:
             tables[name] = table
+    if tables and missing:
+        notify(f"no {split} rows for {', '.join(missing)}: left out")
     return tables
 
 
 class _Reader:
     """Reads each file of a recipe once, whichever tasks and stages use it."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], None], rows: Rows) -> None:
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], None], rows: Rows, training: bool = True
+    ) -> None:
         self.recipe = recipe
         self.tokenizer = tokenizer
         self.notify = notify
@@ -145,7 +156,7 @@ class _Reader:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
         named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if _in_directory(s))
         layouts = tuple(layout for layout in named if format_of(layout).stem)
-        self._paths = {split: find_files(recipe, split, layouts, notify) if layouts else {} for split in SPLITS}
+        self._paths = {s: find_files(recipe, s, layouts, notify, training) if layouts else {} for s in SPLITS}
 
     def summarise(self, name: str, texts: int) -> LabelSummary:
         """What the training labels of task `name` hold, in all stages."""
@@ -242,8 +253,13 @@ def _divide(whole: TokenTable, recipe: Recipe) -> tuple[TokenTable, TokenTable |
     return whole.select(kept), whole.select(held)
 
 
-def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Callable[[str], None]) -> dict[str, Path]:
-    """The split's files by dataset: those in `data.files`, the others from the data directory."""
+def find_files(
+    recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Callable[[str], None], training: bool = True
+) -> dict[str, Path]:
+    """The split's files by dataset: those in `data.files`, the others from the data directory.
+
+    For `training`, raises DataError without any training file, and tells of missing ones.
+    """
     for dataset in recipe.data.files:
         if dataset not in FORMATS:
             raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
@@ -258,9 +274,11 @@ def find_files(recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Ca
             found = find_tables(directory, split, others)
             named, notices = found.paths | named, tuple(found.notices)
         except DataError:
-            if split == "train" and not named:
+            if split == "train" and training and not named:
                 raise
             notices = (f"{directory}: no train files of {', '.join(others)}",)
-    for notice in notices if split == "train" else ():  # the caller reports missing dev files; test files are optional
+    for notice in (
+        notices if split == "train" and training else ()
+    ):  # the caller reports missing dev files; test files are optional
         notify(notice)
     return named

@@ -203,7 +203,9 @@ class _Job:
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
-        known = ["score", *(metric for name in self.data.dev for metric in self.data.tasks[name].metric_names)]
+        known = ["score"]
+        for name in self.data.dev:
+            known += [*self.data.tasks[name].metric_names, f"{name}_loss"]
         for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
             select = recipe.training.select
             if select not in known:
@@ -227,8 +229,9 @@ class _Job:
                 "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
             )
         train = {name: table for tables in self.data.train for name, table in tables.items()}
-        for name in self.dev if count else ():
-            table = train[name]
+        for name, table in train.items() if count else ():
+            if name not in self.dev:
+                continue
             self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------

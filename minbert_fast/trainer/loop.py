@@ -24,6 +24,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import Agreement, World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
+from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer.callbacks import Callback, EvaluationEvent, StepEvent
 from minbert_fast.trainer.checkpoint import (
     NEWEST,
@@ -58,9 +59,11 @@ class Evaluation:
     train: Mapping[str, float | None] = field(default_factory=dict)  # on training rows, if the recipe asks for them
 
     def score(self, metric: str) -> float:
-        """A dev score; minus infinity if it is not a number."""
+        """A dev score, higher is better: errors and losses with a minus sign; minus infinity if it is not a number."""
         value = self.metrics.get(metric)
-        return -math.inf if value is None or not math.isfinite(value) else value
+        if value is None or not math.isfinite(value):
+            return -math.inf
+        return -value if lower_is_better(metric) else value
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
 
@@ -77,9 +78,10 @@ def run_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{(output / FILE).absolute()}")
     try:
+        direction = "minimize" if lower_is_better(metric) else "maximize"
         pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
         study = optuna.create_study(
-            storage=storage, study_name="search", direction="maximize", pruner=pruner, load_if_exists=True
+            storage=storage, study_name="search", direction=direction, pruner=pruner, load_if_exists=True
         )
         _check_same(study, output, space, metric)
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))

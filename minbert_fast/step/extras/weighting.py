@@ -178,7 +178,7 @@ class RandomWeights(TaskWeights):
     def before_step(self, step: int) -> None:
         self._generator.manual_seed((self.seed * 1_000_003 + step) % 2**62)
         drawn = torch.softmax(torch.randn(len(self.tasks), generator=self._generator, dtype=torch.float64), 0).float()
-        if self._current.is_cuda:
+        if self._current.device.type == "cuda":
             drawn = drawn.pin_memory()
         self._current.copy_(drawn, non_blocking=True)
 
