@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.tasks.metrics import lower_is_better
@@ -78,7 +78,7 @@ def run_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{(output / FILE).absolute()}")
     try:
-        direction = "minimize" if lower_is_better(metric) else "maximize"
+        direction: Literal["minimize", "maximize"] = "minimize" if lower_is_better(metric) else "maximize"
         pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
         study = optuna.create_study(
             storage=storage, study_name="search", direction=direction, pruner=pruner, load_if_exists=True
