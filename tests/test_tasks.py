@@ -106,6 +106,7 @@ def test_the_courses_tasks_are_presets_of_general_kinds():
     names = [build_task(name).prediction_file("dev") for name in ("sentiment", "paraphrase", "similarity")]
     assert names == ["sst-dev-output.csv", "para-dev-output.csv", "sts-dev-output.csv"]
     assert build_task("nli", {"data": "triplets"}).preset == "nli-triplets"
+    assert [source.layout for source in build_task("nli").sources] == ["snli", "multinli"]
     own = build_task("films", {"kind": "sentiment", "data": {"train": "films.csv", "text": "review"}, "dropout": 0.3})
     assert (own.sources[0].train, own.layout, own.prediction_file("dev")) == ("films.csv", "", "films-dev-output.csv")
     assert (own.options.dropout, len(own.class_names)) == (0.3, 5)
