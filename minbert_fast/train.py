@@ -25,6 +25,7 @@ from typing import Any
 from minbert_fast import surgery
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, Whole, merge
+from minbert_fast.data.inputs import ENDINGS
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.tasks import build_task, build_tasks
 from minbert_fast.trainer.completing import without_tasks
@@ -195,12 +196,13 @@ def one_file(chosen: argparse.Namespace) -> dict[str, Any]:
                     f"--{name} {value}: describes --data FILE" + (f", and {data} is no file" if data else "")
                 )
         return {}
-    if chosen.text is None:
+    if chosen.text is None and ENDINGS.get(Path(data).suffix.lower()) != "text":
         raise ConfigError(f"--data {data}: a file; --text COLUMN names its text and --label COLUMN its labels")
     if chosen.label is None and chosen.kind is None:
         raise ConfigError(f"--data {data}: --label COLUMN names its labels; for text without labels, choose a --kind")
     name = chosen.tasks or re.sub(r"[^A-Za-z0-9_-]+", "-", chosen.label or Path(data).stem).strip("-") or "task"
-    source = {"train": data, "dev": chosen.dev, "text": chosen.text.split(","), "label": chosen.label, "id": chosen.id}
+    text = None if chosen.text is None else chosen.text.split(",")
+    source = {"train": data, "dev": chosen.dev, "text": text, "label": chosen.label, "id": chosen.id}
     source = {key: value for key, value in source.items() if value is not None}
     task = {"kind": chosen.kind or "", "data": source}
     return {"tasks": Whole({name: task}), "data": {"directory": ""}}

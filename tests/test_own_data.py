@@ -66,7 +66,7 @@ def test_one_line_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(lines) == 45
     found = model.predict("verdict", [row["review"] for row in rows()])
     names = ("bad", "fair", "great")
-    assert [line["class"] for line in lines] == [names[int(value)] for value in found.values]
+    assert [line["prediction"] for line in lines] == [names[int(value)] for value in found.values]
     assert found.probabilities is not None
     shares = np.array([[line["probabilities"][name] for name in names] for line in lines])
     np.testing.assert_allclose(shares, found.probabilities, atol=2e-6)

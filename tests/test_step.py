@@ -51,7 +51,7 @@ def make_batch(
     ]
     labels: dict[str, Tensor] = {}
     for name, n in sizes.items():
-        high = {"sentiment": 5, "paraphrase": 2, "similarity": 6}[model.tasks[name].preset]
+        high = {"sentiment": 5, "polarity": 2, "paraphrase": 2, "similarity": 6}[model.tasks[name].preset]
         drawn = torch.from_numpy(rng.integers(0, high, n))
         labels[name] = drawn if high == 5 else drawn.float()
     rows = {name: np.arange(n) for name, n in sizes.items()}

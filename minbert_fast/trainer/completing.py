@@ -6,7 +6,7 @@ The values that are found become part of the recipe, and so of the model directo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +20,21 @@ from minbert_fast.tasks import build_tasks, guess_kind, is_kind
 Summarise = Callable[[str, int], LabelSummary]  # (task, texts per example) -> what its training labels hold
 
 
-def complete(recipe: Recipe, summarise: Summarise, notify: Callable[[str], None]) -> Recipe:
+def complete(
+    recipe: Recipe, summarise: Summarise, notify: Callable[[str], None], in_memory: Collection[str] = ()
+) -> Recipe:
     """`recipe` with a kind for each task, and with every value that a task finds in its training labels.
 
-    `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
+    A task with data of its own (files, or rows `in_memory`) gets a guessed kind if its `kind` is empty, or if it has none
+    and its name is none either; `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
     """
     absent = missing(recipe.imports)  # a task of an absent file must not be taken for one without a kind
     for name, options in task_tables(recipe).items():
-        if options.get("kind") or is_kind(name) or not options.get("data") or absent:
+        if absent or options.get("kind") or ("kind" not in options and is_kind(name)):
             continue
-        texts = max((len(source.texts) for source in sources_of(options["data"])), default=0) or 1
+        if not options.get("data") and name not in in_memory:
+            continue
+        texts = max((len(source.texts) for source in sources_of(options.get("data", ""))), default=0) or 1
         kind, reason = guess_kind(summarise(name, texts), texts)
         notify(f'tasks.{name}: kind = "{kind}" ({reason})')
         recipe = with_task_values(recipe, name, {"kind": kind})

@@ -62,7 +62,7 @@ def load_datasets(
     held-out set and set with cut sentences. Raises DataError or ConfigError.
     """
     reader = _Reader(recipe, tokenizer, notify, rows or {})
-    recipe = complete(recipe, reader.summarise, notify)
+    recipe = complete(recipe, reader.summarise, notify, rows or {})
     tasks = build_tasks(recipe)
     train: list[dict[str, TokenTable]] = []
     stages = recipe.resolved_stages()

@@ -128,8 +128,7 @@ def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, ob
     for name, value in data.items():
         described = isinstance(value, Mapping) and not value.keys().isdisjoint((*SPLITS, "hub"))
         table = dict(value) if described else {"train": value}
-        own = {"kind": table.pop("kind")} if table.get("kind") else {}
-        table.pop("kind", None)
+        own = {"kind": table.pop("kind")} if "kind" in table else {}
         for split in SPLITS:
             if split in table and not _names_files(table[split]):
                 rows.setdefault(name, {})[split] = table.pop(split)

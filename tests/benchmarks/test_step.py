@@ -35,7 +35,7 @@ def test_every_step_is_checked_and_timed(method: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(step, "TIMING", step.Timing(2, 1.0))
     makers = step.candidate_makers(method, torch.float32, CPU)
     makers.pop("transformers, compiled", None)  # minutes of compilation
-    rows = step._case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, method)
+    rows = step.run_case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, method)
     assert [row.name for row in rows] == list(makers)
     for row in rows:
         assert row.median is not None, row.note
@@ -52,7 +52,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().__call__(batch, lr_scale) * 1.1
 
     makers: dict[str, step.Maker] = {"wrong": partial(Wrong, dtype=torch.float32), "naive": step.naive}
-    (row, _) = step._case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, "none")
+    (row, _) = step.run_case("tiny", makers, TINY, 3, 2, CPU, CEILINGS, "none")
     assert row.median is None
     assert row.note.startswith("WRONG")
 

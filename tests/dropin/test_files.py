@@ -24,12 +24,12 @@ from minbert_fast import BertModel, Predictor
 from minbert_fast.common import storage
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, sample_directory
-from minbert_fast.export import write_model
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.flat import FlatParameters, ParameterSpec, StageParameters
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from minbert_fast.tasks.exporting import write_encoder
 from tests.small import read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,7 +317,7 @@ def test_truncate_dim_is_honoured(sentence_model: Path, tmp_path: Path, normaliz
     hit = cut.search(SENTENCES[1], cut.index(SENTENCES), top=1)[0]
     assert (hit.row, hit.score) == (1, pytest.approx(1.0, abs=1e-5))
     (tmp_path / "exported").mkdir()
-    write_model(cut, sentence_model, tmp_path / "exported", "sentence-transformers", "card")
+    write_encoder(tmp_path / "exported", cut, modules=True)
     np.testing.assert_array_equal(load(tmp_path / "exported").encode(SENTENCES, normalize=normalize), found)
 
 
