@@ -38,11 +38,14 @@ wheel: $(VENV)/.dev  ## dist/: the sdist and, from it, a CPU wheel, tried in a c
 
 # torch first, from the constraints file, so that nothing else pulls in another build of it.
 $(READY): $(SOURCES)
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -c constraints.txt torch
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[test]'
-	touch $@
+	@echo "setting up $(VENV), once: a virtual environment"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --upgrade pip
+	@echo "  torch, the largest download"
+	@$(RUN) -m pip install --quiet -c constraints.txt torch
+	@echo "  the package: compiling the extension ($$(command -v nvcc >/dev/null && echo C++ and CUDA || echo C++)), and what the tests need"
+	@$(RUN) -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
 
 # What only lint, types, wheel and the documentation site need.
 $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(READY)

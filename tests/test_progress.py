@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import tqdm.auto
 
 from minbert_fast.trainer import progress
 
@@ -52,3 +53,20 @@ def test_the_bar_excludes_the_first_evaluation(monkeypatch: pytest.MonkeyPatch) 
     shown.say("step 6: score 0.5")
     assert shown._bar.start_t == start
     shown.close()
+
+
+def test_a_notebook_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error is no terminal there, and still a bar is shown: tqdm's widget."""
+    shown: list[dict[str, object]] = []
+
+    class Widget(tqdm.tqdm):
+        def __init__(self, **options: object) -> None:
+            shown.append(options)
+            super().__init__(**options | {"disable": True})
+
+    Widget.__module__ = "tqdm.notebook"
+    monkeypatch.setattr(tqdm.auto, "tqdm", Widget)
+    progress.Progress(0, 10)
+    progress.Progress(0, 10, visible=False)
+    assert [options["disable"] for options in shown] == [False, True]
+    assert "file" not in shown[0]

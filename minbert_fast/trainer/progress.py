@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress for the person who watches a run: a tqdm bar on a terminal, elsewhere a printed line every 15 seconds."""
+"""Progress for the person who watches a run: a bar on a terminal or in a notebook, elsewhere a line every 15 seconds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
 LINE_SECONDS = 15.0  # between printed lines where standard error is no terminal
+
+
+def notebook_bar() -> type[tqdm] | None:
+    """tqdm's widget, if this process runs in a notebook that shows widgets."""
+    from tqdm.auto import tqdm as found  # looks for a notebook when it is imported
+
+    return found if any(base.__module__ == "tqdm.notebook" for base in found.__mro__) else None
 
 
 class Progress:
@@ -21,13 +29,10 @@ class Progress:
 
     def __init__(self, done: int, total: int, visible: bool = True) -> None:
         self._visible = visible
-        self._bar = tqdm(
-            initial=done,
-            total=total,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if visible else True,
-            file=sys.stderr,
+        bar = notebook_bar()
+        shown: dict[str, Any] = {"disable": False} if bar else {"disable": None, "file": sys.stderr}
+        self._bar = (bar or tqdm)(
+            initial=done, total=total, unit="step", dynamic_ncols=True, **(shown if visible else {"disable": True})
         )
         self._begin, self._done, self._total = done, done, total
         self._start = self._last = time.monotonic()
