@@ -176,7 +176,7 @@ def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_ranks_hide_the_words_that_one_process_hides(tmp_path: Path) -> None:
     """Masked words are a mean over words, next sentences over pairs; the word embedding's gradient is dense."""
-    flags = ["--recipe", "enhancing-mlm-nsp", "--max-steps", "5", "--precision", "fp32"]
+    flags = ["--recipe", "enhancing-mlm-nsp", "--stop-after", "5", "--precision", "fp32"]  # within the first stage
     succeed(1, tmp_path, *flags, "--output", "alone")
     for name, shard in (("whole", "false"), ("parts", "true")):
         succeed(2, tmp_path, *flags, "--output", name, "--set", f"training.shard={shard}")
