@@ -49,7 +49,7 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
     """The rows of both shapes in fp32 and bf16."""
     with tempfile.TemporaryDirectory() as folder:
         for shape, counts in COUNT[device.type].items():
-            directory, weights = _model(shape, Path(folder))
+            directory, weights = model_directory(shape, Path(folder))
             texts, source = sentences(counts, Tokenizer.from_pretrained(directory))
             yield from _case(f"{shape} ({weights}), {len(texts):,} {source}", directory, texts, device, ceilings)
 
@@ -65,8 +65,8 @@ def _case(name: str, directory: Path, texts: list[str], device: torch.device, ce
         model = SentenceTransformer(str(directory), device=str(device), model_kwargs=options)
         if UNPADDED in precision and not getattr(model[0], "can_flatten_inputs", False):
             continue
-        best = _best_batch_size(model, texts[:PILOT], device)
-        theirs[f"sentence-transformers {precision}, batch {best}"] = partial(_encode_with, model, texts, best)
+        best = best_batch_size(model, texts[:PILOT], device)
+        theirs[f"sentence-transformers {precision}, batch {best}"] = partial(encode_with, model, texts, best)
     if device.type == "cuda" and not any(UNPADDED in way for way in theirs):
         missing = f"sentence-transformers bf16 {UNPADDED}"
         yield Row("encode", name, missing, note="needs the package flash-attn and a sentence-transformers that unpads")
@@ -74,7 +74,7 @@ def _case(name: str, directory: Path, texts: list[str], device: torch.device, ce
     expected = theirs[baselines[0]]()
 
     def candidate(function: Callable[[], np.ndarray]) -> Candidate:
-        return Candidate(function, lambda: _check_cosines(function(), expected), flops=flops)
+        return Candidate(function, lambda: check_cosines(function(), expected), flops=flops)
 
     fp32, bf16 = (Predictor.from_pretrained(directory, device=str(device), precision=p) for p in PRECISIONS)
     tokenizer, config = fp32.tokenizer, fp32.encoder.config
@@ -119,25 +119,25 @@ def sentences(count: int, tokenizer: Tokenizer) -> tuple[list[str], str]:
     return made, "made-up sentences of real lengths"
 
 
-def _best_batch_size(model: Any, texts: list[str], device: torch.device) -> int:
-    timed = {str(size): partial(_encode_with, model, texts, size) for size in BATCH_SIZES[device.type]}
+def best_batch_size(model: Any, texts: list[str], device: torch.device) -> int:
+    timed = {str(size): partial(encode_with, model, texts, size) for size in BATCH_SIZES[device.type]}
     times = harness.measure(timed, device, repeats=3)
     return int(min(times, key=lambda size: min(times[size])))
 
 
-def _encode_with(model: Any, texts: list[str], batch_size: int) -> np.ndarray:
+def encode_with(model: Any, texts: list[str], batch_size: int) -> np.ndarray:
     vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
     found: np.ndarray = vectors.float().cpu().numpy()
     return found
 
 
-def _check_cosines(vectors: np.ndarray, expected: np.ndarray) -> None:
+def check_cosines(vectors: np.ndarray, expected: np.ndarray) -> None:
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
     least = float(((vectors * expected).sum(1) / lengths).min())
     assert least >= COSINE, f"a vector's cosine with sentence-transformers' fp32 is {least:.5f}"
 
 
-def _model(shape: str, folder: Path) -> tuple[Path, str]:
+def model_directory(shape: str, folder: Path) -> tuple[Path, str]:
     """A sentence-transformers directory of the shape, and a description of its weights."""
     real = os.environ.get("MINBERT_FAST_MINILM")
     if shape == "MiniLM-L6" and real:

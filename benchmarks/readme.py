@@ -29,7 +29,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{page}.md" for page in ("index", "performance", "recipes", "reliability", "surgery")),
+    *(
+        ROOT / "docs" / f"{page}.md"
+        for page in ("exporting", "index", "performance", "recipes", "reliability", "surgery")
+    ),
 )
 DEVICES = ("cpu", "cuda")
 METHOD = "3 x 32 examples, pcgrad"  # how the step suite's main cases end
@@ -328,6 +331,7 @@ SUITES: Mapping[str, Table] = {
     "step": _step_table,
     "surgery": _surgery_table,
     "encode": _encode_table,
+    "encode_onnx": _encode_table,
     "any_model": _any_model_table,
 }
 TABLES: Mapping[str, Callable[[], str]] = (

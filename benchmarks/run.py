@@ -19,7 +19,7 @@ import torch
 from benchmarks import harness
 
 #: Modules of this folder with a function `run(device, ceilings) -> Iterable[harness.Row]`.
-SUITES = ("kernels", "surgery", "any_model", "step", "encode", "dropin", "compiled")
+SUITES = ("kernels", "surgery", "any_model", "step", "encode", "encode_onnx", "dropin", "compiled")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,10 +44,10 @@ def test_flash_attention_without_padding_is_a_baseline_where_it_is_installed(mon
 
 def test_a_wrong_vector_is_detected() -> None:
     expected = np.random.default_rng(0).normal(size=(4, 8))
-    encode._check_cosines(2 * expected, expected)
+    encode.check_cosines(2 * expected, expected)
     expected[2, 3] += 1
     with pytest.raises(AssertionError, match="cosine"):
-        encode._check_cosines(np.roll(expected, 1, axis=0), expected)
+        encode.check_cosines(np.roll(expected, 1, axis=0), expected)
 
 
 def test_made_up_sentences_have_real_lengths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -61,6 +61,6 @@ def test_made_up_sentences_have_real_lengths(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_models_of_random_weights_have_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MINBERT_FAST_MINILM", raising=False)
-    directory, what = encode._model("MiniLM-L6", tmp_path)
+    directory, what = encode.model_directory("MiniLM-L6", tmp_path)
     assert what == "random weights"
     assert Tokenizer.from_pretrained(directory).vocab_size == 30522
