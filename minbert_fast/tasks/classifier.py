@@ -42,7 +42,7 @@ INSTEAD = "use --format onnx, which exports every head"
 
 @dataclass(frozen=True)
 class Classifier:
-    """What transformers computes from the pooled vector x [n, H]: softmax, sigmoid or identity of x W^T + b."""
+    """The function that transformers computes from the pooled vector x [n, H]: softmax, sigmoid or identity of x W^T + b."""
 
     weight: Tensor  # [C, H] fp32
     bias: Tensor  # [C] fp32
@@ -86,7 +86,7 @@ def classifier_of(model: MultitaskModel, name: str) -> Classifier:
 
 
 def logits_of(head: Head, task: Task, output: HeadOutput) -> Tensor:
-    """What would be transformers' logits: [n, C] for classes, the prediction [n, 1] for a number."""
+    """The logits that transformers would compute: [n, C] for classes, the prediction [n, 1] for a number."""
     if task.class_names is None:
         return head.predict(output)[:, None].to(output.scores.dtype)
     logits = head.logits(output)

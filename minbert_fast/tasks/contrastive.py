@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from minbert_fast.common.schema import check
 from minbert_fast.data.tokens import TokenTable
-from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import Head, HeadOutput, TaskInput, cosine, register
+from minbert_fast.tasks.base import HeadOutput, TaskInput, cosine, register
 from minbert_fast.tasks.pretraining import TextOptions, TextTask
+from minbert_fast.tasks.ranking import VectorHead
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,13 @@ class ContrastiveOptions(TextOptions):
         check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0 (1: none)")
 
 
-class ContrastiveHead(Head):
+class ContrastiveHead(VectorHead):
     """The cosines of each text's two encodings, [n]."""
 
     options: ContrastiveOptions
 
-    def __init__(self, options: ContrastiveOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.options = options
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size) if options.project else None
-
     def forward(self, inputs: TaskInput) -> HeadOutput:
-        vectors = inputs.embeddings
-        if self.projection is not None:
-            vectors = tuple(self.projection(x) for x in vectors)
+        vectors = self.vectors(inputs)
         return HeadOutput(cosine(*vectors), vectors)
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:

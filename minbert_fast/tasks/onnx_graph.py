@@ -47,7 +47,7 @@ SAMPLES = ["a film", "the girl eats an apple in the park", "", "is it? it is - "
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What `write` wrote."""
+    """The result of `write`."""
 
     contents: Contents
     problem: Problem | None  # by which transformers could read the logits; None: an encoder, or another form

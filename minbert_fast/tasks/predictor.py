@@ -368,7 +368,7 @@ def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str],
 
 
 def _is_frame(value: object) -> bool:
-    """Whether `value` is a DataFrame. Where pandas was never imported, nothing is."""
+    """Whether `value` is a pandas DataFrame. Does not import pandas: without it in memory, no value is one."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(value, pandas.DataFrame)
 

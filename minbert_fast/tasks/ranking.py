@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -75,21 +75,29 @@ class TripletOptions(RankingOptions):
     objectives: Mapping[str, float] = field(default_factory=lambda: {"triplet": 1.0})
 
 
-class RankingHead(Head):
+class VectorHead(Head):
+    """A head that compares sentence vectors: the embeddings, with `project` through one linear layer for all of them."""
+
+    def __init__(self, options: Any, config: BertConfig, shared: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.options = options
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size) if options.project else None
+
+    def vectors(self, inputs: TaskInput) -> tuple[Tensor, ...]:
+        """One tensor [n, H] per sequence of an example."""
+        if self.projection is None:
+            return inputs.embeddings
+        return tuple(self.projection(x) for x in inputs.embeddings)
+
+
+class RankingHead(VectorHead):
     """Cosines of the anchor with its positive, scores [n], and with each of k negatives, [n, 1 + k]."""
 
     options: RankingOptions
     compares_rows: ClassVar[bool] = True
 
-    def __init__(self, options: RankingOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.options = options
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size) if options.project else None
-
     def forward(self, inputs: TaskInput) -> HeadOutput:
-        vectors = inputs.embeddings
-        if self.projection is not None:
-            vectors = tuple(self.projection(x) for x in vectors)
+        vectors = self.vectors(inputs)
         anchor, *others = vectors
         scores = [cosine(anchor, x) for x in others]
         return HeadOutput(scores[0] if len(scores) == 1 else torch.stack(scores, dim=-1), vectors)
