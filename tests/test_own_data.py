@@ -60,7 +60,7 @@ def test_one_line_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert model.tasks["verdict"].class_names == ("bad", "fair", "great")
     run(
         predict, "--checkpoint", "runs/reviews/best", "--task", "verdict", "--input", data, "--text", "review",
-        "--output", "out.jsonl", "--probabilities", "--device", "cpu",
+        "--output", "out.jsonl", "--probabilities", "--device", "cpu", "--precision", "fp32",
     )  # fmt: skip
     lines = [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 45

@@ -198,7 +198,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
 
 # These files grow while they are open: the run's log, and the arrays of an unfinished cache entry.
-GROWING = {"trainer/outputs.py", "data/cache.py"}
+GROWING = {"trainer/outputs.py", "data/cache_entries.py"}
 WRITES = re.compile(
     r"os\.(replace|rename|fsync)\(|\.(write_text|write_bytes)\(|open\([^)]*[\"'][wax]\+?b?\+?[\"']|mkstemp|NamedTemp"
 )
