@@ -93,7 +93,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("ranks", "shard"),
-    [(2, False), (2, True), *(pytest.param(4, shard, marks=pytest.mark.ci) for shard in (False, True))],
+    [
+        (2, False),
+        (2, True),
+        pytest.param(4, True, marks=pytest.mark.ci),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
@@ -331,7 +336,9 @@ def test_messages_between_processes(size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(("method", "shard"), [("torchjd:PCGrad", "false"), ("gradvac", "true")])
+@pytest.mark.parametrize(
+    ("method", "shard"), [("torchjd:PCGrad", "false"), pytest.param("gradvac", "true", marks=pytest.mark.slow)]
+)
 def test_three_ranks_draw_the_same_orders_and_weigh_alike(method: str, shard: str, tmp_path: Path) -> None:
     """Each rank's own random numbers (dropout) must not reach the method; famo needs the losses of the whole step."""
     if method.startswith("torchjd:"):

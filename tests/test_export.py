@@ -238,7 +238,10 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize(  # each export takes seconds: the heads that differ most, then the others
+    "task",
+    [pytest.param(n, marks=() if n in ("all", "similarity", "near", "tags") else pytest.mark.slow) for n in HEADS],
+)
 def test_onnxruntime_predicts_as_every_kind_of_head_does(
     heads: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from minbert_fast.recipes.recipe import Recipe
 
 
 @pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 def test_three_hundred_steps_in_bf16_stay_within_the_noise_of_a_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
