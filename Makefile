@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -name '*.c*' -o -name '*.h') setup.py pyproject.toml constraints.txt
 RESULTS ?= benchmarks/results
 PARTS ?=
+KERNELS ?=
 
 .PHONY: train test lint types kernels bench docs wheel gpu clean
 
@@ -25,7 +26,7 @@ types: $(VENV)/.dev
 	$(RUN) -m mypy
 
 kernels: $(READY)  ## every Triton kernel compiled for sm_75, sm_80, sm_90, sm_100 and gfx942, without a GPU
-	$(RUN) -m minbert_fast.kernels.ahead_of_time
+	$(RUN) -m minbert_fast.kernels.ahead_of_time $(KERNELS)
 
 bench: $(READY)  ## all benchmarks on this machine
 	$(RUN) -m benchmarks.run all

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel for every supported chip without a GPU, and reports the resources each one uses.
 
-    python -m minbert_fast.kernels.ahead_of_time [--target sm_90 ...] [--only attention ...] [--json FILE]
+    python -m minbert_fast.kernels.ahead_of_time [--target sm_90 ...] [--only attention ...] [--few] [--json FILE]
 
 Prints registers a thread, spilled bytes, shared memory and matrix instructions of each kernel; exits with status 1 if
 one fails to compile, spills registers, or needs more shared memory than the chip gives a block. The calls are the
@@ -163,14 +163,33 @@ def _check_one(module: str, label: str, chips: Sequence[str]) -> list[Report]:
     return [report for chip in wanted for report in check(launch, chip)]
 
 
-def check_all(chips: Sequence[str], only: Sequence[str] = (), processes: int | None = None) -> Iterator[Report]:
-    """Reports of every launch of every file (or of the files `only`), as they come, in order."""
+def without_sizes(label: str) -> str:
+    """The words of a launch's label that are no sizes: launches that share them run one kernel at different sizes."""
+    return " ".join(word for word in label.split() if not re.fullmatch(r"[\d.x,]+|\w+=[\d.]+", word))
+
+
+def ends_of(launches: Sequence[Launch]) -> list[Launch]:
+    """The first and the last of the launches that differ in sizes alone."""
+    first = {without_sizes(launch.label): launch for launch in reversed(launches)}
+    last = {without_sizes(launch.label): launch for launch in launches}
+    return list({launch.label: launch for launch in (*first.values(), *last.values())}.values())
+
+
+def check_all(
+    chips: Sequence[str], only: Sequence[str] = (), few: bool = False, processes: int | None = None
+) -> Iterator[Report]:
+    """Reports of every launch of every file (or of the files `only`), as they come, in order.
+
+    With `few`, of launches that differ in sizes alone only the first and the last: a small and a large one.
+    """
+    found = {name: list(module.launches()) for name, module in modules().items() if not only or name in only}
+    if few:
+        found = {name: ends_of(launches) for name, launches in found.items()}
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         pending = [
             pool.submit(_check_one, name, launch.label, chips)
-            for name, module in modules().items()
-            if not only or name in only
-            for launch in module.launches()
+            for name, launches in found.items()
+            for launch in launches
         ]
         for future in pending:
             yield from future.result()
@@ -182,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [chip.name for chip in CHIPS]
     parser.add_argument("--target", nargs="+", choices=names, default=names, help="chips to compile for (all)")
     parser.add_argument("--only", nargs="+", choices=sorted(modules()), default=[], help="files of kernels (all)")
+    parser.add_argument("--few", action="store_true", help="of calls that differ in sizes alone only two")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -189,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     reports = []
     print(HEADER)
-    for report in check_all(options.target, options.only):
+    for report in check_all(options.target, options.only, options.few):
         reports.append(report)
         print(report, flush=True)
     failures = [report for report in reports if report.failure]
