@@ -20,7 +20,7 @@ def test_every_candidate_passes_its_check_and_ours_is_compared(monkeypatch: pyte
     monkeypatch.setenv("MINBERT_FAST_DATA", str(tmp_path / "absent"))
     monkeypatch.setattr(encode, "COUNT", {"cpu": {"tiny": 40}})
     monkeypatch.setattr(encode, "BATCH_SIZES", {"cpu": (8, 16)})
-    monkeypatch.setattr(encode, "_model", lambda shape, folder: (sample_directory().model, "the sample's"))
+    monkeypatch.setattr(encode, "model_directory", lambda shape, folder: (sample_directory().model, "the sample's"))
     rows = {row.name: row for row in encode.run(torch.device("cpu"), harness.Ceilings(1e9, 1e9, 1e9))}
     assert {"ours fp32", "ours bf16", "our tokenizer alone"} <= rows.keys()
     theirs = [name for name in rows if name.startswith("sentence-transformers")]
