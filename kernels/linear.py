@@ -61,8 +61,10 @@ GROUPED = (
     Tile(outputs=128, inputs=128, rows=64, num_warps=4, num_stages=3),
     Tile(outputs=128, inputs=64, rows=64, num_warps=4, num_stages=3),
 )
-#: Warps of these tiles where the matrix units read registers, and of tiles that are not aligned.
+#: Warps of these tiles where the matrix units read registers, of tiles that are not aligned, and of all tiles with a
+#: Triton before 3.7, whose compiler spills 8 to 24 bytes a thread of the four-warp programs.
 GROUPED_WARPS = 8
+SPILLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 #: Programs a multiprocessor.
 RESIDENT = 2
 #: Rows of a tile that are multiplied with those of other tasks at once. More would spill registers.
@@ -323,7 +325,7 @@ def grouped_tile(problems: Sequence[Problem], device: torch.device) -> Tile:
     """The tile whose last round leaves the fewest programs idle; the first of `GROUPED` unless that gains a tenth."""
     first = problems[0]
     if first.dy.dtype == torch.float32:
-        return TILE_FP32
+        return replace(TILE_FP32, num_warps=GROUPED_WARPS) if SPILLS else TILE_FP32
     if not all(map(_aligned, problems)):
         return replace(TILE_UNALIGNED, num_warps=GROUPED_WARPS)
 
@@ -333,7 +335,8 @@ def grouped_tile(problems: Sequence[Problem], device: torch.device) -> Tile:
         return tiles / max(1, rounds * RESIDENT * multiprocessors(device))
 
     tile = GROUPED[1] if use(GROUPED[1]) > 1.1 * use(GROUPED[0]) else GROUPED[0]
-    return tile if is_hopper_or_newer(device) else replace(tile, num_warps=GROUPED_WARPS)
+    four = is_hopper_or_newer(device) and not SPILLS
+    return tile if four else replace(tile, num_warps=GROUPED_WARPS)
 
 
 def _tiles(problem: Problem, tile: Tile) -> int:
