@@ -263,7 +263,8 @@ def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| sentences | way | ms | speed-up over sentence-transformers |", "|---|---|---|---|"]
     for row in rows:
         if row["median"]:
-            times = ", ".join(f"{x:.1f} ({name.split(',')[0].partition(' ')[2]})" for name, x in row["speedup"].items())
+            ways = {name: name.split(",")[0].partition(" ")[2] for name in row["speedup"]}  # fp32, bf16 or none
+            times = ", ".join(f"{x:.1f}{ways[name] and f' ({ways[name]})'}" for name, x in row["speedup"].items())
             mine = row["name"].startswith("ours")
             lines.append(
                 f"| {row['case']} | {row['name']} | {_milliseconds(row['median'])} | {times if mine else ''} |"
