@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks: the caller's own code at logged steps, at evaluations, and at the end of a run.
 
-class Watch(Callback):
-    def on_evaluation(self, event: EvaluationEvent) -> bool:
-        return event.metrics["score"] > 0.8  # True ends the run
+For example, a run that ends at a score above 0.8:
 
-fit("default", data="data", model="model", callbacks=[Watch()])
+    class Watch(Callback):
+        def on_evaluation(self, event: EvaluationEvent) -> bool:
+            return event.metrics["score"] > 0.8
+
+    fit("default", data="data", model="model", callbacks=[Watch()])
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class EndEvent:
 class Callback:
     """Derive from this class and override what you need. Methods are called on the main process (rank 0) alone.
 
-    `on_step` and `on_evaluation` end the run by returning True: the model is evaluated and saved as at any other end.
+    `on_step` and `on_evaluation` stop the run by returning True. The model is evaluated and saved, and `resume=True`
+    continues the run.
     """
 
     def on_step(self, event: StepEvent) -> bool | None:
