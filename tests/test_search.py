@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from minbert_fast import search
@@ -17,7 +18,6 @@ from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
 from tests.small import small_data
 
-optuna = pytest.importorskip("optuna")
 EVALUATIONS = (5, 10, 15)
 
 
