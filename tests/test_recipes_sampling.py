@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minbert_fast.data.sampling import Draw, Sampler, TaskSampler, philox, subset, take
+from minbert_fast.data.sampling import Draw, Sampler, TaskSampler, philox, subset
 from minbert_fast.data.tokens import Text, Tokens, TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import build_tasks
@@ -131,19 +131,12 @@ def test_sequential_reads_a_quarter_of_a_task_an_epoch() -> None:
 # ---- Parts of the dev and training rows ------------------------------------------------------------------------------
 
 
-def test_a_part_of_a_table_is_its_rows() -> None:
-    table = table_of("x", [float(i) for i in range(20)])
+def test_a_subset_is_some_rows_in_order() -> None:
     rows = subset(20, 7, seed=3, name="dev/x")
     assert len(set(rows.tolist())) == 7
     assert rows.tolist() == sorted(rows.tolist()) == subset(20, 7, seed=3, name="dev/x").tolist()
     assert rows.tolist() != subset(20, 7, seed=4, name="dev/x").tolist()
     assert subset(5, 7, seed=3, name="dev/x").tolist() == list(range(5))
-    part = take(table, rows)
-    assert part.labels is not None
-    assert [part.columns[0][i].tolist() for i in range(7)] == [[row] for row in rows]
-    assert part.labels.tolist() == rows.tolist()
-    assert [part.ids[i] for i in range(7)] == [f"row-{row}" for row in rows]
-    assert part.locate(6) == f"x.csv:{rows[6] + 2}"
 
 
 def test_a_run_scores_half_of_dev_and_some_training_rows(tmp_path: Path) -> None:

@@ -117,22 +117,6 @@ def file_input(path: Path | str, layout: str | Layout) -> Input:
     return Input(name_of(Path(path)), layout, layout.arity, (Path(path),))
 
 
-def input_like(source: Source, path: Path, texts: int) -> Input:
-    """A file (`-`: standard input) with the columns of a task's source, in the format that its ending says.
-
-    A file whose ending may be that of a table (.csv, .tsv, or an unknown one) is read as the source's files are.
-    """
-    form = ENDINGS.get(path.suffix.lower(), source.format)
-    own = replace(
-        source, hub="", config="", train="", dev="", test=str(path), columns="" if source.hub else source.columns
-    )
-    if form in ("jsonl", "parquet", "text"):
-        own = replace(own, format=form)
-    found = find_input(own, "test", texts)
-    assert found is not None
-    return found
-
-
 def find_input(
     source: Source, split: str, texts: int = 0, *, directory: Path | None = None, rows: object = None
 ) -> Input | None:

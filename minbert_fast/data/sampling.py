@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from minbert_fast.data.tokens import Text, Tokens, TokenTable
+from minbert_fast.data.tokens import TokenTable
 
 Scheme = Literal["cycle", "each-once", "sequential"]
 
@@ -210,17 +210,6 @@ class Sampler:
 def subset(rows: int, count: int, seed: int, name: str) -> np.ndarray:
     """`count` different row numbers below `rows` (all of them if there are no more), ascending, int64."""
     return np.sort(_shuffle(rows, philox(seed, name, 0, 0))[:count]).astype(np.int64)
-
-
-def take(table: TokenTable, rows: np.ndarray) -> TokenTable:
-    """The table of some rows of `table`, in the order of `rows` [n]. Their tokens are copied."""
-    return replace(
-        table,
-        columns=tuple(Tokens.of([column[row] for row in rows]) for column in table.columns),
-        labels=None if table.labels is None else table.labels[rows],
-        ids=Text.of([table.ids[row] for row in rows]),
-        lines=table.lines[rows],
-    )
 
 
 def _shuffle(count: int, bits: np.random.Philox) -> np.ndarray:
