@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what each choice in recipe `best` contributes, on a held-out tenth of the training files; dev is not used.
 
-    python -m benchmarks.ablation --data DIR --model DIR --output DIR [--seeds 1 2 3] [--json FILE]
+    python -m benchmarks.ablation [parts|ideas] --data DIR --model DIR --output DIR [--seeds 1 2 3] [--json FILE]
 
-Each variant trains for one epoch per seed, or two if its name says so. A second call continues the series. Writes the
-scores of every run to the JSON file and prints a table of means.
+`parts` builds the recipe up choice by choice; each variant trains for one epoch per seed, or two if its name says so.
+`ideas` changes one thing of the whole recipe at a time. A second call continues the series. Writes the scores of every
+run to the JSON file and prints a table of means.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from minbert_fast.trainer.experiments import Trial, markdown_table, run_or_resum
 HELD_OUT = 10  # one row in ten
 SPLIT_SEED = 7
 METRICS = ("sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson", "score")
-HEAD = ("one epoch unless stated", "sentiment", "paraphrase", "similarity", "score")
+COLUMNS = ("sentiment", "paraphrase", "similarity", "score")
 
 BEST = Recipe.load("best")
 REVIEWS = "cfimdb"  # a task of some variants only
@@ -66,13 +67,43 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def _first(task: str, **options: Any) -> Mapping[str, Any]:
+    """An epoch of one task on the text of all others, and then the recipe."""
+    text = {"text": ["sentiment", "paraphrase", "similarity"], **options}
+    alone = {"tasks": {task: text}, "training": {"epochs": 1}, "optimizer": {"lr": 5e-5}}
+    return {"stages": [alone, {"tasks": {name: {} for name in BEST.tasks}}]}
+
+
+# Each one changes `best` as it is.
+IDEAS: Mapping[str, Mapping[str, Any]] = {
+    "best": {},
+    "masked words first": _first("mlm"),
+    "SimCSE first": _first("simcse", kind="contrastive"),
+    "ordinal sentiment": {"tasks": {"sentiment": {"loss": "ordinal"}}},
+    "smoothed sentiment": {"tasks": {"sentiment": {"label_smoothing": 0.1}}},
+    "similarity by squared error and CoSENT": {"tasks": {"similarity": {"auxiliary": {"cosent": 0.05}}}},
+    "layer-wise rates": {"optimizer": {"layer_decay": 0.9}},
+    "rate 1.5e-4": {"optimizer": {"lr": 1.5e-4}},
+    "weight decay": {"optimizer": {"weight_decay": 0.01}},
+    "three epochs": {"training": {"epochs": 3}},
+    "averaged weights": {"training": {"ema": 0.99}},
+    "learned loss weights": {"weighting": {"method": "uncertainty"}},
+    "PCGrad": {"surgery": {"method": "pcgrad"}},
+    "UPGrad": {"surgery": {"method": "upgrad"}},
+    "SMART for R-Drop": {"regularisation": {"r_drop": 0.0, "smart": 1.0}},
+}
+SERIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"parts": VARIANTS, "ideas": IDEAS}
+
+
 def build_recipe(variant: str, seed: int, data: Path, model: Path | None) -> Recipe:
-    """The recipe of a variant."""
+    """The recipe of a variant or an idea."""
     paths: dict[str, Any] = {"data": {"directory": str(data)}, "model": {"name": str(model)} if model else {}}
     training = {"seed": seed, "evaluate_untrained": False}
-    tasks = {name: options for name, options in BEST.tasks.items() if name != REVIEWS}
-    recipe = replace(BEST, tasks=tasks).with_values({**paths, "training": training}, "ablation")
-    return recipe.with_values(PLAIN, "ablation").with_values(VARIANTS[variant], variant)
+    best = BEST.with_values({**paths, "training": training}, "ablation")
+    if variant in IDEAS:
+        return best.with_values(IDEAS[variant], variant)
+    tasks = {name: options for name, options in best.tasks.items() if name != REVIEWS}
+    return replace(best, tasks=tasks).with_values(PLAIN, "ablation").with_values(VARIANTS[variant], variant)
 
 
 def hold_out(data: Path, folder: Path) -> None:
@@ -98,8 +129,8 @@ def record(variant: str, seed: int, trial: Trial) -> dict[str, Any]:
     return {"variant": variant, "seed": seed, "scores": scores, **{key: trial.summary.get(key) for key in facts}}
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table of means ± standard deviations over seeds."""
+def table(results: Iterable[Mapping[str, Any]], head: str = "one epoch unless stated") -> str:
+    """A Markdown table of means ± standard deviations over seeds; `head` stands above the variants."""
     found: dict[str, list[Mapping[str, float]]] = {}
     for result in results:
         found.setdefault(result["variant"], []).append(result["scores"])
@@ -108,12 +139,13 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
         columns = [[float(each[metric]) for each in scores] for metric in METRICS]
         cells = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
         rows.append((f"{variant} ({len(scores)} {'seed' if len(scores) == 1 else 'seeds'})", *cells))
-    return markdown_table(HEAD, rows)
+    return markdown_table((head, *COLUMNS), rows)
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("series", nargs="?", choices=list(SERIES), default="parts", help="(parts)")
     parser.add_argument("--data", type=Path, required=True, help="data files in the course's layout")
     parser.add_argument("--model", type=Path, help="encoder weights (default: the embedded tiny model)")
     parser.add_argument("--output", type=Path, required=True, help="a directory for the split and all runs")
@@ -125,16 +157,18 @@ def main(arguments: Sequence[str]) -> int:
         hold_out(options.data, split)
     results = []
     for seed in options.seeds:
-        for index, variant in enumerate(VARIANTS):
+        for index, variant in enumerate(SERIES[options.series]):
             print(f"\n== {variant}, seed {seed}", flush=True)
             recipe = build_recipe(variant, seed, split, options.model)
-            trial = run_or_resume(variant, recipe, options.output / f"{index}-{seed}", "benchmarks.ablation")
+            trial = run_or_resume(
+                variant, recipe, options.output / f"{options.series}-{index}-{seed}", "benchmarks.ablation"
+            )
             if trial.failure:
                 return 1
             results.append(record(variant, seed, trial))
             if options.json:
                 write_json(options.json, {"processor": harness.cpu(), "runs": results})
-    print("\n" + table(results), end="")
+    print("\n" + (table(results) if options.series == "parts" else table(results, "best, changed")), end="")
     return 0
 
 

@@ -3,7 +3,7 @@
 # Everything that waits for a CUDA machine, unattended and without a network: build, tests, a profile, all benchmarks, training,
 # compute-sanitizer.
 #
-#   bash benchmarks/gpu.sh [PART ...]       all parts, in the order of PARTS below, take a quarter of an hour without the last two
+#   bash benchmarks/gpu.sh [PART ...]       all parts, in the order of PARTS below, take a quarter of an hour without the last three
 #   DRY_RUN=1 bash benchmarks/gpu.sh        prints the commands
 #
 # Each command ends within its own limit (seconds; LIMIT sets one for all), prints a row as soon as it is measured, and runs
@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(build tests profile step kernels surgery encode train dropin compiled sanitizer reproduce)
+PARTS=(build tests profile step kernels surgery encode train dropin compiled sanitizer reproduce ideas)
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
 ARCHIVE=${ARCHIVE:-gpu-results.tar.gz}
@@ -103,6 +103,14 @@ run() { # run PART
             [ -z "${MINBERT_FAST_DATA:-}" ] || real+=(--data "$MINBERT_FAST_DATA")
             [ -z "${MINBERT_FAST_MINILM:-}" ] || real+=(--model "$MINBERT_FAST_MINILM")
             part "reproduce" 540 "$PYTHON" -m minbert_fast.reproduce "${real[@]}" --output runs/reproduce
+            ;;
+        ideas)
+            if [ -z "${MINBERT_FAST_DATA:-}" ] || [ -z "${MINBERT_FAST_MINILM:-}" ]; then
+                echo "== ideas: left out, it needs real data and weights (MINBERT_FAST_DATA, MINBERT_FAST_MINILM)"
+                return 0
+            fi
+            part "ideas" 540 "$PYTHON" -m benchmarks.ablation ideas --data "$MINBERT_FAST_DATA" \
+                --model "$MINBERT_FAST_MINILM" --output runs/ideas --json "$RESULTS/cuda-ideas.json"
             ;;
         *)
             echo "gpu.sh: no part $1 (parts: ${PARTS[*]})" >&2

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
+from minbert_fast.common.schema import plain
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
 
@@ -55,12 +56,22 @@ def test_variants_differ_in_what_they_name() -> None:
     ]
 
 
+def test_an_idea_changes_one_thing_of_the_whole_recipe() -> None:
+    """All else is as in `best`, and no idea lacks the reviews or is one of the parts."""
+    assert not set(ablation.IDEAS) & set(ablation.VARIANTS)
+    whole = plain(ablation.build_recipe("best", 1, Path("data"), None))
+    for idea in list(ablation.IDEAS)[1:]:
+        changed = plain(ablation.build_recipe(idea, 1, Path("data"), None))
+        assert len([key for key in whole if whole[key] != changed[key]]) == 1, idea
+        assert list(changed["tasks"]) == list(whole["tasks"])
+
+
 def test_runs_give_a_table_and_a_second_call_only_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     few = {name: ablation.VARIANTS[name] for name in list(ablation.VARIANTS)[1:3]}
-    monkeypatch.setattr(ablation, "VARIANTS", few)
+    monkeypatch.setattr(ablation, "SERIES", {"parts": few})
     whole = ablation.build_recipe
     monkeypatch.setattr(
         ablation, "build_recipe", lambda *a: whole(*a).with_values({"training": {"max_steps": 2}}, "test")
@@ -71,7 +82,7 @@ def test_runs_give_a_table_and_a_second_call_only_reads_them(
     assert [(run["variant"], run["seed"]) for run in found] == [(name, seed) for seed in (1, 2) for name in few]
     for run in found:
         summary = json.loads(
-            (tmp_path / "runs" / f"{list(few).index(run['variant'])}-{run['seed']}" / "summary.json").read_text()
+            (tmp_path / "runs" / f"parts-{list(few).index(run['variant'])}-{run['seed']}" / "summary.json").read_text()
         )
         assert run["scores"] == {metric: summary["dev"][metric] for metric in ablation.METRICS}
         assert run["steps"] == 2

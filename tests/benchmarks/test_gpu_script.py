@@ -28,7 +28,8 @@ def run(folder: Path, *parts: str, **environment: str) -> subprocess.CompletedPr
 
 
 def test_a_dry_run_names_every_part_with_its_limit(tmp_path: Path) -> None:
-    lines = run(tmp_path, DRY_RUN="1", PYTHON="true").stdout.splitlines()
+    real = {"MINBERT_FAST_DATA": "data", "MINBERT_FAST_MINILM": "model"}
+    lines = run(tmp_path, DRY_RUN="1", PYTHON="true", **real).stdout.splitlines()
     for part in (
         "build",
         "tests",
@@ -45,6 +46,7 @@ def test_a_dry_run_names_every_part_with_its_limit(tmp_path: Path) -> None:
     assert any(line.startswith("== compiled, at most") for line in lines)
     assert any(line.startswith("== sanitizer memcheck, at most") for line in lines)
     assert any(line.startswith("== reproduce, at most") for line in lines)
+    assert any(line.startswith("== ideas, at most") for line in lines)
 
 
 def test_results_are_packed_and_a_failure_shows(tmp_path: Path) -> None:
