@@ -188,7 +188,7 @@ def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: st
 
 
 def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence: our step with PCGrad in each shape, and its speed relative to two baselines in each precision."""
+    """A few words: our step with PCGrad in each shape, and its speed relative to two baselines in each precision."""
     ours = [row for row in rows if row["name"] == "ours" and row["case"].endswith(METHOD) and row["median"]]
     parts = []
     for row in ours:
@@ -196,8 +196,8 @@ def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         naive = _ratios(row, full, "naive, bf16", "naive", "the naive step")
         rival = _ratios(row, full, "transformers", "transformers, fp32", "transformers")
         shown = ", ".join(text for text in (naive, rival) if text)
-        parts.append(f"{_milliseconds(row['median'])} ms for {row['case'].split(',')[0]} ({shown})")
-    return [f"A step of 3 x 32 real examples with PCGrad takes {' and '.join(parts)}."]
+        parts.append(f"{row['case'].split(',')[0]}: {_milliseconds(row['median'])} ms a step, {shown}.")
+    return [f"3 x 32 real examples with PCGrad. {' '.join(parts)}"]
 
 
 def _ratios(low: Mapping[str, Any], full: Mapping[str, Any] | None, in_bf16: str, in_fp32: str, name: str) -> str:
@@ -209,8 +209,10 @@ def _ratios(low: Mapping[str, Any], full: Mapping[str, Any] | None, in_bf16: str
         found["both in fp32"] = full["speedup"][in_fp32]
     elif not found and in_fp32 in low["speedup"]:
         found["theirs in fp32"] = low["speedup"][in_fp32]
-    ratios = " and ".join(f"{times:.1f} times ({which})" for which, times in found.items())
-    return f"{ratios} as fast as {name}" if found else ""
+    parts, words = [], f" times as fast as {name}"  # the words follow the first ratio alone
+    for which, times in found.items():
+        parts.append(f"{times:.1f}{'' if parts else words} ({which})")
+    return " and ".join(parts)
 
 
 def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
