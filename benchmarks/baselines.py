@@ -219,7 +219,6 @@ class PackedStep(_PerTaskStep):
         return packed_encoder(self.model.encoder, made)
 
     def _combine(self, J: Tensor) -> Tensor:
-        self.method.prepare(len(J), J.device)
         return self.method(J @ J.T) @ J
 
 

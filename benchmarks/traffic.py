@@ -37,7 +37,7 @@ from minbert_fast.kernels.launches import intercepted
 from minbert_fast.model.packing import pack
 from minbert_fast.ops.library import OPS
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.step.captured import at_capacity, cloned, copy_in
+from minbert_fast.step.captured import at_capacity, cloned
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
@@ -91,10 +91,10 @@ class Watch(TorchDispatchMode):
             with self, intercepted(H100, take):
                 return OPS[name].run(*args, **kwargs)
         out = func(*args, **kwargs)
-        made = _on_device(tree_leaves(out))
+        made = _on_device(tree_leaves(out if func._schema.returns else args[0]))  # `_foreach_copy_` returns nothing
         short = name.partition("::")[2]
         views = [each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns]
-        if made and short not in _FREE and not all(views):
+        if made and short not in _FREE and not (views and all(views)):
             taken = list(map(_size, _on_device(tree_leaves((args, kwargs)))))
             results = list(map(_size, made))
             if short in _GATHERS:
@@ -163,15 +163,15 @@ def launches(config: BertConfig, method: str = "pcgrad") -> list[Launch]:
     """The launches of one call of the captured step, in order, with the copies of its batch and of its result."""
     with as_on_cuda():
         step, batch = make_step(config, method)
-        batch = at_capacity(batch.to("meta"))
-        own = batch.clone()
+        own = batch.to("meta")
+        assert own.buffer is not None
         with intercepted(H100, lambda *launch: None):
-            step(own, 1.0)  # the first step of a bucket runs eagerly
-        watch = Watch()
+            step(at_capacity(own), 1.0)  # the first step of a bucket runs eagerly
+        watch, source = Watch(), batch.staged()
         with watch:
             step.prepare(batch, 0.5)
-            copy_in(own, batch)
-            cloned(step.compute(own))
+            own.buffer.copy_(source)
+            cloned(step.compute(at_capacity(own)))
     return watch.launches
 
 

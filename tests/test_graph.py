@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.step.stepping import StepResult
 from minbert_fast.step.tape import Tape
 from minbert_fast.tasks import MultitaskModel
 from tests.test_step import make_batch, make_model, recipe
@@ -100,6 +102,69 @@ def test_a_question_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         computed_on_meta(chosen, SIZES, monkeypatch)
 
 
+class GraphOnCPU:
+    """A graph of one call of `compute`: `replay` calls it again, and writes into the tensors of the captured result."""
+
+    def __init__(self) -> None:
+        self.call: Callable[[], StepResult] | None = None
+        self.result: dict[str, Any] = {}
+
+    def replay(self) -> None:
+        assert self.call is not None
+        for name, value in vars(self.call()).items():
+            if isinstance(value, Tensor):
+                self.result[name].copy_(value)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing: list[GraphOnCPU] = []
+    original = OnePassStep.compute
+
+    def compute(step: OnePassStep, batch: MultitaskBatch) -> StepResult:
+        if not capturing:
+            return original(step, batch)
+        tasks = len(batch.tasks)
+        gram = torch.full((tasks, tasks), torch.nan)
+        losses, norm, flags = torch.full((tasks,), torch.nan), torch.tensor(torch.nan), torch.ones(tasks) > 0
+        result = StepResult(losses, norm, gram if step.apart else None, flags)
+        capturing[0].call, capturing[0].result = lambda: original(step, batch), vars(result)
+        return result
+
+    @contextlib.contextmanager
+    def capture(graph: GraphOnCPU, **_: Any) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
+    monkeypatch.setattr(OnePassStep, "compute", compute)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnCPU)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for name in ("Stream", "current_stream", "graph_pool_handle", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, mock.Mock())
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", mock.Mock(), raising=False)
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+def test_a_graph_sees_the_batch_the_seed_the_rate_and_the_orders_of_each_step(surgery: str) -> None:
+    chosen = recipe(surgery={"method": surgery}, model={"dropout": 0.1})
+    eager = OnePassStep(make_model(chosen), chosen, torch.float32)
+    graphed = GraphedStep(OnePassStep(make_model(chosen), chosen, torch.float32))
+    capacities = [{"token_capacity": n, "sentence_capacity": 20, "max_seqlen": 24} for n in (256, 320)]
+    expected, found = [], []
+    for step in range(12):
+        batch = batch_of(step, **capacities[step % 2])
+        expected.append(eager(at_capacity(batch), 1.0 - step / 20))
+        found.append(graphed(batch.clone() if step % 3 else batch, 1.0 - step / 20))
+    for one, two in zip(expected, found, strict=True):  # none of them is overwritten by a later replay
+        for name in ("losses", "grad_norm", "gram", "nonfinite"):
+            torch.testing.assert_close(getattr(two, name), getattr(one, name), atol=0, rtol=0)
+    assert torch.equal(eager.flat.data, graphed.step.flat.data)
+    assert len(graphed) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("surgery", ["none", "pcgrad"])
 def test_graphs_train_as_the_eager_step_does(surgery: str) -> None:
@@ -109,8 +174,9 @@ def test_graphs_train_as_the_eager_step_does(surgery: str) -> None:
     graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))
     capacities = [{"token_capacity": n, "sentence_capacity": 20, "max_seqlen": 24} for n in (256, 320)]
     for step in range(12):
-        batch = batch_of(step, **capacities[step % 2]).to("cuda")
-        one, two = eager(at_capacity(batch), 1.0 - step / 20), graphed(batch, 1.0 - step / 20)
+        pinned = batch_of(step, **capacities[step % 2]).pin_memory()
+        batch = pinned.to("cuda")
+        one, two = eager(at_capacity(batch), 1.0 - step / 20), graphed(pinned if step % 3 else batch, 1.0 - step / 20)
         assert torch.equal(one.losses, two.losses)
     assert torch.equal(eager.flat.data, graphed.step.flat.data)
     assert len(graphed) == 2

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minbert_fast.model.packing import PackedBatch
+
+ALIGNMENT = 16  # bytes: a tensor of a batch's buffer begins at a multiple of it, as kernels' widest accesses need
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,45 @@ class MultitaskBatch:
     totals: StepTotals | None = None  # None: one process has the whole step
     duplicated: frozenset[str] = frozenset()  # tasks with each example twice: all first copies, then all second ones
     targets: dict[str, int] = field(default_factory=dict)  # number of targets, for tasks whose loss averages over them
+    #: The bytes of all tensors, which are views of it. None: each tensor has its own memory, as after `replace`.
+    buffer: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultitaskBatch:
-        """This batch with its tensors on `device`."""
-        return self._map(self.packed.to(device, non_blocking), lambda t: t.to(device, non_blocking=non_blocking))
+        """This batch with its tensors on `device`: one copy."""
+        if self.packed.tokens.device == torch.device(device):
+            return self
+        return self._in(self.staged().to(device, non_blocking=non_blocking))
 
     def clone(self) -> MultitaskBatch:
         """A copy that shares no tensor memory with this batch."""
-        return self._map(self.packed.clone(), Tensor.clone)
+        return self._in(self.staged().clone())
 
     def pin_memory(self) -> MultitaskBatch:
         """This batch in page-locked memory. Copies from there to a GPU overlap with the GPU's work."""
-        return self._map(self.packed.pin_memory(), Tensor.pin_memory)
+        return self._in(self.staged().pin_memory())
 
-    def _map(self, packed: PackedBatch, function: Callable[[Tensor], Tensor]) -> MultitaskBatch:
-        return replace(self, packed=packed, labels={name: function(label) for name, label in self.labels.items()})
+    def staged(self) -> Tensor:
+        """The bytes of all tensors, one after another: `buffer`, or else copies in a new one."""
+        if self.buffer is not None:
+            return self.buffer
+        tensors = self.tensors()
+        size = sum(map(_room, tensors))
+        buffer = torch.zeros(size, dtype=torch.uint8, device=self.packed.tokens.device)
+        for view, tensor in zip(_views(buffer, tensors), tensors, strict=True):
+            view.copy_(tensor)
+        return buffer
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the packed batch, then the labels."""
+        return [*self.packed.tensors().values(), *self.labels.values()]
+
+    def _in(self, buffer: Tensor) -> MultitaskBatch:
+        """This batch with its tensors as views of `buffer`, which is laid out as `staged` does."""
+        views = _views(buffer, self.tensors())
+        packed: dict[str, Any] = dict(zip(self.packed.tensors(), views, strict=False))  # leaves the labels
+        batch = replace(self, packed=replace(self.packed, **packed), labels=dict(zip(self.labels, views, strict=True)))
+        object.__setattr__(batch, "buffer", buffer)
+        return batch
 
     def num_examples(self, task: str) -> int:
         """Number of examples of a task in this process."""
@@ -75,3 +102,18 @@ class MultitaskBatch:
     def step_tokens(self) -> int:
         """Tokens of the step in all processes."""
         return self.totals.tokens if self.totals else self.packed.num_tokens
+
+
+def _room(tensor: Tensor) -> int:
+    """The bytes of a tensor in a buffer, up to where the next one begins."""
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
+
+def _views(buffer: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Views of `buffer`, one after another, with the shapes and dtypes of `tensors`."""
+    whole = {dtype: buffer.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    begin = 0
+    for tensor in tensors:
+        piece = whole[tensor.dtype].narrow(0, begin // tensor.element_size(), tensor.numel())
+        yield piece if tensor.dim() == 1 else piece.view(tensor.shape)
+        begin += _room(tensor)

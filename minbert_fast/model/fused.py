@@ -13,7 +13,9 @@ from __future__ import annotations
 import typing
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -74,6 +76,7 @@ class Plan(NamedTuple):
 P = TypeVar("P", Embedding, Layer)
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+flatten = chain.from_iterable
 
 
 class NotExactError(Exception):
@@ -175,8 +178,43 @@ _WATCHED: dict[type, tuple[str, ...]] = {
 _WATCHED_ELSEWHERE = (*_METHODS, "interm_af", "act", "num_attention_heads", "attention_head_size")
 
 
-#: root -> its fingerprint, the answer, and its parameters: while these live, no other tensor gets the id of one of them.
-_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[object], Plan, list[Tensor]]] = weakref.WeakKeyDictionary()
+class _Tree:
+    """The modules of a tree, as they were found once. Does not keep the root alive."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.below = list(root.modules())[1:]
+        self.states = [vars(module) for module in self.below]
+        names = [_WATCHED.get(type(module), _WATCHED_ELSEWHERE) for module in self.below]
+        self.watched = [name for each in names for name in each]
+        self.watched_in = [state for state, each in zip(self.states, names, strict=True) for _ in each]
+
+    def fingerprint(self, root: nn.Module) -> list[object]:
+        """Everything the answer depends on: equal lists mean an equal answer.
+
+        Every training step compares them, and every forward. So the loops over the modules run in C.
+        """
+        state = vars(root)
+        states = [state, *self.states]
+        seen: list[object] = [*flatten(_GLOBAL_HOOKS), type(root), *map(type, self.below)]
+        for hooks in _HOOKS:
+            seen += flatten(filter(None, map(itemgetter(hooks), states)))
+        for owned in ("_parameters", "_modules"):
+            seen += map(id, flatten(map(dict.values, filter(None, map(itemgetter(owned), states)))))
+        seen += map(state.get, _WATCHED.get(type(root), _WATCHED_ELSEWHERE))
+        seen += map(dict.get, self.watched_in, self.watched)
+        return seen
+
+
+class _Seen(NamedTuple):
+    """The last look at a tree."""
+
+    tree: _Tree
+    fingerprint: list[object]
+    plan: Plan
+    parameters: list[Tensor]  # while these live, no other tensor gets the id of one of them
+
+
+_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 
 
 def plan(
@@ -184,18 +222,16 @@ def plan(
     embedding: Callable[[], Embedding] | None,
     layers: Iterable[nn.Module],
     layer: Callable[[Any], Layer],
-    extra: Iterable[object] = (),
+    extra: Sequence[object] = (),
 ) -> Plan:
     """The parts of `root` that the fused path computes, as a fresh look would find them.
 
     `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
     They see only modules below `root`; `extra` holds everything else that they depend on.
     """
-    fingerprint = _fingerprint(root)
-    fingerprint += extra
     known = _seen.get(root)
-    if known is not None and known[0] == fingerprint:
-        return known[1]
+    if known is not None and known.fingerprint == [*known.tree.fingerprint(root), *extra]:
+        return known.plan
     names = {module: name for name, module in root.named_modules()}
     reasons: dict[str, str] = {}  # why -> the first module of which that is true
 
@@ -215,7 +251,8 @@ def plan(
         reasons.setdefault(str(why_foreign(foreign)), names[foreign])
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
     parameters: list[Tensor] = [p for m in root.modules() for p in m._parameters.values() if p is not None]
-    _seen[root] = (fingerprint, fresh, parameters)
+    tree = _Tree(root)
+    _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, parameters)
     return fresh
 
 
@@ -225,30 +262,3 @@ def warn_once(warned: set[str], messages: Iterable[str], stacklevel: int) -> Non
         if words not in warned:
             warned.add(words)
             warnings.warn(words, stacklevel=stacklevel + 1)
-
-
-def _fingerprint(root: nn.Module) -> list[object]:
-    """Everything the answer depends on, comparable in microseconds: equal lists mean an equal answer."""
-    seen: list[object] = []
-    stack: list[Any] = [root]
-    for hooks in _GLOBAL_HOOKS:
-        seen += hooks
-    while stack:
-        module = stack.pop()
-        state = module.__dict__
-        cls = type(module)
-        seen.append(cls)
-        seen += map(state.get, _WATCHED.get(cls, _WATCHED_ELSEWHERE))
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
-            seen += (number for name in _HOOKS for number in state[name])
-        if parameters := state["_parameters"]:
-            seen += map(id, parameters.values())
-        if children := state["_modules"]:
-            seen += children.values()
-            stack += [child for child in children.values() if child is not None]
-    return seen

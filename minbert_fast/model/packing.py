@@ -12,7 +12,7 @@ asks the device a question.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,19 +45,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        return self._with(lambda t: t.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked host memory: a GPU copies from it while it computes."""
-        return self._with(Tensor.pin_memory)
-
-    def clone(self) -> PackedBatch:
-        """A copy that shares no memory with this one."""
-        return self._with(Tensor.clone)
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
-        return replace(self, **changed)
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""

@@ -3,8 +3,9 @@
 
 A graph is captured for each *bucket*: the capacities that a batch was packed to, and which tasks have examples in it.
 The first batch of a bucket runs eagerly (that loads kernels and sizes workspaces, and is an ordinary training step);
-the second is captured; from then on a batch is copied into the bucket's own tensors and the graph replays. Learning
-rates, seeds, task orders, `cu_seqlens`, task bounds and labels are read from device memory, so the graph follows them.
+the second is captured; from then on a batch's bytes are copied into the bucket's own tensors and the graph replays.
+Learning rates, seeds, task orders, `cu_seqlens`, task bounds and labels are read from device memory, so the graph follows
+them. Batches come from page-locked memory, or lie on the device.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ Bucket = tuple[Any, ...]
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    batch: MultitaskBatch  # the tensors that the graph reads
+    buffer: Tensor  # the batch that the graph reads
     result: StepResult  # the tensors that it writes
     held: Sequence[Tensor]  # buffers that it uses, which the step may have replaced by larger ones, and its tables
 
     def run(self, batch: MultitaskBatch) -> StepResult:
         """Copies a batch in, replays, and copies the result out of the graph's own memory."""
-        copy_in(self.batch, batch)
+        self.buffer.copy_(batch.staged(), non_blocking=True)
         self.graph.replay()
         return cloned(self.result)
 
@@ -70,7 +71,6 @@ class GraphedStep:
         return len(self._captured)
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
-        batch = at_capacity(batch)
         bucket = _bucket(batch)
         self.step.prepare(batch, lr_scale)
         if bucket in self._seen:
@@ -78,6 +78,7 @@ class GraphedStep:
                 self._captured[bucket] = self._capture(batch)
             return self._captured[bucket].run(batch)
         self._seen.add(bucket)
+        batch = at_capacity(batch.to(self.step.seed.device, non_blocking=True))
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -87,7 +88,8 @@ class GraphedStep:
 
     def _capture(self, batch: MultitaskBatch) -> _Captured:
         began = time.perf_counter()
-        own = batch.clone()
+        own = batch.to(self.step.seed.device).clone()
+        assert own.buffer is not None
         torch.cuda.synchronize()
         # Matrix products then take new workspaces from the graph's own pool. Other code may free the old ones
         # (torch.compile's CUDA graphs do), while the graph would still write to them.
@@ -95,10 +97,10 @@ class GraphedStep:
         graph = torch.cuda.CUDAGraph()
         # Meanwhile another thread makes batches and pins memory, which the mode "global" would treat as an error.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = self.step.compute(own)
+            result = self.step.compute(at_capacity(own))
         self.captures.captured += 1
         self.captures.capture_seconds += time.perf_counter() - began
-        return _Captured(graph, own, result, [*self.step.gradients.buffers(), *self.step.tables.write()])
+        return _Captured(graph, own.buffer, result, [*self.step.gradients.buffers(), *self.step.tables.write()])
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self.step.state_dict()
@@ -114,28 +116,15 @@ def at_capacity(batch: MultitaskBatch) -> MultitaskBatch:
 
 
 def _bucket(batch: MultitaskBatch) -> Bucket:
-    shapes = tuple(tuple(t.shape) for t in _tensors(batch))
+    shapes = ((t.shape, t.dtype) for t in batch.tensors())
     return (*shapes, batch.packed.max_seqlen, *(batch.num_examples(name) for name in batch.tasks))
 
 
-def _tensors(batch: MultitaskBatch) -> list[Tensor]:
-    return [*batch.packed.tensors().values(), *batch.labels.values()]
-
-
-def copy_in(own: MultitaskBatch, batch: MultitaskBatch) -> None:
-    """Copies a batch into the tensors that a graph reads, with one launch for each dtype."""
-    _copy_all(_tensors(own), _tensors(batch))
-
-
-def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for dtype in dict.fromkeys(target.dtype for target in targets):
-        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
-        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs], non_blocking=True)
-
-
 def cloned(result: StepResult) -> StepResult:
-    """The result in memory that the next replay does not overwrite."""
+    """The result in memory that the next replay does not overwrite, copied with one launch for each dtype."""
     found = {name: t for name, t in vars(result).items() if isinstance(t, Tensor)}
-    copies = {name: torch.empty_like(t) for name, t in found.items()}
-    _copy_all(list(copies.values()), list(found.values()))
-    return replace(result, **copies)  # type: ignore[arg-type]
+    copies: dict[str, Any] = {name: torch.empty_like(t) for name, t in found.items()}
+    for dtype in {t.dtype for t in found.values()}:
+        names = [name for name, t in found.items() if t.dtype == dtype]
+        torch._foreach_copy_([copies[name] for name in names], [found[name] for name in names])
+    return replace(result, **copies)

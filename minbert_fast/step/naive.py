@@ -22,7 +22,16 @@ from minbert_fast.step.extras import separate_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.hooks import first
-from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
+from minbert_fast.step.stepping import (
+    PartTimer,
+    StepResult,
+    average_of,
+    prefixed,
+    seed_generators,
+    seed_of,
+    surgery_of,
+    unprefixed,
+)
 from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
@@ -116,12 +125,14 @@ class ReferenceStep:
         return [{"params": p, "lr_factor": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
-        step_seed = reseed(self.recipe.training.seed, self.steps)
+        device = batch.packed.tokens.device
+        step_seed = seed_of(self.recipe.training.seed, self.steps)
+        seed_generators(step_seed, device)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
         self.model.train()
-        timer = PartTimer(batch.packed.tokens.device)
+        timer = PartTimer(device)
         self.optimizer.zero_grad()
         consistency = next((hook.consistency for hook in self.hooks if isinstance(hook, Consistency)), None)
         with constant(self.frozen):
@@ -148,7 +159,7 @@ class ReferenceStep:
             hook.after_update(values, batch.active_tasks(), skip)
         timer.end("optimizer")
         if follows:
-            torch.manual_seed(step_seed)  # the same dropout again
+            seed_generators(step_seed, device)  # the same dropout again
             with torch.no_grad():
                 again = self._losses(batch, consistency)
             for hook in self.hooks:

@@ -27,8 +27,18 @@ from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.flat_pass import OnePass, check_unshared
 from minbert_fast.step.hooks import Connect, StepHook, first
+from minbert_fast.step.numbers import StepNumbers
 from minbert_fast.step.optim import FlatAdamW
-from minbert_fast.step.stepping import PartTimer, StepResult, average_of, prefixed, reseed, surgery_of, unprefixed
+from minbert_fast.step.stepping import (
+    PartTimer,
+    StepResult,
+    average_of,
+    prefixed,
+    seed_generators,
+    seed_of,
+    surgery_of,
+    unprefixed,
+)
 from minbert_fast.step.tape import Tape
 from minbert_fast.step.trainable import constant, trainable
 from minbert_fast.tasks import MultitaskModel
@@ -77,7 +87,8 @@ class OnePassStep:
         self.head_gradient = torch.zeros(self.flat.trainable_end - self.flat.words_end, device=self.flat.data.device)
         self.heads = {name: [spec.parameter for spec in specs] for name, specs in parts.heads.items()}
         self._attach_head_gradients()
-        self.seed = torch.zeros(1, dtype=torch.int64, device=self.flat.data.device)
+        self.numbers = StepNumbers(len(recipe.tasks), self.flat.data.device)
+        self.seed = self.numbers.seed
         self.steps = 0
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
@@ -88,19 +99,20 @@ class OnePassStep:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
         if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
-        self.step_seed = reseed(self.seed_base, self.steps)
-        self.seed.fill_(self.step_seed)
+        self.step_seed = seed_of(self.seed_base, self.steps)
+        seed_generators(self.step_seed, self.flat.data.device)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
-        self.optimizer.schedule(lr_scale)
-        self.weights.prepare(len(batch.tasks), self.flat.data.device)
+        orders = self.weights.draw(len(batch.tasks))
+        self.numbers.write(self.step_seed, self.recipe.optimizer.lr * lr_scale, orders)
 
     def compute(self, batch: MultitaskBatch) -> StepResult:
         """The device's part of a step. A graph can capture it: it neither waits for the device nor copies data to it."""
         self.model.train()
         timer = PartTimer(self.flat.data.device)
         present = batch.active_tasks()
+        self.optimizer.schedule(self.numbers.rate)
 
         # Packed batch -> hidden [N, H] -> one loss per task.
         with constant(self.frozen):
@@ -117,7 +129,7 @@ class OnePassStep:
 
         # G [T, T] -> w [T]: gradient surgery is arithmetic on the tasks' inner products.
         gram = self.gradients.gram(words) if self.tape is None else self.tape.gram(words)
-        w = self.weights(gram)
+        w = self.weights(gram, self.numbers.orders)
         if not self.apart and self.recipe.surgery.reduction == "mean":
             w = w / len(batch.tasks)
         labels = ["shared", "words", *present]
@@ -178,7 +190,7 @@ class OnePassStep:
         if not (
             self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         ):  # a graph's heads draw other masks
-            torch.manual_seed(self.step_seed)
+            seed_generators(self.step_seed, self.seed.device)
         with constant([p for p in self.model.parameters() if p.requires_grad]):
             losses = self._losses(batch, self._encode(batch))
         return torch.stack([loss.detach() for loss in losses])

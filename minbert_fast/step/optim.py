@@ -118,9 +118,9 @@ class FlatAdamW:
         slots = 0 if flat.words is None else flat.words.shape[0] + 1
         self._row_slot = torch.empty(slots, dtype=torch.int32, device=device)
 
-    def schedule(self, lr_scale: float) -> None:
-        """Sets the learning rate of the next step: the base rate times `lr_scale`, times each group's own factor."""
-        self.scalars[:, LEARNING_RATE].fill_(self.options.lr * lr_scale)
+    def schedule(self, rate: Tensor) -> None:
+        """Sets the learning rate of this step, `rate` [1] on the device; each group's own factor comes on top."""
+        self.scalars[:, LEARNING_RATE].copy_(rate)
 
     def settle(
         self, labels: Sequence[str], values: Tensor, gram: Tensor, w: Tensor, heads: Tensor

@@ -69,11 +69,19 @@ class TrainingStep(Protocol):
         """Restores what `state_dict` returned. Raises ValueError for the state of another model."""
 
 
-def reseed(seed: int, step: int) -> int:
-    """Seeds torch's generators from the run's seed and the step, for exact resuming, and returns the step's seed."""
-    step_seed = (seed * 1_000_003 + step) % 2**62
-    torch.manual_seed(step_seed)
-    return step_seed
+def seed_of(seed: int, step: int) -> int:
+    """The seed of a step, from the run's seed."""
+    return (seed * 1_000_003 + step) % 2**62
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds torch's generators of the CPU and of `device`.
+
+    `torch.manual_seed` also notes the seed for each kind of device that is not in use, with a formatted traceback.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def surgery_of(recipe: Recipe, generator: torch.Generator) -> surgery.Weights:

@@ -2,8 +2,7 @@
 """Gradient surgery: from the Gram matrix of the tasks' gradients to one weight a task.
 
     method = surgery.weights("pcgrad")
-    method.prepare(tasks=3, device=J.device)    # draws the random orders
-    w = method(J @ J.T)                         # w [T] from G [T, T]; the optimizer's gradient is w J
+    w = method(J @ J.T)  # w [T] from G [T, T]; the optimizer's gradient is w J
 
 Each method is one file of its name, with the formula, an example, and `weights(G) -> w` or a class. The other files:
 

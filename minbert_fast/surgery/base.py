@@ -26,11 +26,12 @@ class Weights:
             raise ValueError(f'reduction = {reduction!r}: expected "sum" or "mean"')
         self.reduction = reduction
 
-    def prepare(self, tasks: int, device: torch.device) -> None:
-        """Does one step's host work (random orders). The step calls it first, outside a captured graph."""
+    def draw(self, tasks: int) -> Tensor | None:
+        """Draws one step's random orders, int32 [T, T] on the host. None: the method has none."""
+        return None
 
-    def __call__(self, gram: Tensor) -> Tensor:
-        """w [T] from G [T, T], on G's device."""
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
+        """w [T] from G [T, T], on G's device. `orders` are those of `draw`, on G's device; None: the call draws them."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class OnHost(Weights):
         super().__init__(reduction)
         self.solve = solve
 
-    def __call__(self, gram: Tensor) -> Tensor:
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
         tasks = gram.shape[0]
         full = gram.detach().double().cpu().numpy()
         used = full.diagonal() - full.diagonal() == 0

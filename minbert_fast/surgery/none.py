@@ -20,6 +20,6 @@ class Equal(Weights):
 
     capturable = True
 
-    def __call__(self, gram: Tensor) -> Tensor:
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
         weight = 1.0 if self.reduction == "sum" else 1.0 / gram.shape[0]
         return torch.where(nonfinite(gram), 0.0, weight).to(gram.dtype)

@@ -31,8 +31,7 @@ def task_orders(tasks: int, generator: torch.Generator) -> Tensor:
 class Projections(Weights):
     """PCGrad's weights from G.
 
-    `prepare` draws the orders from `generator` (default: one seeded with torch.initial_seed()). `state_dict` saves the
-    generator's state. A call without `prepare` draws the orders first.
+    The orders come from `generator` (default: one seeded with torch.initial_seed()). `state_dict` saves its state.
     """
 
     capturable = True
@@ -40,24 +39,16 @@ class Projections(Weights):
     def __init__(self, reduction: Reduction = "sum", generator: torch.Generator | None = None) -> None:
         super().__init__(reduction)
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
-        self._orders: Tensor | None = None
-        self._fresh = False
 
-    def prepare(self, tasks: int, device: torch.device) -> None:
-        orders = task_orders(tasks, self.generator)
-        if device.type == "cuda":
-            orders = orders.pin_memory()
-        if self._orders is None or self._orders.shape[0] != tasks or self._orders.device != device:
-            self._orders = torch.empty(tasks, tasks, dtype=torch.int32, device=device)
-        self._orders.copy_(orders, non_blocking=True)  # in place: a captured graph reads this tensor
-        self._fresh = True
+    def draw(self, tasks: int) -> Tensor:
+        return task_orders(tasks, self.generator)
 
-    def __call__(self, gram: Tensor) -> Tensor:
-        if not self._fresh:
-            self.prepare(gram.shape[0], gram.device)
-        assert self._orders is not None
-        self._fresh = False
-        return self.project(gram, self._orders)
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
+        if orders is None:
+            orders = self.draw(gram.shape[0])
+            if gram.is_cuda:
+                orders = orders.pin_memory()  # else the host waits for the copy
+        return self.project(gram, orders.to(gram.device, non_blocking=True))
 
     def project(self, gram: Tensor, orders: Tensor) -> Tensor:
         w, _ = ops.pcgrad_weights(gram, orders, self.reduction == "mean")
@@ -68,7 +59,6 @@ class Projections(Weights):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-        self._fresh = False
 
 
 class ClassicProjections(Projections):

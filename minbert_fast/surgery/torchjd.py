@@ -44,7 +44,7 @@ class FromTorchJD(Weights):
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self._tasks = 0  # of the state, if there is one
 
-    def __call__(self, gram: Tensor) -> Tensor:
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
         used = ~nonfinite(gram)
         w = torch.zeros_like(gram[0])
         seed = int(torch.randint(2**62, (1,), generator=self.generator))

@@ -212,7 +212,6 @@ class PCGrad:
             else:  # element by element: an index tensor would make the host wait for a GPU
                 for (a, i), (b, j) in itertools.product(enumerate(owners), repeat=2):
                     self.gram[i, j] += products[a, b]
-        self.weights.prepare(len(tasks), home)
         # A broken gradient stays visible wherever it takes part, as GradScaler expects; weight 0 would hide it.
         w = torch.where(surgery.nonfinite(self.gram), torch.nan, self.weights(self.gram))
         self.task_weights = w / len(tasks) if self.averages else w

@@ -92,7 +92,9 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
             made = ((step, batch.pin_memory()) for step, batch in made)
         with closing(prefetch(made)) as ahead:
             for _, batch in ahead:
-                yield batch.to(context.device, non_blocking=True)
+                yield (
+                    batch if graphs else batch.to(context.device, non_blocking=True)
+                )  # a graph copies its batch itself
 
     own = whole.stages[index].get("training", {}).get("max_steps") if whole.stages else None
     return Stage(

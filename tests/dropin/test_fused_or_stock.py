@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -183,9 +184,20 @@ def hooked_output(model: BertModel) -> None:
     model.bert_layers[0].attention_layer_norm.register_forward_hook(lambda module, args, out: out * 1.5)
 
 
+def hooked_in_a_new_dict(model: BertModel) -> None:
+    """As code that clears all hooks does first."""
+    model.bert_layers[0].attention_layer_norm._forward_hooks = OrderedDict()
+    hooked_output(model)
+
+
+def initialised_again(model: BertModel) -> None:
+    """All dictionaries of the module are new ones."""
+    nn.Linear.__init__(model.bert_layers[1].interm_dense, WIDTH, 80, bias=False)
+
+
 CHANGES = [
     relu, without_bias, subclassed, wrapped_linear, wrapped_embedding, another_norm, appended, shared, cut,
-    parametrized, pruned, own_forward, hooked_output,
+    parametrized, pruned, own_forward, hooked_output, hooked_in_a_new_dict, initialised_again,
 ]  # fmt: skip
 STAYS_FUSED = (appended, shared, cut)
 

@@ -504,17 +504,11 @@ def test_state_continues_the_orders() -> None:
     assert all(map(torch.equal, after, [resumed(gram) for _ in range(3)]))
 
 
-def test_prepare_draws_once_a_step() -> None:
-    """prepare then call is one step's draw, into a tensor that stays where it is (a captured graph reads it)."""
+def test_a_call_draws_what_draw_draws() -> None:
     gram = ops.gram(rows(4, "nearly opposite"))
     one, other = (pcgrad.Projections(generator=torch.Generator().manual_seed(0)) for _ in range(2))
     for _ in range(3):
-        one.prepare(4, gram.device)
-        place = one._orders.data_ptr() if one._orders is not None else 0
-        assert torch.equal(one(gram), other(gram))
-    one.prepare(4, gram.device)
-    assert one._orders is not None
-    assert one._orders.data_ptr() == place
+        assert torch.equal(one(gram, one.draw(4)), other(gram))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
