@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from minbert_fast.common.schema import check, check_at_least, check_below_one
 from minbert_fast.data.tokens import Encoder
 from minbert_fast.model.config import BertConfig
+from minbert_fast.ops.cosine import cosine
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, shared_stack
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, shared_stack
 from minbert_fast.tasks.graded import from_unit, to_unit
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
@@ -129,7 +130,9 @@ class PairHead(Head):
         joint = () if options.encoder == "bi" else embedded[-1:]
         if options.head == "cosine":
             factor, offset = (self.factor, self.offset) if options.calibrated else (options.scale, options.offset)
-            score = cosine(*vectors) * factor + offset
+            score = cosine(*vectors)
+            if options.calibrated or (factor, offset) != (1.0, 0.0):
+                score = score * factor + offset
             for x in joint:
                 score = score + self.together(x).squeeze(-1)
             return HeadOutput(score, vectors)
