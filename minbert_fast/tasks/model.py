@@ -154,10 +154,12 @@ class MultitaskModel(nn.Module):
         if batch.num_examples(name) == 0:
             return output.scores.sum()  # the sum of no elements: 0, and part of the autograd graph
         head, labels = self.head(name), batch.labels.get(name)
-        weight = self.tasks[name].weight * batch.loss_fraction(name)
         if name in batch.duplicated:
-            return (consistency or ConsistencyLoss()).loss(head, output, labels) * weight
-        return head.loss(output, labels) * weight
+            loss = (consistency or ConsistencyLoss()).loss(head, output, labels)
+        else:
+            loss = head.loss(output, labels)
+        weight = self.tasks[name].weight * batch.loss_fraction(name)
+        return loss if weight == 1 else loss * weight
 
     def head(self, name: str) -> Head:
         head = self.heads[name]
