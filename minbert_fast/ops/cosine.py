@@ -54,9 +54,9 @@ class _Cosine(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
         found, norms = cosine_forward(u, v, EPS)
         ctx.save_for_backward(u, v, found, norms)
-        return found  # type: ignore[no-any-return]
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dcosine: Tensor) -> tuple[Tensor, Tensor]:
-        return cosine_backward(dcosine, *ctx.saved_tensors, EPS)  # type: ignore[no-any-return]
+        return cosine_backward(dcosine, *ctx.saved_tensors, EPS)

@@ -23,7 +23,7 @@ SCORES, CLASSES = 8192, 1024  # the most that the kernels take
 
 def binary_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     """Mean of -t log p - (1 - t) log(1 - p), p the sigmoid of a score; scores and targets of one shape and dtype -> []."""
-    if not _few(scores):
+    if not _few(scores) or targets.shape != scores.shape:
         return F.binary_cross_entropy_with_logits(scores, targets)
     return _loss(scores, binary_cross_entropy_with_gradient, targets)
 
@@ -33,7 +33,7 @@ def cross_entropy(scores: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
     `smoothing` is the share of a target that all classes get in equal parts (Szegedy et al. 2016, section 7).
     """
-    if not _few(scores) or scores.shape[1] > CLASSES:
+    if not _few(scores) or scores.shape[1] > CLASSES or labels.shape != scores.shape[:1]:
         return F.cross_entropy(scores, labels, label_smoothing=smoothing)
     return _loss(scores, cross_entropy_with_gradient, labels, smoothing)
 
@@ -65,7 +65,7 @@ class _WithGradient(torch.autograd.Function):
         loss, gradient = op(scores, *targets)
         ctx.save_for_backward(gradient)
         ctx.targets = len(targets)
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     @once_differentiable

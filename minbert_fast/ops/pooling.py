@@ -55,7 +55,7 @@ class _Kernels(torch.autograd.Function):
         pooled, chosen = pooling_forward(hidden, cu_seqlens, mode)
         ctx.save_for_backward(cu_seqlens, chosen)
         ctx.rest = mode, hidden.shape[0], hidden.dtype
-        return pooled  # type: ignore[no-any-return]
+        return pooled
 
     @staticmethod
     @once_differentiable

@@ -215,14 +215,10 @@ class OnePassStep:
                 row = self.gradients.view(p)[0]
                 row.zero_() if p.grad is None else row.copy_(p.grad)
             p.grad = None
-        word = self.model.encoder.word_embedding
-        tied = any(p is word.weight for p in self.others)
-        if self.flat.words is not None or tied:
-            ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
-            if word.padding_idx is not None:  # as in nn.Embedding, the padding word's row gets no gradient
-                rows.masked_fill_((ids == word.padding_idx)[:, None], 0.0)
-            if tied:  # a head uses the words too: adds the rows to the head's dense gradient
-                self.gradients.view(word.weight).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
+        word = self.model.encoder.word_embedding.weight
+        if any(p is word for p in self.others):  # a head uses the words too: adds their rows to its dense gradient
+            ids = batch.packed.word_ids[: batch.packed.num_words]
+            self.gradients.view(word).index_add_(1, ids.clamp(min=0), self._word_rows(batch))  # unused ids: zero rows
         return values
 
     def _ones(self, tasks: int) -> Tensor:
