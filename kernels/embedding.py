@@ -160,9 +160,10 @@ def _gathered(dz_ptr, row, valid, columns, within, WIDTH: tl.constexpr):
     return tl.load(dz_ptr + offsets, mask=valid[:, None] & within[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding"])
 def _embedding_gather(
     dz_ptr,  # [rows, WIDTH]
+    tokens_ptr,  # [rows] int32
     bounds_ptr,  # [T + 1] int32
     cu_seqlens_ptr,  # [sentences + 1] int32
     word_order_ptr,  # [rows] int32
@@ -171,7 +172,7 @@ def _embedding_gather(
     dword_ptr,  # [T, U, WIDTH] or None
     dposition_stride, dword_stride,
     positions,  # programs along axis 0 that belong to positions; the others belong to words
-    sentences,
+    sentences, padding,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
@@ -199,6 +200,10 @@ def _embedding_gather(
             word = slot - positions
             begin = tl.load(word_offsets_ptr + word)
             end = tl.load(word_offsets_ptr + word + 1)
+            index = begin + tl.arange(0, ROWS)
+            row = tl.load(word_order_ptr + index, mask=index < end, other=-1)
+            token = tl.load(tokens_ptr + row, mask=row >= 0, other=-2)
+            is_padding = tl.max((token == padding).to(tl.int32), 0)
             if end - begin > ROWS:  # a frequent word: find the task's share first
                 share = begin + _count_below(word_order_ptr, begin, end, low, SCAN)
                 end = begin + _count_below(word_order_ptr, begin, end, high, SCAN)
@@ -209,7 +214,8 @@ def _embedding_gather(
                 valid = (row >= low) & (row < high)
                 total += _gathered(dz_ptr, row, valid, columns, within, WIDTH)
             out = task.to(tl.int64) * dword_stride + word.to(tl.int64) * WIDTH
-            tl.store(dword_ptr + out + columns, tl.sum(total, 0).to(dword_ptr.dtype.element_ty), mask=within)
+            sums = tl.where(is_padding > 0, 0.0, tl.sum(total, 0))
+            tl.store(dword_ptr + out + columns, sums.to(dword_ptr.dtype.element_ty), mask=within)
 
 
 def embedding_forward(
@@ -234,12 +240,12 @@ def embedding_backward(
     dy: Tensor, tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
     gamma: Tensor, mean: Tensor, rstd: Tensor, bounds: Tensor, cu_seqlens: Tensor, word_order: Tensor,
     word_offsets: Tensor, p: float, seed: Tensor | None, site: int, dword: Tensor | None, dposition: Tensor | None,
-    d_type_table: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None,
+    d_type_table: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, padding: int,
 ) -> None:  # fmt: skip
     """Writes dword [T, U, H], dposition [T, S, H], d_type_table [T, K, H], dgamma, dbeta [T, H].
 
     None: not wanted; any task stride. Sentences are cu_seqlens [B + 1] and their positions count from 0; word_order,
-    word_offsets as PackedBatch has them.
+    word_offsets as PackedBatch has them. The gradient of word `padding` is 0 (-1: of none).
     """
     (rows, width), kinds = dy.shape, type_.shape[0]
     if kinds > MAX_TYPES:
@@ -262,9 +268,9 @@ def embedding_backward(
     places = 0 if dposition is None else dposition.shape[1]
     programs = places + (0 if dword is None else dword.shape[1])
     _embedding_gather[(programs, tasks, triton.cdiv(width, columns))](
-        dz, bounds, cu_seqlens, word_order, word_offsets, dposition, dword,
+        dz, tokens, bounds, cu_seqlens, word_order, word_offsets, dposition, dword,
         0 if dposition is None else dposition.stride(0), 0 if dword is None else dword.stride(0),
-        places, cu_seqlens.numel() - 1, WIDTH=width, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=GATHER_SCAN,
+        places, cu_seqlens.numel() - 1, padding, WIDTH=width, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=GATHER_SCAN,
         num_warps=max(1, columns // 256), enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -282,5 +288,5 @@ def launches() -> Iterator[Launch]:
         forward = (*inputs, vector, 1e-12, 0.1, seed, 1, dy, rows, rows)
         yield Launch(f"forward {label}", partial(embedding_forward, *forward))
         saved = (*inputs, rows, rows, bounds, offsets, index, offsets)
-        backward = (dy, *saved, 0.1, seed, 1, *large, small, small)
+        backward = (dy, *saved, 0.1, seed, 1, *large, small, small, 0)
         yield Launch(f"backward {label}", partial(embedding_backward, *backward))

@@ -18,12 +18,14 @@ from minbert_fast import BertConfig, BertModel
 from minbert_fast.common.schema import ConfigError, build, to_toml
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
+from minbert_fast.ops.backend import force, triton_available
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, base, build_task, build_tasks
 from tests.test_graph import strangers
+from tests.tolerance import poisoned_memory
 
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -56,6 +58,42 @@ def gradients(model: MultitaskModel, losses: dict) -> dict[str, torch.Tensor]:
     model.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+# The course's three tasks by their presets, and with the options that lead through other kernels.
+BY_KERNELS: dict[str, dict] = {
+    "presets": {name: {} for name in LABELS},
+    "others": {
+        "sentiment": {"pooling": "cls", "label_smoothing": 0.1, "extra_layers": 1},
+        "paraphrase": {"pooling": "max", "features": ["cosine", "u"], "loss": "cross_entropy"},
+        "similarity": {"calibrated": True, "loss": "cosent", "weight": 2.0},
+    },
+}
+
+
+@pytest.mark.skipif(not triton_available(), reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the GPU's code in the interpreter")
+@pytest.mark.parametrize("sizes", [(5, 4, 3), (0, 1, 2)])
+@pytest.mark.parametrize("options", BY_KERNELS.values(), ids=BY_KERNELS)
+def test_losses_and_gradients_by_kernels_equal_those_without(options: dict, sizes: tuple[int, ...]) -> None:
+    """Pooling, cosines and losses are Triton's on a GPU; dropout draws the same masks."""
+    model = make_model(options)
+    batch = make_batch(model, dict(zip(options, sizes, strict=True)))
+    start = torch.randn(batch.packed.tokens.shape[0], CONFIG.hidden_size)
+
+    def run(backend: str) -> tuple[dict[str, torch.Tensor], ...]:
+        hidden = start.clone().requires_grad_()
+        torch.manual_seed(1)
+        with force(backend), poisoned_memory():  # type: ignore[arg-type]
+            losses = model.losses(batch, hidden)
+            found = gradients(model, losses)
+        assert hidden.grad is not None
+        assert not hidden.grad[batch.packed.num_tokens :].any()
+        return losses, found | {"hidden": hidden.grad}
+
+    for ours, theirs in zip(run("triton"), run("torch"), strict=True):
+        for name, expected in theirs.items():
+            torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])

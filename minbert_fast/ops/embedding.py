@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minbert_fast.ops import dropout, segments
+from minbert_fast.ops import dropout, native, segments
 from minbert_fast.ops.backend import implementation
-from minbert_fast.ops.library import kernel_op
+from minbert_fast.ops.library import custom_op, kernel_op
 
 
 def reference(
@@ -42,6 +42,11 @@ class EmbeddingSink(NamedTuple):
     d_type_table: Tensor | None = None  # [T, K, H]
     dgamma: Tensor | None = None  # [T, H]
     dbeta: Tensor | None = None  # [T, H]
+    padding: int = -1  # the word whose gradient is 0 for every task, as in nn.Embedding; -1: none
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return self[4:9]
 
 
 def embedding(
@@ -84,7 +89,7 @@ def _plain(
     parameters = (word, position, type_, gamma, beta)
     if into is None:
         return formula(*rows, *parameters).to(word.dtype)
-    stores = [segments.into(view) for view in into[4:]]
+    stores = [segments.into(view) for view in into.gradients]
     if into.dword is not None:
         stores[0] = _touched_rows(into.dword, into, tokens)
     return segments.by_task(formula, rows, parameters, into.bounds, stores).to(word.dtype)
@@ -92,9 +97,14 @@ def _plain(
 
 def _touched_rows(dword: Tensor, into: EmbeddingSink, tokens: Tensor) -> segments.Store:
     """Writes the gradient [V, H] of each distinct word of the batch to dword[task]; zeros for words without rows."""
-    first = into.word_order[into.word_offsets[:-1].clamp(max=len(tokens) - 1)]
-    used = into.word_offsets.diff()[:, None] > 0
-    return lambda task, gradient: dword[task].copy_(gradient[tokens[first]] * used)
+    words = _words(tokens, into.word_order, into.word_offsets)
+    used = (into.word_offsets.diff() > 0) & (words != into.padding)
+    return lambda task, gradient: dword[task].copy_(gradient[words] * used[:, None])
+
+
+def _words(tokens: Tensor, word_order: Tensor, word_offsets: Tensor) -> Tensor:
+    """The distinct words [U] of N > 0 tokens; any word for one without rows."""
+    return tokens[word_order[word_offsets[:-1].clamp(max=len(tokens) - 1)]]
 
 
 @kernel_op()
@@ -107,14 +117,26 @@ def embedding_forward(
     return word.new_empty(tokens.shape[0], word.shape[1]), statistics, torch.empty_like(statistics)
 
 
-@kernel_op("dword", "dposition", "d_type_table", "dgamma", "dbeta")
+@custom_op("embedding_backward", mutates_args=("dword", "dposition", "d_type_table", "dgamma", "dbeta"))
 def embedding_backward(
     dy: Tensor, tokens: Tensor, positions: Tensor, types: Tensor, word: Tensor, position: Tensor, type_: Tensor,
     gamma: Tensor, mean: Tensor, rstd: Tensor, bounds: Tensor, cu_seqlens: Tensor, word_order: Tensor,
     word_offsets: Tensor, p: float, seed: Tensor | None, site: int, dword: Tensor | None, dposition: Tensor | None,
-    d_type_table: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None,
+    d_type_table: Tensor | None, dgamma: Tensor | None, dbeta: Tensor | None, padding: int,
 ) -> None:  # fmt: skip
     """Writes each task's gradients, as EmbeddingSink says."""
+    read = (dy, tokens, positions, types, word, position, type_, gamma, mean, rstd)
+    rows = (bounds, cu_seqlens, word_order, word_offsets)
+    written = (dword, dposition, d_type_table, dgamma, dbeta)
+    arguments = (*(t.contiguous() for t in (*read, *rows)), p, seed, site, *written)
+    if implementation(dy) == "triton":
+        from minbert_fast.kernels import embedding as kernels
+
+        return kernels.embedding_backward(*arguments, padding)
+    native.call("embedding_backward", *arguments)
+    if padding >= 0 and dword is not None and len(tokens):
+        dword.masked_fill_((_words(tokens, word_order, word_offsets) == padding)[:, None], 0.0)
+    return None
 
 
 class _Embedding(torch.autograd.Function):
@@ -135,7 +157,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *saved, seed = ctx.saved_tensors
         if ctx.into:
-            embedding_backward(dy, *saved, *ctx.into[:4], ctx.p, seed, ctx.site, *ctx.into[4:])
+            into = ctx.into
+            embedding_backward(dy, *saved, *into[:4], ctx.p, seed, ctx.site, *into.gradients, into.padding)
             return (None,) * 14
         *gradients, dbeta = _dense_backward(dy, ctx.p, seed, ctx.site, *saved)
         return None, None, None, *gradients, dbeta.to(ctx.beta_dtype), *(None,) * 6

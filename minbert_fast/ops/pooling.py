@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From packed tokens to one vector a sentence: mean, first token or maximum.
+"""From packed tokens to one vector a sentence: mean, first token or maximum. Triton's kernels on a GPU, else PyTorch.
 
 The backward is a gather in every mode: each token row reads its sentence's gradient. No two programs add to one address,
 so every run gives the same bits. No value is read from the device.
@@ -13,6 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minbert_fast.ops.backend import implementation
+from minbert_fast.ops.library import kernel_op
 
 Mode = Literal["mean", "cls", "max"]
 
@@ -25,11 +29,41 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Mode) -> Tensor:
     """
     if mode not in ("mean", "cls", "max"):
         raise ValueError(f"pooling mode {mode!r}: expected mean, cls or max")
-    pooled: Tensor = _Pool.apply(hidden, cu_seqlens, mode)
+    function = _Kernels if implementation(hidden) == "triton" else _Plain
+    pooled: Tensor = function.apply(hidden, cu_seqlens, mode)
     return pooled
 
 
-class _Pool(torch.autograd.Function):
+@kernel_op()
+def pooling_forward(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """pooled [B, H] fp32, and the row of each maximum [B, H] int32 (of other modes: empty)."""
+    pooled = hidden.new_empty(cu_seqlens.shape[0] - 1, hidden.shape[1], dtype=torch.float32)
+    return pooled, pooled.new_empty(pooled.shape if mode == "max" else 0, dtype=torch.int32)
+
+
+@kernel_op()
+def pooling_backward(
+    dpooled: Tensor, cu_seqlens: Tensor, chosen: Tensor, mode: str, rows: int, dtype: torch.dtype
+) -> Tensor:
+    """dhidden [rows, H] of `dtype`."""
+    return dpooled.new_empty(rows, dpooled.shape[1], dtype=dtype)
+
+
+class _Kernels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, cu_seqlens: Tensor, mode: Mode) -> Tensor:
+        pooled, chosen = pooling_forward(hidden, cu_seqlens, mode)
+        ctx.save_for_backward(cu_seqlens, chosen)
+        ctx.rest = mode, hidden.shape[0], hidden.dtype
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dpooled: Tensor) -> tuple[Tensor, None, None]:
+        return pooling_backward(dpooled, *ctx.saved_tensors, *ctx.rest), None, None
+
+
+class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, cu_seqlens: Tensor, mode: Mode) -> Tensor:
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

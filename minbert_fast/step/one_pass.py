@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
@@ -86,7 +86,8 @@ class OnePassStep:
             self.hooks.insert(0, exchange)
         self.head_gradient = torch.zeros(self.flat.trainable_end - self.flat.words_end, device=self.flat.data.device)
         self.heads = {name: [spec.parameter for spec in specs] for name, specs in parts.heads.items()}
-        self._attach_head_gradients()
+        for p in model.parameters():
+            p.grad = None  # of an earlier stage
         self.numbers = StepNumbers(len(recipe.tasks), self.flat.data.device)
         self.seed = self.numbers.seed
         self.steps = 0
@@ -199,7 +200,9 @@ class OnePassStep:
 
     def _backward(self, batch: MultitaskBatch, losses: Sequence[Tensor]) -> Tensor:
         """Fills J, the words' rows and the heads' gradients with the gradients of `losses`, and returns these [T]."""
-        self.head_gradient.zero_()
+        heads = self._head_views()
+        for p in heads:
+            p.grad = None  # so that the backward adds to no earlier gradient
         total = torch.stack(list(losses))
         values = total.detach()
         if any(hook.follows_losses for hook in self.hooks):
@@ -218,19 +221,16 @@ class OnePassStep:
         total.backward(self._ones(len(losses)))  # last, since each backward overwrites J
         if self.tape is not None:
             self.tape.finish()
+        _collect(heads)
         for p in self.others:
             if not self.apart:
                 row = self.gradients.view(p)[0]
                 row.zero_() if p.grad is None else row.copy_(p.grad)
             p.grad = None
-        word = self.model.encoder.word_embedding
-        tied = any(p is word.weight for p in self.others)
-        if self.flat.words is not None or tied:
-            ids, rows = batch.packed.word_ids[: batch.packed.num_words], self._word_rows(batch)
-            if word.padding_idx is not None:  # as in nn.Embedding, the padding word's row gets no gradient
-                rows.masked_fill_((ids == word.padding_idx)[:, None], 0.0)
-            if tied:  # a head uses the words too: adds the rows to the head's dense gradient
-                self.gradients.view(word.weight).index_add_(1, ids.clamp(min=0), rows)  # unused rows (-1) hold zeros
+        word = self.model.encoder.word_embedding.weight
+        if any(p is word for p in self.others):  # a head uses the words too: adds their rows to its dense gradient
+            ids = batch.packed.word_ids[: batch.packed.num_words]
+            self.gradients.view(word).index_add_(1, ids.clamp(min=0), self._word_rows(batch))  # unused ids: zero rows
         return values
 
     def _ones(self, tasks: int) -> Tensor:
@@ -255,14 +255,11 @@ class OnePassStep:
         """The gradients [T, U, H] of the words in the batch."""
         return self.gradients.words(batch.packed.num_words, self.model.encoder.config.hidden_size)
 
-    def _attach_head_gradients(self) -> None:
-        """Makes each head parameter's `.grad` a view of one buffer, and clears the gradients of earlier stages."""
-        for p in self.model.parameters():
-            p.grad = None
+    def _head_views(self) -> dict[nn.Parameter, Tensor]:
+        """Each head parameter's part of the heads' gradient, one-dimensional."""
         offset = self.flat.words_end
-        for p in itertools.chain.from_iterable(self.heads.values()):
-            place = self.flat.placement(p)
-            p.grad = self.head_gradient[place.begin - offset : place.end - offset].view(place.shape)
+        places = {p: self.flat.placement(p) for p in itertools.chain.from_iterable(self.heads.values())}
+        return {p: self.head_gradient[at.begin - offset : at.end - offset] for p, at in places.items()}
 
     # ---- State -----------------------------------------------------------------------------------------------------
 
@@ -284,3 +281,18 @@ class OnePassStep:
             hook.load_state_dict(state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
+
+
+def _collect(views: Mapping[nn.Parameter, Tensor]) -> None:
+    """Copies each parameter's gradient to its one-dimensional view, by one launch for all. `.grad` is then that view.
+
+    A parameter without a gradient gets zeros.
+    """
+    found = {p: p.grad.reshape(-1) for p in views if p.grad is not None}
+    if found:
+        torch._foreach_copy_([views[p] for p in found], list(found.values()))
+    missing = [view for p, view in views.items() if p not in found]
+    if missing:
+        torch._foreach_zero_(missing)
+    for p, view in views.items():
+        p.grad = view.view_as(p)

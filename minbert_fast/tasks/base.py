@@ -382,11 +382,6 @@ def shared_stack(options: Any, width: int, shared: dict[str, nn.Module]) -> Stac
     return stack
 
 
-def cosine(u: Tensor, v: Tensor) -> Tensor:
-    """Cosine similarity of rows, [n, D] x [n, D] -> [n]; a zero row gives 0 and a finite gradient."""
-    return F.cosine_similarity(u, v, dim=-1, eps=1e-8)
-
-
 def normalize(x: Tensor) -> Tensor:
     """Rows [n, D] scaled to length 1; a zero row stays zero."""
     return F.normalize(x, dim=-1, eps=1e-8)

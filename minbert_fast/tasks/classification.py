@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minbert_fast.common.schema import check
 from minbert_fast.model.config import BertConfig
+from minbert_fast.ops.cross_entropy import cross_entropy
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
 from minbert_fast.tasks.classes import ClassOptions, ClassTask, set_class_weights, weighted_mean
@@ -68,7 +69,7 @@ class ClassificationHead(SingleHead):
         if self.thresholds is not None:
             return weighted_mean(losses.ordinal(scores, self.thresholds, labels), labels, self.class_weights)
         if self.class_weights is None:
-            return F.cross_entropy(scores, labels, label_smoothing=smoothing)
+            return cross_entropy(scores, labels, smoothing)
         each = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")
         return weighted_mean(each, labels, self.class_weights)
 

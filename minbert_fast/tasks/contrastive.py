@@ -15,8 +15,9 @@ from torch import Tensor
 
 from minbert_fast.common.schema import check
 from minbert_fast.data.tokens import TokenTable
+from minbert_fast.ops.cosine import cosine
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import HeadOutput, TaskInput, cosine, register
+from minbert_fast.tasks.base import HeadOutput, TaskInput, register
 from minbert_fast.tasks.pretraining import TextOptions, TextTask
 from minbert_fast.tasks.ranking import VectorHead
 

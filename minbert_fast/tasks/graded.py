@@ -52,7 +52,8 @@ class RangeOptions(TaskOptions):
 def to_unit(labels: Tensor, limits: tuple[float, float]) -> Tensor:
     """Labels as targets: `limits` become 0 and 1."""
     low, high = limits
-    return (labels - low if low else labels) / (high - low)
+    t = labels - low if low else labels
+    return t if high - low == 1 else t / (high - low)
 
 
 def from_unit(t: Tensor, limits: tuple[float, float]) -> Tensor:

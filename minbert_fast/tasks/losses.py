@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.tasks.base import cosine, normalize
+from minbert_fast.ops.cosine import cosine
+from minbert_fast.tasks.base import normalize
 
 
 def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:

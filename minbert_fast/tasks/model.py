@@ -62,32 +62,33 @@ class MultitaskModel(nn.Module):
 
     # ---- From hidden states to losses --------------------------------------------------------------------------
 
-    def pool_sentences(self, packed: PackedBatch, hidden: Tensor, mode: Pooling) -> Tensor:
+    def pool_sentences(self, hidden: Tensor, cu_seqlens: Tensor, mode: Pooling) -> Tensor:
         """One vector per sentence [B, H], fp32, from hidden [N, H]; empty sentences give zeros (pooler: tanh(bias))."""
         if mode != "pooler":
-            return pool(hidden, packed.cu_seqlens, mode)
-        return self.encoder.pool(pool(hidden, packed.cu_seqlens, "cls")).float()
+            return pool(hidden, cu_seqlens, mode)
+        return self.encoder.pool(pool(hidden, cu_seqlens, "cls")).float()
 
     def inputs(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, TaskInput]:
         """The input of each task's head; hidden [N, H] is the encoder's output for `batch.packed`."""
-        pooled: dict[Pooling, Tensor] = {}
+        cu_seqlens = batch.packed.cu_seqlens
+        blocks = [batch.num_examples(name) for name in batch.tasks for _ in range(batch.arity[name])]
+        pooled: dict[Pooling, tuple[Tensor, ...]] = {}  # [n, H] of each block; one split, whose backward is one `cat`
         inputs = {}
-        first = 0
+        block = 0
         for name in batch.tasks:
             mode = self.tasks[name].pooling or self.pooling
             if mode not in pooled:
-                pooled[mode] = self.pool_sentences(batch.packed, hidden, mode)
-            n, arity = batch.num_examples(name), batch.arity[name]
-            rows = pooled[mode][first : first + n * arity]
+                pooled[mode] = self.pool_sentences(hidden, cu_seqlens[: sum(blocks) + 1], mode).split(blocks)
+            end = block + batch.arity[name]
             inputs[name] = TaskInput(
-                embeddings=rows.unflatten(0, (arity, n)).unbind(0),
+                embeddings=pooled[mode][block:end],
                 hidden=hidden,
-                cu_seqlens=batch.packed.cu_seqlens,
+                cu_seqlens=cu_seqlens,
                 max_seqlen=batch.packed.max_seqlen,
-                first=first,
+                first=sum(blocks[:block]),
                 labels=batch.labels.get(name),
             )
-            first += n * arity
+            block = end
         return inputs
 
     def outputs(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, HeadOutput]:
@@ -153,10 +154,12 @@ class MultitaskModel(nn.Module):
         if batch.num_examples(name) == 0:
             return output.scores.sum()  # the sum of no elements: 0, and part of the autograd graph
         head, labels = self.head(name), batch.labels.get(name)
-        weight = self.tasks[name].weight * batch.loss_fraction(name)
         if name in batch.duplicated:
-            return (consistency or ConsistencyLoss()).loss(head, output, labels) * weight
-        return head.loss(output, labels) * weight
+            loss = (consistency or ConsistencyLoss()).loss(head, output, labels)
+        else:
+            loss = head.loss(output, labels)
+        weight = self.tasks[name].weight * batch.loss_fraction(name)
+        return loss if weight == 1 else loss * weight
 
     def head(self, name: str) -> Head:
         head = self.heads[name]

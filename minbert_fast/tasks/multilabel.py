@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from minbert_fast.common.schema import check
 from minbert_fast.data.labels import ClassSets, LabelSummary, Rule, split_names
 from minbert_fast.model.config import BertConfig
+from minbert_fast.ops.cross_entropy import binary_cross_entropy
 from minbert_fast.tasks import metrics
 from minbert_fast.tasks.base import HeadOutput, Results, register
 from minbert_fast.tasks.classes import BY_CLASS, ClassOptions, ClassTask, set_class_weights
@@ -63,6 +64,8 @@ class MultilabelHead(SingleHead):
         assert labels is not None
         smoothing = self.options.label_smoothing
         t = labels * (1 - smoothing) + smoothing / 2 if smoothing else labels
+        if self.class_weights is None:
+            return binary_cross_entropy(output.scores, t)
         return F.binary_cross_entropy_with_logits(output.scores, t, pos_weight=self.class_weights)
 
     def predict(self, output: HeadOutput) -> Tensor:

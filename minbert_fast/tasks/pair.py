@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from minbert_fast.common.schema import check, check_at_least, check_below_one
 from minbert_fast.data.tokens import Encoder
 from minbert_fast.model.config import BertConfig
+from minbert_fast.ops.cosine import cosine
+from minbert_fast.ops.cross_entropy import binary_cross_entropy, cross_entropy
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, cosine, shared_stack
+from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, shared_stack
 from minbert_fast.tasks.graded import from_unit, to_unit
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
@@ -129,7 +131,9 @@ class PairHead(Head):
         joint = () if options.encoder == "bi" else embedded[-1:]
         if options.head == "cosine":
             factor, offset = (self.factor, self.offset) if options.calibrated else (options.scale, options.offset)
-            score = cosine(*vectors) * factor + offset
+            score = cosine(*vectors)
+            if options.calibrated or (factor, offset) != (1.0, 0.0):
+                score = score * factor + offset
             for x in joint:
                 score = score + self.together(x).squeeze(-1)
             return HeadOutput(score, vectors)
@@ -155,9 +159,9 @@ class PairHead(Head):
         """The mean of loss `name`; targets t [n]."""
         s, options = output.scores, self.options
         if name == "bce":
-            return F.binary_cross_entropy_with_logits(s, t)
+            return binary_cross_entropy(s, t)
         if name == "cross_entropy":
-            return F.cross_entropy(s, self.nearest_level(t))
+            return cross_entropy(s, self.nearest_level(t))
         if name == "ordinal":
             assert self.thresholds is not None
             return losses.ordinal(s, self.thresholds, t * len(self.thresholds)).mean()

@@ -32,6 +32,7 @@ from minbert_fast.data.source import Source
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.config import BertConfig, Pooling
+from minbert_fast.ops.cross_entropy import cross_entropy
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, TaskOptions, register
 
 
@@ -175,7 +176,7 @@ class NextSentenceHead(Head):
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         assert labels is not None
-        return F.cross_entropy(output.scores, labels)
+        return cross_entropy(output.scores, labels)
 
     def published_parameters(self) -> dict[str, Tensor]:
         return {"cls.seq_relationship.weight": self.output.weight, "cls.seq_relationship.bias": self.output.bias}

@@ -22,8 +22,9 @@ from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.sentences import Sentences
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.config import BertConfig
+from minbert_fast.ops.cosine import cosine
 from minbert_fast.tasks import losses, metrics
-from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskInput, TaskOptions, cosine, register
+from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskInput, TaskOptions, register
 
 CHUNK = 1_024  # anchors whose candidates are ranked at a time
 

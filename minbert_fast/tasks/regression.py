@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.model.config import BertConfig
+from minbert_fast.ops.cross_entropy import binary_cross_entropy
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
 from minbert_fast.tasks.graded import NumberTask, RangeOptions, from_unit, to_unit
@@ -47,7 +48,7 @@ class RegressionHead(SingleHead):
             return losses.ordinal(s, self.thresholds, labels - options.limits[0]).mean()
         target = labels if options.labels == "raw" and options.loss != "bce" else to_unit(labels, options.limits)
         if options.loss == "bce":
-            return F.binary_cross_entropy_with_logits(s, target)
+            return binary_cross_entropy(s, target)
         return F.mse_loss(s, target) if options.loss == "mse" else F.l1_loss(s, target)
 
     def predict(self, output: HeadOutput) -> Tensor:

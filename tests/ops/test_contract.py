@@ -179,7 +179,7 @@ def _schema_calls() -> list[Any]:
         bias_gelu_backward: (dy, x, vector, bounds, draw(2, width)),
         embedding_forward: (*lookup, draw(width), EPS, *drop),
         embedding_backward: (
-            dy, *lookup, mean, rstd, bounds, *words, *drop, draw(2, 4, width), draw(2, 3, width), None, *small
+            dy, *lookup, mean, rstd, bounds, *words, *drop, draw(2, 4, width), draw(2, 3, width), None, *small, 1
         ),
         linear_gradients: (dy, x, bounds, draw(2, width, width), draw(2, width)),
     }  # fmt: skip

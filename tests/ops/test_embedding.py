@@ -49,11 +49,11 @@ class Case:
     def formula(self, keep: Tensor | float = 1.0, **tables: Tensor) -> Tensor:
         return reference(*self.indices, **tables, eps=EPS, keep=keep)
 
-    def run(self, **views: Tensor) -> Tensor:
+    def run(self, padding: int = -1, **views: Tensor) -> Tensor:
         """y [N, H]; the tables' gradients go into `views` (word, position, type_, gamma, beta)."""
         batch = self.batch
         where = (batch.task_tokens, batch.cu_seqlens, batch.word_order, batch.word_offsets)
-        sink = ops.EmbeddingSink(*where, *(views.get(name) for name in self.tables))
+        sink = ops.EmbeddingSink(*where, *(views.get(name) for name in self.tables), padding=padding)
         y = ops.embedding(*self.indices, *self.tables.values(), EPS, self.p, self.seed, 2, sink)
         y.backward(self.dy)
         return y.detach()
@@ -135,6 +135,19 @@ def test_deterministic(device: torch.device) -> None:
     it.run(word=first)
     it.run(word=second)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("lengths", [[[5, 3, 17], [9, 1]], [[20] * 12]], ids=["rare", "frequent"])
+def test_the_padding_word_gets_no_gradient(lengths: list[list[int]], device: torch.device) -> None:
+    it = case(lengths, 36, 0.0, torch.float32, device)
+    distinct = it.batch.word_offsets.numel() - 1
+    usual, without = (torch.empty(len(lengths), distinct, 36, device=device) for _ in range(2))
+    it.run(word=usual)
+    it.run(word=without, padding=1)
+    place = it.batch.word_ids.tolist().index(1)
+    assert usual[:, place].any()
+    usual[:, place] = 0
+    assert torch.equal(usual, without)
 
 
 def test_only_the_wanted_gradients(device: torch.device) -> None:
