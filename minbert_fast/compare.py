@@ -208,7 +208,7 @@ def _spread(values: Iterable[float | None]) -> dict[str, float | None] | None:
 
 
 def cells(result: Mapping[str, Any], plus_minus: str = " ± ") -> tuple[list[str], list[list[str]]]:
-    """The table's head and rows as text; empty cells are unknown."""
+    """The table's head and rows as text; empty cells are unknown, and a column that is empty throughout is left out."""
     metrics = result["metrics"]
     head = ["method", *(m.replace("_", " ") for m in metrics), "change, %", "p", "conflicts, %", "ms a step", "x none"]
     reference = next((row["step_seconds"] for row in result["rows"] if row["method"] == NONE), None)
@@ -225,7 +225,8 @@ def cells(result: Mapping[str, Any], plus_minus: str = " ± ") -> tuple[list[str
             "" if seconds is None else f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}",
             "" if seconds is None or not reference else f"{seconds / reference:.2f}",
         ])  # fmt: skip
-    return head, rows
+    filled = [index for index in range(len(head)) if any(row[index] for row in rows)]
+    return [head[index] for index in filled], [[row[index] for index in filled] for row in rows]
 
 
 def _text(value: Mapping[str, Any] | None, scale: float, digits: int, plus_minus: str, sign: bool = False) -> str:
@@ -239,11 +240,12 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """The paragraphs below the table."""
     torch_version = (result["versions"] or {}).get("torch")
     place = ", ".join(str(x) for x in (result["device"], result["precision"], result["backend"]) if x)
+    timed = any(row["step_seconds"] is not None for row in result["rows"])
     lines = [
         f"Dev scores of each run's best model, mean ± standard deviation over seeds "
         f"{', '.join(map(str, result['seeds']))}. {FORMULA}",
-        f"Conflicts: share of task pairs whose gradients oppose each other. ms a step: median over the seeds, one run after "
-        f"the other. Recipe {result['recipe']}, {result['model'] or 'the embedded tiny model'} on "
+        f"Conflicts: share of task pairs whose gradients oppose each other. "
+        f"{'ms a step: median over the seeds, one run after the other. ' if timed else ''}Recipe {result['recipe']}, {result['model'] or 'the embedded tiny model'} on "
         f"{result['data'] or 'the embedded sample'}, {result['steps']} steps, {place}, torch {torch_version}, "
         f"commit {str(result['commit'])[:12]}.",
     ]
