@@ -365,6 +365,13 @@ class AutogradPass(Pass):
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         return _product(x, module.weight)
 
+    def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
+        """With torch's own dropout: autograd keeps its mask, while ours would be drawn again in plain PyTorch."""
+        word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
+        rows = ops.embedding(*tokens, word, position, kind, parts.norm.weight, parts.norm.bias, parts.norm.eps)
+        self.sites += 1
+        return F.dropout(rows, parts.dropout.p, parts.dropout.training)
+
     def table(self, module: nn.Embedding) -> Tensor:
         """As in nn.Embedding, the row of `padding_idx` gets no gradient."""
         weight, row = module.weight, module.padding_idx

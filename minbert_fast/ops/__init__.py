@@ -23,6 +23,6 @@ __all__ = [
     "AdamWStep", "AddNormSink", "BiasGeluSink", "EmbeddingSink", "LayerSettings", "LayerWeights", "LinearSink",
     "adamw", "add_norm", "add_norm_twice",
     "attention",
-    "attention_dense", "bias_gelu", "clip_scale", "combine", "embedding", "encoder_layer", "gram", "linear", "pcgrad_weights",
-    "row_slots", "settle",
+    "attention_dense", "bias_gelu", "clip_scale", "combine", "embedding", "encoder_layer", "gram", "linear",
+    "pcgrad_weights", "row_slots", "settle",
 ]  # fmt: skip
