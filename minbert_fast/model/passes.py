@@ -103,7 +103,7 @@ class DenseRows:
 
     attended: Tensor  # [B, S] bool
     kept: Tensor | None  # [N] flat positions of the attended rows; None: N = B * S, padding stays
-    cu_seqlens: Tensor | None  # [B + 1] int32, with `kept`
+    cu_seqlens: Tensor  # [B + 1] int32, the first row of each sentence, then the end
     max_seqlen: int
 
     @classmethod
@@ -111,20 +111,21 @@ class DenseRows:
         """The rows under attention mask [B, S] (not 0: attended)."""
         attended = mask != 0
         if not backend.drops_padding(mask):
-            return cls(attended, None, None, mask.shape[1])
+            batch, length = mask.shape
+            return cls(attended, None, torch.arange(batch + 1, dtype=torch.int32, device=mask.device) * length, length)
         kept = attended.reshape(-1).nonzero().squeeze(1)
         lengths = attended.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         return cls(attended, kept, cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
 
     def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
-        if self.cu_seqlens is not None:
+        if self.kept is not None:
             return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
         rectangle = qkv.unflatten(0, self.attended.shape)  # [B, S, 3, h, d]
         return ops.attention_dense(rectangle, self.attended, scale, p, seed, site).flatten(0, 1)
 
     def sentences(self) -> tuple[Tensor | None, Tensor | None, int]:
-        return self.cu_seqlens, None if self.cu_seqlens is not None else self.attended, self.max_seqlen
+        return self.cu_seqlens, self.attended if self.kept is None else None, self.max_seqlen
 
     def mask(self) -> Tensor:
         return self.attended
