@@ -10,6 +10,7 @@ Shapes: N token rows, H hidden, F intermediate, h heads, d = H / h.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minbert_fast.ops.add_norm import add_norm_backward, add_norm_forward
+from minbert_fast.ops.add_norm import reference as add_norm
 from minbert_fast.ops.attention import attention_backward, attention_forward
+from minbert_fast.ops.attention import reference as attention
 from minbert_fast.ops.bias_gelu import bias_gelu_backward, bias_gelu_forward
+from minbert_fast.ops.bias_gelu import reference as bias_gelu
 
 Dropout = tuple[float, Tensor | None, int]  # p, seed int64 [1] (None: p is 0), site
 
@@ -53,6 +57,22 @@ class LayerSettings(NamedTuple):
     dropouts: tuple[Dropout, Dropout, Dropout]  # of the probabilities, behind attention, behind the feed-forward part
     sentences: tuple[Tensor | None, Tensor | None, int]  # cu_seqlens, mask and max_seqlen as for attention_forward
     bounds: Tensor  # [0, N] int32: all rows are one task
+
+
+def reference(
+    hidden: Tensor, w: LayerWeights, attended: Tensor, heads: int, eps: tuple[float, float],
+    keep: Sequence[Tensor | float] = (1.0, 1.0, 1.0),
+) -> Tensor:  # fmt: skip
+    """The op in plain PyTorch on a rectangle: hidden [B, S, H], attended [B, S] bool -> [B, S, H].
+
+    `keep` are the dropout factors of the probabilities [B, h, S, S], behind attention and behind the feed-forward part.
+    """
+    qkv = F.linear(hidden, torch.cat(w[:3]), torch.cat(w[3:6])).unflatten(2, (3, heads, -1))
+    context, _ = attention(qkv, attended, 1.0 / math.sqrt(qkv.shape[-1]), keep[0])
+    branch = F.linear(context, w.dense)
+    middle = add_norm(branch, w.dense_bias, hidden, w.gamma, w.beta, eps[0], keep[1])
+    inner = bias_gelu(F.linear(middle, w.interm), w.interm_bias)
+    return add_norm(F.linear(inner, w.out), w.out_bias, middle, w.out_gamma, w.out_beta, eps[1], keep[2])
 
 
 def encoder_layer(hidden: Tensor, weights: LayerWeights, settings: LayerSettings) -> Tensor:
