@@ -4,7 +4,7 @@
 Each call is one step on three tasks: forward of a rectangle [sentences, positions] with padding, three losses, the classic
 PCGrad (one backward a task), AdamW. "stock modules" calls every module of the same encoder on its own, as the course's
 `bert.py` does, with torch's AdamW and a classic PCGrad loop; "swapped imports" calls the drop-in model, AdamW and PCGrad of
-this package.
+this package. A model so small that the host's time is all there is goes forward and backward alone, beside transformers too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import baselines, harness
 from benchmarks.gradients import CONFIGS
 from benchmarks.harness import Candidate, Ceilings, Row
-from minbert_fast import AdamW, BertModel, PCGrad
+from minbert_fast import AdamW, BertConfig, BertModel, PCGrad
 
 SENTENCES = (8, 32, 64)
 POSITIONS, TASKS = 32, 3
+#: The host's time is the model's: 12 layers on 2 sentences of up to 4 tokens.
+SMALLEST = BertConfig(
+    vocab_size=1000, hidden_size=64, num_hidden_layers=12, num_attention_heads=2, intermediate_size=256
+)
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
-    """Both shapes at each batch size."""
+    """The host's time, then both shapes at each batch size."""
+    yield from host(device, ceilings)
     for shape, config in CONFIGS.items():
         torch.manual_seed(0)
         model = BertModel(config).to(device).train()
@@ -41,12 +46,39 @@ def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:
             yield from harness.case("dropin", name, candidates, device, ceilings, baselines=["stock modules"])
 
 
-def rectangle(sentences: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def host(device: torch.device, ceilings: Ceilings) -> list[Row]:
+    """Forward and backward of SMALLEST, in training mode."""
+    torch.manual_seed(0)
+    model = BertModel(SMALLEST).to(device)
+    other = baselines.as_transformers(model)
+    model.train()
+    ids, mask = rectangle(2, SMALLEST.vocab_size, device, positions=4)
+
+    def step(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            module.zero_grad()
+            loss = forward().square().mean()
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    steps = {
+        "swapped imports": step(model, lambda: model(ids, mask)["last_hidden_state"]),
+        "stock modules": step(model, lambda: model.stock(ids, mask)),
+        "transformers": step(other, lambda: other(ids, mask).last_hidden_state),
+    }
+    case = "forward and backward, 12 layers of width 64, 2 sentences of up to 4 tokens"
+    candidates = {name: Candidate(run) for name, run in steps.items()}
+    return harness.case("dropin", case, candidates, device, ceilings, baselines=["stock modules", "transformers"])
+
+
+def rectangle(sentences: int, words: int, device: torch.device, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:
     """Word ids and mask [sentences, positions]; lengths from a quarter of the positions to all."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, words, (sentences, POSITIONS), generator=generator)
-    lengths = torch.randint(POSITIONS // 4, POSITIONS + 1, (sentences, 1), generator=generator)
-    mask = (torch.arange(POSITIONS) < lengths).long()
+    ids = torch.randint(1, words, (sentences, positions), generator=generator)
+    lengths = torch.randint(positions // 4, positions + 1, (sentences, 1), generator=generator)
+    mask = (torch.arange(positions) < lengths).long()
     return (ids * mask).to(device), mask.to(device)
 
 

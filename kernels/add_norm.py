@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import cdiv
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
 from minbert_fast.kernels.launches import Launch, meta
@@ -130,7 +131,7 @@ def add_norm_forward(
     rows, width = x.shape
     tile = RowTile.of(width)
     if rows:
-        _add_norm_forward[(triton.cdiv(rows, tile.rows),)](
+        _add_norm_forward[(cdiv(rows, tile.rows),)](
             x, bias, residual, gamma, beta, y, mean, rstd, seed, site, rows, eps, **tile.launch(width, p)
         )
 

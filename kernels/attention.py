@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import all_registers, multiprocessors
+from minbert_fast.kernels.arguments import all_registers, multiprocessors, next_power_of_2
 from minbert_fast.kernels.attention_short import short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
 from minbert_fast.kernels.launches import Launch, meta
@@ -72,7 +72,8 @@ def attention_forward(
     """softmax(q k^T scale) v within each sentence, the probabilities dropped with probability p.
 
     qkv [N, 3, h, d] (any row stride; fp32, bf16 or fp16), seed [1] int64. Sentences are cu_seqlens [B + 1] int32, or the
-    rows of a rectangle: mask [B, S] bool, true where a position is attended. Writes out [N, h * d] and lse [h, N] fp32.
+    rows of a rectangle: mask [B, S] bool, true where a position is attended; with it, cu_seqlens
+    are [0, S, 2S, ...] (None: made here). Writes out [N, h * d] and lse [h, N] fp32.
     Rows of no sentence and rows that attend to nothing are zero. Raises ValueError for a head_dim above 128.
     """
     rows, _, heads, _ = qkv.shape
@@ -136,8 +137,9 @@ def _sentences(qkv: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> t
         assert cu_seqlens is not None
         return cu_seqlens, None
     batch, length = mask.shape
-    offsets = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device) * length
-    return offsets, mask.view(torch.uint8).flatten()
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device) * length
+    return cu_seqlens, mask.view(torch.uint8).flatten()
 
 
 def _constants(qkv: Tensor, p: float) -> dict[str, Any]:
@@ -147,13 +149,13 @@ def _constants(qkv: Tensor, p: float) -> dict[str, Any]:
     if triton.knobs.runtime.interpret and qkv.dtype == torch.bfloat16:
         compute = tl.float32  # the interpreter multiplies bf16's raw bits
     return {
-        "HEAD_DIM": width, "D": max(16, triton.next_power_of_2(width)), "P": p, "COMPUTE": compute,
+        "HEAD_DIM": width, "D": max(16, next_power_of_2(width)), "P": p, "COMPUTE": compute,
         "PRECISION": "ieee", "enable_fp_fusion": True,
     }  # fmt: skip
 
 
 def _table(qkv: Tensor) -> LaunchTable:
-    return _TABLES[qkv.element_size(), max(32, triton.next_power_of_2(qkv.shape[3]))]
+    return _TABLES[qkv.element_size(), max(32, next_power_of_2(qkv.shape[3]))]
 
 
 def _short_tiles(table: LaunchTable, max_seqlen: int) -> tuple[int, tuple[int, int]]:

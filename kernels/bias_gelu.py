@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import cdiv
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.launches import Launch, meta
 
@@ -89,7 +90,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, y: Tensor) -> None:
     """x [N, F] contiguous, bias [F] -> y [N, F]."""
     rows, width = x.shape
     if rows:
-        grid = (triton.cdiv(width, COLUMNS), triton.cdiv(rows, ROWS))
+        grid = (cdiv(width, COLUMNS), cdiv(rows, ROWS))
         _bias_gelu_forward[grid](x, bias, y, rows, WIDTH=width, **_LAUNCH)
 
 
@@ -105,7 +106,7 @@ def bias_gelu_unfinished(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor, dx
     """
     rows, width = x.shape
     parts = partition(rows)
-    _bias_gelu_backward[(triton.cdiv(width, COLUMNS), parts.programs)](
+    _bias_gelu_backward[(cdiv(width, COLUMNS), parts.programs)](
         dy, x, bias, bounds, dx, partials, rows, bounds.numel() - 1, parts.rows_per_program, WIDTH=width, **_LAUNCH
     )
 

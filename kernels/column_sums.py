@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import TYPES
+from minbert_fast.kernels.arguments import TYPES, cdiv, next_power_of_2
 from minbert_fast.kernels.launches import Launch, meta
 
 
@@ -35,12 +35,12 @@ class Partition:
     @staticmethod
     def of(rows: int, rows_per_program: int) -> Partition:
         """As many ranges of `rows_per_program` rows as it takes (at least one)."""
-        return Partition(rows_per_program, max(1, triton.cdiv(rows, rows_per_program)))
+        return Partition(rows_per_program, max(1, cdiv(rows, rows_per_program)))
 
     @staticmethod
     def among(rows: int, tile_rows: int, programs: int) -> Partition:
         """At most `programs` ranges, each a multiple of `tile_rows` long."""
-        return Partition.of(rows, max(1, triton.cdiv(rows, programs * tile_rows)) * tile_rows)
+        return Partition.of(rows, max(1, cdiv(rows, programs * tile_rows)) * tile_rows)
 
     def partials(self, tasks: int, quantities: int, width: int, device: torch.device) -> Tensor:
         """The uninitialised buffer of partial sums [programs + T - 1, quantities, width], fp32."""
@@ -123,7 +123,7 @@ def finish(partials: Tensor, bounds: Tensor, partition: Partition, outputs: Sequ
         return
     padded = [*outputs, None, None][:3]
     strides = [0 if out is None else out.stride(0) for out in padded]
-    grid = (triton.cdiv(width, COLUMNS), bounds.numel() - 1, quantities)
+    grid = (cdiv(width, COLUMNS), bounds.numel() - 1, quantities)
     _finish_column_sums[grid](
         partials, bounds, *padded, *strides, partition.rows_per_program, QUANTITIES=quantities, WIDTH=width,
         SLOTS=SLOTS, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True,
@@ -183,7 +183,7 @@ def many_table(sums: Sequence[Unfinished]) -> tuple[list[list[int]], int]:
             if out is not None:
                 where = [partials.data_ptr(), out.data_ptr(), out.stride(0)]
                 rows.append([*where, rows_per_program, quantities, quantity, width, blocks])
-                blocks += triton.cdiv(width, COLUMNS)
+                blocks += cdiv(width, COLUMNS)
     return rows, blocks
 
 
@@ -192,7 +192,7 @@ def finish_many(sums: Sequence[Unfinished], where: Tensor, blocks: int, bounds: 
     dtype = next(out.dtype for each in sums for out in each.outputs if out is not None)
     aligned = not any(each.partials.shape[2] % 4 or each.partials.data_ptr() % 16 for each in sums)
     _finish_many[(blocks, bounds.numel() - 1)](
-        where, bounds, len(where), TYPE=TYPES[dtype], ALIGNED=aligned, TABLE=triton.next_power_of_2(len(where)),
+        where, bounds, len(where), TYPE=TYPES[dtype], ALIGNED=aligned, TABLE=next_power_of_2(len(where)),
         SLOTS=SLOTS, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import all_registers
+from minbert_fast.kernels.arguments import all_registers, cdiv, next_power_of_2
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
 from minbert_fast.kernels.launches import Launch, meta
@@ -230,7 +230,7 @@ def embedding_forward(
     rows, width = y.shape
     tile = RowTile.of(width)
     if rows:
-        _embedding_forward[(triton.cdiv(rows, tile.rows),)](
+        _embedding_forward[(cdiv(rows, tile.rows),)](
             tokens, positions, types, word, position, type_, gamma, beta, y, mean, rstd, seed, site, rows, eps,
             **tile.launch(width, p),
         )  # fmt: skip
@@ -257,17 +257,17 @@ def embedding_backward(
     dz = torch.empty_like(dy)
     _embedding_backward[(partition.programs,)](
         dy, tokens, positions, types, word, position, type_, gamma, mean, rstd, bounds, dz, partials, seed, site,
-        rows, tasks, partition.rows_per_program, K=kinds, KINDS=triton.next_power_of_2(kinds),
+        rows, tasks, partition.rows_per_program, K=kinds, KINDS=next_power_of_2(kinds),
         **tile.launch(width, p), **all_registers(dy.device, tile.num_warps),
     )  # fmt: skip
     finish(partials, bounds, partition, (dgamma, dbeta, d_type_table))
     if dword is None and dposition is None:
         return
     # Most words occur once or twice in a batch. The number of programs sets the time, so each takes up to 1,024 columns.
-    columns = min(1024, max(64, triton.next_power_of_2(width)))
+    columns = min(1024, max(64, next_power_of_2(width)))
     places = 0 if dposition is None else dposition.shape[1]
     programs = places + (0 if dword is None else dword.shape[1])
-    _embedding_gather[(programs, tasks, triton.cdiv(width, columns))](
+    _embedding_gather[(programs, tasks, cdiv(width, columns))](
         dz, tokens, bounds, cu_seqlens, word_order, word_offsets, dposition, dword,
         0 if dposition is None else dposition.stride(0), 0 if dword is None else dword.stride(0),
         places, cu_seqlens.numel() - 1, padding, WIDTH=width, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=GATHER_SCAN,

@@ -6,13 +6,14 @@ xhat = (z - mean) rstd,  g = dy gamma,  dz = rstd (g - mean(g) - xhat mean(g xha
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from minbert_fast.kernels.arguments import multiprocessors
+from minbert_fast.kernels.arguments import multiprocessors, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class RowTile:
     num_warps: int
 
     @staticmethod
+    @functools.cache
     def of(width: int) -> RowTile:
         if not 1 <= width <= 4096:
             raise ValueError(f"hidden size must be between 1 and 4096, not {width}")
-        block = max(64, triton.next_power_of_2(width))
+        block = max(64, next_power_of_2(width))
         return RowTile(block, rows=max(1, min(4, 4096 // block)), num_warps=max(1, block // 256))
 
     def programs(self, device: torch.device) -> int:

@@ -240,12 +240,14 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """The paragraphs below the table."""
     torch_version = (result["versions"] or {}).get("torch")
     place = ", ".join(str(x) for x in (result["device"], result["precision"], result["backend"]) if x)
-    timed = any(row["step_seconds"] is not None for row in result["rows"])
+    times = "ms a step: median over the seeds, one run after the other. "
+    if all(row["step_seconds"] is None for row in result["rows"]):
+        times = ""
     lines = [
         f"Dev scores of each run's best model, mean ± standard deviation over seeds "
         f"{', '.join(map(str, result['seeds']))}. {FORMULA}",
-        f"Conflicts: share of task pairs whose gradients oppose each other. "
-        f"{'ms a step: median over the seeds, one run after the other. ' if timed else ''}Recipe {result['recipe']}, {result['model'] or 'the embedded tiny model'} on "
+        f"Conflicts: share of task pairs whose gradients oppose each other. {times}"
+        f"Recipe {result['recipe']}, {result['model'] or 'the embedded tiny model'} on "
         f"{result['data'] or 'the embedded sample'}, {result['steps']} steps, {place}, torch {torch_version}, "
         f"commit {str(result['commit'])[:12]}.",
     ]

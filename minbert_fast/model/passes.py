@@ -27,6 +27,7 @@ from minbert_fast import ops
 from minbert_fast.model.fused import Embedding, Layer, Plan
 from minbert_fast.model.packing import PackedBatch
 from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, backend
+from minbert_fast.ops.segments import one_task
 
 Sink = TypeVar("Sink")
 Value = TypeVar("Value")
@@ -45,6 +46,10 @@ class Sentences:
     def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
         """softmax(scale * q k^T) v within each sentence: qkv [N, 3, h, d] -> [N, h * d]."""
         return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
+
+    def sentences(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """cu_seqlens, mask and max_seqlen for the kernels of attention."""
+        return self.cu_seqlens, None, self.max_seqlen
 
     def mask(self) -> Tensor:
         """Which positions of the rectangle hold a token [B, S] bool."""
@@ -98,7 +103,7 @@ class DenseRows:
 
     attended: Tensor  # [B, S] bool
     kept: Tensor | None  # [N] flat positions of the attended rows; None: N = B * S, padding stays
-    cu_seqlens: Tensor | None  # [B + 1] int32, with `kept`
+    cu_seqlens: Tensor  # [B + 1] int32, the first row of each sentence, then the end
     max_seqlen: int
 
     @classmethod
@@ -106,17 +111,21 @@ class DenseRows:
         """The rows under attention mask [B, S] (not 0: attended)."""
         attended = mask != 0
         if not backend.drops_padding(mask):
-            return cls(attended, None, None, mask.shape[1])
+            batch, length = mask.shape
+            return cls(attended, None, torch.arange(batch + 1, dtype=torch.int32, device=mask.device) * length, length)
         kept = attended.reshape(-1).nonzero().squeeze(1)
         lengths = attended.sum(1)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         return cls(attended, kept, cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
 
     def attention(self, qkv: Tensor, scale: float, p: float, seed: Tensor | None, site: int) -> Tensor:
-        if self.cu_seqlens is not None:
+        if self.kept is not None:
             return ops.attention(qkv, self.cu_seqlens, self.max_seqlen, scale, p, seed, site)
         rectangle = qkv.unflatten(0, self.attended.shape)  # [B, S, 3, h, d]
         return ops.attention_dense(rectangle, self.attended, scale, p, seed, site).flatten(0, 1)
+
+    def sentences(self) -> tuple[Tensor | None, Tensor | None, int]:
+        return self.cu_seqlens, self.attended if self.kept is None else None, self.max_seqlen
 
     def mask(self) -> Tensor:
         return self.attended
@@ -161,6 +170,9 @@ def fused_layer(layer: Layer, hidden: Tensor, residual: Tensor, run: Pass, rows:
         columns = [rows.rows(run.call(m, padded)) if name in foreign else run.linear(hidden, m) for name, m in pairs]
         return torch.cat(columns, -1)
 
+    whole = run.whole_layer(layer, hidden, rows)
+    if whole is not None:
+        return whole, whole
     qkv = projections().unflatten(-1, (3, layer.heads, -1))  # [N, 3, h, d]
     context = run.attention(rows, qkv, layer.probability_dropout)  # [N, H]
     branch, bias = product(context, "attention_dense")  # [N, H]
@@ -324,6 +336,10 @@ class Pass:
         """GELU(x + bias) [N, F]."""
         return ops.bias_gelu(x, self.weight(bias, x.dtype), into=self.sink(BiasGeluSink, bias))
 
+    def whole_layer(self, layer: Layer, hidden: Tensor, rows: Rows) -> Tensor | None:
+        """A layer [N, H] in one go; None: its ops run one by one."""
+        return None
+
     def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
         """A module that the fused path may not compute: hidden [B, S, I] -> [B, S, O]; `more` [B, ...] goes along."""
         return called(module, hidden, *more)
@@ -337,6 +353,7 @@ class AutogradPass(Pass):
 
     def __init__(self) -> None:
         self._seed: Tensor | None = None
+        self._bounds: dict[int, Tensor] = {}  # by number of rows: all of them as one task
 
     def weight(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return parameter.to(dtype or parameter.dtype)
@@ -348,6 +365,13 @@ class AutogradPass(Pass):
 
     def product(self, x: Tensor, module: nn.Linear) -> Tensor:
         return _product(x, module.weight)
+
+    def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
+        """With torch's own dropout: autograd keeps its mask, while ours would be drawn again in plain PyTorch."""
+        word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
+        rows = ops.embedding(*tokens, word, position, kind, parts.norm.weight, parts.norm.bias, parts.norm.eps)
+        self.sites += 1
+        return F.dropout(rows, parts.dropout.p, parts.dropout.training)
 
     def table(self, module: nn.Embedding) -> Tensor:
         """As in nn.Embedding, the row of `padding_idx` gets no gradient."""
@@ -367,6 +391,26 @@ class AutogradPass(Pass):
         view.register_hook(without_row)
         return view
 
+    def whole_layer(self, layer: Layer, hidden: Tensor, rows: Rows) -> Tensor | None:
+        if layer.foreign or torch.compiler.is_compiling() or backend.implementation(hidden) == "torch":
+            return None
+        parts: Any = layer
+        linears = (parts.query, parts.key, parts.value)
+        dtype = _product_dtype(hidden, parts.query.weight)
+        weights = [m.weight for m in linears] + [m.bias for m in linears]
+        for linear, norm in ((parts.attention_dense, layer.attention_norm), (parts.out_dense, layer.out_norm)):
+            weights += [linear.weight, linear.bias, norm.weight, norm.bias]
+        weights[10:10] = [parts.interm_dense.weight, parts.interm_dense.bias]
+        dropouts = (layer.probability_dropout, layer.attention_dropout, layer.out_dropout)
+        count = hidden.shape[0]
+        if count not in self._bounds:
+            (self._bounds[count],) = one_task(hidden)
+        settings = ops.LayerSettings(
+            layer.heads, (layer.attention_norm.eps, layer.out_norm.eps),
+            tuple(self.dropout(module, hidden.device) for module in dropouts), rows.sentences(), self._bounds[count],
+        )  # fmt: skip
+        return ops.encoder_layer(hidden.to(dtype), ops.LayerWeights(*(w.to(dtype) for w in weights)), settings)
+
     def seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
             self._seed = torch.randint(2**62, (1,), device=device)
@@ -375,6 +419,10 @@ class AutogradPass(Pass):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T (+ b), in autocast's dtype where autocast is on, else in the weight's."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = _product_dtype(x, weight)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

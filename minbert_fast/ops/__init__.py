@@ -13,14 +13,16 @@ from minbert_fast.ops.bias_gelu import BiasGeluSink, bias_gelu
 from minbert_fast.ops.combine import combine
 from minbert_fast.ops.embedding import EmbeddingSink, embedding
 from minbert_fast.ops.gram import gram
+from minbert_fast.ops.layer import LayerSettings, LayerWeights, encoder_layer
 from minbert_fast.ops.linear import LinearSink, linear
 from minbert_fast.ops.row_slots import row_slots
 from minbert_fast.ops.settle import settle
 from minbert_fast.ops.weights import clip_scale, pcgrad_weights
 
 __all__ = [
-    "AdamWStep", "AddNormSink", "BiasGeluSink", "EmbeddingSink", "LinearSink", "adamw", "add_norm", "add_norm_twice",
+    "AdamWStep", "AddNormSink", "BiasGeluSink", "EmbeddingSink", "LayerSettings", "LayerWeights", "LinearSink",
+    "adamw", "add_norm", "add_norm_twice",
     "attention",
-    "attention_dense", "bias_gelu", "clip_scale", "combine", "embedding", "gram", "linear", "pcgrad_weights",
-    "row_slots", "settle",
+    "attention_dense", "bias_gelu", "clip_scale", "combine", "embedding", "encoder_layer", "gram", "linear",
+    "pcgrad_weights", "row_slots", "settle",
 ]  # fmt: skip

@@ -32,8 +32,9 @@ class Op:
         self, name: str, declared: Callable[..., Any], mutates_args: tuple[str, ...], run: Callable[..., Any]
     ) -> None:
         schema = torch.library.infer_schema(declared, mutates_args=mutates_args)
+        self._launched = _launched(run, _places(declared, mutates_args))
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, _launched(run, _places(declared, mutates_args)), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._launched, "CompositeExplicitAutograd")
         self.name = f"{NAMESPACE}::{name}"
         self.run = run
         OPS[self.name] = self
@@ -41,12 +42,34 @@ class Op:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.overload(*arguments)
+        if _followed(arguments):
+            return self.overload(*arguments)
+        return self._launched(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: `function` makes the op's outputs for tracing, with their shapes and dtypes but no values."""
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
         return function
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, type(None), list))
+
+
+def _followed(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call must go through torch's dispatcher, which costs more than a small op: something there follows it.
+
+    That is a compiler or another tracer, a mode, a function transform, the profiler, or an argument that is no plain
+    tensor with memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or not _PLAIN.issuperset(map(type, arguments))
+        or arguments[0].is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def custom_op(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable[..., Any]], Op]:
@@ -79,8 +102,10 @@ def kernel_op(*mutates_args: str) -> Callable[[Callable[..., Any]], Op]:
 
         def run(*arguments: Any) -> Any:
             arguments = tuple(
-                argument.contiguous() if isinstance(argument, Tensor) and place not in written else argument
-                for place, argument in enumerate(arguments)
+                [
+                    argument.contiguous() if isinstance(argument, Tensor) and place not in written else argument
+                    for place, argument in enumerate(arguments)
+                ]
             )
             made = function(*arguments)
             outputs = made if isinstance(made, tuple) else () if made is None else (made,)
@@ -112,6 +137,8 @@ def _launched(function: Callable[..., Any], written: frozenset[int]) -> Callable
     def called(*arguments: Any) -> Any:
         with torch.cuda.device_of(arguments[0]):
             result = function(*arguments)
+        if not written:
+            return result
         changed = [arguments[place] for place in written]
         tensors = [t for each in changed for t in (each if isinstance(each, list) else [each]) if t is not None]
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

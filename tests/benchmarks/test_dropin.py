@@ -33,7 +33,10 @@ def test_a_conflict_is_projected_away() -> None:
 
 def test_rows_compare_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dropin, "CONFIGS", {"tiny": CONFIG})
+    monkeypatch.setattr(dropin, "SMALLEST", CONFIG)
     monkeypatch.setattr(dropin, "SENTENCES", (3,))
     rows = list(dropin.run(torch.device("cpu"), harness.Ceilings(1e9, 1e9, 1e9)))
-    assert [row.name for row in rows] == ["swapped imports", "stock modules"]
-    assert rows[0].speedup.keys() == {"stock modules"}
+    both = ["swapped imports", "stock modules"]
+    assert [row.name for row in rows] == [*both, "transformers", *both]
+    assert rows[0].speedup.keys() == {"stock modules", "transformers"}
+    assert rows[3].speedup.keys() == {"stock modules"}
