@@ -74,7 +74,7 @@ def test_whoever_follows_ops_sees_them() -> None:
     assert name in {event.key for event in profiler.key_averages()}
     traced = make_fx(lambda x, bias: bias_gelu_forward(x, bias))(x, bias)
     assert any(name.partition("::")[2] in str(node.target) for node in traced.graph.nodes)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         graph = torch.jit.trace(lambda x, bias: bias_gelu_forward(x, bias), (x, bias), check_trace=False).graph
     assert name in str(graph)
     assert bias_gelu_forward(x.to("meta"), bias.to("meta")).is_meta
