@@ -25,7 +25,7 @@ class StepNumbers:
         """Sets the numbers of the next step, without waiting for the device. `orders` None: the method draws none."""
         # New memory in each step: an earlier copy may still be under way.
         host = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
-        _HEAD.pack_into(host.numpy(), 0, seed, rate)
+        _HEAD.pack_into(host.numpy().data, 0, seed, rate)
         if orders is not None:
             host[_ORDERS:] = orders.flatten()
         self._buffer.copy_(host, non_blocking=True)

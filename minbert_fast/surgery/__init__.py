@@ -65,8 +65,8 @@ def weights(
         if method not in METHODS:
             raise ValueError(f"surgery method {method!r}: expected one of {', '.join(METHODS)}, torchjd:NAME")
         return METHODS[method](reduction, generator)
-    if hasattr(method, "prepare"):
-        return method  # type: ignore[return-value]
+    if isinstance(method, Weights):
+        return method
     if not callable(method):
         raise ValueError(f"surgery method: expected a name or a callable, not {type(method).__name__}")
     return FromTorchJD(method, generator)
