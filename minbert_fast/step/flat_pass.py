@@ -81,9 +81,11 @@ class OnePass(Pass):
         if self.gradients and (self.flat.words is word or self.gradients.owns(word)):
             words = self.gradients.words(batch.num_words, word.shape[1])
         offsets = batch.word_offsets[: batch.num_words + 1]
-        others = map(self._gradient, (parts.position.weight, parts.type.weight, parts.norm.weight, parts.norm.bias))
+        own = (parts.position.weight, parts.type.weight, parts.norm.weight, parts.norm.bias)
+        position, kind, gamma, beta = map(self._gradient, own)
         padding = -1 if parts.word.padding_idx is None else parts.word.padding_idx
-        return EmbeddingSink(self.bounds, batch.cu_seqlens, batch.word_order, offsets, words, *others, padding=padding)
+        rows = (batch.cu_seqlens, batch.word_order, offsets)
+        return EmbeddingSink(self.bounds, *rows, words, position, kind, gamma, beta, padding)
 
     def call(self, module: nn.Module, hidden: Tensor, *more: Tensor) -> Tensor:
         """Calls the module once per task, on the task's sentences and with a leaf per task for each of its parameters.
