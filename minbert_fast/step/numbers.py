@@ -24,7 +24,7 @@ class StepNumbers:
     def write(self, seed: int, rate: float, orders: Tensor | None) -> None:
         """Sets the numbers of the next step, without waiting for the device. `orders` None: the method draws none."""
         # New memory in each step: an earlier copy may still be under way.
-        host = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
+        host = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.device.type == "cuda")
         _HEAD.pack_into(host.numpy().data, 0, seed, rate)
         if orders is not None:
             host[_ORDERS:] = orders.flatten()

@@ -46,7 +46,7 @@ class Projections(Weights):
     def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
         if orders is None:
             orders = self.draw(gram.shape[0])
-            if gram.is_cuda:
+            if gram.device.type == "cuda":
                 orders = orders.pin_memory()  # else the host waits for the copy
         return self.project(gram, orders.to(gram.device, non_blocking=True))
 
