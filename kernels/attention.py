@@ -47,7 +47,7 @@ class LaunchTable:
 # tiles of 64. (fp32 has smaller tiles because NVIDIA's matrix units cannot multiply it in full precision.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
     (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), (64, 4), (32, 64, 4)),
-    (2, 64): LaunchTable(((1, 1), (2, 4), (4, 4)), (64, 4), (32, 64, 4)),
+    (2, 64): LaunchTable(((1, 1), (2, 4), (4, 4)), (64, 4), (32, 32, 4)),
     (2, 128): LaunchTable(((1, 2), (4, 4)), (64, 8), (32, 32, 4)),
     (4, 32): LaunchTable(((2, 4), (4, 8)), (32, 8), (32, 32, 8)),
     (4, 64): LaunchTable(((2, 4), (4, 8)), (16, 4), (16, 16, 4)),

@@ -197,30 +197,31 @@ def tiled_backward(
     HEAD_DIM: tl.constexpr, D: tl.constexpr,
     P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dqkv of sentences above `above` tokens. Any grid: programs take (tile, head) pairs in turn, those of keys first."""
+    """dqkv of sentences above `above` tokens. Any grid: programs take (tile, head) pairs in turn, keys' first."""
     part = heads * HEAD_DIM
+    programs = tl.num_programs(0)
     of_keys = count_tiles(offsets_ptr, sentences, above, KEYS) * heads
-    work = of_keys + count_tiles(offsets_ptr, sentences, above, QUERIES) * heads
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        if item < of_keys:
-            head = item % heads
-            sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, KEYS)
-            begin = tl.load(offsets_ptr + sentence)
-            length = tl.load(offsets_ptr + sentence + 1) - begin
-            _backward_keys(
-                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-                KEYS, HEAD_DIM, D, P, COMPUTE, PRECISION,
-            )  # fmt: skip
-        else:
-            head = (item - of_keys) % heads
-            sentence, first = find_tile(offsets_ptr, sentences, above, (item - of_keys) // heads, QUERIES)
-            begin = tl.load(offsets_ptr + sentence)
-            length = tl.load(offsets_ptr + sentence + 1) - begin
-            _backward_queries(
-                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-                QUERIES, HEAD_DIM, D, P, COMPUTE, PRECISION,
-            )  # fmt: skip
+    for item in range(tl.program_id(0), of_keys, programs):
+        head = item % heads
+        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, KEYS)
+        begin = tl.load(offsets_ptr + sentence)
+        length = tl.load(offsets_ptr + sentence + 1) - begin
+        _backward_keys(
+            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+            KEYS, HEAD_DIM, D, P, COMPUTE, PRECISION,
+        )  # fmt: skip
+    of_queries = count_tiles(offsets_ptr, sentences, above, QUERIES) * heads
+    # The last programs had the fewest tiles of keys, so they begin.
+    for item in range(programs - 1 - tl.program_id(0), of_queries, programs):
+        head = item % heads
+        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, QUERIES)
+        begin = tl.load(offsets_ptr + sentence)
+        length = tl.load(offsets_ptr + sentence + 1) - begin
+        _backward_queries(
+            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+            QUERIES, HEAD_DIM, D, P, COMPUTE, PRECISION,
+        )  # fmt: skip
