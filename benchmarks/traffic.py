@@ -144,8 +144,11 @@ def as_on_cuda() -> Iterator[None]:
         yield
 
 
-def make_step(config: BertConfig, method: str = "pcgrad") -> tuple[OnePassStep, MultitaskBatch]:
-    """The step in bf16 on a model without storage, and its batch: three tasks, 32 examples each."""
+def make_step(config: BertConfig, method: str, longest: int) -> tuple[OnePassStep, MultitaskBatch]:
+    """The step in bf16 on a model without storage, and its batch: three tasks, 32 examples each.
+
+    `longest` is the bucket's bound on a sentence's length.
+    """
     values = {"tasks": {kind: {"kind": kind} for kind in KINDS}, "surgery": {"method": method}}
     recipe = build(Recipe, values, "benchmarks.traffic")
     with torch.device("meta"):
@@ -155,15 +158,15 @@ def make_step(config: BertConfig, method: str = "pcgrad") -> tuple[OnePassStep, 
     sentences = [[words] * (EXAMPLES * count) for count in arity.values()]
     dtypes = {"sentiment": torch.int64}
     labels = {name: torch.zeros(EXAMPLES, dtype=dtypes.get(name, torch.float32)) for name in arity}
-    packed = pack(sentences, token_capacity=CAPACITY, max_seqlen=LONGEST)
+    packed = pack(sentences, token_capacity=CAPACITY, max_seqlen=longest)
     rows = {name: np.arange(EXAMPLES) for name in arity}
     return OnePassStep(model, recipe, torch.bfloat16), MultitaskBatch(packed, tuple(arity), arity, labels, rows)
 
 
-def launches(config: BertConfig, method: str = "pcgrad") -> list[Launch]:
+def launches(config: BertConfig, method: str = "pcgrad", longest: int = LONGEST) -> list[Launch]:
     """The launches of one call of the captured step, in order, with the copies of its batch and of its result."""
     with as_on_cuda():
-        step, batch = make_step(config, method)
+        step, batch = make_step(config, method, longest)
         own = batch.to("meta")
         assert own.buffer is not None
         with intercepted(H100, lambda *launch: None):

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import cdiv, next_power_of_2
 from minbert_fast.kernels.combine import ELEMENTS, NUM_WARPS, combined
 from minbert_fast.kernels.launches import Launch, meta
 
@@ -91,11 +92,11 @@ def adamw(
     if not count:
         return
     if row_slot is None:
-        rows, columns, grid = 1, ELEMENTS, (triton.cdiv(count, ELEMENTS),)
+        rows, columns, grid = 1, ELEMENTS, (cdiv(count, ELEMENTS),)
     else:
-        columns = next((size for size in (256, 128) if width % size == 0), min(256, triton.next_power_of_2(width)))
+        columns = next((size for size in (256, 128) if width % size == 0), min(256, next_power_of_2(width)))
         rows = ELEMENTS // columns
-        grid = (triton.cdiv(p.shape[0], rows), triton.cdiv(width, columns))
+        grid = (cdiv(p.shape[0], rows), cdiv(width, columns))
     log_betas = (math.log(beta) if beta else -100.0 for beta in (beta1, beta2))
     _adamw[grid](
         J, w, p, m, v, scalars, copy, row_slot, J.stride(0), count, J.shape[1], lr_factor, *log_betas, weight_decay,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import all_registers, multiprocessors, next_power_of_2
+from minbert_fast.kernels.arguments import all_registers, is_hopper_or_newer, multiprocessors, next_power_of_2
 from minbert_fast.kernels.attention_short import short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
 from minbert_fast.kernels.launches import Launch, meta
@@ -29,22 +29,12 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Settings of one tiled kernel; a tile has `tokens` queries and as many keys."""
-
-    tokens: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
 class LaunchTable:
     """How attention runs for one element size and head_dim."""
 
     short: tuple[tuple[int, int], ...]  # warps (forward, backward) of the short kernels with tiles up to 16, 32, ...
-    forward: Tile  # longer sentences
-    backward_keys: Tile
-    backward_queries: Tile
+    forward: tuple[int, int]  # longer sentences: tokens of a tile, warps
+    backward: tuple[int, int, int]  # tokens of a tile of keys, of a tile of queries, warps
 
     @property
     def longest_short(self) -> int:
@@ -52,16 +42,16 @@ class LaunchTable:
         return 8 << len(self.short)
 
 
-# By (bytes of an element, D). Chosen without a GPU, from registers and shared memory as the ahead-of-time check prints
-# them: nothing spills on any chip, and a multiprocessor holds as many programs as that allows. (fp32 has smaller
-# tiles because NVIDIA's matrix units cannot multiply it in full precision.)
+# By (bytes of an element, D). Chosen from registers and shared memory as the ahead-of-time check prints them: nothing
+# spills on any chip, and a multiprocessor holds as many programs as that allows. Measured on an H100: the warps of bf16's
+# tiles of 64. (fp32 has smaller tiles because NVIDIA's matrix units cannot multiply it in full precision.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
-    (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
-    (2, 64): LaunchTable(((1, 1), (2, 2), (4, 4)), Tile(64, 4, 1), Tile(32, 4, 1), Tile(64, 4, 1)),
-    (2, 128): LaunchTable(((1, 2), (4, 4)), Tile(64, 8, 1), Tile(32, 4, 1), Tile(32, 4, 1)),
-    (4, 32): LaunchTable(((2, 4), (4, 8)), Tile(32, 8, 1), Tile(32, 8, 1), Tile(32, 8, 1)),
-    (4, 64): LaunchTable(((2, 4), (4, 8)), Tile(16, 4, 1), Tile(16, 4, 1), Tile(16, 4, 1)),
-    (4, 128): LaunchTable(((4, 8),), Tile(16, 4, 1), Tile(16, 8, 1), Tile(16, 8, 1)),
+    (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), (64, 4), (32, 64, 4)),
+    (2, 64): LaunchTable(((1, 1), (2, 4), (4, 4)), (64, 4), (32, 32, 4)),
+    (2, 128): LaunchTable(((1, 2), (4, 4)), (64, 8), (32, 32, 4)),
+    (4, 32): LaunchTable(((2, 4), (4, 8)), (32, 8), (32, 32, 8)),
+    (4, 64): LaunchTable(((2, 4), (4, 8)), (16, 4), (16, 16, 4)),
+    (4, 128): LaunchTable(((4, 8),), (16, 4), (16, 16, 8)),
 }
 
 
@@ -91,11 +81,10 @@ def attention_forward(
         TILES=tiles, num_warps=warps, num_stages=1, **constants,
     )  # fmt: skip
     if max_seqlen > table.longest_short:
-        tile = table.forward
-        tiled_forward[(_programs(qkv, tile, table.longest_short),)](
+        tokens, warps = table.forward
+        tiled_forward[(_programs(qkv, (tokens,), table.longest_short),)](
             *tensors, rows, sentences, heads, table.longest_short, qkv.stride(0), scale, site,
-            T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
-            **all_registers(qkv.device, tile.warps),
+            T=tokens, num_warps=warps, num_stages=1, **constants, **all_registers(qkv.device, warps),
         )  # fmt: skip
 
 
@@ -118,15 +107,14 @@ def attention_backward(
     tiles, (_, warps) = _short_tiles(table, max_seqlen)
     short_backward[(sentences * heads,)](
         dout, qkv, lse, dqkv, *where, dout.stride(0), qkv.stride(0), scale, site,
-        TILES=tiles, num_warps=warps, num_stages=1, **constants,
+        TILES=tiles, num_warps=warps, num_stages=1, **constants, **_four_programs(qkv, tiles),
     )  # fmt: skip
     if max_seqlen > table.longest_short:
-        for keys, tile in ((True, table.backward_keys), (False, table.backward_queries)):
-            tiled_backward[(_programs(qkv, tile, table.longest_short),)](
-                dout, qkv, out, lse, dqkv, *where, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
-                KEYS=keys, T=tile.tokens, num_warps=tile.warps, num_stages=tile.stages, **constants,
-                **all_registers(qkv.device, tile.warps),
-            )  # fmt: skip
+        keys, queries, warps = table.backward
+        tiled_backward[(_programs(qkv, (keys, queries), table.longest_short),)](
+            dout, qkv, out, lse, dqkv, *where, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
+            KEYS=keys, QUERIES=queries, num_warps=warps, num_stages=1, **constants, **all_registers(qkv.device, warps),
+        )  # fmt: skip
 
 
 def _sentences(qkv: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -164,10 +152,20 @@ def _short_tiles(table: LaunchTable, max_seqlen: int) -> tuple[int, tuple[int, i
     return tiles, table.short[tiles - 1]
 
 
-def _programs(qkv: Tensor, tile: Tile, above: int) -> int:
+def _four_programs(qkv: Tensor, tiles: int) -> dict[str, int]:
+    """The backward's `maxnreg` by which a multiprocessor holds four programs with tiles of 64, not three.
+
+    Triton 3.7 and later allot more registers, and would spill.
+    """
+    fits = tiles == 3 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and is_hopper_or_newer(qkv.device)
+    return {"maxnreg": 128} if fits else {}
+
+
+def _programs(qkv: Tensor, tiles: tuple[int, ...], above: int) -> int:
     """Programs of a tiled kernel: two a multiprocessor, but no more than there can be (tile, head) pairs."""
     rows, _, heads, _ = qkv.shape
-    return min(2 * multiprocessors(qkv.device), (rows // tile.tokens + rows // (above + 1) + 1) * heads)
+    most = sum(rows // tokens + rows // (above + 1) + 1 for tokens in tiles)
+    return min(2 * multiprocessors(qkv.device), most * heads)
 
 
 def launches() -> Iterator[Launch]:

@@ -149,14 +149,14 @@ def _backward_sentence(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [T queries, T keys]
     weights = tl.exp2(scores * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
     weights = tl.where(attended(token, token, begin, length, mask_ptr), weights, 0.0)
-    kept = weights
-    if P > 0:
-        kept = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P) != 0, weights / (1.0 - P), 0.0)
-    dv = tl.dot(tl.trans(kept.to(COMPUTE)), dout, input_precision=PRECISION)
+    if P > 0:  # the sign says which weights dropout drops: one number in a register instead of two
+        weights = tl.where(dropout_keeps(seed_ptr, site, head, row, 0, T, P) != 0, weights, -weights)
+    kept = (tl.maximum(weights, 0.0) * (1.0 / (1.0 - P))).to(COMPUTE)
+    dv = tl.dot(tl.trans(kept), dout, input_precision=PRECISION)
     store_rows(dq_ptr + 2 * part, row, inside, 3 * part, dv, HEAD_DIM, D)
     # The tile has every key, so the softmax's row sum is computed directly, without `out` and its rounding.
-    product = kept * tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    dscores = ((product - weights * tl.sum(product, 1)[:, None]) * scale).to(COMPUTE)
+    product = tl.maximum(weights, 0.0) * tl.dot(dout, tl.trans(v), input_precision=PRECISION) * (1.0 / (1.0 - P))
+    dscores = ((product - tl.abs(weights) * tl.sum(product, 1)[:, None]) * scale).to(COMPUTE)
     dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
     store_rows(dq_ptr + part, row, inside, 3 * part, dk, HEAD_DIM, D)
     dq = tl.dot(dscores, k, input_precision=PRECISION)

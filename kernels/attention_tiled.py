@@ -188,34 +188,40 @@ def tiled_backward(
     qkv_ptr,  # [N, 3, h, d], rows qkv_stride apart
     out_ptr,  # [N, h * d]
     lse_ptr,  # [h, N] fp32
-    dqkv_ptr,  # [N, 3, h, d]: k and v are written, or q
+    dqkv_ptr,  # [N, 3, h, d]
     offsets_ptr,  # [B + 1] int32
     mask_ptr,  # [N] or None: rows that may be attended to
     seed_ptr,  # [1] int64, or None without dropout
     rows, sentences, heads, above, dout_stride, qkv_stride, scale, site,
-    KEYS: tl.constexpr,  # whether a tile holds keys (dK and dV are computed) or queries (dQ is)
-    T: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr,  # tokens of a tile of keys and of a tile of queries
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
     P: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV, or dQ, of sentences above `above` tokens. Any grid: programs take (tile, head) pairs in turn."""
+    """dqkv of sentences above `above` tokens. Any grid: programs take (tile, head) pairs in turn, keys' first."""
     part = heads * HEAD_DIM
-    work = count_tiles(offsets_ptr, sentences, above, T) * heads
-    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+    programs = tl.num_programs(0)
+    of_keys = count_tiles(offsets_ptr, sentences, above, KEYS) * heads
+    for item in range(tl.program_id(0), of_keys, programs):
         head = item % heads
-        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, T)
+        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, KEYS)
         begin = tl.load(offsets_ptr + sentence)
         length = tl.load(offsets_ptr + sentence + 1) - begin
-        if KEYS:
-            _backward_keys(
-                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-            )  # fmt: skip
-        else:
-            _backward_queries(
-                dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
-                lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
-                begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
-                T, HEAD_DIM, D, P, COMPUTE, PRECISION,
-            )  # fmt: skip
+        _backward_keys(
+            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+            KEYS, HEAD_DIM, D, P, COMPUTE, PRECISION,
+        )  # fmt: skip
+    of_queries = count_tiles(offsets_ptr, sentences, above, QUERIES) * heads
+    # The last programs had the fewest tiles of keys, so they begin.
+    for item in range(programs - 1 - tl.program_id(0), of_queries, programs):
+        head = item % heads
+        sentence, first = find_tile(offsets_ptr, sentences, above, item // heads, QUERIES)
+        begin = tl.load(offsets_ptr + sentence)
+        length = tl.load(offsets_ptr + sentence + 1) - begin
+        _backward_queries(
+            dout_ptr + head * HEAD_DIM, qkv_ptr + head * HEAD_DIM, out_ptr + head * HEAD_DIM,
+            lse_ptr + head.to(tl.int64) * rows, mask_ptr, seed_ptr, dqkv_ptr + head * HEAD_DIM,
+            begin, length, first, head, part, dout_stride, qkv_stride, scale, site,
+            QUERIES, HEAD_DIM, D, P, COMPUTE, PRECISION,
+        )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import cdiv
 from minbert_fast.kernels.launches import Launch, meta
 
 ELEMENTS, NUM_WARPS = 1024, 4  # a program's parameters: two 16-byte loads a thread from each fp32 row
@@ -48,7 +49,7 @@ def combine(J: Tensor, w: Tensor, out: Tensor) -> None:
     """out [P] fp32 = w J, from J [T, P] (any task stride, fp32 or bf16) and w [T] fp32."""
     tasks, count = J.shape
     if count:
-        _combine[(triton.cdiv(count, ELEMENTS),)](
+        _combine[(cdiv(count, ELEMENTS),)](
             J, w, out, J.stride(0), count, T=tasks, ELEMENTS=ELEMENTS, num_warps=NUM_WARPS, enable_fp_fusion=False
         )
 

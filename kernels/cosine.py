@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import next_power_of_2
 from minbert_fast.kernels.launches import Launch, meta
 
 
@@ -72,7 +73,7 @@ def _cosine_backward(
 
 
 def _launch(width: int) -> dict[str, object]:
-    return {"WIDTH": width, "BLOCK": min(1024, triton.next_power_of_2(width)), "num_warps": 4, "enable_fp_fusion": True}
+    return {"WIDTH": width, "BLOCK": min(1024, next_power_of_2(width)), "num_warps": 4, "enable_fp_fusion": True}
 
 
 def cosine_forward(u: Tensor, v: Tensor, eps: float, cosine: Tensor, norms: Tensor) -> None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import next_power_of_2
 from minbert_fast.kernels.launches import Launch, meta
 
 TILE = 1024  # scores at a time
@@ -83,7 +84,7 @@ def _cross_entropy(
 
 def binary_cross_entropy_with_gradient(scores: Tensor, targets: Tensor, loss: Tensor, gradient: Tensor) -> None:
     """scores, targets [...] -> loss [], gradient [...]."""
-    block = min(TILE, triton.next_power_of_2(scores.numel()))
+    block = min(TILE, next_power_of_2(scores.numel()))
     _binary_cross_entropy[(1,)](
         scores, targets, loss, gradient, scores.numel(), BLOCK=block, num_warps=4, enable_fp_fusion=True
     )
@@ -94,8 +95,8 @@ def cross_entropy_with_gradient(
 ) -> None:
     """scores [n, C], labels [n] int64 -> loss [], gradient [n, C]. A label that is no class makes the loss NaN."""
     rows, classes = scores.shape
-    block = triton.next_power_of_2(classes)
-    together = min(max(1, TILE // block), triton.next_power_of_2(rows))
+    block = next_power_of_2(classes)
+    together = min(max(1, TILE // block), next_power_of_2(rows))
     _cross_entropy[(1,)](
         scores, labels, loss, gradient, rows, SMOOTHING=float(smoothing), CLASSES=classes, ROWS=together, BLOCK=block,
         num_warps=4, enable_fp_fusion=True,

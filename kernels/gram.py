@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import TYPES, multiprocessors
+from minbert_fast.kernels.arguments import TYPES, cdiv, multiprocessors, next_power_of_2
 from minbert_fast.kernels.launches import Launch, meta
 
 # Tasks a group: columns a program takes at a time, and its warps. A thread keeps group^2 x columns / threads sums.
@@ -80,10 +80,10 @@ def _finish_gram(
 def gram(J: Tensor, out: Tensor, accumulate: bool) -> None:
     """out [T, T] fp32 = J J^T, or += it, from J [T, P] (any task stride, fp32 or bf16)."""
     tasks, columns = J.shape
-    group = min(8, triton.next_power_of_2(tasks))
-    groups = triton.cdiv(tasks, group)
+    group = min(8, next_power_of_2(tasks))
+    groups = cdiv(tasks, group)
     tile, warps = LAUNCHES[group]
-    programs = max(1, min(triton.cdiv(columns, tile), PROGRAMS * multiprocessors(J.device)))
+    programs = max(1, min(cdiv(columns, tile), PROGRAMS * multiprocessors(J.device)))
     partials = torch.empty(programs, tasks, tasks, dtype=torch.float32, device=J.device)
     _gram_partials[(groups * (groups + 1) // 2, programs)](
         J, partials, J.stride(0), columns, tasks, programs, GROUPS=groups, GROUP=group, COLUMNS=tile,
@@ -96,7 +96,7 @@ def finish(partials: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out [T, T] = the sum of partials [programs, T or more, T or more] over the programs, in fp64; or += it."""
     (programs, pitch, _), tasks = partials.shape, out.shape[0]
     _finish_gram[(tasks, tasks)](
-        partials, out, tasks, pitch, programs, ACCUMULATE=accumulate, PROGRAMS=triton.next_power_of_2(programs),
+        partials, out, tasks, pitch, programs, ACCUMULATE=accumulate, PROGRAMS=next_power_of_2(programs),
         num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -142,11 +142,11 @@ def _gram_pieces(
 
 def pieces_table(pieces: Sequence[Tensor]) -> tuple[list[list[int]], int]:
     """The rows of the table that `gram_pieces` reads, and the number of its blocks. Pieces [T, columns], any task stride."""
-    columns, _ = LAUNCHES[triton.next_power_of_2(pieces[0].shape[0])]
+    columns, _ = LAUNCHES[next_power_of_2(pieces[0].shape[0])]
     rows, blocks = [], 0
     for piece in pieces:
         rows.append([piece.data_ptr(), piece.stride(0), piece.shape[1], blocks])
-        blocks += triton.cdiv(piece.shape[1], columns)
+        blocks += cdiv(piece.shape[1], columns)
     return rows, blocks
 
 
@@ -161,7 +161,7 @@ def gram_pieces(pieces: Sequence[Tensor], where: Tensor, blocks: int, partials: 
     _gram_pieces[(programs,)](
         where, partials, pieces[0].shape[0], len(where), blocks, programs,
         TYPE=TYPES[pieces[0].dtype], ALIGNED=not any(number % 16 for number in numbers),
-        PIECES=triton.next_power_of_2(len(where)), T=size, COLUMNS=columns, ADD=add, num_warps=warps,
+        PIECES=next_power_of_2(len(where)), T=size, COLUMNS=columns, ADD=add, num_warps=warps,
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -175,6 +175,6 @@ def launches() -> Iterator[Launch]:
     for tasks in (1, 3, 8):
         pieces = [meta(tasks, 768, dtype=torch.bfloat16)] * 60
         rows, blocks = pieces_table(pieces)
-        size = triton.next_power_of_2(tasks)
+        size = next_power_of_2(tasks)
         where, partials = meta(len(rows), FIELDS.value, dtype=torch.int64), meta(264, size, size)
         yield Launch(f"pieces of {tasks} tasks bfloat16", partial(gram_pieces, pieces, where, blocks, partials, True))

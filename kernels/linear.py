@@ -24,7 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import TYPES, all_registers, is_hopper_or_newer, multiprocessors
+from minbert_fast.kernels.arguments import (
+    TYPES,
+    all_registers,
+    cdiv,
+    is_hopper_or_newer,
+    multiprocessors,
+    next_power_of_2,
+)
 from minbert_fast.kernels.launches import Launch, meta
 
 
@@ -97,7 +104,7 @@ def choose(dy: Tensor, x: Tensor, tasks: int) -> Tile:
     if any(size % 16 for size in (outputs, inputs, dy.stride(0), x.stride(0))):
         return TILE_UNALIGNED
     for tile in (TILE_HOPPER, *TILES) if is_hopper_or_newer(dy.device) else TILES:
-        tiles = tasks * triton.cdiv(outputs, tile.outputs) * triton.cdiv(inputs, tile.inputs)
+        tiles = tasks * cdiv(outputs, tile.outputs) * cdiv(inputs, tile.inputs)
         if tiles >= 0.75 * multiprocessors(dy.device):
             return tile
     return TILES[-1]
@@ -305,9 +312,9 @@ def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | No
     assert x.dtype == dy.dtype
     tasks = bounds.numel() - 1
     tile = choose(dy, x, tasks)
-    tiles_out, tiles_in = triton.cdiv(outputs, tile.outputs), triton.cdiv(inputs, tile.inputs)
+    tiles_out, tiles_in = cdiv(outputs, tile.outputs), cdiv(inputs, tile.inputs)
     matrix_tiles = 0 if dweight is None else tasks * tiles_out * tiles_in
-    bias_tiles = 0 if dbias is None else triton.cdiv(outputs, BIAS_COLUMNS)
+    bias_tiles = 0 if dbias is None else cdiv(outputs, BIAS_COLUMNS)
     if matrix_tiles + bias_tiles == 0:
         return
     _linear_gradients[(matrix_tiles + tasks * bias_tiles,)](
@@ -331,7 +338,7 @@ def grouped_tile(problems: Sequence[Problem], device: torch.device) -> Tile:
 
     def use(tile: Tile) -> float:
         tiles = sum(_tiles(problem, tile) for problem in problems)
-        rounds = triton.cdiv(tiles, RESIDENT * multiprocessors(device))
+        rounds = cdiv(tiles, RESIDENT * multiprocessors(device))
         return tiles / max(1, rounds * RESIDENT * multiprocessors(device))
 
     tile = GROUPED[1] if use(GROUPED[1]) > 1.1 * use(GROUPED[0]) else GROUPED[0]
@@ -343,7 +350,7 @@ def _tiles(problem: Problem, tile: Tile) -> int:
     if problem.dweight is None:
         return 0
     outputs, inputs = problem.dy.shape[1], problem.x.shape[1]
-    return triton.cdiv(outputs, tile.outputs) * triton.cdiv(inputs, tile.inputs)
+    return cdiv(outputs, tile.outputs) * cdiv(inputs, tile.inputs)
 
 
 def _aligned(problem: Problem) -> bool:
@@ -359,7 +366,7 @@ def partial_grams(tasks: int, device: torch.device) -> Tensor | None:
     """An uninitialised buffer for the partial Gram matrices of `weight_gradients`; None for too many tasks."""
     if tasks > MOST_TASKS:
         return None
-    size = triton.next_power_of_2(tasks)
+    size = next_power_of_2(tasks)
     return torch.empty(RESIDENT * multiprocessors(device), size, size, dtype=torch.float32, device=device)
 
 
@@ -371,13 +378,13 @@ def table(problems: Sequence[Problem]) -> tuple[list[list[int]], int]:
         if dbias is not None:
             outputs = dy.shape[1]
             rows.append([dy.data_ptr(), 0, dbias.data_ptr(), outputs, 0, dy.stride(0), 0, dbias.stride(0), tiles, 0])
-            tiles += triton.cdiv(outputs, BIAS_COLUMNS)
+            tiles += cdiv(outputs, BIAS_COLUMNS)
     for problem in problems:
         dy, x, dweight, _ = problem
         if dweight is not None:
             addresses, sizes = [t.data_ptr() for t in (dy, x, dweight)], [dy.shape[1], x.shape[1]]
             strides = [dy.stride(0), x.stride(0), dweight.stride(0)]
-            rows.append([*addresses, *sizes, *strides, tiles, triton.cdiv(x.shape[1], tile.inputs)])
+            rows.append([*addresses, *sizes, *strides, tiles, cdiv(x.shape[1], tile.inputs)])
             tiles += _tiles(problem, tile)
     return rows, tiles
 
@@ -395,7 +402,7 @@ def weight_gradients(
     out = next(t for t in problems[0][2:] if t is not None)
     programs = RESIDENT * multiprocessors(dy.device)
     _weight_gradients[(programs,)](
-        where, bounds, partials, tasks, len(where), tiles, programs, PROBLEMS=triton.next_power_of_2(len(where)),
+        where, bounds, partials, tasks, len(where), tiles, programs, PROBLEMS=next_power_of_2(len(where)),
         TYPE=TYPES[dy.dtype], OUT_TYPE=TYPES[out.dtype], ALIGNED=all(map(_aligned, problems)),
         T=1 if partials is None else partials.shape[1], ADD=add,
         OUT=tile.outputs, IN=tile.inputs, ROWS=tile.rows, GROUP=GROUP, BIAS_ROWS=BIAS_ROWS, BIAS_COLUMNS=BIAS_COLUMNS,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import cdiv
 from minbert_fast.kernels.launches import Launch, meta
 
 #: A program's tile: most sentences have up to 32 rows.
@@ -109,7 +110,7 @@ def pooling_forward(hidden: Tensor, cu_seqlens: Tensor, mode: str, pooled: Tenso
     """hidden [N, H], cu_seqlens [B + 1] int32 -> pooled [B, H] fp32, and for mode "max" chosen [B, H] int32."""
     sentences, width = pooled.shape
     if sentences:
-        _pooling_forward[(sentences, triton.cdiv(width, COLUMNS))](
+        _pooling_forward[(sentences, cdiv(width, COLUMNS))](
             hidden, cu_seqlens, pooled, chosen, MODE=mode, WIDTH=width, ROWS=FORWARD_ROWS, **_LAUNCH
         )
 
@@ -120,7 +121,7 @@ def pooling_backward(
     """dpooled [B, H] fp32 -> dhidden [N, H]; rows of no sentence get zeros."""
     sentences, width = dpooled.shape
     if rows:
-        _pooling_backward[(triton.cdiv(rows, BACKWARD_ROWS), triton.cdiv(width, COLUMNS))](
+        _pooling_backward[(cdiv(rows, BACKWARD_ROWS), cdiv(width, COLUMNS))](
             dpooled, cu_seqlens, chosen, dhidden, rows, sentences,
             MODE=mode, STEPS=sentences.bit_length(), WIDTH=width, ROWS=BACKWARD_ROWS, **_LAUNCH,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import cdiv
 from minbert_fast.kernels.launches import Launch, meta
 
 ROWS = 1024  # a program
@@ -39,7 +40,7 @@ def _row_slots(
 
 def row_slots(ids: Tensor, slots: Tensor) -> None:
     """ids int32 [U], ascending, then -1 -> slots int32 [V]: where each row stands in ids, or -1."""
-    _row_slots[(triton.cdiv(slots.numel(), ROWS),)](
+    _row_slots[(cdiv(slots.numel(), ROWS),)](
         ids, slots, ids.numel(), slots.numel(), STEPS=ids.numel().bit_length(), ROWS=ROWS, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip

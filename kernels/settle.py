@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.kernels.arguments import next_power_of_2
 from minbert_fast.kernels.launches import Launch, meta
 
 
@@ -74,8 +75,8 @@ def settle(
     tasks, rows, labels = values.numel(), w.numel(), scalars.shape[0]
     _settle[(1,)](
         values, gram, w, heads, scalars, taking, norm, nonfinite.view(torch.uint8), skip.view(torch.uint8),
-        tasks, rows, labels, float(max_norm), APART=rows == tasks, T=triton.next_power_of_2(tasks),
-        R=triton.next_power_of_2(rows), LABELS=triton.next_power_of_2(labels), num_warps=1, enable_fp_fusion=True,
+        tasks, rows, labels, float(max_norm), APART=rows == tasks, T=next_power_of_2(tasks),
+        R=next_power_of_2(rows), LABELS=next_power_of_2(labels), num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 

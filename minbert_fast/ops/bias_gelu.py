@@ -72,7 +72,7 @@ def bias_gelu_unfinished(dy: Tensor, x: Tensor, bias: Tensor, bounds: Tensor) ->
     """dx [N, F], and partial sums of dbias (kernels/column_sums.py)."""
     from minbert_fast.kernels import bias_gelu as kernels
 
-    partials = kernels.partition(x.shape[0]).partials(bounds.numel() - 1, 1, x.shape[1], x.device)
+    partials = kernels.partition(*x.shape, x.device).partials(bounds.numel() - 1, 1, x.shape[1], x.device)
     return torch.empty_like(x), partials
 
 
@@ -91,7 +91,7 @@ class _BiasGelu(torch.autograd.Function):
             from minbert_fast.kernels import bias_gelu as kernels
 
             dx, partials = bias_gelu_unfinished(dy, x, bias, ctx.into.bounds)
-            rows = kernels.partition(x.shape[0]).rows_per_program
+            rows = kernels.partition(*x.shape, x.device).rows_per_program
             ctx.into.tape.sums(Unfinished(partials, rows, (ctx.into.dbias,)))
             return dx, None, None, None
         bounds, dbias = ctx.into[:2] if ctx.into else segments.one_task(x, bias)
