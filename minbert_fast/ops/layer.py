@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One encoder layer as one node of autograd, forward and backward, for code that runs without graphs.
 
-It strings the ops of this room together by hand. Each op and each product as a node of its own costs the host five times as
-much, which is most of the time of a small batch.
+It strings the ops of this room together by hand. With a node for each op and each product, forward and backward of a small
+batch take half as long again, on the host.
 
 Shapes: N token rows, H hidden, F intermediate, h heads, d = H / h.
 """
