@@ -209,7 +209,8 @@ def _ratios(low: Mapping[str, Any], full: Mapping[str, Any] | None, in_bf16: str
         found["both in fp32"] = full["speedup"][in_fp32]
     elif not found and in_fp32 in low["speedup"]:
         found["theirs in fp32"] = low["speedup"][in_fp32]
-    parts, words = [], f" times as fast as {name}"  # the words follow the first ratio alone
+    parts: list[str] = []
+    words = f" times as fast as {name}"  # after the first ratio alone
     for which, times in found.items():
         parts.append(f"{times:.1f}{'' if parts else words} ({which})")
     return " and ".join(parts)

@@ -401,13 +401,14 @@ class AutogradPass(Pass):
         for linear, norm in ((parts.attention_dense, layer.attention_norm), (parts.out_dense, layer.out_norm)):
             weights += [linear.weight, linear.bias, norm.weight, norm.bias]
         weights[10:10] = [parts.interm_dense.weight, parts.interm_dense.bias]
-        dropouts = (layer.probability_dropout, layer.attention_dropout, layer.out_dropout)
+        modules = (layer.probability_dropout, layer.attention_dropout, layer.out_dropout)
+        first, second, third = (self.dropout(module, hidden.device) for module in modules)
         count = hidden.shape[0]
         if count not in self._bounds:
             (self._bounds[count],) = one_task(hidden)
         settings = ops.LayerSettings(
             layer.heads, (layer.attention_norm.eps, layer.out_norm.eps),
-            tuple(self.dropout(module, hidden.device) for module in dropouts), rows.sentences(), self._bounds[count],
+            (first, second, third), rows.sentences(), self._bounds[count],
         )  # fmt: skip
         return ops.encoder_layer(hidden.to(dtype), ops.LayerWeights(*(w.to(dtype) for w in weights)), settings)
 
