@@ -55,6 +55,18 @@ def test_reopening_keeps_earlier_records_and_drops_incomplete_lines(tmp_path: Pa
     assert path.read_text() == ""
 
 
+def test_files_that_a_kill_left_half_written_go_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    left = [tmp_path / place / ".writing-curve.svg.123" for place in (".", "plots")]
+    for path in left:
+        path.write_text("half")
+    (tmp_path / "plots" / "curve.svg").write_text("whole")
+    with RunDirectory(tmp_path) as files:
+        files.prepare("")
+    assert not any(path.exists() for path in left)
+    assert (tmp_path / "plots" / "curve.svg").exists()
+
+
 def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

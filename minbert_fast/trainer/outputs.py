@@ -101,8 +101,8 @@ class RunDirectory:
         """
         with translate_write_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
-            sweep(self.path)
-            sweep(self.checkpoints)
+            for directory in (self.path, self.checkpoints, self.path / "plots"):
+                sweep(directory)
             remove(self.path / SUMMARY)
             flush_directory(self.path)
             write_bytes(saved_recipe_path(self.path), recipe.encode("utf-8"))
