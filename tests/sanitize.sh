@@ -13,7 +13,8 @@ cxx=${CXX:-c++}
 kind=address
 case ${1:-} in address | thread) kind=$1 && shift ;; esac
 
-run= select="not triton and not test_grouped and not test_settle"  # these run the interpreter, not the extension
+# Some tests run the interpreter, plain PyTorch or its compiler instead of the extension.
+run= select="not triton and not torch and not opcheck and not compiled and not test_grouped and not test_settle"
 if [ "$kind" = address ]; then
   sanitizers=address,undefined flags=-fno-sanitize-recover=all library=libasan.so
   [ $# -gt 0 ] || set -- tests/surgery tests/ops tests/test_native_build.py

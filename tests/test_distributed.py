@@ -96,8 +96,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (2, False),
         (2, True),
-        pytest.param(4, True, marks=pytest.mark.ci),
-        pytest.param(4, False, marks=pytest.mark.slow),
+        *(pytest.param(4, shard, marks=pytest.mark.slow) for shard in (True, False)),
     ],
 )
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_an_onnx_encoder_gives_the_same_vectors_here_and_in_the_encode_command(
         graph.predict(texts)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_int8_is_a_quarter_of_the_size_and_says_how_far_it_is(tmp_path: Path, minilm: Path) -> None:
     """On real weights: those of random layers say nothing about the loss."""
     pytest.importorskip("onnxscript")

@@ -33,6 +33,7 @@ def test_two_processes_average_and_weigh_as_one_does(tmp_path: Path) -> None:
     assert weights(one)[-1] != [1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_smart(tmp_path: Path) -> None:
     """Each perturbs its own share; both end with the same weights, which uncertainties keep track of."""
     smart = ["--set", "regularisation.smart=1.0", "--set", "regularisation.proximal=1.0"]
