@@ -4,7 +4,7 @@
 Each call is one step on three tasks: forward of a rectangle [sentences, positions] with padding, three losses, the classic
 PCGrad (one backward a task), AdamW. "stock modules" calls every module of the same encoder on its own, as the course's
 `bert.py` does, with torch's AdamW and a classic PCGrad loop; "swapped imports" calls the drop-in model, AdamW and PCGrad of
-this package. A model so small that the host's time is all there is goes forward and backward alone, beside transformers too.
+this package. A model whose time is the host's runs forward and backward alone, beside transformers too.
 """
 
 from __future__ import annotations

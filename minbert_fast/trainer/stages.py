@@ -92,9 +92,8 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
             made = ((step, batch.pin_memory()) for step, batch in made)
         with closing(prefetch(made)) as ahead:
             for _, batch in ahead:
-                yield (
-                    batch if graphs else batch.to(context.device, non_blocking=True)
-                )  # a graph copies its batch itself
+                # A graph copies its batch itself.
+                yield batch if graphs else batch.to(context.device, non_blocking=True)
 
     own = whole.stages[index].get("training", {}).get("max_steps") if whole.stages else None
     return Stage(
