@@ -2,6 +2,7 @@
 """Counts the launches of one captured training step and the bytes that they move, without a GPU.
 
     python -m benchmarks.traffic [--json FILE]
+    python -m benchmarks.traffic --compile      compiles every kernel of such steps for an H100 instead
 
 The step runs on tensors without storage. PyTorch's ops are counted as they are dispatched, Triton's kernels by their own
 launchers, which see an H100. A launch's bytes are those of the tensors that it takes and makes, each once, from their
@@ -16,7 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,14 +27,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.backends.compiler import GPUTarget
 
 from benchmarks.gradients import CONFIGS
 from benchmarks.step import KINDS
 from minbert_fast import BertConfig, BertModel
 from minbert_fast.common.schema import build
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.kernels.launches import intercepted
+from minbert_fast.kernels.ahead_of_time import CHIPS, HEADER, Report, report
+from minbert_fast.kernels.launches import Take, intercepted
 from minbert_fast.model.packing import pack
 from minbert_fast.ops.library import OPS
 from minbert_fast.recipes.recipe import Recipe
@@ -41,7 +42,7 @@ from minbert_fast.step.captured import at_capacity, cloned
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
-H100 = GPUTarget("cuda", 90, 32)
+H100 = next(chip for chip in CHIPS if chip.name == "sm_90")
 EXAMPLES = 32  # a task
 TOKENS = 17  # a sentence, as on average in the course's data
 CAPACITY, LONGEST = 2816, 64  # token rows of the bucket, and its bound on a sentence's length
@@ -74,9 +75,10 @@ class Launch:
 class Watch(TorchDispatchMode):
     """Notes the launches of everything that runs inside on tensors of the meta device."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Take = lambda *launch: None) -> None:
         super().__init__()
         self.launches: list[Launch] = []
+        self._also = also  # told of each launch of a Triton kernel
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,8 +89,9 @@ class Watch(TorchDispatchMode):
 
             def take(kernel: Any, grid: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self._take(kernel, args, kwargs, whole)
+                self._also(kernel, grid, args, kwargs)
 
-            with self, intercepted(H100, take):
+            with self, intercepted(H100.target, take, H100.name):
                 return OPS[name].run(*args, **kwargs)
         out = func(*args, **kwargs)
         made = _on_device(tree_leaves(out))
@@ -163,20 +166,54 @@ def make_step(config: BertConfig, method: str, longest: int) -> tuple[OnePassSte
     return OnePassStep(model, recipe, torch.bfloat16), MultitaskBatch(packed, tuple(arity), arity, labels, rows)
 
 
-def launches(config: BertConfig, method: str = "pcgrad", longest: int = LONGEST) -> list[Launch]:
-    """The launches of one call of the captured step, in order, with the copies of its batch and of its result."""
+def launches(
+    config: BertConfig, method: str = "pcgrad", longest: int = LONGEST, also: Take = lambda *launch: None
+) -> list[Launch]:
+    """The launches of one call of the captured step, in order, with the copies of its batch and of its result.
+
+    `also` is told of each launch of a Triton kernel.
+    """
     with as_on_cuda():
         step, batch = make_step(config, method, longest)
         own = batch.to("meta")
         assert own.buffer is not None
-        with intercepted(H100, lambda *launch: None):
+        with intercepted(H100.target, lambda *launch: None, H100.name):
             step(at_capacity(own), 1.0)  # the first step of a bucket runs eagerly
-        watch, source = Watch(), batch.staged()
+        watch, source = Watch(also), batch.staged()
         with watch:
             step.prepare(batch, 0.5)
             own.buffer.copy_(source)
             cloned(step.compute(at_capacity(own)))
     return watch.launches
+
+
+def compiled(config: BertConfig, method: str, longest: int) -> Iterator[Report]:
+    """Compiles each Triton kernel of the step for an H100, once, and reports its resources.
+
+    A kernel that only a step's own types and sizes would break fails here.
+    """
+    found: dict[str, Report] = {}
+
+    def take(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        binary = kernel.warmup(*args, grid=grid, **kwargs)
+        if binary.hash not in found:
+            found[binary.hash] = report(f"{method}, {longest} tokens", kernel.__name__, binary, H100)
+
+    launches(config, method, longest, take)
+    yield from found.values()
+
+
+def compile_steps() -> bool:
+    """Compiles the steps of both models, with and without surgery, and prints the reports: whether all is well."""
+    print(HEADER)
+    well = True
+    for config in CONFIGS.values():
+        config = replace(config, num_hidden_layers=2)  # more layers launch the same kernels again
+        for method, longest in (("pcgrad", LONGEST), ("pcgrad", 2 * LONGEST), ("none", LONGEST)):
+            for each in compiled(config, method, longest):
+                print(each, flush=True)
+                well &= not each.failure
+    return well
 
 
 def summary(found: Sequence[Launch]) -> dict[str, Any]:
@@ -202,14 +239,17 @@ def table(name: str, found: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
+    parser.add_argument("--compile", action="store_true", help="compile the kernels for an H100 instead")
     options = parser.parse_args(arguments)
-    report = {}
+    if options.compile:
+        return int(not compile_steps())
+    tables = {}
     for name, config in CONFIGS.items():
-        report[name] = summary(launches(config))
-        print(table(name, report[name]), end="\n\n")
+        tables[name] = summary(launches(config))
+        print(table(name, tables[name]), end="\n\n")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({name: {key: found[key] for key in ("launches", "megabytes")} for name, found in report.items()}))
+        options.json.write_text(json.dumps(tables, indent=1) + "\n")
+    print(json.dumps({name: {key: found[key] for key in ("launches", "megabytes")} for name, found in tables.items()}))
     return 0
 
 

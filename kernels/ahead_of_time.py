@@ -102,7 +102,7 @@ def check(launch: Launch, chip: Chip) -> list[Report]:
             return [Report(launch.label, "", chip.name, 0, failure=f"{type(error).__name__}: {lines[-1][:200]}")]
     if not compiled:
         return [Report(launch.label, "", chip.name, 0, failure="no kernel was launched")]
-    reports = [_report(launch.label, kernel.__name__, binary, chip) for kernel, binary in compiled]
+    reports = [report(launch.label, kernel.__name__, binary, chip) for kernel, binary in compiled]
     if launch.wide and chip.name == "sm_90":
         texts = [narrow_accesses(binary.asm["ptx"]) for _, binary in compiled]
         reports = [replace(each, failure=each.failure or text) for each, text in zip(reports, texts, strict=True)]
@@ -119,7 +119,8 @@ def narrow_accesses(ptx: str) -> str:
     return ""
 
 
-def _report(label: str, name: str, binary: Any, chip: Chip) -> Report:
+def report(label: str, name: str, binary: Any, chip: Chip) -> Report:
+    """The resources of a compiled kernel."""
     if chip.target.backend == "cuda":
         registers, spill = _cuda_resources(binary.asm["cubin"])
         matrix = _count(binary.asm["ptx"], {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"})

@@ -193,8 +193,7 @@ def _embedding_gather(
                 valid = listed & (row < tl.load(cu_seqlens_ptr + sentence + 1, mask=listed, other=0))
                 total += _gathered(dz_ptr, row, valid, columns, within, WIDTH)
             out = task.to(tl.int64) * dposition_stride + slot.to(tl.int64) * WIDTH
-            sums = tl.sum(total, 0).to(dposition_ptr.dtype.element_ty)
-            tl.store(dposition_ptr + out + columns, sums, mask=within)
+            tl.store(dposition_ptr + out + columns, tl.sum(total, 0).to(dposition_ptr.dtype.element_ty), mask=within)
     else:
         if dword_ptr is not None:
             word = slot - positions
@@ -214,8 +213,8 @@ def _embedding_gather(
                 valid = (row >= low) & (row < high)
                 total += _gathered(dz_ptr, row, valid, columns, within, WIDTH)
             out = task.to(tl.int64) * dword_stride + word.to(tl.int64) * WIDTH
-            sums = tl.where(is_padding > 0, 0.0, tl.sum(total, 0))
-            tl.store(dword_ptr + out + columns, sums.to(dword_ptr.dtype.element_ty), mask=within)
+            own = tl.where(is_padding > 0, 0.0, tl.sum(total, 0))
+            tl.store(dword_ptr + out + columns, own.to(dword_ptr.dtype.element_ty), mask=within)
 
 
 def embedding_forward(
