@@ -35,6 +35,7 @@ from minbert_fast.common.schema import build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.kernels.ahead_of_time import CHIPS, HEADER, Report, report
 from minbert_fast.kernels.launches import Take, intercepted
+from minbert_fast.kernels.linear import SPILLED
 from minbert_fast.model.packing import pack
 from minbert_fast.ops.library import OPS
 from minbert_fast.recipes.recipe import Recipe
@@ -197,7 +198,8 @@ def compiled(config: BertConfig, method: str, longest: int) -> Iterator[Report]:
     def take(kernel: Any, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         binary = kernel.warmup(*args, grid=grid, **kwargs)
         if binary.hash not in found:
-            found[binary.hash] = report(f"{method}, {longest} tokens", kernel.__name__, binary, H100)
+            spilled = SPILLED if kernel.__name__ == "_weight_gradients" else 0
+            found[binary.hash] = report(f"{method}, {longest} tokens", kernel.__name__, binary, H100, spilled)
 
     launches(config, method, longest, take)
     yield from found.values()

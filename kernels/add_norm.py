@@ -10,6 +10,7 @@ Per-task dgamma, dbeta and dbias leave through column_sums.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -136,9 +137,15 @@ def add_norm_forward(
         )
 
 
+def _backward_tile(width: int) -> RowTile:
+    """At most 2 rows: as fast as 4 on an H100 at 768 columns, and a tenth faster at 384."""
+    tile = RowTile.of(width)
+    return replace(tile, rows=min(2, tile.rows))
+
+
 def partition(rows: int, width: int, device: torch.device) -> Partition:
     """The programs of a backward, and their rows."""
-    tile = RowTile.of(width)
+    tile = _backward_tile(width)
     return Partition.among(rows, tile.rows, tile.programs(device))
 
 
@@ -155,7 +162,7 @@ def add_norm_unfinished(
     parts = partition(rows, width, x.device)
     _add_norm_backward[(parts.programs,)](
         dy, more, x, bias, residual, gamma, mean, rstd, bounds, dx, dresidual, partials, seed, site,
-        rows, bounds.numel() - 1, parts.rows_per_program, **RowTile.of(width).launch(width, p),
+        rows, bounds.numel() - 1, parts.rows_per_program, **_backward_tile(width).launch(width, p),
     )  # fmt: skip
 
 

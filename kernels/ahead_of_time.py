@@ -102,7 +102,7 @@ def check(launch: Launch, chip: Chip) -> list[Report]:
             return [Report(launch.label, "", chip.name, 0, failure=f"{type(error).__name__}: {lines[-1][:200]}")]
     if not compiled:
         return [Report(launch.label, "", chip.name, 0, failure="no kernel was launched")]
-    reports = [report(launch.label, kernel.__name__, binary, chip) for kernel, binary in compiled]
+    reports = [report(launch.label, kernel.__name__, binary, chip, launch.spilled) for kernel, binary in compiled]
     if launch.wide and chip.name == "sm_90":
         texts = [narrow_accesses(binary.asm["ptx"]) for _, binary in compiled]
         reports = [replace(each, failure=each.failure or text) for each, text in zip(reports, texts, strict=True)]
@@ -119,8 +119,8 @@ def narrow_accesses(ptx: str) -> str:
     return ""
 
 
-def report(label: str, name: str, binary: Any, chip: Chip) -> Report:
-    """The resources of a compiled kernel."""
+def report(label: str, name: str, binary: Any, chip: Chip, spilled: int = 0) -> Report:
+    """The resources of a compiled kernel, which fails if it spills more than `spilled` bytes a thread."""
     if chip.target.backend == "cuda":
         registers, spill = _cuda_resources(binary.asm["cubin"])
         matrix = _count(binary.asm["ptx"], {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"})
@@ -129,7 +129,7 @@ def report(label: str, name: str, binary: Any, chip: Chip) -> Report:
         matrix = _count(binary.asm["amdgcn"], {"mfma": "v_mfma"})
     shared = int(binary.metadata.shared)
     failure = ""
-    if spill:
+    if spill > spilled:
         failure = f"spills {spill} bytes a thread"
     elif shared > chip.shared_bytes:
         failure = f"needs {shared} bytes of shared memory, {chip.name} has {chip.shared_bytes}"

@@ -22,6 +22,7 @@ from minbert_fast.kernels.arguments import all_registers, is_hopper_or_newer, mu
 from minbert_fast.kernels.attention_short import short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
 from minbert_fast.kernels.launches import Launch, meta
+from minbert_fast.kernels.side_stream import forked
 
 WIDEST_HEAD = 128
 
@@ -44,10 +45,10 @@ class LaunchTable:
 
 # By (bytes of an element, D). Chosen from registers and shared memory as the ahead-of-time check prints them: nothing
 # spills on any chip, and a multiprocessor holds as many programs as that allows. Measured on an H100: the warps of bf16's
-# tiles of 64. (fp32 has smaller tiles because NVIDIA's matrix units cannot multiply it in full precision.)
+# tiles of 32 and 64. (fp32 has smaller tiles because NVIDIA's matrix units cannot multiply it in full precision.)
 _TABLES: dict[tuple[int, int], LaunchTable] = {
     (2, 32): LaunchTable(((1, 1), (2, 2), (4, 4)), (64, 4), (32, 64, 4)),
-    (2, 64): LaunchTable(((1, 1), (2, 4), (4, 4)), (64, 4), (32, 32, 4)),
+    (2, 64): LaunchTable(((1, 1), (1, 2), (4, 4)), (64, 4), (32, 32, 4)),
     (2, 128): LaunchTable(((1, 2), (4, 4)), (64, 8), (32, 32, 4)),
     (4, 32): LaunchTable(((2, 4), (4, 8)), (32, 8), (32, 32, 8)),
     (4, 64): LaunchTable(((2, 4), (4, 8)), (16, 4), (16, 16, 4)),
@@ -76,15 +77,17 @@ def attention_forward(
     tensors = (qkv, out, lse, cu_seqlens, mask, seed if p else None)
     table, constants = _table(qkv), _constants(qkv, p)
     tiles, (warps, _) = _short_tiles(table, max_seqlen)
-    short_forward[(sentences * heads,)](
-        *tensors, rows, sentences, heads, qkv.stride(0), scale, site,
-        TILES=tiles, num_warps=warps, num_stages=1, **constants,
-    )  # fmt: skip
-    if max_seqlen > table.longest_short:
-        tokens, warps = table.forward
-        tiled_forward[(_programs(qkv, (tokens,), table.longest_short),)](
-            *tensors, rows, sentences, heads, table.longest_short, qkv.stride(0), scale, site,
-            T=tokens, num_warps=warps, num_stages=1, **constants, **all_registers(qkv.device, warps),
+    with forked(qkv.device) as beside:
+        if max_seqlen > table.longest_short:
+            tokens, long_warps = table.forward
+            with beside:
+                tiled_forward[(_programs(qkv, (tokens,), table.longest_short),)](
+                    *tensors, rows, sentences, heads, table.longest_short, qkv.stride(0), scale, site, T=tokens,
+                    num_warps=long_warps, num_stages=1, **constants, **all_registers(qkv.device, long_warps),
+                )  # fmt: skip
+        short_forward[(sentences * heads,)](
+            *tensors, rows, sentences, heads, qkv.stride(0), scale, site,
+            TILES=tiles, num_warps=warps, num_stages=1, **constants,
         )  # fmt: skip
 
 
@@ -105,15 +108,18 @@ def attention_backward(
     where = (cu_seqlens, mask, seed if p else None, rows, sentences, heads)
     table, constants = _table(qkv), _constants(qkv, p)
     tiles, (_, warps) = _short_tiles(table, max_seqlen)
-    short_backward[(sentences * heads,)](
-        dout, qkv, lse, dqkv, *where, dout.stride(0), qkv.stride(0), scale, site,
-        TILES=tiles, num_warps=warps, num_stages=1, **constants, **_four_programs(qkv, tiles),
-    )  # fmt: skip
-    if max_seqlen > table.longest_short:
-        keys, queries, warps = table.backward
-        tiled_backward[(_programs(qkv, (keys, queries), table.longest_short),)](
-            dout, qkv, out, lse, dqkv, *where, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
-            KEYS=keys, QUERIES=queries, num_warps=warps, num_stages=1, **constants, **all_registers(qkv.device, warps),
+    with forked(qkv.device) as beside:
+        if max_seqlen > table.longest_short:
+            keys, queries, long_warps = table.backward
+            with beside:
+                tiled_backward[(_programs(qkv, (keys, queries), table.longest_short),)](
+                    dout, qkv, out, lse, dqkv, *where, table.longest_short, dout.stride(0), qkv.stride(0), scale, site,
+                    KEYS=keys, QUERIES=queries, num_warps=long_warps, num_stages=1, **constants,
+                    **all_registers(qkv.device, long_warps),
+                )  # fmt: skip
+        short_backward[(sentences * heads,)](
+            dout, qkv, lse, dqkv, *where, dout.stride(0), qkv.stride(0), scale, site,
+            TILES=tiles, num_warps=warps, num_stages=1, **constants, **_four_programs(qkv, tiles),
         )  # fmt: skip
 
 

@@ -62,20 +62,17 @@ TILE_FP32 = Tile(outputs=64, inputs=64, rows=16, num_warps=4, num_stages=2)
 GROUP = 8
 #: A bias program's tile.
 BIAS_ROWS, BIAS_COLUMNS = 32, 128
-# Many layers in two-byte types, at two programs a multiprocessor: on an H100 the first was the fastest, or within 6 %, at
-# all sizes of BERT-base. The second leaves less of the last round idle where there are few tiles.
-GROUPED = (
-    Tile(outputs=128, inputs=128, rows=64, num_warps=4, num_stages=3),
-    Tile(outputs=128, inputs=64, rows=64, num_warps=4, num_stages=3),
-)
-#: Warps of these tiles where the matrix units read registers, of tiles that are not aligned, and of all tiles with a
-#: Triton before 3.7, whose compiler spills 8 to 24 bytes a thread of the four-warp programs.
+# Many layers in two-byte types: on an H100, at two programs a multiprocessor, the fastest of ten at both models' sizes.
+GROUPED = Tile(outputs=128, inputs=128, rows=64, num_warps=4, num_stages=3)
+#: Warps of such a tile where the matrix units read registers, of tiles that are not aligned, and of fp32's.
 GROUPED_WARPS = 8
-SPILLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+#: Bytes a thread that the four-warp programs spill between two tiles. On an H100 eight warps, which spill nothing, take 1.3
+#: times as long.
+SPILLED = 80
 #: Programs a multiprocessor.
 RESIDENT = 2
-#: Rows of a tile that are multiplied with those of other tasks at once. More would spill registers.
-PART = 64
+#: Rows of all tasks' tiles that are multiplied with each other at once. More would spill registers.
+PARTS = 192
 #: Most tasks whose inner products a program keeps.
 MOST_TASKS = 8
 
@@ -222,25 +219,29 @@ def _pointer(row_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.cons
 
 @triton.jit
 def _tile_gram(
-    out_ptr, out_stride, tasks, outputs, inputs, first_out, first_in, pair,
-    T: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, PART: tl.constexpr,
+    out_ptr, out_stride, outputs, inputs, first_out, first_in,
+    TASKS: tl.constexpr, T: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The inner products [T * T] of the tasks' tiles, upper triangle, read back from the cache, PART rows at a time."""
-    sums = tl.zeros((T * T,), tl.float32)
+    """The inner products [T * T] of the tasks' tiles, upper triangle, read back from the cache, PART rows at a time.
+
+    All tasks' parts are asked for before the first is used, and the warps meet once: the time is the latency of the cache.
+    """
     into = first_in + tl.arange(0, IN)
+    pair = tl.arange(0, T * T)[None, :]
+    sums = tl.zeros((PART, T * T), tl.float32)
     for part in range(0, OUT, PART):
         out = first_out + part + tl.arange(0, PART)
         offsets = out[:, None] * inputs + into[None, :]
         mask = (out < outputs)[:, None] & (into < inputs)[None, :]
-        for task in range(tasks):
-            own = tl.load(out_ptr + tl.cast(task, tl.int64) * out_stride + offsets, mask=mask, other=0.0)
-            own = own.to(tl.float32)
-            sums += tl.where(pair == task * T + task, tl.sum(tl.sum(own * own, 1), 0), 0.0)
-            for other in range(task):
-                earlier = tl.load(out_ptr + tl.cast(other, tl.int64) * out_stride + offsets, mask=mask, other=0.0)
-                product = tl.sum(tl.sum(own * earlier.to(tl.float32), 1), 0)
-                sums += tl.where(pair == other * T + task, product, 0.0)
-    return sums
+        tiles = ()
+        for task in tl.static_range(TASKS):
+            place = tl.cast(task, tl.int64) * out_stride + offsets
+            tiles = tiles + (tl.load(out_ptr + place, mask=mask, other=0.0),)  # noqa: RUF005  # Triton knows no *
+        for a in tl.static_range(TASKS):
+            for b in tl.static_range(a, TASKS):
+                rows = tl.sum(tiles[a].to(tl.float32) * tiles[b].to(tl.float32), 1)
+                sums += tl.where(pair == a * T + b, rows[:, None], 0.0)
+    return tl.sum(sums, 0)
 
 
 @triton.jit
@@ -249,6 +250,7 @@ def _weight_gradients(
     bounds_ptr,  # [tasks + 1] int32
     partials_ptr,  # [programs, T, T] fp32, or None: the upper triangle of each program's part of the Gram matrix
     tasks, problems, tiles, programs,
+    TASKS: tl.constexpr,  # tasks where there are partial Gram matrices
     PROBLEMS: tl.constexpr,  # problems, rounded up to a power of 2
     TYPE: tl.constexpr,  # of dY and X
     OUT_TYPE: tl.constexpr,
@@ -262,7 +264,10 @@ def _weight_gradients(
     problem = tl.arange(0, PROBLEMS)
     firsts = tl.load(table_ptr + problem * FIELDS + FIRST_TILE, mask=problem < problems, other=2147483647)
     pair = tl.arange(0, T * T)
-    sums = tl.zeros((T * T,), tl.float32)
+    if partials_ptr is not None:
+        partials_ptr += program * T * T
+        if not ADD:
+            tl.store(partials_ptr + pair, tl.zeros((T * T,), tl.float32))
     for number in range(program, tiles, programs):
         row_ptr = table_ptr + FIELDS * (tl.sum((firsts <= number).to(tl.int32), 0) - 1)
         tile = number - tl.load(row_ptr + FIRST_TILE).to(tl.int32)
@@ -292,13 +297,11 @@ def _weight_gradients(
             if partials_ptr is not None:
                 tl.debug_barrier()  # a thread may read what another one wrote
                 row, column = _place(tile, tiles_out, tiles_in, GROUP)
-                sums += _tile_gram(
-                    out_ptr, out_stride, tasks, outputs, inputs, row * OUT, column * IN, pair, T, OUT, IN, PART
+                sums = _tile_gram(
+                    out_ptr, out_stride, outputs, inputs, row * OUT, column * IN, TASKS, T, OUT, IN, PART
                 )
-    if partials_ptr is not None:
-        if ADD:
-            sums += tl.load(partials_ptr + program * T * T + pair)
-        tl.store(partials_ptr + program * T * T + pair, sums)
+                # Kept in memory from tile to tile: registers are what the product is short of.
+                tl.store(partials_ptr + pair, tl.load(partials_ptr + pair) + sums)
 
 
 def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
@@ -329,21 +332,12 @@ def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | No
 
 
 def grouped_tile(problems: Sequence[Problem], device: torch.device) -> Tile:
-    """The tile whose last round leaves the fewest programs idle; the first of `GROUPED` unless that gains a tenth."""
-    first = problems[0]
-    if first.dy.dtype == torch.float32:
-        return replace(TILE_FP32, num_warps=GROUPED_WARPS) if SPILLS else TILE_FP32
+    """The tile of a launch for all these problems."""
+    if problems[0].dy.dtype == torch.float32:
+        return replace(TILE_FP32, num_warps=GROUPED_WARPS)
     if not all(map(_aligned, problems)):
         return replace(TILE_UNALIGNED, num_warps=GROUPED_WARPS)
-
-    def use(tile: Tile) -> float:
-        tiles = sum(_tiles(problem, tile) for problem in problems)
-        rounds = cdiv(tiles, RESIDENT * multiprocessors(device))
-        return tiles / max(1, rounds * RESIDENT * multiprocessors(device))
-
-    tile = GROUPED[1] if use(GROUPED[1]) > 1.1 * use(GROUPED[0]) else GROUPED[0]
-    four = is_hopper_or_newer(device) and not SPILLS
-    return tile if four else replace(tile, num_warps=GROUPED_WARPS)
+    return GROUPED if is_hopper_or_newer(device) else replace(GROUPED, num_warps=GROUPED_WARPS)
 
 
 def _tiles(problem: Problem, tile: Tile) -> int:
@@ -368,6 +362,11 @@ def partial_grams(tasks: int, device: torch.device) -> Tensor | None:
         return None
     size = next_power_of_2(tasks)
     return torch.empty(RESIDENT * multiprocessors(device), size, size, dtype=torch.float32, device=device)
+
+
+def _part(tasks: int) -> int:
+    """The rows of a task's tile, a power of 2, that are multiplied with those of the other tasks at once."""
+    return max(16, min(64, 1 << (PARTS // tasks).bit_length() - 1))
 
 
 def table(problems: Sequence[Problem]) -> tuple[list[list[int]], int]:
@@ -402,11 +401,12 @@ def weight_gradients(
     out = next(t for t in problems[0][2:] if t is not None)
     programs = RESIDENT * multiprocessors(dy.device)
     _weight_gradients[(programs,)](
-        where, bounds, partials, tasks, len(where), tiles, programs, PROBLEMS=next_power_of_2(len(where)),
+        where, bounds, partials, tasks, len(where), tiles, programs,
+        TASKS=0 if partials is None else tasks, PROBLEMS=next_power_of_2(len(where)),
         TYPE=TYPES[dy.dtype], OUT_TYPE=TYPES[out.dtype], ALIGNED=all(map(_aligned, problems)),
         T=1 if partials is None else partials.shape[1], ADD=add,
         OUT=tile.outputs, IN=tile.inputs, ROWS=tile.rows, GROUP=GROUP, BIAS_ROWS=BIAS_ROWS, BIAS_COLUMNS=BIAS_COLUMNS,
-        PART=PART, STAGES=tile.num_stages, UPCAST=dy.device.type == "cpu" and dy.dtype == torch.bfloat16,
+        PART=_part(tasks), STAGES=tile.num_stages, UPCAST=dy.device.type == "cpu" and dy.dtype == torch.bfloat16,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         **all_registers(dy.device, tile.num_warps),
     )  # fmt: skip
@@ -438,6 +438,7 @@ def launches() -> Iterator[Launch]:
                 f"grouped {str(dtype)[6:]} {outputs}x{inputs}, {tasks} tasks{', adding' * add}",
                 partial(_all_of, problems, bounds, add),
                 wide=dtype == torch.bfloat16 and outputs % 16 == 0,
+                spilled=SPILLED,
             )
 
 

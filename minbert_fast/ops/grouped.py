@@ -6,7 +6,7 @@ computed from, and goes on with the gradients of its inputs. The step computes w
 here how. They are Triton's; where another implementation runs, a step has no tape, and every op computes at once.
 
 Addresses and sizes come from tables in device memory. A captured graph reads a table again at each replay, but must not copy
-one from the host. `Tables` keeps the contents of such tables until the capture is over.
+one from the host. `Tables` writes such tables when the capture is over.
 
 Shapes: N token rows, T tasks, I inputs, O outputs.
 """
@@ -14,7 +14,6 @@ Shapes: N token rows, T tasks, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -58,30 +57,50 @@ def groups(tensor: Tensor) -> bool:
     return implementation(tensor) == "triton"
 
 
-@dataclass
 class Tables:
-    """Makes tables of numbers in device memory."""
+    """Makes tables of numbers in device memory.
 
-    unwritten: list[tuple[Tensor, Rows]] = field(default_factory=list)
+    A table of a graph must not lie in the graph's own memory. There, kernels that come earlier in the graph may use the
+    same addresses, and every replay would overwrite it. So memory for the tables is set aside before the capture.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = self._most = 0  # in the tables of the present step, and of any step so far
+        self._room: Tensor | None = None  # what is left of the memory set aside
+        self._unwritten: list[tuple[Tensor, Rows]] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._numbers = 0
 
     def on(self, device: torch.device, rows: Rows) -> Tensor:
-        """int64 [rows, columns] on `device`. Under graph capture its contents come with `write`."""
-        if device.type == "cpu":
-            return torch.tensor(rows, dtype=torch.int64)
-        table = torch.empty(len(rows), len(rows[0]), dtype=torch.int64, device=device)
-        if device.type == "cuda":
-            self.unwritten.append((table, rows))
-            if not torch.cuda.is_current_stream_capturing():
-                self.write()
+        """int64 [rows, columns] on `device`. During a capture, its contents come with `write`.
+
+        Raises RuntimeError if a captured step makes more tables than any step before it.
+        """
+        shape = len(rows), len(rows[0])
+        size = shape[0] * shape[1]
+        self._numbers += size
+        self._most = max(self._most, self._numbers)
+        if self._room is None:
+            return torch.tensor(rows, dtype=torch.int64, device=device)
+        if self._room.numel() < size:
+            raise RuntimeError(f"a captured step makes a table of {size} numbers; {self._room.numel()} were set aside")
+        table, self._room = self._room[:size].view(shape), self._room[size:]
+        self._unwritten.append((table, rows))
         return table
 
-    def write(self) -> list[Tensor]:
-        """Fills the tables of a capture that has ended, and returns them: they must live as long as its graph."""
-        for table, rows in self.unwritten:
+    def set_aside(self, device: torch.device) -> Tensor:
+        """Memory for the tables of a capture that begins now. It must live as long as the graph."""
+        self._room = torch.empty(self._most, dtype=torch.int64, device=device)
+        return self._room
+
+    def write(self) -> None:
+        """Ends a capture and fills its tables."""
+        for table, rows in self._unwritten:
             table.copy_(torch.tensor(rows, dtype=torch.int64))
-        written = [table for table, _ in self.unwritten]
-        self.unwritten.clear()
-        return written
+        self._unwritten.clear()
+        self._room = None
 
 
 def partial_grams(tasks: int, device: torch.device) -> Tensor | None:

@@ -90,6 +90,7 @@ class GraphedStep:
         began = time.perf_counter()
         own = batch.to(self.step.seed.device).clone()
         assert own.buffer is not None
+        tables = self.step.tables.set_aside(own.buffer.device)
         torch.cuda.synchronize()
         # Matrix products then take new workspaces from the graph's own pool. Other code may free the old ones
         # (torch.compile's CUDA graphs do), while the graph would still write to them.
@@ -99,8 +100,9 @@ class GraphedStep:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self.step.compute(at_capacity(own))
         self.captures.captured += 1
+        self.step.tables.write()
         self.captures.capture_seconds += time.perf_counter() - began
-        return _Captured(graph, own.buffer, result, [*self.step.gradients.buffers(), *self.step.tables.write()])
+        return _Captured(graph, own.buffer, result, [*self.step.gradients.buffers(), tables])
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self.step.state_dict()

@@ -111,6 +111,7 @@ class OnePassStep:
     def compute(self, batch: MultitaskBatch) -> StepResult:
         """The device's part of a step. A graph can capture it: it neither waits for the device nor copies data to it."""
         self.model.train()
+        self.tables.begin()
         timer = PartTimer(self.flat.data.device)
         present = batch.active_tasks()
         self.optimizer.schedule(self.numbers.rate)

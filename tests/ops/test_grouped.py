@@ -131,3 +131,21 @@ def test_column_sums_of_many(triton: torch.device) -> None:
                 assert each.isnan().all()
             else:
                 torch.testing.assert_close(each.cpu(), sums)
+
+
+def test_tables_of_a_capture_lie_in_memory_of_their_own_and_are_filled_afterwards() -> None:
+    tables, here = Tables(), torch.device("cpu")
+    assert tables.on(here, [[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
+    tables.begin()
+    assert tables.on(here, [[5]]).tolist() == [[5]]
+    tables.begin()
+    room = tables.set_aside(here).fill_(-1)
+    assert room.numel() == 4  # the largest step's
+    made = [tables.on(here, [[6]]), tables.on(here, [[7, 8]])]
+    assert room.tolist() == [-1] * 4
+    with pytest.raises(RuntimeError, match="a table of 2 numbers; 1 were set aside"):
+        tables.on(here, [[9, 10]])
+    tables.write()
+    assert [table.tolist() for table in made] == [[[6]], [[7, 8]]]
+    assert room.tolist() == [6, 7, 8, -1]
+    assert tables.on(here, [[11]]).tolist() == [[11]]
