@@ -3,7 +3,7 @@
 # Everything that waits for a CUDA machine, unattended and without a network: build, tests, a profile, all benchmarks, training,
 # compute-sanitizer.
 #
-#   bash benchmarks/gpu.sh [PART ...]       all parts, in the order of PARTS below, take a quarter of an hour without the last three
+#   bash benchmarks/gpu.sh [PART ...]       all parts, in the order of PARTS below, take a quarter of an hour without the last four
 #   DRY_RUN=1 bash benchmarks/gpu.sh        prints the commands
 #
 # Each command ends within its own limit (seconds; LIMIT sets one for all), prints a row as soon as it is measured, and runs
@@ -13,7 +13,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(build tests profile step kernels surgery encode train dropin compiled sanitizer reproduce ideas)
+PARTS=(build tests profile step kernels surgery encode train dropin compiled sanitizer reproduce ideas launches)
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
 ARCHIVE=${ARCHIVE:-gpu-results.tar.gz}
@@ -92,6 +92,7 @@ run() { # run PART
         profile) part "profile" 90 "$PYTHON" -m benchmarks.step_profile --json "$RESULTS/cuda-profile.json" ;;
         step) measure step 150 ;;
         kernels) measure kernels 150 ;;
+        launches) part "launches" 400 "$PYTHON" -m benchmarks.launches --json "$RESULTS/cuda-launches.json" ;;
         surgery) measure surgery 90 ;;
         encode) measure encode 120 ;;
         dropin) measure dropin 60 ;;

@@ -297,9 +297,7 @@ def _weight_gradients(
             if partials_ptr is not None:
                 tl.debug_barrier()  # a thread may read what another one wrote
                 row, column = _place(tile, tiles_out, tiles_in, GROUP)
-                sums = _tile_gram(
-                    out_ptr, out_stride, outputs, inputs, row * OUT, column * IN, TASKS, T, OUT, IN, PART
-                )
+                sums = _tile_gram(out_ptr, out_stride, outputs, inputs, row * OUT, column * IN, TASKS, T, OUT, IN, PART)
                 # Kept in memory from tile to tile: registers are what the product is short of.
                 tl.store(partials_ptr + pair, tl.load(partials_ptr + pair) + sums)
 

@@ -70,6 +70,10 @@ class GraphedStep:
     def __len__(self) -> int:
         return len(self._captured)
 
+    def graphs(self) -> list[torch.cuda.CUDAGraph]:
+        """The graphs captured so far."""
+        return [captured.graph for captured in self._captured.values()]
+
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         bucket = _bucket(batch)
         self.step.prepare(batch, lr_scale)
