@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minbert_fast.common.side_stream import forked
 from minbert_fast.kernels.arguments import all_registers, is_hopper_or_newer, multiprocessors, next_power_of_2
 from minbert_fast.kernels.attention_short import short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
 from minbert_fast.kernels.launches import Launch, meta
-from minbert_fast.kernels.side_stream import forked
 
 WIDEST_HEAD = 128
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minbert_fast.common import side_stream
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep, at_capacity
@@ -230,3 +231,34 @@ def test_graphs_bear_with_a_thread_that_pins_memory_and_with_workspaces_cleared(
         thread.join()
     assert len(graphed) == 2
     assert torch.equal(eager.flat.data, graphed.step.flat.data)
+
+
+def test_what_is_forked_under_capture_begins_after_what_was_before_and_ends_before_what_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name, self.device_index = name, 0
+
+        def wait_stream(self, other: Stream) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        order.append(f"in {stream.name}")
+        yield
+
+    monkeypatch.setattr(side_stream, "_stream", lambda index: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for device, expected in (("cpu", []), ("cuda", ["side waits for main", "in side", "main waits for side"])):
+        with side_stream.forked(torch.device(device)) as beside, beside:
+            pass
+        assert order == expected
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with side_stream.forked(torch.device("cuda")) as beside, beside:
+        pass
+    assert len(order) == 3

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.side_stream import forked
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.ops.grouped import Tables, groups
 from minbert_fast.recipes.recipe import Recipe
@@ -139,11 +140,13 @@ class OnePassStep:
         timer.end("surgery" if self.apart else "clipping")
 
         # w J and AdamW in one pass over memory: J, w, p, m, v -> p, m, v and the bf16 copy.
-        self.optimizer.step_shared(self.gradients.J, w)
-        if words is not None:
-            self.optimizer.step_words(words, batch.packed.word_ids[: batch.packed.num_words], w)
-        for name in present:
-            self.optimizer.step_head(name, self.head_gradient)
+        with forked(self.flat.data.device) as beside:
+            with beside:
+                if words is not None:
+                    self.optimizer.step_words(words, batch.packed.word_ids[: batch.packed.num_words], w)
+                for name in present:
+                    self.optimizer.step_head(name, self.head_gradient)
+            self.optimizer.step_shared(self.gradients.J, w)
         timer.end("optimizer")
         weights = first(hook.loss_weights() for hook in self.hooks)
         for hook in self.hooks:
