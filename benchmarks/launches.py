@@ -106,9 +106,9 @@ def gelu(it: Inputs) -> Iterator[Variant]:
         partials = parts.partials(TASKS, 1, it.inner, it.device)
         return lambda: bias_gelu.bias_gelu_unfinished(dy, x, bias, it.bounds, dx, partials)
 
-    for columns, rows in itertools.product((128, 256), (64, 96, 128)):
-        replaced = {"BACKWARD_COLUMNS": columns, "LEAST_ROWS": rows}
-        name = f"{columns} columns, at least {rows} rows"
+    for columns, programs in itertools.product((128, 256), (2, 4, 6, 8)):
+        replaced = {"BACKWARD_COLUMNS": columns, "RESIDENT": programs}
+        name = f"{columns} columns, {programs} a multiprocessor"
         yield Variant("bias_gelu backward", it.shape, name, bias_gelu, replaced, make)
 
 
