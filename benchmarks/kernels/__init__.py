@@ -16,7 +16,7 @@ from benchmarks.harness import Ceilings, Row
 from benchmarks.kernels.case import Case
 
 #: Each is a module of this folder with `cases(device) -> Iterator[Case]`. The one with most cases comes last.
-OPS = ("linear", "gram", "combine", "adamw", "add_norm", "bias_gelu", "embedding", "attention")
+OPS = ("linear", "product", "gram", "combine", "adamw", "add_norm", "bias_gelu", "embedding", "attention")
 
 
 def run(device: torch.device, ceilings: Ceilings) -> Iterator[Row]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import harness, kernels
-from benchmarks.kernels import case
+from benchmarks.kernels import case, product
 
 CPU = torch.device("cpu")
 
@@ -41,6 +41,22 @@ def test_every_candidate_runs_and_ours_is_right() -> None:
                     candidate.check()
             assert each.candidates["ours"].check is not None, f"{each.name} is timed unchecked"
     assert len(seen) >= 34
+
+
+@pytest.mark.parametrize("setting", product.SETTINGS)
+def test_the_rival_products(setting: str) -> None:
+    """In the interpreter; parts of tiles."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, bias = (torch.randn(shape, generator=generator).half() for shape in ((130, 72), (200, 72), (200,)))
+    exact = x.double() @ w.double().T
+    y, u, dx = (torch.full(shape, torch.nan).half() for shape in ((130, 200), (130, 200), (130, 72)))
+    product.product(setting, x, w, y, transposed=False)
+    case.close("forward", y, exact, torch.float16)
+    product.product(setting, y, w, dx, transposed=True)
+    case.close("backward", dx, y.double() @ w.double(), torch.float16)
+    product.product(setting, x, w, y, False, bias, u)
+    case.close("before the bias", u, exact, torch.float16)
+    case.close("with GELU", y, torch.nn.functional.gelu(exact + bias.double()), torch.float16)
 
 
 @pytest.mark.usefixtures("tiny")
