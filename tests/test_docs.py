@@ -117,7 +117,9 @@ def test_everything_on_the_page_runs(page: Path, checkout: Path) -> None:
         else:
             assert piece.language == "toml", f"{page.name}:{piece.line}: no test runs {piece.language or 'plain text'}"
             (checkout / "page.toml").write_text(piece.text)
-            assert Recipe.load(str(checkout / "page.toml")).resolved_stages()
+            recipe = Recipe.load(str(checkout / "page.toml"))
+            assert recipe.resolved_stages()
+            (checkout / f"{recipe.name}.toml").write_text(piece.text)  # a later command of the page may train it
 
 
 def test_no_command_escapes(tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ def test_a_head_that_answers_one_class_is_no_gain(tmp_path):
     (advice,) = [a for a in next_steps(run) if "Weight the classes" in a.reason]
     assert "--set tasks.task.class_weights=balanced" in advice.command
     check_commands([advice.command])
+    same = of_classes("task", labels, [0] * 940 + [1] * 60, macro_f1=1 / 3 - 1e-9)
+    before = {"task_accuracy": 0.53, "task_macro_f1": 1 / 3}
+    (verdict,) = verdicts(read_run(write_run(tmp_path / "same", {"task": same}, before)))
+    assert "94%" in verdict.text
+    assert "fell" not in verdict.text  # regression: "macro-F1 fell from 0.333 to 0.333"
     fair = of_classes("task", labels, [0] * 750 + [1] * 250, macro_f1=0.8)
     (verdict,) = verdicts(read_run(write_run(tmp_path / "fair", {"task": fair}, {"task_accuracy": 0.53})))
     assert verdict.level == "better"

@@ -117,7 +117,7 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
     if collapse := collapsed_class(task):
         level, text = "unclear", f"{text}, but {collapse}"
         now, f1 = numbers(task["metrics"]), f"{name}_macro_f1"
-        if f1 in now and f1 in untrained and now[f1] < untrained[f1]:
+        if f1 in now and f1 in untrained and round(now[f1], 3) < round(untrained[f1], 3):  # as they are printed
             text += f", and macro-F1 fell from {untrained[f1]:.3f} to {now[f1]:.3f}"
     if levels.get("before training") == "worse":
         level = "worse"

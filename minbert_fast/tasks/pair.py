@@ -50,13 +50,13 @@ class PairOptions(TaskOptions):
     """Options of a task on pairs, in addition to those of every task."""
 
     encoder: Encoder = "bi"  # encode the sentences separately, jointly ("cross"), or both
-    head: Literal["linear", "cosine"] = "linear"
+    head: Literal["linear", "cosine"] = "linear"  # on `features`, or of the two embeddings
     features: tuple[Feature, ...] = ("u", "v", "abs_diff", "product")  # input of the linear head, concatenated
     project: bool | int = False  # a linear layer on each vector first: true keeps the width, a number sets it
     shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
-    shared_depth: int = 2
-    dropout: float = 0.1
-    dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)
+    shared_depth: int = 2  # layers of that stack
+    dropout: float = 0.1  # of the head
+    dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)  # where the dropout acts
     loss: PairLoss = "bce"
     labels: Literal["unit", "signed", "raw"] = "unit"  # targets of mse and l1: in [0, 1], in [-1, 1], as in the file
     scale: float = 1.0  # score = scale * cosine + offset
@@ -64,7 +64,7 @@ class PairOptions(TaskOptions):
     calibrated: bool = False  # learn scale and offset, starting from these values
     margin: float = 0.0  # of cosine_embedding
     temperature: float = 0.05  # of cosent and ranking; 1: none
-    auxiliary: Mapping[str, float] = field(default_factory=dict)  # weights of additional losses of VECTOR_LOSSES
+    auxiliary: Mapping[str, float] = field(default_factory=dict)  # weights of cosine_embedding, cosent, ranking
 
     def __post_init__(self) -> None:
         super().__post_init__()

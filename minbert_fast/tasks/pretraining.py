@@ -40,7 +40,7 @@ from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, Task
 class TextOptions(TaskOptions):
     """`data` are files of text, `text` names data sets whose training files provide more; missing ones are ignored."""
 
-    text: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()  # data sets whose training texts to learn from
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,9 +27,9 @@ class SingleOptions(TaskOptions):
     """Options of a task with one text per example, in addition to those of every task."""
 
     shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
-    shared_depth: int = 2
+    shared_depth: int = 2  # layers of that stack
     extra_layers: int = 0  # BERT layers of this task, between the encoder and the pooling
-    dropout: float = 0.1
+    dropout: float = 0.1  # of the head
 
     def __post_init__(self) -> None:
         super().__post_init__()
