@@ -31,7 +31,8 @@ from minbert_fast.surgery.torchjd import FromTorchJD, named
 
 __all__ = ["METHODS", "Reduction", "Weights", "nonfinite", "task_orders", "weights"]
 
-METHODS: dict[str, Callable[[Reduction, torch.Generator | None], Weights]] = {
+#: Makes the method of a name. One that you add may also make a plain function from G to w.
+METHODS: dict[str, Callable[[Reduction, torch.Generator | None], Weights | Callable[[Tensor], Tensor]]] = {
     "none": lambda reduction, generator: Equal(reduction),
     "pcgrad": lambda reduction, generator: Projections(reduction, generator),
     "upgrad": lambda reduction, generator: OnHost(upgrad.weights, reduction),
@@ -64,7 +65,8 @@ def weights(
             return named(method.removeprefix("torchjd:"), generator)
         if method not in METHODS:
             raise ValueError(f"surgery method {method!r}: expected one of {', '.join(METHODS)}, torchjd:NAME")
-        return METHODS[method](reduction, generator)
+        made = METHODS[method](reduction, generator)
+        return made if isinstance(made, Weights) else weights(made, reduction, generator)
     if isinstance(method, Weights):
         return method
     if not callable(method):

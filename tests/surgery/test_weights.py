@@ -564,3 +564,15 @@ def test_refusals() -> None:
         surgery.weights("pcgrad", "total")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a name or a callable"):
         surgery.weights(3)  # type: ignore[arg-type]
+
+
+def test_a_registered_method_may_make_a_plain_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(gram: Tensor) -> Tensor:
+        return torch.eye(len(gram))[0]
+
+    monkeypatch.setitem(surgery.METHODS, "first", lambda reduction, generator: first)
+    method = surgery.weights("first")
+    assert isinstance(method, surgery.Weights)
+    assert method(torch.eye(3)).tolist() == [1, 0, 0]
+    with pytest.raises(ValueError, match="gives the weights themselves"):
+        surgery.weights("first", "mean")
