@@ -26,10 +26,9 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 5")
 STYLE = """
 :root { --paper: #fff; --ink: #1a1d21; --muted: #59616b; --grid: #dfe3e8; --heat: 37 99 235;
   --s0: #1d5fd1; --s1: #b8500a; --s2: #0b7a55; --s3: #7a3fc4; --s4: #b3264a; --s5: #0e7490; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e8eaed; --muted: #a3abb5; --grid: #333a43;
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e8eaed; --muted: #a3abb5; --grid: #333a43;
   --heat: 96 150 255; --s0: #79a8ff; --s1: #f0a05a; --s2: #4fcb9d; --s3: #bf9bff; --s4: #ff8aa3; --s5: #5cc8df; } }
-@media print { :root { --paper: #fff; --ink: #000; --muted: #444; --grid: #ccc; --heat: 37 99 235;
-  --s0: #1d5fd1; --s1: #b8500a; --s2: #0b7a55; --s3: #7a3fc4; --s4: #b3264a; --s5: #0e7490; } }
+@media print { :root { --ink: #000; --muted: #444; --grid: #ccc; } }
 svg.chart text { font: 12px system-ui, sans-serif; fill: var(--muted); }
 svg.chart text.strong { fill: var(--ink); }
 @media (max-width: 32rem) { svg.chart text { font-size: 14px; } svg.chart text.strong { font-size: 13px; } }
