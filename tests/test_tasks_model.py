@@ -231,6 +231,13 @@ def test_a_stage_replaces_class_weights():
         torch.testing.assert_close(model.losses(batch, hidden)["sentiment"], expected)
 
 
+def test_a_stage_puts_class_weights_on_the_models_device():
+    options = {"head": "cosine", "class_weights": [1.0, 2.0]}  # a head without parameters
+    model = make_model({"paraphrase": options}).to("meta")
+    model.configure({"paraphrase": build_task("paraphrase", options)})
+    assert model.heads["paraphrase"].class_weights.device.type == "meta"
+
+
 def test_options_set_a_tasks_pooling_and_weight():
     model = make_model({"sentiment": {"dropout": 0.0, "pooling": "cls", "weight": 3.0}, "similarity": {}})
     batch = make_batch(model, {"sentiment": 3, "similarity": 4})

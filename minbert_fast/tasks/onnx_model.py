@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.common.storage import regular
@@ -86,16 +87,19 @@ class OnnxModel:
 
     def encode(
         self,
-        sentences: Sequence[str],
+        sentences: str | Sequence[str],
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """One vector per sentence, fp32 [n, width], as `Predictor.encode` gives it.
+        """One vector per sentence, fp32 [n, width] ([width] for a single string), as `Predictor.encode` gives it.
 
         Raises ConfigError for a head, or for a `pooling` or `normalize` that the graph cannot give.
         """
+        if isinstance(sentences, str):
+            row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
+            return row
         contents = self.contents
         if contents.task:
             raise ConfigError(f"this graph computes task {contents.task}, not vectors: export the model without --task")
@@ -109,7 +113,7 @@ class OnnxModel:
             for rows, (vectors,) in self._run([texts], [VECTORS], progress):
                 out[begin + rows] = vectors
         if normalize and not contents.normalize:
-            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+            out = F.normalize(torch.from_numpy(out)).numpy()
         return out
 
     def predict(self, *sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -121,7 +125,8 @@ class OnnxModel:
         contents = self.contents
         if not contents.task:
             raise ConfigError("this graph computes vectors, not predictions: export the model with --task NAME")
-        if len(sentences) != contents.sentences or len({len(column) for column in sentences}) > 1:
+        strings = any(isinstance(column, str) for column in sentences)
+        if strings or len(sentences) != contents.sentences or len({len(column) for column in sentences}) > 1:
             raise ValueError(f"{contents.task} takes {contents.sentences} lists of sentences, equally long")
         names = ["prediction", *(["probabilities"] if self._has("probabilities") else [])]
         found: list[Any] = [None, None]

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
@@ -75,14 +77,15 @@ class Index:
 
     def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
         """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1."""
-        found = []
         top = min(top, len(self.texts))
+        if top < 1:
+            return [[] for _ in vectors]
+        found = []
         for begin in range(0, len(vectors), 256):  # limits the memory of the scores
-            scores = vectors[begin : begin + 256] @ self.vectors.T
-            for row in scores:
-                best = np.argpartition(-row, top - 1)[:top] if top else np.empty(0, np.int64)
-                order = best[np.lexsort((best, -row[best]))]  # among equal scores, the earlier sentence first
-                found.append([Hit(int(i), float(row[i]), self.texts[i]) for i in order])
+            for scores in vectors[begin : begin + 256] @ self.vectors.T:
+                best = np.flatnonzero(-scores <= np.partition(-scores, top - 1)[top - 1])  # more than `top` if equal
+                best = best[np.argsort(-scores[best], kind="stable")][:top]  # of equal scores, the earlier sentence
+                found.append([Hit(int(i), float(scores[i]), self.texts[i]) for i in best])
         return found
 
 
@@ -199,9 +202,7 @@ class Predictor:
         if isinstance(sentences, str):
             row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
             return row
-        if _is_frame(sentences):
-            raise ValueError("encode takes sentences, not a DataFrame: pass one of its columns")
-        texts = list(sentences)
+        texts = _sentences("encode", sentences)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"sentence {number} is {text!r:.60}, expected a string")
@@ -218,12 +219,12 @@ class Predictor:
         if self.width < vectors.shape[1]:
             vectors = np.ascontiguousarray(vectors[:, : self.width])
             if normalize:
-                vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+                vectors = F.normalize(torch.from_numpy(vectors)).numpy()
         return vectors
 
     def index(self, corpus: Iterable[str], progress: Progress | None = None) -> Index:
-        """Encodes a corpus for `search`."""
-        texts = list(corpus)
+        """Encodes a corpus for `search`. Raises ValueError as `encode` does, and for a single string."""
+        texts = _sentences("index", corpus)
         return Index(texts, self.encode(texts, normalize=True, progress=progress))
 
     def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
@@ -309,13 +310,10 @@ class Predictor:
             result = result._replace(probabilities=np.empty((0, len(names)), np.float32))
         if frame is None:
             return result.probabilities if probabilities else result
-        found_shares = result.probabilities
-        shares = (
-            {} if found_shares is None else {f"probability_{n}": found_shares[:, c] for c, n in enumerate(names or ())}
-        )
-        return type(frame)(
-            ({} if probabilities else {"prediction": found.as_labels(result.values)}) | shares, frame.index
-        )
+        columns = {} if probabilities else {"prediction": found.as_labels(result.values)}
+        if result.probabilities is not None:
+            columns |= {f"probability_{n}": share for n, share in zip(names or (), result.probabilities.T, strict=True)}
+        return type(frame)(columns, frame.index)
 
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
         """Predictions of the head of `task` for the rows of a data file."""
@@ -348,6 +346,14 @@ class Predictor:
 # ---- Forms of examples and of progress -----------------------------------------------------------------------------------
 
 
+def _sentences(caller: str, values: Iterable[str]) -> list[str]:
+    """The values as a list. Raises ValueError for a string or a DataFrame, whose items are not its sentences."""
+    if isinstance(values, str) or _is_frame(values):
+        found = "a string" if isinstance(values, str) else "a DataFrame: pass one of its columns"
+        raise ValueError(f"{caller} takes sentences, not {found}")
+    return list(values)
+
+
 def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str], ...]:
     """One list per sentence of an example, from such lists or from one list of tuples. Raises ValueError."""
     if any(isinstance(each, str) for each in examples):
@@ -360,10 +366,8 @@ def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str],
                 raise ValueError(f"{noun} {row} is {example!r:.60}, expected {number} sentences")
         columns = [[example[place] for example in columns[0]] for place in range(count)]
     if len(columns) != count or len({len(column) for column in columns}) > 1:
-        forms = (
-            "one list of sentences" if count == 1 else f"{count} lists of sentences, equally long, or a list of tuples"
-        )
-        raise ValueError(f"{task} takes {forms}")
+        several = f"{count} lists of sentences, equally long, or a list of tuples"
+        raise ValueError(f"{task} takes {'one list of sentences' if count == 1 else several}")
     return tuple(columns)
 
 
