@@ -119,7 +119,7 @@ def scatter_chart(
     x_label: str,
     y_label: str,
     limits: tuple[float, float],
-    trend: Series | None = None,
+    trend: Series,
 ) -> str:
     """Points x [n] against y [n], n > 0, both within `limits`, with the diagonal; at most MAX_SCATTERED, evenly chosen.
 
@@ -133,13 +133,11 @@ def scatter_chart(
         _axes(frame, x_label),
         _segment("mark", frame.px(low), frame.py(low), frame.px(high), frame.py(high)),
         f'<path class="cloud s0" d="{_dots(frame, x[chosen], y[chosen])}"/>',
+        f'<path class="line s1" d="{_path(frame, trend.x, trend.y)}"/>',
+        f'<path class="points s1" d="{_dots(frame, trend.x, trend.y)}"/>',
+        f'<path class="line s1" d="M{WIDTH - RIGHT - CHARACTER * len(trend.name) - 30:.0f} {TOP + 6}h24"/>',
+        _text(WIDTH - RIGHT, TOP + 10, trend.name, "end", "strong"),
     ]
-    if trend is not None:
-        parts.append(f'<path class="line s1" d="{_path(frame, trend.x, trend.y)}"/>')
-        parts.append(f'<path class="points s1" d="{_dots(frame, trend.x, trend.y)}"/>')
-        begin = WIDTH - RIGHT - CHARACTER * len(trend.name)
-        parts.append(f'<path class="line s1" d="M{begin - 30:.0f} {TOP + 6}h24"/>')
-        parts.append(_text(WIDTH - RIGHT, TOP + 10, trend.name, "end", "strong"))
     return _svg(label, "".join(parts))
 
 
@@ -163,7 +161,7 @@ def matrix_chart(label: str, values: np.ndarray, names: Sequence[str], form: Cal
     """A confusion matrix [C, C] with true classes as rows; cells are shaded by row share and labelled by `form`."""
     count = len(names)
     rows = list(names) if count <= 2 else [f"{i} {name}" for i, name in enumerate(names)]
-    left, top = max(120.0, 12 + 1.1 * CHARACTER * max(map(len, rows), default=0)), 44.0
+    left, top = max(120.0, 12 + 1.1 * CHARACTER * max(map(len, rows))), 44.0
     width, height = (WIDTH - left - RIGHT) / count, (HEIGHT - top - 8) / count
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-12)
     parts = [f'<text x="{left}" y="14">predicted</text>', '<text x="4" y="32">truth</text>']

@@ -107,7 +107,7 @@ def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
 
 
 def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], body: str, plots: Plots) -> Path:
-    """Writes a `document`, and its charts to plots/ beside it; returns `path`."""
+    """Writes a `document` to `path` and its charts to plots/ in the same folder; returns `path`."""
     write_text(path, document(title, sections, body))
     for name, svg in plots.items():
         write_text(path.parent / "plots" / f"{name}.svg", charts.standalone_svg(svg))

@@ -154,8 +154,8 @@ def _curves(run: Run, plots: Plots) -> str:
     figures: list[str] = []
     marks = run.stage_steps()
 
-    def add(name: str, label: str, caption: str, series: list[charts.Series]) -> None:
-        plots[name] = charts.line_chart(label, series, "step", marks=marks)
+    def add(name: str, label: str, caption: str, series: list[charts.Series], x: str = "step") -> None:
+        plots[name] = charts.line_chart(label, series, x, marks=marks if x == "step" else ())
         figures.append(figure(caption, plots[name]))
 
     def series_of(keys: list[str], marked: bool = False) -> list[charts.Series]:
@@ -174,8 +174,7 @@ def _curves(run: Run, plots: Plots) -> str:
             names = ("train", "dev")
             pair = [charts.Series(n, *run.column(f"{n}/{key}", "epoch"), marked=True) for n in names]
             title = f"Train against dev: {display_name(key)}"
-            plots[f"overfitting-{key}"] = charts.line_chart(f"{title}, by epoch", pair, "epoch")
-            figures.append(figure(title, plots[f"overfitting-{key}"]))
+            add(f"overfitting-{key}", f"{title}, by epoch", title, pair, "epoch")
     rows = []
     for key in run.keys("loss/"):
         name = key.removeprefix("loss/")

@@ -123,7 +123,8 @@ def _read_trials(path: Path) -> list[Mapping[str, Any]]:
         trials = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    known = isinstance(trials, list) and all(isinstance(t, dict) and isinstance(t.get("values"), dict) for t in trials)
-    if not known:
+    if not isinstance(trials, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("values"), dict) for t in trials
+    ):
         raise ConfigError(f"{path}: expected the trials of a search, a list of values and dev scores")
     return trials

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError, check, check_below_one
 from minbert_fast.data.labels import Classes, LabelSummary, Rule
@@ -61,7 +61,7 @@ class ClassHead(Head):
     """
 
     options: ClassOptions
-    thresholds: Tensor | None  # [C - 1], a parameter
+    thresholds: nn.Parameter | None  # [C - 1]
     class_weights: Tensor | None  # [C]; a buffer that follows from the options, so no file contains it
 
     def configure(self, options: ClassOptions) -> None:

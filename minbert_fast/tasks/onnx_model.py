@@ -37,7 +37,7 @@ INSTALL = "pip install 'minbert-fast[onnx]'"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a graph computes, and what its inputs are."""
+    """The outputs of a graph, and the form of its inputs."""
 
     width: int  # of a vector
     max_length: int  # tokens of a sequence, [CLS] and [SEP] included
@@ -128,7 +128,8 @@ class OnnxModel:
         strings = any(isinstance(column, str) for column in sentences)
         if strings or len(sentences) != contents.sentences or len({len(column) for column in sentences}) > 1:
             raise ValueError(f"{contents.task} takes {contents.sentences} lists of sentences, equally long")
-        names = ["prediction", *(["probabilities"] if self._has("probabilities") else [])]
+        available = [output.name for output in self.session.get_outputs()]
+        names = [name for name in ("prediction", "probabilities") if name in available]
         found: list[Any] = [None, None]
         for rows, results in self._run(sentences, names, None):
             for place, values in enumerate(results):
@@ -136,9 +137,6 @@ class OnnxModel:
                     found[place] = np.empty((len(sentences[0]), *values.shape[1:]), values.dtype)
                 found[place][rows] = values
         return np.empty(0, np.float32) if found[0] is None else found[0], found[1]
-
-    def _has(self, output: str) -> bool:
-        return output in [each.name for each in self.session.get_outputs()]
 
     def _run(
         self, columns: Sequence[Sequence[str]], outputs: Sequence[str], progress: Callable[[int], object] | None

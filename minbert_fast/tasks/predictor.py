@@ -41,7 +41,7 @@ Progress = Callable[[int], object] | bool
 
 
 class DataFrame(Protocol):
-    """What is used of a pandas DataFrame. This package does not import pandas."""
+    """The attributes of a pandas DataFrame that this package reads. It does not import pandas."""
 
     columns: Any
     index: Any
@@ -85,7 +85,7 @@ class Index:
             for scores in vectors[begin : begin + 256] @ self.vectors.T:
                 best = np.flatnonzero(-scores <= np.partition(-scores, top - 1)[top - 1])  # more than `top` if equal
                 best = best[np.argsort(-scores[best], kind="stable")][:top]  # of equal scores, the earlier sentence
-                found.append([Hit(int(i), float(scores[i]), self.texts[i]) for i in best])
+                found.append([Hit(i, float(scores[i]), self.texts[i]) for i in best.tolist()])
         return found
 
 
