@@ -161,11 +161,10 @@ class ClassTask(Task):
 
     @property
     def known_metrics(self) -> tuple[str, ...]:
-        named = (self.options.metric, *self.options.metrics)
-        parts = [metric.partition("/") for metric in named]
-        # Until the classes are known, any name may be one.
-        later = [f"{m}/{name}" for m, _, name in parts if m in BY_CLASS and name and not self.options.classes]
-        return (*self.reported, *(f"{m}/{name}" for m in BY_CLASS for name in self.options.classes), *later)
+        names = self.options.classes
+        if not names:  # until the classes are known, any name may be one
+            names = tuple(filter(None, (m.partition("/")[2] for m in (self.options.metric, *self.options.metrics))))
+        return (*self.reported, *(f"{m}/{name}" for m in BY_CLASS for name in names))
 
     def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
         predictions, labels, names = results.predictions, results.labels, self.class_names

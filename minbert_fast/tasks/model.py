@@ -276,9 +276,16 @@ class MultitaskModel(nn.Module):
         return model.eval()
 
 
-def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict:
+class _Heads(nn.ModuleDict):
+    """Heads by name; also by names that nn.ModuleDict refuses, because it has such attributes, such as `type`."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
+def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> _Heads:
     shared: dict[str, nn.Module] = {WORD_EMBEDDING: encoder.word_embedding}
-    return nn.ModuleDict({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
+    return _Heads({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
 
 
 def pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:

@@ -32,6 +32,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import inference, sentence_modules, weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
+from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, Task, evaluation
 
@@ -136,42 +137,35 @@ class Predictor:
         directory = weights.resolve(str(name_or_path), local_files_only=local_files_only)
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected the directory of a model")
+        recipe = Recipe.load(str(directory / "recipe.toml")) if (directory / "heads.safetensors").is_file() else None
         modules = sentence_modules.read(directory)
-        source = directory if modules is None else modules.encoder
-        recipe, heads = None, None
+        if modules is None:
+            modules = SentenceModules(directory, recipe.model.pooling if recipe else "mean")
         with warnings.catch_warnings():
             # Many published encoders lack the pooler; models that pool with it always have one.
             warnings.filterwarnings("ignore", message=".* has no pooler")
-            if (directory / "heads.safetensors").is_file():
-                recipe = Recipe.load(str(directory / "recipe.toml"))
-                heads = MultitaskModel.load(directory).to(target)
-            encoder = BertModel.from_pretrained(source, local_files_only=True) if heads is None else heads.encoder
-        tokenizer = Tokenizer.from_pretrained(source)
+            heads = MultitaskModel.load(directory) if recipe else None
+            encoder = heads.encoder if heads else BertModel.from_pretrained(modules.encoder, local_files_only=True)
+        tokenizer = Tokenizer.from_pretrained(modules.encoder)
         if tokenizer.vocab_size > encoder.config.vocab_size:
             words = f"{tokenizer.vocab_size} words for an encoder of {encoder.config.vocab_size}"
-            raise ConfigError(f"{source}: the tokenizer has {words}")
-        pooling, normalize, prompt = recipe.model.pooling if recipe else "mean", False, ""
-        max_length = recipe.data.max_length if recipe else tokenizer.model_max_length
-        truncate_dim = None
-        if modules is not None:
-            pooling, normalize, prompt = modules.pooling, modules.normalize, modules.prompt
-            max_length, truncate_dim = modules.max_length or max_length, modules.truncate_dim
-            if modules.lowercase and not tokenizer.vocabulary.lowercase:
-                # A tokenizer without lower-casing keeps accents by default, so this one keeps them too.
-                kept = tokenizer.vocabulary
-                lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))
-                tokenizer = Tokenizer(lowered, tokenizer.model_max_length)
-            if modules.pooler is not None:
-                encoder.pooler_dense.load_state_dict(modules.pooler)
+            raise ConfigError(f"{modules.encoder}: the tokenizer has {words}")
+        if modules.lowercase and not tokenizer.vocabulary.lowercase:
+            # A tokenizer without lower-casing keeps accents by default, so this one keeps them too.
+            kept = tokenizer.vocabulary
+            lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))
+            tokenizer = Tokenizer(lowered, tokenizer.model_max_length)
+        if modules.pooler is not None:
+            encoder.pooler_dense.load_state_dict(modules.pooler)
         return cls(
             encoder.to(target),
             tokenizer,
-            heads=heads,
-            pooling=pooling,
-            normalize=normalize,
-            max_length=max_length,
-            prompt=prompt,
-            truncate_dim=truncate_dim,
+            heads=None if heads is None else heads.to(target),
+            pooling=modules.pooling,
+            normalize=modules.normalize,
+            max_length=modules.max_length or (recipe.data.max_length if recipe else tokenizer.model_max_length),
+            prompt=modules.prompt,
+            truncate_dim=modules.truncate_dim,
             precision=choose_precision(precision, target),
         )
 
