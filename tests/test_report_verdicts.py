@@ -368,3 +368,14 @@ def test_the_commands_of_a_run_in_a_directory_with_a_space_are_quoted(tmp_path: 
     first, second = re.findall(r"<pre>(.*\n.*minbert_fast\.report.*)</pre>", page)[0].split("\n")
     assert shlex.split(html.unescape(first))[-1] == f"{run}-no-surgery"
     assert shlex.split(html.unescape(second))[-2:] == [f"{run}-no-surgery", str(run)]
+
+
+def test_charts_of_a_metric_of_one_class_stay_in_plots(tmp_path: Path) -> None:
+    """Regression: `f1/../../x` wrote x.svg beside the report."""
+    key = "one_f1/../../x"
+    one = of_classes("one", [0, 1], [0, 1], **{"f1/../../x": 0.5}) | {"primary": key}
+    records = [{"step": step, "epoch": step, f"dev/{key}": 0.5, f"train/{key}": 0.6} for step in (1, 2)]
+    run = write_run(tmp_path / "run", {"one": one}, {}, records)
+    write_report(run)
+    assert not list(run.glob("*.svg"))
+    assert (run / "plots" / "overfitting-one_f1_.._.._x.svg").is_file()

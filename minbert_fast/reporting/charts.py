@@ -197,14 +197,9 @@ def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def running_mean(y: np.ndarray) -> np.ndarray:
     """Centred mean [n] over a window of SMOOTHING * n points, without nan."""
     reach = max(1, round(len(y) * SMOOTHING / 2))
-    known = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    index = np.arange(len(y))
-    begin, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(y))
-    total = counts[end] - counts[begin]
-    means: np.ndarray = np.where(total > 0, (sums[end] - sums[begin]) / np.maximum(total, 1), np.nan)
-    return means
+    known, window = np.isfinite(y), np.ones(2 * reach + 1)
+    sums, counts = (np.convolve(v, window)[reach : reach + len(y)] for v in (np.where(known, y, 0.0), known))
+    return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan))
 
 
 def round_ticks(low: float, high: float) -> list[float]:

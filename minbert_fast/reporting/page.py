@@ -6,6 +6,7 @@ All functions escape their text, except arguments called `body` or `svg` and val
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -84,7 +85,7 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--s0); }
 """
 
 
-Plots = dict[str, str]  # SVG text by file name
+Plots = dict[str, str]  # SVG text by name; its file has the same name, without signs that a path cannot hold
 
 
 class Html(str):
@@ -110,7 +111,8 @@ def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], body
     """Writes a `document` to `path` and its charts to plots/ in the same folder; returns `path`."""
     write_text(path, document(title, sections, body))
     for name, svg in plots.items():
-        write_text(path.parent / "plots" / f"{name}.svg", charts.standalone_svg(svg))
+        file = re.sub(r"[^\w.=+-]", "_", name)  # it may hold the name of a class
+        write_text(path.parent / "plots" / f"{file}.svg", charts.standalone_svg(svg))
     return path
 
 

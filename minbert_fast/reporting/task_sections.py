@@ -126,23 +126,21 @@ def _distribution(name: str, task: Mapping[str, Any], classes: list[str] | None,
     names = classes or [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
     rows = len(task["labels"])
     shares = [(words, counts / ((found["train_rows"] if words == "train" else rows) or 1)) for words, counts in series]
-    ticks = [str(i) for i in range(len(names))] if classes else [f"{low:.3g}" for low in edges[:-1]]
     title = f"Labels and predictions of {display_name(name)}"
-    if len(names) <= SHOWN_CLASSES:
-        room = (charts.WIDTH - charts.LEFT - charts.RIGHT) / len(names)  # of a group of bars
-        ticks = names if classes and charts.CHARACTER * max(map(len, names)) < room else ticks
-        label = "class" if classes else "from"
-        plots[f"distribution-{name}"] = charts.bar_chart(title, shares, ticks, label)
-    heads = ["class" if classes else "label", *(words for words, _ in shares)]
     many = len(names) > SHOWN_CLASSES
     order = np.argsort(-shares[0][1], kind="stable")[:SHOWN_CLASSES] if many else np.arange(len(names))
-    numbered = classes and not many
-    cells = [
-        [f"{i} {names[i]}" if numbered else names[i], *(f"{values[i]:.1%}" for _, values in shares)] for i in order
-    ]
-    numbers_of = table(f"{title} in numbers", heads, cells)
-    chart = plots.get(f"distribution-{name}")
-    body = numbers_of if chart is None else chart + collapsible("In numbers", numbers_of)
+    shown = [f"{i} {names[i]}" if classes and not many else names[i] for i in order]
+    cells = [[words, *(f"{values[i]:.1%}" for _, values in shares)] for words, i in zip(shown, order, strict=True)]
+    heads = ["class" if classes else "label", *(words for words, _ in shares)]
+    body = table(f"{title} in numbers", heads, cells)
+    if not many:
+        ticks = [str(i) for i in range(len(names))] if classes else [f"{low:.3g}" for low in edges[:-1]]
+        room = (charts.WIDTH - charts.LEFT - charts.RIGHT) / len(names)  # of a group of bars
+        if classes and charts.CHARACTER * max(map(len, names)) < room:
+            ticks = classes
+        chart = charts.bar_chart(title, shares, ticks, "class" if classes else "from")
+        plots[f"distribution-{name}"] = chart
+        body = chart + collapsible("In numbers", body)
     return [figure("Labels and predictions: shares", body)]
 
 

@@ -150,25 +150,23 @@ class OnnxModel:
             if progress is not None:
                 progress(len(rows))
 
-    def _sequences(self, columns: list[Tokens]) -> list[list[tuple[np.ndarray, np.ndarray | None]]]:
-        """The word ids and token types (None: all 0) of each sequence of each example, cut to the maximum length."""
+    def _sequences(self, columns: list[Tokens]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """The word ids and token types of each sequence of each example, cut to the maximum length."""
         limit, encoder = self.contents.max_length, self.contents.encoder
-        separate: list[Any] = [[(truncate(ids, limit), None) for ids in column] for column in columns]
+        cut = [[truncate(ids, limit) for ids in column] for column in columns]
+        separate = [[(ids, np.zeros_like(ids)) for ids in column] for column in cut]
         if encoder == "bi":
             return separate
-        joint: list[Any] = [join_pair(first, second, limit) for first, second in zip(*columns, strict=True)]
+        joint = [join_pair(first, second, limit) for first, second in zip(*columns, strict=True)]
         return [joint] if encoder == "cross" else [*separate, joint]
 
-    def _rectangle(self, sequences: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
+    def _rectangle(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """The graph's inputs."""
-        shape = len(sequences), max(len(ids) for ids, _ in sequences)
-        ids, mask, types = np.full(shape, self.tokenizer.pad_id), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for row, (words, kinds) in enumerate(sequences):
-            ids[row, : len(words)] = words
-            mask[row, : len(words)] = 1
-            if kinds is not None:
-                types[row, : len(words)] = kinds
-        return dict(zip(INPUTS, (ids, mask, types), strict=True))
+        lengths = np.array([len(ids) for ids, _ in sequences])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids, types = np.full(mask.shape, self.tokenizer.pad_id), np.zeros(mask.shape, np.int64)
+        ids[mask], types[mask] = map(np.concatenate, zip(*sequences, strict=True))
+        return dict(zip(INPUTS, (ids, mask.astype(np.int64), types), strict=True))
 
 
 def optional_library(name: str) -> Any:
