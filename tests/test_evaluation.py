@@ -89,6 +89,13 @@ def test_predictions_equal_the_heads_on_single_sentences(model, tables):
         assert result.predictions[row] == shares.argmax()
 
 
+def test_a_class_name_with_a_line_break_is_written_on_one_line(tmp_path):
+    task = build_task("topic", {"kind": "classification", "classes": ["good", "bad\nvery"]})
+    result = TaskResult(task, ["a", "b"], None, np.array([1, 0]), None, {})
+    Evaluation({"topic": result}).write_predictions(tmp_path)
+    assert (tmp_path / "topic-dev-output.csv").read_text() == "id \t Predicted_topic \na , bad very \nb , good \n"
+
+
 def test_evaluation_does_not_change_the_model(model, tables):
     before = {key: t.clone() for key, t in model.state_dict().items()}
     model.train()

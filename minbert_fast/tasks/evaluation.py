@@ -82,7 +82,10 @@ class Evaluation:
         """Writes one file per task in the course's format, each atomically."""
         for result in self.tasks.values():
             path = directory / result.task.prediction_file(split)
-            write_predictions(path, result.task.header, list(result.ids), result.task.as_labels(result.predictions))
+            labels = result.task.as_labels(result.predictions)
+            spaces = str.maketrans("\r\n", "  ")  # for line breaks in the name of a class
+            values = [label.translate(spaces) if isinstance(label, str) else label for label in labels]
+            write_predictions(path, result.task.header, result.ids, values)
 
 
 def evaluate(
@@ -113,7 +116,7 @@ def evaluate(
                 metrics |= {f"{name}_loss": loss}
             results[name] = TaskResult(
                 task=task,
-                ids=[table.ids[row] for row in range(len(table))],
+                ids=list(table.ids),
                 labels=table.labels,
                 predictions=found.predictions,
                 probabilities=found.probabilities,
