@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minbert_fast.common.device import DTYPES, Precision
+from minbert_fast.common.schema import check
 from minbert_fast.common.storage import write_text
 from minbert_fast.data.collate import evaluation_batches
 from minbert_fast.data.tokens import TokenTable
@@ -86,6 +87,17 @@ class Evaluation:
             spaces = str.maketrans("\r\n", "  ")  # for line breaks in the name of a class
             values = [label.translate(spaces) if isinstance(label, str) else label for label in labels]
             write_predictions(path, result.task.header, result.ids, values)
+
+
+def check_prediction_files(tasks: Mapping[str, Task]) -> None:
+    """Raises ConfigError if two tasks would write one prediction file."""
+    owners: dict[str, str] = {}
+    for name, task in tasks.items():
+        other = owners.setdefault(task.prediction_file("dev"), name) if task.predicts else name
+        check(
+            other == name,
+            f"tasks.{name}: its prediction files would replace those of tasks.{other}; set another `stem`",
+        )
 
 
 def evaluate(
