@@ -41,6 +41,7 @@ from minbert_fast.reporting.page import document, figure, format_duration, parag
 from minbert_fast.reporting.runs import TRAINING_PARTS, read_run
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks import build_tasks
+from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
 
@@ -186,13 +187,14 @@ def _run(method: str, seed: int, trial: Trial) -> dict[str, Any]:
 def _change(
     dev: Mapping[str, float | None], reference: Mapping[str, float | None], metrics: Iterable[str]
 ) -> float | None:
-    """Delta-m, as a fraction. None if a metric is missing, or 0 with summed losses."""
+    """Delta-m, as a fraction: above 0 is better. None if a metric is missing, or 0 with summed losses."""
     shares = []
     for metric in metrics:
         now, then = dev.get(metric), reference.get(metric)
         if now is None or not then:
             return None
-        shares.append((now - then) / abs(then))
+        gain = then - now if lower_is_better(metric) else now - then
+        shares.append(gain / abs(then))
     return statistics.fmean(shares) if shares else None
 
 
@@ -264,7 +266,8 @@ def latex(result: Mapping[str, Any]) -> str:
     head, rows = cells(result, r" \pm ")
     best = {}
     for column, metric in enumerate(result["metrics"], start=1):
-        means = [row["dev"][metric]["mean"] if row["dev"][metric] else -np.inf for row in result["rows"]]
+        sign = -1 if lower_is_better(metric) else 1
+        means = [sign * row["dev"][metric]["mean"] if row["dev"][metric] else -np.inf for row in result["rows"]]
         best[column] = int(np.argmax(means))
 
     def cell(text: str, row: int, column: int) -> str:

@@ -104,6 +104,16 @@ def test_the_numbers_of_the_table_by_hand(tmp_path: Path) -> None:
     assert "<svg" in page  # two evaluations make a curve
 
 
+def test_a_lower_error_is_a_better_one(tmp_path: Path) -> None:
+    base = BASE.with_values({"tasks": {"similarity": {"metric": "mae"}}}, "test")
+    trials = {(method, 1): made_trial(tmp_path, method, 1, (0.5, 0.8, 0.4), 1.0) for method in ("none", "mgda")}
+    for method, error in (("none", 2.0), ("mgda", 1.0)):
+        trials[method, 1].summary["dev"]["similarity_mae"] = error
+    result = compare.compare(base, ["none", "mgda"], trials) | {"command": "python -m minbert_fast.compare"}
+    assert result["rows"][1]["change"]["mean"] == pytest.approx((0.0 + 0.0 + 0.5) / 3)
+    assert r"$\mathbf{1.000}$" in compare.latex(result)
+
+
 def test_a_seed_that_failed_is_named_and_not_paired(tmp_path: Path) -> None:
     trials = {("none", seed): made_trial(tmp_path, "none", seed, (0.5, 0.8, 0.4), 1.0) for seed in (1, 2)}
     trials["mgda", 1] = made_trial(tmp_path, "mgda", 1, (0.6, 0.8, 0.4), 1.0)

@@ -89,6 +89,21 @@ def test_predictions_equal_the_heads_on_single_sentences(model, tables):
         assert result.predictions[row] == shares.argmax()
 
 
+def test_a_class_name_with_a_line_break_is_written_on_one_line(tmp_path):
+    task = build_task("topic", {"kind": "classification", "classes": ["good", "bad\nvery"]})
+    result = TaskResult(task, ["a", "b"], None, np.array([1, 0]), None, {})
+    Evaluation({"topic": result}).write_predictions(tmp_path)
+    assert (tmp_path / "topic-dev-output.csv").read_text() == "id \t Predicted_topic \na , bad very \nb , good \n"
+
+
+def test_two_tasks_do_not_write_one_prediction_file():
+    """Regression: a task called sst and the preset sentiment both wrote sst-dev-output.csv."""
+    tasks = {name: build_task(name, {"kind": "sentiment"}) for name in ("sentiment", "sst")}
+    with pytest.raises(ConfigError, match="its prediction files would replace those of"):
+        evaluation.check_prediction_files(tasks)
+    evaluation.check_prediction_files(tasks | {"sst": build_task("sst", {"kind": "sentiment", "stem": "own"})})
+
+
 def test_evaluation_does_not_change_the_model(model, tables):
     before = {key: t.clone() for key, t in model.state_dict().items()}
     model.train()

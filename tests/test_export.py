@@ -260,6 +260,8 @@ def test_onnxruntime_predicts_as_every_kind_of_head_does(
         assert shares is not None
         np.testing.assert_allclose(shares, expected.probabilities, atol=1e-5)
     assert graph.predict(*([] for _ in columns))[0].shape[0] == 0
+    with pytest.raises(ValueError, match="lists of sentences"):
+        graph.predict(*("a film" for _ in columns))
 
     monkeypatch.chdir(tmp_path)  # the card's own code, with onnxruntime and tokenizers alone
     plain: dict[str, Any] = {}
@@ -285,6 +287,7 @@ def test_an_onnx_encoder_gives_the_same_vectors_here_and_in_the_encode_command(
     graph = OnnxModel.from_pretrained(out)
     np.testing.assert_allclose(graph.encode(texts), expected, atol=2e-6)
     assert graph.encode([]).shape == (0, 64)
+    np.testing.assert_array_equal(graph.encode(texts[1]), graph.encode(texts[1:2])[0])
     (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
     files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.npy")]
     assert cli.run(encode.main, ["--onnx", str(out), *files]) == 0

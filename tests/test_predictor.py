@@ -22,6 +22,7 @@ from minbert_fast.model.sentence_modules import SentenceModules, read, write
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.evaluation import evaluate
+from minbert_fast.tasks.predictor import Index
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +119,23 @@ def test_search_finds_the_sentence_itself_first(predictor: Predictor):
     assert {hit.row for hit in hits[1:]} <= set(np.argsort(-scores)[:8].tolist())
     assert predictor.search(corpus[17], corpus[:3], top=9)[0].row in range(3)
     assert len(predictor.search("a", corpus[:3], top=9)) == 3
+
+
+def test_search_prefers_the_earlier_of_equal_sentences():
+    rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+    vectors = np.tile(rows / np.linalg.norm(rows, axis=1, keepdims=True), (20, 1))
+    index = Index([str(row) for row in range(1000)], vectors)
+    found = index.nearest(vectors[:50], 3)
+    assert [[hit.row for hit in hits] for hits in found] == [[row, row + 50, row + 100] for row in range(50)]
+    assert index.nearest(vectors[:2], 0) == index.nearest(vectors[:2], -1) == [[], []]
+
+
+def test_a_corpus_is_a_list_of_sentences(predictor: Predictor):
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match="not a string"):  # its items are letters
+        predictor.search("a film", "a film and another")
+    with pytest.raises(ValueError, match="not a DataFrame"):  # its items are names of columns
+        predictor.index(pandas.DataFrame({"text": SENTENCES}))
 
 
 # ---- Forms of input and output ---------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from minbert_fast.common.schema import build
 from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.model_card import model_card
-from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.reporting.usage import usage
+from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 
 
 def test_the_scores_are_a_model_index(tmp_path: Path) -> None:
@@ -51,3 +52,13 @@ def test_a_model_without_scores_has_a_valid_card(tmp_path: Path) -> None:
     card = ModelCard(model_card(model, source, "a: name # with signs", "huggingface"))
     assert card.data.eval_results is None
     assert "sentence-transformers" not in card.data.tags
+
+
+def test_the_code_of_a_card_reads_every_text_of_an_example() -> None:
+    data = {"train": "found.csv", "text": ["query", "answer", "no", "never"]}
+    task = build_task("find", {"kind": "ranking", "data": data})
+    heads = MultitaskModel(BertModel.from_pretrained(sample_directory().model), {"find": task})
+    model = Predictor(heads.encoder, Tokenizer.from_pretrained(sample_directory().model), heads=heads)
+    code, own = usage(model, "found", "onnx", "find")
+    assert "[*firsts, *seconds, *thirds, *texts_4]" in code
+    assert own.count('["') == 4

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -356,3 +357,30 @@ def test_the_lowest_loss_of_a_comparison_is_bold(tmp_path):
     assert "<b>0.4000</b>" in text
     assert "<b>0.6000</b>" not in text
     assert "<b>0.7200</b>" in text
+
+
+def test_a_score_of_one_row_has_no_standard_error(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"one": of_classes("one", [1], [1])}, {"one_accuracy": 1.0})
+    assert "accuracy 1.000 (" in announce(run)
+    assert "nan" not in announce(run)
+
+
+def test_the_commands_of_a_run_in_a_directory_with_a_space_are_quoted(tmp_path: Path) -> None:
+    records = [{"step": 1, "cosine/one|two": 0.5}]
+    run = tmp_path / "a run"
+    write_run(run, {"one": of_classes("one", [1], [1])}, {}, records, {"surgery": {"method": "pcgrad"}})
+    page = write_report(run).read_text()
+    first, second = re.findall(r"<pre>(.*\n.*minbert_fast\.report.*)</pre>", page)[0].split("\n")
+    assert shlex.split(html.unescape(first))[-1] == f"{run}-no-surgery"
+    assert shlex.split(html.unescape(second))[-2:] == [f"{run}-no-surgery", str(run)]
+
+
+def test_charts_of_a_metric_of_one_class_stay_in_plots(tmp_path: Path) -> None:
+    """Regression: `f1/../../x` wrote x.svg beside the report."""
+    key = "one_f1/../../x"
+    one = of_classes("one", [0, 1], [0, 1], **{"f1/../../x": 0.5}) | {"primary": key}
+    records = [{"step": step, "epoch": step, f"dev/{key}": 0.5, f"train/{key}": 0.6} for step in (1, 2)]
+    run = write_run(tmp_path / "run", {"one": one}, {}, records)
+    write_report(run)
+    assert not list(run.glob("*.svg"))
+    assert (run / "plots" / "overfitting-one_f1_.._.._x.svg").is_file()

@@ -75,6 +75,7 @@ def test_every_error_is_one_line_that_names_its_place():
         ("sentiment", {"metrics": ["f1/bad"]}, "metric 'f1/bad': expected one of this kind: .*f1/neutral"),
         ("mlm", {"metric": "accuracy"}, "expected one of this kind: none, it only trains"),
         ("sentiment", {"class_weights": [1.0, 2.0]}, "expected one number for each of the 5 classes"),
+        ("sentiment", {"kind": ["sentiment"]}, r"kind = \['sentiment'\]: expected one of"),
         ("sentiment", {"class_weights": "even"}, "tasks.sentiment.class_weights = 'even': expected a list"),
         ("topic", {"kind": "classification", "classes": ["a"]}, "expected two or more"),
         ("topic", {"kind": "classification", "classes": ["a", "a"]}, "named twice"),

@@ -231,6 +231,21 @@ def test_a_stage_replaces_class_weights():
         torch.testing.assert_close(model.losses(batch, hidden)["sentiment"], expected)
 
 
+def test_a_task_may_have_the_name_of_an_attribute_of_module_dict(tmp_path: Path):
+    tasks = {name: {"kind": "sentiment", "dropout": 0.0} for name in ("type", "values", "train")}
+    model = make_model(tasks)
+    model.save(tmp_path, build(Recipe, {"tasks": tasks}, "test").to_toml())
+    batch = make_batch(model, dict.fromkeys(tasks, 5), known=dict.fromkeys(tasks, LABELS["sentiment"]))
+    check_equal_results(model.eval(), MultitaskModel.load(tmp_path), batch)
+
+
+def test_a_stage_puts_class_weights_on_the_models_device():
+    options = {"head": "cosine", "class_weights": [1.0, 2.0]}  # a head without parameters
+    model = make_model({"paraphrase": options}).to("meta")
+    model.configure({"paraphrase": build_task("paraphrase", options)})
+    assert model.heads["paraphrase"].class_weights.device.type == "meta"
+
+
 def test_options_set_a_tasks_pooling_and_weight():
     model = make_model({"sentiment": {"dropout": 0.0, "pooling": "cls", "weight": 3.0}, "similarity": {}})
     batch = make_batch(model, {"sentiment": 3, "similarity": 4})

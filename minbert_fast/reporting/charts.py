@@ -26,10 +26,9 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 5")
 STYLE = """
 :root { --paper: #fff; --ink: #1a1d21; --muted: #59616b; --grid: #dfe3e8; --heat: 37 99 235;
   --s0: #1d5fd1; --s1: #b8500a; --s2: #0b7a55; --s3: #7a3fc4; --s4: #b3264a; --s5: #0e7490; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e8eaed; --muted: #a3abb5; --grid: #333a43;
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e8eaed; --muted: #a3abb5; --grid: #333a43;
   --heat: 96 150 255; --s0: #79a8ff; --s1: #f0a05a; --s2: #4fcb9d; --s3: #bf9bff; --s4: #ff8aa3; --s5: #5cc8df; } }
-@media print { :root { --paper: #fff; --ink: #000; --muted: #444; --grid: #ccc; --heat: 37 99 235;
-  --s0: #1d5fd1; --s1: #b8500a; --s2: #0b7a55; --s3: #7a3fc4; --s4: #b3264a; --s5: #0e7490; } }
+@media print { :root { --ink: #000; --muted: #444; --grid: #ccc; } }
 svg.chart text { font: 12px system-ui, sans-serif; fill: var(--muted); }
 svg.chart text.strong { fill: var(--ink); }
 @media (max-width: 32rem) { svg.chart text { font-size: 14px; } svg.chart text.strong { font-size: 13px; } }
@@ -120,7 +119,7 @@ def scatter_chart(
     x_label: str,
     y_label: str,
     limits: tuple[float, float],
-    trend: Series | None = None,
+    trend: Series,
 ) -> str:
     """Points x [n] against y [n], n > 0, both within `limits`, with the diagonal; at most MAX_SCATTERED, evenly chosen.
 
@@ -134,13 +133,11 @@ def scatter_chart(
         _axes(frame, x_label),
         _segment("mark", frame.px(low), frame.py(low), frame.px(high), frame.py(high)),
         f'<path class="cloud s0" d="{_dots(frame, x[chosen], y[chosen])}"/>',
+        f'<path class="line s1" d="{_path(frame, trend.x, trend.y)}"/>',
+        f'<path class="points s1" d="{_dots(frame, trend.x, trend.y)}"/>',
+        f'<path class="line s1" d="M{WIDTH - RIGHT - CHARACTER * len(trend.name) - 30:.0f} {TOP + 6}h24"/>',
+        _text(WIDTH - RIGHT, TOP + 10, trend.name, "end", "strong"),
     ]
-    if trend is not None:
-        parts.append(f'<path class="line s1" d="{_path(frame, trend.x, trend.y)}"/>')
-        parts.append(f'<path class="points s1" d="{_dots(frame, trend.x, trend.y)}"/>')
-        begin = WIDTH - RIGHT - CHARACTER * len(trend.name)
-        parts.append(f'<path class="line s1" d="M{begin - 30:.0f} {TOP + 6}h24"/>')
-        parts.append(_text(WIDTH - RIGHT, TOP + 10, trend.name, "end", "strong"))
     return _svg(label, "".join(parts))
 
 
@@ -164,7 +161,7 @@ def matrix_chart(label: str, values: np.ndarray, names: Sequence[str], form: Cal
     """A confusion matrix [C, C] with true classes as rows; cells are shaded by row share and labelled by `form`."""
     count = len(names)
     rows = list(names) if count <= 2 else [f"{i} {name}" for i, name in enumerate(names)]
-    left, top = max(120.0, 12 + 1.1 * CHARACTER * max(map(len, rows), default=0)), 44.0
+    left, top = max(120.0, 12 + 1.1 * CHARACTER * max(map(len, rows))), 44.0
     width, height = (WIDTH - left - RIGHT) / count, (HEIGHT - top - 8) / count
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1e-12)
     parts = [f'<text x="{left}" y="14">predicted</text>', '<text x="4" y="32">truth</text>']
@@ -200,14 +197,9 @@ def downsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def running_mean(y: np.ndarray) -> np.ndarray:
     """Centred mean [n] over a window of SMOOTHING * n points, without nan."""
     reach = max(1, round(len(y) * SMOOTHING / 2))
-    known = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    index = np.arange(len(y))
-    begin, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(y))
-    total = counts[end] - counts[begin]
-    means: np.ndarray = np.where(total > 0, (sums[end] - sums[begin]) / np.maximum(total, 1), np.nan)
-    return means
+    known, window = np.isfinite(y), np.ones(2 * reach + 1)
+    sums, counts = (np.convolve(v, window)[reach : reach + len(y)] for v in (np.where(known, y, 0.0), known))
+    return np.asarray(np.where(counts > 0, sums / np.maximum(counts, 1), np.nan))
 
 
 def round_ticks(low: float, high: float) -> list[float]:

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
-from minbert_fast.reporting.page import Html, document, figure, figure_grid, format_duration, paragraph, table
+from minbert_fast.reporting.page import Html, figure, figure_grid, format_duration, paragraph, table, write_page
 from minbert_fast.reporting.report import NOISE, headline_order
 from minbert_fast.reporting.runs import Run, display_name, flatten, format_score, read_run
 from minbert_fast.reporting.verdicts import verdicts
@@ -42,8 +41,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
         ("Settings that differ", _settings(runs)),
         ("To reproduce", _commands(runs)),
     ]
-    write_text(path, document("Runs compared", sections, head))
-    return path
+    return write_page(path, "Runs compared", sections, head, {})
 
 
 def differing_dev_sets(runs: Mapping[str, Run]) -> list[str]:
@@ -56,12 +54,9 @@ def differing_dev_sets(runs: Mapping[str, Run]) -> list[str]:
                 rows = [run.tasks[task].get(key) for key in ("ids", "labels")]
                 sets.setdefault(json.dumps(rows), []).append(name)
         if len(sets) > 1:
-            sizes = "; ".join(
-                f"{len(json.loads(rows)[0] or ()):,} in {', '.join(names)}" for rows, names in sets.items()
-            )
-            found.append(
-                f"{display_name(task)}: the runs' dev sets differ, so their scores do not compare (rows: {sizes})."
-            )
+            sizes = "; ".join(f"{len(json.loads(rows)[0] or ()):,} in {', '.join(n)}" for rows, n in sets.items())
+            problem = f"the runs' dev sets differ, so their scores do not compare (rows: {sizes})."
+            found.append(f"{display_name(task)}: {problem}")
     return found
 
 
@@ -88,7 +83,7 @@ def _scores(runs: dict[str, Run]) -> str:
 
 def _surgery(runs: dict[str, Run]) -> str:
     """Whether surgery helped, if the runs with and without it differ in nothing else but the seed."""
-    methods = {name: str((run.recipe.get("surgery") or {}).get("method", "none")) for name, run in runs.items()}
+    methods = {name: run.surgery for name, run in runs.items()}
     differing = {key for key in _differing([flatten(run.recipe) for run in runs.values()]) if key != "training.seed"}
     same = not differing - {"surgery.method", "surgery.reduction", "name", "description"}
     if len(set(methods.values())) < 2 or not same or differing_dev_sets(runs):

@@ -133,12 +133,10 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
 
 def _scores(summary: Mapping[str, Any]) -> list[str]:
     untrained = summary.get("untrained") or {}
-    rows = [
-        f"| {display_name(k)} | {format_score(untrained.get(k))} | {format_score(v)} |"
-        for k, v in summary["dev"].items()
-    ]
-    head = ["| metric | untrained | this model |", "|---|---|---|"]
-    return ["## Scores", "On the dev files.", "\n".join([*head, *rows])]
+    lines = ["| metric | untrained | this model |", "|---|---|---|"]
+    for key, value in summary["dev"].items():
+        lines.append(f"| {display_name(key)} | {format_score(untrained.get(key))} | {format_score(value)} |")
+    return ["## Scores", "On the dev files.", "\n".join(lines)]
 
 
 def _code(text: str, language: str = "python") -> str:

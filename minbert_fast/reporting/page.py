@@ -6,15 +6,18 @@ All functions escape their text, except arguments called `body` or `svg` and val
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
+from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 
 STYLE = """
 * { box-sizing: border-box; }
 :root { color-scheme: light dark; --card: #f6f7f9; }
-@media (prefers-color-scheme: dark) { :root { --card: #1c2127; } }
+@media screen and (prefers-color-scheme: dark) { :root { --card: #1c2127; } }
 html { -webkit-text-size-adjust: 100%; scroll-padding-top: 1rem; }
 body { margin: 0 auto; padding: 1rem clamp(0.8rem, 3vw, 2rem) 4rem; max-width: 74rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
@@ -78,9 +81,11 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--s0); }
   .scroll { overflow: visible; } table { font-size: 9pt; } th, td { padding-right: 0.4rem; }
   details::details-content { display: block; content-visibility: visible; }
   summary { list-style: none; color: inherit; font-weight: 600; }
-  :root { --card: #f6f7f9; }
 }
 """
+
+
+Plots = dict[str, str]  # SVG text by name; its file has the same name, without signs that a path cannot hold
 
 
 class Html(str):
@@ -100,6 +105,15 @@ def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n<main id="main">\n{parts}</main>\n'
         "</body>\n</html>\n"
     )
+
+
+def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], body: str, plots: Plots) -> Path:
+    """Writes a `document` to `path` and its charts to plots/ in the same folder; returns `path`."""
+    write_text(path, document(title, sections, body))
+    for name, svg in plots.items():
+        file = re.sub(r"[^\w.=+-]", "_", name)  # it may hold the name of a class
+        write_text(path.parent / "plots" / f"{file}.svg", charts.standalone_svg(svg))
+    return path
 
 
 def anchor(title: str) -> str:

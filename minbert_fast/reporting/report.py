@@ -6,35 +6,28 @@ The charts are written to `plots/` as well. A section whose data the run did not
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.next_steps import next_steps, without_surgery
 from minbert_fast.reporting.page import (
     Html,
+    Plots,
     collapsible,
-    document,
     figure,
     figure_grid,
     format_duration,
     paragraph,
     table,
+    write_page,
 )
-from minbert_fast.reporting.runs import (
-    Run,
-    display_name,
-    display_title,
-    flatten,
-    format_score,
-    numbers,
-    read_run,
-)
-from minbert_fast.reporting.task_sections import Plots, task_section
+from minbert_fast.reporting.runs import Run, display_name, display_title, flatten, format_score, numbers, read_run
+from minbert_fast.reporting.task_sections import task_section
 from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metric, verdicts
 from minbert_fast.tasks.metrics import lower_is_better
 
@@ -63,11 +56,7 @@ def write_report(directory: Path) -> Path:
         ("Where the time went", _time(run)),
         ("Environment", _environment(run)),
     ]
-    path = directory / "report.html"
-    write_text(path, document(f"{run.name}: report", sections, _header(run)))
-    for name, svg in plots.items():
-        write_text(directory / "plots" / f"{name}.svg", charts.standalone_svg(svg))
-    return path
+    return write_page(directory / "report.html", f"{run.name}: report", sections, _header(run), plots)
 
 
 def headline_order(metric: str) -> int:
@@ -165,8 +154,8 @@ def _curves(run: Run, plots: Plots) -> str:
     figures: list[str] = []
     marks = run.stage_steps()
 
-    def add(name: str, label: str, caption: str, series: list[charts.Series]) -> None:
-        plots[name] = charts.line_chart(label, series, "step", marks=marks)
+    def add(name: str, label: str, caption: str, series: list[charts.Series], x: str = "step") -> None:
+        plots[name] = charts.line_chart(label, series, x, marks=marks if x == "step" else ())
         figures.append(figure(caption, plots[name]))
 
     def series_of(keys: list[str], marked: bool = False) -> list[charts.Series]:
@@ -185,8 +174,7 @@ def _curves(run: Run, plots: Plots) -> str:
             names = ("train", "dev")
             pair = [charts.Series(n, *run.column(f"{n}/{key}", "epoch"), marked=True) for n in names]
             title = f"Train against dev: {display_name(key)}"
-            plots[f"overfitting-{key}"] = charts.line_chart(f"{title}, by epoch", pair, "epoch")
-            figures.append(figure(title, plots[f"overfitting-{key}"]))
+            add(f"overfitting-{key}", f"{title}, by epoch", title, pair, "epoch")
     rows = []
     for key in run.keys("loss/"):
         name = key.removeprefix("loss/")
@@ -247,24 +235,22 @@ def _conflicts(run: Run, plots: Plots) -> str:
         conflicting |= set(steps[values < -NOISE].tolist())
     label = "Cosine between the tasks' gradients over the steps"
     plots["cosine"] = charts.line_chart(label, series, "step", marks=run.stage_steps())
-    method = str((run.recipe.get("surgery") or {}).get("method", "none"))
     text = (
         f"In {len(conflicting) / len(logged):.1%} of the {len(logged):,} logged steps at least one pair of tasks pulled the "
         f"shared encoder in opposing directions: a cosine of their gradients below -{NOISE}. Values nearer to 0 are noise. "
     )
-    if method == "none":
-        return paragraph(f"{text}No surgery was applied.") + _conflict_table(plots, rows)
-    text += f"Surgery ({method}) was applied. Whether it helped, only the same run without it can tell:"
-    command = without_surgery(run)
-    compare = f"python -m minbert_fast.report {run.directory}-no-surgery {run.directory}"
-    shown = f"<pre>{escape(command)}\n{escape(compare)}</pre>" if command else ""
-    return paragraph(text) + shown + _conflict_table(plots, rows)
-
-
-def _conflict_table(plots: Plots, rows: Sequence[Sequence[str]]) -> str:
+    commands = ""
+    if run.surgery == "none":
+        text += "No surgery was applied."
+    else:
+        text += f"Surgery ({run.surgery}) was applied. Whether it helped, only the same run without it can tell:"
+        if command := without_surgery(run):
+            runs = " ".join(shlex.quote(f"{run.directory}{suffix}") for suffix in ("-no-surgery", ""))
+            commands = f"<pre>{escape(command)}\npython -m minbert_fast.report {escape(runs)}</pre>"
     head = ["tasks", "mean", "lowest", "in conflict", ""]
     by_pair = table("Cosines and steps in conflict by pair of tasks", head, rows)
-    return figure_grid([figure("Cosine between task gradients", plots["cosine"]), figure("By pair of tasks", by_pair)])
+    figures = [figure("Cosine between task gradients", plots["cosine"]), figure("By pair of tasks", by_pair)]
+    return paragraph(text) + commands + figure_grid(figures)
 
 
 def _time(run: Run) -> str:
@@ -305,9 +291,6 @@ def _environment(run: Run) -> str:
     if settings:
         parts.append(collapsible("All settings", table("Settings", ["setting", "value"], settings, text_columns=2)))
     return "".join(parts)
-
-
-# ---- Helpers -------------------------------------------------------------------------------------------------------
 
 
 def _bar(share: float) -> str:

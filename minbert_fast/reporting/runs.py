@@ -72,6 +72,11 @@ class Run:
         return numbers(values.get("dev", values)) if isinstance(values, Mapping) else {}
 
     @property
+    def surgery(self) -> str:
+        """The method of gradient surgery, or "none"."""
+        return str((self.recipe.get("surgery") or {}).get("method", "none"))
+
+    @property
     def training_seconds(self) -> float:
         """Seconds of all steps, without evaluations, checkpoints and loading."""
         timings = numbers(self.summary.get("timings"))

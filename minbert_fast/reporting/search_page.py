@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import write_text
 from minbert_fast.reporting import charts
-from minbert_fast.reporting.page import document, figure, figure_grid, paragraph, table
+from minbert_fast.reporting.page import Plots, figure, figure_grid, paragraph, table, write_page
 from minbert_fast.reporting.runs import display_name, format_score, numbers
-from minbert_fast.reporting.task_sections import Plots
 from minbert_fast.tasks.metrics import lower_is_better
 
 TRIALS = "table.json"  # what `search` writes: a list of {"values", "dev", "failure", "metric"}, the best trial first
@@ -51,19 +49,15 @@ def write_search(directory: Path) -> Path:
         best = _ranked(finished, metric)[0]
         values = ", ".join(f"{key} = {value}" for key, value in best["values"].items())
         text = f"Best: {values}, with a dev {display_name(metric)} of {format_score(best['dev'][metric])}. "
-        text += (
+        chance = (
             "It is the best of several on one dev set, which flatters it: confirm it on rows that no trial has seen."
         )
-        head += paragraph(text)
+        head += paragraph(text + chance)
     sections = [
         ("Values", figure_grid(figures) if figures else ""),
         ("Trials", _table(keys, _ranked(finished, metric), [t for t in trials if t not in finished], metric)),
     ]
-    path = directory / "report.html"
-    write_text(path, document(f"{directory.resolve().name}: search", sections, head))
-    for name, svg in plots.items():
-        write_text(directory / "plots" / f"{name}.svg", charts.standalone_svg(svg))
-    return path
+    return write_page(directory / "report.html", f"{directory.resolve().name}: search", sections, head, plots)
 
 
 def value_chart(key: str, trials: Sequence[Mapping[str, Any]], metric: str) -> str:

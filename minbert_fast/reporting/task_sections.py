@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from minbert_fast.reporting import charts
-from minbert_fast.reporting.page import collapsible, figure, figure_grid, paragraph, scrollable, table
+from minbert_fast.reporting.page import Plots, collapsible, figure, figure_grid, paragraph, scrollable, table
 from minbert_fast.reporting.runs import display_name, numbers
 from minbert_fast.reporting.verdicts import column
 from minbert_fast.tasks.metrics import normalised_confusion, precision_recall_f1
 
 SHOWN_ERRORS = 6  # per task; a click shows the others
 SHOWN_CLASSES = 12  # in matrices and tables; of more classes, the most frequent mistakes are listed
-Plots = dict[str, str]  # SVG text by file name
 
 
 def task_section(name: str, task: Mapping[str, Any], plots: Plots) -> str:
@@ -31,12 +30,12 @@ def task_section(name: str, task: Mapping[str, Any], plots: Plots) -> str:
     if not labels or not task.get("predictions"):
         return ""
     figures: list[str] = []
-    if task.get("confusion") and classes:
-        figures += _confusion(name, np.array(task["confusion"]), classes, plots)
-    if not classes:
-        figures += _scatter(name, column(labels), column(task["predictions"]), plots)
     if classes:
+        if task.get("confusion"):
+            figures += _confusion(name, np.array(task["confusion"]), classes, plots)
         figures.append(figure("By class", _by_class(name, task, classes)))
+    else:
+        figures += _scatter(name, column(labels), column(task["predictions"]), plots)
     figures += _distribution(name, task, classes, plots) + _calibration(name, task, plots)
     return figure_grid(figures) + _errors(task, classes)
 
@@ -50,14 +49,12 @@ def _confusion(name: str, counts: np.ndarray, classes: list[str], plots: Plots) 
     if len(classes) > SHOWN_CLASSES:
         mistakes = counts - np.diag(np.diag(counts))
         order = np.argsort(-mistakes, axis=None, kind="stable")[:SHOWN_CLASSES]
-        cells = [
-            (int(i), int(j)) for i, j in zip(*np.unravel_index(order, counts.shape), strict=True) if mistakes[i, j]
+        cells = zip(*np.unravel_index(order, counts.shape), strict=True)
+        rows = [
+            [classes[i], classes[j], f"{counts[i, j]:,}", f"{shares[i, j]:.1%}"] for i, j in cells if mistakes[i, j]
         ]
-        rows = [[classes[i], classes[j], f"{counts[i, j]:,}", f"{shares[i, j]:.1%}"] for i, j in cells]
-        head = ["truth", "predicted", "rows", "of the truth"]
-        return (
-            [figure("Most frequent mistakes", table(f"{name}: mistakes", head, rows, text_columns=2))] if rows else []
-        )
+        listed = table(f"{name}: mistakes", ["truth", "predicted", "rows", "of the truth"], rows, text_columns=2)
+        return [figure("Most frequent mistakes", listed)] if rows else []
     label = f"Confusion matrix of {display_name(name)}"
     forms = ("counts", counts, "{:,.0f}", ""), ("shares of the truth", shares, "{:.2f}", "-normalised")
     for words, values, form, suffix in forms:
@@ -96,13 +93,11 @@ def _by_class(name: str, task: Mapping[str, Any], classes: list[str]) -> str:
     order = np.argsort(scores[:, 2], kind="stable") if len(classes) > SHOWN_CLASSES else np.arange(len(classes))
     names = [f"{i} {words}" for i, words in enumerate(classes)] if 2 < len(classes) <= SHOWN_CLASSES else classes
     rows = [[names[c], f"{counts[c]:,.0f}", *(f"{score:.2f}" for score in scores[c])] for c in order]
-    text = paragraph(
-        f"Recall is the accuracy within a class{'; AP: average precision' if precisions else ''}.", "muted"
-    )
+    text = f"Recall is the accuracy within a class{'; AP: average precision' if precisions else ''}."
     shown = table(f"{name} by class", heads, rows[:SHOWN_CLASSES])
     more = rows[SHOWN_CLASSES:]
     rest = collapsible(f"{len(more)} more", table(f"{name} by class, more", heads, more)) if more else ""
-    return text + shown + rest
+    return paragraph(text, "muted") + shown + rest
 
 
 def _calibration(name: str, task: Mapping[str, Any], plots: Plots) -> list[str]:
@@ -131,23 +126,21 @@ def _distribution(name: str, task: Mapping[str, Any], classes: list[str] | None,
     names = classes or [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
     rows = len(task["labels"])
     shares = [(words, counts / ((found["train_rows"] if words == "train" else rows) or 1)) for words, counts in series]
-    ticks = [str(i) for i in range(len(names))] if classes else [f"{low:.3g}" for low in edges[:-1]]
     title = f"Labels and predictions of {display_name(name)}"
-    if len(names) <= SHOWN_CLASSES:
-        room = (charts.WIDTH - charts.LEFT - charts.RIGHT) / len(names)  # of a group of bars
-        ticks = names if classes and charts.CHARACTER * max(map(len, names)) < room else ticks
-        label = "class" if classes else "from"
-        plots[f"distribution-{name}"] = charts.bar_chart(title, shares, ticks, label)
-    heads = ["class" if classes else "label", *(words for words, _ in shares)]
     many = len(names) > SHOWN_CLASSES
     order = np.argsort(-shares[0][1], kind="stable")[:SHOWN_CLASSES] if many else np.arange(len(names))
-    numbered = classes and not many
-    cells = [
-        [f"{i} {names[i]}" if numbered else names[i], *(f"{values[i]:.1%}" for _, values in shares)] for i in order
-    ]
-    numbers_of = table(f"{title} in numbers", heads, cells)
-    chart = plots.get(f"distribution-{name}")
-    body = numbers_of if chart is None else chart + collapsible("In numbers", numbers_of)
+    shown = [f"{i} {names[i]}" if classes and not many else names[i] for i in order]
+    cells = [[words, *(f"{values[i]:.1%}" for _, values in shares)] for words, i in zip(shown, order, strict=True)]
+    heads = ["class" if classes else "label", *(words for words, _ in shares)]
+    body = table(f"{title} in numbers", heads, cells)
+    if not many:
+        ticks = [str(i) for i in range(len(names))] if classes else [f"{low:.3g}" for low in edges[:-1]]
+        room = (charts.WIDTH - charts.LEFT - charts.RIGHT) / len(names)  # of a group of bars
+        if classes and charts.CHARACTER * max(map(len, names)) < room:
+            ticks = classes
+        chart = charts.bar_chart(title, shares, ticks, "class" if classes else "from")
+        plots[f"distribution-{name}"] = chart
+        body = chart + collapsible("In numbers", body)
     return [figure("Labels and predictions: shares", body)]
 
 
@@ -184,11 +177,9 @@ def _errors(task: Mapping[str, Any], classes: list[str] | None) -> str:
         return ""
     items = [_error(one, classes) for one in task["worst"]]
     shown, more = (f'<ul class="errors">{"".join(i)}</ul>' for i in (items[:SHOWN_ERRORS], items[SHOWN_ERRORS:]))
-    text = "The mistakes that the model is most sure of, in descending order."
-    if not classes:
-        text = "The predictions farthest from their labels, in descending order."
+    which = "mistakes that the model is most sure of" if classes else "predictions farthest from their labels"
     rest = collapsible(f"{len(items) - SHOWN_ERRORS} more", more) if len(items) > SHOWN_ERRORS else ""
-    return f"<h3>Worst errors</h3>{paragraph(text, 'muted')}{shown}{rest}"
+    return f"<h3>Worst errors</h3>{paragraph(f'The {which}, in descending order.', 'muted')}{shown}{rest}"
 
 
 def _error(one: Mapping[str, Any], classes: list[str] | None) -> str:

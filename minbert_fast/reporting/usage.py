@@ -63,10 +63,9 @@ def usage(model: Predictor, name: str, form: str, task: str | None) -> list[str]
     if form == "onnx":
         return _onnx(model, name, task)
     if task is not None:
-        pair = '{"text": "One?", "text_pair": "Two?"}'
-        return [
-            _CLASSIFIER.format(name=name, example=pair if model.tasks[task].encoder == "cross" else '"A sentence."')
-        ]
+        pair = model.tasks[task].encoder == "cross"
+        example = '{"text": "One?", "text_pair": "Two?"}' if pair else '"A sentence."'
+        return [_CLASSIFIER.format(name=name, example=example)]
     tasks = {} if model.heads is None else model.tasks
     named = dict.fromkeys(found.preset for found in tasks.values() if found.preset in _CALLS)
     calls = "".join(f"model.{preset}{_CALLS[preset]}\n" for preset in named)
@@ -77,29 +76,29 @@ def usage(model: Predictor, name: str, form: str, task: str | None) -> list[str]
 
 def _onnx(model: Predictor, name: str, task: str | None) -> list[str]:
     found = None if task is None else model.tasks[task]
-    columns = _EXAMPLES[: 1 if found is None else found.num_texts]
-    names = [column for column, _ in columns] if len(columns) > 1 else ["sentences"]
-    examples = "\n".join(f"{column} = {texts}" for column, (_, texts) in zip(names, columns, strict=True))
-    parts = [f"*{column}" for column in names]
-    joint = f"*zip({', '.join(names)})"
-    batch = {"bi": parts, "cross": [joint], "both": [*parts, joint]}["bi" if found is None else found.encoder]
-    if model.prompt and found is None:
-        batch = [f"*({model.prompt!r} + sentence for sentence in sentences)"]
-    outputs = (
-        ["sentence_embedding"] if found is None else ["prediction", *(["probabilities"] if found.class_names else [])]
-    )
-    results = ["embeddings"] if found is None else outputs
+    encoder, count = ("bi", 1) if found is None else (found.encoder, found.num_texts)
+    examples = [*_EXAMPLES, *((f"texts_{n}", f'["Text {n}.", "Another {n}."]') for n in range(4, count + 1))]
+    names, texts = (list(column) for column in zip(*examples[:count], strict=True))
+    if count == 1:
+        names = ["sentences"]
+    separate, joint = [f"*{column}" for column in names], [f"*zip({', '.join(names)})"]
+    batch = {"bi": separate, "cross": joint, "both": separate + joint}[encoder]
+    if found is None:
+        outputs, results, method = ["sentence_embedding"], ["embeddings"], "embeddings = model.encode"
+        if model.prompt:
+            batch = [f"*({model.prompt!r} + sentence for sentence in sentences)"]
+    else:
+        results = outputs = ["prediction", "probabilities"] if found.class_names else ["prediction"]
+        method = "model.predict"
     tokenizer = model.tokenizer
     code = _ONNX.format(
         name=name,
         max_length=model.max_length,
         pad_id=tokenizer.pad_id,
         pad_token=tokenizer.vocabulary.special["pad"],
-        examples=examples,
+        examples="\n".join(map(" = ".join, zip(names, texts, strict=True))),
         batch=f"[{', '.join(batch)}]",
         results=", ".join(results) + ("," if len(results) == 1 else ""),
         outputs=", ".join(f'"{output}"' for output in outputs),
     )
-    arguments = ", ".join(texts for _, texts in columns)
-    call = f"embeddings = model.encode({arguments})" if found is None else f"model.predict({arguments})"
-    return [code, _ONNX_OWN.format(name=name, call=call)]
+    return [code, _ONNX_OWN.format(name=name, call=f"{method}({', '.join(texts)})")]

@@ -40,7 +40,9 @@ class Verdict:
         """The verdict with its numbers, for the terminal."""
         known = [("before training", self.before), (self.constant_name, self.constant)]
         others = ", ".join(f"{value:.3f} {name}" for name, value in known if value is not None)
-        value = "not a number" if math.isnan(self.value) else f"{self.value:.3f} ± {self.error:.3f}"
+        value = "not a number" if math.isnan(self.value) else f"{self.value:.3f}"
+        if math.isfinite(self.value) and math.isfinite(self.error):
+            value += f" ± {self.error:.3f}"
         return f"{self.task}: {self.text}: {display_name(self.metric)} {value}{f' ({others})' if others else ''}"
 
 
@@ -89,7 +91,8 @@ def column(values: Any) -> np.ndarray:
 def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -> Verdict:
     key = primary_metric(name, task)
     metric = key.removeprefix(f"{name}_")
-    value, loss = (numbers(task["metrics"]).get(k, math.nan) for k in (key, f"{name}_loss"))
+    scores, loss, f1 = numbers(task["metrics"]), f"{name}_loss", f"{name}_macro_f1"
+    value = scores.get(key, math.nan)
     before = untrained.get(key)
     predictions = column(task["predictions"])
     labels = None if task.get("labels") is None else column(task["labels"])
@@ -109,18 +112,17 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
 
     others = [("before training", before), (constant_name, constant)]
     levels = {words: compare(other) for words, other in others if other is not None}
-    # A head answers a class even if its scores are not numbers, so its metrics alone do not show that it broke.
-    if math.isnan(value) or (math.isnan(loss) and f"{name}_loss" in task["metrics"]):
-        return Verdict(name, "worse", metric, value, error, before, constant, constant_name, "diverged: not a number")
     level: Level = "better" if levels and set(levels.values()) == {"better"} else "unclear"
     text = _in_words(levels)
     if collapse := collapsed_class(task):
         level, text = "unclear", f"{text}, but {collapse}"
-        now, f1 = numbers(task["metrics"]), f"{name}_macro_f1"
-        if f1 in now and f1 in untrained and round(now[f1], 3) < round(untrained[f1], 3):  # as they are printed
-            text += f", and macro-F1 fell from {untrained[f1]:.3f} to {now[f1]:.3f}"
+        if f1 in untrained and round(scores.get(f1, math.inf), 3) < round(untrained[f1], 3):  # as they are printed
+            text += f", and macro-F1 fell from {untrained[f1]:.3f} to {scores[f1]:.3f}"
     if levels.get("before training") == "worse":
         level = "worse"
+    # A head answers a class even if its scores are not numbers, so its metrics alone do not show that it broke.
+    if math.isnan(value) or (loss in task["metrics"] and math.isnan(scores.get(loss, math.nan))):
+        level, text = "worse", "diverged: not a number"
     return Verdict(name, level, metric, value, error, before, constant, constant_name, text)
 
 

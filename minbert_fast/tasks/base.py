@@ -14,18 +14,20 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import ConfigError, build, check, check_at_least
+from minbert_fast.common.schema import ConfigError, build, check, check_at_least, check_below_one
 from minbert_fast.data.labels import LabelSummary, Rule
 from minbert_fast.data.sampling import Draw
 from minbert_fast.data.source import Source, sources_of
 from minbert_fast.data.tokens import chain
 from minbert_fast.model.config import BertConfig, Pooling
+from minbert_fast.tasks.metrics import OF_PREDICTIONS
 from minbert_fast.tasks.presets import PRESETS, preset_of
 
 if TYPE_CHECKING:
@@ -270,8 +272,9 @@ class Task(ABC):
         return f"{self.name}_{self.options.metric or self.metric}"
 
     def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
-        """A function for each metric that the options may name."""
-        return {}
+        """A function for each metric that the options may name; by default those of predictions and labels alone."""
+        predictions, labels = results.predictions, results.labels
+        return {} if labels is None else {n: partial(of, predictions, labels) for n, of in OF_PREDICTIONS.items()}
 
     def evaluate(
         self,
@@ -332,13 +335,13 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     where = f"tasks.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigError(f"{where}: expected a name of letters, digits, '-' and '_'")
-    kind = values.setdefault("kind", name)
-    preset = preset_of(kind, values)
+    kind = values["kind"] = values.get("kind") or name
+    preset = preset_of(kind, values) if isinstance(kind, str) else ""
     if preset:
         values = PRESETS[preset] | values | {"kind": PRESETS[preset]["kind"]}
         if name != preset and "stem" not in (options or {}):
             values.pop("stem", None)
-    elif kind not in KINDS:
+    elif not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{where}.kind = {kind!r}: expected one of {', '.join([*KINDS, *PRESETS])}")
     cls = KINDS[values["kind"]]
     return cls(name, build(cls.Options, values, where, "."), preset)
@@ -363,7 +366,21 @@ class Stack(nn.Module):
         return x
 
 
-def shared_stack(options: Any, width: int, shared: dict[str, nn.Module]) -> Stack | None:
+@dataclass(frozen=True)
+class StackOptions(TaskOptions):
+    """Options of a task whose head may have a stack in front of its last layer."""
+
+    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
+    shared_depth: int = 2  # layers of that stack
+    dropout: float = 0.1  # of the head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_below_one(self, "dropout")
+        check_at_least(self, 1, "shared_depth")
+
+
+def shared_stack(options: StackOptions, width: int, shared: dict[str, nn.Module]) -> Stack | None:
     """The stack that all heads with the same `options.shared_layers` share; None if that name is empty.
 
     Raises ConfigError if the name is taken or another head has set a different depth or dropout.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError, check, check_below_one
 from minbert_fast.data.labels import Classes, LabelSummary, Rule
-from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import Results, Task, TaskOptions
+from minbert_fast.tasks import losses, metrics
+from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskOptions
 
 MAX_FOUND = 1_000  # a label column with more different values is taken for something else than classes
 BY_CLASS = ("precision", "recall", "f1")  # metrics of one class: f1/NAME
@@ -27,9 +27,7 @@ class ClassOptions(TaskOptions):
 
     classes: tuple[str, ...] = ()  # their names, in order; empty: those of the training labels
     class_weights: Literal["balanced"] | tuple[float, ...] = ()  # factors on the loss of each class's examples
-    class_counts: tuple[
-        int, ...
-    ] = ()  # training rows of each class, for "balanced"; empty: those of the training labels
+    class_counts: tuple[int, ...] = ()  # training rows of each class, for "balanced"; empty: counted in the labels
     label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
     written: Literal["names", "numbers", "decimals"] = "names"  # how prediction files write class 1: its name, 1 or 1.0
 
@@ -56,11 +54,34 @@ class ClassOptions(TaskOptions):
         return tuple(total / (classes * count) if count else 0.0 for count in self.class_counts)
 
 
-def set_class_weights(head: nn.Module, options: ClassOptions) -> None:
-    """Gives `head` the buffer `class_weights` [C], or None. It follows from the options, so no file contains it."""
-    place = next(head.parameters(), torch.empty(0))
-    weights = torch.tensor(options.weights, dtype=place.dtype, device=place.device) if options.weights else None
-    head.register_buffer("class_weights", weights, persistent=False)
+class ClassHead(Head):
+    """A head whose scores are [n, C], or [n] for the ordinal loss, which has thresholds between the classes.
+
+    A subclass calls `configure` when its parameters exist.
+    """
+
+    options: ClassOptions
+    thresholds: nn.Parameter | None  # [C - 1]
+    class_weights: Tensor | None  # [C]; a buffer that follows from the options, so no file contains it
+
+    def configure(self, options: ClassOptions) -> None:
+        super().configure(options)
+        weights = torch.tensor(options.weights) if options.weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def predict(self, output: HeadOutput) -> Tensor:
+        if self.thresholds is not None:
+            return self.as_written(losses.ordinal_levels(output.scores, self.thresholds))
+        return self.as_written(output.scores.argmax(-1))
+
+    def as_written(self, classes: Tensor) -> Tensor:
+        """Predicted classes [n], as fp32 if prediction files write them as decimals."""
+        return classes.float() if self.options.written == "decimals" else classes
+
+    def probabilities(self, output: HeadOutput) -> Tensor:
+        if self.thresholds is not None:
+            return losses.ordinal_probabilities(output.scores, self.thresholds)
+        return output.scores.softmax(-1)
 
 
 def weighted_mean(each: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -106,9 +127,8 @@ class ClassTask(Task):
             counts = self.count_classes(summary, tuple(options.classes or found["classes"]))
             for name, count in counts.items():
                 if not count:
-                    raise ConfigError(
-                        f'tasks.{self.name}.class_weights = "balanced": no training row of class {name!r}'
-                    )
+                    where = f"tasks.{self.name}.class_weights"
+                    raise ConfigError(f'{where} = "balanced": no training row of class {name!r}')
             found["class_counts"] = list(counts.values())
         return found
 
@@ -141,31 +161,21 @@ class ClassTask(Task):
 
     @property
     def known_metrics(self) -> tuple[str, ...]:
-        named = (self.options.metric, *self.options.metrics)
-        parts = [metric.partition("/") for metric in named]
-        # Until the classes are known, any name may be one.
-        later = [f"{m}/{name}" for m, _, name in parts if m in BY_CLASS and name and not self.options.classes]
-        return (*self.reported, *(f"{m}/{name}" for m in BY_CLASS for name in self.options.classes), *later)
+        names = self.options.classes
+        if not names:  # until the classes are known, any name may be one
+            names = tuple(filter(None, (m.partition("/")[2] for m in (self.options.metric, *self.options.metrics))))
+        return (*self.reported, *(f"{m}/{name}" for m in BY_CLASS for name in names))
 
     def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
         predictions, labels, names = results.predictions, results.labels, self.class_names
         assert labels is not None
         assert names is not None
-        whole = predictions.astype(np.int64), labels.astype(np.int64)
-        table = metrics.precision_recall_f1(*whole, len(names))  # [C, 3]
-        present = np.isin(np.arange(len(names)), np.concatenate(whole))
+        table = metrics.precision_recall_f1(predictions, labels, len(names))  # [C, 3]
         by_class = {
             f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
         }
-        return {
-            "accuracy": lambda: metrics.accuracy(predictions, labels),
-            "macro_f1": lambda: metrics.macro_f1(predictions, labels),
-            "macro_precision": lambda: float(table[present, 0].mean()),
-            "macro_recall": lambda: float(table[present, 1].mean()),
-            "matthews": lambda: metrics.matthews(predictions, labels),
-            "average_precision": lambda: _average_precision(results.probabilities, whole[1]),
-            **by_class,
-        }
+        average = partial(_average_precision, results.probabilities, labels)
+        return {**super().measure(results), "average_precision": average, **by_class}
 
     def as_labels(self, predictions: np.ndarray) -> list[Any]:
         if self.options.written == "names":
@@ -174,10 +184,14 @@ class ClassTask(Task):
 
 
 def _average_precision(probabilities: np.ndarray | None, labels: np.ndarray) -> float:
-    """Of the second of two classes; of more, the mean over those that occur. nan for a head without probabilities."""
+    """The mean over the classes that occur; of two exclusive classes, that of the second one.
+
+    nan for a head without probabilities.
+    """
     if probabilities is None:
         return float("nan")
-    truth = labels[:, None] == np.arange(probabilities.shape[1])
+    if labels.ndim == 2:
+        return metrics.average_precision(probabilities, labels)
     if probabilities.shape[1] == 2:
-        return metrics.average_precision(probabilities[:, 1], truth[:, 1])
-    return metrics.average_precision(probabilities, truth)
+        return metrics.average_precision(probabilities[:, 1], labels == 1)
+    return metrics.average_precision(probabilities, labels[:, None] == np.arange(probabilities.shape[1]))

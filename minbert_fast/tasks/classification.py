@@ -14,7 +14,7 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import cross_entropy
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.classes import ClassOptions, ClassTask, set_class_weights, weighted_mean
+from minbert_fast.tasks.classes import ClassHead, ClassOptions, ClassTask, weighted_mean
 from minbert_fast.tasks.neighbours import LabelledSentences
 from minbert_fast.tasks.single import SingleHead, SingleOptions
 
@@ -38,17 +38,13 @@ class ClassificationOptions(ClassOptions, SingleOptions):
         total = max(1, self.neighbours * max(2, len(self.classes)))
         check(0 <= self.nearest < total, f"nearest = {self.nearest}: expected fewer than the {total} neighbours")
         check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
-        check(
-            not (self.loss == "ordinal" and self.label_smoothing),
-            'label_smoothing: loss = "ordinal" has none',
-        )
+        check(self.loss != "ordinal" or not self.label_smoothing, 'label_smoothing: loss = "ordinal" has none')
 
 
-class ClassificationHead(SingleHead):
+class ClassificationHead(ClassHead, SingleHead):
     """Class scores [n, C]; for the ordinal loss one score [n], and thresholds between the classes."""
 
     options: ClassificationOptions
-    class_weights: Tensor | None
 
     def __init__(self, options: ClassificationOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         classes, stored = len(options.classes), None
@@ -57,11 +53,7 @@ class ClassificationHead(SingleHead):
             stored = LabelledSentences(config.hidden_size, classes, *settings)
         super().__init__(options, config, shared, 1 if options.loss == "ordinal" else classes, stored)
         self.thresholds = losses.initial_thresholds(classes) if options.loss == "ordinal" else None
-        set_class_weights(self, options)
-
-    def configure(self, options: ClassificationOptions) -> None:
-        super().configure(options)
-        set_class_weights(self, options)
+        self.configure(options)
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         assert labels is not None
@@ -75,18 +67,6 @@ class ClassificationHead(SingleHead):
 
     def logits(self, output: HeadOutput) -> Tensor | None:
         return output.scores if self.thresholds is None else None
-
-    def predict(self, output: HeadOutput) -> Tensor:
-        if self.thresholds is None:
-            classes = output.scores.argmax(-1)
-        else:
-            classes = losses.ordinal_levels(output.scores, self.thresholds)
-        return classes.float() if self.options.written == "decimals" else classes
-
-    def probabilities(self, output: HeadOutput) -> Tensor:
-        if self.thresholds is not None:
-            return losses.ordinal_probabilities(output.scores, self.thresholds)
-        return output.scores.softmax(-1)
 
 
 @register("classification")

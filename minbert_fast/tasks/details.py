@@ -72,17 +72,15 @@ def _distribution(
 ) -> dict[str, Any]:
     """How many rows have each class, or a number in each of BINS ranges: of the training labels, labels and predictions."""
     known = [labels] if train_labels is None else [labels, train_labels]
-    edges: np.ndarray | None = None
-    if not classes:
-        edges = np.histogram_bin_edges(np.concatenate(known), BINS)
+    edges = None if classes else np.histogram_bin_edges(np.concatenate(known), BINS)
 
-    def count(values: np.ndarray) -> list[int]:
+    def count(values: np.ndarray) -> Any:
         if values.ndim == 2:
-            return [int(n) for n in (values != 0).sum(axis=0)]
+            return (values != 0).sum(axis=0).tolist()
         if edges is None:
-            return [int(n) for n in np.bincount(values.astype(np.int64), minlength=classes)]
+            return np.bincount(values.astype(np.int64), minlength=classes).tolist()
         inside = np.clip(values[np.isfinite(values)], edges[0], edges[-1])
-        return [int(n) for n in np.histogram(inside, edges)[0]]
+        return np.histogram(inside, edges)[0].tolist()
 
     return {
         "edges": None if edges is None else _rounded(edges.tolist()),

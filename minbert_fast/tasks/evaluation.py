@@ -7,18 +7,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from minbert_fast.common.device import DTYPES, Precision
+from minbert_fast.common.schema import check
 from minbert_fast.common.storage import write_text
 from minbert_fast.data.collate import evaluation_batches
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
-from minbert_fast.tasks.base import HeadOutput, Task
+from minbert_fast.tasks.base import HeadOutput, Results, Task
 from minbert_fast.tasks.details import task_details
 from minbert_fast.tasks.metrics import course_score, lower_is_better
 from minbert_fast.tasks.model import MultitaskModel
@@ -83,7 +83,21 @@ class Evaluation:
         """Writes one file per task in the course's format, each atomically."""
         for result in self.tasks.values():
             path = directory / result.task.prediction_file(split)
-            write_predictions(path, result.task.header, list(result.ids), result.task.as_labels(result.predictions))
+            labels = result.task.as_labels(result.predictions)
+            spaces = str.maketrans("\r\n", "  ")  # for line breaks in the name of a class
+            values = [label.translate(spaces) if isinstance(label, str) else label for label in labels]
+            write_predictions(path, result.task.header, result.ids, values)
+
+
+def check_prediction_files(tasks: Mapping[str, Task]) -> None:
+    """Raises ConfigError if two tasks would write one prediction file."""
+    owners: dict[str, str] = {}
+    for name, task in tasks.items():
+        other = owners.setdefault(task.prediction_file("dev"), name) if task.predicts else name
+        check(
+            other == name,
+            f"tasks.{name}: its prediction files would replace those of tasks.{other}; set another `stem`",
+        )
 
 
 def evaluate(
@@ -107,14 +121,14 @@ def evaluate(
         for name, table in tables.items():
             task = model.tasks[name]
             measurable = bool(len(table)) and (table.labels is not None or not task.labelled)
-            found = _run(model, name, table, snapshot, max_length, progress, losses=measurable)
-            values = found.predictions, table.labels, found.probabilities, found.vectors, table
+            found, loss = _run(model, name, table, snapshot, max_length, progress, losses=measurable)
+            values = found.predictions, found.labels, found.probabilities, found.vectors, found.table
             metrics = task.evaluate(*values) if measurable else {}
-            if found.loss is not None:
-                metrics |= {f"{name}_loss": found.loss}
+            if loss is not None:
+                metrics |= {f"{name}_loss": loss}
             results[name] = TaskResult(
                 task=task,
-                ids=[table.ids[row] for row in range(len(table))],
+                ids=list(table.ids),
                 labels=table.labels,
                 predictions=found.predictions,
                 probabilities=found.probabilities,
@@ -138,15 +152,8 @@ def predict(
 
     `snapshot` is that of the model's encoder; the model must be in evaluation mode.
     """
-    found = _run(model, name, table, snapshot, max_length, progress, losses=False)
+    found, _ = _run(model, name, table, snapshot, max_length, progress, losses=False)
     return found.predictions, found.probabilities
-
-
-class _Outputs(NamedTuple):
-    predictions: np.ndarray  # [n]
-    probabilities: np.ndarray | None  # [n, C]
-    loss: float | None  # mean over the rows, times the task's weight as in training
-    vectors: tuple[np.ndarray, ...] = ()  # [n, D] per text, if the head compares rows
 
 
 @torch.inference_mode()
@@ -158,8 +165,8 @@ def _run(
     max_length: int,
     progress: Callable[[int], object] | None,
     losses: bool,
-) -> _Outputs:
-    """The outputs of task `name` for the table's rows, in their order, with the loss if `losses`."""
+) -> tuple[Results, float | None]:
+    """The results of task `name` for the table's rows, in their order, and with `losses` the mean loss times its weight."""
     device = next(model.encoder.parameters()).device
     head = model.head(name)
     rows, predictions, probabilities, sums, vectors = [], [], [], [], []
@@ -184,9 +191,9 @@ def _run(
         if progress is not None:
             progress(len(rows[-1]))
     if not rows:
-        return _Outputs(np.empty(0, np.float32), None, None)
+        return Results(np.empty(0, np.float32), table.labels, table=table), None
     order = np.argsort(np.concatenate(rows))
     mean = float(torch.stack(sums).sum()) / len(order) * model.tasks[name].weight if sums else None
     in_order = np.concatenate(probabilities)[order] if probabilities else None
     columns = tuple(np.concatenate(column)[order] for column in zip(*vectors, strict=True))
-    return _Outputs(np.concatenate(predictions)[order], in_order, mean, columns)
+    return Results(np.concatenate(predictions)[order], table.labels, in_order, columns, table), mean

@@ -73,7 +73,7 @@ def _write_tokenizer(folder: Path, model: Predictor) -> None:
 
 
 def _write_modules(folder: Path, model: Predictor) -> None:
-    """Writes sentence-transformers' files beside the encoder's."""
+    """Writes sentence-transformers' files to the encoder's folder."""
     dense = model.encoder.pooler_dense
     pooler = {"weight": dense.weight, "bias": dense.bias} if model.pooling == "pooler" else None
     hidden = model.encoder.config.hidden_size

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by kinds with numbers as labels: the range of the labels, and metrics.
+"""Shared by kinds with numbers as labels: the range of the labels.
 
 Heads compare with targets t = (label - low) / (high - low), from 0 to 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.labels import LabelSummary, Numbers, Rule
-from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import Results, Task, TaskOptions
+from minbert_fast.tasks.base import Task, TaskOptions
 
 MAX_LEVELS = 101  # whole labels of a range that a loss over classes can tell apart
+OVER_LEVELS = ("cross_entropy", "ordinal")  # losses that need whole labels
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,15 @@ class RangeOptions(TaskOptions):
     range: tuple[float, float] | None = None  # smallest and largest valid label, also of predictions; None: no bounds
     found_range: tuple[float, float] | None = None  # without `range`: the smallest and the largest training label
     rounded: bool = False  # predict whole labels
+    loss: str = "mse"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("range", "found_range"):
             ends = getattr(self, name)
             check(ends is None or ends[0] < ends[1], f"{name} = {ends}: expected [low, high] with low < high")
+        if self.loss in OVER_LEVELS and (self.range or self.found_range):
+            _ = self.levels  # raises ConfigError
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -87,15 +88,3 @@ class NumberTask(Task):
         if summary.low == summary.high:
             raise ConfigError(f"{where}: every label is {summary.low:g}; expected different numbers")
         return {"found_range": [summary.low, summary.high]}
-
-    def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
-        predictions, labels = results.predictions, results.labels
-        assert labels is not None
-        functions = {"pearson": metrics.pearson, "spearman": metrics.spearman, "mae": metrics.mae}
-        return {name: _of(function, predictions, labels) for name, function in functions.items()}
-
-
-def _of(
-    function: Callable[[np.ndarray, np.ndarray], float], predictions: np.ndarray, labels: np.ndarray
-) -> Callable[[], float]:
-    return lambda: function(predictions, labels)

@@ -28,16 +28,14 @@ def lower_is_better(metric: str) -> bool:
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     """The share of predictions that equal the labels, both [n]; for [n, C], of the rows that equal them in every label."""
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if labels.ndim == 2 and predictions.shape == labels.shape:
-        return float(np.mean((predictions == labels).all(axis=1))) if len(labels) else 0.0
-    predictions, labels = _check_columns(predictions, labels)
-    return float(np.mean(predictions == labels)) if len(labels) else 0.0
+    predictions, labels = _check(predictions, labels, matrices=True)
+    equal = predictions == labels
+    return float(np.mean(equal if equal.ndim == 1 else equal.all(axis=1))) if len(labels) else 0.0
 
 
 def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Counts [classes, classes]: rows are labels, columns predictions. Raises ValueError for other values."""
-    predictions, labels = _check_columns(predictions, labels)
+    predictions, labels = _check(predictions, labels)
     for values in (predictions, labels):
         if len(values) and not (np.isin(values, np.arange(classes))).all():
             raise ValueError(f"confusion matrix: expected whole numbers from 0 to {classes - 1}")
@@ -56,8 +54,8 @@ def precision_recall_f1(predictions: np.ndarray, labels: np.ndarray, classes: in
     Predictions and labels are classes [n], 0 to `classes` - 1, or matrices [n, C]. F1 = 2 TP / (2 TP + FP + FN). A class
     that is never predicted has precision 0, one that does not occur recall 0. Raises ValueError for other values.
     """
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if labels.ndim == 2 and predictions.shape == labels.shape:
+    predictions, labels = _check(predictions, labels, matrices=True)
+    if labels.ndim == 2:
         hits, predicted, true = (np.sum(m != 0, axis=0) for m in (predictions * labels, predictions, labels))
     else:
         assert classes is not None
@@ -107,18 +105,17 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     Scores [n] against labels [n] of 0 and 1; for matrices [n, C], the mean over the classes that occur. Equal scores
     share one threshold. 0 if no class occurs, nan if a score is not finite.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if labels.ndim == 2 and scores.shape == labels.shape:
+    scores, labels = _check(scores, labels, matrices=True)
+    if labels.ndim == 2:
         parts = [average_precision(scores[:, c], labels[:, c]) for c in range(labels.shape[1]) if labels[:, c].any()]
         return float(np.mean(parts)) if parts else 0.0
-    scores, labels = _check_columns(scores, labels)
     if not np.isfinite(scores).all():
         return float("nan")
+    if not labels.any():
+        return 0.0
     order = np.argsort(-scores, kind="stable")
     ordered, hits = scores[order], np.cumsum(labels[order] != 0)
-    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) if len(ordered) else np.empty(0, np.int64)
-    if not len(ends) or not hits[-1]:
-        return 0.0
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
     precision, recall = hits[ends] / (ends + 1), hits[ends] / hits[-1]
     return float(np.diff(recall, prepend=0.0) @ precision)
 
@@ -130,7 +127,7 @@ def calibration(confidences: np.ndarray, right: np.ndarray, bins: int = 10) -> t
     right, examples), [filled bins, 3]; the error is the mean of |confidence - share|, weighted by examples.
     Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 1 to 3.
     """
-    confidences, right = _check_columns(confidences, right)
+    confidences, right = _check(confidences, right)
     place = np.clip(np.ceil(confidences * bins).astype(np.int64) - 1, 0, bins - 1)  # bins are (low, high]
     counts = np.bincount(place, minlength=bins)
     filled = counts > 0
@@ -145,10 +142,10 @@ def calibration(confidences: np.ndarray, right: np.ndarray, bins: int = 10) -> t
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Pearson's correlation of two columns [n]."""
-    x, y = (values.astype(np.float64) for values in _check_columns(predictions, labels))
+    x, y = (values.astype(np.float64) for values in _check(predictions, labels))
     if len(x) < 2:
         return 0.0
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    if not _finite(x, y):
         return float("nan")
     if np.ptp(x) == 0 or np.ptp(y) == 0:  # ptp is exact; the mean of equal values is rounded
         return 0.0
@@ -158,16 +155,14 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Spearman's rank correlation of two columns [n]."""
-    x, y = _check_columns(predictions, labels)
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return float("nan")
-    return pearson(ranks(x), ranks(y))
+    x, y = _check(predictions, labels)
+    return pearson(ranks(x), ranks(y)) if _finite(x, y) else float("nan")
 
 
 def mae(predictions: np.ndarray, labels: np.ndarray) -> float:
     """The mean absolute error of a column [n]; nan if a value is not finite."""
-    x, y = (values.astype(np.float64) for values in _check_columns(predictions, labels))
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    x, y = (values.astype(np.float64) for values in _check(predictions, labels))
+    if not _finite(x, y):
         return float("nan")
     return float(np.abs(x - y).mean()) if len(x) else 0.0
 
@@ -257,17 +252,19 @@ def course_score(metrics: Mapping[str, float]) -> float | None:
 
 def _macro(predictions: np.ndarray, labels: np.ndarray, column: int) -> float:
     """The mean of a column of `precision_recall_f1` over the classes that occur or are predicted."""
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if labels.ndim == 2 and predictions.shape == labels.shape:
+    predictions, labels = _check(predictions, labels, matrices=True)
+    if labels.ndim == 2:
         present = (predictions != 0).any(axis=0) | (labels != 0).any(axis=0)
-        return float(precision_recall_f1(predictions, labels)[present, column].mean()) if present.any() else 0.0
-    codes, count = _codes(predictions, labels)
-    return float(precision_recall_f1(*codes, count)[:, column].mean()) if count else 0.0
+        table = precision_recall_f1(predictions[:, present], labels[:, present])
+    else:
+        codes, count = _codes(predictions, labels)
+        table = precision_recall_f1(*codes, count)
+    return float(table[:, column].mean()) if len(table) else 0.0
 
 
 def _codes(predictions: np.ndarray, labels: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], int]:
     """Predictions and labels [n] as numbers of the values that occur in either, and how many values there are."""
-    predictions, labels = _check_columns(predictions, labels)
+    predictions, labels = _check(predictions, labels)
     values, codes = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
     return (codes[: len(labels)], codes[len(labels) :]), len(values)
 
@@ -277,8 +274,13 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.asarray(part / np.maximum(whole, 1))
 
 
-def _check_columns(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _finite(*columns: np.ndarray) -> bool:
+    return all(np.isfinite(values).all() for values in columns)
+
+
+def _check(predictions: np.ndarray, labels: np.ndarray, matrices: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The arguments as arrays. Raises ValueError unless both are [n], or with `matrices` both are [n, C]."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if predictions.ndim != 1 or predictions.shape != labels.shape:
+    if predictions.shape != labels.shape or labels.ndim not in ((1, 2) if matrices else (1,)):
         raise ValueError(f"expected two columns of one length, got {predictions.shape} and {labels.shape}")
     return predictions, labels

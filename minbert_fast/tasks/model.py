@@ -62,14 +62,11 @@ class MultitaskModel(nn.Module):
 
     # ---- From hidden states to losses --------------------------------------------------------------------------
 
-    def pool_sentences(self, hidden: Tensor, cu_seqlens: Tensor, mode: Pooling) -> Tensor:
-        """One vector per sentence [B, H], fp32, from hidden [N, H]; empty sentences give zeros (pooler: tanh(bias))."""
-        if mode != "pooler":
-            return pool(hidden, cu_seqlens, mode)
-        return self.encoder.pool(pool(hidden, cu_seqlens, "cls")).float()
-
     def inputs(self, batch: MultitaskBatch, hidden: Tensor) -> dict[str, TaskInput]:
-        """The input of each task's head; hidden [N, H] is the encoder's output for `batch.packed`."""
+        """The input of each task's head; hidden [N, H] is the encoder's output for `batch.packed`.
+
+        Each sentence has one vector, fp32; that of an empty sentence is zero (pooler: tanh(bias)).
+        """
         cu_seqlens = batch.packed.cu_seqlens
         blocks = [batch.num_examples(name) for name in batch.tasks for _ in range(batch.arity[name])]
         pooled: dict[Pooling, tuple[Tensor, ...]] = {}  # [n, H] of each block; one split, whose backward is one `cat`
@@ -78,7 +75,9 @@ class MultitaskModel(nn.Module):
         for name in batch.tasks:
             mode = self.tasks[name].pooling or self.pooling
             if mode not in pooled:
-                pooled[mode] = self.pool_sentences(hidden, cu_seqlens[: sum(blocks) + 1], mode).split(blocks)
+                vectors = pool(hidden, cu_seqlens[: sum(blocks) + 1], "cls" if mode == "pooler" else mode)
+                vectors = self.encoder.pool(vectors).float() if mode == "pooler" else vectors
+                pooled[mode] = vectors.split(blocks)
             end = block + batch.arity[name]
             inputs[name] = TaskInput(
                 embeddings=pooled[mode][block:end],
@@ -184,6 +183,7 @@ class MultitaskModel(nn.Module):
         self.tasks = merged
         for name, task in tasks.items():
             self.head(name).configure(task.options)
+        self.heads.to(next(self.encoder.parameters()).device)  # new buffers, such as class weights
 
     def head_parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """Parameters of the heads called `names` (None: all heads), shared ones once."""
@@ -276,9 +276,16 @@ class MultitaskModel(nn.Module):
         return model.eval()
 
 
-def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> nn.ModuleDict:
+class _Heads(nn.ModuleDict):
+    """Heads by name; also by names that nn.ModuleDict refuses, because it has such attributes, such as `type`."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
+def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> _Heads:
     shared: dict[str, nn.Module] = {WORD_EMBEDDING: encoder.word_embedding}
-    return nn.ModuleDict({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
+    return _Heads({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
 
 
 def pool_padded(hidden: Tensor, mask: Tensor, mode: Pooling, encoder: BertModel) -> Tensor:

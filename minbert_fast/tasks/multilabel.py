@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,9 +15,8 @@ from minbert_fast.common.schema import check
 from minbert_fast.data.labels import ClassSets, LabelSummary, Rule, split_names
 from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import binary_cross_entropy
-from minbert_fast.tasks import metrics
-from minbert_fast.tasks.base import HeadOutput, Results, register
-from minbert_fast.tasks.classes import BY_CLASS, ClassOptions, ClassTask, set_class_weights
+from minbert_fast.tasks.base import HeadOutput, register
+from minbert_fast.tasks.classes import ClassHead, ClassOptions, ClassTask
 from minbert_fast.tasks.single import SingleHead, SingleOptions
 
 
@@ -46,19 +43,14 @@ class MultilabelOptions(ClassOptions, SingleOptions):
         return tuple((self.row_count - count) / count if count else 0.0 for count in self.class_counts)
 
 
-class MultilabelHead(SingleHead):
+class MultilabelHead(ClassHead, SingleHead):
     """A score of every class, [n, C]; labels and predictions are [n, C] of 0 and 1."""
 
     options: MultilabelOptions
-    class_weights: Tensor | None
 
     def __init__(self, options: MultilabelOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         super().__init__(options, config, shared, len(options.classes))
-        set_class_weights(self, options)
-
-    def configure(self, options: MultilabelOptions) -> None:
-        super().configure(options)
-        set_class_weights(self, options)
+        self.configure(options)
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         assert labels is not None
@@ -94,23 +86,6 @@ class MultilabelTask(ClassTask):
             counts.update(dict.fromkeys([label] if summary.lists else split_names(label, self.options.separator), rows))
         found = super().resolve(LabelSummary(summary.rows, counts))
         return found | ({"row_count": summary.rows} if "class_counts" in found else {})
-
-    def measure(self, results: Results) -> Mapping[str, Callable[[], float]]:
-        predictions, labels, probabilities = results.predictions, results.labels, results.probabilities
-        assert labels is not None
-        assert probabilities is not None
-        table = metrics.precision_recall_f1(predictions, labels)  # [C, 3]
-        names = self.options.classes
-        by_class = {
-            f"{m}/{n}": partial(float, table[c, i]) for i, m in enumerate(BY_CLASS) for c, n in enumerate(names)
-        }
-        return {
-            "accuracy": lambda: metrics.accuracy(predictions, labels),
-            "micro_f1": lambda: float(2 * (predictions * labels).sum() / max(1, predictions.sum() + labels.sum())),
-            "macro_f1": lambda: metrics.macro_f1(predictions, labels),
-            "average_precision": lambda: metrics.average_precision(probabilities, labels),
-            **by_class,
-        }
 
     def as_labels(self, predictions: np.ndarray) -> list[Any]:
         names, separator = self.options.classes, self.options.separator

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,9 @@ def write(folder: Path, model: Predictor, task: str | None, *, int8: bool = Fals
     for library in ("onnx", "onnxscript", "onnxruntime"):
         optional_library(library)
     contents = _contents(model, task)
-    # Each is a tensor of its own: one tensor in two places would be traced as one input.
+    # Three tensors: the same tensor in two places would be traced as one input.
     example = tuple(torch.ones(2 * contents.sequences, 3, dtype=torch.long) for _ in INPUTS)
-    problem = None
-    if task is None:
-        graph: EncoderGraph | HeadGraph = EncoderGraph(model)
-    else:
-        graph = HeadGraph(model.multitask(), task)
-        problem = graph.choose_outputs(example)
+    graph = EncoderGraph(model) if task is None else HeadGraph(model.multitask(), task, example)
     path = folder / GRAPH
     _trace(graph, example, contents, path)
     difference, largest = _compare(folder, model, task)
@@ -82,7 +77,7 @@ def write(folder: Path, model: Predictor, task: str | None, *, int8: bool = Fals
         contents = dataclasses.replace(contents, int8=True)
         _quantise(path, contents)
         difference, largest = _compare(folder, model, task)
-    return Written(contents, problem, difference, largest)
+    return Written(contents, graph.problem, difference, largest)
 
 
 def _contents(model: Predictor, task: str | None) -> Contents:
@@ -107,7 +102,8 @@ class EncoderGraph(nn.Module):
     """Word ids to the last hidden state and one vector per sentence, as `Predictor.encode` computes it."""
 
     sequences = 1
-    outputs = ("last_hidden_state", VECTORS)
+    outputs: Sequence[str] = ("last_hidden_state", VECTORS)
+    problem: Problem | None = None
 
     def __init__(self, model: Predictor) -> None:
         super().__init__()
@@ -125,11 +121,12 @@ class EncoderGraph(nn.Module):
 
 
 class HeadGraph(nn.Module):
-    """Word ids of the sequences of each example to the predictions of one head."""
+    """Word ids of the sequences of each example to the predictions of one head.
 
-    outputs: tuple[str, ...] = ("logits", "probabilities", "prediction")
+    Evaluates the head on `example`, inputs of `forward`, to find the outputs that it has and the problem type of its logits.
+    """
 
-    def __init__(self, model: MultitaskModel, name: str) -> None:
+    def __init__(self, model: MultitaskModel, name: str, example: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.encoder = model.encoder
         self.task: Task = model.tasks[name]
@@ -139,33 +136,28 @@ class HeadGraph(nn.Module):
         for place, module in list(self.head.named_modules()):
             if isinstance(module, TokenLayers):
                 self.head.set_submodule(place, _PaddedLayers(module.layers, self.encoder))
+        with torch.inference_mode():
+            output = self._head_output(*example)
+            self.problem = problem_of(self.head, self.task, output)
+            classes = self.head.probabilities(output) is not None
+        has = {"logits": self.problem is not None, "probabilities": classes, "prediction": True}
+        self.outputs: Sequence[str] = [name for name, present in has.items() if present]
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
         """ids, mask, types [sequences * n, S] -> the tensors named `outputs`."""
         output = self._head_output(ids, mask, types)
-        compute: dict[str, Callable[[], Any]] = {
-            "logits": lambda: logits_of(self.head, self.task, output),
-            "probabilities": lambda: self.head.probabilities(output),
-            "prediction": lambda: self.head.predict(output),
+        found: dict[str, Any] = {
+            "logits": logits_of(self.head, self.task, output),
+            "probabilities": self.head.probabilities(output),
+            "prediction": self.head.predict(output),
         }
-        return tuple(compute[name]() for name in self.outputs)
+        return tuple(found[name] for name in self.outputs)
 
     def _head_output(self, ids: Tensor, mask: Tensor, types: Tensor) -> HeadOutput:
         hidden = self.encoder.stock(ids, mask, types)
         vectors = pool_padded(hidden, mask, self.pooling, self.encoder).unflatten(0, (self.sequences, -1))
         output: HeadOutput = self.head(_PaddedInput(vectors.unbind(0), hidden, mask))
         return output
-
-    @torch.inference_mode()
-    def choose_outputs(self, example: tuple[Tensor, ...]) -> Problem | None:
-        """Sets `outputs` to those that the head has; returns the problem type of its logits."""
-        output = self._head_output(*example)
-        problem = problem_of(self.head, self.task, output)
-        absent = {"logits"} if problem is None else set()
-        if self.head.probabilities(output) is None:
-            absent.add("probabilities")
-        self.outputs = tuple(name for name in self.outputs if name not in absent)
-        return problem
 
 
 class _PaddedInput:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.common.storage import regular
@@ -36,7 +37,7 @@ INSTALL = "pip install 'minbert-fast[onnx]'"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a graph computes, and what its inputs are."""
+    """The outputs of a graph, and the form of its inputs."""
 
     width: int  # of a vector
     max_length: int  # tokens of a sequence, [CLS] and [SEP] included
@@ -86,16 +87,19 @@ class OnnxModel:
 
     def encode(
         self,
-        sentences: Sequence[str],
+        sentences: str | Sequence[str],
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """One vector per sentence, fp32 [n, width], as `Predictor.encode` gives it.
+        """One vector per sentence, fp32 [n, width] ([width] for a single string), as `Predictor.encode` gives it.
 
         Raises ConfigError for a head, or for a `pooling` or `normalize` that the graph cannot give.
         """
+        if isinstance(sentences, str):
+            row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
+            return row
         contents = self.contents
         if contents.task:
             raise ConfigError(f"this graph computes task {contents.task}, not vectors: export the model without --task")
@@ -109,7 +113,7 @@ class OnnxModel:
             for rows, (vectors,) in self._run([texts], [VECTORS], progress):
                 out[begin + rows] = vectors
         if normalize and not contents.normalize:
-            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+            out = F.normalize(torch.from_numpy(out)).numpy()
         return out
 
     def predict(self, *sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -121,9 +125,11 @@ class OnnxModel:
         contents = self.contents
         if not contents.task:
             raise ConfigError("this graph computes vectors, not predictions: export the model with --task NAME")
-        if len(sentences) != contents.sentences or len({len(column) for column in sentences}) > 1:
+        strings = any(isinstance(column, str) for column in sentences)
+        if strings or len(sentences) != contents.sentences or len({len(column) for column in sentences}) > 1:
             raise ValueError(f"{contents.task} takes {contents.sentences} lists of sentences, equally long")
-        names = ["prediction", *(["probabilities"] if self._has("probabilities") else [])]
+        available = [output.name for output in self.session.get_outputs()]
+        names = [name for name in ("prediction", "probabilities") if name in available]
         found: list[Any] = [None, None]
         for rows, results in self._run(sentences, names, None):
             for place, values in enumerate(results):
@@ -131,9 +137,6 @@ class OnnxModel:
                     found[place] = np.empty((len(sentences[0]), *values.shape[1:]), values.dtype)
                 found[place][rows] = values
         return np.empty(0, np.float32) if found[0] is None else found[0], found[1]
-
-    def _has(self, output: str) -> bool:
-        return output in [each.name for each in self.session.get_outputs()]
 
     def _run(
         self, columns: Sequence[Sequence[str]], outputs: Sequence[str], progress: Callable[[int], object] | None
@@ -147,25 +150,23 @@ class OnnxModel:
             if progress is not None:
                 progress(len(rows))
 
-    def _sequences(self, columns: list[Tokens]) -> list[list[tuple[np.ndarray, np.ndarray | None]]]:
-        """The word ids and token types (None: all 0) of each sequence of each example, cut to the maximum length."""
+    def _sequences(self, columns: list[Tokens]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """The word ids and token types of each sequence of each example, cut to the maximum length."""
         limit, encoder = self.contents.max_length, self.contents.encoder
-        separate: list[Any] = [[(truncate(ids, limit), None) for ids in column] for column in columns]
+        cut = [[truncate(ids, limit) for ids in column] for column in columns]
+        separate = [[(ids, np.zeros_like(ids)) for ids in column] for column in cut]
         if encoder == "bi":
             return separate
-        joint: list[Any] = [join_pair(first, second, limit) for first, second in zip(*columns, strict=True)]
+        joint = [join_pair(first, second, limit) for first, second in zip(*columns, strict=True)]
         return [joint] if encoder == "cross" else [*separate, joint]
 
-    def _rectangle(self, sequences: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
+    def _rectangle(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """The graph's inputs."""
-        shape = len(sequences), max(len(ids) for ids, _ in sequences)
-        ids, mask, types = np.full(shape, self.tokenizer.pad_id), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for row, (words, kinds) in enumerate(sequences):
-            ids[row, : len(words)] = words
-            mask[row, : len(words)] = 1
-            if kinds is not None:
-                types[row, : len(words)] = kinds
-        return dict(zip(INPUTS, (ids, mask, types), strict=True))
+        lengths = np.array([len(ids) for ids, _ in sequences])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids, types = np.full(mask.shape, self.tokenizer.pad_id), np.zeros(mask.shape, np.int64)
+        ids[mask], types[mask] = map(np.concatenate, zip(*sequences, strict=True))
+        return dict(zip(INPUTS, (ids, mask.astype(np.int64), types), strict=True))
 
 
 def optional_library(name: str) -> Any:

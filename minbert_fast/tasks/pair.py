@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import check, check_at_least, check_below_one
+from minbert_fast.common.schema import check
 from minbert_fast.data.tokens import Encoder
 from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cosine import cosine
 from minbert_fast.ops.cross_entropy import binary_cross_entropy, cross_entropy
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, shared_stack
+from minbert_fast.tasks.base import Head, HeadOutput, StackOptions, Task, TaskInput, shared_stack
 from minbert_fast.tasks.graded import from_unit, to_unit
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
@@ -46,16 +46,13 @@ VECTOR_LOSSES = ("cosine_embedding", "cosent", "ranking")  # losses of the vecto
 
 
 @dataclass(frozen=True)
-class PairOptions(TaskOptions):
+class PairOptions(StackOptions):
     """Options of a task on pairs, in addition to those of every task."""
 
     encoder: Encoder = "bi"  # encode the sentences separately, jointly ("cross"), or both
     head: Literal["linear", "cosine"] = "linear"  # on `features`, or of the two embeddings
     features: tuple[Feature, ...] = ("u", "v", "abs_diff", "product")  # input of the linear head, concatenated
     project: bool | int = False  # a linear layer on each vector first: true keeps the width, a number sets it
-    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
-    shared_depth: int = 2  # layers of that stack
-    dropout: float = 0.1  # of the head
     dropout_at: tuple[Literal["embedding", "features"], ...] = ("embedding",)  # where the dropout acts
     loss: PairLoss = "bce"
     labels: Literal["unit", "signed", "raw"] = "unit"  # targets of mse and l1: in [0, 1], in [-1, 1], as in the file
@@ -68,10 +65,8 @@ class PairOptions(TaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_below_one(self, "dropout")
         check(bool(self.features), "features = []: expected at least one")
         check(len(set(self.features)) == len(self.features), f"features = {list(self.features)}: one is named twice")
-        check_at_least(self, 1, "shared_depth")
         wide = isinstance(self.project, bool) or 1 <= self.project < 2**20
         check(wide, f"project = {self.project}: expected true, false or a width")
         check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")

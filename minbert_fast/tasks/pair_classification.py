@@ -14,7 +14,7 @@ from minbert_fast.common.schema import check
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.classes import ClassOptions, ClassTask, set_class_weights, weighted_mean
+from minbert_fast.tasks.classes import ClassHead, ClassOptions, ClassTask, weighted_mean
 from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask
 
 
@@ -39,19 +39,14 @@ class PairClassificationOptions(ClassOptions, PairOptions):
         check(smoothed or not self.label_smoothing, f'label_smoothing: loss = "{self.loss}" has none')
 
 
-class PairClassificationHead(PairHead):
+class PairClassificationHead(ClassHead, PairHead):
     """Class scores [n, C], or one score [n] for two classes."""
 
     options: PairClassificationOptions
-    class_weights: Tensor | None
 
     def __init__(self, options: PairClassificationOptions, config: BertConfig, shared: dict[str, nn.Module]) -> None:
         super().__init__(options, config, shared, len(options.classes))
-        set_class_weights(self, options)
-
-    def configure(self, options: PairClassificationOptions) -> None:
-        super().configure(options)
-        set_class_weights(self, options)
+        self.configure(options)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -74,20 +69,14 @@ class PairClassificationHead(PairHead):
 
     def predict(self, output: HeadOutput) -> Tensor:
         if len(self.options.classes) == 2:
-            classes = (self.similarity(output) >= self.options.threshold).long()
-        elif self.thresholds is not None:
-            classes = losses.ordinal_levels(output.scores, self.thresholds)
-        else:
-            classes = output.scores.argmax(-1)
-        return classes.float() if self.options.written == "decimals" else classes
+            return self.as_written((self.similarity(output) >= self.options.threshold).long())
+        return super().predict(output)
 
     def probabilities(self, output: HeadOutput) -> Tensor:
         if len(self.options.classes) == 2:
             similarity = self.similarity(output)
             return torch.stack([1 - similarity, similarity], dim=-1)
-        if self.thresholds is not None:
-            return losses.ordinal_probabilities(output.scores, self.thresholds)
-        return output.scores.softmax(-1)
+        return super().probabilities(output)
 
 
 @register("pair-classification")

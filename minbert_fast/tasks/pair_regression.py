@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.graded import NumberTask, RangeOptions, from_unit
+from minbert_fast.tasks.graded import OVER_LEVELS, NumberTask, RangeOptions, from_unit
 from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask
-
-OVER_LEVELS = ("cross_entropy", "ordinal")  # losses that need whole labels
 
 
 @dataclass(frozen=True)
@@ -21,11 +19,6 @@ class PairRegressionOptions(RangeOptions, PairOptions):
     """Options of `pair-regression`."""
 
     loss: PairLoss = "mse"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss in OVER_LEVELS and (self.range or self.found_range):
-            _ = self.levels  # raises ConfigError
 
 
 class PairRegressionHead(PairHead):

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
@@ -30,6 +32,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import inference, sentence_modules, weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
+from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, Task, evaluation
 
@@ -39,7 +42,7 @@ Progress = Callable[[int], object] | bool
 
 
 class DataFrame(Protocol):
-    """What is used of a pandas DataFrame. This package does not import pandas."""
+    """The attributes of a pandas DataFrame that this package reads. It does not import pandas."""
 
     columns: Any
     index: Any
@@ -75,14 +78,15 @@ class Index:
 
     def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
         """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1."""
-        found = []
         top = min(top, len(self.texts))
+        if top < 1:
+            return [[] for _ in vectors]
+        found = []
         for begin in range(0, len(vectors), 256):  # limits the memory of the scores
-            scores = vectors[begin : begin + 256] @ self.vectors.T
-            for row in scores:
-                best = np.argpartition(-row, top - 1)[:top] if top else np.empty(0, np.int64)
-                order = best[np.lexsort((best, -row[best]))]  # among equal scores, the earlier sentence first
-                found.append([Hit(int(i), float(row[i]), self.texts[i]) for i in order])
+            for scores in vectors[begin : begin + 256] @ self.vectors.T:
+                best = np.flatnonzero(-scores <= np.partition(-scores, top - 1)[top - 1])  # more than `top` if equal
+                best = best[np.argsort(-scores[best], kind="stable")][:top]  # of equal scores, the earlier sentence
+                found.append([Hit(i, float(scores[i]), self.texts[i]) for i in best.tolist()])
         return found
 
 
@@ -133,42 +137,35 @@ class Predictor:
         directory = weights.resolve(str(name_or_path), local_files_only=local_files_only)
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected the directory of a model")
+        recipe = Recipe.load(str(directory / "recipe.toml")) if (directory / "heads.safetensors").is_file() else None
         modules = sentence_modules.read(directory)
-        source = directory if modules is None else modules.encoder
-        recipe, heads = None, None
+        if modules is None:
+            modules = SentenceModules(directory, recipe.model.pooling if recipe else "mean")
         with warnings.catch_warnings():
             # Many published encoders lack the pooler; models that pool with it always have one.
             warnings.filterwarnings("ignore", message=".* has no pooler")
-            if (directory / "heads.safetensors").is_file():
-                recipe = Recipe.load(str(directory / "recipe.toml"))
-                heads = MultitaskModel.load(directory).to(target)
-            encoder = BertModel.from_pretrained(source, local_files_only=True) if heads is None else heads.encoder
-        tokenizer = Tokenizer.from_pretrained(source)
+            heads = MultitaskModel.load(directory) if recipe else None
+            encoder = heads.encoder if heads else BertModel.from_pretrained(modules.encoder, local_files_only=True)
+        tokenizer = Tokenizer.from_pretrained(modules.encoder)
         if tokenizer.vocab_size > encoder.config.vocab_size:
             words = f"{tokenizer.vocab_size} words for an encoder of {encoder.config.vocab_size}"
-            raise ConfigError(f"{source}: the tokenizer has {words}")
-        pooling, normalize, prompt = recipe.model.pooling if recipe else "mean", False, ""
-        max_length = recipe.data.max_length if recipe else tokenizer.model_max_length
-        truncate_dim = None
-        if modules is not None:
-            pooling, normalize, prompt = modules.pooling, modules.normalize, modules.prompt
-            max_length, truncate_dim = modules.max_length or max_length, modules.truncate_dim
-            if modules.lowercase and not tokenizer.vocabulary.lowercase:
-                # A tokenizer without lower-casing keeps accents by default, so this one keeps them too.
-                kept = tokenizer.vocabulary
-                lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))
-                tokenizer = Tokenizer(lowered, tokenizer.model_max_length)
-            if modules.pooler is not None:
-                encoder.pooler_dense.load_state_dict(modules.pooler)
+            raise ConfigError(f"{modules.encoder}: the tokenizer has {words}")
+        if modules.lowercase and not tokenizer.vocabulary.lowercase:
+            # A tokenizer without lower-casing keeps accents by default, so this one keeps them too.
+            kept = tokenizer.vocabulary
+            lowered = replace(kept, lowercase=True, strip_accents=bool(kept.strip_accents))
+            tokenizer = Tokenizer(lowered, tokenizer.model_max_length)
+        if modules.pooler is not None:
+            encoder.pooler_dense.load_state_dict(modules.pooler)
         return cls(
             encoder.to(target),
             tokenizer,
-            heads=heads,
-            pooling=pooling,
-            normalize=normalize,
-            max_length=max_length,
-            prompt=prompt,
-            truncate_dim=truncate_dim,
+            heads=None if heads is None else heads.to(target),
+            pooling=modules.pooling,
+            normalize=modules.normalize,
+            max_length=modules.max_length or (recipe.data.max_length if recipe else tokenizer.model_max_length),
+            prompt=modules.prompt,
+            truncate_dim=modules.truncate_dim,
             precision=choose_precision(precision, target),
         )
 
@@ -199,9 +196,7 @@ class Predictor:
         if isinstance(sentences, str):
             row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
             return row
-        if _is_frame(sentences):
-            raise ValueError("encode takes sentences, not a DataFrame: pass one of its columns")
-        texts = list(sentences)
+        texts = _sentences("encode", sentences)
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"sentence {number} is {text!r:.60}, expected a string")
@@ -218,12 +213,12 @@ class Predictor:
         if self.width < vectors.shape[1]:
             vectors = np.ascontiguousarray(vectors[:, : self.width])
             if normalize:
-                vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+                vectors = F.normalize(torch.from_numpy(vectors)).numpy()
         return vectors
 
     def index(self, corpus: Iterable[str], progress: Progress | None = None) -> Index:
-        """Encodes a corpus for `search`."""
-        texts = list(corpus)
+        """Encodes a corpus for `search`. Raises ValueError as `encode` does, and for a single string."""
+        texts = _sentences("index", corpus)
         return Index(texts, self.encode(texts, normalize=True, progress=progress))
 
     def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
@@ -309,13 +304,10 @@ class Predictor:
             result = result._replace(probabilities=np.empty((0, len(names)), np.float32))
         if frame is None:
             return result.probabilities if probabilities else result
-        found_shares = result.probabilities
-        shares = (
-            {} if found_shares is None else {f"probability_{n}": found_shares[:, c] for c, n in enumerate(names or ())}
-        )
-        return type(frame)(
-            ({} if probabilities else {"prediction": found.as_labels(result.values)}) | shares, frame.index
-        )
+        columns = {} if probabilities else {"prediction": found.as_labels(result.values)}
+        if result.probabilities is not None:
+            columns |= {f"probability_{n}": share for n, share in zip(names or (), result.probabilities.T, strict=True)}
+        return type(frame)(columns, frame.index)
 
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
         """Predictions of the head of `task` for the rows of a data file."""
@@ -348,6 +340,14 @@ class Predictor:
 # ---- Forms of examples and of progress -----------------------------------------------------------------------------------
 
 
+def _sentences(caller: str, values: Iterable[str]) -> list[str]:
+    """The values as a list. Raises ValueError for a string or a DataFrame, whose items are not its sentences."""
+    if isinstance(values, str) or _is_frame(values):
+        found = "a string" if isinstance(values, str) else "a DataFrame: pass one of its columns"
+        raise ValueError(f"{caller} takes sentences, not {found}")
+    return list(values)
+
+
 def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str], ...]:
     """One list per sentence of an example, from such lists or from one list of tuples. Raises ValueError."""
     if any(isinstance(each, str) for each in examples):
@@ -360,10 +360,8 @@ def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str],
                 raise ValueError(f"{noun} {row} is {example!r:.60}, expected {number} sentences")
         columns = [[example[place] for example in columns[0]] for place in range(count)]
     if len(columns) != count or len({len(column) for column in columns}) > 1:
-        forms = (
-            "one list of sentences" if count == 1 else f"{count} lists of sentences, equally long, or a list of tuples"
-        )
-        raise ValueError(f"{task} takes {forms}")
+        several = f"{count} lists of sentences, equally long, or a list of tuples"
+        raise ValueError(f"{task} takes {'one list of sentences' if count == 1 else several}")
     return tuple(columns)
 
 

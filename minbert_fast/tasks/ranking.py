@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, check, check_at_least
 from minbert_fast.data.formats import FORMATS
@@ -28,23 +29,11 @@ from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskInput, 
 
 CHUNK = 1_024  # anchors whose candidates are ranked at a time
 
-Objective = Callable[["RankingOptions", Tensor, Tensor, tuple[Tensor, ...]], Tensor]
-
-
-def _contrastive(options: RankingOptions, anchor: Tensor, positive: Tensor, negatives: tuple[Tensor, ...]) -> Tensor:
-    return losses.contrastive(anchor, positive, negatives, options.temperature, options.symmetric)
-
-
-def _triplet(options: RankingOptions, anchor: Tensor, positive: Tensor, negatives: tuple[Tensor, ...]) -> Tensor:
-    each = [losses.triplet(anchor, positive, x, options.margin, options.distance) for x in negatives]
-    return each[0] if len(each) == 1 else torch.stack(each).mean()
-
-
-def _regression(options: RankingOptions, anchor: Tensor, positive: Tensor, negatives: tuple[Tensor, ...]) -> Tensor:
-    return losses.entailment_regression(anchor, positive, *negatives)
-
-
-OBJECTIVES: dict[str, Objective] = {"contrastive": _contrastive, "triplet": _triplet, "regression": _regression}
+OBJECTIVES = {
+    "contrastive": "2 texts or more",
+    "triplet": "3 texts or more",
+    "regression": "3 texts",
+}  # what each needs
 
 
 @dataclass(frozen=True)
@@ -104,12 +93,18 @@ class RankingHead(VectorHead):
         return HeadOutput(scores[0] if len(scores) == 1 else torch.stack(scores, dim=-1), vectors)
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
-        anchor, positive, *negatives = output.vectors
-        weights = self.options.objectives.items()
-        parts = (
-            weight * OBJECTIVES[name](self.options, anchor, positive, tuple(negatives)) for name, weight in weights
-        )
+        parts = (weight * self.objective(name, *output.vectors) for name, weight in self.options.objectives.items())
         return sum(parts, output.scores.new_zeros(()))
+
+    def objective(self, name: str, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> Tensor:
+        """The mean loss `name` of OBJECTIVES over the batch; each argument is [n, D]."""
+        options = self.options
+        if name == "contrastive":
+            return losses.contrastive(anchor, positive, negatives, options.temperature, options.symmetric)
+        if name == "regression":
+            return losses.entailment_regression(anchor, positive, *negatives)
+        each = [losses.triplet(anchor, positive, x, options.margin, options.distance) for x in negatives]
+        return each[0] if len(each) == 1 else torch.stack(each).mean()
 
     def predict(self, output: HeadOutput) -> Tensor:
         """With negatives 1 if the positive is nearer than all of them, else 0; without any the cosine."""
@@ -131,11 +126,11 @@ class RankingTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        count = self.num_texts
+        fits = {"contrastive": True, "triplet": count > 2, "regression": count == 3}
         for name in self.options.objectives:
-            needs = {"contrastive": "2 texts or more", "triplet": "3 texts or more", "regression": "3 texts"}[name]
-            fits = {"contrastive": True, "triplet": self.num_texts > 2, "regression": self.num_texts == 3}[name]
-            if not fits:
-                raise ConfigError(f"tasks.{self.name}.objectives.{name}: needs {needs}, the data has {self.num_texts}")
+            where = f"tasks.{self.name}.objectives.{name}"
+            check(fits[name], f"{where}: needs {OBJECTIVES[name]}, the data has {count}")
 
     @property
     def num_texts(self) -> int:
@@ -181,7 +176,7 @@ def retrieval_ranks(vectors: tuple[np.ndarray, ...], table: TokenTable | None = 
     compared through `table`: equal candidates count once, and the positives of an equal anchor in other rows do not count
     against each other. Without a table all texts are different.
     """
-    anchors, *others = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in vectors)
+    anchors, *others = (F.normalize(torch.from_numpy(x)).numpy() for x in vectors)
     n = len(anchors)
     texts = np.arange(n * len(others)) if table is None else _equal_texts(table.columns[1:])
     anchor_of = np.arange(n) if table is None else _equal_texts(table.columns[:1])

@@ -25,11 +25,6 @@ class RegressionOptions(RangeOptions, SingleOptions):
     loss: Literal["mse", "l1", "bce", "ordinal"] = "mse"  # ordinal: labels are graded, such as 1 to 5 stars
     labels: Literal["unit", "raw"] = "unit"  # targets of mse and l1: scaled to [0, 1], or as in the file
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss == "ordinal" and (self.range or self.found_range):
-            _ = self.levels  # raises ConfigError
-
 
 class RegressionHead(SingleHead):
     """A score [n] per text: the target, its logit (bce), or what thresholds between whole labels divide (ordinal)."""

@@ -12,34 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import check, check_at_least, check_below_one
+from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.model import fused
 from minbert_fast.model.bert import BertLayer, read_layer
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.passes import AutogradPass, Sentences, through
 from minbert_fast.ops.pooling import Mode, pool
-from minbert_fast.tasks.base import Head, HeadOutput, TaskInput, TaskOptions, shared_stack
+from minbert_fast.tasks.base import Head, HeadOutput, StackOptions, TaskInput, shared_stack
 from minbert_fast.tasks.neighbours import LabelledSentences
 
 
 @dataclass(frozen=True)
-class SingleOptions(TaskOptions):
+class SingleOptions(StackOptions):
     """Options of a task with one text per example, in addition to those of every task."""
 
-    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
-    shared_depth: int = 2  # layers of that stack
     extra_layers: int = 0  # BERT layers of this task, between the encoder and the pooling
-    dropout: float = 0.1  # of the head
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_below_one(self, "dropout")
-        check_at_least(self, 1, "shared_depth")
         check(0 <= self.extra_layers <= 48, f"extra_layers = {self.extra_layers}: expected 0 to 48")
-        check(
-            not (self.extra_layers and self.pooling == "pooler"),
-            'pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max',
-        )
+        if self.extra_layers and self.pooling == "pooler":
+            raise ConfigError('pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max')
 
 
 class TokenLayers(nn.Module):

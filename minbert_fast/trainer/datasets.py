@@ -21,6 +21,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_task, build_tasks, is_kind
+from minbert_fast.tasks.evaluation import check_prediction_files
 from minbert_fast.trainer.completing import complete, without_tasks
 from minbert_fast.trainer.progress import file_progress
 
@@ -64,6 +65,7 @@ def load_datasets(
     reader = _Reader(recipe, tokenizer, notify, rows or {})
     recipe = complete(recipe, reader.summarise, notify, rows or {})
     tasks = build_tasks(recipe)
+    check_prediction_files(tasks)
     train: list[dict[str, TokenTable]] = []
     stages = recipe.resolved_stages()
     for stage in stages:
