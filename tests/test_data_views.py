@@ -21,8 +21,9 @@ from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.labels import Classes, ClassSets, Numbers, Rule
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.pretraining import collect_pairs, collect_sentences
+from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.source import Source
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
+from minbert_fast.data.tokens import TokenTable, chain
 
 RULE = Classes(("a", "b", "c"))
 

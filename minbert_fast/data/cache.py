@@ -35,8 +35,9 @@ from minbert_fast.data.labels import Rule
 from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show_path
 from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.readers.records import STANDARD_INPUT, open_regular
+from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
+from minbert_fast.data.tokens import TokenTable, chain
 
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
 

@@ -13,7 +13,8 @@ from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.pretraining import ExampleGenerator
 from minbert_fast.data.sampling import Sampler
-from minbert_fast.data.tokens import Encoder, TokenTable, join_pair, truncate
+from minbert_fast.data.sentences import join_pair, truncate
+from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.packing import pack
 
 TokenSequence = tuple[np.ndarray, np.ndarray | None]  # word ids, token types (None: all 0)

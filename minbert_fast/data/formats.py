@@ -215,23 +215,3 @@ def check_directory(folder: Path) -> None:
     if not os.path.isdir(folder):
         problem = "is not a directory" if os.path.exists(folder) else "does not exist"
         raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")
-
-
-__all__ = [
-    "FORMATS",
-    "MAIN_TASKS",
-    "DataError",
-    "Discovery",
-    "FileFormat",
-    "Kind",
-    "Label",
-    "Layout",
-    "Quoting",
-    "add_format",
-    "check_directory",
-    "find_table",
-    "find_tables",
-    "format_of",
-    "show",
-    "show_path",
-]
