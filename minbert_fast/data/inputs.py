@@ -186,7 +186,7 @@ def _with_classes(layout: Layout, rows: object) -> Layout:
 
 def first_byte(path: Path) -> bytes:
     """The first byte of standard input, which stays to be read."""
-    stream, _ = open_source(path)
+    stream = open_source(path)
     if isinstance(stream, BufferedReader):
         return stream.peek(1)[:1]
     at = stream.tell()

@@ -50,30 +50,18 @@ class Records(ABC):
         """Closes the file."""
 
 
-class FileRecords(Records):
-    """The rows of an open binary file; `path` may be standard input."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = name_of(path)
-        self.file, self.size = open_source(path)
-
-    def close(self) -> None:
-        """Closes the file, but not standard input."""
-        if self.file is not sys.stdin.buffer:
-            self.file.close()
-
-
 def name_of(path: Path) -> str:
     """A path for messages."""
     return "standard input" if path == STANDARD_INPUT else show_path(path)
 
 
-def open_source(path: Path) -> tuple[BinaryIO, int]:
-    """The open file and its size in bytes; `-` is standard input, of size 0. Raises DataError."""
-    if path == STANDARD_INPUT:
-        return sys.stdin.buffer, 0
-    file = open_regular(path)
-    return file, os.fstat(file.fileno()).st_size
+def open_source(path: Path) -> BinaryIO:
+    """The open file; `-` is standard input. Raises DataError."""
+    if path != STANDARD_INPUT:
+        return open_regular(path)
+    if sys.stdin is None:  # the process was started without one
+        raise DataError("standard input: closed, expected data")
+    return sys.stdin.buffer
 
 
 def open_regular(path: Path) -> BufferedReader:
