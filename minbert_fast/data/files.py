@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from minbert_fast.data.formats import Layout
 from minbert_fast.data.inputs import Input, file_input
 from minbert_fast.data.labels import Rule, label_text
 from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show
+from minbert_fast.data.readers.records import Record
+
+Row = tuple[int, str, Sequence[str], Any]  # line, id, texts, label
 
 CHUNK_ROWS = 8192
 MAX_BAD_ROWS = 0.01  # a file with a larger share of bad rows is refused
@@ -137,41 +141,54 @@ class _PartReader:
             raise
 
     def chunks(self, rows: int) -> Iterator[Table]:
-        path, limit = self.source.path, self.max_bad_rows
-        read = bad = left_out = 0
-        first_bad: BadRow | None = None
         records = self.records.rows(self.columns.all)
-        done = False
-        while not done:
-            good: list[tuple[int, str, Sequence[str], Any]] = []
-            reported: list[BadRow] = []
-            skipped = 0
-            for line, values in records:
-                try:
-                    if isinstance(values, ValueError):
-                        raise values
-                    row = self._parse(line, values)
-                    if row is None:
-                        skipped += 1
-                    else:
-                        good.append(row)
-                except ValueError as error:
-                    reported.append(BadRow(path, line, str(error)))
-                if len(good) + len(reported) + skipped == rows:
-                    break
-            else:
-                done = True
-            read += len(good) + len(reported) + skipped
-            bad, left_out = bad + len(reported), left_out + skipped
-            first_bad = first_bad or next(iter(reported), None)
-            if good or reported or skipped:
-                yield self._table(good, tuple(reported), skipped)
-        check_bad_rows(path, read, bad, first_bad, limit)
-        if read == bad + left_out:
-            raise DataError(f"{self.records.name}: no row is left: {left_out:,} have a label that is skipped")
+        read = bad = skipped = 0
+        first_bad: BadRow | None = None
+        while (table := self._table(islice(records, rows))).rows_read:
+            read += table.rows_read
+            bad += len(table.bad_rows)
+            skipped += table.skipped
+            first_bad = first_bad or next(iter(table.bad_rows), None)
+            yield table
+        check_bad_rows(self.source.path, read, bad, first_bad, self.max_bad_rows)
+        if read == bad + skipped:
+            raise DataError(f"{self.records.name}: no row is left: {skipped:,} have a label that is skipped")
 
-    def _parse(self, line: int, values: Sequence[Any]) -> tuple[int, str, Sequence[str], Any] | None:
-        """Line, id, texts and label of a row; None if its label says to skip it. Raises ValueError with the reason."""
+    def _table(self, records: Iterable[Record]) -> Table:
+        path, rule = self.source.path, self.rule
+        good: list[Row] = []
+        bad: list[BadRow] = []
+        skipped = 0
+        for line, values in records:
+            try:
+                if isinstance(values, ValueError):
+                    raise values
+                row = self._parse(line, values)
+            except ValueError as error:
+                bad.append(BadRow(path, line, str(error)))
+                continue
+            if row is None:
+                skipped += 1
+            else:
+                good.append(row)
+        labels = None
+        if rule is not None:
+            labels = np.array([label for _, _, _, label in good], dtype=rule.dtype)
+            if rule.width is not None:
+                labels = labels.reshape(len(good), rule.width)
+        return Table(
+            task=self.source.layout.name,
+            path=path,
+            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self.columns.texts))),
+            labels=labels,
+            ids=[name for _, name, _, _ in good],
+            lines=np.array([line for line, _, _, _ in good], dtype=np.int64),
+            bad_rows=tuple(bad),
+            skipped=skipped,
+        )
+
+    def _parse(self, line: int, values: Sequence[Any]) -> Row | None:
+        """A row; None if its label says to skip it. Raises ValueError with the reason."""
         name, first = str(line), 0
         if self.columns.id:
             name, first = _identity(self.columns.id, values[0]), 1
@@ -197,7 +214,7 @@ class _PartReader:
                 if mark not in ("0", "1", "false", "true"):
                     raise ValueError(f"{column} is {show(mark)}, expected 0 or 1")
             label = [c for c, mark in zip(self.columns.label, marks, strict=True) if mark in ("1", "true")]
-        if label is None:
+        if label is None or (isinstance(label, float | np.floating) and np.isnan(label)):
             raise ValueError(f"{self.columns.label[0]} is missing")
         return label
 
@@ -209,23 +226,6 @@ class _PartReader:
         if isinstance(label, list | tuple | np.ndarray):
             return [replacements.get(label_text(each), each) for each in label]
         return replacements.get(label_text(label), label)
-
-    def _table(self, good: list[tuple[int, str, Sequence[str], Any]], bad: tuple[BadRow, ...], skipped: int) -> Table:
-        labels = None
-        if self.rule is not None:
-            labels = np.array([label for _, _, _, label in good], dtype=self.rule.dtype)
-            if self.rule.width is not None:
-                labels = labels.reshape(len(good), self.rule.width)
-        return Table(
-            task=self.source.layout.name,
-            path=self.source.path,
-            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self.columns.texts))),
-            labels=labels,
-            ids=[name for _, name, _, _ in good],
-            lines=np.array([line for line, _, _, _ in good], dtype=np.int64),
-            bad_rows=bad,
-            skipped=skipped,
-        )
 
 
 def text_of(column: str, value: Any) -> str:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -49,23 +52,32 @@ class Classes:
     dtype: ClassVar[str] = "int64"
     width: ClassVar[int | None] = None  # None: one number per row
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each class, by its name as `label_text` writes it."""
+        return {label_text(name): number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def _may_be_numbers(self) -> bool:
+        return all(label_number(name) is None for name in self.names)
+
     def parse(self, value: object) -> float:
         """Raises ValueError with the value and the classes."""
         text = label_text(value)
-        if text in self.names:
-            return float(self.names.index(text))
-        if text.isascii() and text.isdigit() and int(text) < len(self.names) and not any(map(_is_number, self.names)):
+        number = self.numbers.get(text)
+        if number is not None:
+            return float(number)
+        if text.isascii() and text.isdigit() and int(text) < len(self.names) and self._may_be_numbers:
             return float(text)
         known = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
         raise ValueError(f"label {show(text)} is not one of the {len(self.names)} classes ({known})")
 
     def accepts(self, value: object) -> bool:
         """Whether `parse` returns a number."""
-        try:
+        with suppress(ValueError):
             self.parse(value)
-        except ValueError:
-            return False
-        return True
+            return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,15 @@ class ClassSets:
         """Numbers per row."""
         return len(self.names)
 
+    @cached_property
+    def _classes(self) -> Classes:
+        return Classes(self.names)
+
     def parse(self, value: object) -> list[float]:
         """Raises ValueError with the first unknown name."""
         row = [0.0] * len(self.names)
         for name in split_names(value, self.separator):
-            row[int(Classes(self.names).parse(name))] = 1.0
+            row[int(self._classes.parse(name))] = 1.0
         return row
 
 
@@ -168,24 +184,19 @@ def _order(name: str) -> tuple[bool, float, str]:
     return number is None, 0.0 if number is None else number, name
 
 
-def _is_number(name: str) -> bool:
-    return label_number(name) is not None
-
-
 def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
     """The summary of several training sets as one."""
     parts = [part for part in parts if part.rows]
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for part in parts:
-        for name, count in part.counts.items():
-            counts[name] = counts.get(name, 0) + count
+        counts.update(part.counts)
     few = len(counts) <= MAX_CLASSES and all(part.counts for part in parts)
     lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
     numeric = len(lows) == len(parts) > 0
     named = {part.classes for part in parts if part.classes}
     return LabelSummary(
         rows=sum(part.rows for part in parts),
-        counts=counts if few else {},
+        counts=dict(counts) if few else {},
         low=min(lows) if numeric else None,
         high=max(highs) if numeric else None,
         whole=numeric and all(part.whole for part in parts),

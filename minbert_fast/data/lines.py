@@ -10,7 +10,7 @@ from pathlib import Path
 from minbert_fast.data.columns import usual_names
 from minbert_fast.data.files import text_of
 from minbert_fast.data.formats import Kind, Layout
-from minbert_fast.data.inputs import ENDINGS, Input, first_byte
+from minbert_fast.data.inputs import ENDINGS, Input, first_byte_of_input
 from minbert_fast.data.messages import DataError, show
 from minbert_fast.data.readers.jsonl import parse_object
 from minbert_fast.data.readers.records import STANDARD_INPUT, Record, Records, name_of
@@ -50,7 +50,7 @@ def read_sentences(path: Path, column: str | None = None) -> Iterator[list[str]]
 
 def _format_of(path: Path, column: str | None) -> Kind:
     if path == STANDARD_INPUT:
-        return "jsonl" if first_byte(path) == b"{" else "text" if column is None else "csv"
+        return "jsonl" if first_byte_of_input() == b"{" else "text" if column is None else "csv"
     return ENDINGS.get(path.suffix.lower(), "text")
 
 
