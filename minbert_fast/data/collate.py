@@ -61,9 +61,9 @@ class Collator:
             task: [generated[task].sequences] if task in generated else self._build_columns(task, rows[task])
             for task in self.tables
         }
+        copies = {task: 2 if task in self.duplicated else 1 for task in self.tables}
         words, totals = None, None
         if self.ranks > 1:  # each process builds the whole step, so the totals need no communication
-            copies = {task: 2 if task in self.duplicated else 1 for task in self.tables}
             lengths = {task: sum(len(ids) for c in each for ids, _ in c) for task, each in columns.items()}
             totals = StepTotals(
                 examples={task: copies[task] * len(rows[task]) for task in self.tables},
@@ -75,9 +75,8 @@ class Collator:
             columns = {task: [c[self.rank :: self.ranks] for c in each] for task, each in columns.items()}
             rows = {task: drawn[self.rank :: self.ranks] for task, drawn in rows.items()}
             generated = {task: each.shard(self.rank, self.ranks) for task, each in generated.items()}
-        for task in self.duplicated:
-            columns[task] = [column + column for column in columns[task]]
-        rows = {task: np.tile(rows[task], 2 if task in self.duplicated else 1) for task in self.tables}
+        columns = {task: [column * copies[task] for column in each] for task, each in columns.items()}
+        rows = {task: np.tile(rows[task], copies[task]) for task in self.tables}
         sequences = [[sequence for column in each for sequence in column] for each in columns.values()]
         sizes = [len(ids) for task in sequences for ids, _ in task]
         packed = pack(

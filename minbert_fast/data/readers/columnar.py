@@ -99,6 +99,7 @@ class DatasetRecords(ColumnRecords):
             yield [_named(batch[column], names[column]) if names[column] else batch[column] for column in columns]
 
     def class_names(self, column: str) -> tuple[str, ...]:
+        """Names of the classes that a column numbers, in order; empty if it has none."""
         feature = self._dataset.features.get(column)
         feature = getattr(feature, "feature", feature)  # of a list: that of its items
         return tuple(getattr(feature, "names", None) or ())

@@ -40,11 +40,11 @@ class DelimitedRecords(FileRecords):
 
     def begin(self) -> None:
         layout = self._layout
-        lines = ((self.lines_read, raw) for raw in iter(self.read_line, None))
-        first = next((each for each in lines if without_end(each[1])), None)  # the first line that is not blank
+        lines = iter(self.read_line, None)
+        first = next((line for line in lines if without_end(line)), None)  # the first line that is not blank
         if first is None:
             raise DataError(f"{self.name}: empty file")
-        self.separator = self.separator or _separator_of(first[1])
+        self.separator = self.separator or _separator_of(first)
         self.kind = kind_of_separator(self.separator)
         read = self._read_plain if layout.quoting == "none" else self._read_quoted
         self._rows = read(chain([first], lines))
@@ -73,25 +73,27 @@ class DelimitedRecords(FileRecords):
                 least = "at least " if self._more_fields else ""
                 yield line, ValueError(f"{len(fields)} fields, expected {least}{width}")
 
-    def _read_plain(self, lines: Iterator[tuple[int, Line]]) -> Iterator[tuple[int, Fields]]:
+    def _read_plain(self, lines: Iterator[Line]) -> Iterator[tuple[int, Fields]]:
         """Every line is a row; quotes are ordinary characters."""
         spaced = len(self.separator) > 1  # "label ||| text"
-        for number, raw in lines:
+        for raw in lines:
             try:
                 text = decode(without_end(raw))
             except ValueError as error:
-                yield number, error
+                yield self.lines_read, error
                 continue
             if text:
                 fields = text.split(self.separator)
-                yield number, [field.strip() for field in fields] if spaced else fields
+                yield self.lines_read, [field.strip() for field in fields] if spaced else fields
 
-    def _read_quoted(self, lines: Iterator[tuple[int, Line]]) -> Iterator[tuple[int, Fields]]:
+    def _read_quoted(self, lines: Iterator[Line]) -> Iterator[tuple[int, Fields]]:
         """The rows that `csv.reader` finds."""
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_RECORD_BYTES))
         feed = _Feed(lines)
         reader = csv.reader(feed, delimiter=self.separator)
+        first = self.lines_read
         while True:
+            line = first + reader.line_num  # where the next row begins; a lone CR counts as a line end
             feed.begin_row()
             try:
                 fields = next(reader)
@@ -100,13 +102,13 @@ class DelimitedRecords(FileRecords):
                 return
             except _OpenQuoteError:
                 raise DataError(
-                    f"{self.name}:{feed.row}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
+                    f"{self.name}:{line}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
                     'ordinary characters in this file, set quoting = "none"'
                 ) from None
             if problem := feed.fault or problem:
-                yield feed.row, problem
+                yield line, problem
             elif fields:  # none: a blank line
-                yield feed.row, fields
+                yield line, fields
 
 
 class _OpenQuoteError(Exception):
@@ -114,18 +116,15 @@ class _OpenQuoteError(Exception):
 
 
 class _Feed:
-    """Hands the lines of a file to `csv.reader`, and remembers where a row begins and what is wrong with it."""
+    """Hands the lines of a file to `csv.reader`, and remembers those of the present row and what is wrong with them."""
 
-    def __init__(self, lines: Iterator[tuple[int, Line]]) -> None:
+    def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self._ahead: list[str] = []  # what a lone CR divides from the present line, last first
-        self._number = 0  # of the present line
-        self._extra = 0  # lone CRs before: they count as line ends
         self.begin_row()
 
     def begin_row(self) -> None:
         """The next line begins a row."""
-        self.row = 0  # line number; 0: none read yet
         self.fault: ValueError | None = None
         self._pieces: list[str] = []  # the row's lines
         self._length = 0
@@ -153,15 +152,12 @@ class _Feed:
 
     def __next__(self) -> str:
         if self._ahead:
-            self._extra += 1
             text = self._ahead.pop()
         else:
-            self._number, raw = next(self._lines)
-            text = self._decode(raw)
+            text = self._decode(next(self._lines))
             if "\r" in text.removesuffix("\n").removesuffix("\r"):
                 self._ahead = _CSV_LINES.findall(text)[::-1]
                 text = self._ahead.pop()
-        self.row = self.row or self._number + self._extra
         self._length += len(text)
         if self._pieces and self._length > MAX_RECORD_BYTES:
             raise _OpenQuoteError
@@ -176,7 +172,7 @@ class _Feed:
             self.fault = self.fault or error
             if isinstance(raw, bytes):
                 return raw.decode("utf-8", "replace").replace("\0", "?")
-            if self.row:  # inside quotes
+            if self._pieces:  # inside quotes
                 raise _OpenQuoteError from None
             return "\n"
 

@@ -42,10 +42,6 @@ class Records(ABC):
         """What is wrong with a column's name; empty if nothing is."""
         return {0: "no column", 1: ""}.get(list(self.names).count(column), "more than one column")
 
-    def class_names(self, column: str) -> tuple[str, ...]:
-        """Names of the classes that a column numbers, in order; empty if the file has none."""
-        return ()
-
     def close(self) -> None:  # noqa: B027  # optional
         """Closes the file."""
 
