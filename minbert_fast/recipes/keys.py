@@ -81,7 +81,6 @@ def _default_text(value: Any) -> str:
     if value is None or value is dataclasses.MISSING:
         return "unset"
     if isinstance(value, Mapping):
-        return (
-            "{" + ", ".join(f" {key} = {_default_text(item)}" for key, item in value.items()) + (" }" if value else "}")
-        )
+        items = ", ".join(f"{key} = {_default_text(item)}" for key, item in value.items())
+        return f"{{ {items} }}" if items else "{}"
     return toml_value(plain(value))

@@ -13,7 +13,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +67,9 @@ class DataOptions:
         check(0 <= self.holdout < 1, f"holdout = {self.holdout}: expected a fraction below 1")
         check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
         for dataset, splits in self.files.items():
-            paths = splits.values() if isinstance(splits, Mapping) else [None]
-            check(all(isinstance(path, str) for path in paths), f"files.{dataset} = {splits!r}: expected split = path")
+            known = isinstance(splits, Mapping) and splits.keys() <= {*SPLITS}
+            fits = known and all(isinstance(path, str) for path in splits.values())
+            check(fits, f"files.{dataset} = {splits!r}: expected split = path, for the splits {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -251,12 +252,18 @@ class Recipe:
             # The flat buffers label the encoder's regions with these names, and each head's region with its task's.
             check(name not in ("shared", "words", "frozen"), f"tasks.{name}: this name is reserved, choose another")
         for index, stage in enumerate(self.stages):
-            training = stage.get("training")
-            start = training.get("start", self.training.start) if isinstance(training, Mapping) else self.training.start
+            where = f"stages[{index}]"
+            check("stages" not in stage, f"{where}.stages: a stage has no stages of its own")
+            for key, value in stage.items():
+                section = isinstance(getattr(self, key, None), Mapping) or is_dataclass(getattr(self, key, None))
+                check(isinstance(value, Mapping) or not section, f"{where}.{key} = {value!r}: expected a table of keys")
+            for name, options in stage.get("tasks", {}).items():
+                check(isinstance(options, Mapping), f"{where}.tasks.{name} = {options!r}: expected a table of keys")
+            start = stage.get("training", {}).get("start", self.training.start)
             earlier = start in ("last", "best") or (isinstance(start, int) and 0 <= start <= index)
             check(
                 earlier,
-                f"stages[{index}].training.start = {start!r}: expected last, best, or the number of an earlier stage "
+                f"{where}.training.start = {start!r}: expected last, best, or the number of an earlier stage "
                 "(from 1; 0: the weights before the first stage)",
             )
 
@@ -380,21 +387,17 @@ def _read_inherited(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _with_split(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with published dev scores under `dev`: recipes and saved models of earlier versions have them directly."""
     published = values.get("published")
-    if (
-        not isinstance(published, Mapping)
-        or not published
-        or not all(key.endswith(("score", *SCORED)) for key in published)
-    ):
-        return values
-    return values | {"published": {"dev": published}}
+    if published and isinstance(published, Mapping) and all(key.endswith(("score", *SCORED)) for key in published):
+        return values | {"published": {"dev": published}}
+    return values
 
 
 def _without_removed_tasks(values: dict[str, Any]) -> dict[str, Any]:
     """`values` without the tasks that are `false`, which removes an inherited task."""
     tasks = values.get("tasks")
-    if not isinstance(tasks, Mapping):
-        return values
-    return values | {"tasks": {name: options for name, options in tasks.items() if options is not False}}
+    if isinstance(tasks, Mapping):
+        return values | {"tasks": {name: options for name, options in tasks.items() if options is not False}}
+    return values
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
