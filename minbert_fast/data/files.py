@@ -98,50 +98,47 @@ class TableReader:
     """
 
     def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
-        self._parts = [_PartReader(source.parts[0], rule, max_bad_rows)]  # opened: reports a mistake at once
-        self._more = source.parts[1:]
+        first, *self._more = source.parts
         self._rule, self._max_bad_rows = rule, max_bad_rows
-        self.size = self._parts[0].records.size + sum(path.stat().st_size for p in self._more for path in p.files)
+        self._closed = 0  # the part of `size` in closed files
+        self._open(first)  # reports a mistake at once
+        self.size = self._records.size + sum(path.stat().st_size for part in self._more for path in part.files)
+
+    def _open(self, part: Input) -> None:
+        """Opens one file, one split of a hub data set, or rows in memory."""
+        self._part, self._records = part, part.open()
+        try:
+            self._columns = choose_columns(self._records, part.layout, part.texts, labeled=self._rule is not None)
+        except BaseException:
+            self._records.close()
+            raise
 
     def __enter__(self) -> TableReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._parts[-1].records.close()
+        self._records.close()
 
     @property
     def position(self) -> int:
         """How much of `size` was read."""
-        return sum(part.records.position for part in self._parts)
+        return self._closed + self._records.position
 
     def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[Table]:
         """Yields tables of up to `rows` rows, bad rows included; a table has rows of one file.
 
         Raises DataError at the end of a file if it has no rows or too many bad ones.
         """
-        yield from self._parts[0].chunks(rows)
+        yield from self._chunks(rows)
         for part in self._more:
-            self._parts[-1].records.close()
-            self._parts.append(_PartReader(part, self._rule, self._max_bad_rows))
-            yield from self._parts[-1].chunks(rows)
+            self._records.close()
+            self._closed += self._records.position
+            self._open(part)
+            yield from self._chunks(rows)
 
-
-class _PartReader:
-    """Reads one file, one hub split, or rows in memory."""
-
-    def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
-        self.source = source
-        self.rule = rule
-        self.max_bad_rows = max_bad_rows
-        self.records = source.open()
-        try:
-            self.columns = choose_columns(self.records, source.layout, source.texts, labeled=rule is not None)
-        except BaseException:
-            self.records.close()
-            raise
-
-    def chunks(self, rows: int) -> Iterator[Table]:
-        records = self.records.rows(self.columns.all)
+    def _chunks(self, rows: int) -> Iterator[Table]:
+        """The tables of the open file."""
+        records = self._records.rows(self._columns.all)
         read = bad = skipped = 0
         first_bad: BadRow | None = None
         while (table := self._table(islice(records, rows))).rows_read:
@@ -150,12 +147,12 @@ class _PartReader:
             skipped += table.skipped
             first_bad = first_bad or next(iter(table.bad_rows), None)
             yield table
-        check_bad_rows(self.source.path, read, bad, first_bad, self.max_bad_rows)
+        check_bad_rows(self._part.path, read, bad, first_bad, self._max_bad_rows)
         if read == bad + skipped:
-            raise DataError(f"{self.records.name}: no row is left: {skipped:,} have a label that is skipped")
+            raise DataError(f"{self._records.name}: no row is left: {skipped:,} have a label that is skipped")
 
     def _table(self, records: Iterable[Record]) -> Table:
-        path, rule = self.source.path, self.rule
+        path, rule = self._part.path, self._rule
         good: list[Row] = []
         bad: list[BadRow] = []
         skipped = 0
@@ -177,9 +174,9 @@ class _PartReader:
             if rule.width is not None:
                 labels = labels.reshape(len(good), rule.width)
         return Table(
-            task=self.source.layout.name,
+            task=self._part.layout.name,
             path=path,
-            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self.columns.texts))),
+            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self._columns.texts))),
             labels=labels,
             ids=[name for _, name, _, _ in good],
             lines=np.array([line for line, _, _, _ in good], dtype=np.int64),
@@ -190,19 +187,19 @@ class _PartReader:
     def _parse(self, line: int, values: Sequence[Any]) -> Row | None:
         """A row; None if its label says to skip it. Raises ValueError with the reason."""
         name, first = str(line), 0
-        if self.columns.id:
-            name, first = _identity(self.columns.id, values[0]), 1
-        end = first + len(self.columns.texts)
+        if self._columns.id:
+            name, first = _identity(self._columns.id, values[0]), 1
+        end = first + len(self._columns.texts)
         texts = values[first:end]
-        for column, text in zip(self.columns.texts, texts, strict=True):
+        for column, text in zip(self._columns.texts, texts, strict=True):
             if type(text) is not str or not text.isascii():  # the common case costs no call
                 text_of(column, text)
-        if self.rule is None:
+        if self._rule is None:
             return line, name, texts, 0.0
         label = self._label(values[end:])
-        if self.source.layout.skip and label_text(label) in self.source.layout.skip:
+        if self._part.layout.skip and label_text(label) in self._part.layout.skip:
             return None
-        return line, name, texts, self.rule.parse(self._replaced(label))
+        return line, name, texts, self._rule.parse(self._replaced(label))
 
     def _label(self, values: Sequence[Any]) -> Any:
         """The label as it stands in the file; of several columns of 0 and 1 the names of those with 1."""
@@ -210,17 +207,17 @@ class _PartReader:
             label = values[0]
         else:
             marks = [label_text(value).lower() for value in values]
-            for column, mark in zip(self.columns.label, marks, strict=True):
+            for column, mark in zip(self._columns.label, marks, strict=True):
                 if mark not in ("0", "1", "false", "true"):
                     raise ValueError(f"{column} is {show(mark)}, expected 0 or 1")
-            label = [c for c, mark in zip(self.columns.label, marks, strict=True) if mark in ("1", "true")]
+            label = [c for c, mark in zip(self._columns.label, marks, strict=True) if mark in ("1", "true")]
         if label is None or (isinstance(label, float | np.floating) and np.isnan(label)):
-            raise ValueError(f"{self.columns.label[0]} is missing")
+            raise ValueError(f"{self._columns.label[0]} is missing")
         return label
 
     def _replaced(self, label: Any) -> Any:
         """The label, or what the layout replaces it with."""
-        replacements = self.source.layout.values
+        replacements = self._part.layout.values
         if not replacements:
             return label
         if isinstance(label, list | tuple | np.ndarray):

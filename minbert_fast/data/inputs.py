@@ -159,7 +159,7 @@ def layout_of(source: Source) -> Layout:
     Raises DataError for an unknown name, ConfigError for keys that do not go together.
     """
     base = format_of(source.layout) if source.layout else Layout("own")
-    own = {
+    own: dict[str, Any] = {
         "texts": source.texts,
         "label": as_tuple(source.label),
         "id": source.id,

@@ -40,7 +40,7 @@ class DelimitedRecords(FileRecords):
 
     def begin(self) -> None:
         layout = self._layout
-        lines = iter(self.read_line, None)
+        lines = self.raw_lines()
         first = next((line for line in lines if without_end(line)), None)  # the first line that is not blank
         if first is None:
             raise DataError(f"{self.name}: empty file")

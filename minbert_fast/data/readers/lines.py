@@ -25,7 +25,7 @@ class FileRecords(Records):
         self.size = os.fstat(self._file.fileno()).st_size if self._is_own else 0
         self.lines_read = 0
 
-    def read_line(self) -> Line | None:
+    def _read_line(self) -> Line | None:
         """The next line with its end; None at the end of the file. Raises DataError if the file cannot be read."""
         try:
             raw = self._file.readline(MAX_LINE_BYTES + 1)
@@ -48,8 +48,12 @@ class FileRecords(Records):
 
     def numbered_lines(self) -> Iterator[tuple[int, Line]]:
         """The number of each further line, and the line without its end."""
-        while (raw := self.read_line()) is not None:
-            yield self.lines_read, without_end(raw)
+        return ((self.lines_read, without_end(raw)) for raw in self.raw_lines())
+
+    def raw_lines(self) -> Iterator[Line]:
+        """The further lines with their ends. Raises DataError if the file cannot be read on."""
+        while (raw := self._read_line()) is not None:
+            yield raw
 
     def close(self) -> None:
         """Closes the file, but not standard input."""
