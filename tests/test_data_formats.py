@@ -26,6 +26,7 @@ from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
+from minbert_fast.data.lines import read_sentences
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.source import Source, sources_of
 
@@ -590,3 +591,17 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     with open_rows(found, GRADES, max_bad_rows=1.0) as reader:
         assert len(list(reader.chunks())) == 2
         assert reader.position == reader.size
+
+
+def test_a_second_file_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "a.csv", "text,label\na,bad\n")
+    found = find_input(Source(train=(str(tmp_path / "a.csv"), str(tmp_path / "b.csv"))), "train", 1)
+    assert found is not None
+    with pytest.raises(DataError, match=r"b\.csv: cannot be opened: No such file"):
+        summarise_labels(found)
+
+
+def test_the_usual_column_is_read_only_if_there_is_one_of_it(tmp_path: Path) -> None:
+    """The first of several was read."""
+    with pytest.raises(DataError, match=r"x\.csv:1: more than one column 'text', found 'text, text'"):
+        list(read_sentences(write(tmp_path, "x.csv", "text,text\na,b\n")))

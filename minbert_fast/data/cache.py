@@ -68,8 +68,7 @@ def load_tokens(
     assert not isinstance(rule, str | Layout)
     rule = rule if labeled else None
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    tables, sizes = [], [sum(file.stat().st_size for file in part.files if file.exists()) for part in source.parts]
-    rows = 0
+    tables, rows, sizes = [], 0, [part.size for part in source.parts]
     for index, part in enumerate(source.parts):
         if STANDARD_INPUT in part.files:
             raise DataError("standard input can be read only once; save it to a file")

@@ -102,7 +102,7 @@ class TableReader:
         self._rule, self._max_bad_rows = rule, max_bad_rows
         self._closed = 0  # the part of `size` in closed files
         self._open(first)  # reports a mistake at once
-        self.size = self._records.size + sum(path.stat().st_size for part in self._more for path in part.files)
+        self.size = self._records.size + sum(part.size for part in self._more)
 
     def _open(self, part: Input) -> None:
         """Opens one file, one split of a hub data set, or rows in memory."""

@@ -26,9 +26,7 @@ def hold_out(table: TokenTable, share: float = 0.1, seed: int = 0) -> tuple[np.n
         candidates = order
     else:
         order = order[np.argsort(groups[order], kind="stable")]  # class after class, each in random order
-        ordered = groups[order]
-        first = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if count else np.empty(0, bool)
-        candidates = order[~first]
+        candidates = order[np.diff(groups[order], prepend=-1) == 0]  # all but the first row of each class
     wanted = min(max(1, round(share * count)), len(candidates), max(0, count - 1))
     every = ((np.arange(wanted) + 0.5) * (len(candidates) / max(1, wanted))).astype(np.int64)
     held = np.zeros(count, dtype=bool)

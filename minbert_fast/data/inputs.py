@@ -54,6 +54,11 @@ class Input:
         return self.files[0] if len(self.files) == 1 and self.files[0] != STANDARD_INPUT else Path(self.name)
 
     @property
+    def size(self) -> int:
+        """Bytes of the files that exist."""
+        return sum(file.stat().st_size for file in self.files if file.exists())
+
+    @property
     def parts(self) -> tuple[Input, ...]:
         """One input for each file."""
         if len(self.files) < 2:
