@@ -35,7 +35,7 @@ UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
 
 @dataclass(frozen=True)
 class Entry:
-    """What was read from one input."""
+    """The tokenized content of one file, one split or rows in memory."""
 
     arrays: dict[str, np.ndarray]  # by name
     bad_rows: list[tuple[int, str]]  # line, reason

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table rows to batches: the rows of a training step for all tasks, or the rows of one task for evaluation."""
+"""Builds batches from table rows: of all tasks for a training step, of one task for evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -127,10 +128,8 @@ def training_batches(
     sampler: Sampler, collator: Collator, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, MultitaskBatch]]:
     """Yields (step, batch) from step `start` to before `stop` (None: without end), counted over the whole run."""
-    step = start
-    while stop is None or step < stop:
+    for step in count(start) if stop is None else range(start, stop):
         yield step, collator(sampler.rows(step), step)
-        step += 1
 
 
 def evaluation_batches(

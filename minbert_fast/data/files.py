@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of any format to tables. Every row is either used, left out by its label, or reported with its place.
+"""Reads records of any format into tables. Every row is used, left out because of its label, or reported with its place.
 
 rows read = rows in the table + rows left out + rows reported
 """
@@ -202,7 +202,7 @@ class TableReader:
         return line, name, texts, self._rule.parse(self._replaced(label))
 
     def _label(self, values: Sequence[Any]) -> Any:
-        """The label as it stands in the file; of several columns of 0 and 1 the names of those with 1."""
+        """The label as written in the file; for several columns of 0 and 1, the names of those with 1."""
         if len(values) == 1:
             label = values[0]
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data source to something that can be read: files, one split of a hub data set, or rows in memory."""
+"""Finds and opens the data of a source: files, one split of a hub data set, or rows in memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from minbert_fast.data.readers.course import CourseRecords
 from minbert_fast.data.readers.delimited import DelimitedRecords
 from minbert_fast.data.readers.hub import load_split
 from minbert_fast.data.readers.jsonl import JsonRecords
+from minbert_fast.data.readers.lines import TextRecords
 from minbert_fast.data.readers.records import STANDARD_INPUT, Records, name_of, open_source
 from minbert_fast.data.readers.rows import is_dataset, memory_records
-from minbert_fast.data.readers.text import TextRecords
 from minbert_fast.data.source import Source, as_tuple
 
 ENDINGS: dict[str, Kind] = {
@@ -125,7 +125,7 @@ def file_input(path: Path | str, layout: str | Layout) -> Input:
 def find_input(
     source: Source, split: str, texts: int = 0, *, directory: Path | None = None, rows: object = None
 ) -> Input | None:
-    """What `source` holds of a split (train, dev or test); None if nothing.
+    """The data of a split (train, dev or test) that `source` names; None if it names none.
 
     `texts` is the number of texts of an example (0: as many as the source names, else 1). `directory` is the data directory
     in which files of a named layout are looked for. `rows` are rows in memory in place of files: a list of dicts or of

@@ -27,7 +27,7 @@ MAX_CLASSES = 10_000  # a label column with more different values has no classes
 
 
 def label_text(value: object) -> str:
-    """A label as text, as files of every format write it: `1.0` and 1 are the class `1`, True is `true`."""
+    """A label as text, the same for every file format: `1.0` and 1 become `1`, True becomes `true`."""
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     text = str(value).strip()
@@ -162,7 +162,7 @@ def split_names(value: object, separator: str) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """What the labels of a training set hold, for tasks that find their classes or their range there."""
+    """Counts and range of a training set's labels, for tasks that take their classes or their range from it."""
 
     rows: int = 0  # labelled rows
     counts: Mapping[str, int] = field(default_factory=dict)  # rows by `label_text`; empty above MAX_CLASSES of them
@@ -173,7 +173,7 @@ class LabelSummary:
     classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
 
     def names(self) -> tuple[str, ...]:
-        """The classes in order: that of `classes` if every label is one of these, else numbers by value, else by name."""
+        """`classes` if every label is one of them; else the counted labels, numbers by value before names by alphabet."""
         if self.classes and self.counts and all(map(Classes(self.classes).accepts, self.counts)):
             return self.classes
         return tuple(sorted(self.counts, key=_order))

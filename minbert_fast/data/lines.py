@@ -13,8 +13,8 @@ from minbert_fast.data.formats import Kind, Layout
 from minbert_fast.data.inputs import ENDINGS, Input, first_byte_of_input
 from minbert_fast.data.messages import DataError, show
 from minbert_fast.data.readers.jsonl import parse_object
+from minbert_fast.data.readers.lines import TextRecords
 from minbert_fast.data.readers.records import STANDARD_INPUT, Record, Records, name_of
-from minbert_fast.data.readers.text import TextRecords
 
 CHUNK = 16_384  # sentences
 

@@ -25,8 +25,8 @@ Names = str | tuple[str, ...]
 class Source:
     """One data set: its files or its name on the hub, and how to read a row.
 
-    An empty value is that of `layout`, or else found in the file: the columns `text` or `sentence` for one text,
-    `sentence1` and `sentence2` for two, `label` for the label.
+    An empty key has the value of `layout`, or else one that is found in the file: the columns `text` or `sentence` for one
+    text, `sentence1` and `sentence2` for two, `label` for the label.
     """
 
     train: Names = ""  # file, or files that are read one after the other; with `hub`: the name of a split

@@ -157,7 +157,7 @@ def chain(name: str, tables: Sequence[TokenTable]) -> TokenTable:
     if labels and (len(labels) < len(tables) or len({(each.dtype, each.shape[1:]) for each in labels}) > 1):
         raise ValueError(f"{name}: data sets with different kinds of labels")
     begins = offsets_of([len(table) for table in tables]).tolist()
-    files = {table.path: table for table in tables}  # a file may stand in several tables, with other columns
+    files = {table.path: table for table in tables}  # several tables may have columns of one file
     digest = hashlib.blake2b(" ".join(table.source_hash for table in files.values()).encode(), digest_size=16)
     return TableView(
         task=name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe's keys mean, read from the dataclasses that define them: types, defaults, and the comment of each field."""
+"""The types, defaults and meanings of a recipe's keys, read from the dataclasses that define them and their comments."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class _OpenQuoteError(Exception):
 
 
 class _Feed:
-    """Hands the lines of a file to `csv.reader`, and remembers those of the present row and what is wrong with them."""
+    """Hands the lines of a file to `csv.reader`, and remembers those of the present row and their fault."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
@@ -135,7 +135,7 @@ class _Feed:
         return self._pieces[0].rstrip("\r\n")
 
     def check_quotes(self, separator: str) -> ValueError | None:
-        """What is wrong with the row's quotes, which `csv.reader` takes as they come. Raises _OpenQuoteError."""
+        """The fault in the row's quotes, which `csv.reader` overlooks; None if there is none. Raises _OpenQuoteError."""
         if any('"' in piece for piece in self._pieces):
             try:
                 next(csv.reader(self._pieces, delimiter=separator, strict=True))

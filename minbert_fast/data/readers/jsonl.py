@@ -20,6 +20,7 @@ class JsonRecords(FileRecords):
     """The rows of a JSON lines file. `names` are the keys of the first object; later ones may have others."""
 
     kind = "keys"
+    names_vary = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -43,10 +44,6 @@ class JsonRecords(FileRecords):
         else:
             raise DataError(problem or f"{self.name}: empty file")
         self._lines = chain(searched, self._lines)
-
-    def problem(self, column: str) -> str:
-        """Nothing: each row says whether it has the key."""
-        return ""
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:
         for number, raw in self._lines:

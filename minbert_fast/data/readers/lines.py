@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lines of a text file as bytes, and their decoding."""
+"""Text files, line by line: the base of all readers of text formats, and the reader of plain text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minbert_fast.data.messages import DataError
-from minbert_fast.data.readers.records import STANDARD_INPUT, Records, name_of, open_source
+from minbert_fast.data.readers.records import STANDARD_INPUT, Record, Records, name_of, open_source
 
 MAX_LINE_BYTES = 1 << 20  # a longer line is reported as a bad row
 
@@ -59,6 +59,27 @@ class FileRecords(Records):
         """Closes the file, but not standard input."""
         if self._is_own:
             self._file.close()
+
+
+class TextRecords(FileRecords):
+    """Plain text: a sentence a line, in the column `text`; blank lines are no rows unless `blank` is set."""
+
+    def __init__(self, path: Path, blank: bool = False) -> None:
+        super().__init__(path)
+        self.names = ("text",)
+        self._blank = blank
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Record]:
+        for number, raw in self.numbered_lines():
+            try:
+                text = decode(raw)
+            except ValueError as error:
+                yield number, error
+            else:
+                if self._blank or text.strip():
+                    yield number, [text] * len(columns)
+        if self.lines_read == 0 and not self._blank:
+            raise DataError(f"{self.name}: empty file")
 
 
 def without_end(raw: Line) -> Line:

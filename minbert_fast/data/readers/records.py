@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every reader offers, and how a regular file or standard input is opened."""
+"""The interface of all readers, and the opening of regular files and standard input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Records(ABC):
 
     name: str  # of the file, for messages
     place: str  # where the columns are named, for messages
-    names: Sequence[str] = ()  # the columns; those of the first row if each row names its own
+    names: Sequence[str] = ()  # the columns
+    names_vary: bool = False  # each row names its own columns; `names` are those of the first
     separator: str = ", "  # of names in messages
     kind: str = "columns"  # for messages, such as "comma-separated columns"
     size: int = 0  # bytes
@@ -39,7 +40,9 @@ class Records(ABC):
         """The rows in order. Raises DataError if the file cannot be read on."""
 
     def problem(self, column: str) -> str:
-        """What is wrong with a column's name; empty if nothing is."""
+        """Why a column of this name cannot be read; empty if it can, or if each row says so."""
+        if self.names_vary:
+            return ""
         return {0: "no column", 1: ""}.get(list(self.names).count(column), "more than one column")
 
     def close(self) -> None:  # noqa: B027  # optional
