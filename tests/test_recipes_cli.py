@@ -15,7 +15,7 @@ from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.recipes import __main__ as recipes
 from minbert_fast.recipes.keys import keys_of
-from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.recipes.recipe import Recipe, parse_assignments, recipe_names
 from minbert_fast.tasks import build_tasks
 
 
@@ -156,3 +156,11 @@ def test_a_file_of_a_split_that_is_none_is_refused() -> None:
         ConfigError, match=r"files\.sentiment = .*trian.*: expected split = path, for the splits dev, train"
     ):
         Recipe.load("default").with_values({"data": {"files": {"sentiment": {"trian": "x.csv"}}}}, "--set")
+
+
+def test_spaces_around_an_assignment_belong_to_neither_side() -> None:
+    """A text kept the space before it: no such model."""
+    assert parse_assignments(["model.name = some/model", "training.epochs = 2"]) == {
+        "model": {"name": "some/model"},
+        "training": {"epochs": 2},
+    }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -308,23 +308,21 @@ class Recipe:
 def _with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The values of a recipe or a stage with `change` applied to paths; names of data sets on the hub stay."""
 
-    def changed(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        return {**table, **{key: deep(table[key]) for key in keys if table.get(key)}}
-
-    def deep(value: Any) -> Any:
+    def changed(value: Any, keys: Container[str] | None = None) -> Any:
+        """`change` applied to every text in `value`, in a table only to those under `keys` (None: all)."""
         if isinstance(value, Mapping):
-            return {key: deep(item) for key, item in value.items()}
-        return [deep(item) for item in value] if isinstance(value, list | tuple) else change(value)
+            return {key: changed(item) if keys is None or key in keys else item for key, item in value.items()}
+        return [changed(item, keys) for item in value] if isinstance(value, list | tuple) else value and change(value)
 
     def source(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return dict(value) if value.get("hub") else changed(value, "train", "dev", "test")
-        return [source(item) for item in value] if isinstance(value, list | tuple) else value and change(value)
+        if isinstance(value, list | tuple):
+            return [source(item) for item in value]
+        return value if isinstance(value, Mapping) and value.get("hub") else changed(value, SPLITS)
 
     values = dict(values)
     for section, keys in {"model": ("name",), "data": ("directory", "files", "cache")}.items():
         if section in values:
-            values[section] = changed(values[section], *keys)
+            values[section] = changed(values[section], keys)
     if "tasks" in values:
         tasks = values["tasks"].items()
         values["tasks"] = {n: {**o, "data": source(o["data"])} if "data" in o else o for n, o in tasks}
@@ -407,8 +405,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
+        key, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals or not key:
             raise ConfigError(f"--set {assignment!r}: expected section.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
@@ -416,7 +414,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = text
         if isinstance(value, dict):
             value = Whole(value)
-        for part in reversed(key.strip().split(".")):
+        for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
     return values

@@ -41,9 +41,7 @@ class DelimitedRecords(FileRecords):
     def begin(self) -> None:
         layout = self._layout
         lines = self.raw_lines()
-        first = next((line for line in lines if without_end(line)), None)  # the first line that is not blank
-        if first is None:
-            raise DataError(f"{self.name}: empty file")
+        first = next((line for line in lines if without_end(line)), b"")  # the first line that is not blank
         self.separator = self.separator or _separator_of(first)
         self.kind = kind_of_separator(self.separator)
         read = self._read_plain if layout.quoting == "none" else self._read_quoted

@@ -25,7 +25,9 @@ class JsonRecords(FileRecords):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         lines = self.numbered_lines()
-        self._lines = ((number, raw) for number, raw in lines if isinstance(raw, ValueError) or raw.strip())
+        self._lines: Iterator[tuple[int, Line]] = (
+            (number, raw) for number, raw in lines if isinstance(raw, ValueError) or raw.strip()
+        )
 
     def begin(self) -> None:
         searched: list[tuple[int, Line]] = []
