@@ -62,18 +62,17 @@ class TokenTable:
             return found
         if self.reread is None:
             raise ValueError(f"{show_path(self.path)}: the texts of this table were not kept")
-        order = np.argsort(wanted, kind="stable")
-        begin = done = 0
+        begin, missing = 0, len(wanted)
         for table in self.reread():
             end = begin + len(table)
             if not np.array_equal(table.lines, self.lines[begin:end]):
                 break
-            while done < len(order) and wanted[order[done]] < end:
-                place = order[done]
-                for column, texts in zip(found, table.sentences, strict=True):
+            places = np.flatnonzero((begin <= wanted) & (wanted < end))
+            for column, texts in zip(found, table.sentences, strict=True):
+                for place in places:
                     column[place] = texts[wanted[place] - begin]
-                done += 1
-            if done == len(order):
+            missing -= len(places)
+            if not missing:
                 return found
             begin = end
         raise DataError(f"{show_path(self.path)}: changed since it was tokenized")
