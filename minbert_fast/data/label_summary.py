@@ -42,7 +42,7 @@ def summarise_labels(source: Input) -> LabelSummary:
 
 
 class _Counter:
-    """A rule that accepts any label and counts it. It turns labels that are not numbers into NaN."""
+    """A rule that accepts any label and counts it. A label that is not a number, and every later one, becomes NaN."""
 
     dtype: ClassVar[str] = "float64"
     width: ClassVar[int | None] = None
@@ -50,6 +50,7 @@ class _Counter:
     def __init__(self, columns: tuple[str, ...]) -> None:
         self.counts: Counter[str] | None = Counter(dict.fromkeys(columns, 0))  # None: more than MAX_CLASSES
         self.lists = bool(columns)
+        self._numeric = True  # false once a label is not a number: the later ones are not parsed
 
     def parse(self, value: Any) -> float:
         """Raises ValueError if the label is empty."""
@@ -57,9 +58,12 @@ class _Counter:
         if isinstance(value, list | tuple | np.ndarray):
             self.lists, names = True, [label_text(each) for each in value]
         else:
-            names, number = [label_text(value)], label_number(value)
+            names = [label_text(value)]
             if not names[0]:
                 raise ValueError("label is missing")
+            if self._numeric:
+                number = label_number(value)
+        self._numeric = number is not None
         if self.counts is not None:
             self.counts.update(names)
             if len(self.counts) > MAX_CLASSES:
