@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from minbert_fast.data.sentences import offsets_of
 from minbert_fast.data.tokens import TokenTable
 
 Scheme = Literal["cycle", "each-once", "sequential"]
@@ -114,13 +115,11 @@ class TaskSampler:
         """
         if not self.draw.balanced:
             return np.asarray(bits.random_raw(self.count) % np.uint64(self.rows)).astype(np.int64)
-        classes = bits.random_raw(self.count) % np.uint64(
-            len(self.members)
-        )  # such weights make all classes equally likely
+        # Such weights make all classes equally likely.
+        classes = bits.random_raw(self.count) % np.uint64(len(self.members))
         sizes = np.array([len(rows) for rows in self.members], dtype=np.uint64)
         within = (bits.random_raw(self.count) % sizes[classes]).astype(np.int64)
-        begins = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        return np.asarray(np.concatenate(self.members)[begins[classes] + within])
+        return np.asarray(np.concatenate(self.members)[offsets_of(sizes)[classes] + within])
 
 
 @dataclass(frozen=True, eq=False)
