@@ -21,7 +21,8 @@ from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, r
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json
-from minbert_fast.data.formats import MAIN_TASKS, DataError
+from minbert_fast.data.formats import MAIN_TASKS
+from minbert_fast.data.messages import DataError
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe

@@ -20,7 +20,8 @@ from minbert_fast.data import Tokenizer, cache_entries, read_table, sample_direc
 from minbert_fast.data.cache import load_tokens, tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.files import TableReader
-from minbert_fast.data.formats import FORMATS, DataError, Quoting
+from minbert_fast.data.formats import FORMATS, Quoting
+from minbert_fast.data.messages import DataError
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable
 from tests.large_data import write_rows

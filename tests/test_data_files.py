@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from minbert_fast.data import read_table
 from minbert_fast.data.files import open_rows
-from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.formats import FORMATS, find_tables
 from minbert_fast.data.inputs import file_input
-from minbert_fast.data.messages import BadRow
+from minbert_fast.data.messages import BadRow, DataError
 from minbert_fast.data.readers.course import MAX_RECORD_LINES, OpenQuoteError, split_quoted
 from minbert_fast.data.readers.lines import MAX_LINE_BYTES
 

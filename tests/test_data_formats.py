@@ -26,6 +26,7 @@ from minbert_fast.data.formats import FORMATS
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
+from minbert_fast.data.lines import read_sentences
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.source import Source, sources_of
 
@@ -201,6 +202,20 @@ def test_an_unusable_file_is_one_line(tmp_path: Path, content: bytes, keys: Mapp
     assert refused(write(tmp_path, "x.csv", content), GRADES, **keys).startswith(message)
 
 
+@pytest.mark.parametrize("separator", ['"', "\n", "\r", "\0", ", "])
+def test_a_separator_that_cannot_divide_fields_is_refused(separator: str) -> None:
+    with pytest.raises(ConfigError, match=r"separator = .*: expected a character"):
+        Source(train="x.csv", separator=separator)
+
+
+def test_a_separator_of_three_characters_needs_quotes_to_be_text(tmp_path: Path) -> None:
+    """It ended in a TypeError of the csv module."""
+    path = write(tmp_path, "x.csv", "text|||label\na|||bad\n")
+    with pytest.raises(ConfigError, match=r"separator = '\|\|\|': needs quoting = \"none\""):
+        read(path, GRADES, separator="|||")
+    assert numbers(read(path, GRADES, separator="|||", quoting="none")) == [0]
+
+
 def test_columns_of_a_file_without_a_header_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "x.csv", 'good,Title,"Body, text"\nbad,T,B,further\nfair,T\n')
     table = read(path, GRADES, columns=("label", "title", "text"))
@@ -248,6 +263,13 @@ def test_a_bad_json_line_is_reported(tmp_path: Path, row: str, reason: str) -> N
 def test_a_json_array_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "x.json", '[{"text": "a"},\n{"text": "b"}]\n')
     assert refused(path) == "x.json:1: a JSON array, expected JSON lines: one object a line"
+
+
+def test_a_json_object_over_several_lines_is_refused(tmp_path: Path) -> None:
+    """The message was that there are no columns, and named none."""
+    path = write(tmp_path, "x.json", json.dumps({"text": "a", "label": "bad"}, indent=2))
+    assert refused(path, GRADES).startswith("x.json:1: not JSON: ")
+    assert refused(path, GRADES).endswith("expected JSON lines: one object a line")
 
 
 def test_parquet_rows_are_those_of_pyarrow(tmp_path: Path) -> None:
@@ -315,6 +337,14 @@ def test_standard_input_has_a_header_or_is_json_lines(
     assert not sys.stdin.buffer.closed
 
 
+def test_files_are_read_by_a_process_without_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as of `python ... <&-`
+    assert read(write(tmp_path, "x.csv", "text\na\n")).sentences == (["a"],)
+    for keys in ({"format": "text"}, {}):
+        with pytest.raises(DataError, match="standard input: closed, expected data"):
+            read(Path("-"), **keys)
+
+
 def test_errors_in_standard_input_have_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"text,x\na\nb,1\n"))))
     assert problems(read(Path("-"))) == ["standard input:2: 1 fields, expected 2"]
@@ -357,6 +387,20 @@ def test_labels_are_replaced_skipped_and_counted(tmp_path: Path) -> None:
     assert problems(table) == ["x.csv:6: label 'maybe' is not a number from 0 to 1"]
     all_skipped = write(tmp_path, "y.csv", "text,label\na,-\n")
     assert refused(all_skipped, GRADES, skip="-") == "y.csv: no row is left: 1 have a label that is skipped"
+
+
+def test_labels_to_replace_or_skip_and_classes_may_be_written_as_in_the_file(tmp_path: Path) -> None:
+    """`1.0` stood for no label, since labels are compared as `1`."""
+    path = write(tmp_path, "x.csv", "text,label\na,0.0\nb,1.0\nc,2.0\n")
+    assert numbers(read(path, GRADES, values={"0.0": "good", "1.0": "bad"}, skip="2.0")) == [2, 0]
+    assert numbers(read(path, Classes(("2.0", "1.0", "0.0")))) == [2, 1, 0]
+
+
+def test_a_label_that_is_no_number_is_missing(tmp_path: Path) -> None:
+    """Libraries other than pandas store a missing number as NaN, which became a class."""
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}), tmp_path / "x.parquet")
+    assert summarise_labels(find(tmp_path / "x.parquet")).counts == {"1": 1, "0": 1}
+    assert problems(read(tmp_path / "x.parquet", Classes(("0", "1")))) == ["x.parquet:2: label is missing"]
 
 
 def test_several_classes_stand_in_a_list_in_text_or_in_columns(tmp_path: Path) -> None:
@@ -547,3 +591,17 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     with open_rows(found, GRADES, max_bad_rows=1.0) as reader:
         assert len(list(reader.chunks())) == 2
         assert reader.position == reader.size
+
+
+def test_a_second_file_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "a.csv", "text,label\na,bad\n")
+    found = find_input(Source(train=(str(tmp_path / "a.csv"), str(tmp_path / "b.csv"))), "train", 1)
+    assert found is not None
+    with pytest.raises(DataError, match=r"b\.csv: cannot be opened: No such file"):
+        summarise_labels(found)
+
+
+def test_the_usual_column_is_read_only_if_there_is_one_of_it(tmp_path: Path) -> None:
+    """The first of several was read."""
+    with pytest.raises(DataError, match=r"x\.csv:1: more than one column 'text', found 'text, text'"):
+        list(read_sentences(write(tmp_path, "x.csv", "text,text\na,b\n")))

@@ -13,7 +13,8 @@ import pytest
 
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.files import Table
-from minbert_fast.data.formats import FORMATS, DataError, Layout
+from minbert_fast.data.formats import FORMATS, Layout
+from minbert_fast.data.messages import DataError
 
 pytestmark = pytest.mark.ci
 

@@ -123,6 +123,12 @@ def test_columns_are_named_and_nested() -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["a film", 1])
+def test_a_column_in_memory_is_a_list(value: object) -> None:
+    """A text was taken for a column of its letters; a number ended in a TypeError."""
+    assert refused({"text": value}, texts=1) == f"train-rows: column 'text' is {value!r}, expected a list"
+
+
 def test_missing_values_are_bad_rows() -> None:
     frame = pandas.DataFrame({"text": ["a", None, "c", "d"], "label": [1, 0, np.nan, 1]})
     table = read(frame, RULE, texts=1)

@@ -22,7 +22,8 @@ from minbert_fast.data.pretraining import (
     collect_sentences,
 )
 from minbert_fast.data.sampling import Sampler
-from minbert_fast.data.tokens import Tokens, TokenTable
+from minbert_fast.data.sentences import Tokens
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.data.vocabulary import Vocabulary
 
 FILES = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv", "similarity": "sts-train.csv"}
@@ -304,7 +305,7 @@ def two_columns(first: list[list[int]], second: list[list[int]]) -> TokenTable:
 
 
 def _table(columns: list[Tokens]) -> TokenTable:
-    from minbert_fast.data.tokens import Text
+    from minbert_fast.data.sentences import Text
 
     n = len(columns[0])
     return TokenTable("made", Path("made.csv"), tuple(columns), None, Text.of([""] * n), np.arange(n), (), "")

@@ -16,13 +16,14 @@ from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.cache import load_tokens, tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.files import read_rows
-from minbert_fast.data.holdout import hold_out
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.labels import Classes, ClassSets, Numbers, Rule
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.pretraining import collect_pairs, collect_sentences
+from minbert_fast.data.sampling import hold_out
+from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.source import Source
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
+from minbert_fast.data.tokens import TokenTable, chain
 
 RULE = Classes(("a", "b", "c"))
 

@@ -18,7 +18,7 @@ from minbert_fast import Predictor, Recipe, evaluate, export, fit, predict, repo
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
-from minbert_fast.data.formats import DataError
+from minbert_fast.data.messages import DataError
 from minbert_fast.trainer.callbacks import Callback, EndEvent, EvaluationEvent, StepEvent
 
 pytestmark = pytest.mark.usefixtures("one_thread")

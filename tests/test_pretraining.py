@@ -21,7 +21,8 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import Buckets
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.collate import Collator
-from minbert_fast.data.tokens import Text, Tokens, TokenTable
+from minbert_fast.data.sentences import Text, Tokens
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step

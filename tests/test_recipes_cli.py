@@ -6,15 +6,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from minbert_fast.common import cli
-from minbert_fast.common.schema import build
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.recipes import __main__ as recipes
 from minbert_fast.recipes.keys import keys_of
-from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.recipes.recipe import Recipe, parse_assignments, recipe_names
 from minbert_fast.tasks import build_tasks
 
 
@@ -127,3 +128,39 @@ def test_errors_are_one_line(arguments: list[str], expected: str, capsys: pytest
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ('tasks = ["sentiment"]', "stages[0].tasks = ['sentiment']: expected a table of keys"),
+        ("tasks = { sentiment = false }", "stages[0].tasks.sentiment = False: expected a table of keys"),
+        ('model = "cls"', "stages[0].model = 'cls': expected a table of keys"),
+        ("training = 3", "stages[0].training = 3: expected a table of keys"),
+        ("stages = [{}]", "stages[0].stages: a stage has no stages of its own"),
+    ],
+)
+def test_a_stage_that_is_no_partial_recipe_is_one_line(
+    stage: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list of task names ended in a traceback; stages of a stage were not run."""
+    path = tmp_path / "x.toml"
+    path.write_text(f'extends = "default"\n[[stages]]\n{stage}\n', encoding="utf-8")
+    assert cli.run(recipes.main, ["show", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: {expected}\n"
+
+
+def test_a_file_of_a_split_that_is_none_is_refused() -> None:
+    """`data.files.sentiment.trian=FILE` was ignored."""
+    with pytest.raises(
+        ConfigError, match=r"files\.sentiment = .*trian.*: expected split = path, for the splits dev, train"
+    ):
+        Recipe.load("default").with_values({"data": {"files": {"sentiment": {"trian": "x.csv"}}}}, "--set")
+
+
+def test_spaces_around_an_assignment_belong_to_neither_side() -> None:
+    """A text kept the space before it: no such model."""
+    assert parse_assignments(["model.name = some/model", "training.epochs = 2"]) == {
+        "model": {"name": "some/model"},
+        "training": {"epochs": 2},
+    }

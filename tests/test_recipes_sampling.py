@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from minbert_fast.data.sampling import Draw, Sampler, TaskSampler, philox, subset
-from minbert_fast.data.tokens import Text, Tokens, TokenTable
+from minbert_fast.data.sentences import Text, Tokens
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer.job import Options, train

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.labels import Classes, LabelSummary, Numbers, label_number, label_text
-from minbert_fast.data.tokens import Text, Tokens, TokenTable
+from minbert_fast.data.sentences import Text, Tokens
+from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import HeadOutput, TaskInput, build_task, losses
 from minbert_fast.tasks.guess import guess_kind

@@ -10,24 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from minbert_fast.data.cache_entries import (
-    VERSION,
-    Entry,
-    GrowingArray,
-    open_entry,
-    prepare_entry,
-    publish_entry,
-    write_meta,
-)
+from minbert_fast.data.cache_entries import VERSION, Entry, GrowingArray, open_or_build, write_meta
 from minbert_fast.data.files import MAX_BAD_ROWS, Table, open_rows
 from minbert_fast.data.formats import Layout
 from minbert_fast.data.inputs import Input, file_input
@@ -35,8 +26,9 @@ from minbert_fast.data.labels import Rule
 from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show_path
 from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.readers.records import STANDARD_INPUT, open_regular
+from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Text, Tokens, TokenTable, chain
+from minbert_fast.data.tokens import TokenTable, chain
 
 Progress = Callable[[int, int, int], None]  # rows done, bytes of the file done, bytes of the file
 
@@ -76,8 +68,7 @@ def load_tokens(
     assert not isinstance(rule, str | Layout)
     rule = rule if labeled else None
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    tables, sizes = [], [sum(file.stat().st_size for file in part.files if file.exists()) for part in source.parts]
-    rows = 0
+    tables, rows, sizes = [], 0, [part.size for part in source.parts]
     for index, part in enumerate(source.parts):
         if STANDARD_INPUT in part.files:
             raise DataError("standard input can be read only once; save it to a file")
@@ -115,29 +106,12 @@ def _load_part(
     parts = (VERSION, source_hash, tokenizer.fingerprint, tokenizers.__version__, layout, part.texts, repr(rule))
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in path.stem[:48])
     name = f"{stem}-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}"
-    entry = folder / name
     build = partial(_build, part, rule, tokenizer, max_bad_rows, progress)
-    found = open_entry(entry) if part.stored else build(None)
-    if found is not None:
-        with suppress(OSError):
-            os.utime(entry)  # marks the entry as used
-    else:
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            prepare_entry(folder, temporary)
-            found = build(temporary)
-            publish_entry(temporary, entry)
-        except OSError as error:
-            if notify:
-                reason = error.strerror or str(error)
-                notify(f"{show_path(folder)}: no token cache there ({reason}); the tokens stay in memory")
-            found = build(None)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if part.files:
-            with open_regular(path) as file:
-                if _signature(os.fstat(file.fileno())) != signature:
-                    raise DataError(f"{show_path(path)}: changed while it was read")
+    found = open_or_build(folder / name, build, notify) if part.stored else build(None)
+    if part.files:
+        with open_regular(path) as file:
+            if _signature(os.fstat(file.fileno())) != signature:
+                raise DataError(f"{show_path(path)}: changed while it was read")
     arrays = found.arrays
     bad_rows = tuple(BadRow(path, line, reason) for line, reason in found.bad_rows)
     read = len(arrays["lines"]) + len(bad_rows) + found.skipped

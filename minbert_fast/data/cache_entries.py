@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from minbert_fast.common.storage import flush_directory, flush_file, write_text
+from minbert_fast.data.messages import show_path
 
 VERSION = 2  # of an entry's layout; entries of other versions are ignored
 BLOCK = 1 << 20  # bytes of a cached array that are read at a time
@@ -33,7 +35,7 @@ UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
 
 @dataclass(frozen=True)
 class Entry:
-    """What was read from one input."""
+    """The tokenized content of one file, one split or rows in memory."""
 
     arrays: dict[str, np.ndarray]  # by name
     bad_rows: list[tuple[int, str]]  # line, reason
@@ -70,6 +72,33 @@ class GrowingArray:
         return _map(self.path, self.dtype, self.count)
 
 
+def open_or_build(
+    entry: Path, build: Callable[[Path | None], Entry], notify: Callable[[str], None] | None = None
+) -> Entry:
+    """The entry, which `build` writes into the directory that it is given unless it exists.
+
+    If the directory cannot be written, `notify` gets a line, and `build(None)` keeps the arrays in memory.
+    """
+    found = _open(entry)
+    if found is not None:
+        with suppress(OSError):
+            os.utime(entry)  # marks the entry as used
+        return found
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    try:
+        _prepare(temporary)
+        found = build(temporary)
+        _publish(temporary, entry)
+    except OSError as error:
+        if notify:
+            reason = error.strerror or str(error)
+            notify(f"{show_path(entry.parent)}: no token cache there ({reason}); the tokens stay in memory")
+        found = build(None)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
 def write_meta(folder: Path, arrays: dict[str, GrowingArray], bad_rows: list[tuple[int, str]], skipped: int) -> None:
     """Writes what belongs to the arrays in `folder`, once they are finished."""
     summary = {name: [array.dtype.name, array.count, array.checksum] for name, array in arrays.items()}
@@ -77,7 +106,7 @@ def write_meta(folder: Path, arrays: dict[str, GrowingArray], bad_rows: list[tup
     write_text(folder / "meta.json", json.dumps({"body": body, "checksum": _checksum(body)}))
 
 
-def open_entry(entry: Path) -> Entry | None:
+def _open(entry: Path) -> Entry | None:
     """A cached entry with its arrays memory-mapped; None if it does not exist or is damaged."""
     try:
         meta: Any = json.loads((entry / "meta.json").read_text(encoding="ascii"))
@@ -109,10 +138,10 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,))) if count else np.empty(0, dtype)
 
 
-def prepare_entry(folder: Path, temporary: Path) -> None:
+def _prepare(temporary: Path) -> None:
     """Creates the temporary directory; deletes unfinished entries of killed processes, and unused entries."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for old in temporary.parent.iterdir():
         unfinished = UNFINISHED.fullmatch(old.name)
         if not unfinished and not ENTRY.fullmatch(old.name):
             continue  # not a cache entry
@@ -123,7 +152,7 @@ def prepare_entry(folder: Path, temporary: Path) -> None:
     temporary.mkdir()
 
 
-def publish_entry(temporary: Path, entry: Path) -> None:
+def _publish(temporary: Path, entry: Path) -> None:
     """Renames a complete entry to its final name, replacing a damaged entry.
 
     It tries to rename first and checks afterwards: another process may publish the same entry at any time.
@@ -134,7 +163,7 @@ def publish_entry(temporary: Path, entry: Path) -> None:
             temporary.rename(entry)
             break
         except OSError:
-            if open_entry(entry) is not None:
+            if _open(entry) is not None:
                 return  # another process was faster; its arrays are the same
             if not os.path.lexists(entry):
                 raise

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table rows to batches: the rows of a training step for all tasks, or the rows of one task for evaluation."""
+"""Builds batches from table rows: of all tasks for a training step, of one task for evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.pretraining import ExampleGenerator
 from minbert_fast.data.sampling import Sampler
-from minbert_fast.data.tokens import Encoder, TokenTable, join_pair, truncate
+from minbert_fast.data.sentences import join_pair, truncate
+from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.packing import pack
 
 TokenSequence = tuple[np.ndarray, np.ndarray | None]  # word ids, token types (None: all 0)
@@ -60,9 +62,9 @@ class Collator:
             task: [generated[task].sequences] if task in generated else self._build_columns(task, rows[task])
             for task in self.tables
         }
+        copies = {task: 2 if task in self.duplicated else 1 for task in self.tables}
         words, totals = None, None
         if self.ranks > 1:  # each process builds the whole step, so the totals need no communication
-            copies = {task: 2 if task in self.duplicated else 1 for task in self.tables}
             lengths = {task: sum(len(ids) for c in each for ids, _ in c) for task, each in columns.items()}
             totals = StepTotals(
                 examples={task: copies[task] * len(rows[task]) for task in self.tables},
@@ -74,9 +76,8 @@ class Collator:
             columns = {task: [c[self.rank :: self.ranks] for c in each] for task, each in columns.items()}
             rows = {task: drawn[self.rank :: self.ranks] for task, drawn in rows.items()}
             generated = {task: each.shard(self.rank, self.ranks) for task, each in generated.items()}
-        for task in self.duplicated:
-            columns[task] = [column + column for column in columns[task]]
-        rows = {task: np.tile(rows[task], 2 if task in self.duplicated else 1) for task in self.tables}
+        columns = {task: [column * copies[task] for column in each] for task, each in columns.items()}
+        rows = {task: np.tile(rows[task], copies[task]) for task in self.tables}
         sequences = [[sequence for column in each for sequence in column] for each in columns.values()]
         sizes = [len(ids) for task in sequences for ids, _ in task]
         packed = pack(
@@ -127,10 +128,8 @@ def training_batches(
     sampler: Sampler, collator: Collator, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, MultitaskBatch]]:
     """Yields (step, batch) from step `start` to before `stop` (None: without end), counted over the whole run."""
-    step = start
-    while stop is None or step < stop:
+    for step in count(start) if stop is None else range(start, stop):
         yield step, collator(sampler.rows(step), step)
-        step += 1
 
 
 def evaluation_batches(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of any format to tables. Every row is either used, left out by its label, or reported with its place.
+"""Reads records of any format into tables. Every row is used, left out because of its label, or reported with its place.
 
 rows read = rows in the table + rows left out + rows reported
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from minbert_fast.data.formats import Layout
 from minbert_fast.data.inputs import Input, file_input
 from minbert_fast.data.labels import Rule, label_text
 from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show
+from minbert_fast.data.readers.records import Record
+
+Row = tuple[int, str, Sequence[str], Any]  # line, id, texts, label
 
 CHUNK_ROWS = 8192
 MAX_BAD_ROWS = 0.01  # a file with a larger share of bad rows is refused
@@ -94,138 +98,131 @@ class TableReader:
     """
 
     def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
-        self._parts = [_PartReader(source.parts[0], rule, max_bad_rows)]  # opened: reports a mistake at once
-        self._more = source.parts[1:]
+        first, *self._more = source.parts
         self._rule, self._max_bad_rows = rule, max_bad_rows
-        self.size = self._parts[0].records.size + sum(path.stat().st_size for p in self._more for path in p.files)
+        self._closed = 0  # the part of `size` in closed files
+        self._open(first)  # reports a mistake at once
+        self.size = self._records.size + sum(part.size for part in self._more)
+
+    def _open(self, part: Input) -> None:
+        """Opens one file, one split of a hub data set, or rows in memory."""
+        self._part, self._records = part, part.open()
+        try:
+            self._columns = choose_columns(self._records, part.layout, part.texts, labeled=self._rule is not None)
+        except BaseException:
+            self._records.close()
+            raise
 
     def __enter__(self) -> TableReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._parts[-1].records.close()
+        self._records.close()
 
     @property
     def position(self) -> int:
         """How much of `size` was read."""
-        return sum(part.records.position for part in self._parts)
+        return self._closed + self._records.position
 
     def chunks(self, rows: int = CHUNK_ROWS) -> Iterator[Table]:
         """Yields tables of up to `rows` rows, bad rows included; a table has rows of one file.
 
         Raises DataError at the end of a file if it has no rows or too many bad ones.
         """
-        yield from self._parts[0].chunks(rows)
+        yield from self._chunks(rows)
         for part in self._more:
-            self._parts[-1].records.close()
-            self._parts.append(_PartReader(part, self._rule, self._max_bad_rows))
-            yield from self._parts[-1].chunks(rows)
+            self._records.close()
+            self._closed += self._records.position
+            self._open(part)
+            yield from self._chunks(rows)
 
-
-class _PartReader:
-    """Reads one file, one hub split, or rows in memory."""
-
-    def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
-        self.source = source
-        self.rule = rule
-        self.max_bad_rows = max_bad_rows
-        self.records = source.open()
-        try:
-            self.columns = choose_columns(self.records, source.layout, source.texts, labeled=rule is not None)
-        except BaseException:
-            self.records.close()
-            raise
-
-    def chunks(self, rows: int) -> Iterator[Table]:
-        path, limit = self.source.path, self.max_bad_rows
-        read = bad = left_out = 0
+    def _chunks(self, rows: int) -> Iterator[Table]:
+        """The tables of the open file."""
+        records = self._records.rows(self._columns.all)
+        read = bad = skipped = 0
         first_bad: BadRow | None = None
-        records = self.records.rows(self.columns.all)
-        done = False
-        while not done:
-            good: list[tuple[int, str, Sequence[str], Any]] = []
-            reported: list[BadRow] = []
-            skipped = 0
-            for line, values in records:
-                try:
-                    if isinstance(values, ValueError):
-                        raise values
-                    row = self._parse(line, values)
-                    if row is None:
-                        skipped += 1
-                    else:
-                        good.append(row)
-                except ValueError as error:
-                    reported.append(BadRow(path, line, str(error)))
-                if len(good) + len(reported) + skipped == rows:
-                    break
-            else:
-                done = True
-            read += len(good) + len(reported) + skipped
-            bad, left_out = bad + len(reported), left_out + skipped
-            first_bad = first_bad or next(iter(reported), None)
-            if good or reported or skipped:
-                yield self._table(good, tuple(reported), skipped)
-        check_bad_rows(path, read, bad, first_bad, limit)
-        if read == bad + left_out:
-            raise DataError(f"{self.records.name}: no row is left: {left_out:,} have a label that is skipped")
+        while (table := self._table(islice(records, rows))).rows_read:
+            read += table.rows_read
+            bad += len(table.bad_rows)
+            skipped += table.skipped
+            first_bad = first_bad or next(iter(table.bad_rows), None)
+            yield table
+        check_bad_rows(self._part.path, read, bad, first_bad, self._max_bad_rows)
+        if read == bad + skipped:
+            raise DataError(f"{self._records.name}: no row is left: {skipped:,} have a label that is skipped")
 
-    def _parse(self, line: int, values: Sequence[Any]) -> tuple[int, str, Sequence[str], Any] | None:
-        """Line, id, texts and label of a row; None if its label says to skip it. Raises ValueError with the reason."""
+    def _table(self, records: Iterable[Record]) -> Table:
+        path, rule = self._part.path, self._rule
+        good: list[Row] = []
+        bad: list[BadRow] = []
+        skipped = 0
+        for line, values in records:
+            try:
+                if isinstance(values, ValueError):
+                    raise values
+                row = self._parse(line, values)
+            except ValueError as error:
+                bad.append(BadRow(path, line, str(error)))
+                continue
+            if row is None:
+                skipped += 1
+            else:
+                good.append(row)
+        labels = None
+        if rule is not None:
+            labels = np.array([label for _, _, _, label in good], dtype=rule.dtype)
+            if rule.width is not None:
+                labels = labels.reshape(len(good), rule.width)
+        return Table(
+            task=self._part.layout.name,
+            path=path,
+            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self._columns.texts))),
+            labels=labels,
+            ids=[name for _, name, _, _ in good],
+            lines=np.array([line for line, _, _, _ in good], dtype=np.int64),
+            bad_rows=tuple(bad),
+            skipped=skipped,
+        )
+
+    def _parse(self, line: int, values: Sequence[Any]) -> Row | None:
+        """A row; None if its label says to skip it. Raises ValueError with the reason."""
         name, first = str(line), 0
-        if self.columns.id:
-            name, first = _identity(self.columns.id, values[0]), 1
-        end = first + len(self.columns.texts)
+        if self._columns.id:
+            name, first = _identity(self._columns.id, values[0]), 1
+        end = first + len(self._columns.texts)
         texts = values[first:end]
-        for column, text in zip(self.columns.texts, texts, strict=True):
+        for column, text in zip(self._columns.texts, texts, strict=True):
             if type(text) is not str or not text.isascii():  # the common case costs no call
                 text_of(column, text)
-        if self.rule is None:
+        if self._rule is None:
             return line, name, texts, 0.0
         label = self._label(values[end:])
-        if self.source.layout.skip and label_text(label) in self.source.layout.skip:
+        if self._part.layout.skip and label_text(label) in self._part.layout.skip:
             return None
-        return line, name, texts, self.rule.parse(self._replaced(label))
+        return line, name, texts, self._rule.parse(self._replaced(label))
 
     def _label(self, values: Sequence[Any]) -> Any:
-        """The label as it stands in the file; of several columns of 0 and 1 the names of those with 1."""
+        """The label as written in the file; for several columns of 0 and 1, the names of those with 1."""
         if len(values) == 1:
             label = values[0]
         else:
             marks = [label_text(value).lower() for value in values]
-            for column, mark in zip(self.columns.label, marks, strict=True):
+            for column, mark in zip(self._columns.label, marks, strict=True):
                 if mark not in ("0", "1", "false", "true"):
                     raise ValueError(f"{column} is {show(mark)}, expected 0 or 1")
-            label = [c for c, mark in zip(self.columns.label, marks, strict=True) if mark in ("1", "true")]
-        if label is None:
-            raise ValueError(f"{self.columns.label[0]} is missing")
+            label = [c for c, mark in zip(self._columns.label, marks, strict=True) if mark in ("1", "true")]
+        if label is None or (isinstance(label, float | np.floating) and np.isnan(label)):
+            raise ValueError(f"{self._columns.label[0]} is missing")
         return label
 
     def _replaced(self, label: Any) -> Any:
         """The label, or what the layout replaces it with."""
-        replacements = self.source.layout.values
+        replacements = self._part.layout.values
         if not replacements:
             return label
         if isinstance(label, list | tuple | np.ndarray):
             return [replacements.get(label_text(each), each) for each in label]
         return replacements.get(label_text(label), label)
-
-    def _table(self, good: list[tuple[int, str, Sequence[str], Any]], bad: tuple[BadRow, ...], skipped: int) -> Table:
-        labels = None
-        if self.rule is not None:
-            labels = np.array([label for _, _, _, label in good], dtype=self.rule.dtype)
-            if self.rule.width is not None:
-                labels = labels.reshape(len(good), self.rule.width)
-        return Table(
-            task=self.source.layout.name,
-            path=self.source.path,
-            sentences=tuple([texts[i] for _, _, texts, _ in good] for i in range(len(self.columns.texts))),
-            labels=labels,
-            ids=[name for _, name, _, _ in good],
-            lines=np.array([line for line, _, _, _ in good], dtype=np.int64),
-            bad_rows=bad,
-            skipped=skipped,
-        )
 
 
 def text_of(column: str, value: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from minbert_fast.data.labels import Label, Numbers, Rule
 from minbert_fast.data.messages import DataError, show, show_path
@@ -77,73 +77,35 @@ _COURSE = (
 
 _NLI = ("entailment", "neutral", "contradiction")
 _ENTAILS = ("entailment", "not_entailment")
+_DUPLICATES = ("not_duplicate", "duplicate")
 
 
-def _glue(
-    task: str,
-    texts: tuple[str, ...],
-    label: str = "label",
-    id: str = "",
-    classes: tuple[str, ...] = (),
-    columns: tuple[str, ...] = (),
-    rule: Rule | None = None,
-    skip: tuple[str, ...] = (),
-) -> Layout:
+def _glue(task: str, texts: tuple[str, ...], label: str = "label", id: str = "", **keys: Any) -> Layout:
     """A task of GLUE, in the tab-separated files of gluebenchmark.com: quotes are ordinary characters."""
-    return Layout(
-        f"glue-{task}", texts, (label,), id, "tsv", "\t", "none", columns, rule=rule, classes=classes, skip=skip
-    )
+    return Layout(f"glue-{task}", texts, (label,), id, "tsv", "\t", "none", **keys)
 
 
+_STSB_COLUMNS = ("genre", "file", "year", "id", "score", *_PAIR)
+_COLA_COLUMNS = ("source", "label", "mark", "sentence")  # of train and dev; test has a header
 _PUBLISHED = (
     # The STS benchmark (Cer et al. 2017): no header; some rows have further columns with the sentences' sources.
-    Layout(
-        "stsb",
-        _PAIR,
-        ("score",),
-        format="tsv",
-        separator="\t",
-        quoting="none",
-        columns=("genre", "file", "year", "id", "score", *_PAIR),
-        rule=Numbers(0, 5),
-    ),
+    Layout("stsb", _PAIR, ("score",), "", "tsv", "\t", "none", _STSB_COLUMNS, rule=Numbers(0, 5)),
     _glue("sst2", ("sentence",), classes=("negative", "positive")),
-    _glue(
-        "cola",
-        ("sentence",),
-        classes=("unacceptable", "acceptable"),
-        columns=("source", "label", "mark", "sentence"),  # train and dev; test has a header
-    ),
+    _glue("cola", ("sentence",), classes=("unacceptable", "acceptable"), columns=_COLA_COLUMNS),
     _glue("mrpc", ("#1 String", "#2 String"), "Quality", classes=("not_equivalent", "equivalent")),
     _glue("stsb", _PAIR, "score", "index", rule=Numbers(0, 5)),
-    _glue("qqp", ("question1", "question2"), "is_duplicate", "id", ("not_duplicate", "duplicate")),
-    _glue("mnli", _PAIR, "gold_label", "index", _NLI, skip=("-",)),
-    _glue("qnli", ("question", "sentence"), "label", "index", _ENTAILS),
-    _glue("rte", _PAIR, "label", "index", _ENTAILS),
-    _glue("wnli", _PAIR, "label", "index", ("not_entailment", "entailment")),
+    _glue("qqp", ("question1", "question2"), "is_duplicate", "id", classes=_DUPLICATES),
+    _glue("mnli", _PAIR, "gold_label", "index", classes=_NLI, skip=("-",)),
+    _glue("qnli", ("question", "sentence"), "label", "index", classes=_ENTAILS),
+    _glue("rte", _PAIR, "label", "index", classes=_ENTAILS),
+    _glue("wnli", _PAIR, "label", "index", classes=_ENTAILS[::-1]),
     # Quora's own quora_duplicate_questions.tsv: a few questions have line breaks, in quotes.
-    Layout(
-        "quora",
-        ("question1", "question2"),
-        ("is_duplicate",),
-        "id",
-        "tsv",
-        "\t",
-        classes=("not_duplicate", "duplicate"),
-    ),
+    Layout("quora", ("question1", "question2"), ("is_duplicate",), "id", "tsv", "\t", classes=_DUPLICATES),
     # SNLI (Bowman et al. 2015) and MNLI (Williams et al. 2018). "-": the annotators did not agree.
     Layout("nli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",)),
     Layout("snli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",), stem="snli"),
     Layout("multinli", _PAIR, ("gold_label",), format="jsonl", classes=_NLI, skip=("-",), stem="multinli"),
-    Layout(
-        "label-text",
-        ("text",),
-        ("label",),
-        format="csv",
-        separator="|||",
-        quoting="none",
-        columns=("label", "text"),
-    ),
+    Layout("label-text", ("text",), ("label",), "", "csv", "|||", "none", ("label", "text")),
     Layout("lines", ("text",), format="text"),  # one sentence a line, without labels
 )
 _KNOWN = {layout.name: layout for layout in (*_COURSE, *_PUBLISHED)}
@@ -215,23 +177,3 @@ def check_directory(folder: Path) -> None:
     if not os.path.isdir(folder):
         problem = "is not a directory" if os.path.exists(folder) else "does not exist"
         raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")
-
-
-__all__ = [
-    "FORMATS",
-    "MAIN_TASKS",
-    "DataError",
-    "Discovery",
-    "FileFormat",
-    "Kind",
-    "Label",
-    "Layout",
-    "Quoting",
-    "add_format",
-    "check_directory",
-    "find_table",
-    "find_tables",
-    "format_of",
-    "show",
-    "show_path",
-]

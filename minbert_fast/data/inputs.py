@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data source to something that can be read: files, one split of a hub data set, or rows in memory."""
+"""Finds and opens the data of a source: files, one split of a hub data set, or rows in memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from minbert_fast.common.schema import check
 from minbert_fast.data.columns import LABEL, choose_columns, usual_names
 from minbert_fast.data.formats import Kind, Layout, check_directory, find_table, format_of
-from minbert_fast.data.labels import Label
+from minbert_fast.data.labels import Label, label_text
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.readers.columnar import DatasetRecords, ParquetRecords
 from minbert_fast.data.readers.course import CourseRecords
 from minbert_fast.data.readers.delimited import DelimitedRecords
 from minbert_fast.data.readers.hub import load_split
 from minbert_fast.data.readers.jsonl import JsonRecords
+from minbert_fast.data.readers.lines import TextRecords
 from minbert_fast.data.readers.records import STANDARD_INPUT, Records, name_of, open_source
 from minbert_fast.data.readers.rows import is_dataset, memory_records
-from minbert_fast.data.readers.text import TextRecords
 from minbert_fast.data.source import Source, as_tuple
 
 ENDINGS: dict[str, Kind] = {
@@ -54,6 +54,11 @@ class Input:
         return self.files[0] if len(self.files) == 1 and self.files[0] != STANDARD_INPUT else Path(self.name)
 
     @property
+    def size(self) -> int:
+        """Bytes of the files that exist."""
+        return sum(file.stat().st_size for file in self.files if file.exists())
+
+    @property
     def parts(self) -> tuple[Input, ...]:
         """One input for each file."""
         if len(self.files) < 2:
@@ -68,7 +73,7 @@ class Input:
             return self.layout.format
         ending = file.suffix.lower()
         if file == STANDARD_INPUT:
-            return "jsonl" if first_byte(file) == b"{" else "csv"
+            return "jsonl" if first_byte_of_input() == b"{" else "csv"
         if ending not in ENDINGS:
             raise DataError(f"{self.name}: ends in none of {', '.join(ENDINGS)}; set format = ... to csv, jsonl, ...")
         return ENDINGS[ending]
@@ -120,7 +125,7 @@ def file_input(path: Path | str, layout: str | Layout) -> Input:
 def find_input(
     source: Source, split: str, texts: int = 0, *, directory: Path | None = None, rows: object = None
 ) -> Input | None:
-    """What `source` holds of a split (train, dev or test); None if nothing.
+    """The data of a split (train, dev or test) that `source` names; None if it names none.
 
     `texts` is the number of texts of an example (0: as many as the source names, else 1). `directory` is the data directory
     in which files of a named layout are looked for. `rows` are rows in memory in place of files: a list of dicts or of
@@ -154,26 +159,28 @@ def find_input(
 
 
 def layout_of(source: Source) -> Layout:
-    """The source's layout: the named one, with what the source sets itself. Raises DataError for an unknown name."""
+    """The layout that the source names, with the keys that the source sets itself.
+
+    Raises DataError for an unknown name, ConfigError for keys that do not go together.
+    """
     base = format_of(source.layout) if source.layout else Layout("own")
-    label = as_tuple(source.label) or base.label
-    rule = base.rule
-    if isinstance(rule, Label) and label != base.label:
-        rule = replace(rule, column=label[0])
-    form = base.format if source.format == "auto" else source.format
-    return replace(
-        base,
-        texts=source.texts or base.texts,
-        label=label,
-        id=source.id or base.id,
-        format=form,
-        separator=source.separator or base.separator,
-        quoting=source.quoting or base.quoting,
-        columns=as_tuple(source.columns) or base.columns,
-        rule=rule,
-        values=source.values or base.values,
-        skip=as_tuple(source.skip) or base.skip,
-    )
+    own: dict[str, Any] = {
+        "texts": source.texts,
+        "label": as_tuple(source.label),
+        "id": source.id,
+        "format": "" if source.format == "auto" else source.format,
+        "separator": source.separator,
+        "quoting": source.quoting,
+        "columns": as_tuple(source.columns),
+        "values": {label_text(label): value for label, value in source.values.items()},
+        "skip": tuple(map(label_text, as_tuple(source.skip))),
+    }
+    layout = replace(base, **{key: value for key, value in own.items() if value})
+    several = len(layout.separator) > 1
+    check(not several or layout.quoting == "none", f'separator = {layout.separator!r}: needs quoting = "none"')
+    if isinstance(base.rule, Label) and layout.label != base.label:
+        layout = replace(layout, rule=replace(base.rule, column=layout.label[0]))
+    return layout
 
 
 def _with_classes(layout: Layout, rows: object) -> Layout:
@@ -184,9 +191,9 @@ def _with_classes(layout: Layout, rows: object) -> Layout:
     return replace(layout, classes=DatasetRecords(rows, "").class_names(label))
 
 
-def first_byte(path: Path) -> bytes:
-    """The first byte of standard input, which stays to be read."""
-    stream, _ = open_source(path)
+def first_byte_of_input() -> bytes:
+    """The first byte of standard input, which stays to be read. Raises DataError if it is closed."""
+    stream = open_source(STANDARD_INPUT)
     if isinstance(stream, BufferedReader):
         return stream.peek(1)[:1]
     at = stream.tell()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,59 +19,53 @@ def summarise_labels(source: Input) -> LabelSummary:
     Rows that cannot be read, that are skipped, or whose label is empty are not counted. Raises DataError if no row can be
     read, or if the file has no label column.
     """
-    counter = _Counter(source.layout.label if len(source.layout.label) > 1 else ())
+    columns = source.layout.label
+    counter = _Counter(columns if len(columns) > 1 else ())
+    rows, low, high, whole = 0, np.inf, -np.inf, True
     with open_rows(source, counter, max_bad_rows=1.0) as reader:  # type: ignore[arg-type]  # it parses like a rule
-        for _ in reader.chunks():
-            pass
-    return replace(counter.summary(), classes=source.layout.classes)
+        for table in reader.chunks():
+            numbers = table.labels
+            assert numbers is not None
+            rows += len(numbers)
+            low, high = np.minimum(low, numbers.min(initial=np.inf)), np.maximum(high, numbers.max(initial=-np.inf))
+            whole = whole and bool((numbers == np.rint(numbers)).all())
+    numeric = rows > 0 and not np.isnan(low)
+    return LabelSummary(
+        rows=rows,
+        counts=dict(counter.counts or {}),
+        low=float(low) if numeric else None,
+        high=float(high) if numeric else None,
+        whole=numeric and whole,
+        lists=counter.lists,
+        classes=source.layout.classes,
+    )
 
 
 class _Counter:
-    """A rule that accepts any label, and counts it."""
+    """A rule that accepts any label and counts it. A label that is not a number, and every later one, becomes NaN."""
 
-    dtype: ClassVar[str] = "float32"
+    dtype: ClassVar[str] = "float64"
     width: ClassVar[int | None] = None
 
     def __init__(self, columns: tuple[str, ...]) -> None:
-        self._counts: Counter[str] | None = Counter(dict.fromkeys(columns, 0))
-        self._rows = 0
-        self._low, self._high = np.inf, -np.inf
-        self._numbers = self._whole = True
-        self._lists = bool(columns)
+        self.counts: Counter[str] | None = Counter(dict.fromkeys(columns, 0))  # None: more than MAX_CLASSES
+        self.lists = bool(columns)
+        self._numeric = True  # false once a label is not a number: the later ones are not parsed
 
     def parse(self, value: Any) -> float:
-        """Counts a label. Raises ValueError if it is empty."""
+        """Raises ValueError if the label is empty."""
+        number = None
         if isinstance(value, list | tuple | np.ndarray):
-            self._lists, names = True, [label_text(each) for each in value]
+            self.lists, names = True, [label_text(each) for each in value]
         else:
             names = [label_text(value)]
             if not names[0]:
                 raise ValueError("label is missing")
-        self._rows += 1
-        if self._counts is not None:
-            self._counts.update(names)
-            if len(self._counts) > MAX_CLASSES:
-                self._counts = None
-        if self._numbers:
-            self._see_number(value)
-        return 0.0
-
-    def _see_number(self, value: Any) -> None:
-        number = None if self._lists else label_number(value)
-        if number is None:
-            self._numbers = self._whole = False
-            return
-        self._low, self._high = min(self._low, number), max(self._high, number)
-        self._whole = self._whole and number == round(number)
-
-    def summary(self) -> LabelSummary:
-        """What was counted."""
-        known = self._numbers and self._rows > 0
-        return LabelSummary(
-            rows=self._rows,
-            counts=dict(self._counts or {}),
-            low=float(self._low) if known else None,
-            high=float(self._high) if known else None,
-            whole=known and self._whole,
-            lists=self._lists,
-        )
+            if self._numeric:
+                number = label_number(value)
+        self._numeric = number is not None
+        if self.counts is not None:
+            self.counts.update(names)
+            if len(self.counts) > MAX_CLASSES:
+                self.counts = None
+        return np.nan if number is None else number

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +27,7 @@ MAX_CLASSES = 10_000  # a label column with more different values has no classes
 
 
 def label_text(value: object) -> str:
-    """A label as text, as files of every format write it: `1.0` and 1 are the class `1`, True is `true`."""
+    """A label as text, the same for every file format: `1.0` and 1 become `1`, True becomes `true`."""
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     text = str(value).strip()
@@ -49,23 +52,32 @@ class Classes:
     dtype: ClassVar[str] = "int64"
     width: ClassVar[int | None] = None  # None: one number per row
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each class, by its name as `label_text` writes it."""
+        return {label_text(name): number for number, name in enumerate(self.names)}
+
+    @cached_property
+    def _may_be_numbers(self) -> bool:
+        return all(label_number(name) is None for name in self.names)
+
     def parse(self, value: object) -> float:
         """Raises ValueError with the value and the classes."""
         text = label_text(value)
-        if text in self.names:
-            return float(self.names.index(text))
-        if text.isascii() and text.isdigit() and int(text) < len(self.names) and not any(map(_is_number, self.names)):
+        number = self.numbers.get(text)
+        if number is not None:
+            return float(number)
+        if text.isascii() and text.isdigit() and int(text) < len(self.names) and self._may_be_numbers:
             return float(text)
         known = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
         raise ValueError(f"label {show(text)} is not one of the {len(self.names)} classes ({known})")
 
     def accepts(self, value: object) -> bool:
         """Whether `parse` returns a number."""
-        try:
+        with suppress(ValueError):
             self.parse(value)
-        except ValueError:
-            return False
-        return True
+            return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,15 @@ class ClassSets:
         """Numbers per row."""
         return len(self.names)
 
+    @cached_property
+    def _classes(self) -> Classes:
+        return Classes(self.names)
+
     def parse(self, value: object) -> list[float]:
         """Raises ValueError with the first unknown name."""
         row = [0.0] * len(self.names)
         for name in split_names(value, self.separator):
-            row[int(Classes(self.names).parse(name))] = 1.0
+            row[int(self._classes.parse(name))] = 1.0
         return row
 
 
@@ -146,7 +162,7 @@ def split_names(value: object, separator: str) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelSummary:
-    """What the labels of a training set hold, for tasks that find their classes or their range there."""
+    """Counts and range of a training set's labels, for tasks that take their classes or their range from it."""
 
     rows: int = 0  # labelled rows
     counts: Mapping[str, int] = field(default_factory=dict)  # rows by `label_text`; empty above MAX_CLASSES of them
@@ -157,7 +173,7 @@ class LabelSummary:
     classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
 
     def names(self) -> tuple[str, ...]:
-        """The classes in order: that of `classes` if every label is one of these, else numbers by value, else by name."""
+        """`classes` if every label is one of them; else the counted labels, numbers by value before names by alphabet."""
         if self.classes and self.counts and all(map(Classes(self.classes).accepts, self.counts)):
             return self.classes
         return tuple(sorted(self.counts, key=_order))
@@ -168,24 +184,19 @@ def _order(name: str) -> tuple[bool, float, str]:
     return number is None, 0.0 if number is None else number, name
 
 
-def _is_number(name: str) -> bool:
-    return label_number(name) is not None
-
-
 def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
     """The summary of several training sets as one."""
     parts = [part for part in parts if part.rows]
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for part in parts:
-        for name, count in part.counts.items():
-            counts[name] = counts.get(name, 0) + count
+        counts.update(part.counts)
     few = len(counts) <= MAX_CLASSES and all(part.counts for part in parts)
     lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
     numeric = len(lows) == len(parts) > 0
     named = {part.classes for part in parts if part.classes}
     return LabelSummary(
         rows=sum(part.rows for part in parts),
-        counts=counts if few else {},
+        counts=dict(counts) if few else {},
         low=min(lows) if numeric else None,
         high=max(highs) if numeric else None,
         whole=numeric and all(part.whole for part in parts),

@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from minbert_fast.data.sampling import philox
+from minbert_fast.data.sentences import join_pair, offsets_of, truncate
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import TokenTable, chain, join_pair, offsets_of, truncate
+from minbert_fast.data.tokens import TokenTable, chain
 
 IGNORED = -100  # the target of a position without one, as in torch's cross_entropy
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that each task contributes to a step: a pure function of (seed, epoch, step).
+"""Random rows: those of each training step, a subset of a table, and a held-out dev set.
 
-The sampler has no state, so training resumes at any step, and the number of steps per epoch is known in advance. Random
-orders come from the raw bits of Philox, a counter-based generator, with key (seed, task) and counter (epoch, pass): a
-task's order depends neither on the other tasks nor on NumPy's version.
+The rows of a step are a pure function of (seed, epoch, step), so training resumes at any step, and the number of steps per
+epoch is known in advance. Random orders come from the raw bits of Philox, a counter-based generator, with key (seed, task)
+and counter (epoch, pass): a task's order depends neither on the other tasks nor on NumPy's version.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Literal
 
 import numpy as np
 
+from minbert_fast.data.sentences import offsets_of
 from minbert_fast.data.tokens import TokenTable
 
 Scheme = Literal["cycle", "each-once", "sequential"]
+MAX_GROUPS = 1000  # labels with more different values are not classes
 
 
 def philox(seed: int, name: str, high: int, low: int) -> np.random.Philox:
@@ -30,7 +32,7 @@ def philox(seed: int, name: str, high: int, low: int) -> np.random.Philox:
 
 @dataclass(frozen=True)
 class Draw:
-    """How one task's rows are drawn in a pass over its table; every pass draws anew.
+    """How one task's rows are drawn in a pass over its table; each pass draws again.
 
     A class is a label rounded to the nearest whole number, so graded labels have classes too. Raises ValueError for
     settings that exclude each other.
@@ -113,13 +115,11 @@ class TaskSampler:
         """
         if not self.draw.balanced:
             return np.asarray(bits.random_raw(self.count) % np.uint64(self.rows)).astype(np.int64)
-        classes = bits.random_raw(self.count) % np.uint64(
-            len(self.members)
-        )  # such weights make all classes equally likely
+        # Such weights make all classes equally likely.
+        classes = bits.random_raw(self.count) % np.uint64(len(self.members))
         sizes = np.array([len(rows) for rows in self.members], dtype=np.uint64)
         within = (bits.random_raw(self.count) % sizes[classes]).astype(np.int64)
-        begins = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        return np.asarray(np.concatenate(self.members)[begins[classes] + within])
+        return np.asarray(np.concatenate(self.members)[offsets_of(sizes)[classes] + within])
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +210,37 @@ class Sampler:
 def subset(rows: int, count: int, seed: int, name: str) -> np.ndarray:
     """`count` different row numbers below `rows` (all of them if there are no more), ascending, int64."""
     return np.sort(_shuffle(rows, philox(seed, name, 0, 0))[:count]).astype(np.int64)
+
+
+def hold_out(table: TokenTable, share: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the rows of a table at random: numbers of the rows to train on, and of those held out, both ascending.
+
+    Labels that are whole numbers with few values are classes: each is held out in proportion, and keeps a row to train on.
+    The split depends on the table's size, its labels, `share` and `seed` alone. Raises ValueError unless 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share = {share}: expected 0 < share < 1")
+    count = len(table)
+    order = _shuffle(count, philox(seed, "hold-out", 0, 0))
+    groups = _groups(table.labels)
+    if groups is None:
+        candidates = order
+    else:
+        order = order[np.argsort(groups[order], kind="stable")]  # class after class, each in random order
+        candidates = order[np.diff(groups[order], prepend=-1) == 0]  # all but the first row of each class
+    wanted = min(max(1, round(share * count)), len(candidates), max(0, count - 1))
+    every = ((np.arange(wanted) + 0.5) * (len(candidates) / max(1, wanted))).astype(np.int64)
+    held = np.zeros(count, dtype=bool)
+    held[candidates[every]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _groups(labels: np.ndarray | None) -> np.ndarray | None:
+    """The class of each row, from 0; None for labels that are no classes."""
+    if labels is None or labels.ndim > 1 or not np.array_equal(labels, np.round(labels)):
+        return None
+    values, groups = np.unique(labels, return_inverse=True)
+    return groups if len(values) <= min(MAX_GROUPS, max(2, len(labels) // 2)) else None
 
 
 def _shuffle(count: int, bits: np.random.Philox) -> np.ndarray:

@@ -7,32 +7,36 @@ length.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
 Item = TypeVar("Item", covariant=True)
 
 
-class Items(Protocol[Item]):
+class Items(ABC, Generic[Item]):
     """A column of a table: an item for each row."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, row: int, /) -> Item: ...
 
-    def __iter__(self) -> Iterator[Item]: ...
-
-
-class Sentences(Items[np.ndarray], Protocol):
-    """A column of tokenized sentences: Tokens, or a view of some."""
+    def __iter__(self) -> Iterator[Item]:
+        return (self[row] for row in range(len(self)))
 
     @property
+    @abstractmethod
     def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [sentences]."""
+        """The length of each item, int32 [n]: tokens of a sentence, bytes of a text."""
+
+
+Sentences = Items[np.ndarray]  # a column of tokenized sentences
 
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -43,29 +47,28 @@ def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Sentences of word ids, concatenated; each is [CLS] .. [SEP]."""
+class _Concatenated(Items[Item]):
+    """Items as adjacent pieces of one array."""
 
-    flat: np.ndarray  # [tokens] word ids, uint16 or int32; may be memory-mapped
-    offsets: np.ndarray  # [sentences + 1] int64: where each sentence begins in `flat`, then the end
+    flat: np.ndarray  # all items; may be memory-mapped
+    offsets: np.ndarray  # [n + 1] int64: where each item begins in `flat`, then the end
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, sentence: int) -> np.ndarray:
-        """The word ids [length] of one sentence (a view)."""
-        return self.flat[self.offsets[sentence] : self.offsets[sentence + 1]]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[sentence] for sentence in range(len(self)))
-
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [sentences]."""
         lengths = np.empty(len(self), dtype=np.int32)
         # Subtracts into int32 directly: an int64 intermediate of millions of sentences would be twice as large.
         np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
         return lengths
+
+
+class Tokens(_Concatenated[np.ndarray]):
+    """Sentences of word ids, uint16 or int32; each is [CLS] .. [SEP]. An item is a view of `flat`."""
+
+    def __getitem__(self, sentence: int) -> np.ndarray:
+        return self.flat[self.offsets[sentence] : self.offsets[sentence + 1]]
 
     @staticmethod
     def of(sentences: Sequence[Sequence[int] | np.ndarray]) -> Tokens:
@@ -73,18 +76,8 @@ class Tokens:
         return Tokens(np.concatenate(parts), offsets_of([len(sentence) for sentence in sentences]))
 
 
-@dataclass(frozen=True)
-class Text:
-    """Short strings concatenated in UTF-8, so that millions of them need no Python objects."""
-
-    flat: np.ndarray  # [bytes] uint8; may be memory-mapped
-    offsets: np.ndarray  # [strings + 1] int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+class Text(_Concatenated[str]):
+    """Short strings in UTF-8, uint8, so that millions of them need no Python objects."""
 
     def __getitem__(self, index: int) -> str:
         return bytes(self.flat[self.offsets[index] : self.offsets[index + 1]]).decode("utf-8")
@@ -96,7 +89,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Selected(Generic[Item]):
+class Selected(Items[Item]):
     """Some items of a column, by row; an item is not copied."""
 
     base: Items[Item]
@@ -108,25 +101,13 @@ class Selected(Generic[Item]):
     def __getitem__(self, row: int) -> Item:
         return self.base[self.rows[row]]
 
-    def __iter__(self) -> Iterator[Item]:
-        return (self.base[row] for row in self.rows)
-
-
-@dataclass(frozen=True)
-class SelectedSentences(Selected[np.ndarray]):
-    """Some sentences of a column."""
-
-    base: Sentences
-
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [n]."""
-        lengths: np.ndarray = self.base.lengths[self.rows]
-        return lengths
+        return np.asarray(self.base.lengths[self.rows])
 
 
 @dataclass(frozen=True)
-class Chained(Generic[Item]):
+class Chained(Items[Item]):
     """The items of several columns, one column after the other."""
 
     parts: tuple[Items[Item], ...]
@@ -139,19 +120,8 @@ class Chained(Generic[Item]):
         part = part_of(self.begins, row)
         return self.parts[part][row - self.begins[part]]
 
-    def __iter__(self) -> Iterator[Item]:
-        return (item for part in self.parts for item in part)
-
-
-@dataclass(frozen=True)
-class ChainedSentences(Chained[np.ndarray]):
-    """The sentences of several columns."""
-
-    parts: tuple[Sentences, ...]
-
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sentence, int32 [n]."""
         return np.concatenate([part.lengths for part in self.parts])
 
 

@@ -25,8 +25,8 @@ Names = str | tuple[str, ...]
 class Source:
     """One data set: its files or its name on the hub, and how to read a row.
 
-    An empty value is that of `layout`, or else found in the file: the columns `text` or `sentence` for one text,
-    `sentence1` and `sentence2` for two, `label` for the label.
+    An empty key has the value of `layout`, or else one that is found in the file: the columns `text` or `sentence` for one
+    text, `sentence1` and `sentence2` for two, `label` for the label.
     """
 
     train: Names = ""  # file, or files that are read one after the other; with `hub`: the name of a split
@@ -49,13 +49,10 @@ class Source:
 
     def __post_init__(self) -> None:
         check(not (self.config and not self.hub), f"config = {self.config!r}: belongs to hub")
-        check(
-            not (self.hub and (self.format != "auto" or self.separator or self.quoting)),
-            "hub: the data set has a format",
-        )
-        check(
-            len(self.separator) <= 1 or self.separator == "|||", f"separator = {self.separator!r}: expected a character"
-        )
+        own_format = self.format != "auto" or self.separator or self.quoting or self.columns
+        check(not (self.hub and own_format), "hub: the data set has a format")
+        one = len(self.separator) <= 1 and self.separator not in ('"', "\r", "\n", "\0")
+        check(one or self.separator == "|||", f"separator = {self.separator!r}: expected a character, or '|||'")
 
     def files(self, split: str) -> tuple[str, ...]:
         """The files (with `hub`: the names of splits) of train, dev or test; none if none is named."""

@@ -59,8 +59,10 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
         """Word ids of each text as [CLS] .. [SEP], truncated to `max_length` tokens; [SEP] is kept.
 
-        Raises ValueError if max_length < 2 or a text is not a string.
+        Raises ValueError if max_length < 2, for a single string, or for a text that is not a string.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts is {texts!r:.60}, expected a list of strings")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
         lengths: list[int] = []

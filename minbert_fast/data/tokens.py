@@ -16,24 +16,10 @@ import numpy as np
 
 from minbert_fast.data.files import Table
 from minbert_fast.data.messages import BadRow, DataError, show_path
-from minbert_fast.data.sentences import (
-    Chained,
-    ChainedSentences,
-    Items,
-    Selected,
-    SelectedSentences,
-    Sentences,
-    Text,
-    Tokens,
-    join_pair,
-    offsets_of,
-    part_of,
-    truncate,
-)
+from minbert_fast.data.sentences import Chained, Items, Selected, Sentences, offsets_of, part_of
 
 #: How the sentences of an example become sequences: one sequence each ("bi"), one joint sequence ("cross"), or both.
 Encoder = Literal["bi", "cross", "both"]
-
 
 Rows = np.ndarray | Sequence[int]  # row numbers
 
@@ -76,18 +62,17 @@ class TokenTable:
             return found
         if self.reread is None:
             raise ValueError(f"{show_path(self.path)}: the texts of this table were not kept")
-        order = np.argsort(wanted, kind="stable")
-        begin = done = 0
+        begin, missing = 0, len(wanted)
         for table in self.reread():
             end = begin + len(table)
             if not np.array_equal(table.lines, self.lines[begin:end]):
                 break
-            while done < len(order) and wanted[order[done]] < end:
-                place = order[done]
-                for column, texts in zip(found, table.sentences, strict=True):
+            places = np.flatnonzero((begin <= wanted) & (wanted < end))
+            for column, texts in zip(found, table.sentences, strict=True):
+                for place in places:
                     column[place] = texts[wanted[place] - begin]
-                done += 1
-            if done == len(order):
+            missing -= len(places)
+            if not missing:
                 return found
             begin = end
         raise DataError(f"{show_path(self.path)}: changed since it was tokenized")
@@ -99,10 +84,10 @@ class TokenTable:
         labels, ids, lines, kept = self.labels, self.ids, self.lines, None
         if rows is not None:
             kept = np.asarray(rows, dtype=np.int64)
-            sentences = tuple(SelectedSentences(column, kept) for column in sentences)
+            sentences = tuple(Selected(column, kept) for column in sentences)
             labels = None if labels is None else labels[kept]
             ids, lines = Selected(ids, kept), lines[kept]
-        return SelectedTable(
+        return TableView(
             task=self.task,
             path=self.path,
             columns=sentences,
@@ -112,7 +97,8 @@ class TokenTable:
             bad_rows=self.bad_rows,
             source_hash=self.source_hash,
             skipped=self.skipped,
-            base=self,
+            parts=(self,),
+            begins=[0, len(self)],
             rows=kept,
             picked=picked,
         )
@@ -129,46 +115,30 @@ class TokenTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectedTable(TokenTable):
-    """A view of some rows and columns of `base`. The bad rows and the hash are those of the whole table."""
-
-    base: TokenTable
-    rows: np.ndarray | None  # [n] int64: row numbers in `base`; None: all
-    picked: tuple[int, ...]  # columns of `base`
-
-    def locate(self, row: int) -> str:
-        """`file:line` of a row."""
-        return self.base.locate(row if self.rows is None else int(self.rows[row]))
-
-    def texts(self, rows: Rows | None = None) -> tuple[list[str], ...]:
-        """The texts of some rows, as of `base`."""
-        wanted = rows
-        if self.rows is not None:
-            wanted = self.rows if rows is None else self.rows[np.asarray(rows, dtype=np.int64)]
-        found = self.base.texts(wanted)
-        return tuple(found[column] for column in self.picked)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChainedTable(TokenTable):
-    """The rows of `parts`, part after part."""
+class TableView(TokenTable):
+    """Some rows and texts of `parts`, which are read part after part. Bad rows and hash are those of the whole parts."""
 
     parts: tuple[TokenTable, ...]
-    begins: list[int]  # [parts + 1]
+    begins: list[int]  # [parts + 1]: where the rows of each part begin, then the end
+    rows: np.ndarray | None  # [n] int64: row numbers, counted through all parts; None: all
+    picked: tuple[int, ...]  # columns of the parts
 
     def locate(self, row: int) -> str:
-        """`file:line` of a row."""
+        row = row if self.rows is None else int(self.rows[row])
         part = part_of(self.begins, row)
         return self.parts[part].locate(row - self.begins[part])
 
     def texts(self, rows: Rows | None = None) -> tuple[list[str], ...]:
-        """The texts of some rows; only the files of these rows are read again."""
+        """The texts of some rows (None: all); only the files of these rows are read again."""
         wanted = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
-        found: tuple[list[str], ...] = tuple([""] * len(wanted) for _ in self.columns)
+        if self.rows is not None:
+            wanted = self.rows[wanted]
+        found: tuple[list[str], ...] = tuple([""] * len(wanted) for _ in self.picked)
         for part, begin, end in zip(self.parts, self.begins, self.begins[1:], strict=False):
             places = np.flatnonzero((begin <= wanted) & (wanted < end))
-            for column, texts in zip(found, part.texts(wanted[places] - begin), strict=True):
-                for place, text in zip(places, texts, strict=True):
+            texts = part.texts(wanted[places] - begin)
+            for column, picked in zip(found, self.picked, strict=True):
+                for place, text in zip(places, texts[picked], strict=True):
                     column[place] = text
         return found
 
@@ -186,14 +156,12 @@ def chain(name: str, tables: Sequence[TokenTable]) -> TokenTable:
     if labels and (len(labels) < len(tables) or len({(each.dtype, each.shape[1:]) for each in labels}) > 1):
         raise ValueError(f"{name}: data sets with different kinds of labels")
     begins = offsets_of([len(table) for table in tables]).tolist()
-    files = {table.path: table for table in tables}  # a file may stand in several tables, with other columns
+    files = {table.path: table for table in tables}  # several tables may have columns of one file
     digest = hashlib.blake2b(" ".join(table.source_hash for table in files.values()).encode(), digest_size=16)
-    return ChainedTable(
+    return TableView(
         task=name,
         path=Path("+".join(path.name for path in files)),
-        columns=tuple(
-            ChainedSentences(column, begins) for column in zip(*(table.columns for table in tables), strict=True)
-        ),
+        columns=tuple(Chained(column, begins) for column in zip(*(table.columns for table in tables), strict=True)),
         labels=np.concatenate(labels) if labels else None,
         ids=Chained(tuple(table.ids for table in tables), begins),
         lines=np.concatenate([table.lines for table in tables]),
@@ -202,16 +170,6 @@ def chain(name: str, tables: Sequence[TokenTable]) -> TokenTable:
         skipped=sum(table.skipped for table in files.values()),
         parts=tuple(tables),
         begins=begins,
+        rows=None,
+        picked=tuple(range(tables[0].arity)),
     )
-
-
-__all__ = [
-    "Encoder",
-    "Text",
-    "TokenTable",
-    "Tokens",
-    "chain",
-    "join_pair",
-    "offsets_of",
-    "truncate",
-]

@@ -26,8 +26,8 @@ from minbert_fast.model.passes import PackedRows, Pass
 from minbert_fast.ops.pooling import pool
 
 if TYPE_CHECKING:
+    from minbert_fast.data.sentences import Tokens
     from minbert_fast.data.tokenizer import Tokenizer
-    from minbert_fast.data.tokens import Tokens
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -87,10 +87,7 @@ def resolve_tasks(recipe: Recipe) -> Recipe:
     tasks = {name: task_values(name, options) for name, options in recipe.tasks.items()}
     stages = []
     for stage in recipe.stages:
-        own = {
-            name: options if name in tasks else task_values(name, options)
-            for name, options in stage.get("tasks", {}).items()
-        }
+        own = {n: o if n in tasks else task_values(n, o) for n, o in stage.get("tasks", {}).items()}
         stages.append({**stage, "tasks": own} if own else stage)
     return recipe.with_values({"tasks": tasks, "stages": stages}, recipe.name)
 
@@ -104,17 +101,13 @@ def task_values(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def unset_keys(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The keys without a value, and what that means."""
-    for section in fields(recipe):
-        options = getattr(recipe, section.name)
-        if is_dataclass(options) and not isinstance(options, type):
+    sections = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    tasks = {f"tasks.{name}": build_task(name, values).options for name, values in recipe.tasks.items()}
+    for prefix, options in (sections | tasks).items():
+        if is_dataclass(options):
             for key in keys_of(type(options)):
                 if getattr(options, key.name) is None:
-                    yield f"{section.name}.{key.name}", key.line
-    for name, values in recipe.tasks.items():
-        task = build_task(name, values).options
-        for key in keys_of(type(task)):
-            if getattr(task, key.name) is None:
-                yield f"tasks.{name}.{key.name}", key.line
+                    yield f"{prefix}.{key.name}", key.line
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------

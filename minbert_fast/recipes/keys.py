@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe's keys mean, read from the dataclasses that define them: types, defaults, and the comment of each field."""
+"""The types, defaults and meanings of a recipe's keys, read from the dataclasses that define them and their comments."""
 
 from __future__ import annotations
 
@@ -81,7 +81,6 @@ def _default_text(value: Any) -> str:
     if value is None or value is dataclasses.MISSING:
         return "unset"
     if isinstance(value, Mapping):
-        return (
-            "{" + ", ".join(f" {key} = {_default_text(item)}" for key, item in value.items()) + (" }" if value else "}")
-        )
+        items = ", ".join(f"{key} = {_default_text(item)}" for key, item in value.items())
+        return f"{{ {items} }}" if items else "{}"
     return toml_value(plain(value))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +67,9 @@ class DataOptions:
         check(0 <= self.holdout < 1, f"holdout = {self.holdout}: expected a fraction below 1")
         check(0 <= self.max_bad_rows <= 1, f"max_bad_rows = {self.max_bad_rows}: expected a fraction from 0 to 1")
         for dataset, splits in self.files.items():
-            paths = splits.values() if isinstance(splits, Mapping) else [None]
-            check(all(isinstance(path, str) for path in paths), f"files.{dataset} = {splits!r}: expected split = path")
+            known = isinstance(splits, Mapping) and splits.keys() <= {*SPLITS}
+            fits = known and all(isinstance(path, str) for path in splits.values())
+            check(fits, f"files.{dataset} = {splits!r}: expected split = path, for the splits {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -251,12 +252,18 @@ class Recipe:
             # The flat buffers label the encoder's regions with these names, and each head's region with its task's.
             check(name not in ("shared", "words", "frozen"), f"tasks.{name}: this name is reserved, choose another")
         for index, stage in enumerate(self.stages):
-            training = stage.get("training")
-            start = training.get("start", self.training.start) if isinstance(training, Mapping) else self.training.start
+            where = f"stages[{index}]"
+            check("stages" not in stage, f"{where}.stages: a stage has no stages of its own")
+            for key, value in stage.items():
+                section = isinstance(getattr(self, key, None), Mapping) or is_dataclass(getattr(self, key, None))
+                check(isinstance(value, Mapping) or not section, f"{where}.{key} = {value!r}: expected a table of keys")
+            for name, options in stage.get("tasks", {}).items():
+                check(isinstance(options, Mapping), f"{where}.tasks.{name} = {options!r}: expected a table of keys")
+            start = stage.get("training", {}).get("start", self.training.start)
             earlier = start in ("last", "best") or (isinstance(start, int) and 0 <= start <= index)
             check(
                 earlier,
-                f"stages[{index}].training.start = {start!r}: expected last, best, or the number of an earlier stage "
+                f"{where}.training.start = {start!r}: expected last, best, or the number of an earlier stage "
                 "(from 1; 0: the weights before the first stage)",
             )
 
@@ -301,23 +308,21 @@ class Recipe:
 def _with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """The values of a recipe or a stage with `change` applied to paths; names of data sets on the hub stay."""
 
-    def changed(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        return {**table, **{key: deep(table[key]) for key in keys if table.get(key)}}
-
-    def deep(value: Any) -> Any:
+    def changed(value: Any, keys: Container[str] | None = None) -> Any:
+        """`change` applied to every text in `value`, in a table only to those under `keys` (None: all)."""
         if isinstance(value, Mapping):
-            return {key: deep(item) for key, item in value.items()}
-        return [deep(item) for item in value] if isinstance(value, list | tuple) else change(value)
+            return {key: changed(item) if keys is None or key in keys else item for key, item in value.items()}
+        return [changed(item, keys) for item in value] if isinstance(value, list | tuple) else value and change(value)
 
     def source(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return dict(value) if value.get("hub") else changed(value, "train", "dev", "test")
-        return [source(item) for item in value] if isinstance(value, list | tuple) else value and change(value)
+        if isinstance(value, list | tuple):
+            return [source(item) for item in value]
+        return value if isinstance(value, Mapping) and value.get("hub") else changed(value, SPLITS)
 
     values = dict(values)
     for section, keys in {"model": ("name",), "data": ("directory", "files", "cache")}.items():
         if section in values:
-            values[section] = changed(values[section], *keys)
+            values[section] = changed(values[section], keys)
     if "tasks" in values:
         tasks = values["tasks"].items()
         values["tasks"] = {n: {**o, "data": source(o["data"])} if "data" in o else o for n, o in tasks}
@@ -380,21 +385,17 @@ def _read_inherited(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _with_split(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with published dev scores under `dev`: recipes and saved models of earlier versions have them directly."""
     published = values.get("published")
-    if (
-        not isinstance(published, Mapping)
-        or not published
-        or not all(key.endswith(("score", *SCORED)) for key in published)
-    ):
-        return values
-    return values | {"published": {"dev": published}}
+    if published and isinstance(published, Mapping) and all(key.endswith(("score", *SCORED)) for key in published):
+        return values | {"published": {"dev": published}}
+    return values
 
 
 def _without_removed_tasks(values: dict[str, Any]) -> dict[str, Any]:
     """`values` without the tasks that are `false`, which removes an inherited task."""
     tasks = values.get("tasks")
-    if not isinstance(tasks, Mapping):
-        return values
-    return values | {"tasks": {name: options for name, options in tasks.items() if options is not False}}
+    if isinstance(tasks, Mapping):
+        return values | {"tasks": {name: options for name, options in tasks.items() if options is not False}}
+    return values
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -404,8 +405,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
+        key, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals or not key:
             raise ConfigError(f"--set {assignment!r}: expected section.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
@@ -413,7 +414,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = text
         if isinstance(value, dict):
             value = Whole(value)
-        for part in reversed(key.strip().split(".")):
+        for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
     return values

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.common.storage import regular
+from minbert_fast.data.sentences import Tokens, join_pair, truncate
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Encoder, Tokens, join_pair, truncate
+from minbert_fast.data.tokens import Encoder
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.inference import CHUNK, TOKEN_BUDGET, by_length
 

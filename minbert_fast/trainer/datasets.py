@@ -10,12 +10,13 @@ from typing import Any
 
 from minbert_fast.common.schema import merge
 from minbert_fast.data.cache import load_tokens
-from minbert_fast.data.formats import FORMATS, DataError, find_tables, format_of
-from minbert_fast.data.holdout import hold_out
+from minbert_fast.data.formats import FORMATS, find_tables, format_of
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import LabelSummary, Rule, merge_summaries
+from minbert_fast.data.messages import DataError
 from minbert_fast.data.sample import sample_directory
+from minbert_fast.data.sampling import hold_out
 from minbert_fast.data.source import Source, sources_of
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable

@@ -18,7 +18,8 @@ from typing import Any
 
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import remove, write_json
-from minbert_fast.data.formats import FORMATS, DataError, find_tables
+from minbert_fast.data.formats import FORMATS, find_tables
+from minbert_fast.data.messages import DataError
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minbert_fast.data.messages import DataError, reason_of
+from minbert_fast.data.messages import DataError, reason_of, show
 from minbert_fast.data.readers.jsonl import value_of
 from minbert_fast.data.readers.records import Record, Records, open_regular
 
@@ -99,6 +99,7 @@ class DatasetRecords(ColumnRecords):
             yield [_named(batch[column], names[column]) if names[column] else batch[column] for column in columns]
 
     def class_names(self, column: str) -> tuple[str, ...]:
+        """Names of the classes that a column numbers, in order; empty if it has none."""
         feature = self._dataset.features.get(column)
         feature = getattr(feature, "feature", feature)  # of a list: that of its items
         return tuple(getattr(feature, "names", None) or ())
@@ -120,11 +121,14 @@ class FrameRecords(ColumnRecords):
 
 
 class DictRecords(ColumnRecords):
-    """A dict of lists. Raises DataError unless they are equally long."""
+    """A dict of lists. Raises DataError unless they are lists of one length."""
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
         super().__init__(name, list(columns))
         self._columns = columns
+        for key, values in columns.items():
+            if isinstance(values, str) or not hasattr(values, "__len__"):
+                raise DataError(f"{name}: column {show(key)} is {show(values)}, expected a list")
         lengths = {len(values) for values in columns.values()}
         if len(lengths) > 1:
             sizes = ", ".join(f"{key} {len(values):,}" for key, values in columns.items())

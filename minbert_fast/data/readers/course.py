@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minbert_fast.data.messages import DataError, show
-from minbert_fast.data.readers.lines import Line, Lines, decode, without_end
-from minbert_fast.data.readers.records import FileRecords, Record
+from minbert_fast.data.readers.lines import FileRecords, Line, decode
+from minbert_fast.data.readers.records import Record
 
 MAX_RECORD_LINES = 100  # a quoted field may continue over this many further lines
 
@@ -25,110 +25,90 @@ class CourseRecords(FileRecords):
         super().__init__(path)
         self.separator = separator
         self.kind = kind_of_separator(separator)
-        self._lines = _RowLines(Lines(self.file, self.name))
+        self._lines = self.numbered_lines()
+        self._ahead: deque[tuple[int, Line]] = deque()  # lines that were read but not yet used
 
     def begin(self) -> None:
-        try:
-            line, raw = next(self._lines)
-        except StopIteration:
-            raise DataError(f"{self.name}: empty file") from None
+        found = self._next_line()
+        if found is None:
+            raise DataError(f"{self.name}: empty file")
+        line, raw = found
         self.place = f"{self.name}:{line}"
         try:
-            self.names = [name.strip() for name in self._lines.split(raw, self.separator, width=None)]
+            self.names = [name.strip() for name in self._split(raw, width=None)]
         except ValueError as error:
             raise DataError(f"{self.place}: {error}") from None
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:
         positions, width = [self.names.index(name) for name in columns], len(self.names)
-        for line, raw in self._lines:
-            self.position = self._lines.source.position
+        while (found := self._next_line()) is not None:
+            line, raw = found
             try:
-                fields = self._lines.split(raw, self.separator, width)
+                fields = self._split(raw, width)
             except ValueError as error:
                 yield line, error
             else:
                 yield line, [fields[position] for position in positions]
-        self.position = self._lines.source.position
 
+    def _next_line(self) -> tuple[int, Line] | None:
+        """The next line that is not blank, with its number; None at the end."""
+        while (found := self._ahead.popleft() if self._ahead else next(self._lines, None)) and not found[1]:
+            pass
+        return found
 
-def kind_of_separator(separator: str) -> str:
-    """The columns of a file in words, such as "comma-separated columns"."""
-    names = {"\t": "tab", ",": "comma", ";": "semicolon"}
-    return f"{names.get(separator, show(separator))}-separated columns"
+    def _split(self, raw: Line, width: int | None) -> list[str]:
+        """The fields of a row that begins with the line `raw`, `width` of them unless None.
 
-
-class _RowLines:
-    """Iterates over the non-blank lines of a file as (line number, line without its end)."""
-
-    def __init__(self, source: Lines) -> None:
-        self.source = source
-        self._ahead: deque[Line] = deque()  # lines that were read but not yet yielded
-        self._number = 0
-
-    def __iter__(self) -> _RowLines:
-        return self
-
-    def __next__(self) -> tuple[int, Line]:
-        while True:
-            raw = self._ahead.popleft() if self._ahead else self._read()
-            if raw is None:
-                raise StopIteration
-            self._number += 1
-            if raw:
-                return self._number, raw
-
-    def split(self, raw: Line, separator: str, width: int | None) -> list[str]:
-        """The fields of the line just yielded, `width` of them unless None. Raises ValueError with the reason.
-
-        Consumes the following lines if a quoted field continues there.
+        Uses up the following lines if a quoted field continues there. Raises ValueError with the reason.
         """
         text = decode(raw)
         try:
-            fields = split_quoted(text, separator) if '"' in text else text.split(separator)
+            fields = split_quoted(text, self.separator) if '"' in text else text.split(self.separator)
         except OpenQuoteError as error:
-            fields = self._join(text, separator, width)
+            fields = self._join(text, width)
             if not fields:
                 raise ValueError(str(error)) from None
         if width is not None and len(fields) != width:
             raise ValueError(f"{len(fields)} fields, expected {width}")
         return fields
 
-    def _join(self, text: str, separator: str, width: int | None) -> list[str]:
+    def _join(self, text: str, width: int | None) -> list[str]:
         """The fields of `text` and the following lines; none unless those lines close the open quote and the row."""
         for count, raw in enumerate(self._peek(), start=1):
             try:
                 line = decode(raw)
                 text = f"{text}\n{line}"
-                fields = split_quoted(text, separator) if '"' in line else None
+                fields = split_quoted(text, self.separator) if '"' in line else None
             except OpenQuoteError:
                 fields = None
             except ValueError:
                 break
             if fields is None:  # the quote is still open: a field with a line break may have no separator
-                if separator in line:
+                if self.separator in line:
                     break
                 continue
-            if len(fields) != width or any("\n" in field and separator in field for field in fields):
+            if len(fields) != width or any("\n" in field and self.separator in field for field in fields):
                 break
             for _ in range(count):
                 self._ahead.popleft()
-            self._number += count
             return fields
         return []
 
     def _peek(self) -> Iterator[Line]:
-        """The next lines, up to MAX_RECORD_LINES, without consuming them."""
+        """The next lines, up to MAX_RECORD_LINES, which stay to be read."""
         for index in range(MAX_RECORD_LINES):
             if index == len(self._ahead):
-                raw = self._read()
-                if raw is None:
+                found = next(self._lines, None)
+                if found is None:
                     return
-                self._ahead.append(raw)
-            yield self._ahead[index]
+                self._ahead.append(found)
+            yield self._ahead[index][1]
 
-    def _read(self) -> Line | None:
-        raw = self.source.read()
-        return without_end(raw) if isinstance(raw, bytes) else raw
+
+def kind_of_separator(separator: str) -> str:
+    """The columns of a file in words, such as "comma-separated columns"."""
+    names = {"\t": "tab", ",": "comma", ";": "semicolon"}
+    return f"{names.get(separator, show(separator))}-separated columns"
 
 
 class OpenQuoteError(ValueError):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from minbert_fast.data.formats import Layout
 from minbert_fast.data.messages import DataError, show
 from minbert_fast.data.readers.course import kind_of_separator
-from minbert_fast.data.readers.lines import Line, Lines, decode, without_end
-from minbert_fast.data.readers.records import FileRecords, Record
+from minbert_fast.data.readers.lines import FileRecords, Line, decode, without_end
+from minbert_fast.data.readers.records import Record
 
 MAX_RECORD_BYTES = 1 << 20  # a quoted field of more bytes is a quote that is never closed
 SEPARATORS = ("\t", ",", ";")  # looked for in the header line, in this order
@@ -33,19 +34,19 @@ class DelimitedRecords(FileRecords):
 
     def __init__(self, path: Path, layout: Layout, separator: str) -> None:
         super().__init__(path)
-        self._lines = Lines(self.file, self.name)
         self._layout = layout
         self.separator = separator
-        self._pushed: list[tuple[int, Fields]] = []
         self._more_fields = False  # rows may have more fields than columns have names
 
     def begin(self) -> None:
-        self._first = self._read_first()
-        self.separator = self.separator or _separator_of(self._first)
         layout = self._layout
+        lines = self.raw_lines()
+        first = next((line for line in lines if without_end(line)), b"")  # the first line that is not blank
+        self.separator = self.separator or _separator_of(first)
         self.kind = kind_of_separator(self.separator)
-        self._records = self._read_plain() if layout.quoting == "none" else self._read_quoted()
-        found = next(self._records, None)
+        read = self._read_plain if layout.quoting == "none" else self._read_quoted
+        self._rows = read(chain([first], lines))
+        found = next(self._rows, None)
         if found is None:
             raise DataError(f"{self.name}: empty file")
         line, fields = found
@@ -53,7 +54,7 @@ class DelimitedRecords(FileRecords):
         if layout.columns and (
             isinstance(fields, ValueError) or not set(layout.texts or layout.columns) <= set(fields)
         ):
-            self.names, self._pushed, self._more_fields = layout.columns, [found], True
+            self.names, self._rows, self._more_fields = layout.columns, chain([found], self._rows), True
         elif isinstance(fields, ValueError):
             raise DataError(f"{self.place}: {fields}")
         else:
@@ -61,53 +62,36 @@ class DelimitedRecords(FileRecords):
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:
         positions, width = [list(self.names).index(name) for name in columns], len(self.names)
-        for records in (self._pushed, self._records):
-            for line, fields in records:
-                self.position = self._lines.position
-                if isinstance(fields, ValueError):
-                    yield line, fields
-                elif len(fields) == width or (self._more_fields and len(fields) > width):
-                    yield line, [fields[position] for position in positions]
-                else:
-                    least = "at least " if self._more_fields else ""
-                    yield line, ValueError(f"{len(fields)} fields, expected {least}{width}")
-        self.position = self._lines.position
+        for line, fields in self._rows:
+            if isinstance(fields, ValueError):
+                yield line, fields
+            elif len(fields) == width or (self._more_fields and len(fields) > width):
+                yield line, [fields[position] for position in positions]
+            else:
+                least = "at least " if self._more_fields else ""
+                yield line, ValueError(f"{len(fields)} fields, expected {least}{width}")
 
-    def _read_first(self) -> Line | None:
-        """The first line that is not blank. Its number is `_lines.lines_read`."""
-        while (raw := self._lines.read()) is not None:
-            if isinstance(raw, ValueError) or without_end(raw):
-                return raw
-        return None
-
-    def _raw_lines(self) -> Iterator[tuple[int, Line]]:
-        """The lines from the first one that is not blank on, with their numbers."""
-        raw = self._first
-        while raw is not None:
-            yield self._lines.lines_read, raw
-            raw = self._lines.read()
-
-    def _read_plain(self) -> Iterator[tuple[int, Fields]]:
+    def _read_plain(self, lines: Iterator[Line]) -> Iterator[tuple[int, Fields]]:
         """Every line is a row; quotes are ordinary characters."""
         spaced = len(self.separator) > 1  # "label ||| text"
-        for number, raw in self._raw_lines():
-            if isinstance(raw, bytes):
-                raw = without_end(raw)
+        for raw in lines:
             try:
-                text = decode(raw)
+                text = decode(without_end(raw))
             except ValueError as error:
-                yield number, error
+                yield self.lines_read, error
                 continue
             if text:
                 fields = text.split(self.separator)
-                yield number, [field.strip() for field in fields] if spaced else fields
+                yield self.lines_read, [field.strip() for field in fields] if spaced else fields
 
-    def _read_quoted(self) -> Iterator[tuple[int, Fields]]:
+    def _read_quoted(self, lines: Iterator[Line]) -> Iterator[tuple[int, Fields]]:
         """The rows that `csv.reader` finds."""
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_RECORD_BYTES))
-        feed = _Feed(self._raw_lines())
+        feed = _Feed(lines)
         reader = csv.reader(feed, delimiter=self.separator)
+        first = self.lines_read
         while True:
+            line = first + reader.line_num  # where the next row begins; a lone CR counts as a line end
             feed.begin_row()
             try:
                 fields = next(reader)
@@ -116,13 +100,13 @@ class DelimitedRecords(FileRecords):
                 return
             except _OpenQuoteError:
                 raise DataError(
-                    f"{self.name}:{feed.row}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
+                    f"{self.name}:{line}: a quote is opened and never closed: {show(feed.text)}; if quotes are "
                     'ordinary characters in this file, set quoting = "none"'
                 ) from None
             if problem := feed.fault or problem:
-                yield feed.row, problem
+                yield line, problem
             elif fields:  # none: a blank line
-                yield feed.row, fields
+                yield line, fields
 
 
 class _OpenQuoteError(Exception):
@@ -130,18 +114,15 @@ class _OpenQuoteError(Exception):
 
 
 class _Feed:
-    """Hands the lines of a file to `csv.reader`, and remembers where a row begins and what is wrong with it."""
+    """Hands the lines of a file to `csv.reader`, and remembers those of the present row and their fault."""
 
-    def __init__(self, lines: Iterator[tuple[int, Line]]) -> None:
+    def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
         self._ahead: list[str] = []  # what a lone CR divides from the present line, last first
-        self._number = 0  # of the present line
-        self._extra = 0  # lone CRs before: they count as line ends
         self.begin_row()
 
     def begin_row(self) -> None:
         """The next line begins a row."""
-        self.row = 0  # line number; 0: none read yet
         self.fault: ValueError | None = None
         self._pieces: list[str] = []  # the row's lines
         self._length = 0
@@ -152,7 +133,7 @@ class _Feed:
         return self._pieces[0].rstrip("\r\n")
 
     def check_quotes(self, separator: str) -> ValueError | None:
-        """What is wrong with the row's quotes, which `csv.reader` takes as they come. Raises _OpenQuoteError."""
+        """The fault in the row's quotes, which `csv.reader` overlooks; None if there is none. Raises _OpenQuoteError."""
         if any('"' in piece for piece in self._pieces):
             try:
                 next(csv.reader(self._pieces, delimiter=separator, strict=True))
@@ -169,15 +150,12 @@ class _Feed:
 
     def __next__(self) -> str:
         if self._ahead:
-            self._extra += 1
             text = self._ahead.pop()
         else:
-            self._number, raw = next(self._lines)
-            text = self._decode(raw)
+            text = self._decode(next(self._lines))
             if "\r" in text.removesuffix("\n").removesuffix("\r"):
                 self._ahead = _CSV_LINES.findall(text)[::-1]
                 text = self._ahead.pop()
-        self.row = self.row or self._number + self._extra
         self._length += len(text)
         if self._pieces and self._length > MAX_RECORD_BYTES:
             raise _OpenQuoteError
@@ -192,12 +170,12 @@ class _Feed:
             self.fault = self.fault or error
             if isinstance(raw, bytes):
                 return raw.decode("utf-8", "replace").replace("\0", "?")
-            if self.row:  # inside quotes
+            if self._pieces:  # inside quotes
                 raise _OpenQuoteError from None
             return "\n"
 
 
-def _separator_of(first: Line | None) -> str:
+def _separator_of(first: Line) -> str:
     """The separator that the header line has: a tab, else a comma, else a semicolon; a comma if it has none."""
     text = first.decode("utf-8", "replace") if isinstance(first, bytes) else ""
     return next((separator for separator in SEPARATORS if separator in text), ",")

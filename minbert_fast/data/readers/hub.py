@@ -15,7 +15,7 @@ def load_split(hub: str, config: str, split: str, named: str) -> tuple[str, Any]
     """The name of a split and its `datasets.Dataset`; None if no split is named and the data set has none of the usual name.
 
     `hub` is a name on the hub, or a directory that `datasets` loads. Raises DataError (one line) if the data set or the
-    named split does not exist, cannot be reached, or needs code of its own.
+    named split does not exist, cannot be reached, or needs to run its own code.
     """
     splits = load(hub, config)
     wanted = (named,) if named else SPLITS[split]
@@ -35,7 +35,7 @@ def load(hub: str, config: str) -> dict[str, Any]:
     except ImportError:
         raise DataError(f"{hub}: a data set of the hub needs datasets: pip install 'minbert-fast[data]'") from None
     try:
-        # Whatever goes wrong in there is the data set's or the network's; the kinds of exception vary by version.
+        # Every failure is the data set's or the network's; the types of exception vary by version.
         return dict(datasets.load_dataset(hub, config or None))
     except Exception as error:
         raise DataError(f"{hub}: cannot be loaded by datasets: {reason_of(error)}") from error

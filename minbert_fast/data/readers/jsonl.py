@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from minbert_fast.data.messages import DataError, show
-from minbert_fast.data.readers.lines import Line, Lines, decode, without_end
-from minbert_fast.data.readers.records import FileRecords, Record
+from minbert_fast.data.readers.lines import FileRecords, Line, decode
+from minbert_fast.data.readers.records import Record
 
 SEARCHED_LINES = 100  # the columns are the keys of the first object among this many lines
 
@@ -19,54 +19,41 @@ SEARCHED_LINES = 100  # the columns are the keys of the first object among this 
 class JsonRecords(FileRecords):
     """The rows of a JSON lines file. `names` are the keys of the first object; later ones may have others."""
 
+    kind = "keys"
+    names_vary = True
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.kind = "keys"
-        self._lines = Lines(self.file, self.name)
-        self._ahead: deque[tuple[int, Line]] = deque()
-        self.place = f"{self.name}:1"
+        lines = self.numbered_lines()
+        self._lines: Iterator[tuple[int, Line]] = (
+            (number, raw) for number, raw in lines if isinstance(raw, ValueError) or raw.strip()
+        )
 
     def begin(self) -> None:
-        for _ in range(SEARCHED_LINES):
-            found = self._read()
-            if found is None:
-                break
-            self._ahead.append(found)
-            number, raw = found
+        searched: list[tuple[int, Line]] = []
+        problem = ""
+        for number, raw in islice(self._lines, SEARCHED_LINES):
+            searched.append((number, raw))
             if isinstance(raw, bytes) and raw.startswith(b"["):
                 raise DataError(f"{self.name}:{number}: a JSON array, expected JSON lines: one object a line")
             try:
                 self.names = list(parse_object(decode(raw)))
-            except ValueError:
+            except ValueError as error:
+                problem = problem or f"{self.name}:{number}: {error}; expected JSON lines: one object a line"
                 continue
             self.place = f"{self.name}:{number}"
             break
-        if not self._ahead:
-            raise DataError(f"{self.name}: empty file")
-
-    def problem(self, column: str) -> str:
-        """Nothing: each row says whether it has the key."""
-        return ""
+        else:
+            raise DataError(problem or f"{self.name}: empty file")
+        self._lines = chain(searched, self._lines)
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:
-        while (found := self._ahead.popleft() if self._ahead else self._read()) is not None:
-            number, raw = found
-            self.position = self._lines.position
+        for number, raw in self._lines:
             try:
                 row = parse_object(decode(raw))
                 yield number, [value_of(row, column) for column in columns]
             except ValueError as error:
                 yield number, error
-        self.position = self._lines.position
-
-    def _read(self) -> tuple[int, Line] | None:
-        """The next line that is not blank, and its number."""
-        while (raw := self._lines.read()) is not None:
-            if isinstance(raw, bytes):
-                raw = without_end(raw)
-            if isinstance(raw, ValueError) or raw.strip():
-                return self._lines.lines_read, raw
-        return None
 
 
 def parse_object(text: str) -> dict[str, Any]:

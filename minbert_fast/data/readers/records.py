@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every reader offers, and how a regular file or standard input is opened."""
+"""The interface of all readers, and the opening of regular files and standard input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Records(ABC):
 
     name: str  # of the file, for messages
     place: str  # where the columns are named, for messages
-    names: Sequence[str] = ()  # the columns; those of the first row if each row names its own
+    names: Sequence[str] = ()  # the columns
+    names_vary: bool = False  # each row names its own columns; `names` are those of the first
     separator: str = ", "  # of names in messages
     kind: str = "columns"  # for messages, such as "comma-separated columns"
     size: int = 0  # bytes
@@ -39,28 +40,13 @@ class Records(ABC):
         """The rows in order. Raises DataError if the file cannot be read on."""
 
     def problem(self, column: str) -> str:
-        """What is wrong with a column's name; empty if nothing is."""
+        """Why a column of this name cannot be read; empty if it can, or if each row says so."""
+        if self.names_vary:
+            return ""
         return {0: "no column", 1: ""}.get(list(self.names).count(column), "more than one column")
-
-    def class_names(self, column: str) -> tuple[str, ...]:
-        """Names of the classes that a column numbers, in order; empty if the file has none."""
-        return ()
 
     def close(self) -> None:  # noqa: B027  # optional
         """Closes the file."""
-
-
-class FileRecords(Records):
-    """The rows of an open binary file; `path` may be standard input."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = name_of(path)
-        self.file, self.size = open_source(path)
-
-    def close(self) -> None:
-        """Closes the file, but not standard input."""
-        if self.file is not sys.stdin.buffer:
-            self.file.close()
 
 
 def name_of(path: Path) -> str:
@@ -68,12 +54,13 @@ def name_of(path: Path) -> str:
     return "standard input" if path == STANDARD_INPUT else show_path(path)
 
 
-def open_source(path: Path) -> tuple[BinaryIO, int]:
-    """The open file and its size in bytes; `-` is standard input, of size 0. Raises DataError."""
-    if path == STANDARD_INPUT:
-        return sys.stdin.buffer, 0
-    file = open_regular(path)
-    return file, os.fstat(file.fileno()).st_size
+def open_source(path: Path) -> BinaryIO:
+    """The open file; `-` is standard input. Raises DataError."""
+    if path != STANDARD_INPUT:
+        return open_regular(path)
+    if sys.stdin is None:  # the process was started without one
+        raise DataError("standard input: closed, expected data")
+    return sys.stdin.buffer
 
 
 def open_regular(path: Path) -> BufferedReader:

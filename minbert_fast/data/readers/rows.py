@@ -37,16 +37,14 @@ def is_dataset(rows: Any) -> bool:
 class ObjectRecords(Records):
     """A list of dicts. `names` are the keys of the first one. The line of a row is its number, from 1."""
 
+    kind = "keys"
+    names_vary = True
+
     def __init__(self, rows: Sequence[Any], name: str) -> None:
         self.name = self.place = name
-        self.kind = "keys"
         self.names = [str(key) for key in rows[0]]
         self._rows = rows
         self.size = len(rows)
-
-    def problem(self, column: str) -> str:
-        """Nothing: each row says whether it has the key."""
-        return ""
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:
         for number, row in enumerate(self._rows, start=1):
