@@ -16,8 +16,6 @@ number of methods (Holm 1979).
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shlex
 import statistics
@@ -34,7 +32,7 @@ from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.statistics import holm, paired_t_test
-from minbert_fast.common.storage import write_json, write_text
+from minbert_fast.common.storage import csv_lines, write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import document, figure, format_duration, paragraph, table
@@ -286,15 +284,13 @@ def comma_separated(result: Mapping[str, Any]) -> str:
     """One line a method with plain numbers: means, standard deviations, p-values."""
     columns = ["method", "runs"]
     columns += [f"{m}{end}" for m in (*result["metrics"], "change", "conflicts") for end in ("", "_sd")]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*columns, "p", "p_adjusted", "step_seconds"])
+    rows = [[*columns, "p", "p_adjusted", "step_seconds"]]
     for row in result["rows"]:
         spreads = [*(row["dev"][m] for m in result["metrics"]), row["change"], row["conflicts"]]
         numbers = [(s or {}).get(key) for s in spreads for key in ("mean", "sd")]
         tail = [row["p"], row.get("p_adjusted"), row["step_seconds"]]
-        writer.writerow([row["method"], row["runs"], *("" if n is None else f"{n:.6g}" for n in (*numbers, *tail))])
-    return file.getvalue()
+        rows.append([row["method"], row["runs"], *("" if n is None else f"{n:.6g}" for n in (*numbers, *tail))])
+    return csv_lines(rows)
 
 
 def page(result: Mapping[str, Any], output: Path) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 import huggingface_hub
 
 from minbert_fast.common.cli import Parser, add_import_flag, run
-from minbert_fast.common.errors import RunError, translate_write_errors
+from minbert_fast.common.errors import RunError, first_line, translate_write_errors
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_directory, write_text
 from minbert_fast.reporting.model_card import model_card, public_recipe
@@ -122,8 +122,8 @@ def upload(folder: Path, repository: str, private: bool) -> str:
         created = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(folder_path=folder, repo_id=created.repo_id, commit_message="Upload by minbert_fast")
     except Exception as error:  # the hub's own error classes differ between its major versions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"--push {repository}: not uploaded ({reason}); the exported model is in {folder}") from error
+        message = f"--push {repository}: not uploaded ({first_line(error)}); the exported model is in {folder}"
+        raise RunError(message) from error
     return str(created)
 
 

@@ -12,11 +12,9 @@ course (the course's graders). The default is jsonl for a .jsonl file, course fo
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import is_stream, whole_file
+from minbert_fast.common.storage import csv_lines, is_stream, whole_file
 from minbert_fast.data.files import TableReader, open_rows
 from minbert_fast.data.inputs import ENDINGS, find_input, layout_of
 from minbert_fast.data.source import Source
@@ -62,8 +60,11 @@ def main(arguments: Sequence[str]) -> None:
     name = choose_task(model, options.task)
     task = model.tasks[name]
     columns = tuple(options.text.split(",")) if options.text else ()
-    names = class_names(task) if options.probabilities else ()
-    form = options.format or default_format(options.output, task, plain=bool(columns or names))
+    names = (task.class_names or ()) if options.probabilities else ()
+    if options.probabilities and not names:
+        raise ConfigError(f"--probabilities: task {task.name} has no classes")
+    plain = columns or names or not task.layout
+    form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "csv" if plain else "course")
     if names and form == "course":
         raise ConfigError("--format course: has no place for --probabilities; choose csv or jsonl")
     count = left_out = 0
@@ -105,20 +106,6 @@ def choose_task(model: Predictor, name: str | None) -> str:
     return next(iter(model.tasks))
 
 
-def class_names(task: Task) -> tuple[str, ...]:
-    """The classes whose probabilities are written. Raises ConfigError for a task without classes."""
-    if task.class_names is None:
-        raise ConfigError(f"--probabilities: task {task.name} has no classes")
-    return task.class_names
-
-
-def default_format(output: Path, task: Task, plain: bool) -> str:
-    """The format of an output whose --format is not given; `plain`: own columns or probabilities are asked for."""
-    if output.suffix == ".jsonl":
-        return "jsonl"
-    return "course" if task.layout and not plain else "csv"
-
-
 def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) -> TableReader:
     """Opens a file to predict: read as the task's training data, unless `columns` or the file's ending say otherwise."""
     source = next(iter(task.sources), Source())
@@ -132,13 +119,6 @@ def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) 
     found = find_input(replace(source, id=identity or source.id), "train", task.num_texts)
     assert found is not None, "the source names a file"
     return open_rows(found, None, max_bad_rows=MAX_BAD_ROWS)
-
-
-def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV (RFC 4180 but for plain line feeds)."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
 
 
 def json_line(identity: str, label: Any, shares: Sequence[float], names: Sequence[str]) -> str:
