@@ -54,7 +54,7 @@ def parser() -> cli.Parser:
     command = cli.Parser("compare", __doc__ or "")
     add = command.add_argument
     add("--methods", metavar="A,B,...", required=True, help="methods; none (summed losses) is added if it is missing")
-    add("--seeds", metavar="N", type=cli.whole_number, default=3, help="runs of each method (default: 3)")
+    add("--seeds", metavar="N", type=cli.positive_number, default=3, help="runs of each method (default: 3)")
     add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
     add("--backend", choices=("auto", "fast", "reference"), default="auto")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as in train (repeatable)")
@@ -65,9 +65,7 @@ def parser() -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     """Runs every method with every seed and updates the results after each run. Raises ConfigError or RunError."""
     chosen = parser().parse_args(arguments)
-    if chosen.seeds < 1:
-        raise ConfigError("--seeds 0: expected 1 or more")
-    base = experiments.load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
+    base = experiments.load_recipe(chosen.recipe, chosen)
     base = base.with_values(parse_assignments(chosen.assignments), "command line")
     methods = split_methods(chosen.methods)
     recipes = {method: with_method(base, method) for method in methods}  # finds mistakes before the first run
@@ -81,9 +79,8 @@ def main(arguments: Sequence[str]) -> None:
             print(f"\n== {len(trials) + 1} of {len(methods) * len(seeds)}: {method}, seed {seed}", flush=True)
             seeded = recipe.with_values({"training": {"seed": seed}}, "--seeds")
             where = output / directory_name(method) / f"seed-{seed}"
-            name = f"{method}, seed {seed}"
             trials[method, seed] = experiments.run_or_resume(
-                name, seeded, where, command, chosen.device, chosen.backend
+                f"{method}, seed {seed}", seeded, where, command, chosen.device, chosen.backend
             )
             write_results(output, compare(base, methods, trials) | {"command": command})
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")

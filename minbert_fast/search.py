@@ -55,8 +55,8 @@ def parser() -> cli.Parser:
         help="needs --optuna (repeatable)",
     )
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--random", metavar="N", type=cli.whole_number, help="run N random combinations")
-    how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="run N combinations that Optuna proposes")
+    how.add_argument("--random", metavar="N", type=cli.positive_number, help="run N random combinations")
+    how.add_argument("--optuna", metavar="N", type=cli.positive_number, help="run N combinations that Optuna proposes")
     add("--metric", default="score", help="the dev metric that counts (default: score)")
     experiments.add_series_flags(command)
     add("--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)")
@@ -66,14 +66,18 @@ def parser() -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     """Runs the combinations and updates the results after each."""
     chosen = parser().parse_args(arguments)
-    space: dict[str, Sequence[str] | Range] = {**parse_grid(chosen.grid), **parse_ranges(chosen.ranges)}
+    grid, ranges = parse_grid(chosen.grid), parse_ranges(chosen.ranges)
+    for key in grid.keys() & ranges.keys():
+        raise ConfigError(f"--grid and --range {key}: choose one")
+    space: dict[str, Sequence[str] | Range] = {**grid, **ranges}
     if not space:
         raise ConfigError("expected --grid KEY=A,B,... or --range KEY=LOW..HIGH")
     if chosen.ranges and chosen.optuna is None:
         raise ConfigError(f"--range {chosen.ranges[0]}: --optuna N says how many values to try")
-    # Of a range, its ends: they show whether the recipe takes such values.
-    grid = {k: [f"{o.low:g}", f"{o.high:g}"] if isinstance(o, Range) else o for k, o in space.items()}
-    base = experiments.load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
+    grid |= {
+        key: str(limits).split("..") for key, limits in ranges.items()
+    }  # shows whether the recipe takes such values
+    base = experiments.load_recipe(chosen.recipe, chosen)
     for combination in combinations(grid):  # finds invalid values before the first run
         with_combination(base, combination)
     output: Path = chosen.output
@@ -99,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
 
     def read_trial(combination: Values) -> None:
         name = directory_name(combination)
-        add_trial(combination, experiments.read_trial(name, output / name))
+        add_trial(combination, experiments.read_trial(name, output / name, with_combination(base, combination)))
 
     if chosen.optuna is not None:
         run_study(output, space, chosen.metric, chosen.optuna, chosen.seed, run_trial, read_trial)
@@ -120,7 +124,7 @@ def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:
         key = SHORT.get(key.strip(), key.strip())
         if not equals or not options or "." not in key:
             raise ConfigError(f"--grid {assignment!r}: expected KEY=A,B,... with a key such as lr or optimizer.lr")
-        grid[key] = options
+        grid.setdefault(key, []).extend(options)
     return grid
 
 

@@ -104,11 +104,14 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
 
 
-def whole_number(text: str) -> int:
-    """The `type` of a flag that takes a whole number, 0 or more. Raises argparse.ArgumentTypeError."""
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+def whole_number(text: str, smallest: int = 0) -> int:
+    """The `type` of a flag that takes a whole number from `smallest` on. Raises argparse.ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit() or int(text) < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {smallest} or more")
     return int(text)
+
+
+positive_number = partial(whole_number, smallest=1)
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:

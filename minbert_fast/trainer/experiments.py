@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from minbert_fast.common.schema import ConfigError, Whole, merge, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.trainer.callbacks import Callback
+from minbert_fast.trainer.checkpoint import differences
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import SUMMARY
 
@@ -56,7 +56,7 @@ def run_or_resume(
             again = directory.is_dir()
             options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
             train(recipe, options)
-        return read_trial(name, directory)
+        return read_trial(name, directory, recipe, backend)
     except (ValueError, RunError) as error:
         if isinstance(error, RunError) and error.status > 128:
             raise
@@ -64,13 +64,23 @@ def run_or_resume(
         return Trial(name, directory, failure=str(error))
 
 
-def read_trial(name: str, directory: Path) -> Trial:
-    """The result of the run in `directory`. Raises RunError if it has none."""
-    path = directory / SUMMARY
-    try:
-        return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
+def read_trial(name: str, directory: Path, recipe: Recipe, backend: str = "auto") -> Trial:
+    """The result of the run in `directory`. Raises ConfigError if it has none, or had other data, weights or backend."""
+    summary = read_json(directory / SUMMARY)
+    recipe = recipe.with_paths(absolute_path)
+    wanted = "reference" if backend == "reference" else "fast"
+
+    def inputs(of: Recipe, ran: str) -> dict[str, Any]:
+        return {
+            "model.name": of.model.name,
+            "data": plain(of.data.files) | {"directory": of.data.directory},
+            "backend": ran,
+        }
+
+    executed = inputs(load_executed_recipe(directory) or recipe, summary.get("backend", wanted))
+    if changed := differences(executed, inputs(recipe, wanted)):
+        raise ConfigError(f"{directory} holds a finished run: {'; '.join(changed)}; choose another --output")
+    return Trial(name, directory, summary)
 
 
 def is_finished(directory: Path) -> bool:
@@ -124,8 +134,12 @@ def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
     cli.add_import_flag(command)
 
 
-def load_recipe(name: str, chosen: argparse.Namespace) -> Recipe:
-    """Recipe `name` (or a TOML file) with the data, model and step limit of the command line."""
+def load_recipe(name: str | None, chosen: argparse.Namespace) -> Recipe:
+    """Recipe `name` (or a TOML file) with the data, model and step limit of the command line.
+
+    Without a name, `default`, or the demonstration if the command line has no model.
+    """
+    name = name or ("default" if chosen.model else "demonstration")
     values: dict[str, Any] = {"data": {"directory": chosen.data}} if chosen.data else {}
     values |= {"model": {"name": chosen.model}} if chosen.model else {}
     values |= {"imports": Whole(chosen.imports)} if chosen.imports else {}
