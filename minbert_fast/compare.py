@@ -41,6 +41,7 @@ from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
+from minbert_fast.trainer.job import BACKENDS
 
 NONE = "none"  # summed losses: what the others are compared with
 FORMULA = (
@@ -50,13 +51,12 @@ FORMULA = (
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
     command = cli.Parser("compare", __doc__ or "")
     add = command.add_argument
     add("--methods", metavar="A,B,...", required=True, help="methods; none (summed losses) is added if it is missing")
     add("--seeds", metavar="N", type=cli.positive_number, default=3, help="runs of each method (default: 3)")
     add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
-    add("--backend", choices=("auto", "fast", "reference"), default="auto")
+    add("--backend", choices=BACKENDS, default="auto")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as in train (repeatable)")
     experiments.add_series_flags(command)
     return command
@@ -110,18 +110,16 @@ def with_method(base: Recipe, method: str) -> Recipe:
             try:
                 surgery.weights(part, base.surgery.reduction)
             except ValueError as error:
-                raise ConfigError(
-                    f"--methods: {error}; or of {', '.join(WEIGHTINGS)} (weights of the losses)"
-                ) from None
+                also = f"or of {', '.join(WEIGHTINGS)} (weights of the losses)"
+                raise ConfigError(f"--methods: {error}; {also}") from None
         named.append(section)
         values[section] = {"method": part}
     if len(named) != len(set(named)):
         raise ConfigError(f"--methods: {method!r}: expected at most one method of surgery and one of loss weights")
     for index, stage in enumerate(base.stages):
         for section in values.keys() & stage.keys():
-            raise ConfigError(
-                f"recipe {base.name}: stages[{index}] sets {section}, which --methods chooses: leave it out"
-            )
+            where = f"recipe {base.name}: stages[{index}]"
+            raise ConfigError(f"{where} sets {section}, which --methods chooses: leave it out")
     return base.with_values(values, "--methods")
 
 
@@ -178,9 +176,10 @@ def _run(method: str, seed: int, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _change(
-    dev: Mapping[str, float | None], reference: Mapping[str, float | None], metrics: Iterable[str]
-) -> float | None:
+Scores = Mapping[str, float | None]
+
+
+def _change(dev: Scores, reference: Scores, metrics: Iterable[str]) -> float | None:
     """Delta-m, as a fraction. None if a metric is missing, or 0 with summed losses."""
     shares = []
     for metric in metrics:
@@ -235,9 +234,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """The paragraphs below the table."""
     torch_version = (result["versions"] or {}).get("torch")
     place = ", ".join(str(x) for x in (result["device"], result["precision"], result["backend"]) if x)
-    times = "ms a step: median over the seeds, one run after the other. "
-    if all(row["step_seconds"] is None for row in result["rows"]):
-        times = ""
+    timed = any(row["step_seconds"] is not None for row in result["rows"])
+    times = "ms a step: median over the seeds, one run after the other. " if timed else ""
     lines = [
         f"Dev scores of each run's best model, mean ± standard deviation over seeds "
         f"{', '.join(map(str, result['seeds']))}. {FORMULA}",

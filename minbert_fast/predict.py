@@ -35,7 +35,6 @@ MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("predict", __doc__ or "")
     add = flags.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
@@ -52,7 +51,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     model = Predictor.from_pretrained(
         options.checkpoint, device=options.device, precision=options.precision, local_files_only=True

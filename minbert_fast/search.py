@@ -41,19 +41,12 @@ SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in 
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
     command = cli.Parser("search", __doc__ or "")
     add = command.add_argument
     add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
     add("--grid", metavar="KEY=A,B,...", action="append", default=[], help="(repeatable)")
-    add(
-        "--range",
-        metavar="KEY=LOW..HIGH",
-        action="append",
-        default=[],
-        dest="ranges",
-        help="needs --optuna (repeatable)",
-    )
+    needs = "needs --optuna (repeatable)"
+    add("--range", metavar="KEY=LOW..HIGH", action="append", default=[], dest="ranges", help=needs)
     how = command.add_mutually_exclusive_group()
     how.add_argument("--random", metavar="N", type=cli.positive_number, help="run N random combinations")
     how.add_argument("--optuna", metavar="N", type=cli.positive_number, help="run N combinations that Optuna proposes")
@@ -134,6 +127,8 @@ def parse_ranges(assignments: Sequence[str]) -> dict[str, Range]:
     for assignment in assignments:
         key, _, text = assignment.partition("=")
         key = SHORT.get(key.strip(), key.strip())
+        if key in ranges:
+            raise ConfigError(f"--range {key}: given twice")
         try:
             ranges[key] = parse_range(text)
         except ValueError:

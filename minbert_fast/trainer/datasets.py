@@ -21,7 +21,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_task, build_tasks, is_kind
-from minbert_fast.trainer.completing import complete, without_tasks
+from minbert_fast.trainer.completing import complete, task_tables, without_tasks
 from minbert_fast.trainer.progress import file_progress
 
 SPLITS = ("train", "dev", "test")
@@ -143,14 +143,11 @@ class _Reader:
         self.rows = rows
         self._tables: dict[tuple[str, ...], TokenTable] = {}
         self._sources: dict[str, list[Source]] = {}  # of each task, in all stages
-        for tables in (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages)):
-            for name, options in tables.items():
-                merged = merge(recipe.tasks.get(name, {}), options)
-                known = is_kind(str(merged.get("kind", name)))
-                found = (
-                    build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
-                )
-                self._sources.setdefault(name, []).extend(found)
+        for name, options in task_tables(recipe):
+            merged = merge(recipe.tasks.get(name, {}), options)
+            known = is_kind(str(merged.get("kind", name)))
+            found = build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
+            self._sources.setdefault(name, []).extend(found)
         for name in rows:
             if name not in self._sources:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
@@ -161,10 +158,8 @@ class _Reader:
     def summarise(self, name: str, texts: int) -> LabelSummary:
         """What the training labels of task `name` hold, in all stages."""
         sources = {repr(source): source for source in self._sources[name]}  # each once
-        inputs = [
-            found for source in sources.values() if (found := self._input(name, source, "train", texts)) is not None
-        ]
-        return merge_summaries([summarise_labels(found) for found in inputs])
+        inputs = [self._input(name, source, "train", texts) for source in sources.values()]
+        return merge_summaries([summarise_labels(found) for found in inputs if found is not None])
 
     def table(self, task: Task, split: str, labeled: bool | None = None, file: Path | None = None) -> TokenTable | None:
         """The rows of a task, from `file` if one is given; None if it has none in this split.
@@ -217,8 +212,7 @@ class _Reader:
 
 def names_data(recipe: Recipe) -> bool:
     """Whether any task of the recipe or its stages names files or a data set of the hub."""
-    tables = (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages))
-    sources = [s for tasks in tables for options in tasks.values() for s in sources_of(options.get("data", ""))]
+    sources = [source for _, options in task_tables(recipe) for source in sources_of(options.get("data", ""))]
     return any(not source.layout or not _in_directory(source) for source in sources)
 
 
@@ -265,6 +259,7 @@ def find_files(
             raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
     named = {d: Path(s[split]) for d, s in recipe.data.files.items() if split in s and d in datasets}
     others = tuple(dataset for dataset in datasets if dataset not in named)
+    required = training and split == "train"
     notices: tuple[str, ...] = ()
     if others and recipe.data.files and not recipe.data.directory:
         notices = (f"no train file named for {', '.join(others)}: left out",)
@@ -274,11 +269,9 @@ def find_files(
             found = find_tables(directory, split, others)
             named, notices = found.paths | named, tuple(found.notices)
         except DataError:
-            if split == "train" and training and not named:
+            if required and not named:
                 raise
             notices = (f"{directory}: no train files of {', '.join(others)}",)
-    for notice in (
-        notices if split == "train" and training else ()
-    ):  # the caller reports missing dev files; test files are optional
+    for notice in notices if required else ():  # the caller reports missing dev files; test files are optional
         notify(notice)
     return named

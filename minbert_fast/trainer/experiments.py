@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
@@ -17,7 +17,7 @@ from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.checkpoint import differences
-from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
 
 
@@ -42,7 +42,7 @@ def run_or_resume(
     directory: Path,
     command: str,
     device: str = "auto",
-    backend: Literal["auto", "fast", "reference"] = "auto",
+    backend: BackendName = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> Trial:
     """Runs `recipe` in `directory`: resumes an interrupted run, and only reads the results of a finished one.
@@ -130,7 +130,7 @@ def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
     add("--model", metavar="DIR|HUB_NAME", help="encoder weights")
     add("--output", metavar="DIR", type=Path, required=output_required, help="a directory for all runs and the table")
     add("--max-steps", metavar="N", type=cli.whole_number, help="steps of a run, or of each of its stages")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=DEVICES, default="auto")
     cli.add_import_flag(command)
 
 

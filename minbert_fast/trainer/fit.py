@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from minbert_fast.common.schema import ConfigError, merge, plain
 from minbert_fast.common.storage import read_json
@@ -22,7 +22,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.predictor import Predictor
 from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.datasets import SPLITS
-from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.job import BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
 
 
@@ -64,7 +64,7 @@ def fit(
     output: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     device: str = "auto",
-    backend: Literal["auto", "fast", "reference"] = "auto",
+    backend: BackendName = "auto",
     resume: bool = False,
     overwrite: bool = False,
     report_to: Sequence[str] = (),

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,7 +19,7 @@ from minbert_fast.common.device import choose_device, choose_precision, peak_mem
 from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, plain
-from minbert_fast.common.storage import write_json
+from minbert_fast.common.storage import finite, write_json
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import subset
 from minbert_fast.data.tokenizer import Tokenizer
@@ -49,6 +48,9 @@ DEMONSTRATION = (
     "This is a demonstration: a tiny model with random weights learns small made-up sample data that ship with the "
     "package. For real results: --data DIR --model DIR"
 )
+DEVICES = ("auto", "cpu", "cuda")
+BackendName = Literal["auto", "fast", "reference"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -58,7 +60,7 @@ class Options:
 
     output: Path | None = None  # None: a new directory under runs/
     device: str = "auto"
-    backend: Literal["auto", "fast", "reference"] = "auto"
+    backend: BackendName = "auto"
     resume: bool = False
     overwrite: bool = False
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included; --resume goes on
@@ -220,19 +222,14 @@ class _Job:
         for name, table in self.data.dev.items():
             share = self.data.tasks[name].options.dev_fraction
             if share < 1:
-                self.dev[name] = table.select(
-                    subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
-                )
-        self.scored_train: dict[str, TokenTable] = {}
+                rows = max(1, round(share * len(table)))
+                self.dev[name] = table.select(subset(len(table), rows, seed, f"dev/{name}"))
         if count and not self.dev:
             self.notify(
                 "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
             )
-        train = {name: table for tables in self.data.train for name, table in tables.items()}
-        for name, table in train.items() if count else ():
-            if name not in self.dev:
-                continue
-            self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
+        train = {n: table for tables in self.data.train for n, table in tables.items() if count and n in self.dev}
+        self.scored_train = {n: t.select(subset(len(t), count, seed, f"train/{n}")) for n, t in train.items()}
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 
@@ -331,8 +328,8 @@ class _Job:
             callbacks=self.options.callbacks,
             stop_after=self.options.stop_after,
         )
-        counts = {name: len(table) for tables in self.data.train for name, table in tables.items()}
-        rows = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        train = {name: table for tables in self.data.train for name, table in tables.items()}
+        rows = ", ".join(f"{name} {len(table):,}" for name, table in train.items())
         self._print(
             f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
             f"{self.backend} backend; training rows: {rows}; results in {self.files.path} ({self.room})"
@@ -355,7 +352,7 @@ class _Job:
         def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
             found.append(self._predict(self.dev))
             train = self._predict(self.scored_train).metrics if self.scored_train else {}
-            return _finite(found[0].metrics), _finite(train)
+            return finite(found[0].metrics), finite(train)
 
         def write(directory: Path) -> None:
             texts = {name: table.texts() for name, table in self.dev.items()}
@@ -434,11 +431,6 @@ class _Job:
             "command": self.options.command,
             "commit": self.commit,
         }
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """The metrics with None for values that are not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _tokenizer_directory(source: Path) -> Path:

@@ -219,11 +219,11 @@ def _lines(path: Path) -> int:
 
 def score(scores: Scores) -> float | None:
     """The score that the report or the run states, else that of its three tasks; None without all three."""
-    found = task_scores(scores)
-    if scores.get("score") is not None and None not in found:
-        return scores["score"]
-    sst, para, sts = found
-    return None if sst is None or para is None or sts is None else (sst + para + (sts + 1) / 2) / 3
+    sst, para, sts = task_scores(scores)
+    if sst is None or para is None or sts is None:
+        return None
+    stated = scores.get("score")
+    return (sst + para + (sts + 1) / 2) / 3 if stated is None else stated
 
 
 def plain_mean(scores: Scores) -> float | None:
@@ -264,19 +264,14 @@ def comparisons(rows: Mapping[str, Row]) -> str:
     """Which of the reports' comparisons the measured scores repeat, in Markdown; empty if no pair was measured."""
     lines = []
     for claim, better, worse, column in COMPARISONS:
-        pair = [rows.get(name) for name in (better, worse)]
-        if any(row is None or row["failure"] for row in pair):
-            continue
-        values = [
-            [_column(row[part]["dev"], column) for row in pair if row is not None] for part in ("published", "measured")
-        ]
-        (first, second), (own, other) = values
-        if None in (first, second, own, other):
-            continue
-        holds = "yes" if own > other else "no"  # type: ignore[operator]  # neither is None
-        lines.append(
-            [claim, f"{better}, {worse}", column, f"{first:.3f}, {second:.3f}", f"{own:.3f}, {other:.3f}", holds]
-        )
+        pair = [rows[name] for name in (better, worse) if name in rows and not rows[name]["failure"]]
+        values = [_column(row[part]["dev"], column) for part in ("published", "measured") for row in pair]
+        known = [value for value in values if value is not None]
+        if len(known) == 4:
+            first, second, own, other = known
+            holds = "yes" if own > other else "no"
+            pairs = f"{first:.3f}, {second:.3f}", f"{own:.3f}, {other:.3f}"
+            lines.append([claim, f"{better}, {worse}", column, *pairs, holds])
     if not lines:
         return ""
     return experiments.markdown_table(["the report says", "rows", "by", "published", "measured", "holds"], lines)
