@@ -8,10 +8,10 @@ A method is one of surgery (none, pcgrad, ..., torchjd:NAME), one of loss weight
 each with a plus sign. Each run has a directory under --output; a second call resumes the interrupted run and skips finished
 ones. Results: table.md, table.csv, table.tex, table.json and comparison.html.
 
-The change against summed losses is the mean over the tasks of (M - M0) / M0. M is a task's dev metric (higher is better),
-and M0 the same with summed losses and the same seed: Delta-m of Maninis, Radosavovic & Kokkinos 2019 (arXiv:1904.08918),
-whose reference is one model per task. p is of a paired t test of these changes against 0 over the seeds, adjusted for the
-number of methods (Holm 1979).
+The change against summed losses is the mean over the tasks of (M - M0) / M0, with a minus sign where lower is better. M is
+a task's dev metric, and M0 the same with summed losses and the same seed: Delta-m of Maninis, Radosavovic & Kokkinos 2019
+(arXiv:1904.08918), whose reference is one model per task. p is of a paired t test of these changes against 0 over the
+seeds, adjusted for the number of methods (Holm 1979).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from minbert_fast.reporting.page import document, figure, format_duration, parag
 from minbert_fast.reporting.runs import TRAINING_PARTS, read_run
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks import build_tasks
+from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
@@ -186,7 +187,7 @@ def _change(dev: Scores, reference: Scores, metrics: Iterable[str]) -> float | N
         now, then = dev.get(metric), reference.get(metric)
         if now is None or not then:
             return None
-        shares.append((now - then) / abs(then))
+        shares.append((then - now if lower_is_better(metric) else now - then) / abs(then))
     return statistics.fmean(shares) if shares else None
 
 
@@ -257,7 +258,8 @@ def latex(result: Mapping[str, Any]) -> str:
     head, rows = cells(result, r" \pm ")
     best = {}
     for column, metric in enumerate(result["metrics"], start=1):
-        means = [row["dev"][metric]["mean"] if row["dev"][metric] else -np.inf for row in result["rows"]]
+        sign = -1 if lower_is_better(metric) else 1
+        means = [sign * row["dev"][metric]["mean"] if row["dev"][metric] else -np.inf for row in result["rows"]]
         best[column] = int(np.argmax(means))
 
     def cell(text: str, row: int, column: int) -> str:

@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     model = Predictor.from_pretrained(
         options.checkpoint, device=options.device, precision=options.precision, local_files_only=True
     )
-    name = choose_task(model, options.task)
+    if options.task is None and len(model.tasks) != 1:
+        raise ConfigError(f"--task: expected one of {', '.join(model.tasks)}")
+    name = next(iter(model.tasks)) if options.task is None else model.task_of(options.task)
     task = model.tasks[name]
     columns = tuple(options.text.split(",")) if options.text else ()
     names = (task.class_names or ()) if options.probabilities else ()
@@ -93,15 +95,6 @@ def main(arguments: Sequence[str]) -> None:
             left_out += len(table.bad_rows)
     total = f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else "")
     print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
-
-
-def choose_task(model: Predictor, name: str | None) -> str:
-    """The task called `name`, or the model's only one. Raises ConfigError."""
-    if name is not None:
-        return model.task_of(name)
-    if len(model.tasks) != 1:
-        raise ConfigError(f"--task: expected one of {', '.join(model.tasks)}")
-    return next(iter(model.tasks))
 
 
 def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) -> TableReader:

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_the_numbers_of_the_table_by_hand(tmp_path: Path) -> None:
     page = (tmp_path / "comparison.html").read_text()
     assert "<td>mgda</td>" in page
     assert "<svg" in page  # two evaluations make a curve
+
+
+def test_a_lower_error_is_a_change_for_the_better(tmp_path: Path) -> None:
+    """A task judged by its mean absolute error counted as worse where it was better."""
+    base = BASE.with_values({"tasks": {"similarity": {"metric": "mae"}}}, "test")
+    trials = {}
+    for method, error in (("none", 0.5), ("mgda", 0.4)):
+        trial = made_trial(tmp_path, method, 1, (0.5, 0.8, 0.4), 1.0)
+        trials[method, 1] = replace(trial, summary={**trial.summary, "dev": {"similarity_mae": error}})
+    result = compare.compare(base, ["none", "mgda"], trials)
+    assert result["rows"][1]["change"]["mean"] == pytest.approx(0.2)
+    assert r"$\mathbf{0.400}$" in compare.latex(result)
 
 
 def test_a_seed_that_failed_is_named_and_not_paired(tmp_path: Path) -> None:

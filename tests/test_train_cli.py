@@ -675,6 +675,15 @@ def test_overwrite_does_not_remove_the_model_that_it_starts_from(
     assert (best / "model.safetensors").is_file()
 
 
+def test_overwrite_with_a_mistake_in_the_data_keeps_the_finished_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(capsys, *small_run(tmp_path / "typo", finished, "--overwrite"))
+    assert "typo: does not exist" in error
+    assert (finished / "best" / "model.safetensors").is_file()
+    assert (finished / "summary.json").is_file()
+
+
 # ---- Disk space ---------------------------------------------------------------------------------------------------
 
 

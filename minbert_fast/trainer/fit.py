@@ -137,5 +137,5 @@ def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, ob
 
 def _names_files(value: object) -> bool:
     """Whether a split is one file or several, not rows."""
-    several = isinstance(value, list | tuple) and len(value) > 0
-    return all(isinstance(each, str | Path) for each in (value if several else (value,)))
+    files = value if isinstance(value, list | tuple) else [value]
+    return bool(files) and all(isinstance(each, str | Path) for each in files)

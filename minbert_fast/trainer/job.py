@@ -118,7 +118,6 @@ class _Job:
             name = self.recipe.model.name
             if name and self.output.resolve() in Path(name).resolve().parents:
                 raise ConfigError(f"--overwrite would remove --model {name}; choose another --output")
-            self.files.clear()
         elif self.files.holds_run and not self.options.resume:
             raise RunError(f"{self.files.path} holds a run already: --resume continues it, --overwrite replaces it")
         self.recipe = self.recipe.with_paths(absolute_path)  # a run resumed elsewhere finds its files
@@ -134,6 +133,8 @@ class _Job:
         self.room = disk.estimate(self.model, self.recipe, self.stages, dev_rows)
         if self.world.is_main:
             disk.check_room(self.room, self.files.path)
+        if self.options.overwrite and self.files.holds_run:  # only now: a mistake in the flags costs no finished run
+            self.files.clear()
         self.files.prepare(self.recipe.to_toml())
         outcome = self._train(checkpoint)
         if self.world.is_main:

@@ -39,7 +39,7 @@ from minbert_fast.trainer.checkpoint import (
 )
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
-from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
+from minbert_fast.trainer.records import Clock, Observation, Observer, evaluation_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
 
@@ -387,8 +387,7 @@ class Trainer:
     def _report_dev(self, evaluation: Evaluation) -> dict[str, Any]:
         scores = (f"{name} {format_score(value)}" for name, value in evaluation.metrics.items())
         self._progress.say(f"step {self.state.step}: {', '.join(scores)}")
-        record = dev_record(evaluation.metrics, self.state, self.stages)
-        return record | {f"train/{name}": value for name, value in evaluation.train.items()}
+        return evaluation_record(evaluation, self.state, self.stages)
 
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
 

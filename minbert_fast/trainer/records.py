@@ -19,7 +19,7 @@ from minbert_fast.trainer.checkpoint import State
 
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import StepResult
-    from minbert_fast.trainer.loop import Stage
+    from minbert_fast.trainer.loop import Evaluation, Stage
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,11 @@ def training_record(
     return record
 
 
-def dev_record(metrics: Mapping[str, float | None], state: State, stages: Sequence[Stage]) -> dict[str, Any]:
-    """The record of the state's own step with the dev scores added."""
-    scores = {f"dev/{name}": value for name, value in metrics.items()}
-    return _position(state.step, state, stages) | (state.record or {}) | scores
+def evaluation_record(evaluation: Evaluation, state: State, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The record of the state's own step with the scores added."""
+    dev = {f"dev/{name}": value for name, value in evaluation.metrics.items()}
+    train = {f"train/{name}": value for name, value in evaluation.train.items()}
+    return _position(state.step, state, stages) | (state.record or {}) | dev | train
 
 
 def _position(step: int, state: State, stages: Sequence[Stage]) -> dict[str, Any]:

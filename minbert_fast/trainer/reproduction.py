@@ -26,6 +26,7 @@ from minbert_fast.recipes.recipe import SPLITS, Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
+from minbert_fast.trainer.resume import WITHOUT_EFFECT
 
 #: Columns of the table, and the metrics that they show; CFIMDB is a sentiment task too.
 COLUMNS = {
@@ -137,9 +138,7 @@ def write_rows(path: Path, rows: Mapping[str, Row]) -> None:
 
 def fingerprint(recipe: Recipe, backend: str) -> str:
     """A digest of all values that change the scores. Weights and data count by name, wherever their folders are."""
-    values = plain(recipe)
-    for key in ("name", "description", "source", "unstated", "published", "checkpoint", "logging"):
-        values.pop(key, None)
+    values = {key: value for key, value in plain(recipe).items() if key not in WITHOUT_EFFECT}
     values["model"]["name"] = Path(recipe.model.name).name
     values["data"]["directory"] = Path(recipe.data.directory).name
     values["data"].pop("cache")

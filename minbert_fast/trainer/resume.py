@@ -15,16 +15,10 @@ from minbert_fast.trainer.outputs import CHECKPOINTS, SUMMARY, saved_recipe_path
 
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
 
-# Values of a recipe that may differ when a run is resumed (None: a whole section): paths (the content of the files is
-# compared), the length of the last stage, and what the run logs.
+# Keys of a recipe that do not affect the trained model.
+WITHOUT_EFFECT = ("name", "description", "source", "unstated", "published", "checkpoint", "logging")
+# Values that may differ when a run is resumed: paths (the content of the files is compared), the length of the last stage.
 CHANGEABLE = {
-    "name": None,
-    "description": None,
-    "source": None,
-    "unstated": None,
-    "published": None,
-    "checkpoint": None,
-    "logging": None,
     "data": ("directory", "files", "cache", "max_bad_rows"),
     "model": ("name",),
     "training": ("max_steps", "shard"),
@@ -34,11 +28,9 @@ CHANGEABLE = {
 def fixed_values(recipe: Recipe) -> dict[str, Any]:
     """The values of a recipe that a resumed run must share with the interrupted one; files without their folders."""
     values: dict[str, Any] = plain(recipe.with_paths(lambda path: Path(path).name))
+    values = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
     for section, keys in CHANGEABLE.items():
-        if keys is None:
-            values.pop(section, None)
-        else:
-            values[section] = {key: value for key, value in values[section].items() if key not in keys}
+        values[section] = {key: value for key, value in values[section].items() if key not in keys}
     return values
 
 
