@@ -44,7 +44,7 @@ from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
 
-NONE = "none"  # summed losses: what the others are compared with
+NONE = "none"  # summed losses, the baseline of the comparison
 FORMULA = (
     "Change: mean over the tasks of (M - M0) / M0, M0 with summed losses and the same seed (Delta-m, Maninis et al. 2019, "
     "arXiv:1904.08918). p: paired t test of the changes over the seeds, adjusted for the number of methods (Holm 1979)."
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.compare", *arguments])
     trials: dict[tuple[str, int], Trial] = {}
-    for seed in seeds:  # all methods with one seed first: an interrupted comparison compares already
+    for seed in seeds:  # every method before the next seed: an interrupted comparison has rows to compare
         for method, recipe in recipes.items():
             print(f"\n== {len(trials) + 1} of {len(methods) * len(seeds)}: {method}, seed {seed}", flush=True)
             seeded = recipe.with_values({"training": {"seed": seed}}, "--seeds")

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         if done and not done["failure"] and done["fingerprint"] == reproduction.fingerprint(recipe, chosen.backend):
             print(f"finished before, in {results}", flush=True)
             continue
-        scale = "" if chosen.epochs_scale == 1 else f"-epochs-{chosen.epochs_scale:g}"  # another run than the whole one
+        scale = "" if chosen.epochs_scale == 1 else f"-epochs-{chosen.epochs_scale:g}"  # a directory per length
         directory = output / f"{Path(name).stem}{scale}"
         trial = experiments.run_or_resume(name, recipe, directory, command, chosen.device, chosen.backend)
         if trial.failure:

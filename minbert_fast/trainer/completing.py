@@ -25,10 +25,10 @@ def complete(
 ) -> Recipe:
     """`recipe` with a kind for each task, and with every value that a task finds in its training labels.
 
-    A task with data of its own (files, or rows `in_memory`) gets a guessed kind if its `kind` is empty, or if it has none
-    and its name is none either; `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
+    The kind of a task with files or rows `in_memory` is guessed if its `kind` is empty, or if it has no `kind` and its name
+    is not that of one; `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
     """
-    absent = missing(recipe.imports)  # a task of an absent file must not be taken for one without a kind
+    absent = missing(recipe.imports)  # files that may define a kind: without them no kind is guessed
     tables: dict[str, Mapping[str, Any]] = {}  # a task's first table counts
     for name, options in task_tables(recipe):
         tables.setdefault(name, options)

@@ -158,7 +158,7 @@ class _Reader:
         self._paths = {s: self._find_files(s, layouts) if layouts else {} for s in SPLITS}
 
     def summarise(self, name: str, texts: int) -> LabelSummary:
-        """What the training labels of task `name` hold, in all stages."""
+        """Summarises the training labels of task `name`, those of all stages together."""
         sources = {repr(source): source for source in self._sources[name]}  # each once
         inputs = [self._input(name, source, "train", texts) for source in sources.values()]
         return merge_summaries([summarise_labels(found) for found in inputs if found is not None])

@@ -112,15 +112,16 @@ def fit(
 
 
 def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, object]]]:
-    """The recipe with the tasks of `data` (see `fit`) in place of its own, and their rows in memory by task and split.
+    """The recipe with the tasks of `data` (see `fit`) alone, and their rows in memory by task and split.
 
     A task that the recipe has keeps its options there. Raises ConfigError.
     """
     if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
-        found = f"{data}: no such directory" if isinstance(data, str | Path) else type(data).__name__
-        raise ConfigError(
-            f"data: expected a directory, a mapping from tasks to rows, or rows with text and label ({found})"
-        )
+        found = type(data).__name__
+        if isinstance(data, str | Path):
+            found = f"{data}: {'a file' if Path(data).is_file() else 'no such directory'}"
+        expected = "a directory, a mapping from tasks to rows, or rows with text and label"
+        raise ConfigError(f"data: expected {expected} ({found})")
     tasks: dict[str, Any] = {}
     rows: dict[str, dict[str, object]] = {}
     for name, value in data.items():

@@ -18,7 +18,7 @@ import torch
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
 from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
-from minbert_fast.common.schema import ConfigError, plain
+from minbert_fast.common.schema import ConfigError, check, plain
 from minbert_fast.common.storage import finite, write_json
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import subset
@@ -108,6 +108,7 @@ class _Job:
         check_trackers(self.options.report_to)
         self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
+        check(self.options.backend in BACKENDS, f"backend {self.options.backend!r}: expected {', '.join(BACKENDS)}")
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
         data = self.recipe.data
         self.own_data = bool(self.options.rows) or names_data(self.recipe)
@@ -195,10 +196,8 @@ class _Job:
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
-        if self.tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {self.tokenizer.vocab_size:,} word pieces, the model only {config.vocab_size:,}"
-            )
+        pieces, rows = self.tokenizer.vocab_size, config.vocab_size
+        check(pieces <= rows, f"the tokenizer has {pieces:,} word pieces, the model only {rows:,}")
         if self.recipe.data.max_length > config.max_position_embeddings:
             data = replace(self.recipe.data, max_length=config.max_position_embeddings)
             self.recipe = replace(self.recipe, data=data)
@@ -211,10 +210,9 @@ class _Job:
             known += [*self.data.tasks[name].metric_names, f"{name}_loss"]
         for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
             select = recipe.training.select
-            if select not in known:
-                raise ConfigError(
-                    f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
-                )
+            check(
+                select in known, f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+            )
 
     def _choose_scored_rows(self) -> None:
         """Draws the dev and training rows that evaluations read, where the recipe wants only a part of them."""
@@ -397,12 +395,15 @@ class _Job:
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
         for (dataset, split), target in self.options.copies.items():
-            for task in self.data.tasks.values():
-                written = self.files.path / "predictions" / task.prediction_file(split)
-                if any(source.layout == dataset for source in task.sources) and written.exists():
-                    with translate_write_errors(target):
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(written, target)
+            tasks = [t for t in self.data.tasks.values() if any(source.layout == dataset for source in t.sources)]
+            files = [self.files.path / "predictions" / task.prediction_file(split) for task in tasks]
+            written = [file for file in files if file.exists()]
+            for file in written:
+                with translate_write_errors(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target)
+            if not written:
+                self.notify(f"{target}: not written, the run has no {split} predictions of {dataset}")
 
     def _summary(self, outcome: loop.Outcome) -> dict[str, Any]:
         """The content of summary.json."""

@@ -34,7 +34,7 @@ COLUMNS = {
     "paraphrase": ("paraphrase_accuracy",),
     "similarity": ("similarity_pearson",),
 }
-#: What the reports conclude by comparing two of their rows on dev: the first recipe scores higher than the second.
+#: Conclusions of the reports: claim, the recipe with the higher dev score, the other recipe, and the compared column.
 COMPARISONS = (
     ("fine-tuning the encoder beats training the head alone (SST)", "sbert-sst-full", "sbert-sst-frozen", "sentiment"),
     ("the same on CFIMDB", "sbert-cfimdb-full", "sbert-cfimdb-frozen", "sentiment"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--resume` continues: which values of a recipe may change, what a finished run answers, where a run lies."""
+"""Rules of `--resume`: the values of a recipe that may change, the line about a finished run, and the check for a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fixed_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def finished_line(output: Path, recipe: Recipe) -> str | None:
-    """The answer to `--resume` of a finished run with nothing left to do; None if the run in `output` has steps left.
+    """The line that `--resume` prints for a finished run with nothing left to do; None if the run has steps left.
 
     Raises ConfigError if the finished run was one of another recipe, or if it is to go on and kept no checkpoint.
     """
