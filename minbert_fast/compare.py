@@ -134,7 +134,9 @@ def directory_name(method: str) -> str:
 
 def compare(base: Recipe, methods: Sequence[str], trials: Mapping[tuple[str, int], Trial]) -> dict[str, Any]:
     """The content of table.json: every run's numbers, and each method's means, changes and p-values."""
-    primary = [task.primary for task in build_tasks(base).values() if task.predicts]
+    executed = (experiments.load_executed_recipe(trial.directory) for trial in trials.values())
+    tasks = build_tasks(next(filter(None, executed), base))  # a run's recipe has the kinds that the labels decided
+    primary = [task.primary for task in tasks.values() if task.predicts]
     runs = [_run(method, seed, trial) for (method, seed), trial in trials.items()]
     found = {(run["method"], run["seed"]): run["dev"] for run in runs if run["dev"]}
     metrics = [m for m in (*primary, "score") if any(dev.get(m) is not None for dev in found.values())]

@@ -19,6 +19,7 @@ from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.checkpoint import differences
 from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
+from minbert_fast.trainer.resume import changed_values
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,10 @@ def load_executed_recipe(directory: Path) -> Recipe | None:
 
 
 def same_experiment(executed: Recipe | None, recipe: Recipe) -> bool:
-    """Whether the results of a run of `executed` are those of `recipe`.
-
-    Differences that the data cause (dropped tasks, a shorter maximum length) do not count.
-    """
-    if executed is None or any(plain(recipe.tasks.get(n)) != plain(task) for n, task in executed.tasks.items()):
+    """Whether a run of `executed` took the steps of `recipe`; `read_trial` compares data and weights."""
+    if executed is None or executed.training.max_steps != recipe.training.max_steps:
         return False
-
-    def values(r: Recipe) -> Any:
-        stages = [{key: stage[key] for key in ("training", "optimizer") if key in stage} for stage in r.stages]
-        data = r.data.directory, r.data.scheme
-        return r.name, r.training, r.optimizer, r.surgery, r.weighting, r.regularisation, data, r.model, stages
-
-    return bool(values(executed) == values(recipe))
+    return not changed_values(executed, recipe)
 
 
 def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:

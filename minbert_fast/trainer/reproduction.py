@@ -23,8 +23,8 @@ from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import SPLITS, Recipe, recipe_names
-from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments
+from minbert_fast.trainer.completing import task_tables
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.resume import WITHOUT_EFFECT
 
@@ -148,9 +148,8 @@ def fingerprint(recipe: Recipe, backend: str) -> str:
 
 def make_row(name: str, recipe: Recipe, trial: Trial, backend: str, factor: float) -> Row:
     """The entry of one run. `factor` is the one of `--epochs-scale`."""
-    tasks = build_tasks(recipe)
     executed = experiments.load_executed_recipe(trial.directory) if trial.summary else None
-    kept = tasks if executed is None else build_tasks(executed)
+    tasks, kept = (dict.fromkeys(name for name, _ in task_tables(each)) for each in (recipe, executed or recipe))
     return {
         "recipe": name,
         "source": recipe.source,
