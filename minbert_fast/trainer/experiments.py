@@ -16,7 +16,6 @@ from minbert_fast.common.schema import ConfigError, Whole, merge, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.trainer.callbacks import Callback
-from minbert_fast.trainer.checkpoint import differences
 from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
 from minbert_fast.trainer.resume import changed_values
@@ -69,17 +68,14 @@ def read_trial(name: str, directory: Path, recipe: Recipe, backend: str = "auto"
     """The result of the run in `directory`. Raises ConfigError if it has none, or had other data, weights or backend."""
     summary = read_json(directory / SUMMARY)
     recipe = recipe.with_paths(absolute_path)
-    wanted = "reference" if backend == "reference" else "fast"
-
-    def inputs(of: Recipe, ran: str) -> dict[str, Any]:
-        return {
-            "model.name": of.model.name,
-            "data": plain(of.data.files) | {"directory": of.data.directory},
-            "backend": ran,
-        }
-
-    executed = inputs(load_executed_recipe(directory) or recipe, summary.get("backend", wanted))
-    if changed := differences(executed, inputs(recipe, wanted)):
+    executed, wanted = load_executed_recipe(directory) or recipe, "reference" if backend == "reference" else "fast"
+    inputs = {
+        "model.name": (executed.model.name, recipe.model.name),
+        "data.directory": (executed.data.directory, recipe.data.directory),
+        "data.files": (plain(executed.data.files), plain(recipe.data.files)),
+        "backend": (summary.get("backend", wanted), wanted),
+    }
+    if changed := [f"{name} was {then!r}, now {now!r}" for name, (then, now) in inputs.items() if then != now]:
         raise ConfigError(f"{directory} holds a finished run: {'; '.join(changed)}; choose another --output")
     return Trial(name, directory, summary)
 
