@@ -8,16 +8,14 @@ A method is one of surgery (none, pcgrad, ..., torchjd:NAME), one of loss weight
 each with a plus sign. Each run has a directory under --output; a second call resumes the interrupted run and skips finished
 ones. Results: table.md, table.csv, table.tex, table.json and comparison.html.
 
-The change against summed losses is the mean over the tasks of (M - M0) / M0. M is a task's dev metric (higher is better),
-and M0 the same with summed losses and the same seed: Delta-m of Maninis, Radosavovic & Kokkinos 2019 (arXiv:1904.08918),
-whose reference is one model per task. p is of a paired t test of these changes against 0 over the seeds, adjusted for the
-number of methods (Holm 1979).
+The change against summed losses is the mean over the tasks of (M - M0) / M0, with a minus sign where lower is better. M is
+a task's dev metric, and M0 the same with summed losses and the same seed: Delta-m of Maninis, Radosavovic & Kokkinos 2019
+(arXiv:1904.08918), whose reference is one model per task. p is of a paired t test of these changes against 0 over the
+seeds, adjusted for the number of methods (Holm 1979).
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shlex
 import statistics
@@ -34,7 +32,7 @@ from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.statistics import holm, paired_t_test
-from minbert_fast.common.storage import write_json, write_text
+from minbert_fast.common.storage import csv_lines, write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import document, figure, format_duration, paragraph, table
@@ -44,8 +42,9 @@ from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
+from minbert_fast.trainer.job import BACKENDS
 
-NONE = "none"  # summed losses: what the others are compared with
+NONE = "none"  # summed losses, the baseline of the comparison
 FORMULA = (
     "Change: mean over the tasks of (M - M0) / M0, M0 with summed losses and the same seed (Delta-m, Maninis et al. 2019, "
     "arXiv:1904.08918). p: paired t test of the changes over the seeds, adjusted for the number of methods (Holm 1979)."
@@ -53,13 +52,12 @@ FORMULA = (
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
     command = cli.Parser("compare", __doc__ or "")
     add = command.add_argument
     add("--methods", metavar="A,B,...", required=True, help="methods; none (summed losses) is added if it is missing")
-    add("--seeds", metavar="N", type=cli.whole_number, default=3, help="runs of each method (default: 3)")
+    add("--seeds", metavar="N", type=cli.positive_number, default=3, help="runs of each method (default: 3)")
     add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
-    add("--backend", choices=("auto", "fast", "reference"), default="auto")
+    add("--backend", choices=BACKENDS, default="auto")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as in train (repeatable)")
     experiments.add_series_flags(command)
     return command
@@ -68,9 +66,7 @@ def parser() -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     """Runs every method with every seed and updates the results after each run. Raises ConfigError or RunError."""
     chosen = parser().parse_args(arguments)
-    if chosen.seeds < 1:
-        raise ConfigError("--seeds 0: expected 1 or more")
-    base = experiments.load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
+    base = experiments.load_recipe(chosen.recipe, chosen)
     base = base.with_values(parse_assignments(chosen.assignments), "command line")
     methods = split_methods(chosen.methods)
     recipes = {method: with_method(base, method) for method in methods}  # finds mistakes before the first run
@@ -79,14 +75,13 @@ def main(arguments: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.compare", *arguments])
     trials: dict[tuple[str, int], Trial] = {}
-    for seed in seeds:  # all methods with one seed first: an interrupted comparison compares already
+    for seed in seeds:  # every method before the next seed: an interrupted comparison has rows to compare
         for method, recipe in recipes.items():
             print(f"\n== {len(trials) + 1} of {len(methods) * len(seeds)}: {method}, seed {seed}", flush=True)
             seeded = recipe.with_values({"training": {"seed": seed}}, "--seeds")
             where = output / directory_name(method) / f"seed-{seed}"
-            name = f"{method}, seed {seed}"
             trials[method, seed] = experiments.run_or_resume(
-                name, seeded, where, command, chosen.device, chosen.backend
+                f"{method}, seed {seed}", seeded, where, command, chosen.device, chosen.backend
             )
             write_results(output, compare(base, methods, trials) | {"command": command})
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
@@ -116,18 +111,16 @@ def with_method(base: Recipe, method: str) -> Recipe:
             try:
                 surgery.weights(part, base.surgery.reduction)
             except ValueError as error:
-                raise ConfigError(
-                    f"--methods: {error}; or of {', '.join(WEIGHTINGS)} (weights of the losses)"
-                ) from None
+                also = f"or of {', '.join(WEIGHTINGS)} (weights of the losses)"
+                raise ConfigError(f"--methods: {error}; {also}") from None
         named.append(section)
         values[section] = {"method": part}
     if len(named) != len(set(named)):
         raise ConfigError(f"--methods: {method!r}: expected at most one method of surgery and one of loss weights")
     for index, stage in enumerate(base.stages):
         for section in values.keys() & stage.keys():
-            raise ConfigError(
-                f"recipe {base.name}: stages[{index}] sets {section}, which --methods chooses: leave it out"
-            )
+            where = f"recipe {base.name}: stages[{index}]"
+            raise ConfigError(f"{where} sets {section}, which --methods chooses: leave it out")
     return base.with_values(values, "--methods")
 
 
@@ -141,7 +134,9 @@ def directory_name(method: str) -> str:
 
 def compare(base: Recipe, methods: Sequence[str], trials: Mapping[tuple[str, int], Trial]) -> dict[str, Any]:
     """The content of table.json: every run's numbers, and each method's means, changes and p-values."""
-    primary = [task.primary for task in build_tasks(base).values() if task.predicts]
+    executed = (experiments.load_executed_recipe(trial.directory) for trial in trials.values())
+    tasks = build_tasks(next(filter(None, executed), base))  # a run's recipe has the kinds that the labels decided
+    primary = [task.primary for task in tasks.values() if task.predicts]
     runs = [_run(method, seed, trial) for (method, seed), trial in trials.items()]
     found = {(run["method"], run["seed"]): run["dev"] for run in runs if run["dev"]}
     metrics = [m for m in (*primary, "score") if any(dev.get(m) is not None for dev in found.values())]
@@ -184,17 +179,17 @@ def _run(method: str, seed: int, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _change(
-    dev: Mapping[str, float | None], reference: Mapping[str, float | None], metrics: Iterable[str]
-) -> float | None:
+Scores = Mapping[str, float | None]
+
+
+def _change(dev: Scores, reference: Scores, metrics: Iterable[str]) -> float | None:
     """Delta-m, as a fraction: above 0 is better. None if a metric is missing, or 0 with summed losses."""
     shares = []
     for metric in metrics:
         now, then = dev.get(metric), reference.get(metric)
         if now is None or not then:
             return None
-        gain = then - now if lower_is_better(metric) else now - then
-        shares.append(gain / abs(then))
+        shares.append((then - now if lower_is_better(metric) else now - then) / abs(then))
     return statistics.fmean(shares) if shares else None
 
 
@@ -242,9 +237,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     """The paragraphs below the table."""
     torch_version = (result["versions"] or {}).get("torch")
     place = ", ".join(str(x) for x in (result["device"], result["precision"], result["backend"]) if x)
-    times = "ms a step: median over the seeds, one run after the other. "
-    if all(row["step_seconds"] is None for row in result["rows"]):
-        times = ""
+    timed = any(row["step_seconds"] is not None for row in result["rows"])
+    times = "ms a step: median over the seeds, one run after the other. " if timed else ""
     lines = [
         f"Dev scores of each run's best model, mean ± standard deviation over seeds "
         f"{', '.join(map(str, result['seeds']))}. {FORMULA}",
@@ -289,15 +283,13 @@ def comma_separated(result: Mapping[str, Any]) -> str:
     """One line a method with plain numbers: means, standard deviations, p-values."""
     columns = ["method", "runs"]
     columns += [f"{m}{end}" for m in (*result["metrics"], "change", "conflicts") for end in ("", "_sd")]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*columns, "p", "p_adjusted", "step_seconds"])
+    rows = [[*columns, "p", "p_adjusted", "step_seconds"]]
     for row in result["rows"]:
         spreads = [*(row["dev"][m] for m in result["metrics"]), row["change"], row["conflicts"]]
         numbers = [(s or {}).get(key) for s in spreads for key in ("mean", "sd")]
         tail = [row["p"], row.get("p_adjusted"), row["step_seconds"]]
-        writer.writerow([row["method"], row["runs"], *("" if n is None else f"{n:.6g}" for n in (*numbers, *tail))])
-    return file.getvalue()
+        rows.append([row["method"], row["runs"], *("" if n is None else f"{n:.6g}" for n in (*numbers, *tail))])
+    return csv_lines(rows)
 
 
 def page(result: Mapping[str, Any], output: Path) -> str:

@@ -30,21 +30,13 @@ TENSOR = "embeddings"  # the tensor's name in a .safetensors file
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("encode", __doc__ or "")
     add = flags.add_argument
     models = flags.add_mutually_exclusive_group(required=True)
-    models.add_argument(
-        "--model", metavar="DIR|HUB_NAME", help="a trained, Hugging Face or sentence-transformers model"
-    )
+    models.add_argument("--model", metavar="DIR|HUB_NAME", help="trained, Hugging Face or sentence-transformers model")
     models.add_argument("--onnx", type=Path, metavar="DIR", help="what export --format onnx wrote; runs in onnxruntime")
-    add(
-        "--input",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".txt with one sentence per line, .csv, .tsv, .jsonl, .parquet, or -",
-    )
+    sentences = ".txt with one sentence per line, .csv, .tsv, .jsonl, .parquet, or -"
+    add("--input", type=Path, required=True, metavar="FILE", help=sentences)
     add("--output", type=Path, required=True, metavar="FILE", help=".npy or .safetensors, fp32 [n, hidden]")
     add("--column", metavar="NAME", help="column of a table (default: text, sentence, or the only one)")
     add("--pooling", choices=("mean", "cls", "max"), help="(default: the model's own, else mean)")
@@ -55,7 +47,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     if options.output.suffix not in (".npy", ".safetensors"):
         raise ConfigError(f"--output {options.output}: expected a name that ends in .npy or .safetensors")
@@ -75,9 +66,8 @@ def main(arguments: Sequence[str]) -> None:
         tqdm(unit=" sentences", file=sys.stderr, disable=None, leave=False) as bar,
     ):
         for sentences in itertools.chain([first], chunks):
-            rows.write(
-                model.encode(sentences, pooling=options.pooling, normalize=options.normalize, progress=bar.update)
-            )
+            found = model.encode(sentences, pooling=options.pooling, normalize=options.normalize, progress=bar.update)
+            rows.write(found)
     print(f"{options.output}: {rows.rows:,} vectors of {model.width}")
 
 

@@ -37,7 +37,6 @@ VARIABLES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("env", __doc__ or "")
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     return flags
@@ -71,7 +70,6 @@ def collect_facts() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the facts."""
     options = parser().parse_args(arguments)
     found = collect_facts()
     if options.json:

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,13 +33,10 @@ from minbert_fast.trainer.datasets import SPLITS, load_split
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("evaluate", __doc__ or "")
     add = flags.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
-    add(
-        "--data", type=Path, metavar="DIR", help="data directory with the course's files (default: the data of the run)"
-    )
+    add("--data", type=Path, metavar="DIR", help="directory with the course's files (default: the data of the run)")
     add("--split", default="dev", choices=SPLITS, help="which rows: train, dev or test (default: dev)")
     add("--task", metavar="NAME", help="the task of --input")
     add("--input", type=Path, metavar="FILE", help="a labelled file of --task, with the columns of its training file")
@@ -52,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     files = {kind: getattr(options, kind) for kind in MAIN_TASKS if getattr(options, kind) is not None}
     if (options.task is None) != (options.input is None):
@@ -68,26 +65,22 @@ def main(arguments: Sequence[str]) -> None:
     if options.input is not None:
         if options.task not in model.tasks:
             raise ConfigError(f"--task {options.task}: the model has {', '.join(model.tasks)}")
+        if options.task in named:
+            raise ConfigError(f"--task {options.task} has two files, {named[options.task]} and {options.input}")
         named[options.task] = options.input
-
-    def notify(line: str) -> None:
-        print(line, file=sys.stderr)
-
     tokenizer = Tokenizer.from_pretrained(options.checkpoint)
-    tables = load_split(recipe, tokenizer, options.split, notify, named)
+    tables = load_split(recipe, tokenizer, options.split, partial(print, file=sys.stderr), named)
     if not tables:
         raise DataError(
             f"no {options.split} rows for any of {', '.join(model.tasks)}; --data DIR or --task and --input"
         )
-    with tqdm(
-        total=sum(map(len, tables.values())), unit=" examples", file=sys.stderr, disable=None, leave=False
-    ) as bar:
-        precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
+    precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
+    count = sum(map(len, tables.values()))
+    with tqdm(total=count, unit=" examples", file=sys.stderr, disable=None, leave=False) as bar:
         evaluation = evaluate(model, tables, precision=precision, max_length=max_length, progress=bar.update)
     if options.output is not None:
         evaluation.write(options.output, {name: table.texts() for name, table in tables.items()}, options.split)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, evaluation.metrics)
     print(format_scores(evaluation, tables))
 

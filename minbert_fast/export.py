@@ -23,7 +23,7 @@ from pathlib import Path
 import huggingface_hub
 
 from minbert_fast.common.cli import Parser, add_import_flag, run
-from minbert_fast.common.errors import RunError, translate_write_errors
+from minbert_fast.common.errors import RunError, first_line, translate_write_errors
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_directory, write_text
 from minbert_fast.reporting.model_card import model_card, public_recipe
@@ -35,32 +35,27 @@ HEADS = "heads.safetensors"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("export", __doc__ or "")
-    flags.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
-    flags.add_argument("--format", choices=FORMATS, required=True, help="the library to write for")
-    flags.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    flags.add_argument("--overwrite", action="store_true", help="replace what --output holds")
-    flags.add_argument(
-        "--task", metavar="NAME", help="huggingface, onnx: export this task's head (default: the encoder alone)"
-    )
-    flags.add_argument("--int8", action="store_true", help="onnx: 8-bit weights; smaller, faster, less exact")
-    flags.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        help="sentence-transformers, onnx: scale vectors to length 1 (default: the model's setting)",
-    )
-    flags.add_argument("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
+    add = flags.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="a trained model: best/ or last/")
+    add("--format", choices=FORMATS, required=True, help="the library to write for")
+    add("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add("--overwrite", action="store_true", help="replace what --output holds")
+    head = "huggingface, onnx: export this task's head (default: the encoder alone)"
+    add("--task", metavar="NAME", help=head)
+    add("--int8", action="store_true", help="onnx: 8-bit weights; smaller, faster, less exact")
+    length = "sentence-transformers, onnx: scale vectors to length 1 (default: the model's setting)"
+    add("--normalize", action=argparse.BooleanOptionalAction, help=length)
+    add("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")
     add_import_flag(flags)
-    flags.add_argument("--private", action="store_true", help="--push: make a new repository private")
+    add("--private", action="store_true", help="--push: make a new repository private")
     return flags
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises ConfigError, RunError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
-    _check(options)
     output: Path = options.output
+    _check(options, output)
     model = Predictor.from_pretrained(options.checkpoint, device="cpu", precision="fp32", local_files_only=True)
     if options.normalize is not None:
         model.normalize = options.normalize
@@ -89,9 +84,8 @@ def main(arguments: Sequence[str]) -> None:
         print(upload(output, options.push, options.private))
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, output: Path) -> None:
     """Raises ConfigError for flags that do not fit together, and for an --output that is taken."""
-    output: Path = options.output
     if options.normalize is not None and (options.format == "huggingface" or options.task):
         raise ConfigError("--normalize needs --format sentence-transformers or onnx, and an encoder (no --task)")
     if options.task and options.format == "sentence-transformers":
@@ -102,8 +96,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--private needs --push")
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not options.overwrite:
         raise ConfigError(f"--output {output}: not empty; choose another folder or add --overwrite")
-    if output.resolve() == options.checkpoint.resolve():
+    checkpoint = options.checkpoint.resolve()
+    if output.resolve() == checkpoint:
         raise ConfigError(f"--output {output}: is the checkpoint itself")
+    if output.resolve() in checkpoint.parents:
+        raise ConfigError(f"--output {output}: holds the checkpoint, which --overwrite would remove")
 
 
 def _add_heads(folder: Path, source: Path) -> None:
@@ -122,8 +119,8 @@ def upload(folder: Path, repository: str, private: bool) -> str:
         created = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(folder_path=folder, repo_id=created.repo_id, commit_message="Upload by minbert_fast")
     except Exception as error:  # the hub's own error classes differ between its major versions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"--push {repository}: not uploaded ({reason}); the exported model is in {folder}") from error
+        message = f"--push {repository}: not uploaded ({first_line(error)}); the exported model is in {folder}"
+        raise RunError(message) from error
     return str(created)
 
 

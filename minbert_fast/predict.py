@@ -12,11 +12,9 @@ course (the course's graders). The default is jsonl for a .jsonl file, course fo
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import is_stream, whole_file
+from minbert_fast.common.storage import csv_lines, is_stream, whole_file
 from minbert_fast.data.files import TableReader, open_rows
 from minbert_fast.data.inputs import ENDINGS, find_input, layout_of
 from minbert_fast.data.source import Source
@@ -37,7 +35,6 @@ MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("predict", __doc__ or "")
     add = flags.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a trained model: best/ or last/")
@@ -54,16 +51,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises ConfigError, DataError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     model = Predictor.from_pretrained(
         options.checkpoint, device=options.device, precision=options.precision, local_files_only=True
     )
-    name = choose_task(model, options.task)
+    if options.task is None and len(model.tasks) != 1:
+        raise ConfigError(f"--task: expected one of {', '.join(model.tasks)}")
+    name = next(iter(model.tasks)) if options.task is None else model.task_of(options.task)
     task = model.tasks[name]
     columns = tuple(options.text.split(",")) if options.text else ()
-    names = class_names(task) if options.probabilities else ()
-    form = options.format or default_format(options.output, task, plain=bool(columns or names))
+    names = (task.class_names or ()) if options.probabilities else ()
+    if options.probabilities and not names:
+        raise ConfigError(f"--probabilities: task {task.name} has no classes")
+    plain = columns or names or not task.layout
+    form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "csv" if plain else "course")
     if names and form == "course":
         raise ConfigError("--format course: has no place for --probabilities; choose csv or jsonl")
     count = left_out = 0
@@ -96,29 +97,6 @@ def main(arguments: Sequence[str]) -> None:
     print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
 
 
-def choose_task(model: Predictor, name: str | None) -> str:
-    """The task called `name`, or the model's only one. Raises ConfigError."""
-    if name is not None:
-        return model.task_of(name)
-    if len(model.tasks) != 1:
-        raise ConfigError(f"--task: expected one of {', '.join(model.tasks)}")
-    return next(iter(model.tasks))
-
-
-def class_names(task: Task) -> tuple[str, ...]:
-    """The classes whose probabilities are written. Raises ConfigError for a task without classes."""
-    if task.class_names is None:
-        raise ConfigError(f"--probabilities: task {task.name} has no classes")
-    return task.class_names
-
-
-def default_format(output: Path, task: Task, plain: bool) -> str:
-    """The format of an output whose --format is not given; `plain`: own columns or probabilities are asked for."""
-    if output.suffix == ".jsonl":
-        return "jsonl"
-    return "course" if task.layout and not plain else "csv"
-
-
 def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) -> TableReader:
     """Opens a file to predict: read as the task's training data, unless `columns` or the file's ending say otherwise."""
     source = next(iter(task.sources), Source())
@@ -132,13 +110,6 @@ def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) 
     found = find_input(replace(source, id=identity or source.id), "train", task.num_texts)
     assert found is not None, "the source names a file"
     return open_rows(found, None, max_bad_rows=MAX_BAD_ROWS)
-
-
-def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV (RFC 4180 but for plain line feeds)."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
 
 
 def json_line(identity: str, label: Any, shares: Sequence[float], names: Sequence[str]) -> str:

@@ -21,7 +21,6 @@ from minbert_fast.reporting.search_page import holds_search, write_search
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
     flags = Parser("report", __doc__ or "")
     flags.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="--output of a run or a search")
     flags.add_argument("--output", type=Path, metavar="FILE", help="the comparison page (default: comparison.html)")
@@ -29,7 +28,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Raises ConfigError or OSError for mistakes of the user."""
     options = parser().parse_args(arguments)
     if len(options.directories) == 1:
         if options.output is not None:

@@ -23,6 +23,7 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_text
 from minbert_fast.trainer import experiments, reproduction
+from minbert_fast.trainer.job import BACKENDS
 
 
 def factor(text: str) -> float:
@@ -37,7 +38,6 @@ def factor(text: str) -> float:
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
     command = cli.Parser("reproduce", __doc__ or "")
     add = command.add_argument
     add("names", nargs="*", metavar="NAME", help="recipes, reports or patterns (default: all with published scores)")
@@ -47,7 +47,7 @@ def parser() -> cli.Parser:
     add("--results", metavar="FILE", type=Path, help="the file of finished rows (default: results.json under --output)")
     add("--discard", action="store_true", help="remove the models and checkpoints of finished rows")
     add("--seed", metavar="N", type=cli.whole_number, help="seed of all runs (default: the recipe's)")
-    add("--backend", choices=("auto", "fast", "reference"), default="auto")
+    add("--backend", choices=BACKENDS, default="auto")
     return command
 
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         if done and not done["failure"] and done["fingerprint"] == reproduction.fingerprint(recipe, chosen.backend):
             print(f"finished before, in {results}", flush=True)
             continue
-        scale = "" if chosen.epochs_scale == 1 else f"-epochs-{chosen.epochs_scale:g}"  # another run than the whole one
+        scale = "" if chosen.epochs_scale == 1 else f"-epochs-{chosen.epochs_scale:g}"  # a directory per length
         directory = output / f"{Path(name).stem}{scale}"
         trial = experiments.run_or_resume(name, recipe, directory, command, chosen.device, chosen.backend)
         if trial.failure:

@@ -41,22 +41,15 @@ SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in 
 
 
 def parser() -> cli.Parser:
-    """The command's flags."""
     command = cli.Parser("search", __doc__ or "")
     add = command.add_argument
     add("--recipe", metavar="NAME|FILE.toml", help="(default: default; without --model: demonstration)")
     add("--grid", metavar="KEY=A,B,...", action="append", default=[], help="(repeatable)")
-    add(
-        "--range",
-        metavar="KEY=LOW..HIGH",
-        action="append",
-        default=[],
-        dest="ranges",
-        help="needs --optuna (repeatable)",
-    )
+    needs = "needs --optuna (repeatable)"
+    add("--range", metavar="KEY=LOW..HIGH", action="append", default=[], dest="ranges", help=needs)
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--random", metavar="N", type=cli.whole_number, help="run N random combinations")
-    how.add_argument("--optuna", metavar="N", type=cli.whole_number, help="run N combinations that Optuna proposes")
+    how.add_argument("--random", metavar="N", type=cli.positive_number, help="run N random combinations")
+    how.add_argument("--optuna", metavar="N", type=cli.positive_number, help="run N combinations that Optuna proposes")
     add("--metric", default="score", help="the dev metric that counts (default: score)")
     experiments.add_series_flags(command)
     add("--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)")
@@ -66,14 +59,18 @@ def parser() -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     """Runs the combinations and updates the results after each."""
     chosen = parser().parse_args(arguments)
-    space: dict[str, Sequence[str] | Range] = {**parse_grid(chosen.grid), **parse_ranges(chosen.ranges)}
+    grid, ranges = parse_grid(chosen.grid), parse_ranges(chosen.ranges)
+    for key in grid.keys() & ranges.keys():
+        raise ConfigError(f"--grid and --range {key}: choose one")
+    space: dict[str, Sequence[str] | Range] = {**grid, **ranges}
     if not space:
         raise ConfigError("expected --grid KEY=A,B,... or --range KEY=LOW..HIGH")
     if chosen.ranges and chosen.optuna is None:
         raise ConfigError(f"--range {chosen.ranges[0]}: --optuna N says how many values to try")
-    # Of a range, its ends: they show whether the recipe takes such values.
-    grid = {k: [f"{o.low:g}", f"{o.high:g}"] if isinstance(o, Range) else o for k, o in space.items()}
-    base = experiments.load_recipe(chosen.recipe or ("default" if chosen.model else "demonstration"), chosen)
+    grid |= {
+        key: str(limits).split("..") for key, limits in ranges.items()
+    }  # shows whether the recipe takes such values
+    base = experiments.load_recipe(chosen.recipe, chosen)
     for combination in combinations(grid):  # finds invalid values before the first run
         with_combination(base, combination)
     output: Path = chosen.output
@@ -99,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
 
     def read_trial(combination: Values) -> None:
         name = directory_name(combination)
-        add_trial(combination, experiments.read_trial(name, output / name))
+        add_trial(combination, experiments.read_trial(name, output / name, with_combination(base, combination)))
 
     if chosen.optuna is not None:
         run_study(output, space, chosen.metric, chosen.optuna, chosen.seed, run_trial, read_trial)
@@ -120,7 +117,7 @@ def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:
         key = SHORT.get(key.strip(), key.strip())
         if not equals or not options or "." not in key:
             raise ConfigError(f"--grid {assignment!r}: expected KEY=A,B,... with a key such as lr or optimizer.lr")
-        grid[key] = options
+        grid.setdefault(key, []).extend(options)
     return grid
 
 
@@ -130,6 +127,8 @@ def parse_ranges(assignments: Sequence[str]) -> dict[str, Range]:
     for assignment in assignments:
         key, _, text = assignment.partition("=")
         key = SHORT.get(key.strip(), key.strip())
+        if key in ranges:
+            raise ConfigError(f"--range {key}: given twice")
         try:
             ranges[key] = parse_range(text)
         except ValueError:

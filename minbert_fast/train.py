@@ -29,7 +29,7 @@ from minbert_fast.data.inputs import ENDINGS
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.tasks import build_task, build_tasks
 from minbert_fast.trainer.completing import without_tasks
-from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.job import BACKENDS, DEVICES, Options, train
 from minbert_fast.trainer.outputs import saved_recipe_path
 from minbert_fast.trainer.resume import require_run
 
@@ -66,7 +66,6 @@ COURSE_OPTIONS: Mapping[str, dict[str, Any]] = {
     "pretrain": {"model": {"freeze": True}, "optimizer": {"lr": 1e-3}},
     "finetune": {"model": {"freeze": False}, "optimizer": {"lr": 1e-5}},
 }
-DEVICES = ("auto", "cpu", "cuda")
 MODEL_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
@@ -88,10 +87,8 @@ def parser() -> argparse.ArgumentParser:
     for flag in flags.values():
         add_flag(command, flag)
     add("--device", metavar="NAME", choices=DEVICES, default="auto", help=", ".join(DEVICES))
-    backends = ("auto", "fast", "reference")
-    add(
-        "--backend", metavar="NAME", choices=backends, default="auto", help=f"{', '.join(backends)} (naive, to compare)"
-    )
+    help_backend = f"{', '.join(BACKENDS)} (naive, to compare)"
+    add("--backend", metavar="NAME", choices=BACKENDS, default="auto", help=help_backend)
     add("--resume", action="store_true", help="continue the run under --output")
     add("--stop-after", metavar="N", type=cli.whole_number, help="cut the run after step N; --resume goes on")
     add("--overwrite", action="store_true", help="replace the run under --output")
@@ -192,9 +189,8 @@ def one_file(chosen: argparse.Namespace) -> dict[str, Any]:
     if data is None or not Path(data).is_file():
         for name, value in own.items():
             if value is not None:
-                raise ConfigError(
-                    f"--{name} {value}: describes --data FILE" + (f", and {data} is no file" if data else "")
-                )
+                no_file = f", and {data} is no file" if data else ""
+                raise ConfigError(f"--{name} {value}: describes --data FILE{no_file}")
         return {}
     if chosen.text is None and ENDINGS.get(Path(data).suffix.lower()) != "text":
         raise ConfigError(f"--data {data}: a file; --text COLUMN names its text and --label COLUMN its labels")
@@ -210,6 +206,7 @@ def one_file(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def only_tasks(recipe: Recipe, names: Sequence[str]) -> Recipe:
     """The recipe with the tasks of these names alone; the name of a kind that it lacks adds a task of this kind."""
+    names = [name.strip() for name in names]
     known = build_tasks(recipe)
     for name in names:
         if name not in known:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minbert_fast import compare
 from minbert_fast.common import cli
 from minbert_fast.common.errors import InterruptError
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
@@ -155,3 +157,24 @@ def test_a_comparison_is_interrupted_and_goes_on(
     assert result["rows"][1]["conflicts"] is not None
     assert "| pcgrad" in capsys.readouterr().out
     assert "<td>famo</td>" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("other", [["--data", "{other}"], ["--model", "{model}"], ["--backend", "reference"]])
+def test_a_finished_run_on_other_data_weights_or_backend_is_refused(
+    other: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was taken for the run that was asked for, and its scores were labelled with the new data or weights."""
+    data = small_data(tmp_path / "data")
+    paths = {"other": shutil.copytree(data, tmp_path / "other"), "model": sample_directory().model}
+    output = tmp_path / "out"
+    flags = ["--methods", "none", "--seeds", "1", "--data", str(data), "--output", str(output), "--device", "cpu"]
+    flags += ["--recipe", "demonstration", "--max-steps", "1"]
+    assert cli.run(compare.main, flags) == 0
+    capsys.readouterr()
+    assert cli.run(compare.main, [*flags, *(part.format(**paths) for part in other)]) == 1
+    printed = capsys.readouterr().err
+    assert f"{output / 'none'}" in printed
+    assert "holds a finished run" in printed
+    assert "choose another --output" in printed
+    assert cli.run(compare.main, flags) == 0, "the run itself is still read"

@@ -363,6 +363,7 @@ def test_export_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     cases: list[tuple[Path, Path, tuple[str, ...], str]] = [
         (source, full, (), "not empty"),
         (source, source, ("--overwrite",), "is the checkpoint itself"),
+        (source, source.parent, ("--overwrite",), "holds the checkpoint"),
         (tmp_path / "nowhere", tmp_path / "out", (), "no such file or directory"),
         (source, tmp_path / "out", ("--normalize",), "--normalize"),
         (source, tmp_path / "out", ("--private",), "--private needs --push"),

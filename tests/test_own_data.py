@@ -140,6 +140,11 @@ def test_memory_and_files_give_the_same_run(tmp_path: Path) -> None:
         ({"data": rows()}, "mapping"),
         ({"data": rows(), "text": "review", "label": "verdict", "kind": "regression"}, "label"),
         ({"data": {"verdict": rows()}}, "no text columns"),
+        (
+            {"data": [{"t": "a", "y": 0}], "text": "t", "label": "y", "backend": "fst"},
+            "backend 'fst': expected auto, fast",
+        ),
+        ({"data": __file__}, "(" + __file__ + ": a file)"),
     ],
 )
 def test_mistakes_are_one_line(arguments: dict[str, Any], problem: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import reproduction
+from minbert_fast.trainer.completing import with_task_values, without_tasks
 from minbert_fast.trainer.experiments import limit_steps, same_experiment
 from minbert_fast.trainer.job import Options, train
 
@@ -276,3 +277,22 @@ def test_other_recipes_are_other_experiments(change: dict[str, Any]) -> None:
     recipe = Recipe.load("default")
     assert same_experiment(recipe, recipe.with_values({}, "test"))
     assert not same_experiment(recipe, recipe.with_values(change, "test"))
+
+
+def test_a_stage_with_other_values_is_another_experiment() -> None:
+    """The finished run of a recipe whose stage was changed afterwards passed for one of the new recipe."""
+    first, other = (
+        Recipe.load("default").with_values({"stages": [{"optimizer": {"lr": lr}}, {}]}, "test") for lr in (1e-3, 2e-3)
+    )
+    assert same_experiment(first, first)
+    assert not same_experiment(first, other)
+
+
+def test_values_that_the_data_decide_make_no_other_experiment() -> None:
+    """A comparison with a task whose kind the labels decide refused its own finished runs."""
+    mood = {"data": {"train": "mood.csv", "text": ["text"], "label": "mood"}}
+    recipe = Recipe.load("default").with_values({"tasks": {"mood": mood}}, "test")
+    executed = with_task_values(recipe, "mood", {"kind": "classification", "classes": ["bad", "good"]})
+    assert same_experiment(executed, recipe)
+    assert same_experiment(without_tasks(executed, ["sentiment"], print), recipe)
+    assert not same_experiment(executed, recipe.with_values({"tasks": {"mood": {"weight": 2.0}}}, "test"))

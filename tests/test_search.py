@@ -114,6 +114,9 @@ def test_a_study_of_other_values_is_not_continued(
         (["--range", "lr=fast", "--optuna", "2"], "expected KEY=LOW..HIGH, such as lr=1e-5..1e-4"),
         (["--range", "batch-size=0..8", "--optuna", "2"], "batch_size = 0: expected 1 or more"),
         (["--range", "nothing=1..2", "--optuna", "2"], "unknown key 'nothing'"),
+        (["--range", "lr=1..2", "--range", "optimizer.lr=3..4", "--optuna", "2"], "--range optimizer.lr: given twice"),
+        (["--grid", "lr=1", "--range", "lr=1..2", "--optuna", "2"], "--grid and --range optimizer.lr: choose one"),
+        (["--grid", "lr=1e-4", "--random", "0"], "--random: '0': expected a whole number, 1 or more"),
     ],
 )
 def test_mistakes_are_one_line_before_any_run(
@@ -124,6 +127,14 @@ def test_mistakes_are_one_line_before_any_run(
     assert expected in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_in_two_parts_and_a_range_of_large_whole_numbers(trainings: Trainings, tmp_path: Path) -> None:
+    """The first part was ignored, and 1500000 was written as 1.5e+06, which is no whole number."""
+    assert run(tmp_path / "grid", "--grid", "lr=1e-4,2e-4", "--grid", "optimizer.lr=3e-4") == 0
+    assert trainings.begun == ["lr=1e-4", "lr=2e-4", "lr=3e-4"]
+    assert run(tmp_path / "range", "--range", "training.seed=1500000..1500001", "--optuna", "1") == 0
+    assert trainings.begun[-1] in ("seed=1500000", "seed=1500001")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -675,6 +675,28 @@ def test_overwrite_does_not_remove_the_model_that_it_starts_from(
     assert (best / "model.safetensors").is_file()
 
 
+def test_predictions_that_the_run_does_not_have_are_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--sst_test_out FILE` without test rows was ignored."""
+    target = tmp_path / "sst-test.csv"
+    assert (
+        cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1", "--sst_test_out", str(target))) == 0
+    )
+    line = f"{target}: not written, the run has no test predictions of sentiment"
+    assert line in capsys.readouterr().out
+    assert line in json.loads((tmp_path / "run" / "summary.json").read_text())["notices"]
+
+
+def test_overwrite_with_a_mistake_in_the_data_keeps_the_finished_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(capsys, *small_run(tmp_path / "typo", finished, "--overwrite"))
+    assert "typo: does not exist" in error
+    assert (finished / "best" / "model.safetensors").is_file()
+    assert (finished / "summary.json").is_file()
+
+
 # ---- Disk space ---------------------------------------------------------------------------------------------------
 
 

@@ -41,22 +41,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=25),
         )
         self.add_argument("--version", action="version", version=f"minbert_fast {__version__}")
-        self._hidden: list[argparse._ArgumentGroup] = []
 
     def add_hidden_group(self, title: str, flag: str) -> argparse._ArgumentGroup:
         """A group of flags that --help leaves out; `flag` prints it."""
         group = self.add_argument_group(title)
-        self._hidden.append(group)
+        self._action_groups.remove(group)  # read by the help text alone
         self.add_argument(flag, action=_GroupHelp, const=group, help=f"show {title}")
         return group
-
-    def format_help(self) -> str:
-        """The help text without the hidden groups."""
-        groups = self._action_groups
-        self._action_groups = [group for group in groups if group not in self._hidden]
-        text = super().format_help()
-        self._action_groups = groups
-        return text
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse overloads it
         """Like argparse, but the error for an unknown flag suggests the closest known one."""
@@ -104,11 +95,14 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: auto)")
 
 
-def whole_number(text: str) -> int:
-    """The `type` of a flag that takes a whole number, 0 or more. Raises argparse.ArgumentTypeError."""
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+def whole_number(text: str, smallest: int = 0) -> int:
+    """The `type` of a flag that takes a whole number from `smallest` on. Raises argparse.ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit() or int(text) < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {smallest} or more")
     return int(text)
+
+
+positive_number = partial(whole_number, smallest=1)
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:

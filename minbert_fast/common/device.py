@@ -50,10 +50,8 @@ def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device
     if device.type == "cuda":
         found = torch.cuda.get_device_capability(device)
         native = found >= BF16_CAPABILITY
-        if name == "bf16" and not native:
-            raise ConfigError(
-                f"precision 'bf16': expected fp32 or auto, compute capability {_version(found)} has no bf16"
-            )
+        without = f"precision 'bf16': expected fp32 or auto, compute capability {_version(found)} has no bf16"
+        check(native or name != "bf16", without)
     else:
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     if name != "auto":

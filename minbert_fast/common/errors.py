@@ -32,11 +32,15 @@ class InterruptError(RunError):
         return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for an error of another library; its class if it has no message."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, in GPU memory (torch.OutOfMemoryError) or main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from minbert_fast.common.storage import regular
 _digests: dict[str, str] = {}  # of the files that this process has run, by name
 
 
-def import_file(path: Path) -> tuple[str, str]:
-    """Runs a Python file once in this process; returns its name and the SHA-256 of its content.
+def import_file(path: Path) -> str:
+    """Runs a Python file once in this process; returns the SHA-256 of its content.
 
     Raises ConfigError in one line if the file cannot be read or fails, or if another file of this name was run.
     """
@@ -32,7 +32,7 @@ def import_file(path: Path) -> tuple[str, str]:
     except OSError as error:
         raise ConfigError(f"--import {path}: cannot be read ({error.strerror})") from None
     if _digests.get(path.name) == digest:
-        return path.name, digest
+        return digest
     module = f"minbert_fast_imported_{path.stem}"
     spec = importlib.util.spec_from_file_location(module, path)
     if spec is None or spec.loader is None:
@@ -46,7 +46,7 @@ def import_file(path: Path) -> tuple[str, str]:
         del sys.modules[module]
         raise ConfigError(f"--import {path}: {type(error).__name__}: {error}") from error
     _digests[path.name] = digest
-    return path.name, digest
+    return digest
 
 
 class ImportAction(argparse.Action):
@@ -55,8 +55,8 @@ class ImportAction(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
     ) -> None:
-        name, digest = import_file(Path(values))
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: digest})
+        path = Path(values)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), path.name: import_file(path)})
 
 
 def missing(recorded: Mapping[str, str]) -> list[str]:

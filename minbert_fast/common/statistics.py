@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few repetitions with the same seeds, compared in pairs: Student's t test, and Holm's correction for several tests."""
+"""Tests for a few runs compared in pairs by seed: Student's t test, and Holm's correction for several tests (Holm 1979)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def student_tail(t: float, freedom: int) -> float:
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term, total = (cosine if odd else 1.0), 0.0
-    for k in range(2 + odd, freedom + 1, 2):  # one term fewer than there are values
+    for k in range(2 + odd, freedom + 1, 2):  # (freedom - odd) / 2 terms
         total += term
         term *= cosine * cosine * (k - 1) / k
     if odd:
@@ -39,7 +39,7 @@ def student_tail(t: float, freedom: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for the number of tests (Holm 1979): below a level, the family-wise error is too."""
+    """p-values adjusted for the number of tests: rejecting those below a level keeps the family-wise error rate below it."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

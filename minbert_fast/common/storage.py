@@ -7,8 +7,10 @@ links are followed. A stream (`-`, a pipe, a device, the file that the shell ope
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -16,7 +18,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -140,6 +142,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a UTF-8 text file atomically."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV (RFC 4180 but for plain line feeds); None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class ArrayFile:

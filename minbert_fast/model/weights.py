@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from minbert_fast.common.errors import first_line
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import inside, read_json, regular, write_bytes, write_text
 from minbert_fast.model.config import FIXED, BertConfig
@@ -106,8 +107,8 @@ def resolve(name: str, *, subfolder: str = "", **hub: Any) -> Path:
         try:
             path = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **hub))
         except Exception as error:  # the hub's own error classes differ between its major versions
-            reason = _first_line(error)
-            raise WeightsError(f"model {name!r}: no such directory, and the hub does not give it ({reason})") from None
+            why = f"no such directory, and the hub does not give it ({first_line(error)})"
+            raise WeightsError(f"model {name!r}: {why}") from None
     try:
         path = inside(path, subfolder)
     except ValueError as error:
@@ -201,7 +202,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         try:
             shard = regular(inside(index.parent, name))
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{index}: shard {name!r} cannot be read ({_first_line(error)})") from None
+            raise WeightsError(f"{index}: shard {name!r} cannot be read ({first_line(error)})") from None
         tensors |= read_safetensors(shard) if shard.suffix == ".safetensors" else _read_pickle(shard)
     check_names(places, tensors, str(index))
     return tensors
@@ -238,7 +239,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(regular(path))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)})") from None
+        raise WeightsError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
 
 
 def write(directory: Path, config: BertConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -280,7 +281,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if names or found:
             raise WeightsError(_conversion(path, names or [str(found and found[1])], "['model']")) from None
         # torch's own words advise to load it with weights_only=False, which runs what the file says.
-        reason = "" if "weights_only" in str(error) else f" ({_first_line(error)[:200]})"
+        reason = "" if "weights_only" in str(error) else f" ({first_line(error)[:200]})"
         raise WeightsError(f"{path}: no PyTorch file{reason}") from None
     place = ""
     for _ in _STATES:  # one under another, at most
@@ -361,7 +362,3 @@ def some(names: Collection[str]) -> str:
     """The first four names, and how many there are beyond."""
     keys = list(names)
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

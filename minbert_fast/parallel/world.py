@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import AllreduceCoalescedOptions, ReduceScatterOptions
 
-from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
+from minbert_fast.common.errors import InterruptError, RunError, first_line, is_out_of_memory
 from minbert_fast.common.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ class World:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"rank {self.rank} of {self.size} lost another process ({reason})") from error
+            raise RunError(f"rank {self.rank} of {self.size} lost another process ({first_line(error)})") from error
 
 
 class Agreement:

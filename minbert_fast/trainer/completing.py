@@ -25,11 +25,14 @@ def complete(
 ) -> Recipe:
     """`recipe` with a kind for each task, and with every value that a task finds in its training labels.
 
-    A task with data of its own (files, or rows `in_memory`) gets a guessed kind if its `kind` is empty, or if it has none
-    and its name is none either; `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
+    The kind of a task with files or rows `in_memory` is guessed if its `kind` is empty, or if it has no `kind` and its name
+    is not that of one; `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
     """
-    absent = missing(recipe.imports)  # a task of an absent file must not be taken for one without a kind
-    for name, options in task_tables(recipe).items():
+    absent = missing(recipe.imports)  # files that may define a kind: without them no kind is guessed
+    tables: dict[str, Mapping[str, Any]] = {}  # a task's first table counts
+    for name, options in task_tables(recipe):
+        tables.setdefault(name, options)
+    for name, options in tables.items():
         if absent or options.get("kind") or ("kind" not in options and is_kind(name)):
             continue
         if not options.get("data") and name not in in_memory:
@@ -44,13 +47,10 @@ def complete(
     return recipe
 
 
-def task_tables(recipe: Recipe) -> dict[str, Mapping[str, Any]]:
-    """The options of every task of the recipe and its stages, by name; a task's first table counts."""
-    tables = dict(recipe.tasks)
-    for stage in recipe.stages:
-        for name, options in stage.get("tasks", {}).items():
-            tables.setdefault(name, options)
-    return tables
+def task_tables(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
+    """The name and the options of every task of the recipe, then of those of its stages; a name may come again."""
+    tables = (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages))
+    return [(name, options) for tasks in tables for name, options in tasks.items()]
 
 
 def with_task_values(recipe: Recipe, name: str, values: Mapping[str, Any]) -> Recipe:

@@ -23,7 +23,7 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_task, build_tasks, is_kind
 from minbert_fast.tasks.evaluation import check_prediction_files
-from minbert_fast.trainer.completing import complete, without_tasks
+from minbert_fast.trainer.completing import complete, task_tables, without_tasks
 from minbert_fast.trainer.progress import file_progress
 
 SPLITS = ("train", "dev", "test")
@@ -134,40 +134,37 @@ def load_split(
     return tables
 
 
+@dataclass
 class _Reader:
     """Reads each file of a recipe once, whichever tasks and stages use it."""
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, notify: Callable[[str], None], rows: Rows, training: bool = True
-    ) -> None:
-        self.recipe = recipe
-        self.tokenizer = tokenizer
-        self.notify = notify
-        self.rows = rows
+    recipe: Recipe
+    tokenizer: Tokenizer
+    notify: Callable[[str], None]
+    rows: Rows
+    training: bool = True
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
         self._tables: dict[tuple[str, ...], TokenTable] = {}
         self._sources: dict[str, list[Source]] = {}  # of each task, in all stages
-        for tables in (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages)):
-            for name, options in tables.items():
-                merged = merge(recipe.tasks.get(name, {}), options)
-                known = is_kind(str(merged.get("kind", name)))
-                found = (
-                    build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
-                )
-                self._sources.setdefault(name, []).extend(found)
-        for name in rows:
+        for name, options in task_tables(recipe):
+            merged = merge(recipe.tasks.get(name, {}), options)
+            known = is_kind(str(merged.get("kind", name)))
+            found = build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
+            self._sources.setdefault(name, []).extend(found)
+        for name in self.rows:
             if name not in self._sources:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
         named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if _in_directory(s))
         layouts = tuple(layout for layout in named if format_of(layout).stem)
-        self._paths = {s: find_files(recipe, s, layouts, notify, training) if layouts else {} for s in SPLITS}
+        self._paths = {s: self._find_files(s, layouts) if layouts else {} for s in SPLITS}
 
     def summarise(self, name: str, texts: int) -> LabelSummary:
-        """What the training labels of task `name` hold, in all stages."""
+        """Summarises the training labels of task `name`, those of all stages together."""
         sources = {repr(source): source for source in self._sources[name]}  # each once
-        inputs = [
-            found for source in sources.values() if (found := self._input(name, source, "train", texts)) is not None
-        ]
-        return merge_summaries([summarise_labels(found) for found in inputs])
+        inputs = [self._input(name, source, "train", texts) for source in sources.values()]
+        return merge_summaries([summarise_labels(found) for found in inputs if found is not None])
 
     def table(self, task: Task, split: str, labeled: bool | None = None, file: Path | None = None) -> TokenTable | None:
         """The rows of a task, from `file` if one is given; None if it has none in this split.
@@ -199,6 +196,34 @@ class _Reader:
             source = source.with_file(split, path)
         return find_input(source, split, texts)
 
+    def _find_files(self, split: str, datasets: tuple[str, ...]) -> dict[str, Path]:
+        """The split's files by dataset: those in `data.files`, the others from the data directory.
+
+        To train, raises DataError without any training file, and tells of missing ones.
+        """
+        data = self.recipe.data
+        for dataset in data.files:
+            if dataset not in FORMATS:
+                raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
+        named = {d: Path(s[split]) for d, s in data.files.items() if split in s and d in datasets}
+        others = tuple(dataset for dataset in datasets if dataset not in named)
+        required = self.training and split == "train"
+        notices: tuple[str, ...] = ()
+        if others and data.files and not data.directory:
+            notices = (f"no train file named for {', '.join(others)}: left out",)
+        elif others:
+            directory = Path(data.directory) if data.directory else sample_directory().data
+            try:
+                found = find_tables(directory, split, others)
+                named, notices = found.paths | named, tuple(found.notices)
+            except DataError:
+                if required and not named:
+                    raise
+                notices = (f"{directory}: no train files of {', '.join(others)}",)
+        for notice in notices if required else ():  # the caller reports missing dev files; test files are optional
+            self.notify(notice)
+        return named
+
     def _read(self, found: Input, rule: Rule | None) -> TokenTable:
         data = self.recipe.data
         with file_progress(found.name) as progress:
@@ -220,8 +245,7 @@ class _Reader:
 
 def names_data(recipe: Recipe) -> bool:
     """Whether any task of the recipe or its stages names files or a data set of the hub."""
-    tables = (recipe.tasks, *(stage.get("tasks", {}) for stage in recipe.stages))
-    sources = [s for tasks in tables for options in tasks.values() for s in sources_of(options.get("data", ""))]
+    sources = [source for _, options in task_tables(recipe) for source in sources_of(options.get("data", ""))]
     return any(not source.layout or not _in_directory(source) for source in sources)
 
 
@@ -254,34 +278,3 @@ def _divide(whole: TokenTable, recipe: Recipe) -> tuple[TokenTable, TokenTable |
         return whole, None
     kept, held = hold_out(whole, recipe.data.holdout, recipe.training.seed)
     return whole.select(kept), whole.select(held)
-
-
-def find_files(
-    recipe: Recipe, split: str, datasets: tuple[str, ...], notify: Callable[[str], None], training: bool = True
-) -> dict[str, Path]:
-    """The split's files by dataset: those in `data.files`, the others from the data directory.
-
-    For `training`, raises DataError without any training file, and tells of missing ones.
-    """
-    for dataset in recipe.data.files:
-        if dataset not in FORMATS:
-            raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
-    named = {d: Path(s[split]) for d, s in recipe.data.files.items() if split in s and d in datasets}
-    others = tuple(dataset for dataset in datasets if dataset not in named)
-    notices: tuple[str, ...] = ()
-    if others and recipe.data.files and not recipe.data.directory:
-        notices = (f"no train file named for {', '.join(others)}: left out",)
-    elif others:
-        directory = Path(recipe.data.directory) if recipe.data.directory else sample_directory().data
-        try:
-            found = find_tables(directory, split, others)
-            named, notices = found.paths | named, tuple(found.notices)
-        except DataError:
-            if split == "train" and training and not named:
-                raise
-            notices = (f"{directory}: no train files of {', '.join(others)}",)
-    for notice in (
-        notices if split == "train" and training else ()
-    ):  # the caller reports missing dev files; test files are optional
-        notify(notice)
-    return named

@@ -16,7 +16,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.trainer.checkpoint import NEWEST
 from minbert_fast.trainer.loop import Stage
 
-ROW_BYTES = 300  # of a dev row in predictions/, about: its prediction, and its texts among the examples of a report
+ROW_BYTES = 300  # about, for each dev row in predictions/: the prediction, and the texts that the report may show
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
@@ -17,8 +16,9 @@ from minbert_fast.common.schema import ConfigError, Whole, merge, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.trainer.callbacks import Callback
-from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
+from minbert_fast.trainer.resume import changed_values
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run_or_resume(
     directory: Path,
     command: str,
     device: str = "auto",
-    backend: Literal["auto", "fast", "reference"] = "auto",
+    backend: BackendName = "auto",
     callbacks: Sequence[Callback] = (),
 ) -> Trial:
     """Runs `recipe` in `directory`: resumes an interrupted run, and only reads the results of a finished one.
@@ -56,7 +56,7 @@ def run_or_resume(
             again = directory.is_dir()
             options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
             train(recipe, options)
-        return read_trial(name, directory)
+        return read_trial(name, directory, recipe, backend)
     except (ValueError, RunError) as error:
         if isinstance(error, RunError) and error.status > 128:
             raise
@@ -64,13 +64,20 @@ def run_or_resume(
         return Trial(name, directory, failure=str(error))
 
 
-def read_trial(name: str, directory: Path) -> Trial:
-    """The result of the run in `directory`. Raises RunError if it has none."""
-    path = directory / SUMMARY
-    try:
-        return Trial(name, directory, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
+def read_trial(name: str, directory: Path, recipe: Recipe, backend: str = "auto") -> Trial:
+    """The result of the run in `directory`. Raises ConfigError if it has none, or had other data, weights or backend."""
+    summary = read_json(directory / SUMMARY)
+    recipe = recipe.with_paths(absolute_path)
+    executed, wanted = load_executed_recipe(directory) or recipe, "reference" if backend == "reference" else "fast"
+    inputs = {
+        "model.name": (executed.model.name, recipe.model.name),
+        "data.directory": (executed.data.directory, recipe.data.directory),
+        "data.files": (plain(executed.data.files), plain(recipe.data.files)),
+        "backend": (summary.get("backend", wanted), wanted),
+    }
+    if changed := [f"{name} was {then!r}, now {now!r}" for name, (then, now) in inputs.items() if then != now]:
+        raise ConfigError(f"{directory} holds a finished run: {'; '.join(changed)}; choose another --output")
+    return Trial(name, directory, summary)
 
 
 def is_finished(directory: Path) -> bool:
@@ -88,19 +95,10 @@ def load_executed_recipe(directory: Path) -> Recipe | None:
 
 
 def same_experiment(executed: Recipe | None, recipe: Recipe) -> bool:
-    """Whether the results of a run of `executed` are those of `recipe`.
-
-    Differences that the data cause (dropped tasks, a shorter maximum length) do not count.
-    """
-    if executed is None or any(plain(recipe.tasks.get(n)) != plain(task) for n, task in executed.tasks.items()):
+    """Whether a run of `executed` took the steps of `recipe`; `read_trial` compares data and weights."""
+    if executed is None or executed.training.max_steps != recipe.training.max_steps:
         return False
-
-    def values(r: Recipe) -> Any:
-        stages = [{key: stage[key] for key in ("training", "optimizer") if key in stage} for stage in r.stages]
-        data = r.data.directory, r.data.scheme
-        return r.name, r.training, r.optimizer, r.surgery, r.weighting, r.regularisation, data, r.model, stages
-
-    return bool(values(executed) == values(recipe))
+    return not changed_values(executed, recipe)
 
 
 def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
@@ -120,12 +118,16 @@ def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
     add("--model", metavar="DIR|HUB_NAME", help="encoder weights")
     add("--output", metavar="DIR", type=Path, required=output_required, help="a directory for all runs and the table")
     add("--max-steps", metavar="N", type=cli.whole_number, help="steps of a run, or of each of its stages")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=DEVICES, default="auto")
     cli.add_import_flag(command)
 
 
-def load_recipe(name: str, chosen: argparse.Namespace) -> Recipe:
-    """Recipe `name` (or a TOML file) with the data, model and step limit of the command line."""
+def load_recipe(name: str | None, chosen: argparse.Namespace) -> Recipe:
+    """Recipe `name` (or a TOML file) with the data, model and step limit of the command line.
+
+    Without a name, `default`, or the demonstration if the command line has no model.
+    """
+    name = name or ("default" if chosen.model else "demonstration")
     values: dict[str, Any] = {"data": {"directory": chosen.data}} if chosen.data else {}
     values |= {"model": {"name": chosen.model}} if chosen.model else {}
     values |= {"imports": Whole(chosen.imports)} if chosen.imports else {}

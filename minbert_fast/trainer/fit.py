@@ -9,22 +9,21 @@ result.metrics["stars_accuracy"], result.predictor.predict("stars", ["A gripping
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from minbert_fast.common.schema import ConfigError, merge
+from minbert_fast.common.schema import ConfigError, merge, plain
+from minbert_fast.common.storage import read_json
 from minbert_fast.data.source import Names
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.predictor import Predictor
 from minbert_fast.trainer.callbacks import Callback
-from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.datasets import SPLITS
+from minbert_fast.trainer.job import BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
-
-SPLITS = ("train", "dev", "test")
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,8 +35,7 @@ class FitResult:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
-        summary: dict[str, Any] = json.loads((self.output / SUMMARY).read_text(encoding="utf-8"))
-        return summary
+        return dict(read_json(self.output / SUMMARY))
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -66,7 +64,7 @@ def fit(
     output: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     device: str = "auto",
-    backend: Literal["auto", "fast", "reference"] = "auto",
+    backend: BackendName = "auto",
     resume: bool = False,
     overwrite: bool = False,
     report_to: Sequence[str] = (),
@@ -114,15 +112,16 @@ def fit(
 
 
 def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, object]]]:
-    """The recipe with the tasks of `data` (see `fit`) in place of its own, and their rows in memory by task and split.
+    """The recipe with the tasks of `data` (see `fit`) alone, and their rows in memory by task and split.
 
     A task that the recipe has keeps its options there. Raises ConfigError.
     """
     if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
-        found = f"{data}: no such directory" if isinstance(data, str | Path) else type(data).__name__
-        raise ConfigError(
-            f"data: expected a directory, a mapping from tasks to rows, or rows with text and label ({found})"
-        )
+        found = type(data).__name__
+        if isinstance(data, str | Path):
+            found = f"{data}: {'a file' if Path(data).is_file() else 'no such directory'}"
+        expected = "a directory, a mapping from tasks to rows, or rows with text and label"
+        raise ConfigError(f"data: expected {expected} ({found})")
     tasks: dict[str, Any] = {}
     rows: dict[str, dict[str, object]] = {}
     for name, value in data.items():
@@ -132,20 +131,12 @@ def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, ob
         for split in SPLITS:
             if split in table and not _names_files(table[split]):
                 rows.setdefault(name, {})[split] = table.pop(split)
-            elif split in table:
-                table[split] = _as_text(table[split])
         source = {key: each for key, each in table.items() if each not in ("", ())}
-        before = recipe.tasks.get(name, {})
-        tasks[name] = merge(before, own) | {"data": source}
+        tasks[name] = merge(recipe.tasks.get(name, {}), own) | {"data": plain(source)}
     return replace(recipe, tasks=tasks), rows
 
 
 def _names_files(value: object) -> bool:
     """Whether a split is one file or several, not rows."""
-    if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(each, str | Path) for each in value)
-    return isinstance(value, str | Path)
-
-
-def _as_text(value: Any) -> Any:
-    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
+    files = value if isinstance(value, list | tuple) else [value]
+    return bool(files) and all(isinstance(each, str | Path) for each in files)

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision, peak_memory
 from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
-from minbert_fast.common.schema import ConfigError, plain
-from minbert_fast.common.storage import write_json
+from minbert_fast.common.schema import ConfigError, check, plain
+from minbert_fast.common.storage import finite, write_json
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import subset
 from minbert_fast.data.tokenizer import Tokenizer
@@ -49,6 +48,9 @@ DEMONSTRATION = (
     "This is a demonstration: a tiny model with random weights learns small made-up sample data that ship with the "
     "package. For real results: --data DIR --model DIR"
 )
+DEVICES = ("auto", "cpu", "cuda")
+BackendName = Literal["auto", "fast", "reference"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -58,7 +60,7 @@ class Options:
 
     output: Path | None = None  # None: a new directory under runs/
     device: str = "auto"
-    backend: Literal["auto", "fast", "reference"] = "auto"
+    backend: BackendName = "auto"
     resume: bool = False
     overwrite: bool = False
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included; --resume goes on
@@ -106,6 +108,7 @@ class _Job:
         check_trackers(self.options.report_to)
         self.commit = current_commit()  # read now: the checkout may change during a long run
         self.precision = choose_precision(self.recipe.training.precision, self.device)
+        check(self.options.backend in BACKENDS, f"backend {self.options.backend!r}: expected {', '.join(BACKENDS)}")
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
         data = self.recipe.data
         self.own_data = bool(self.options.rows) or names_data(self.recipe)
@@ -116,7 +119,6 @@ class _Job:
             name = self.recipe.model.name
             if name and self.output.resolve() in Path(name).resolve().parents:
                 raise ConfigError(f"--overwrite would remove --model {name}; choose another --output")
-            self.files.clear()
         elif self.files.holds_run and not self.options.resume:
             raise RunError(f"{self.files.path} holds a run already: --resume continues it, --overwrite replaces it")
         self.recipe = self.recipe.with_paths(absolute_path)  # a run resumed elsewhere finds its files
@@ -132,6 +134,8 @@ class _Job:
         self.room = disk.estimate(self.model, self.recipe, self.stages, dev_rows)
         if self.world.is_main:
             disk.check_room(self.room, self.files.path)
+        if self.options.overwrite and self.files.holds_run:  # only now: a mistake in the flags costs no finished run
+            self.files.clear()
         self.files.prepare(self.recipe.to_toml())
         outcome = self._train(checkpoint)
         if self.world.is_main:
@@ -192,10 +196,8 @@ class _Job:
 
     def _check_sizes(self, encoder: BertModel) -> None:
         config = encoder.config
-        if self.tokenizer.vocab_size > config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {self.tokenizer.vocab_size:,} word pieces, the model only {config.vocab_size:,}"
-            )
+        pieces, rows = self.tokenizer.vocab_size, config.vocab_size
+        check(pieces <= rows, f"the tokenizer has {pieces:,} word pieces, the model only {rows:,}")
         if self.recipe.data.max_length > config.max_position_embeddings:
             data = replace(self.recipe.data, max_length=config.max_position_embeddings)
             self.recipe = replace(self.recipe, data=data)
@@ -208,10 +210,9 @@ class _Job:
             known += [*self.data.tasks[name].metric_names, f"{name}_loss"]
         for recipe in (self.recipe, *(stage.recipe for stage in self.stages)):
             select = recipe.training.select
-            if select not in known:
-                raise ConfigError(
-                    f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
-                )
+            check(
+                select in known, f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+            )
 
     def _choose_scored_rows(self) -> None:
         """Draws the dev and training rows that evaluations read, where the recipe wants only a part of them."""
@@ -220,19 +221,14 @@ class _Job:
         for name, table in self.data.dev.items():
             share = self.data.tasks[name].options.dev_fraction
             if share < 1:
-                self.dev[name] = table.select(
-                    subset(len(table), max(1, round(share * len(table))), seed, f"dev/{name}")
-                )
-        self.scored_train: dict[str, TokenTable] = {}
+                rows = max(1, round(share * len(table)))
+                self.dev[name] = table.select(subset(len(table), rows, seed, f"dev/{name}"))
         if count and not self.dev:
             self.notify(
                 "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
             )
-        train = {name: table for tables in self.data.train for name, table in tables.items()}
-        for name, table in train.items() if count else ():
-            if name not in self.dev:
-                continue
-            self.scored_train[name] = table.select(subset(len(table), count, seed, f"train/{name}"))
+        train = {n: table for tables in self.data.train for n, table in tables.items() if count and n in self.dev}
+        self.scored_train = {n: t.select(subset(len(t), count, seed, f"train/{n}")) for n, t in train.items()}
 
     # ---- Resuming ---------------------------------------------------------------------------------------------------
 
@@ -331,8 +327,8 @@ class _Job:
             callbacks=self.options.callbacks,
             stop_after=self.options.stop_after,
         )
-        counts = {name: len(table) for tables in self.data.train for name, table in tables.items()}
-        rows = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        train = {name: table for tables in self.data.train for name, table in tables.items()}
+        rows = ", ".join(f"{name} {len(table):,}" for name, table in train.items())
         self._print(
             f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
             f"{self.backend} backend; training rows: {rows}; results in {self.files.path} ({self.room})"
@@ -355,7 +351,7 @@ class _Job:
         def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
             found.append(self._predict(self.dev))
             train = self._predict(self.scored_train).metrics if self.scored_train else {}
-            return _finite(found[0].metrics), _finite(train)
+            return finite(found[0].metrics), finite(train)
 
         def write(directory: Path) -> None:
             texts = {name: table.texts() for name, table in self.dev.items()}
@@ -399,12 +395,15 @@ class _Job:
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
         for (dataset, split), target in self.options.copies.items():
-            for task in self.data.tasks.values():
-                written = self.files.path / "predictions" / task.prediction_file(split)
-                if any(source.layout == dataset for source in task.sources) and written.exists():
-                    with translate_write_errors(target):
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(written, target)
+            tasks = [t for t in self.data.tasks.values() if any(source.layout == dataset for source in t.sources)]
+            files = [self.files.path / "predictions" / task.prediction_file(split) for task in tasks]
+            written = [file for file in files if file.exists()]
+            for file in written:
+                with translate_write_errors(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target)
+            if not written:
+                self.notify(f"{target}: not written, the run has no {split} predictions of {dataset}")
 
     def _summary(self, outcome: loop.Outcome) -> dict[str, Any]:
         """The content of summary.json."""
@@ -434,11 +433,6 @@ class _Job:
             "command": self.options.command,
             "commit": self.commit,
         }
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """The metrics with None for values that are not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _tokenizer_directory(source: Path) -> Path:

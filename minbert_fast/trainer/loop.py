@@ -39,7 +39,7 @@ from minbert_fast.trainer.checkpoint import (
 )
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.progress import Progress
-from minbert_fast.trainer.records import Clock, Observation, Observer, dev_record, training_record
+from minbert_fast.trainer.records import Clock, Observation, Observer, evaluation_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
 
@@ -134,7 +134,6 @@ class Trainer:
         """Trains to the end, from the start or from `checkpoint`, whose tensors it loads into the model."""
         self.state = State() if checkpoint is None else State(**checkpoint.state["run"])
         self._saved = -1 if checkpoint is None else checkpoint.step  # step of the last checkpoint
-        self._step: TrainingStep | None = None
         self._kept = self._initial_weights(checkpoint)
         self._observer = Observer()
         self._signals = StopSignals()
@@ -191,7 +190,7 @@ class Trainer:
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
             load_model(self.model, checkpoint)
-        self._step = stage.build_step()
+        self._step: TrainingStep = stage.build_step()
         if checkpoint is not None:
             load_step(self._step, checkpoint)
         self._after_step(stage)
@@ -207,7 +206,6 @@ class Trainer:
                     return
 
     def _take_step(self, stage: Stage, batch: MultitaskBatch) -> None:
-        assert self._step is not None
         state = self.state
         scale = lr_scale(state.stage_step, stage.steps, stage.steps_per_epoch, stage.recipe.optimizer)
         try:
@@ -252,7 +250,7 @@ class Trainer:
         kept: dict[str, dict[str, Tensor]] = {}
         if self._needed("0", self.state.stage):
             kept["0"] = copy_weights(self.model)  # before a checkpoint is loaded
-        for name, tensor in ({} if checkpoint is None else checkpoint.tensors).items():
+        for name, tensor in checkpoint.tensors.items() if checkpoint is not None else ():
             if name.startswith(KEPT):
                 weights, _, parameter = name.removeprefix(KEPT).partition("/")
                 kept.setdefault(weights, {})[parameter] = tensor
@@ -297,12 +295,11 @@ class Trainer:
 
     def _averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the block the model has its averaged weights, if the recipe averages them."""
-        average = None if self._step is None else self._step.average
-        return nullcontext() if average is None else average.applied()
+        return nullcontext() if self._step.average is None else self._step.average.applied()
 
     def _adopt_average(self) -> None:
         """Replaces the weights by their average for good, at the end of a stage."""
-        if self._step is not None and self._step.average is not None:
+        if self._step.average is not None:
             self._step.average.adopt()
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
@@ -311,7 +308,7 @@ class Trainer:
         """A scheduled evaluation: updates the state, and best/ if the score is the best one so far."""
         state, evaluation = self.state, self._measure()
         if evaluation is not None:
-            better = state.step > 0 and self._is_better(evaluation, state.best)
+            better = state.step > 0 and _beats(evaluation, self.recipe.training.select, state.best)
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
             else:
@@ -342,7 +339,7 @@ class Trainer:
         self.files.metrics.write(self._report_dev(evaluation))
         bests = replace(state, task_best=dict(state.task_best))
         self._keep_task_bests(evaluation, bests, provisional=True)
-        better = self._is_better(evaluation, state.best)
+        better = _beats(evaluation, self.recipe.training.select, state.best)
         self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
         if better:
             if state.best is not None:
@@ -356,9 +353,6 @@ class Trainer:
             evaluation = self.evaluate()
         self._clock.tick("evaluation")
         return evaluation
-
-    def _is_better(self, evaluation: Evaluation, best: Mapping[str, Any] | None) -> bool:
-        return _beats(evaluation, self.recipe.training.select, best)
 
     def _keep_best(self, evaluation: Evaluation) -> dict[str, Any]:
         if self.world.is_main:
@@ -393,8 +387,7 @@ class Trainer:
     def _report_dev(self, evaluation: Evaluation) -> dict[str, Any]:
         scores = (f"{name} {format_score(value)}" for name, value in evaluation.metrics.items())
         self._progress.say(f"step {self.state.step}: {', '.join(scores)}")
-        record = dev_record(evaluation.metrics, self.state, self.stages)
-        return record | {f"train/{name}": value for name, value in evaluation.train.items()}
+        return evaluation_record(evaluation, self.state, self.stages)
 
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
 
@@ -426,16 +419,17 @@ class Trainer:
     def _tell(self, event: StepEvent | EvaluationEvent) -> None:
         """Calls every callback on rank 0. The run ends, in every process, if one of them returns True."""
 
-        def call(callback: Callback) -> bool:
-            return bool(callback.on_step(event) if isinstance(event, StepEvent) else callback.on_evaluation(event))
+        def call() -> list[bool]:  # each callback, even after one that stops the run
+            if isinstance(event, StepEvent):
+                return [bool(callback.on_step(event)) for callback in self.callbacks]
+            return [bool(callback.on_evaluation(event)) for callback in self.callbacks]
 
         if self.callbacks:
-            asked = self.world.from_main(lambda: [call(callback) for callback in self.callbacks])
-            self._stopped = self._stopped or any(asked)
+            self._stopped |= any(self.world.from_main(call))
 
     def _save_checkpoint(self) -> None:
         state = self.state
-        if self._saved == state.step or self._step is None:
+        if self._saved == state.step:
             return
         self._clock.tick("other")
         self._observe(self.stages[state.stage], None, logged=False)

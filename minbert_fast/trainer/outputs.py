@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from minbert_fast.common.errors import RunError, translate_write_errors
-from minbert_fast.common.storage import (
-    finite,
-    flush_directory,
-    remove,
-    sweep,
-    write_bytes,
-    write_directory,
-)
+from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory
 from minbert_fast.trainer import trackers
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
@@ -170,7 +163,6 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file if it is open."""
         if self._file is not None:
             with suppress(OSError):  # `write` flushed every record and reported any failure
                 self._file.close()

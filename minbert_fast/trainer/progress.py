@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from tqdm import tqdm
 
@@ -30,9 +29,9 @@ class Progress:
     def __init__(self, done: int, total: int, visible: bool = True) -> None:
         self._visible = visible
         bar = notebook_bar()
-        shown: dict[str, Any] = {"disable": False} if bar else {"disable": None, "file": sys.stderr}
+        hidden = None if bar is None else False  # None: hidden unless standard error is a terminal
         self._bar = (bar or tqdm)(
-            initial=done, total=total, unit="step", dynamic_ncols=True, **(shown if visible else {"disable": True})
+            initial=done, total=total, unit="step", dynamic_ncols=True, disable=hidden if visible else True
         )
         self._begin, self._done, self._total = done, done, total
         self._start = self._last = time.monotonic()
@@ -61,7 +60,6 @@ class Progress:
             self._start = self._last = time.monotonic()
 
     def close(self) -> None:
-        """Ends the bar."""
         self._bar.close()
 
     def _describe(self, tokens_per_second: float) -> str:

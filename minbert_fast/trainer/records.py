@@ -19,7 +19,7 @@ from minbert_fast.trainer.checkpoint import State
 
 if TYPE_CHECKING:
     from minbert_fast.step.stepping import StepResult
-    from minbert_fast.trainer.loop import Stage
+    from minbert_fast.trainer.loop import Evaluation, Stage
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,22 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class _Origin:
-    """What the host knows of a step whose results are still on the device."""
+class _Pending:
+    """A step's results on the device, and what the host knows of the step. No batch: it would fill the device's memory."""
 
     step: int
     tasks: tuple[str, ...]
     present: tuple[str, ...]  # tasks with examples
     rows: Mapping[str, np.ndarray]
     weighted: bool  # whether the losses have dynamic weights
+    packed: Tensor  # the results, flattened into one vector
 
 
 class Observer:
     """Queues results of steps on the device until `fetch`."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[_Origin, Tensor]] = []  # no batches: they would fill the device's memory
+        self._queue: list[_Pending] = []
 
     def add(self, step: int, batch: MultitaskBatch, result: StepResult) -> None:
         """Queues a step's result without waiting for the device.
@@ -63,22 +64,18 @@ class Observer:
         The values are copied: a CUDA graph overwrites its own buffers at the next step.
         """
         tasks, present = tuple(batch.tasks), tuple(batch.active_tasks())
-        origin = _Origin(step, tasks, present, batch.rows, result.task_weights is not None)
         parts = [result.losses, result.nonfinite, result.grad_norm, result.task_weights, result.gram]
         packed = torch.cat([part.flatten().float() for part in parts if part is not None])
-        self._pending.append((origin, packed))
+        self._queue.append(_Pending(step, tasks, present, batch.rows, result.task_weights is not None, packed))
 
     def fetch(self) -> list[Observation]:
         """All queued results, in order of their steps. Waits for the device."""
-        if not self._pending:
-            return []
-        rows = torch.stack([packed for _, packed in self._pending]).tolist()
-        found = [_unpack(origin, row) for (origin, _), row in zip(self._pending, rows, strict=True)]
-        self._pending.clear()
-        return found
+        queue, self._queue = self._queue, []
+        rows = torch.stack([step.packed for step in queue]).tolist() if queue else []
+        return [_unpack(step, values) for step, values in zip(queue, rows, strict=True)]
 
 
-def _unpack(origin: _Origin, values: list[float]) -> Observation:
+def _unpack(origin: _Pending, values: list[float]) -> Observation:
     tasks, present = origin.tasks, origin.present
     count = len(tasks)
     losses, flags, (grad_norm, *rest) = values[:count], values[count : 2 * count], values[2 * count :]
@@ -153,10 +150,11 @@ def training_record(
     return record
 
 
-def dev_record(metrics: Mapping[str, float | None], state: State, stages: Sequence[Stage]) -> dict[str, Any]:
-    """The record of the state's own step with the dev scores added."""
-    scores = {f"dev/{name}": value for name, value in metrics.items()}
-    return _position(state.step, state, stages) | (state.record or {}) | scores
+def evaluation_record(evaluation: Evaluation, state: State, stages: Sequence[Stage]) -> dict[str, Any]:
+    """The record of the state's own step with the scores added."""
+    dev = {f"dev/{name}": value for name, value in evaluation.metrics.items()}
+    train = {f"train/{name}": value for name, value in evaluation.train.items()}
+    return _position(state.step, state, stages) | (state.record or {}) | dev | train
 
 
 def _position(step: int, state: State, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import SPLITS, Recipe, recipe_names
-from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments
+from minbert_fast.trainer.completing import task_tables
 from minbert_fast.trainer.experiments import Trial
+from minbert_fast.trainer.resume import WITHOUT_EFFECT
 
 #: Columns of the table, and the metrics that they show; CFIMDB is a sentiment task too.
 COLUMNS = {
@@ -34,7 +35,7 @@ COLUMNS = {
     "paraphrase": ("paraphrase_accuracy",),
     "similarity": ("similarity_pearson",),
 }
-#: What the reports conclude by comparing two of their rows on dev: the first recipe scores higher than the second.
+#: Conclusions of the reports: claim, the recipe with the higher dev score, the other recipe, and the compared column.
 COMPARISONS = (
     ("fine-tuning the encoder beats training the head alone (SST)", "sbert-sst-full", "sbert-sst-frozen", "sentiment"),
     ("the same on CFIMDB", "sbert-cfimdb-full", "sbert-cfimdb-frozen", "sentiment"),
@@ -138,9 +139,7 @@ def write_rows(path: Path, rows: Mapping[str, Row]) -> None:
 
 def fingerprint(recipe: Recipe, backend: str) -> str:
     """A digest of all values that change the scores. Weights and data count by name, wherever their folders are."""
-    values = plain(recipe)
-    for key in ("name", "description", "source", "unstated", "published", "checkpoint", "logging"):
-        values.pop(key, None)
+    values = {key: value for key, value in plain(recipe).items() if key not in WITHOUT_EFFECT}
     values["model"]["name"] = Path(recipe.model.name).name
     values["data"]["directory"] = Path(recipe.data.directory).name
     values["data"].pop("cache")
@@ -150,9 +149,8 @@ def fingerprint(recipe: Recipe, backend: str) -> str:
 
 def make_row(name: str, recipe: Recipe, trial: Trial, backend: str, factor: float) -> Row:
     """The entry of one run. `factor` is the one of `--epochs-scale`."""
-    tasks = build_tasks(recipe)
     executed = experiments.load_executed_recipe(trial.directory) if trial.summary else None
-    kept = tasks if executed is None else build_tasks(executed)
+    tasks, kept = (dict.fromkeys(name for name, _ in task_tables(each)) for each in (recipe, executed or recipe))
     return {
         "recipe": name,
         "source": recipe.source,
@@ -220,11 +218,11 @@ def _lines(path: Path) -> int:
 
 def score(scores: Scores) -> float | None:
     """The score that the report or the run states, else that of its three tasks; None without all three."""
-    found = task_scores(scores)
-    if scores.get("score") is not None and None not in found:
-        return scores["score"]
-    sst, para, sts = found
-    return None if sst is None or para is None or sts is None else (sst + para + (sts + 1) / 2) / 3
+    sst, para, sts = task_scores(scores)
+    if sst is None or para is None or sts is None:
+        return None
+    stated = scores.get("score")
+    return (sst + para + (sts + 1) / 2) / 3 if stated is None else stated
 
 
 def plain_mean(scores: Scores) -> float | None:
@@ -265,19 +263,14 @@ def comparisons(rows: Mapping[str, Row]) -> str:
     """Which of the reports' comparisons the measured scores repeat, in Markdown; empty if no pair was measured."""
     lines = []
     for claim, better, worse, column in COMPARISONS:
-        pair = [rows.get(name) for name in (better, worse)]
-        if any(row is None or row["failure"] for row in pair):
-            continue
-        values = [
-            [_column(row[part]["dev"], column) for row in pair if row is not None] for part in ("published", "measured")
-        ]
-        (first, second), (own, other) = values
-        if None in (first, second, own, other):
-            continue
-        holds = "yes" if own > other else "no"  # type: ignore[operator]  # neither is None
-        lines.append(
-            [claim, f"{better}, {worse}", column, f"{first:.3f}, {second:.3f}", f"{own:.3f}, {other:.3f}", holds]
-        )
+        pair = [rows[name] for name in (better, worse) if name in rows and not rows[name]["failure"]]
+        values = [_column(row[part]["dev"], column) for part in ("published", "measured") for row in pair]
+        known = [value for value in values if value is not None]
+        if len(known) == 4:
+            first, second, own, other = known
+            holds = "yes" if own > other else "no"
+            pairs = f"{first:.3f}, {second:.3f}", f"{own:.3f}, {other:.3f}"
+            lines.append([claim, f"{better}, {worse}", column, *pairs, holds])
     if not lines:
         return ""
     return experiments.markdown_table(["the report says", "rows", "by", "published", "measured", "holds"], lines)

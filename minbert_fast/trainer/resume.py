@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--resume` continues: which values of a recipe may change, what a finished run answers, where a run lies."""
+"""Rules of `--resume`: the values of a recipe that may change, the line about a finished run, and the check for a run."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,55 @@ from minbert_fast.trainer.outputs import CHECKPOINTS, SUMMARY, saved_recipe_path
 
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
 
-# Values of a recipe that may differ when a run is resumed (None: a whole section): paths (the content of the files is
-# compared), the length of the last stage, and what the run logs.
+# Keys of a recipe that do not affect the trained model.
+WITHOUT_EFFECT = ("name", "description", "source", "unstated", "published", "checkpoint", "logging")
+# Values that may differ when a run is resumed: paths (the content of the files is compared), the length of the last stage.
 CHANGEABLE = {
-    "name": None,
-    "description": None,
-    "source": None,
-    "unstated": None,
-    "published": None,
-    "checkpoint": None,
-    "logging": None,
     "data": ("directory", "files", "cache", "max_bad_rows"),
     "model": ("name",),
     "training": ("max_steps", "shard"),
 }
+FOUND_IN_LABELS = ("kind", "classes", "class_counts", "row_count", "found_range")  # options that `complete` fills in
 
 
 def fixed_values(recipe: Recipe) -> dict[str, Any]:
     """The values of a recipe that a resumed run must share with the interrupted one; files without their folders."""
     values: dict[str, Any] = plain(recipe.with_paths(lambda path: Path(path).name))
+    values = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
     for section, keys in CHANGEABLE.items():
-        if keys is None:
-            values.pop(section, None)
-        else:
-            values[section] = {key: value for key, value in values[section].items() if key not in keys}
+        values[section] = {key: value for key, value in values[section].items() if key not in keys}
     return values
 
 
+def changed_values(executed: Recipe, recipe: Recipe) -> list[str]:
+    """The fixed values that `recipe` does not share with the recipe of a finished run: `key was X, now Y`.
+
+    Values that the run's data decide do not count: tasks and stages without data, options that labels fill in, and a
+    maximum length above the model's.
+    """
+
+    def values(of: Recipe) -> dict[str, Any]:
+        found = fixed_values(of)
+        found["data"].pop("max_length")
+        found["tasks"] = _only(found["tasks"], executed.tasks)
+        stages = found.pop("stages")
+        for i, (stage, ran) in enumerate(zip(stages, executed.stages, strict=False)):
+            if len(executed.stages) == len(recipe.stages):  # none of them was dropped
+                found[f"stages[{i}]"] = {**stage, "tasks": _only(stage.get("tasks", {}), ran.get("tasks", {}))}
+        return flatten(found)
+
+    then, now = values(executed), values(recipe)
+    changed = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
+    filled_in = {key for key in changed if key.rpartition(".")[2] in FOUND_IN_LABELS and not now.get(key)}
+    return [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed if key not in filled_in]
+
+
+def _only(tasks: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: options for name, options in tasks.items() if name in names}
+
+
 def finished_line(output: Path, recipe: Recipe) -> str | None:
-    """The answer to `--resume` of a finished run with nothing left to do; None if the run in `output` has steps left.
+    """The line that `--resume` prints for a finished run with nothing left to do; None if the run has steps left.
 
     Raises ConfigError if the finished run was one of another recipe, or if it is to go on and kept no checkpoint.
     """
@@ -52,14 +73,9 @@ def finished_line(output: Path, recipe: Recipe) -> str | None:
     if not summary.get("finished"):
         return None
     executed = Recipe.load(str(saved))
-    then, now = flatten(fixed_values(executed)), flatten(fixed_values(recipe))
-    # The run dropped tasks, and so stages, that had no data, and may have shortened sentences.
-    changed = [k for k in then if k not in ("stages", "data.max_length") and now.get(k) != then[k]]
-    if changed:
-        values = "; ".join(f"{key} was {then[key]!r}, now {now.get(key)!r}" for key in changed[:SHOWN_CHANGES])
-        raise ConfigError(
-            f"{output} holds a different, finished run: {values}; choose another --output, or --overwrite"
-        )
+    if changed := changed_values(executed, recipe):
+        shown = "; ".join(changed[:SHOWN_CHANGES])
+        raise ConfigError(f"{output} holds a different, finished run: {shown}; choose another --output, or --overwrite")
     ended = f"{output}: finished after {summary['steps']:,} steps"
     onwards = f"train on from its model with --model {output / 'last'} --output DIR"
     if recipe.training.max_steps in (None, executed.training.max_steps):

@@ -67,9 +67,8 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     encoders = {name: task.encoder for name, task in tasks.items()}
     made = {name: task.example_generator(context.tokenizer, training.seed + index) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
-    twins = frozenset(
-        name for name, task in tasks.items() if recipe.regularisation.duplicates_examples and task.predicts
-    )
+    doubled = recipe.regularisation.duplicates_examples
+    twins = frozenset(name for name, task in tasks.items() if doubled and task.predicts)
     buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
     world = context.world
     collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)

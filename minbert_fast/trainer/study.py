@@ -34,7 +34,7 @@ class Range:
         return self.low > 0 and self.high >= 10 * self.low
 
     def __str__(self) -> str:
-        return f"{self.low:g}..{self.high:g}"
+        return f"{self.low:.0f}..{self.high:.0f}" if self.whole else f"{self.low:g}..{self.high:g}"
 
     def suggest(self, trial: Any, key: str) -> None:
         """Lets an Optuna trial choose the value of `key`."""

@@ -7,8 +7,6 @@ training goes on.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import uuid
 import warnings
@@ -17,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from minbert_fast.common.errors import RunError
+from minbert_fast.common.errors import RunError, first_line
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.common.storage import write_bytes
+from minbert_fast.common.storage import csv_lines, write_text
 from minbert_fast.reporting.runs import numbers
 
 CSV, TENSORBOARD, WANDB_ID = "metrics.csv", "tensorboard", ".wandb-id"
@@ -48,11 +46,8 @@ class CsvTracker:
         lines = (self._directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         columns = list(dict.fromkeys(key for record in records for key in record))
-        text = io.StringIO()
-        table = csv.DictWriter(text, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
-        write_bytes(self._directory / CSV, text.getvalue().encode("utf-8"))
+        rows = [[record.get(column) for column in columns] for record in records]
+        write_text(self._directory / CSV, csv_lines([columns, *rows]))
 
 
 class TensorBoardTracker:
@@ -80,7 +75,7 @@ class WandbTracker:
 
         identity = directory / WANDB_ID
         if not identity.exists():
-            write_bytes(identity, uuid.uuid4().hex[:12].encode())
+            write_text(identity, uuid.uuid4().hex[:12])
         self._run = wandb.init(
             project="minbert_fast",
             name=directory.resolve().name,
@@ -148,8 +143,7 @@ def _start(name: str, directory: Path, first_step: int, config: Mapping[str, Any
             return CsvTracker(directory)
         return TensorBoardTracker(directory, first_step) if name == "tensorboard" else WandbTracker(directory, config)
     except Exception as error:  # clients of services raise errors of any class: no login, no network, a broken install
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"--report-to {name}: cannot start ({reason})") from error
+        raise RunError(f"--report-to {name}: cannot start ({first_line(error)})") from error
 
 
 def _numbers(record: Record) -> dict[str, float]:
