@@ -93,7 +93,7 @@ _ELSEWHERE = {
     ),
     r"pytest --run-slow": ("tests/conftest.py", r'addoption\("--run-slow"'),
     r"python -m minbert_fast\.kernels\.ahead_of_time --target sm_90": (".ci/run", r"ahead_of_time --target .*sm_90"),
-    r"python docs/examples/trainer\.py .*": ("tests/test_patching.py", r'"examples" / "trainer\.py"'),
+    r"python docs/examples/trainer\.py .*": ("tests/model/test_patching.py", r'"examples" / "trainer\.py"'),
     r"python -m benchmarks\.readme.*": ("tests/benchmarks/test_readme.py", r"readme"),
     r"python -m benchmarks\.ablation": ("tests/benchmarks/test_ablation.py", r"ablation\.main"),
 }

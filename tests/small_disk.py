@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains on a private disk that is full, then read-only, then without write permission; for tests/test_faults.py.
+"""Trains on a private disk that is full, then read-only, then without write permission; for tests/trainer/test_faults.py.
 
     unshare --mount python -m tests.small_disk DATA OUTPUT WHOLE
 

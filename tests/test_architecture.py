@@ -154,6 +154,11 @@ def test_benchmarks_and_tests_are_imported_by_nothing() -> None:
         assert not re.search(r"^\s*(from|import) (benchmarks|tests)\b", path.read_text(encoding="utf-8"), re.M), path
 
 
+def test_tests_stand_in_the_room_that_they_test() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").exists()}
+    assert folders <= {*ROOMS, "benchmarks", "commands", "dropin"}
+
+
 def test_kernels_hold_no_modules() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

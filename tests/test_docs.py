@@ -47,7 +47,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(harness, "ceilings", lambda device: harness.Ceilings(1e9, 1e9, 1e9))
     nothing = SimpleNamespace(run=lambda device, ceilings: [])
     monkeypatch.setattr(benchmarks.run, "importlib", SimpleNamespace(import_module=lambda name: nothing))
-    # Without names it runs every recipe with published scores; tests/test_recipes_run.py trains each of them.
+    # Without names it runs every recipe with published scores; tests/recipes/test_run.py trains each of them.
     monkeypatch.setattr(reproduction, "published_names", lambda: ["sbert-exp1"])
     return tmp_path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an exported model is used, as code for its card. tests/test_export.py runs this code."""
+"""How an exported model is used, as code for its card. tests/commands/test_export.py runs this code."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import conflicts, harness, readme
 from benchmarks.harness import Row
-from tests.test_report import make_run
+from tests.reporting.test_report import make_run
 
 
 def write(folder: Path, suite: str, rows: list[Row]) -> None:

@@ -433,7 +433,7 @@ def test_a_safetensors_file_by_its_name(model: BertModel, folder: Path, tmp_path
 
 
 def test_the_line_that_mends_the_course_s_own_load(model: BertModel, tmp_path: Path) -> None:
-    """docs/troubleshooting.md: what torch refuses since 2.6, the line that the page gives, and no line at all here."""
+    """docs/course.md: what torch refuses since 2.6, the line that the page gives, and no line at all here."""
     info = {
         "model": model.state_dict(),
         "args": argparse.Namespace(lr=1e-5),
@@ -443,7 +443,7 @@ def test_the_line_that_mends_the_course_s_own_load(model: BertModel, tmp_path: P
     torch.save(info, tmp_path / "course.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         torch.load(tmp_path / "course.pt")
-    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "course.md").read_text(encoding="utf-8")
     line = re.search(r"^    (saved = torch\.load.+)$", page, re.MULTILINE)
     assert line is not None
     names: dict[str, Any] = {"torch": torch, "args": argparse.Namespace(filepath=tmp_path / "course.pt")}

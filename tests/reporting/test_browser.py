@@ -14,8 +14,8 @@ from minbert_fast.reporting.comparison import write_comparison
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.search_page import write_search
 from tests.browser import Page, browser, chromium
-from tests.test_report import make_run
-from tests.test_report_search import trial, write_trials
+from tests.reporting.test_report import make_run
+from tests.reporting.test_search import trial, write_trials
 
 pytestmark = [pytest.mark.ci, pytest.mark.skipif(chromium() is None, reason="no Chromium")]
 PAGES = ("report", "comparison", "search")

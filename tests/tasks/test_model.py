@@ -24,7 +24,7 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, base, build_task, build_tasks
-from tests.test_graph import strangers
+from tests.step.test_graph import strangers
 from tests.tolerance import poisoned_memory
 
 CONFIG = BertConfig(
@@ -197,7 +197,7 @@ def test_every_kind_trains_alike_as_a_cuda_graph():
 
 def test_the_worked_example_is_the_focal_loss():
     """docs/adding_a_task.md; for gamma = 0 the cross-entropy."""
-    path = Path(__file__).parents[1] / "docs" / "examples" / "focal.py"
+    path = Path(__file__).parents[2] / "docs" / "examples" / "focal.py"
     try:
         runpy.run_path(str(path))
         options = tomllib.loads(path.with_suffix(".toml").read_text())["tasks"]["sentiment"] | {"dropout": 0.0}

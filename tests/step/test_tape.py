@@ -18,7 +18,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import StepResult
 from minbert_fast.step.tape import Tape
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from tests.test_step import CONFIG, make_batch, recipe
+from tests.step.test_step import CONFIG, make_batch, recipe
 from tests.tolerance import poisoned_memory
 
 pytestmark = [

@@ -39,7 +39,7 @@ from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import Agreement, World, joined
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.records import Observer
-from tests.test_step import SIZES, make_batch, make_model, recipe
+from tests.step.test_step import SIZES, make_batch, make_model, recipe
 
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
 COMMON = [

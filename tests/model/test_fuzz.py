@@ -21,7 +21,7 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from tests.test_data_fuzz import drop_span, flip_byte, insert, mutate_json, repeat_span, truncate
+from tests.data.test_fuzz import drop_span, flip_byte, insert, mutate_json, repeat_span, truncate
 
 pytestmark = pytest.mark.ci
 

@@ -18,9 +18,9 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import ParameterSpec
 from minbert_fast.trainer import loop
-from tests.test_graph import computed_on_meta
-from tests.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
-from tests.test_step import SIZES, make_batch, make_model, recipe
+from tests.step.test_graph import computed_on_meta
+from tests.step.test_step import SIZES, make_batch, make_model, recipe
+from tests.trainer.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,8 +31,8 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import ConsistencyLoss, HeadOutput, MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.consistency import divergence
-from tests.test_graph import strangers
-from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
+from tests.step.test_graph import strangers
+from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import StepResult
 from minbert_fast.step.tape import Tape
 from minbert_fast.tasks import MultitaskModel
-from tests.test_step import make_batch, make_model, recipe
+from tests.step.test_step import make_batch, make_model, recipe
 
 SIZES = {"sentiment": 3, "paraphrase": 4, "similarity": 2}
 

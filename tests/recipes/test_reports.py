@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every published row is a recipe whose resolved values are the report's conditions, with all of the report's numbers.
 
-The rows come from tests/reports.py, which is typed from the reports.
+The rows come from tests/recipes/reports.py, which is typed from the reports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import Task, build_tasks
-from tests.reports import METRICS, NLI_LABELS, ROWS, Row, Stage
+from tests.recipes.reports import METRICS, NLI_LABELS, ROWS, Row, Stage
 
 FEATURES = {"u": "u", "v": "v", "abs_diff": "|u-v|", "product": "u*v", "cosine": "cos"}
 LOSSES = {"bce": "BCE", "cross_entropy": "softmax", "mse": "MSE", "l1": "L1"}
@@ -23,7 +23,7 @@ RANGES = {"unit": "[0, 1]", "signed": "[-1, 1]", "raw": "raw labels"}
 
 
 def head_of(task: Task) -> str:
-    """A task's head and loss in the words of tests/reports.py."""
+    """A task's head and loss in the words of tests/recipes/reports.py."""
     o: Any = task.options
     if task.kind == "triplet":
         (objective,) = (name for name, weight in o.objectives.items() if weight)

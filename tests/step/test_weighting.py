@@ -20,8 +20,8 @@ from minbert_fast.step.extras.weighting import DynamicAverage, Famo, TaskWeights
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.job import Options, train
 from tests.small import small_data
-from tests.test_graph import computed_on_meta
-from tests.test_step import SIZES, make_batch, make_model, recipe
+from tests.step.test_graph import computed_on_meta
+from tests.step.test_step import SIZES, make_batch, make_model, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

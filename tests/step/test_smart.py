@@ -25,9 +25,9 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel, build_tasks
 from minbert_fast.tasks.consistency import divergence, split_copies
 from tests.small import small_data, small_run
-from tests.test_graph import strangers
-from tests.test_r_drop import twice, unlike_twins
-from tests.test_step import CONFIG, SIZES, make_batch, make_model, recipe
+from tests.step.test_graph import strangers
+from tests.step.test_r_drop import twice, unlike_twins
+from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -263,7 +263,7 @@ def test_the_same_job_in_three_libraries(library: str, tmp_path: Path) -> None:
     write_csv(tmp_path / "reviews.csv", rows())
     pairs = [("a dog runs", "the dog is running", 4.5), ("a dog runs", "bread is cheap", 0.0), ("tea", "warm tea", 3.0)]
     write_csv(tmp_path / "alike.csv", [{"first": a, "second": b, "grade": g} for a, b, g in pairs * 20])
-    program = Path(__file__).parents[1] / "docs" / "examples" / "same_job" / f"with_{library}.py"
+    program = Path(__file__).parents[2] / "docs" / "examples" / "same_job" / f"with_{library}.py"
     command = [sys.executable, str(program), str(sample_directory().model), "out"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"}

@@ -57,7 +57,7 @@ def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_pa
     command = [*prefix, sys.executable, "-m", "tests.small_disk"]
     folders = [data, tmp_path / "disk", tmp_path / "copy"]
     done = subprocess.run(
-        [*command, *map(str, folders)], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+        [*command, *map(str, folders)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     attempts = {name: (status, error) for name, status, error in map(json.loads, done.stdout.splitlines())}

@@ -19,7 +19,7 @@ from minbert_fast.step.backends import Backend, make_step
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel
 from tests.small import small_data, small_run
-from tests.test_step import SIZES, make_batch, make_model, recipe
+from tests.step.test_step import SIZES, make_batch, make_model, recipe
 
 BACKENDS: tuple[Backend, ...] = ("fast", "reference")
 POOLINGS = ("mean", "cls", "max", "pooler")

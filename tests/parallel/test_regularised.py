@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_distributed import losses, same, succeed
+from tests.parallel.test_distributed import losses, same, succeed
 
 pytestmark = pytest.mark.ci
 

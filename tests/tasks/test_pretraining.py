@@ -32,8 +32,8 @@ from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.predictor import Predictor
 from minbert_fast.trainer.job import Options, train
 from tests.small import small_data
-from tests.test_graph import strangers
-from tests.test_step import check_j
+from tests.step.test_graph import strangers
+from tests.step.test_step import check_j
 
 CONFIG = BertConfig(
     vocab_size=456, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,

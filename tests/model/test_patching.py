@@ -20,7 +20,7 @@ from minbert_fast.data import sample_directory
 from minbert_fast.model import patching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def stock(cls: Any = transformers.BertModel, **changes: Any) -> Any:
