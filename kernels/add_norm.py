@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minbert_fast.kernels.arguments import cdiv
+from minbert_fast.kernels.arguments import all_registers, cdiv
 from minbert_fast.kernels.column_sums import Partition, finish, store_partial, task_rows
 from minbert_fast.kernels.dropout import keep_scale_quads
 from minbert_fast.kernels.launches import Launch, meta
@@ -159,10 +159,11 @@ def add_norm_unfinished(
     zero gradients and add to none.
     """
     rows, width = x.shape
-    parts = partition(rows, width, x.device)
+    parts, tile = partition(rows, width, x.device), _backward_tile(width)
     _add_norm_backward[(parts.programs,)](
         dy, more, x, bias, residual, gamma, mean, rstd, bounds, dx, dresidual, partials, seed, site,
-        rows, bounds.numel() - 1, parts.rows_per_program, **_backward_tile(width).launch(width, p),
+        rows, bounds.numel() - 1, parts.rows_per_program,
+        **tile.launch(width, p), **all_registers(x.device, tile.num_warps),
     )  # fmt: skip
 
 
