@@ -66,14 +66,18 @@ def dev_scores(results: Path = RESULTS) -> str:
 
 
 def published_rows(results: Path = RESULTS) -> str:
-    """The reports' rows: published beside measured scores if `reproduce` has run, else the published ones alone."""
+    """The reports' rows, then published beside measured scores of those that `reproduce` has run."""
     path = results / "reproduced.json"
-    if path.exists():
-        return reproduction.page(reproduction.read_rows(path)).rstrip()
-    command = (
-        f"python -m minbert_fast.reproduce --data DIR --model DIR --output DIR --results benchmarks/results/{path.name}"
-    )
-    return f"{reproduction.published_table()}\nNot measured yet: `{command}`."
+    rows = reproduction.read_rows(path)
+    parts = [reproduction.published_table()]
+    if rows:
+        parts.append(reproduction.page(rows))
+    missing = [name for name in reproduction.published_names() if name not in rows]
+    if missing:
+        command = "python -m minbert_fast.reproduce --data DIR --model DIR --output DIR"
+        names = ", ".join(missing) if rows else "all of them"
+        parts.append(f"Not measured yet: {names} (`{command} --results benchmarks/results/{path.name}`).")
+    return "\n".join(parts).rstrip()
 
 
 def gpu_runs(results: Path = RESULTS) -> str:

@@ -55,6 +55,8 @@ CHIPS = (  # CUDA C++ Programming Guide, "Technical Specifications"
     Chip("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),  # AMD CDNA 3 ISA, "Local data share"
 )
 
+MEASURED = "sm_90"  # the chip whose launch tables were measured
+
 
 @dataclass(frozen=True)
 class Report:
@@ -169,11 +171,16 @@ def without_sizes(label: str) -> str:
     return " ".join(word for word in label.split() if not re.fullmatch(r"[\d.x,]+|\w+=[\d.]+", word))
 
 
-def ends_of(launches: Sequence[Launch]) -> list[Launch]:
-    """The first and the last of the launches that differ in sizes alone."""
+def ends_of(launches: Sequence[Launch]) -> dict[str, Launch]:
+    """The first and the last of the launches that differ in sizes alone, by label: a small and a large one."""
     first = {without_sizes(launch.label): launch for launch in reversed(launches)}
+    return {launch.label: launch for launch in (*first.values(), *largest_of(launches).values())}
+
+
+def largest_of(launches: Sequence[Launch]) -> dict[str, Launch]:
+    """The last of the launches that differ in sizes alone, by label."""
     last = {without_sizes(launch.label): launch for launch in launches}
-    return list({launch.label: launch for launch in (*first.values(), *last.values())}.values())
+    return {launch.label: launch for launch in last.values()}
 
 
 def check_all(
@@ -181,16 +188,22 @@ def check_all(
 ) -> Iterator[Report]:
     """Reports of every launch of every file (or of the files `only`), as they come, in order.
 
-    With `few`, of launches that differ in sizes alone only the first and the last: a small and a large one.
+    With `few`, of launches that differ in sizes alone only a small and a large one, and the large one alone on other chips
+    than the one whose launch tables were measured.
     """
     found = {name: list(module.launches()) for name, module in modules().items() if not only or name in only}
-    if few:
-        found = {name: ends_of(launches) for name, launches in found.items()}
+
+    def chips_of(launch: Launch, launches: Sequence[Launch]) -> Sequence[str]:
+        if not few or launch.label in largest_of(launches):
+            return chips
+        return [chip for chip in chips if chip == MEASURED and launch.label in ends_of(launches)]
+
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         pending = [
-            pool.submit(_check_one, name, launch.label, chips)
+            pool.submit(_check_one, name, launch.label, some)
             for name, launches in found.items()
             for launch in launches
+            if (some := chips_of(launch, launches))
         ]
         for future in pending:
             yield from future.result()
@@ -202,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [chip.name for chip in CHIPS]
     parser.add_argument("--target", nargs="+", choices=names, default=names, help="chips to compile for (all)")
     parser.add_argument("--only", nargs="+", choices=sorted(modules()), default=[], help="files of kernels (all)")
-    parser.add_argument("--few", action="store_true", help="of calls that differ in sizes alone only two")
+    parser.add_argument("--few", action="store_true", help="of calls that differ in sizes alone only one or two")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":

@@ -27,7 +27,7 @@ SHAPES = [
     (8, 700, 3),
     (9, 300, 8),
     (17, 129, 1),
-    pytest.param(64, 33, 5, marks=pytest.mark.ci),
+    pytest.param(40, 33, 5, marks=pytest.mark.ci),
 ]
 
 
