@@ -3,9 +3,9 @@
 
     python -m benchmarks.launches [--only attention ...] [--json FILE]
 
-The tables in `kernels/` hold what was fastest on an H100, or what the compiler's figures suggest. This chooses again on
-another chip: it prints the microseconds of each setting at the sizes of a training step (2,770 tokens in 2,816 rows, three
-tasks, bf16), with a warm cache. Compiling takes most of its time.
+The tables in `kernels/` hold what was fastest on an H100, or what the compiler's figures suggest. To choose again on another
+chip, compare the times that this prints: microseconds of each setting at the sizes of a training step (2,770 tokens in 2,816
+rows, three tasks, bf16), with a warm cache. Compiling takes most of its time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Variant:
     make: Callable[[], Callable[[], object]]  # called with everything replaced
 
     def call(self, take: Callable[[Callable[[], object]], Any]) -> Any:
-        """What `take` makes of the function to be timed."""
+        """Calls `take` with the function to be timed, under the setting, and returns its result."""
         with ExitStack() as stack:
             for name, value in self.replaced.items():
                 stack.enter_context(mock.patch.object(self.module, name, value))
@@ -94,12 +94,8 @@ def weight_gradients(it: Inputs) -> Iterator[Variant]:
 
 
 def gelu(it: Inputs) -> Iterator[Variant]:
-    x, dy, dx, bias = (
-        it.matrix(ROWS, it.inner),
-        it.matrix(ROWS, it.inner),
-        it.matrix(ROWS, it.inner),
-        it.vector(it.inner),
-    )
+    x, dy, dx = (it.matrix(ROWS, it.inner) for _ in range(3))
+    bias = it.vector(it.inner)
 
     def make() -> Callable[[], object]:
         parts = bias_gelu.partition(ROWS, it.inner, it.device)
