@@ -67,11 +67,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("expected --grid KEY=A,B,... or --range KEY=LOW..HIGH")
     if chosen.ranges and chosen.optuna is None:
         raise ConfigError(f"--range {chosen.ranges[0]}: --optuna N says how many values to try")
-    grid |= {
-        key: str(limits).split("..") for key, limits in ranges.items()
-    }  # shows whether the recipe takes such values
     base = experiments.load_recipe(chosen.recipe, chosen)
-    for combination in combinations(grid):  # finds invalid values before the first run
+    ends = {key: str(limits).split("..") for key, limits in ranges.items()}
+    for combination in combinations(grid | ends):  # finds invalid values before the first run
         with_combination(base, combination)
     output: Path = chosen.output
     output.mkdir(parents=True, exist_ok=True)
