@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import SPLITS, Recipe, recipe_names
+from minbert_fast.reporting.runs import read_run
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.completing import task_tables
 from minbert_fast.trainer.experiments import Trial
@@ -63,6 +65,16 @@ COMPARISONS = (
     ("all together beat the baseline", "finetune-all", "finetune-baseline", "mean"),
     ("masked words, cosine embedding loss and decay help", "enhancing-final", "enhancing-base", "score"),
 )
+NEEDED = {
+    "published",
+    "measured",
+    "dev_rows",
+    "epochs",
+    "epochs_scale",
+    "without",
+    "failure",
+    "fingerprint",
+}  # of a row
 FACTS = ("steps", "seconds", "tokens", "device", "precision", "backend", "commit")
 DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
 
@@ -127,8 +139,11 @@ def read_rows(path: Path) -> dict[str, Row]:
     if not path.exists():
         return {}
     try:
-        return {row["recipe"]: row for row in json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, KeyError, TypeError) as error:
+        rows = {row["recipe"]: row for row in json.loads(path.read_text(encoding="utf-8"))}
+        if incomplete := [name for name, row in rows.items() if not row.keys() >= NEEDED]:
+            raise KeyError(f"row {incomplete[0]} lacks one of {', '.join(sorted(NEEDED))}")
+        return rows
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: expected a list of rows that `reproduce` wrote ({error})") from None
 
 
@@ -157,6 +172,7 @@ def make_row(name: str, recipe: Recipe, trial: Trial, backend: str, factor: floa
         "description": recipe.description,
         "published": asdict(recipe.published),
         "measured": {"dev": measured(trial, "dev"), "train": measured(trial, "train")},
+        "dev_rows": {} if trial.failure else dev_rows(trial.directory),
         "best_per_task": "best_per_task" in trial.summary,
         "untrained": trial.summary.get("untrained"),
         "epochs": [stage.training.epochs for stage in recipe.resolved_stages()],
@@ -178,6 +194,11 @@ def measured(trial: Trial, split: str) -> dict[str, float | None]:
         own = kept["metrics"] if split == "dev" else kept.get("train", {})
         scores |= {metric: value for metric, value in own.items() if metric.startswith(f"{task}_")}
     return scores
+
+
+def dev_rows(directory: Path) -> dict[str, int]:
+    """How many rows scored each task of a finished run."""
+    return {task: len(details["predictions"]) for task, details in read_run(directory).tasks.items()}
 
 
 def discard_models(directory: Path) -> None:
@@ -268,18 +289,45 @@ def comparisons(rows: Mapping[str, Row]) -> str:
         known = [value for value in values if value is not None]
         if len(known) == 4:
             first, second, own, other = known
-            holds = "yes" if own > other else "no"
+            margin = 2 * math.hypot(*(standard_error(row, column) for row in pair))
+            holds = "unclear" if abs(own - other) < margin else "yes" if own > other else "no"
             pairs = f"{first:.3f}, {second:.3f}", f"{own:.3f}, {other:.3f}"
-            lines.append([claim, f"{better}, {worse}", column, *pairs, holds])
+            lines.append([claim, f"{better}, {worse}", column, *pairs, f"{margin:.3f}", holds])
     if not lines:
         return ""
-    return experiments.markdown_table(["the report says", "rows", "by", "published", "measured", "holds"], lines)
+    head = ["the report says", "rows", "by", "published", "measured", "margin", "holds"]
+    return (
+        f"{experiments.markdown_table(head, lines)}\nA comparison is unclear if the measured scores differ by less than the "
+        "margin, two standard errors of\ntheir difference over the dev rows. Each row is one run; another seed may move a "
+        "score as far.\n"
+    )
 
 
 def _column(scores: Scores, column: str) -> float | None:
     if column in COLUMNS:
         return task_scores(scores)[list(COLUMNS).index(column)]
     return score(scores) if column == "score" else plain_mean(scores)
+
+
+def standard_error(row: Row, column: str) -> float:
+    """The standard error of a measured dev score over its n rows, tasks counted as independent.
+
+    sqrt(p (1 - p) / n) for an accuracy p, (1 - r^2) / sqrt(n - 1) for a Pearson correlation r (Fisher 1921).
+    """
+    scores, errors = row["measured"]["dev"], {}
+    for name, metrics in COLUMNS.items():
+        for metric in metrics:
+            if (value := scores.get(metric)) is not None:
+                task, _, kind = metric.rpartition("_")
+                n = row["dev_rows"][task]
+                errors[name] = math.sqrt(
+                    value * (1 - value) / n if kind == "accuracy" else (1 - value**2) ** 2 / (n - 1)
+                )
+    if column in COLUMNS:
+        return errors[column]
+    if column == "score":  # it takes half of the correlation
+        errors["similarity"] /= 2
+    return math.hypot(*errors.values()) / 3
 
 
 def page(rows: Mapping[str, Row]) -> str:
@@ -307,6 +355,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "Pearson's correlation, all on dev, then on training rows; score = (sentiment + paraphrase + (similarity + 1) / 2) "
         "/ 3, mean is the plain mean of the three.",
         "Published scores are the reports' own, with BERT-base on the whole course data.",
+        "A comparison is unclear if the measured scores differ by less than the margin, two standard errors of the "
+        "difference over the dev rows. Each row is one run: another seed may shift a score by as much again.",
         *(f"Weights: {weights}." for weights in _each(rows, "weights")),
         *(f"Data: {data}." for data in _each(rows, "data")),
     ]

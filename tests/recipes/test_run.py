@@ -99,6 +99,7 @@ def test_reproduce_accumulates_rows_and_continues(
     assert row["published"]["seconds"] == 1782
     assert row["measured"]["dev"].keys() == row["measured"]["train"].keys()
     assert (row["steps"], row["epochs"], row["epochs_scale"], row["max_steps"]) == (2, [1.0], 1.0, 2)
+    assert row["dev_rows"] == dict.fromkeys(("sentiment", "paraphrase", "similarity"), 32)
     table = (tmp_path / "table.md").read_text()
     assert table in printed
     (line,) = (line for line in table.splitlines() if line.startswith("| finetune-cosine"))

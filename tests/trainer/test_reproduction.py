@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of `reproduce`: its comparisons of rows, and the file of finished rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.trainer import reproduction
+
+
+def row_with(recipe: str, rows: dict[str, int], **dev: float) -> dict[str, Any]:
+    """A finished row whose published dev scores are 0.5."""
+    published = {"dev": dict.fromkeys(dev, 0.5), "train": {}, "test": {}}
+    return {"recipe": recipe, "published": published, "measured": {"dev": dev}, "dev_rows": rows, "failure": ""}
+
+
+@pytest.mark.parametrize(
+    ("gain", "holds"),
+    [(0.09, "yes"), (-0.09, "no"), (0.08, "unclear"), (-0.08, "unclear"), (0.0, "unclear")],
+)
+def test_a_comparison_within_the_noise_of_the_dev_rows_is_unclear(gain: float, holds: str) -> None:
+    """0.391 against 0.390 counted as "gradient surgery helps: yes"."""
+    frozen = row_with("sbert-sst-frozen", {"sentiment": 300}, sentiment_accuracy=0.5)
+    full = row_with("sbert-sst-full", {"sentiment": 300}, sentiment_accuracy=0.5 + gain)
+    text = reproduction.comparisons({row["recipe"]: row for row in (frozen, full)})
+    (line,) = (line for line in text.splitlines() if line.startswith("| fine-tuning the encoder"))
+    margin, word = (cell.strip() for cell in line.split("|")[-3:-1])
+    assert word == holds
+    assert float(margin) == pytest.approx(0.081, abs=0.0015)  # 2 sqrt(2 * 0.25 / 300) = 0.0816
+
+
+def test_standard_errors_of_the_columns() -> None:
+    counts = {"sentiment": 100, "paraphrase": 400, "similarity": 101}
+    row = row_with("x", counts, sentiment_accuracy=0.5, paraphrase_accuracy=0.9, similarity_pearson=0.6)
+    sentiment, paraphrase, similarity = 0.05, 0.015, 0.064  # sqrt(.25/100), sqrt(.09/400), (1 - .36)/sqrt(100)
+    for column, expected in (
+        ("sentiment", sentiment),
+        ("similarity", similarity),
+        ("mean", (sentiment**2 + paraphrase**2 + similarity**2) ** 0.5 / 3),
+        ("score", (sentiment**2 + paraphrase**2 + (similarity / 2) ** 2) ** 0.5 / 3),
+    ):
+        assert reproduction.standard_error(row, column) == pytest.approx(expected), column
+
+
+def test_a_results_file_of_another_shape_is_an_error_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for text, reason in (("{", "Expecting"), ("[1]", "not subscriptable"), ('[{"recipe": "a"}]', "row a lacks one of")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=reason) as error:
+            reproduction.read_rows(path)
+        assert "\n" not in str(error.value)
