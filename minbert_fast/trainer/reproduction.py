@@ -270,7 +270,8 @@ def table(rows: Iterable[Row]) -> str:
                 pairs += [(score(published), score(found)), (plain_mean(published), plain_mean(found))]
             cells += [_cell(*pair) for pair in pairs]
         epochs = " + ".join(f"{epochs:g}" for epochs in row["epochs"])
-        lines.append([row["recipe"], *cells, epochs, "failed" if row["failure"] else f"{row['steps']:,}"])
+        name = row["recipe"] + (f" (without {', '.join(row['without'])})" if row["without"] else "")
+        lines.append([name, *cells, epochs, "failed" if row["failure"] else f"{row['steps']:,}"])
     return experiments.markdown_table(head, lines)
 
 
@@ -284,7 +285,8 @@ def comparisons(rows: Mapping[str, Row]) -> str:
     """Which of the reports' comparisons the measured scores repeat, in Markdown; empty if no pair was measured."""
     lines = []
     for claim, better, worse, column in COMPARISONS:
-        pair = [rows[name] for name in (better, worse) if name in rows and not rows[name]["failure"]]
+        found = [rows[name] for name in (better, worse) if name in rows]
+        pair = [row for row in found if not row["failure"] and not row["without"]]
         values = [_column(row[part]["dev"], column) for part in ("published", "measured") for row in pair]
         known = [value for value in values if value is not None]
         if len(known) == 4:
@@ -355,8 +357,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "Pearson's correlation, all on dev, then on training rows; score = (sentiment + paraphrase + (similarity + 1) / 2) "
         "/ 3, mean is the plain mean of the three.",
         "Published scores are the reports' own, with BERT-base on the whole course data.",
-        "A comparison is unclear if the measured scores differ by less than the margin, two standard errors of the "
-        "difference over the dev rows. Each row is one run: another seed may shift a score by as much again.",
         *(f"Weights: {weights}." for weights in _each(rows, "weights")),
         *(f"Data: {data}." for data in _each(rows, "data")),
     ]

@@ -15,7 +15,14 @@ from minbert_fast.trainer import reproduction
 def row_with(recipe: str, rows: dict[str, int], **dev: float) -> dict[str, Any]:
     """A finished row whose published dev scores are 0.5."""
     published = {"dev": dict.fromkeys(dev, 0.5), "train": {}, "test": {}}
-    return {"recipe": recipe, "published": published, "measured": {"dev": dev}, "dev_rows": rows, "failure": ""}
+    return {
+        "recipe": recipe,
+        "published": published,
+        "measured": {"dev": dev},
+        "dev_rows": rows,
+        "failure": "",
+        "without": [],
+    }
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,17 @@ def test_a_comparison_within_the_noise_of_the_dev_rows_is_unclear(gain: float, h
     margin, word = (cell.strip() for cell in line.split("|")[-3:-1])
     assert word == holds
     assert float(margin) == pytest.approx(0.081, abs=0.0015)  # 2 sqrt(2 * 0.25 / 300) = 0.0816
+
+
+def test_a_row_that_ran_without_some_of_its_data_is_not_compared() -> None:
+    """Without SNLI and MNLI, "triplets beat regression" compared the triplets with a run that had read no NLI at all."""
+    counts = {"sentiment": 100, "paraphrase": 100, "similarity": 100}
+    scores = {"sentiment_accuracy": 0.5, "paraphrase_accuracy": 0.7, "similarity_pearson": 0.8}
+    names = "bertology-nli-triplet", "bertology-nli-regression"
+    rows = {name: row_with(name, counts, **scores) for name in names}
+    assert "triplets beat regression" in reproduction.comparisons(rows)
+    rows["bertology-nli-regression"]["without"] = ["snli", "mnli"]
+    assert reproduction.comparisons(rows) == ""
 
 
 def test_standard_errors_of_the_columns() -> None:
