@@ -112,10 +112,14 @@ class PCGrad:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """The optimizer's step, through the GradScaler if there is one (whose `update` stays the caller's)."""
+        """The optimizer's step, through the GradScaler if there is one (whose `update` stays the caller's).
+
+        A GradScaler that is enabled takes no closure: RuntimeError.
+        """
+        options = {} if closure is None else {"closure": closure}
         if self.scaler is not None:
-            return self.scaler.step(self.optimizer)
-        return self.optimizer.step(closure)
+            return self.scaler.step(self.optimizer, **options)
+        return self.optimizer.step(**options)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and the surgery's (its random generator)."""

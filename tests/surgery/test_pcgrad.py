@@ -399,6 +399,25 @@ def test_gradscaler_skips_a_broken_step(
     assert optimizer.task_weights.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_closure_reaches_the_gradscaler(enabled: bool) -> None:
+    """Named after the bug: with a scaler the closure was dropped, and the step took gradients of zero."""
+    p = nn.Parameter(torch.ones(1))
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.5), scaler=scaler)
+
+    def closure() -> float:
+        optimizer.pc_backward([p.sum(), p.sum()])
+        return 7.0
+
+    if enabled:
+        with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+            optimizer.step(closure)
+    else:
+        assert optimizer.step(closure) == 7.0
+        assert p.item() == 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters(dtype: torch.dtype) -> None:
     """Gradients come back in the parameters' dtype; bf16 or fp16 parameters may be mixed with fp32 ones."""
