@@ -108,7 +108,8 @@ class PCGrad:
         return self.optimizer.state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients."""
+        """Clears the gradients, also those of calls of `pc_backward` that were not final."""
+        self._collected = []
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:

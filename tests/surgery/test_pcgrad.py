@@ -301,6 +301,17 @@ def test_micro_batches_with_other_losses_are_refused(model: Model) -> None:
         torch.testing.assert_close(gradient, torch.zeros_like(p) if p.grad is None else p.grad)
 
 
+def test_zero_grad_clears_micro_batches() -> None:
+    """Named after the bug: the gradients of a batch that was given up came into the next step."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.1))
+    optimizer.pc_backward([p.sum() * 100, p[0] * 100], final=False)
+    optimizer.zero_grad()
+    optimizer.pc_backward([p.sum(), p[0] * 2])
+    assert p.grad is not None
+    assert p.grad.tolist() == [1.5, 0.5]
+
+
 def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is gathered afterwards, and no J is allocated after the first step; a parameter that joins makes a new one."""
     allocated: list[tuple[int, ...]] = []
