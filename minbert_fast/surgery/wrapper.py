@@ -171,13 +171,16 @@ class PCGrad:
         shared, reaches = _walk(losses, parameters)
         reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
         combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
-        if self._collected and (self._rows is None or not self._rows.fit(parameters, reached, combined)):
+        rows = self._rows
+        if rows is not None and not rows.fit(parameters, reached, combined):
+            rows = None
+        if self._collected and (rows is None or len(losses) != len(self._collected)):
             raise ValueError(
                 "pc_backward: these losses reach other parameters than those of the call that was not final"
             )
-        if self._rows is None or not self._rows.fit(parameters, reached, combined):
+        if rows is None:
             self._rows = None  # frees its memory first
-            self._rows = _Rows(parameters, reached, combined)
+            self._rows = rows = _Rows(parameters, reached, combined)
         tasks: list[_Gradients] = []
         for number, (loss, keep) in enumerate(zip(losses, shared, strict=True)):
             for p in parameters:
@@ -186,7 +189,7 @@ class PCGrad:
             scaled.backward(retain_graph=keep)
             found = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
             dense = {i: g.to_dense() if g.is_sparse else g for i, g in found.items()}
-            tasks.append(self._rows.take(number, dense, self._collected[number] if self._collected else {}))
+            tasks.append(rows.take(number, dense, self._collected[number] if self._collected else {}))
         return tasks
 
     def _combine(self, tasks: list[_Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:

@@ -301,6 +301,15 @@ def test_micro_batches_with_other_losses_are_refused(model: Model) -> None:
         torch.testing.assert_close(gradient, torch.zeros_like(p) if p.grad is None else p.grad)
 
 
+def test_micro_batches_with_more_losses_are_refused() -> None:
+    """Named after the bug: a further loss that reaches no parameter of the optimizer was an IndexError."""
+    p, other = nn.Parameter(torch.ones(2)), torch.ones((), requires_grad=True)
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.1))
+    optimizer.pc_backward([p.sum(), p[0] * 2], final=False)
+    with pytest.raises(ValueError, match="reach other parameters"):
+        optimizer.pc_backward([p.sum(), p[0] * 2, other * 1])
+
+
 def test_zero_grad_clears_micro_batches() -> None:
     """Named after the bug: the gradients of a batch that was given up came into the next step."""
     p = nn.Parameter(torch.ones(2))
