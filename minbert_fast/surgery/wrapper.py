@@ -197,19 +197,23 @@ class PCGrad:
         self.gram = self.task_weights = None
         reached = {i: tuple(t for t, g in enumerate(tasks) if i in g) for i in range(len(parameters))}
         combined = [i for i, owners in reached.items() if len(owners) > (self.scope == "shared")]
+        assert self._rows is not None
+        # False: a graph hid some parameters (reentrant checkpointing), or gave them no gradient.
+        foreseen = self._rows.fit(parameters, [reached[i] for i in range(len(parameters))], combined)
         for i in reached.keys() - set(combined):
             for owner in reached[i]:
                 gradient = tasks[owner].pop(i)
+                if not foreseen:  # it may lie in J, which the next call overwrites
+                    gradient = gradient.to(parameters[i].dtype, copy=True)
                 self._average(gradient)
                 yield i, gradient
         if not combined:
             return
         home = parameters[combined[0]].device
         self.gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float32, device=home)
-        assert self._rows is not None
-        if self._rows.fit(parameters, [reached[i] for i in range(len(parameters))], combined):
+        if foreseen:
             buckets = list(self._rows.buckets)
-        else:  # a graph hid some parameters (reentrant checkpointing), or gave them no gradient
+        else:
             groups = _groups(parameters, reached, combined)
             buckets = [_Bucket(group, reached[group[0]], _gather(tasks, reached[group[0]], group)) for group in groups]
         for _, owners, J in buckets:

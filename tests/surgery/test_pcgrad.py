@@ -321,6 +321,31 @@ def test_zero_grad_clears_micro_batches() -> None:
     assert p.grad.tolist() == [1.5, 0.5]
 
 
+class _Without(torch.autograd.Function):
+    """The sum of x; `p` is an input whose gradient is None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.expand(ctx.shape), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_that_one_graph_withholds_is_no_part_of_the_buffer(dtype: torch.dtype) -> None:
+    """Named after the bug: `.grad` lay in J, so the next call replaced it instead of adding to it."""
+    trunk, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, dtype=dtype))
+    optimizer = PCGrad(torch.optim.SGD([trunk, head], lr=0.1), scope="shared", accumulate=True)
+    for scale in (1.0, 2.0):
+        optimizer.pc_backward([trunk.sum() + (scale * head).sum(), _Without.apply(trunk, head)])
+    assert head.grad is not None
+    assert head.grad.dtype == dtype
+    assert head.grad.tolist() == [3, 3]
+
+
 def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is gathered afterwards, and no J is allocated after the first step; a parameter that joins makes a new one."""
     allocated: list[tuple[int, ...]] = []
