@@ -200,6 +200,17 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
     torch.testing.assert_close(total, tasks * mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("present", [1, 2, 4])
+@pytest.mark.parametrize("method", surgery.METHODS)
+def test_tasks_without_examples_do_not_stop_the_others(method: str, present: int) -> None:
+    """Named after the bug: MGDA and CAGrad took such a task's gradient, zero, for the one to follow."""
+    J = rows(present + 2, "random")
+    J[1] = J[-1] = 0
+    w = surgery.weights(method, "sum", torch.Generator().manual_seed(0))(ops.gram(J))
+    others = [i for i in range(len(J)) if J[i].any()]
+    assert (J[others] @ (w @ J)).min() > 0
+
+
 def random_gram(tasks: int, rank: int, seed: int) -> Array:
     J = np.random.default_rng(seed).standard_normal((tasks, rank))
     gram: Array = J @ J.T
