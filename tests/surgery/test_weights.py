@@ -362,6 +362,21 @@ def test_imtl_g_projects_equally_on_every_gradient(tasks: int, largest: float) -
     torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+@pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-5])
+def test_a_short_gradient_is_no_rounding_error(tasks: int, ratio: float) -> None:
+    """Named after the bug: a gradient 2,000 times shorter than another one lost its weight, and got none of the step."""
+    J = rows(tasks, "random").double()
+    J[0] *= ratio
+    gram = ops.gram(J.float())
+    u = J / J.norm(dim=1, keepdim=True)
+    projections = u @ (surgery.weights("imtl_g", "mean")(gram).double() @ J)
+    torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-3, atol=0)
+    balanced = surgery.weights("aligned_mtl", "mean")(gram).double()
+    assert 0.9 / tasks < balanced[0] < 1.1 / tasks  # the others are shortened to this one
+    assert balanced[1:].abs().max() < 2 * ratio
+
+
 @pytest.mark.parametrize("largest", [1e-15, 1.0, 1e15])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
