@@ -479,6 +479,26 @@ def test_a_broken_gradient_leaves_the_state_of_a_weighting_alone() -> None:
     assert torch.equal(one(2 * gram), other(2 * gram))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "torchjd:Constant(weights=[1.0, 2.0, 3.0])",
+        "torchjd:UPGrad(pref_vector=[1.0, 2.0, 3.0])",
+        "torchjd:Krum(n_byzantine=0)",
+        lambda gram: torch.tensor([1.0, 2.0, 3.0]),
+    ],
+)
+def test_a_broken_gradient_under_weights_for_three_tasks(method: Any) -> None:
+    """Named after the bug: weights for a certain number of tasks ended the run where the step should be skipped."""
+    if isinstance(method, str):
+        pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(oracles.random_rows(3, 20))
+    gram[1] = gram[:, 1] = torch.nan
+    w = surgery.weights(method)(gram)
+    assert w[1] == 0
+    assert w.isfinite().all()
+
+
 def test_torchjd_draws_what_the_generator_says() -> None:
     """Processes of one run have different seeds of torch's own generator, and must take the same step."""
     pytest.importorskip("torchjd.aggregation")
