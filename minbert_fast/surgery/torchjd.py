@@ -71,7 +71,7 @@ class FromTorchJD(Weights):
         return state | {f"weighting/{name}": value.clone() for name, value in self._buffers().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self._tasks = int(state["tasks"])
         saved = {k.removeprefix("weighting/"): v for k, v in state.items() if k.startswith("weighting/")}
         if saved and self._tasks:  # the weighting makes its buffers in its first call

@@ -550,6 +550,18 @@ def test_state_continues_the_orders() -> None:
     assert all(map(torch.equal, after, [resumed(gram) for _ in range(3)]))
 
 
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "torchjd:GradVac"])
+def test_a_state_may_come_from_any_device(device: torch.device, method: str) -> None:
+    """As `torch.load(..., map_location=device)` gives it; a CPU generator refuses a state on a GPU."""
+    if method.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(rows(4, "nearly opposite"))
+    weights, resumed = (surgery.weights(method, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    weights(gram)
+    resumed.load_state_dict({name: value.to(device) for name, value in weights.state_dict().items()})
+    assert torch.equal(weights(gram), resumed(gram))
+
+
 def test_a_call_draws_what_draw_draws() -> None:
     gram = ops.gram(rows(4, "nearly opposite"))
     one, other = (pcgrad.Projections(generator=torch.Generator().manual_seed(0)) for _ in range(2))
