@@ -330,7 +330,7 @@ class _Without(torch.autograd.Function):
         return x.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.expand(ctx.shape), None
 
 
