@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Elements of one task's gradients that are gathered at a time. Larger buckets are no faster; smaller ones save memory.
 _BUCKET = 1 << 24
 
+_LEAF = "torch::autograd::AccumulateGrad"  # a node where a graph ends
 _Gradients = dict[int, Tensor]  # of one task, by the parameter's position
 _Reached = Sequence[tuple[int, ...]]  # by the parameter's position: the tasks that reach it
 
@@ -300,12 +301,12 @@ def _walk(losses: list[Tensor], parameters: list[nn.Parameter]) -> tuple[list[bo
     for loss in reversed(losses):
         nodes: set[Any] = set()
         found: set[int] = set()
-        pending = [loss.grad_fn]
+        pending: list[Any] = [loss.grad_fn]
         while pending:
             node = pending.pop()
             if node is None or node in nodes:
                 continue
-            if hasattr(node, "variable"):  # a parameter; it saves nothing for a backward
+            if node.name() == _LEAF:  # a parameter; it saves nothing for a backward
                 if id(node.variable) in positions:
                     found.add(positions[id(node.variable)])
                 continue

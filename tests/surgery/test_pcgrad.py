@@ -509,6 +509,28 @@ def test_reentrant_checkpointing() -> None:
     torch.testing.assert_close(*gradients)
 
 
+class _Doubled(torch.autograd.Function):
+    """2 x; its node has an attribute that the leaves of a graph have, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = 2
+        return x * ctx.variable
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.variable
+
+
+def test_a_function_with_an_attribute_named_variable_is_no_leaf() -> None:
+    """Named after the bug: its graph, which both losses share, was freed after the first."""
+    p = nn.Parameter(torch.zeros(3))
+    shared = _Doubled.apply(p.exp())
+    PCGrad(torch.optim.SGD([p], lr=0.1)).pc_backward([shared.sum(), shared[0]])
+    assert p.grad is not None
+    assert p.grad.tolist() == [2, 1, 1]
+
+
 def test_compiled_models_work(model: Model) -> None:
     expected = naive(model, inputs(), orders_of(0), mean=False)
     model.encoder = torch.compile(model.encoder, backend="aot_eager")  # type: ignore[assignment]
