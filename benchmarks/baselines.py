@@ -126,19 +126,21 @@ class _PerTaskStep:
 
     def __call__(self, batch: MultitaskBatch) -> Tensor:
         self.model.train()
-        losses, rows = [], []
-        for name, made in self._prepared[id(batch)]:
+        losses = []
+        prepared = self._prepared[id(batch)]
+        J = self.shared[0].new_empty(len(prepared) * self.surgery, sum(p.numel() for p in self.shared))
+        for task, (name, made) in enumerate(prepared):
             loss = self._loss(name, made)
             losses.append(loss.detach())
             if self.surgery:
                 torch.autograd.backward(loss, inputs=[*self.shared, *self._own(name)])
-                rows.append(torch.cat([_gradient(p).flatten() for p in self.shared]))
+                torch.cat([_gradient(p).flatten() for p in self.shared], out=J[task])
                 for p in self.shared:
                     p.grad = None
             else:
                 loss.backward()
         if self.surgery:
-            naive.write_gradient(self.shared, self._combine(torch.stack(rows)))
+            naive.write_gradient(self.shared, self._combine(J))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.own_gradients)  # at once: other candidates need the memory
         return torch.stack(losses)

@@ -201,7 +201,7 @@ def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         rival = _ratios(row, full, "transformers", "transformers, fp32", "transformers")
         shown = ", ".join(text for text in (naive, rival) if text)
         parts.append(f"{row['case'].split(',')[0]}: {_milliseconds(row['median'])} ms a step, {shown}.")
-    return [f"3 x 32 real examples with PCGrad. {' '.join(parts)}"]
+    return [f"3 x 32 examples with PCGrad, sentence lengths of the course data. {' '.join(parts)}"]
 
 
 def _ratios(low: Mapping[str, Any], full: Mapping[str, Any] | None, in_bf16: str, in_fp32: str, name: str) -> str:

@@ -3,8 +3,8 @@
 
 The forward is FlashAttention-2's (Dao 2023, algorithm 1). The backward splits its algorithm 2 by what a program owns:
 a tile of keys, to sum dK and dV, or a tile of queries, to sum dQ, so there are no atomics and sums always run in the
-same order. Sentences up to `above` tokens belong to attention_short.py, which runs first and also clears the rows
-behind the last sentence.
+same order. Sentences up to `above` tokens belong to attention_short.py, which also clears the rows behind the last
+sentence.
 
 Only the device knows which sentences are long. A fixed number of programs divides up the tiles that exist. So a batch
 with few long sentences, or none, does not pay for all the tiles that its capacity would allow.

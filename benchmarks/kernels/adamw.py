@@ -67,7 +67,7 @@ def _dense(name: str, tasks: int, count: int, device: torch.device) -> Case:
 
     def apart() -> None:
         if step.w is not None and step.copy is not None and parameter.grad is not None:
-            parameter.grad.copy_(torch.mv(J.T, step.w))
+            torch.mv(J.T, step.w, out=parameter.grad)
             optimizer.step()
             step.copy.copy_(parameter.detach())
 

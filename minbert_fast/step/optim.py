@@ -73,7 +73,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], steps: int, parameters: list[nn.Parameter]) -> None:
         beta1, beta2 = group["betas"]
-        lr = group["lr"]
+        lr = float(group["lr"])  # torch's optimizers take a tensor, too
         values: list[Tensor] = list(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in parameters]

@@ -14,16 +14,14 @@ from __future__ import annotations
 import numpy as np
 
 from minbert_fast.surgery.base import Array
+from minbert_fast.surgery.solvers import components
 
 
 def weights(gram: Array) -> Array:
-    """w [T] from G [T, T]. Components that rounding alone explains are left out."""
-    tasks = len(gram)
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > values.max() * tasks * np.finfo(np.float32).eps  # G was summed in fp32
-    mean = np.full(tasks, 1 / tasks)
-    if not kept.any():
+    """w [T] from G [T, T]."""
+    values, vectors = components(gram)
+    mean = np.full(len(gram), 1 / len(gram))
+    if not len(values):
         return mean
-    values, vectors = values[kept], vectors[:, kept]
     balanced: Array = vectors @ (np.sqrt(values.min() / values) * (vectors.T @ mean))
     return balanced

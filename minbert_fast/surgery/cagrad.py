@@ -20,9 +20,16 @@ from minbert_fast.surgery.solvers import TOLERANCE, onto_simplex
 
 
 def weights(gram: Array, c: float = 0.5) -> Array:
-    """w [T] from G [T, T], whose largest square is 1. Solves the problem by projected gradient descent."""
-    tasks = len(gram)
-    mean = np.full(tasks, 1 / tasks)
+    """w [T] from G [T, T], whose largest square is 1. Solves the problem by projected gradient descent.
+
+    A task without a gradient, such as one without examples in the batch, is not the worst-off one: it gets weight 0.
+    """
+    w = np.zeros(len(gram))
+    used = gram.diagonal() > 0
+    if not used.any():
+        return w
+    gram = gram[np.ix_(used, used)]
+    mean = np.full(len(gram), 1 / len(w))
     towards = gram @ mean
     radius = c * math.sqrt(max(float(mean @ towards), 0.0))
 
@@ -32,7 +39,7 @@ def weights(gram: Array, c: float = 0.5) -> Array:
     def cost(a: Array) -> float:
         return float(a @ towards) + radius * length(a)
 
-    a, rate = mean, 1.0
+    a, rate = mean / mean.sum(), 1.0
     for _ in range(2000):
         norm = length(a)
         if norm < TOLERANCE:
@@ -48,4 +55,6 @@ def weights(gram: Array, c: float = 0.5) -> Array:
         if np.abs(move).max() < TOLERANCE:
             break
     norm = length(a)
-    return np.add(mean, radius / norm * a) if norm > 1e-6 else np.zeros(tasks)
+    if norm > 1e-6:
+        w[used] = mean + radius / norm * a
+    return w

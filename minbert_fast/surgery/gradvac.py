@@ -66,4 +66,4 @@ class GradVac(Projections):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.targets = state["targets"].clone()
+        self.targets = state["targets"].to("cpu", copy=True)

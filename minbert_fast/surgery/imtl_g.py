@@ -15,12 +15,13 @@ from __future__ import annotations
 import numpy as np
 
 from minbert_fast.surgery.base import Array
+from minbert_fast.surgery.solvers import components
 
 
 def weights(gram: Array) -> Array:
-    """w [T] from G [T, T]. Components that rounding alone explains are left out."""
-    tasks = len(gram)
-    v = np.linalg.pinv(gram, rcond=tasks * np.finfo(np.float32).eps, hermitian=True) @ np.sqrt(gram.diagonal())
+    """w [T] from G [T, T]."""
+    values, vectors = components(gram)
+    v = vectors @ (vectors.T @ np.sqrt(gram.diagonal()) / values)
     total = v.sum()
-    shares: Array = v / total if abs(total) > 1e-6 * np.abs(v).max(initial=0) else np.zeros(tasks)
+    shares: Array = v / total if abs(total) > 1e-6 * np.abs(v).max(initial=0) else np.zeros(len(gram))
     return shares

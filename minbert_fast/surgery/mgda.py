@@ -16,10 +16,13 @@ from minbert_fast.surgery.solvers import nonnegative
 
 
 def weights(gram: Array) -> Array:
-    """w [T] from G [T, T].
+    """w [T] from G [T, T]. A task without a gradient, such as one without examples in the batch, gets weight 0.
 
     min a^T (G + 11^T) a - 2 sum(a) over a >= 0 has the same optimality conditions, up to the length of a.
     """
-    a = nonnegative(gram + 1.0, np.ones(len(gram)))
-    shares: Array = a / a.sum()
-    return shares
+    w = np.zeros(len(gram))
+    used = gram.diagonal() > 0  # a gradient of zero would be the shortest vector, and stop the others
+    if used.any():
+        a = nonnegative(gram[np.ix_(used, used)] + 1.0, np.ones(used.sum()))
+        w[used] = a / a.sum()
+    return w

@@ -6,7 +6,8 @@
 
     G a = 1 / a for a > 0,    w = a / T
 
-The paper's a adds the gradients, so it is what reduction "sum" gives. A task without a gradient gets weight 0.
+The paper's a adds the gradients, so it is what reduction "sum" gives, of a G whose largest square is 1: without that scale
+the step would not depend on the gradients' lengths. A task without a gradient gets weight 0.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Projections(Weights):
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())  # a checkpoint may be loaded to a GPU
 
 
 class ClassicProjections(Projections):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small optimization problems that several methods share, solved on the host in fp64."""
+"""Small problems that several methods share, solved on the host in fp64."""
 
 from __future__ import annotations
 
@@ -48,3 +48,15 @@ def onto_simplex(y: Array) -> Array:
     excess = (np.cumsum(descending) - 1) / np.arange(1, len(y) + 1)
     nearest: Array = np.maximum(y - excess[np.flatnonzero(descending > excess)[-1]], 0)
     return nearest
+
+
+def components(gram: Array) -> tuple[Array, Array]:
+    """Eigenvalues [k], ascending, and eigenvectors [T, k] of G, without those that rounding alone explains.
+
+    G's entries were rounded to fp32, each relative to the lengths of its own two gradients. So a component of gradients
+    that are much shorter than the others can be exact.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    rounded = np.finfo(np.float32).eps * (gram.diagonal() @ vectors**2)
+    kept = values > len(gram) * np.maximum(rounded, np.finfo(np.float64).eps * values[-1])
+    return values[kept], vectors[:, kept]

@@ -54,8 +54,16 @@ class FromTorchJD(Weights):
                 self._tasks = len(gram)
                 w.copy_(self.weighting(gram))
             elif used.any():  # such a step is skipped: the state stays
-                w[used] = copy.deepcopy(self.weighting)(gram[used][:, used]).to(w)
+                self._leave_out(gram, used, w)
         return w
+
+    def _leave_out(self, gram: Tensor, used: Tensor, w: Tensor) -> None:
+        """Writes the weights of the tasks `used` to w [T], by a copy of the weighting."""
+        try:
+            w[used] = copy.deepcopy(self.weighting)(gram[used][:, used]).to(w)
+        except (RuntimeError, ValueError):  # a weighting for a certain number of tasks
+            zeroed = torch.where(used & used[:, None], gram, 0.0)
+            w[used] = copy.deepcopy(self.weighting)(zeroed)[used].to(w)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state, the number of tasks of the weighting's state, and its buffers by name."""
@@ -63,7 +71,7 @@ class FromTorchJD(Weights):
         return state | {f"weighting/{name}": value.clone() for name, value in self._buffers().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self._tasks = int(state["tasks"])
         saved = {k.removeprefix("weighting/"): v for k, v in state.items() if k.startswith("weighting/")}
         if saved and self._tasks:  # the weighting makes its buffers in its first call

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Elements of one task's gradients that are gathered at a time. Larger buckets are no faster; smaller ones save memory.
 _BUCKET = 1 << 24
 
+_LEAF = "torch::autograd::AccumulateGrad"  # a node where a graph ends
 _Gradients = dict[int, Tensor]  # of one task, by the parameter's position
 _Reached = Sequence[tuple[int, ...]]  # by the parameter's position: the tasks that reach it
 
@@ -108,14 +109,19 @@ class PCGrad:
         return self.optimizer.state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients."""
+        """Clears the gradients, also those of calls of `pc_backward` that were not final."""
+        self._collected = []
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """The optimizer's step, through the GradScaler if there is one (whose `update` stays the caller's)."""
+        """The optimizer's step, through the GradScaler if there is one (whose `update` stays the caller's).
+
+        A GradScaler that is enabled takes no closure: RuntimeError.
+        """
+        options = {} if closure is None else {"closure": closure}
         if self.scaler is not None:
-            return self.scaler.step(self.optimizer)
-        return self.optimizer.step(closure)
+            return self.scaler.step(self.optimizer, **options)
+        return self.optimizer.step(**options)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and the surgery's (its random generator)."""
@@ -166,13 +172,16 @@ class PCGrad:
         shared, reaches = _walk(losses, parameters)
         reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
         combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
-        if self._collected and (self._rows is None or not self._rows.fit(parameters, reached, combined)):
+        rows = self._rows
+        if rows is not None and not rows.fit(parameters, reached, combined):
+            rows = None
+        if self._collected and (rows is None or len(losses) != len(self._collected)):
             raise ValueError(
                 "pc_backward: these losses reach other parameters than those of the call that was not final"
             )
-        if self._rows is None or not self._rows.fit(parameters, reached, combined):
+        if rows is None:
             self._rows = None  # frees its memory first
-            self._rows = _Rows(parameters, reached, combined)
+            self._rows = rows = _Rows(parameters, reached, combined)
         tasks: list[_Gradients] = []
         for number, (loss, keep) in enumerate(zip(losses, shared, strict=True)):
             for p in parameters:
@@ -181,7 +190,7 @@ class PCGrad:
             scaled.backward(retain_graph=keep)
             found = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
             dense = {i: g.to_dense() if g.is_sparse else g for i, g in found.items()}
-            tasks.append(self._rows.take(number, dense, self._collected[number] if self._collected else {}))
+            tasks.append(rows.take(number, dense, self._collected[number] if self._collected else {}))
         return tasks
 
     def _combine(self, tasks: list[_Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
@@ -189,19 +198,23 @@ class PCGrad:
         self.gram = self.task_weights = None
         reached = {i: tuple(t for t, g in enumerate(tasks) if i in g) for i in range(len(parameters))}
         combined = [i for i, owners in reached.items() if len(owners) > (self.scope == "shared")]
+        assert self._rows is not None
+        # False: a graph hid some parameters (reentrant checkpointing), or gave them no gradient.
+        foreseen = self._rows.fit(parameters, [reached[i] for i in range(len(parameters))], combined)
         for i in reached.keys() - set(combined):
             for owner in reached[i]:
                 gradient = tasks[owner].pop(i)
+                if not foreseen:  # it may lie in J, which the next call overwrites
+                    gradient = gradient.to(parameters[i].dtype, copy=True)
                 self._average(gradient)
                 yield i, gradient
         if not combined:
             return
         home = parameters[combined[0]].device
         self.gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float32, device=home)
-        assert self._rows is not None
-        if self._rows.fit(parameters, [reached[i] for i in range(len(parameters))], combined):
+        if foreseen:
             buckets = list(self._rows.buckets)
-        else:  # a graph hid some parameters (reentrant checkpointing), or gave them no gradient
+        else:
             groups = _groups(parameters, reached, combined)
             buckets = [_Bucket(group, reached[group[0]], _gather(tasks, reached[group[0]], group)) for group in groups]
         for _, owners, J in buckets:
@@ -288,12 +301,12 @@ def _walk(losses: list[Tensor], parameters: list[nn.Parameter]) -> tuple[list[bo
     for loss in reversed(losses):
         nodes: set[Any] = set()
         found: set[int] = set()
-        pending = [loss.grad_fn]
+        pending: list[Any] = [loss.grad_fn]
         while pending:
             node = pending.pop()
             if node is None or node in nodes:
                 continue
-            if hasattr(node, "variable"):  # a parameter; it saves nothing for a backward
+            if node.name() == _LEAF:  # a parameter; it saves nothing for a backward
                 if id(node.variable) in positions:
                     found.add(positions[id(node.variable)])
                 continue

@@ -54,6 +54,17 @@ def test_equals_the_reference(settings: dict[str, float]) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    """As in torch.optim.AdamW. Named after the bug: the first step ended in an error about packed scalars."""
+    made = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.tensor([1.0, -2.0, 3.0])
+        AdamW([p], lr=lr, weight_decay=0.1).step()  # type: ignore[arg-type]
+        made.append(p)
+    assert torch.equal(*made)
+
+
 def test_is_bitwise_deterministic() -> None:
     first, second = (trained(AdamW, 5, torch.float32) for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):

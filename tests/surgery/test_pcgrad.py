@@ -301,6 +301,51 @@ def test_micro_batches_with_other_losses_are_refused(model: Model) -> None:
         torch.testing.assert_close(gradient, torch.zeros_like(p) if p.grad is None else p.grad)
 
 
+def test_micro_batches_with_more_losses_are_refused() -> None:
+    """Named after the bug: a further loss that reaches no parameter of the optimizer was an IndexError."""
+    p, other = nn.Parameter(torch.ones(2)), torch.ones((), requires_grad=True)
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.1))
+    optimizer.pc_backward([p.sum(), p[0] * 2], final=False)
+    with pytest.raises(ValueError, match="reach other parameters"):
+        optimizer.pc_backward([p.sum(), p[0] * 2, other * 1])
+
+
+def test_zero_grad_clears_micro_batches() -> None:
+    """Named after the bug: the gradients of a batch that was given up came into the next step."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.1))
+    optimizer.pc_backward([p.sum() * 100, p[0] * 100], final=False)
+    optimizer.zero_grad()
+    optimizer.pc_backward([p.sum(), p[0] * 2])
+    assert p.grad is not None
+    assert p.grad.tolist() == [1.5, 0.5]
+
+
+class _Without(torch.autograd.Function):
+    """The sum of x; `p` is an input whose gradient is None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.expand(ctx.shape), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_that_one_graph_withholds_is_no_part_of_the_buffer(dtype: torch.dtype) -> None:
+    """Named after the bug: `.grad` lay in J, so the next call replaced it instead of adding to it."""
+    trunk, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, dtype=dtype))
+    optimizer = PCGrad(torch.optim.SGD([trunk, head], lr=0.1), scope="shared", accumulate=True)
+    for scale in (1.0, 2.0):
+        optimizer.pc_backward([trunk.sum() + (scale * head).sum(), _Without.apply(trunk, head)])
+    assert head.grad is not None
+    assert head.grad.dtype == dtype
+    assert head.grad.tolist() == [3, 3]
+
+
 def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is gathered afterwards, and no J is allocated after the first step; a parameter that joins makes a new one."""
     allocated: list[tuple[int, ...]] = []
@@ -399,6 +444,25 @@ def test_gradscaler_skips_a_broken_step(
     assert optimizer.task_weights.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_closure_reaches_the_gradscaler(enabled: bool) -> None:
+    """Named after the bug: with a scaler the closure was dropped, and the step took gradients of zero."""
+    p = nn.Parameter(torch.ones(1))
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.5), scaler=scaler)
+
+    def closure() -> float:
+        optimizer.pc_backward([p.sum(), p.sum()])
+        return 7.0
+
+    if enabled:
+        with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+            optimizer.step(closure)
+    else:
+        assert optimizer.step(closure) == 7.0
+        assert p.item() == 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters(dtype: torch.dtype) -> None:
     """Gradients come back in the parameters' dtype; bf16 or fp16 parameters may be mixed with fp32 ones."""
@@ -443,6 +507,28 @@ def test_reentrant_checkpointing() -> None:
         assert layer.weight.grad is not None
         gradients.append(layer.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+class _Doubled(torch.autograd.Function):
+    """2 x; its node has an attribute that the leaves of a graph have, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = 2
+        return x * ctx.variable
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.variable
+
+
+def test_a_function_with_an_attribute_named_variable_is_no_leaf() -> None:
+    """Named after the bug: its graph, which both losses share, was freed after the first."""
+    p = nn.Parameter(torch.zeros(3))
+    shared = _Doubled.apply(p.exp())
+    PCGrad(torch.optim.SGD([p], lr=0.1)).pc_backward([shared.sum(), shared[0]])
+    assert p.grad is not None
+    assert p.grad.tolist() == [2, 1, 1]
 
 
 def test_compiled_models_work(model: Model) -> None:

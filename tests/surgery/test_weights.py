@@ -200,6 +200,17 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
     torch.testing.assert_close(total, tasks * mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("present", [1, 2, 4])
+@pytest.mark.parametrize("method", surgery.METHODS)
+def test_tasks_without_examples_do_not_stop_the_others(method: str, present: int) -> None:
+    """Named after the bug: MGDA and CAGrad took such a task's gradient, zero, for the one to follow."""
+    J = rows(present + 2, "random")
+    J[1] = J[-1] = 0
+    w = surgery.weights(method, "sum", torch.Generator().manual_seed(0))(ops.gram(J))
+    others = [i for i in range(len(J)) if J[i].any()]
+    assert (J[others] @ (w @ J)).min() > 0
+
+
 def random_gram(tasks: int, rank: int, seed: int) -> Array:
     J = np.random.default_rng(seed).standard_normal((tasks, rank))
     gram: Array = J @ J.T
@@ -351,6 +362,21 @@ def test_imtl_g_projects_equally_on_every_gradient(tasks: int, largest: float) -
     torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+@pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-5])
+def test_a_short_gradient_is_no_rounding_error(tasks: int, ratio: float) -> None:
+    """Named after the bug: a gradient 2,000 times shorter than another one lost its weight, and got none of the step."""
+    J = rows(tasks, "random").double()
+    J[0] *= ratio
+    gram = ops.gram(J.float())
+    u = J / J.norm(dim=1, keepdim=True)
+    projections = u @ (surgery.weights("imtl_g", "mean")(gram).double() @ J)
+    torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-3, atol=0)
+    balanced = surgery.weights("aligned_mtl", "mean")(gram).double()
+    assert 0.9 / tasks < balanced[0] < 1.1 / tasks  # the others are shortened to this one
+    assert balanced[1:].abs().max() < 2 * ratio
+
+
 @pytest.mark.parametrize("largest", [1e-15, 1.0, 1e15])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
@@ -453,6 +479,26 @@ def test_a_broken_gradient_leaves_the_state_of_a_weighting_alone() -> None:
     assert torch.equal(one(2 * gram), other(2 * gram))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "torchjd:Constant(weights=[1.0, 2.0, 3.0])",
+        "torchjd:UPGrad(pref_vector=[1.0, 2.0, 3.0])",
+        "torchjd:Krum(n_byzantine=0)",
+        lambda gram: torch.tensor([1.0, 2.0, 3.0]),
+    ],
+)
+def test_a_broken_gradient_under_weights_for_three_tasks(method: Any) -> None:
+    """Named after the bug: weights for a certain number of tasks ended the run where the step should be skipped."""
+    if isinstance(method, str):
+        pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(oracles.random_rows(3, 20))
+    gram[1] = gram[:, 1] = torch.nan
+    w = surgery.weights(method)(gram)
+    assert w[1] == 0
+    assert w.isfinite().all()
+
+
 def test_torchjd_draws_what_the_generator_says() -> None:
     """Processes of one run have different seeds of torch's own generator, and must take the same step."""
     pytest.importorskip("torchjd.aggregation")
@@ -502,6 +548,18 @@ def test_state_continues_the_orders() -> None:
     resumed = surgery.weights("pcgrad")
     resumed.load_state_dict(state)
     assert all(map(torch.equal, after, [resumed(gram) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "torchjd:GradVac"])
+def test_a_state_may_come_from_any_device(device: torch.device, method: str) -> None:
+    """As `torch.load(..., map_location=device)` gives it; a CPU generator refuses a state on a GPU."""
+    if method.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
+    gram = ops.gram(rows(4, "nearly opposite"))
+    weights, resumed = (surgery.weights(method, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    weights(gram)
+    resumed.load_state_dict({name: value.to(device) for name, value in weights.state_dict().items()})
+    assert torch.equal(weights(gram), resumed(gram))
 
 
 def test_a_call_draws_what_draw_draws() -> None:
