@@ -41,7 +41,7 @@ from minbert_fast.step.stepping import (
     unprefixed,
 )
 from minbert_fast.step.tape import Tape
-from minbert_fast.step.trainable import constant, trainable
+from minbert_fast.step.trainable import base_rate, check_trained, constant, trainable
 from minbert_fast.tasks import MultitaskModel
 
 
@@ -101,13 +101,14 @@ class OnePassStep:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
         if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
+        check_trained(self.flat.trainable, self.recipe)
         self.step_seed = seed_of(self.seed_base, self.steps)
         seed_generators(self.step_seed, self.flat.data.device)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
         orders = self.weights.draw(len(batch.tasks))
-        self.numbers.write(self.step_seed, self.recipe.optimizer.lr * lr_scale, orders)
+        self.numbers.write(self.step_seed, base_rate(self.recipe.optimizer) * lr_scale, orders)
 
     def compute(self, batch: MultitaskBatch) -> StepResult:
         """The device's part of a step. A graph can capture it: it neither waits for the device nor copies data to it."""

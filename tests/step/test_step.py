@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import BertConfig, BertModel
-from minbert_fast.common.schema import build
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.model.passes import Pass
@@ -237,6 +237,46 @@ def test_the_mean_over_tasks_leaves_heads_alone_on_both_backends(method: str) ->
         assert all(norm > 0.1 for norm in norms)  # so that clipping tells lengths apart
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_a_shared_layer_without_a_task_in_the_step_moves_equally_on_both_backends() -> None:
+    """The pooler of one task: the reference step without surgery left it out, and did not count the step."""
+    chosen = recipe(tasks=PLAIN | {"paraphrase": {"dropout": 0.0, "pooling": "pooler"}})
+    models = [make_model(chosen), make_model(chosen)]
+    for backend, model in zip(("fast", "reference"), models, strict=True):
+        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+        for sizes in (SIZES, SIZES | {"paraphrase": 0}, SIZES):
+            step(make_batch(model, sizes), 1.0)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_heads_have_a_rate_of_their_own_beside_an_encoder_at_rate_0(backend: Any) -> None:
+    """`head_lr` was ignored where `lr` is 0."""
+    moved = []
+    for rates in ({"lr": 0.0, "head_lr": 1e-3}, {"lr": 1e-9, "head_lr": 1e-3}):
+        chosen = recipe(optimizer=rates)
+        model = make_model(chosen)
+        start = copy.deepcopy(model)
+        make_step(backend, model, chosen, torch.float32)(make_batch(model, SIZES), 0.5)
+        if not rates["lr"]:
+            pairs = zip(model.encoder.parameters(), start.encoder.parameters(), strict=True)
+            assert all(torch.equal(p, q) for p, q in pairs)
+        pairs = zip(model.heads.parameters(), start.heads.parameters(), strict=True)
+        moved.append([(p - q).detach() for p, q in pairs])
+    torch.testing.assert_close(*moved)
+    assert all(change.any() for change in moved[0])
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_step_with_nothing_to_train_says_so(backend: Any) -> None:
+    """One for evaluation alone, without a step, is made all the same."""
+    chosen = recipe(tasks={"similarity": {"head": "cosine"}}, model={"freeze": True})
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)
+    with pytest.raises(ConfigError, match=r"nothing to train: the encoder is frozen, and no head \(similarity\) has"):
+        step(make_batch(model, {"similarity": 2}), 1.0)
 
 
 def test_bf16_follows_fp32() -> None:
