@@ -216,11 +216,11 @@ class ReferenceStep:
         tensors, scalars = state["tensors"], state["scalars"]
         for _, spec in self.specs:
             if f"{spec.name}/step" in scalars:
-                self.optimizer.state[spec.parameter] = {
-                    "step": int(scalars[f"{spec.name}/step"]),
-                    "exp_avg": tensors[f"{spec.name}/exp_avg"].clone(),
-                    "exp_avg_sq": tensors[f"{spec.name}/exp_avg_sq"].clone(),
+                moments = {
+                    name: tensors[f"{spec.name}/{name}"].to(spec.parameter.device, copy=True)
+                    for name in ("exp_avg", "exp_avg_sq")
                 }
+                self.optimizer.state[spec.parameter] = {"step": int(scalars[f"{spec.name}/step"]), **moments}
         for hook in self.hooks:
             hook.load_state_dict(tensors)
         self.generator.set_state(unprefixed(tensors)["generator"])

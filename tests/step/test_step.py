@@ -21,6 +21,7 @@ from minbert_fast.model.passes import Pass
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import TRAINING_PARTS
 from minbert_fast.step.backends import make_step
+from minbert_fast.step.naive import ReferenceStep
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
@@ -342,6 +343,19 @@ def test_a_restored_step_continues_bit_identically(backend: str) -> None:
         return [p.detach() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_restored_moments_lie_beside_their_parameters() -> None:
+    """A checkpoint is read to main memory; on a GPU the reference step left them there, and its next step failed."""
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    step = ReferenceStep(model, chosen, torch.float32)
+    step(make_batch(model, SIZES), 1.0)
+    elsewhere = ReferenceStep(make_model(chosen).to("meta"), chosen, torch.float32)
+    elsewhere.load_state_dict(step.state_dict())
+    moments = [state[name] for state in elsewhere.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert moments
+    assert all(moment.is_meta for moment in moments)
 
 
 def test_dropout_streams_are_the_steps_own() -> None:
