@@ -89,6 +89,8 @@ class OnePassStep:
         self.heads = {name: [spec.parameter for spec in specs] for name, specs in parts.heads.items()}
         for p in model.parameters():
             p.grad = None  # of an earlier stage
+            if p not in self.flat:  # a head of an earlier stage: as a view it would keep that stage's buffer alive
+                p.data = p.detach().clone()
         self.numbers = StepNumbers(len(recipe.tasks), self.flat.data.device)
         self.seed = self.numbers.seed
         self.steps = 0
