@@ -59,6 +59,7 @@ class ShardedGradients(TaskGradients):
     """J [T, shared / R], and the scratch memory that the backward writes: for even layers, odd layers, and the rest.
 
     Scratch [T, room] holds the spans of one layer, one after another. A span's room is R times the size of its part.
+    Elements between parameters, and behind a span, are zero when it is sent: they enter the Gram matrix.
     """
 
     def __init__(self, tasks: int, dtype: torch.dtype, spans: Sequence[Sequence[Span]], shares: Shares) -> None:

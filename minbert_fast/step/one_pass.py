@@ -195,9 +195,8 @@ class OnePassStep:
 
     def _remeasure(self, batch: MultitaskBatch) -> Tensor:
         """The batch's losses [T] under the updated parameters, by a second forward with the same dropout."""
-        if not (
-            self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):  # a graph's heads draw other masks
+        capturing = self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing:  # a graph cannot seed generators twice: its heads draw other masks
             seed_generators(self.step_seed, self.seed.device)
         with constant([p for p in self.model.parameters() if p.requires_grad]):
             losses = self._losses(batch, self._encode(batch))
