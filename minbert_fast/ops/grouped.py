@@ -173,10 +173,12 @@ def _column_sums(
 
 
 def gram(pieces: Sequence[Tensor], tables: Tables, partials: Tensor, add: bool) -> Tensor:
-    """G [T, T], fp32, from `pieces` [T, columns] of J (of one dtype, any task stride) and, with `add`, from `partials`."""
+    """G [T, T], fp32, from `pieces` [T, columns] of J (of one dtype, any task stride) and, with `add`, from `partials`.
+
+    There is at least one piece; pieces may have no columns.
+    """
     from minbert_fast.kernels import gram as kernels
 
-    pieces = [piece for piece in pieces if piece.shape[1]]
     out = partials.new_empty(pieces[0].shape[0], pieces[0].shape[0])
     rows, blocks = kernels.pieces_table(pieces)
     _gram_of_pieces(tables.on(partials.device, rows), list(pieces), blocks, partials, add, out)

@@ -59,6 +59,7 @@ class ShardedGradients(TaskGradients):
     """J [T, shared / R], and the scratch memory that the backward writes: for even layers, odd layers, and the rest.
 
     Scratch [T, room] holds the spans of one layer, one after another. A span's room is R times the size of its part.
+    Elements between parameters, and behind a span, are zero when it is sent: they enter the Gram matrix.
     """
 
     def __init__(self, tasks: int, dtype: torch.dtype, spans: Sequence[Sequence[Span]], shares: Shares) -> None:
@@ -85,14 +86,18 @@ class ShardedGradients(TaskGradients):
         self.J = huge_pages.zeros(tasks, kept, dtype=dtype, device=device)
 
     def view(self, parameter: Tensor) -> Tensor:
-        return self.stacked([parameter]).view(self.tasks, *parameter.shape)
+        return self._columns([parameter]).view(self.tasks, *parameter.shape)
 
     def stacked(self, parameters: Sequence[Tensor]) -> Tensor:
+        rows = sum(p.shape[0] for p in parameters)
+        view: Tensor = self._columns(parameters).unflatten(-1, (rows, *parameters[0].shape[1:]))
+        return view
+
+    def _columns(self, parameters: Sequence[Tensor]) -> Tensor:
+        """The scratch memory [T, elements] of adjacent parameters."""
         begin, end = self.flat.placement(parameters[0]).begin, self.flat.placement(parameters[-1]).end
         span, room = next((s, room) for s, room in self.rooms.items() if s.begin <= begin and end <= s.end)
-        flat = room[:, begin - span.begin : end - span.begin]
-        rows: Tensor = flat.unflatten(-1, (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]))
-        return rows
+        return room[:, begin - span.begin : end - span.begin]
 
     def gram(self, words: Tensor | None) -> Tensor:
         # Every process has all rows of the words; only rank 0 adds their inner products.
@@ -131,6 +136,8 @@ class ReduceScatter(AllReduce):
     def before_backward(self) -> None:
         super().before_backward()
         self._sent: dict[int, Work | None] = {}
+        if len(self.spans) > 1:
+            self.gradients.scratch[-2].zero_()  # of the last layer; `_send` clears those below
 
     def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         """Sends the parameters that this process has updated to the others, and receives theirs."""

@@ -32,7 +32,7 @@ from minbert_fast.step.stepping import (
     surgery_of,
     unprefixed,
 )
-from minbert_fast.step.trainable import constant, trainable
+from minbert_fast.step.trainable import base_rate, check_trained, constant, trainable
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
 
@@ -108,7 +108,7 @@ class ReferenceStep:
         self.shared = [spec.parameter for label, spec in self.specs if label in ("shared", "words")]
         self.frozen = [spec.parameter for spec in parts.frozen]
         o = recipe.optimizer
-        self.optimizer = AdamW(self._groups(), o.lr, o.betas, o.eps, correct_bias=o.correct_bias)
+        self.optimizer = AdamW(self._groups() or [{"params": []}], o.lr, o.betas, o.eps, correct_bias=o.correct_bias)
         self.hooks = separate_hooks(model, recipe, [spec for _, spec in self.specs])
         for p in model.parameters():  # an earlier stage may have left gradients
             p.grad = None
@@ -125,6 +125,7 @@ class ReferenceStep:
         return [{"params": p, "lr_factor": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
+        check_trained(self.specs, self.recipe)
         device = batch.packed.tokens.device
         step_seed = seed_of(self.recipe.training.seed, self.steps)
         seed_generators(step_seed, device)
@@ -139,7 +140,7 @@ class ReferenceStep:
             losses = self._losses(batch, consistency)
         timer.end("forward")
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.optimizer.lr * group["lr_factor"] * lr_scale
+            group["lr"] = base_rate(self.recipe.optimizer) * group["lr_factor"] * lr_scale
         follows = any(hook.follows_losses for hook in self.hooks)
         for hook in self.hooks if follows else ():
             hook.before_weights(losses.detach(), batch.active_tasks())
@@ -179,9 +180,11 @@ class ReferenceStep:
         if options.method == "none" or not self.shared:
             torch.stack(list(losses)).sum().backward()
             timer.end("backward")
-            if options.reduction == "mean":
-                for p in self.shared:
-                    p.grad = None if p.grad is None else p.grad / len(losses)
+            for p in self.shared:
+                if p.grad is None:  # no task of this step uses it
+                    p.grad = torch.zeros_like(p)
+                elif options.reduction == "mean":
+                    p.grad /= len(losses)
         else:
             gradients = task_gradients(losses, self.shared)
             timer.end("backward")
@@ -213,11 +216,11 @@ class ReferenceStep:
         tensors, scalars = state["tensors"], state["scalars"]
         for _, spec in self.specs:
             if f"{spec.name}/step" in scalars:
-                self.optimizer.state[spec.parameter] = {
-                    "step": int(scalars[f"{spec.name}/step"]),
-                    "exp_avg": tensors[f"{spec.name}/exp_avg"].clone(),
-                    "exp_avg_sq": tensors[f"{spec.name}/exp_avg_sq"].clone(),
+                moments = {
+                    name: tensors[f"{spec.name}/{name}"].to(spec.parameter.device, copy=True)
+                    for name in ("exp_avg", "exp_avg_sq")
                 }
+                self.optimizer.state[spec.parameter] = {"step": int(scalars[f"{spec.name}/step"]), **moments}
         for hook in self.hooks:
             hook.load_state_dict(tensors)
         self.generator.set_state(unprefixed(tensors)["generator"])

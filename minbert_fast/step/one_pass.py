@@ -41,7 +41,7 @@ from minbert_fast.step.stepping import (
     unprefixed,
 )
 from minbert_fast.step.tape import Tape
-from minbert_fast.step.trainable import constant, trainable
+from minbert_fast.step.trainable import base_rate, check_trained, constant, trainable
 from minbert_fast.tasks import MultitaskModel
 
 
@@ -89,6 +89,8 @@ class OnePassStep:
         self.heads = {name: [spec.parameter for spec in specs] for name, specs in parts.heads.items()}
         for p in model.parameters():
             p.grad = None  # of an earlier stage
+            if p not in self.flat:  # a head of an earlier stage: as a view it would keep that stage's buffer alive
+                p.data = p.detach().clone()
         self.numbers = StepNumbers(len(recipe.tasks), self.flat.data.device)
         self.seed = self.numbers.seed
         self.steps = 0
@@ -101,13 +103,14 @@ class OnePassStep:
         """The host's part of a step: seeds, the learning rate, the tasks' random orders."""
         if self.model.encoder.plan() != self.plan:
             raise ConfigError("modules of the encoder changed after its training step was made: make a new step")
+        check_trained(self.flat.trainable, self.recipe)
         self.step_seed = seed_of(self.seed_base, self.steps)
         seed_generators(self.step_seed, self.flat.data.device)
         for hook in self.hooks:
             hook.before_step(self.steps)
         self.steps += 1
         orders = self.weights.draw(len(batch.tasks))
-        self.numbers.write(self.step_seed, self.recipe.optimizer.lr * lr_scale, orders)
+        self.numbers.write(self.step_seed, base_rate(self.recipe.optimizer) * lr_scale, orders)
 
     def compute(self, batch: MultitaskBatch) -> StepResult:
         """The device's part of a step. A graph can capture it: it neither waits for the device nor copies data to it."""
@@ -192,9 +195,8 @@ class OnePassStep:
 
     def _remeasure(self, batch: MultitaskBatch) -> Tensor:
         """The batch's losses [T] under the updated parameters, by a second forward with the same dropout."""
-        if not (
-            self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):  # a graph's heads draw other masks
+        capturing = self.seed.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing:  # a graph cannot seed generators twice: its heads draw other masks
             seed_generators(self.step_seed, self.seed.device)
         with constant([p for p in self.model.parameters() if p.requires_grad]):
             losses = self._losses(batch, self._encode(batch))

@@ -70,7 +70,8 @@ class Tape:
         """G [T, T] of J and of the words' rows [T, U, H]. Reads only what the launches of the weights did not multiply."""
         if self._partials is None:
             return self.gradients.gram(words)
-        pieces = _between(self.gradients.J, self._computed)
+        J = self.gradients.J
+        pieces = _between(J, self._computed) or [J[:, :0]]  # of a frozen encoder J is empty
         if words is not None:
             pieces.append(words.flatten(1))
         return grouped.gram(pieces, self._tables, self._partials, add=bool(self._computed))

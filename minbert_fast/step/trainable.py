@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
 
-from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.recipes.recipe import OptimizerOptions, Recipe
 from minbert_fast.step.flat import ParameterSpec, StageParameters
 from minbert_fast.tasks import MultitaskModel
 
@@ -27,12 +28,13 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
 
     def spec(p: nn.Parameter, lr: float) -> ParameterSpec:
         plain = p.ndim < 2 and not options.decay_all
-        factor = lr / options.lr if options.lr else 0.0
+        factor = lr / base if base else 0.0
         return ParameterSpec(names[id(p)], p, factor, 0.0 if plain else options.weight_decay)
 
     def encoder_spec(p: nn.Parameter) -> ParameterSpec:
         return spec(p, options.lr * options.layer_decay ** _depth(names[id(p)], encoder.config.num_hidden_layers))
 
+    base = base_rate(options)
     head_lr = options.lr if options.head_lr is None else options.head_lr
     word = encoder.word_embedding.get_parameter("weight")
     own = encoder.one_pass_parameters()
@@ -55,6 +57,20 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
     parts = StageParameters(shared, words, heads, frozen=[])
     trained = {id(spec.parameter) for _, spec in parts.trained()}
     return replace(parts, frozen=[ParameterSpec(n, p) for n, p in encoder.named_parameters() if id(p) not in trained])
+
+
+def base_rate(options: OptimizerOptions) -> float:
+    """The learning rate that the parameters' `lr_factor` multiply: `lr`, or `head_lr` where `lr` is 0."""
+    return options.lr or options.head_lr or 0.0
+
+
+def check_trained(trained: Sized, recipe: Recipe) -> None:
+    """Raises ConfigError for a step without trainable parameters."""
+    if not trained:
+        raise ConfigError(
+            f"nothing to train: the encoder is frozen, and no head ({', '.join(recipe.tasks)}) has parameters to train; "
+            "set model.freeze = false, or training.epochs = 0 to evaluate the model as it is"
+        )
 
 
 def _depth(name: str, layers: int) -> int:

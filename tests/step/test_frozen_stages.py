@@ -93,6 +93,16 @@ def test_a_stage_after_a_frozen_one_begins_with_its_own_gradients(pooling: str) 
     assert torch.equal(after.flat.data, alone.flat.data)
 
 
+def test_the_buffer_of_an_earlier_stage_is_freed() -> None:
+    """The head of a task that the next stage lacks was a view of that buffer, which is as large as the model."""
+    whole = recipe()
+    model = make_model(whole)
+    train_stage(model, whole, "fast", range(1))
+    OnePassStep(model, recipe(tasks={"similarity": {}}), torch.float32)
+    for name, p in model.heads.named_parameters():
+        assert p.untyped_storage().nbytes() == p.nbytes, name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_the_user_froze_stays_frozen_in_every_stage(backend: Backend) -> None:
     frozen, whole = stages("pooler", surgery="none")

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import BertConfig, BertModel
-from minbert_fast.common.schema import build
+from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.model.passes import Pass
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import TRAINING_PARTS
 from minbert_fast.step.backends import make_step
+from minbert_fast.step.naive import ReferenceStep
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 
@@ -239,6 +240,46 @@ def test_the_mean_over_tasks_leaves_heads_alone_on_both_backends(method: str) ->
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
 
 
+def test_a_shared_layer_without_a_task_in_the_step_moves_equally_on_both_backends() -> None:
+    """The pooler of one task: the reference step without surgery left it out, and did not count the step."""
+    chosen = recipe(tasks=PLAIN | {"paraphrase": {"dropout": 0.0, "pooling": "pooler"}})
+    models = [make_model(chosen), make_model(chosen)]
+    for backend, model in zip(("fast", "reference"), models, strict=True):
+        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+        for sizes in (SIZES, SIZES | {"paraphrase": 0}, SIZES):
+            step(make_batch(model, sizes), 1.0)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_heads_have_a_rate_of_their_own_beside_an_encoder_at_rate_0(backend: Any) -> None:
+    """`head_lr` was ignored where `lr` is 0."""
+    moved = []
+    for rates in ({"lr": 0.0, "head_lr": 1e-3}, {"lr": 1e-9, "head_lr": 1e-3}):
+        chosen = recipe(optimizer=rates)
+        model = make_model(chosen)
+        start = copy.deepcopy(model)
+        make_step(backend, model, chosen, torch.float32)(make_batch(model, SIZES), 0.5)
+        if not rates["lr"]:
+            pairs = zip(model.encoder.parameters(), start.encoder.parameters(), strict=True)
+            assert all(torch.equal(p, q) for p, q in pairs)
+        pairs = zip(model.heads.parameters(), start.heads.parameters(), strict=True)
+        moved.append([(p - q).detach() for p, q in pairs])
+    torch.testing.assert_close(*moved)
+    assert all(change.any() for change in moved[0])
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_step_with_nothing_to_train_says_so(backend: Any) -> None:
+    """One for evaluation alone, without a step, is made all the same."""
+    chosen = recipe(tasks={"similarity": {"head": "cosine"}}, model={"freeze": True})
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)
+    with pytest.raises(ConfigError, match=r"nothing to train: the encoder is frozen, and no head \(similarity\) has"):
+        step(make_batch(model, {"similarity": 2}), 1.0)
+
+
 def test_bf16_follows_fp32() -> None:
     """Products in bf16: losses of ten steps stay within a few percent, and master weights stay fp32."""
     chosen = recipe(**SURGERY)
@@ -302,6 +343,19 @@ def test_a_restored_step_continues_bit_identically(backend: str) -> None:
         return [p.detach() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_restored_moments_lie_beside_their_parameters() -> None:
+    """A checkpoint is read to main memory; on a GPU the reference step left them there, and its next step failed."""
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    step = ReferenceStep(model, chosen, torch.float32)
+    step(make_batch(model, SIZES), 1.0)
+    elsewhere = ReferenceStep(make_model(chosen).to("meta"), chosen, torch.float32)
+    elsewhere.load_state_dict(step.state_dict())
+    moments = [state[name] for state in elsewhere.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert moments
+    assert all(moment.is_meta for moment in moments)
 
 
 def test_dropout_streams_are_the_steps_own() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -115,3 +116,32 @@ def test_a_frozen_weight_is_left_alone() -> None:
     assert (first.dweight == 0.5).all()
     J = made.gradients.J.double()
     torch.testing.assert_close(gram.double(), J @ J.T, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("surgery", ["pcgrad", "none"])
+def test_a_frozen_encoder_has_a_gram_matrix_of_zeros(surgery: str) -> None:
+    """Its J has no columns; a step on a GPU ended with an IndexError."""
+    chosen = recipe(surgery={"method": surgery}, model={"freeze": True})
+    torch.manual_seed(0)
+    model = MultitaskModel(BertModel(replace(CONFIG, num_hidden_layers=0)), build_tasks(chosen), "mean")
+    norms = []
+    for backend in ("triton", "native"):
+        with force(backend), poisoned_memory():  # type: ignore[arg-type]
+            step = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
+            result = step(make_batch(model, SIZES, lowest_word=40), 1.0)
+        assert result.gram is None or not result.gram.any()
+        norms.append(result.grad_norm)
+    torch.testing.assert_close(*norms, atol=1e-6, rtol=1e-4)
+
+
+def test_a_tape_of_weights_that_fill_all_of_j() -> None:
+    """Nothing is left to read for the Gram matrix: the launches of the weights have multiplied everything."""
+    weight = nn.Linear(16, 32).weight
+    flat = FlatParameters(StageParameters([ParameterSpec("weight", weight)], None, {}, []), torch.float32)
+    gradients, bounds = TaskGradients(flat, 2, torch.float32), torch.tensor([0, 5, 12], dtype=torch.int32)
+    with force("triton"), poisoned_memory():
+        tape = Tape(gradients, bounds, Tables(), gram=True)
+        tape.product(Product(torch.randn(14, 32), torch.randn(14, 16), gradients.view(weight), None))
+        tape.finish()
+        gram = tape.gram(None)
+    torch.testing.assert_close(gram, gradients.J @ gradients.J.T, atol=0, rtol=1e-5)
