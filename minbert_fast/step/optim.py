@@ -42,6 +42,16 @@ class AdamW(torch.optim.Optimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, settings)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of torch's AdamW too, which has no `correct_bias` and counts steps in tensors."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for each in self.state.values():
+            if "step" in each:
+                each["step"] = int(each["step"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns the closure's loss, if one is given."""
@@ -49,6 +59,8 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("AdamW takes dense gradients; use SparseAdam for sparse ones")
         for group in self.param_groups:
             for steps, parameters in self._by_step(group["params"]).items():
                 self._update(group, steps, parameters)
@@ -60,8 +72,6 @@ class AdamW(torch.optim.Optimizer):
         for p in parameters:
             if p.grad is None:
                 continue
-            if p.grad.is_sparse:
-                raise RuntimeError("AdamW takes dense gradients; use SparseAdam for sparse ones")
             state = self.state[p]
             if not state:
                 state["step"] = 0

@@ -190,6 +190,7 @@ class Trainer:
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
             load_model(self.model, checkpoint)
+        self.__dict__.pop("_step", None)  # frees the memory of the stage before first
         self._step: TrainingStep = stage.build_step()
         if checkpoint is not None:
             load_step(self._step, checkpoint)

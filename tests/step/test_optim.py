@@ -129,3 +129,35 @@ def test_grad_scaler_unscales_and_skips() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         AdamW([nn.Parameter(torch.ones(1))], **settings)  # type: ignore[arg-type]
+
+
+def test_the_state_of_torchs_adamw_goes_on() -> None:
+    """Its first step afterwards ended in KeyError: 'correct_bias'. With eps = 0 both take the same steps."""
+    models = [nn.Linear(5, 3, dtype=torch.float64) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    theirs = torch.optim.AdamW(models[0].parameters(), lr=0.1, eps=0.0, weight_decay=0.0)
+    ours = AdamW(models[1].parameters(), lr=0.1, eps=0.0, weight_decay=0.0)
+    for step in range(6):
+        x = torch.randn(4, 5, dtype=torch.float64)
+        for model in models[: 1 if step < 3 else 2]:
+            model.zero_grad()
+            model(x).square().mean().backward()
+        theirs.step()
+        if step < 3:
+            models[1].load_state_dict(models[0].state_dict())
+            ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        else:
+            ours.step()
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    """A sparse gradient was refused after the parameters before it had counted the step."""
+    dense, sparse = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = AdamW([dense, sparse])
+    dense.grad, sparse.grad = torch.ones(2), torch.ones(2).to_sparse()
+    with pytest.raises(RuntimeError, match="dense gradients"):
+        optimizer.step()
+    assert not optimizer.state
+    assert (dense == 1).all()
