@@ -156,11 +156,14 @@ class BertModel(nn.Module):
         input_ids [B, S] word ids, attention_mask [B, S] (1 attended, 0 not, anywhere; None: all attended),
         token_type_ids [B, S] (None: all 0); or one PackedBatch. Positions with mask 0 give zeros and influence nothing.
         Sentences longer than the model's positions are truncated with a warning (their outputs beyond are zeros).
+        Raises ValueError for ids that are no integers, and for a mask of another shape.
         """
         if isinstance(input_ids, PackedBatch):
             return {"last_hidden_state": self.encode_packed(passes.AutogradPass(), input_ids)}
+        if input_ids.is_floating_point():
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}, expected word ids")
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else passes.expanded(attention_mask, input_ids.shape)
         if length > limit:
             longer = int((mask[:, limit:] != 0).any(1).sum())
             words = f"{longer} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
@@ -183,7 +186,8 @@ class BertModel(nn.Module):
         plan = self.plan()
         if attention_mask.dim() != 2 or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
-        rows, run = passes.DenseRows.of(attention_mask), passes.AutogradPass()
+        mask = passes.expanded(attention_mask, hidden_states.shape[:2])
+        rows, run = passes.DenseRows.of(mask), passes.AutogradPass()
         hidden, layers = rows.rows(hidden_states), self.bert_layers
         return rows.rectangle(passes.through(run, rows, hidden, layers, plan.layers, self._recompute()))
 

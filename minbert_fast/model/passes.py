@@ -254,6 +254,13 @@ def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[st
     return out.to(hidden.dtype)
 
 
+def expanded(mask: Tensor, shape: torch.Size) -> Tensor:
+    """An attention mask [B, S] or [1, S] as [B, S]. Raises ValueError for another shape."""
+    if mask.dim() != 2 or mask.shape[0] not in (1, shape[0]) or mask.shape[1] != shape[1]:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, expected {list(shape)}")
+    return mask.expand(shape)
+
+
 def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask that the course adds to attention scores: 0 where the mask is 1, -10000 where it is 0.
 
