@@ -163,7 +163,8 @@ class BertModel(nn.Module):
         if input_ids.is_floating_point():
             raise ValueError(f"input_ids has dtype {input_ids.dtype}, expected word ids")
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
-        mask = torch.ones_like(input_ids) if attention_mask is None else passes.expanded(attention_mask, input_ids.shape)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = passes.expanded(mask, input_ids.shape)
         if length > limit:
             longer = int((mask[:, limit:] != 0).any(1).sum())
             words = f"{longer} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
@@ -362,9 +363,8 @@ class BertModel(nn.Module):
         return plan.embedding is not None, tuple(None if layer is None else layer.foreign for layer in plan.layers)
 
     def _plan(self) -> fused.Plan:
-        positions = self.position_ids
-        version = 0 if positions.is_inference() else positions._version
-        extra = (id(positions), version, *vars(self.config).values(), type(self).embed, type(self).encode, *_methods())
+        methods = (type(self).embed, type(self).encode, *_methods())
+        extra = (fused.version(self.position_ids), *vars(self.config).values(), *methods)
         plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
         slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
         fused.warn_once(self._warned, [*slower, *self._contradictions()], stacklevel=4)
@@ -418,12 +418,8 @@ def read_embedding(model: BertModel) -> fused.Embedding:
     for name in ("embed", "encode"):
         if getattr(type(model), name) is not getattr(BertModel, name) or name in vars(model):
             raise fused.NotExactError(model, f"has a {name} of its own")
-    parts = fused.exact(embedding_parts(model))
-    positions = model.position_ids
-    count = torch.arange(positions.shape[1], device=positions.device)
-    if not positions.is_meta and not torch.equal(positions[0], count):
-        raise fused.NotExactError(model, "has position_ids that do not count from 0")
-    return parts
+    fused.expect_counting(model, model.position_ids)
+    return fused.exact(embedding_parts(model))
 
 
 def read_layer(layer: nn.Module) -> fused.Layer:

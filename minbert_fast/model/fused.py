@@ -18,6 +18,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -113,6 +114,13 @@ def expect(module: Any, *classes: type) -> None:
             raise NotExactError(module, f"has a {name} of its own")
 
 
+def expect_counting(owner: nn.Module, positions: Tensor) -> None:
+    """Raises NotExactError unless `positions` [1, S], a buffer of `owner`, are 0, 1, 2, ..."""
+    count = torch.arange(positions.shape[1], device=positions.device)
+    if not positions.is_meta and not torch.equal(positions[0], count):
+        raise NotExactError(owner, "has position_ids that do not count from 0")
+
+
 def exact(parts: P) -> P:
     """The parts. Raises NotExactError for a module that is not what is assumed, except one in the place of a Linear."""
     for name, kind in _KINDS[type(parts)].items():
@@ -205,13 +213,18 @@ class _Tree:
         return seen
 
 
+def version(buffer: Tensor | None) -> tuple[int, int]:
+    """Changes when a buffer is replaced or written to."""
+    return id(buffer), 0 if buffer is None or buffer.is_inference() else buffer._version
+
+
 class _Seen(NamedTuple):
     """The last look at a tree."""
 
     tree: _Tree
     fingerprint: list[object]
     plan: Plan
-    parameters: list[Tensor]  # while these live, no other tensor gets the id of one of them
+    tensors: list[Tensor]  # while these live, no other tensor gets the id of one of them
 
 
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
@@ -250,9 +263,9 @@ def plan(
     for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
         reasons.setdefault(str(why_foreign(foreign)), names[foreign])
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
-    parameters: list[Tensor] = [p for m in root.modules() for p in m._parameters.values() if p is not None]
+    owned = flatten((m._parameters | m._buffers).values() for m in root.modules())
     tree = _Tree(root)
-    _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, parameters)
+    _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, [t for t in owned if t is not None])
     return fresh
 
 
