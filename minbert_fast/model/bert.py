@@ -194,7 +194,8 @@ class BertModel(nn.Module):
 
     def pool(self, first: Tensor) -> Tensor:
         """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
-        pooled: Tensor = self.pooler_af(self.pooler_dense(first.to(self.dtype)))
+        dtype = next((p.dtype for p in self.pooler_dense.parameters()), first.dtype)
+        pooled: Tensor = self.pooler_af(self.pooler_dense(first.to(dtype)))
         return pooled
 
     def stock(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -292,15 +293,12 @@ class BertModel(nn.Module):
         """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit.
 
         Adapters of peft are merged into the weights that are written, not into the model. Raises WeightsError naming
-        any other parameter that BERT does not have.
+        any other parameter that BERT does not have, and tensors of which `config.json` cannot tell the shape.
         """
-        config = dataclasses.replace(
-            self.config, num_hidden_layers=len(self.bert_layers), vocab_size=self.word_embedding.weight.shape[0]
-        )
-        weights.write(Path(directory), config, self._plain_state(config))
+        weights.write(Path(directory), *self._plain_state())
 
-    def _plain_state(self, config: BertConfig) -> dict[str, Tensor]:
-        """The weights under the names of a plain model, adapters merged."""
+    def _plain_state(self) -> tuple[BertConfig, dict[str, Tensor]]:
+        """The configuration and the weights of a plain model, adapters merged."""
         tensors = dict(self.state_dict())
         for name, module in self.named_modules():
             if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
@@ -309,6 +307,7 @@ class BertModel(nn.Module):
                     merged.merge()
                 tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{name}.")}
                 tensors |= {f"{name}.{key}": t for key, t in merged.get_base_layer().state_dict().items()}
+        config = dataclasses.replace(self.config, num_hidden_layers=len(self.bert_layers))
         with torch.device("meta"):
             wanted = BertModel(config).state_dict()
         foreign, missing = [k for k in tensors if k not in wanted], [k for k in wanted if k not in tensors]
@@ -317,7 +316,15 @@ class BertModel(nn.Module):
             more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
             advice = "merge or remove its module, or use torch.save(model.state_dict())"
             raise weights.WeightsError(f"{words}{more}: {advice}")
-        return tensors
+        del tensors[weights.POSITIONS]  # no file has them
+        config = dataclasses.replace(config, **weights.sizes_of(tensors))
+        with torch.device("meta"):
+            weights.check_encoder(BertModel(config).state_dict(), tensors, "save_pretrained")
+        try:
+            fused.expect_counting(self, self.position_ids)
+        except fused.NotExactError as found:
+            raise weights.WeightsError(f"save_pretrained: BertModel {found}, and no file can say so") from None
+        return config, tensors
 
     # ---- The fused path ------------------------------------------------------------------------------------------
 
