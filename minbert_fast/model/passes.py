@@ -11,6 +11,7 @@ Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -375,8 +376,11 @@ class AutogradPass(Pass):
 
     def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
         """With torch's own dropout: autograd keeps its mask, while ours would be drawn again in plain PyTorch."""
-        word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
-        rows = ops.embedding(*tokens, word, position, kind, parts.norm.weight, parts.norm.bias, parts.norm.eps)
+        tables = [self.table(module) for module in (parts.word, parts.position, parts.type)]
+        if len({table.dtype for table in tables}) > 1:
+            dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
+            tables = [table.to(dtype) for table in tables]
+        rows = ops.embedding(*tokens, *tables, parts.norm.weight, parts.norm.bias, parts.norm.eps)
         self.sites += 1
         return F.dropout(rows, parts.dropout.p, parts.dropout.training)
 
@@ -399,11 +403,14 @@ class AutogradPass(Pass):
         return view
 
     def whole_layer(self, layer: Layer, hidden: Tensor, rows: Rows) -> Tensor | None:
-        if layer.foreign or torch.compiler.is_compiling() or backend.implementation(hidden) == "torch":
+        if layer.foreign or torch.compiler.is_compiling():
             return None
         parts: Any = layer
         linears = (parts.query, parts.key, parts.value)
         dtype = _product_dtype(hidden, parts.query.weight)
+        hidden = hidden.to(dtype)
+        if backend.implementation(hidden) == "torch":
+            return None
         weights = [m.weight for m in linears] + [m.bias for m in linears]
         for linear, norm in ((parts.attention_dense, layer.attention_norm), (parts.out_dense, layer.out_norm)):
             weights += [linear.weight, linear.bias, norm.weight, norm.bias]
@@ -417,7 +424,7 @@ class AutogradPass(Pass):
             layer.heads, (layer.attention_norm.eps, layer.out_norm.eps),
             (first, second, third), rows.sentences(), self._bounds[count],
         )  # fmt: skip
-        return ops.encoder_layer(hidden.to(dtype), ops.LayerWeights(*(w.to(dtype) for w in weights)), settings)
+        return ops.encoder_layer(hidden, ops.LayerWeights(*(w.to(dtype) for w in weights)), settings)
 
     def seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:
