@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 
@@ -240,8 +241,13 @@ def plan(
     """The parts of `root` that the fused path computes, as a fresh look would find them.
 
     `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
-    They see only modules below `root`; `extra` holds everything else that they depend on.
+    They see only modules below `root`; `extra` holds everything else that they depend on. Inside a transform, which the
+    kernels do not follow, all parts are None.
     """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return Plan(
+            None, (None,) * len(list(layers)), ("the call is inside torch.func or forward-mode differentiation",)
+        )
     known = _seen.get(root)
     if known is not None and known.fingerprint == [*known.tree.fingerprint(root), *extra]:
         return known.plan
