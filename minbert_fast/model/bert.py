@@ -358,10 +358,12 @@ class BertModel(nn.Module):
         """The parts that the fused path computes; `plan().reasons` is empty where it computes everything."""
         if not torch.compiler.is_compiling():
             return self._plan()
-        # A constant of the compiled graph, which itself guards the modules that parts are read from.
+        # A constant of the compiled graph, which itself guards what is read here: modules and activations.
         embedding, foreign = self._shape()
-        pairs = zip(self.bert_layers, foreign, strict=True)
-        layers = [None if names is None else layer_parts(layer, names) for layer, names in pairs]
+        layers = [
+            None if names is None or layer.interm_af is not F.gelu else layer_parts(layer, names)
+            for layer, names in zip(self.bert_layers, foreign, strict=True)
+        ]
         return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
 
     @fused.constant_when_compiled

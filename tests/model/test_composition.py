@@ -99,6 +99,19 @@ def test_compiles_as_one_graph(model: BertModel, train: bool) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*another activation than gelu:UserWarning")
+def test_a_compiled_model_follows_its_activation(model: BertModel) -> None:
+    """The graph watched modules alone, and went on with the activation that it had been compiled for."""
+    ids, mask = rectangle()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(ids, mask)["last_hidden_state"]
+    model.bert_layers[0].interm_af = nn.functional.relu
+    expected = model.stock(ids, mask)
+    assert (before - expected).abs().max() > 0.01
+    torch.testing.assert_close(compiled(ids, mask)["last_hidden_state"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_a_packed_batch_compiles_as_one_graph(model: BertModel) -> None:
     batch = packed()
     compiled = torch.compile(lambda b: model(b)["last_hidden_state"], backend="aot_eager", fullgraph=True)
