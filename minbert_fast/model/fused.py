@@ -115,10 +115,17 @@ def expect(module: Any, *classes: type) -> None:
             raise NotExactError(module, f"has a {name} of its own")
 
 
+def has_values(buffer: Tensor) -> bool:
+    """Whether a buffer has values to look at: one on the meta device has none, nor has one in torch.export."""
+    return type(buffer) is Tensor and not buffer.is_meta
+
+
 def expect_counting(owner: nn.Module, positions: Tensor) -> None:
     """Raises NotExactError unless `positions` [1, S], a buffer of `owner`, are 0, 1, 2, ..."""
+    if not has_values(positions):
+        return
     count = torch.arange(positions.shape[1], device=positions.device)
-    if not positions.is_meta and not torch.equal(positions[0], count):
+    if not torch.equal(positions[0], count):
         raise NotExactError(owner, "has position_ids that do not count from 0")
 
 
@@ -231,6 +238,12 @@ class _Seen(NamedTuple):
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 
 
+def _followed() -> bool:
+    """Whether something follows the computation that the fused ops have no rule for."""
+    traced = torch.is_grad_enabled() and torch._C._get_tracing_state() is not None
+    return traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def plan(
     root: nn.Module,
     embedding: Callable[[], Embedding] | None,
@@ -241,13 +254,12 @@ def plan(
     """The parts of `root` that the fused path computes, as a fresh look would find them.
 
     `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
-    They see only modules below `root`; `extra` holds everything else that they depend on. Inside a transform, which the
-    kernels do not follow, all parts are None.
+    They see only modules below `root`; `extra` holds everything else that they depend on. All parts are None where
+    something follows the computation that the fused ops have no rule for.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return Plan(
-            None, (None,) * len(list(layers)), ("the call is inside torch.func or forward-mode differentiation",)
-        )
+    if _followed():
+        reason = "the call is inside torch.func, forward-mode differentiation or a trace with gradients"
+        return Plan(None, (None,) * len(list(layers)), (reason,))
     known = _seen.get(root)
     if known is not None and known.fingerprint == [*known.tree.fingerprint(root), *extra]:
         return known.plan

@@ -167,7 +167,7 @@ def _read_embedding(model: Any) -> fused.Embedding:
     fused.expect(model.encoder.layer, nn.ModuleList)
     positions, kinds = _buffers(model)
     fused.expect_counting(model.embeddings, positions)
-    if kinds is not None and not kinds.is_meta and kinds.any():
+    if kinds is not None and fused.has_values(kinds) and kinds.any():
         raise fused.NotExactError(model.embeddings, "has token_type_ids that are not 0")
     return fused.exact(_embedding_parts(model.embeddings))
 

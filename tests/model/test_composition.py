@@ -168,11 +168,13 @@ def test_embeddings_of_several_dtypes(model: BertModel) -> None:
     assert gradients(model, hidden)["word_embedding.weight"].dtype == torch.bfloat16
 
 
-# ---- torch.func and forward-mode differentiation ------------------------------------------------------------------------
+# ---- torch.func, forward-mode differentiation, traces -------------------------------------------------------------------
 
 # The kernels know no transform. A tangent of the input once gave a wrong tangent of the output, or none.
 transformed = pytest.mark.filterwarnings(
-    "ignore:.*torch.func or forward-mode.*:UserWarning", "ignore:.*torch.jit.script.*:DeprecationWarning"
+    "ignore:.*inside torch.func.*:UserWarning",
+    "ignore:.*torch.jit.*:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",
 )
 
 
@@ -191,6 +193,24 @@ def test_tangents_are_the_stock_models(model: BertModel, way: str) -> None:
             with forward_ad.dual_level():
                 got = forward_ad.unpack_dual(model.encode(forward_ad.make_dual(hidden, tangent), mask)).tangent
     torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01)
+
+
+@transformed
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_traced_model_takes_other_batches(model: BertModel, grad: bool) -> None:
+    ids, mask = rectangle()
+    expected = model(ids[:2], mask[:2])["last_hidden_state"]
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (ids, mask), strict=False, check_trace=False)
+        torch.testing.assert_close(traced(ids[:2], mask[:2])["last_hidden_state"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_model_takes_other_batches(model: BertModel) -> None:
+    ids, mask = rectangle()
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    exported = torch.export.export(model, (ids, mask), dynamic_shapes=(batch, batch)).module()
+    expected = model(ids[:2], mask[:2])["last_hidden_state"]
+    torch.testing.assert_close(exported(ids[:2], mask[:2])["last_hidden_state"], expected, rtol=1e-4, atol=1e-5)
 
 
 @transformed
