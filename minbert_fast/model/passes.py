@@ -380,7 +380,8 @@ class AutogradPass(Pass):
         if len({table.dtype for table in tables}) > 1:
             dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
             tables = [table.to(dtype) for table in tables]
-        rows = ops.embedding(*tokens, *tables, parts.norm.weight, parts.norm.bias, parts.norm.eps)
+        word, position, kind = tables
+        rows = ops.embedding(*tokens, word, position, kind, parts.norm.weight, parts.norm.bias, parts.norm.eps)
         self.sites += 1
         return F.dropout(rows, parts.dropout.p, parts.dropout.training)
 

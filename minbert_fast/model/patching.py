@@ -53,7 +53,7 @@ def patch(model: M) -> M:
             )
     for bert in fresh:
         setattr(bert, _OURS, set())
-        bert.__class__ = _patched(type(bert))
+        bert.__class__ = _patched(bert.__class__)
     return model
 
 
@@ -64,7 +64,7 @@ def _stock_class(module: nn.Module) -> type | None:
 
 
 @functools.cache
-def _patched(stock: Any) -> type:
+def _patched(stock: Any) -> Any:
     """The class `stock` with the fast forward. It keeps its name, which transformers writes into config.json."""
 
     @functools.wraps(stock.forward)  # the Trainer reads the signature
@@ -81,7 +81,7 @@ def _patched(stock: Any) -> type:
     return type(stock.__name__, (stock,), names | {"forward": forward, "__reduce_ex__": reduce})
 
 
-def _blank(stock: type) -> Any:
+def _blank(stock: Any) -> Any:
     """A patched model without state, for copies and pickles."""
     cls = _patched(stock)
     return cls.__new__(cls)

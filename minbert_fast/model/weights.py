@@ -347,7 +347,7 @@ def chosen_dtype(
     return known[name]
 
 
-def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of a configuration that the shapes of an encoder's tensors imply."""
     vocab, hidden = tensors["word_embedding.weight"].shape
     layers = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("bert_layers.")), default=-1)
@@ -364,7 +364,7 @@ def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def infer_config(tensors: Mapping[str, Tensor], where: str) -> BertConfig:
     """The configuration that a course `.pt` file's shapes imply, with heads 64 wide. Raises WeightsError."""
     try:
-        sizes: dict[str, Any] = sizes_of(tensors)
+        sizes = sizes_of(tensors)
         return BertConfig(num_attention_heads=max(1, sizes["hidden_size"] // 64), **sizes)
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{where}: holds no BERT encoder ({error})") from None
