@@ -156,11 +156,15 @@ class BertModel(nn.Module):
         input_ids [B, S] word ids, attention_mask [B, S] (1 attended, 0 not, anywhere; None: all attended),
         token_type_ids [B, S] (None: all 0); or one PackedBatch. Positions with mask 0 give zeros and influence nothing.
         Sentences longer than the model's positions are truncated with a warning (their outputs beyond are zeros).
+        Raises ValueError for ids that are no integers, and for a mask of another shape.
         """
         if isinstance(input_ids, PackedBatch):
             return {"last_hidden_state": self.encode_packed(passes.AutogradPass(), input_ids)}
+        if input_ids.is_floating_point():
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}, expected word ids")
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = passes.expanded(mask, input_ids.shape)
         if length > limit:
             longer = int((mask[:, limit:] != 0).any(1).sum())
             words = f"{longer} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
@@ -183,13 +187,15 @@ class BertModel(nn.Module):
         plan = self.plan()
         if attention_mask.dim() != 2 or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
-        rows, run = passes.DenseRows.of(attention_mask), passes.AutogradPass()
+        mask = passes.expanded(attention_mask, hidden_states.shape[:2])
+        rows, run = passes.DenseRows.of(mask), passes.AutogradPass()
         hidden, layers = rows.rows(hidden_states), self.bert_layers
         return rows.rectangle(passes.through(run, rows, hidden, layers, plan.layers, self._recompute()))
 
     def pool(self, first: Tensor) -> Tensor:
         """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
-        pooled: Tensor = self.pooler_af(self.pooler_dense(first.to(self.dtype)))
+        dtype = next((p.dtype for p in self.pooler_dense.parameters()), first.dtype)
+        pooled: Tensor = self.pooler_af(self.pooler_dense(first.to(dtype)))
         return pooled
 
     def stock(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -287,15 +293,12 @@ class BertModel(nn.Module):
         """Writes `config.json` and `model.safetensors` as transformers' AutoModel loads them, bit for bit.
 
         Adapters of peft are merged into the weights that are written, not into the model. Raises WeightsError naming
-        any other parameter that BERT does not have.
+        any other parameter that BERT does not have, and tensors of which `config.json` cannot tell the shape.
         """
-        config = dataclasses.replace(
-            self.config, num_hidden_layers=len(self.bert_layers), vocab_size=self.word_embedding.weight.shape[0]
-        )
-        weights.write(Path(directory), config, self._plain_state(config))
+        weights.write(Path(directory), *self._plain_state())
 
-    def _plain_state(self, config: BertConfig) -> dict[str, Tensor]:
-        """The weights under the names of a plain model, adapters merged."""
+    def _plain_state(self) -> tuple[BertConfig, dict[str, Tensor]]:
+        """The configuration and the weights of a plain model, adapters merged."""
         tensors = dict(self.state_dict())
         for name, module in self.named_modules():
             if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
@@ -304,6 +307,7 @@ class BertModel(nn.Module):
                     merged.merge()
                 tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{name}.")}
                 tensors |= {f"{name}.{key}": t for key, t in merged.get_base_layer().state_dict().items()}
+        config = dataclasses.replace(self.config, num_hidden_layers=len(self.bert_layers))
         with torch.device("meta"):
             wanted = BertModel(config).state_dict()
         foreign, missing = [k for k in tensors if k not in wanted], [k for k in wanted if k not in tensors]
@@ -312,7 +316,15 @@ class BertModel(nn.Module):
             more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
             advice = "merge or remove its module, or use torch.save(model.state_dict())"
             raise weights.WeightsError(f"{words}{more}: {advice}")
-        return tensors
+        del tensors[weights.POSITIONS]  # no file has them
+        config = dataclasses.replace(config, **weights.sizes_of(tensors))
+        with torch.device("meta"):
+            weights.check_encoder(BertModel(config).state_dict(), tensors, "save_pretrained")
+        try:
+            fused.expect_counting(self, self.position_ids)
+        except fused.NotExactError as found:
+            raise weights.WeightsError(f"save_pretrained: BertModel {found}, and no file can say so") from None
+        return config, tensors
 
     # ---- The fused path ------------------------------------------------------------------------------------------
 
@@ -346,10 +358,12 @@ class BertModel(nn.Module):
         """The parts that the fused path computes; `plan().reasons` is empty where it computes everything."""
         if not torch.compiler.is_compiling():
             return self._plan()
-        # A constant of the compiled graph, which itself guards the modules that parts are read from.
+        # A constant of the compiled graph, which itself guards what is read here: modules and activations.
         embedding, foreign = self._shape()
-        pairs = zip(self.bert_layers, foreign, strict=True)
-        layers = [None if names is None else layer_parts(layer, names) for layer, names in pairs]
+        layers = [
+            None if names is None or layer.interm_af is not F.gelu else layer_parts(layer, names)
+            for layer, names in zip(self.bert_layers, foreign, strict=True)
+        ]
         return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
 
     @fused.constant_when_compiled
@@ -358,9 +372,8 @@ class BertModel(nn.Module):
         return plan.embedding is not None, tuple(None if layer is None else layer.foreign for layer in plan.layers)
 
     def _plan(self) -> fused.Plan:
-        positions = self.position_ids
-        version = 0 if positions.is_inference() else positions._version
-        extra = (id(positions), version, *vars(self.config).values(), type(self).embed, type(self).encode, *_methods())
+        methods = (type(self).embed, type(self).encode, *_methods())
+        extra = (fused.version(self.position_ids), *vars(self.config).values(), *methods)
         plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
         slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
         fused.warn_once(self._warned, [*slower, *self._contradictions()], stacklevel=4)
@@ -414,12 +427,8 @@ def read_embedding(model: BertModel) -> fused.Embedding:
     for name in ("embed", "encode"):
         if getattr(type(model), name) is not getattr(BertModel, name) or name in vars(model):
             raise fused.NotExactError(model, f"has a {name} of its own")
-    parts = fused.exact(embedding_parts(model))
-    positions = model.position_ids
-    count = torch.arange(positions.shape[1], device=positions.device)
-    if not positions.is_meta and not torch.equal(positions[0], count):
-        raise fused.NotExactError(model, "has position_ids that do not count from 0")
-    return parts
+    fused.expect_counting(model, model.position_ids)
+    return fused.exact(embedding_parts(model))
 
 
 def read_layer(layer: nn.Module) -> fused.Layer:

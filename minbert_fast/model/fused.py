@@ -18,7 +18,9 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 
@@ -113,6 +115,20 @@ def expect(module: Any, *classes: type) -> None:
             raise NotExactError(module, f"has a {name} of its own")
 
 
+def has_values(buffer: Tensor) -> bool:
+    """Whether a buffer has values to look at: one on the meta device has none, nor has one in torch.export."""
+    return type(buffer) is Tensor and not buffer.is_meta
+
+
+def expect_counting(owner: nn.Module, positions: Tensor) -> None:
+    """Raises NotExactError unless `positions` [1, S], a buffer of `owner`, are 0, 1, 2, ..."""
+    if not has_values(positions):
+        return
+    count = torch.arange(positions.shape[1], device=positions.device)
+    if not torch.equal(positions[0], count):
+        raise NotExactError(owner, "has position_ids that do not count from 0")
+
+
 def exact(parts: P) -> P:
     """The parts. Raises NotExactError for a module that is not what is assumed, except one in the place of a Linear."""
     for name, kind in _KINDS[type(parts)].items():
@@ -205,16 +221,27 @@ class _Tree:
         return seen
 
 
+def version(buffer: Tensor | None) -> tuple[int, int]:
+    """Changes when a buffer is replaced or written to."""
+    return id(buffer), 0 if buffer is None or buffer.is_inference() else buffer._version
+
+
 class _Seen(NamedTuple):
     """The last look at a tree."""
 
     tree: _Tree
     fingerprint: list[object]
     plan: Plan
-    parameters: list[Tensor]  # while these live, no other tensor gets the id of one of them
+    tensors: list[Tensor]  # while these live, no other tensor gets the id of one of them
 
 
 _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+
+
+def _followed() -> bool:
+    """Whether something follows the computation that the fused ops have no rule for."""
+    traced = torch.is_grad_enabled() and torch._C._get_tracing_state() is not None
+    return traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def plan(
@@ -227,8 +254,12 @@ def plan(
     """The parts of `root` that the fused path computes, as a fresh look would find them.
 
     `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
-    They see only modules below `root`; `extra` holds everything else that they depend on.
+    They see only modules below `root`; `extra` holds everything else that they depend on. All parts are None where
+    something follows the computation that the fused ops have no rule for.
     """
+    if _followed():
+        reason = "the call is inside torch.func, forward-mode differentiation or a trace with gradients"
+        return Plan(None, (None,) * len(list(layers)), (reason,))
     known = _seen.get(root)
     if known is not None and known.fingerprint == [*known.tree.fingerprint(root), *extra]:
         return known.plan
@@ -250,9 +281,9 @@ def plan(
     for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
         reasons.setdefault(str(why_foreign(foreign)), names[foreign])
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
-    parameters: list[Tensor] = [p for m in root.modules() for p in m._parameters.values() if p is not None]
+    owned = flatten((m._parameters | m._buffers).values() for m in root.modules())
     tree = _Tree(root)
-    _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, parameters)
+    _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, [t for t in owned if t is not None])
     return fresh
 
 

@@ -88,20 +88,28 @@ class Snapshot(Pass):
 
 
 _changing_modes = threading.Lock()
+#: Models in evaluation mode for now: how many threads need that, and the modules that return to training mode after it.
+_changed: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs the block with every module in evaluation mode, one thread at a time if modes change, and restores the modes."""
-    training = [module for module in model.modules() if module.training]
-    with _changing_modes if training else nullcontext():
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    """Runs the block with every module in evaluation mode. The last thread that leaves such a block restores the modes."""
+    with _changing_modes:
+        threads, training = _changed.get(model) or (0, [module for module in model.modules() if module.training])
+        _changed[model] = threads + 1, training
+        for module in training:
+            module.training = False
+    try:
+        yield
+    finally:
+        with _changing_modes:
+            threads, training = _changed.pop(model)
+            if threads > 1:
+                _changed[model] = threads - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 # ---- Batches of sentences --------------------------------------------------------------------------------------------
@@ -158,7 +166,8 @@ def embed(
     `progress` gets the number of sentences after each batch. Raises ValueError for a `max_length` below 2.
     """
     model = snapshot.model
-    limit = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    positions = model.config.max_position_embeddings
+    limit = positions if max_length is None else min(max_length, positions)
     if limit < 2:
         raise ValueError(f"max_length is {limit}, expected at least 2 ([CLS] and [SEP])")
     device = model.word_embedding.weight.device

@@ -11,6 +11,7 @@ Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -254,6 +255,13 @@ def called(module: nn.Module, hidden: Tensor, *more: Tensor, weights: Mapping[st
     return out.to(hidden.dtype)
 
 
+def expanded(mask: Tensor, shape: torch.Size) -> Tensor:
+    """An attention mask [B, S] or [1, S] as [B, S]. Raises ValueError for another shape."""
+    if mask.dim() != 2 or mask.shape[0] not in (1, shape[0]) or mask.shape[1] != shape[1]:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, expected {list(shape)}")
+    return mask.expand(shape)
+
+
 def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask that the course adds to attention scores: 0 where the mask is 1, -10000 where it is 0.
 
@@ -368,7 +376,11 @@ class AutogradPass(Pass):
 
     def embed(self, tokens: TokenRows, parts: Embedding) -> Tensor:
         """With torch's own dropout: autograd keeps its mask, while ours would be drawn again in plain PyTorch."""
-        word, position, kind = (self.table(module) for module in (parts.word, parts.position, parts.type))
+        tables = [self.table(module) for module in (parts.word, parts.position, parts.type)]
+        if len({table.dtype for table in tables}) > 1:
+            dtype = functools.reduce(torch.promote_types, (table.dtype for table in tables))
+            tables = [table.to(dtype) for table in tables]
+        word, position, kind = tables
         rows = ops.embedding(*tokens, word, position, kind, parts.norm.weight, parts.norm.bias, parts.norm.eps)
         self.sites += 1
         return F.dropout(rows, parts.dropout.p, parts.dropout.training)
@@ -392,11 +404,14 @@ class AutogradPass(Pass):
         return view
 
     def whole_layer(self, layer: Layer, hidden: Tensor, rows: Rows) -> Tensor | None:
-        if layer.foreign or torch.compiler.is_compiling() or backend.implementation(hidden) == "torch":
+        if layer.foreign or torch.compiler.is_compiling():
             return None
         parts: Any = layer
         linears = (parts.query, parts.key, parts.value)
         dtype = _product_dtype(hidden, parts.query.weight)
+        hidden = hidden.to(dtype)
+        if backend.implementation(hidden) == "torch":
+            return None
         weights = [m.weight for m in linears] + [m.bias for m in linears]
         for linear, norm in ((parts.attention_dense, layer.attention_norm), (parts.out_dense, layer.out_norm)):
             weights += [linear.weight, linear.bias, norm.weight, norm.bias]
@@ -410,7 +425,7 @@ class AutogradPass(Pass):
             layer.heads, (layer.attention_norm.eps, layer.out_norm.eps),
             (first, second, third), rows.sentences(), self._bounds[count],
         )  # fmt: skip
-        return ops.encoder_layer(hidden.to(dtype), ops.LayerWeights(*(w.to(dtype) for w in weights)), settings)
+        return ops.encoder_layer(hidden, ops.LayerWeights(*(w.to(dtype) for w in weights)), settings)
 
     def seed_on(self, device: torch.device) -> Tensor:
         if self._seed is None:

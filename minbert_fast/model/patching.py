@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,30 +38,23 @@ def patch(model: M) -> M:
 
     Outputs at positions with mask 0 become zeros. All others are the same up to rounding, and in training up to the
     dropout masks drawn. Raises ConfigError if `model` holds no such model, or one that this package cannot compute
-    (another activation, relative positions, a decoder). Patching twice does nothing.
+    (another activation, relative positions, a decoder, a forward of its own). Patching twice does nothing.
     """
     found: list[Any] = [module for module in model.modules() if _stock_class(module)]
     if not found:
         raise ConfigError(f"{type(model).__name__}: holds no transformers.BertModel that could be patched")
-    for bert in found:
+    fresh = [bert for bert in found if not hasattr(bert, _OURS)]
+    for bert in fresh:
         BertConfig.from_mapping(bert.config.to_dict(), type(bert).__name__)
-    for bert in found:
-        if not hasattr(bert, _OURS):
-            setattr(bert, _OURS, set())
-            _bind(bert, _forward_of(type(bert).forward))
+        stock: Any = _stock_class(bert)
+        if getattr(bert.forward, "__func__", None) is not stock.forward:
+            raise ConfigError(
+                f"{type(bert).__name__}: has a forward of its own, expected that of transformers.BertModel"
+            )
+    for bert in fresh:
+        setattr(bert, _OURS, set())
+        bert.__class__ = _patched(bert.__class__)
     return model
-
-
-def _bind(bert: Any, forward: Callable[..., Any]) -> None:
-    """Sets the method `forward` of a model and of every replica that DataParallel makes of the model."""
-
-    def replicate(self: Any) -> Any:
-        replica = type(self)._replicate_for_data_parallel(self)
-        _bind(replica, forward)
-        return replica
-
-    bert.forward = types.MethodType(forward, bert)
-    bert._replicate_for_data_parallel = types.MethodType(replicate, bert)
 
 
 def _stock_class(module: nn.Module) -> type | None:
@@ -71,15 +63,28 @@ def _stock_class(module: nn.Module) -> type | None:
     return next((c for c in classes if c.__name__ == "BertModel" and c.__module__.startswith("transformers.")), None)
 
 
-def _forward_of(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)  # the Trainer reads the signature
+@functools.cache
+def _patched(stock: Any) -> Any:
+    """The class `stock` with the fast forward. It keeps its name, which transformers writes into config.json."""
+
+    @functools.wraps(stock.forward)  # the Trainer reads the signature
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         given = dict(zip(_SERVED, arguments, strict=False)) | options
         if len(arguments) > len(_SERVED) or not _serves(self, given):
-            return stock(self, *arguments, **options)
+            return stock.forward(self, *arguments, **options)
         return _fast(self, given)
 
-    return forward
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _blank, (stock,), *stock.__reduce_ex__(self, protocol)[2:]
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (stock,), names | {"forward": forward, "__reduce_ex__": reduce})
+
+
+def _blank(stock: Any) -> Any:
+    """A patched model without state, for copies and pickles."""
+    cls = _patched(stock)
+    return cls.__new__(cls)
 
 
 def _serves(model: Any, given: dict[str, Any]) -> bool:
@@ -89,8 +94,9 @@ def _serves(model: Any, given: dict[str, Any]) -> bool:
     return (
         all(value is None or value is False for value in extras)
         and ids is not None
-        and (mask is None or mask.dim() == 2)
-        and not (model.config.output_attentions or model.config.output_hidden_states)
+        and not ids.is_floating_point()
+        and (mask is None or mask.shape == ids.shape)
+        and not (model.config.output_attentions or model.config.output_hidden_states or model.config.is_decoder)
         and _exact(model)
         and ids.shape[1] <= model.embeddings.position_embeddings.num_embeddings
     )
@@ -124,7 +130,9 @@ def _fast(model: Any, given: dict[str, Any]) -> Any:
 @fused.constant_when_compiled
 def _exact(model: Any) -> bool:
     """Whether all modules are what the fused path assumes; warns once per reason where they are not."""
-    plan = fused.plan(model, lambda: _read_embedding(model), _layers(model), functools.partial(_read_layer, model))
+    read_layer = functools.partial(_read_layer, model)
+    extra = [fused.version(buffer) for buffer in _buffers(model)]
+    plan = fused.plan(model, lambda: _read_embedding(model), _layers(model), read_layer, extra)
     reasons = list(plan.reasons)
     for number, (layer, parts) in enumerate(zip(_layers(model), plan.layers, strict=True)):
         # Attention reads its dropout's p and its own mode, not the dropout's mode.
@@ -134,6 +142,11 @@ def _exact(model: Any) -> bool:
     words = [f"patched BertModel: {reason}, so it runs the stock forward" for reason in reasons]
     fused.warn_once(getattr(model, _OURS), words, stacklevel=5)
     return not reasons
+
+
+def _buffers(model: Any) -> list[Any]:
+    """The positions [1, S], and the types [1, S] of a call without `token_type_ids`; None for one that is not there."""
+    return [getattr(model.embeddings, name, None) for name in ("position_ids", "token_type_ids")]
 
 
 def _layers(model: Any) -> list[Any]:
@@ -152,6 +165,10 @@ def _read_embedding(model: Any) -> fused.Embedding:
     """The parts of the embeddings; raises fused.NotExactError where a module outside the layers is another one."""
     _expect(model, model, {"embeddings": ["BertEmbeddings"], "encoder": ["BertEncoder"]})
     fused.expect(model.encoder.layer, nn.ModuleList)
+    positions, kinds = _buffers(model)
+    fused.expect_counting(model.embeddings, positions)
+    if kinds is not None and fused.has_values(kinds) and kinds.any():
+        raise fused.NotExactError(model.embeddings, "has token_type_ids that are not 0")
     return fused.exact(_embedding_parts(model.embeddings))
 
 

@@ -244,7 +244,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def write(directory: Path, config: BertConfig, tensors: Mapping[str, Tensor]) -> None:
     """`config.json` and `model.safetensors` in the Hugging Face layout; each file replaced in one step."""
-    stock = {to_stock_name(k): t.detach().contiguous().cpu() for k, t in tensors.items() if k != POSITIONS}
+    stock: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in tensors.items():
+        if name != POSITIONS:
+            tensor = tensor.detach().contiguous().cpu()
+            # safetensors refuses a tensor that has two names, as those of a layer that stands in two places.
+            stock[to_stock_name(name)] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(tensor.data_ptr())
     write_bytes(directory / "model.safetensors", save(stock, metadata={"format": "pt"}))
     write_text(directory / CONFIG, config.to_json())
 
@@ -340,20 +347,25 @@ def chosen_dtype(
     return known[name]
 
 
+def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a configuration that the shapes of an encoder's tensors imply."""
+    vocab, hidden = tensors["word_embedding.weight"].shape
+    layers = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("bert_layers.")), default=-1)
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": tensors["bert_layers.0.interm_dense.weight"].shape[0] if layers else 4 * hidden,
+        "max_position_embeddings": tensors["pos_embedding.weight"].shape[0],
+        "type_vocab_size": tensors["tk_type_embedding.weight"].shape[0],
+    }
+
+
 def infer_config(tensors: Mapping[str, Tensor], where: str) -> BertConfig:
     """The configuration that a course `.pt` file's shapes imply, with heads 64 wide. Raises WeightsError."""
     try:
-        vocab, hidden = tensors["word_embedding.weight"].shape
-        layers = 1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("bert_layers.")), default=-1)
-        return BertConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=max(1, hidden // 64),
-            intermediate_size=tensors["bert_layers.0.interm_dense.weight"].shape[0] if layers else 4 * hidden,
-            max_position_embeddings=tensors["pos_embedding.weight"].shape[0],
-            type_vocab_size=tensors["tk_type_embedding.weight"].shape[0],
-        )
+        sizes = sizes_of(tensors)
+        return BertConfig(num_attention_heads=max(1, sizes["hidden_size"] // 64), **sizes)
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{where}: holds no BERT encoder ({error})") from None
 

@@ -23,7 +23,7 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.flat_pass import OnePass
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from tests.dropin.cases import batch, close, course, small
+from tests.dropin.cases import WIDTH, batch, close, course, small
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -129,6 +129,51 @@ def test_parameters_that_are_not_berts_are_never_lost_in_silence(tmp_path: Path)
     model = small()
     model.bert_layers[1].out_dense = nn.Linear(80, 48, bias=False)
     with pytest.raises(WeightsError, match=r"bert_layers\.1\.out_dense\.bias is missing"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def more_positions(model: BertModel) -> None:
+    model.pos_embedding = nn.Embedding(60, WIDTH)
+    model.position_ids = torch.arange(60)[None]
+
+
+def more_types(model: BertModel) -> None:
+    model.tk_type_embedding = nn.Embedding(3, WIDTH)
+
+
+def narrower(model: BertModel) -> None:
+    for layer in model.bert_layers:
+        layer.interm_dense, layer.out_dense = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+
+def one_layer_twice(model: BertModel) -> None:
+    model.bert_layers[2] = model.bert_layers[0]
+
+
+def one_weight_twice(model: BertModel) -> None:
+    model.bert_layers[1].self_attention.key.weight = model.bert_layers[1].self_attention.query.weight
+
+
+@pytest.mark.parametrize("change", [more_positions, more_types, narrower, one_layer_twice, one_weight_twice])
+def test_other_shapes_and_shared_weights_are_saved(change: Callable[[BertModel], None], tmp_path: Path) -> None:
+    """Once config.json told the sizes of the model as built, and safetensors refused shared tensors with a traceback."""
+    model, (ids, mask) = small(), batch()
+    change(model)
+    model.save_pretrained(tmp_path)
+    close(BertModel.from_pretrained(tmp_path)(ids, mask)["last_hidden_state"], model(ids, mask)["last_hidden_state"])
+
+
+def test_what_config_json_cannot_say_is_not_saved(tmp_path: Path) -> None:
+    model = small()
+    model.bert_layers[1].interm_dense, model.bert_layers[1].out_dense = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+    with pytest.raises(WeightsError, match=r"save_pretrained: bert_layers.1.interm_dense.weight has shape \[20, 48\]"):
+        model.save_pretrained(tmp_path)
+    model = small()
+    model.position_ids = model.position_ids.roll(1, 1)
+    with pytest.raises(
+        WeightsError, match="BertModel has position_ids that do not count from 0, and no file can say so"
+    ):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 

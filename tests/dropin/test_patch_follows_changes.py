@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import minbert_fast
+from minbert_fast.common.schema import ConfigError
 from tests.dropin.cases import batch, close, replicate
 
 ARGUMENTS = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -64,9 +66,19 @@ def linear_pooler(model: Any) -> None:
     model.pooler.activation = nn.Identity()
 
 
+def other_positions(model: Any) -> None:
+    model.embeddings.position_ids = model.embeddings.position_ids.roll(3, 1)
+
+
+def other_types(model: Any) -> None:
+    model.embeddings.token_type_ids = torch.ones_like(model.embeddings.token_type_ids)
+
+
 @pytest.mark.parametrize("when", ["before the patch", "after the patch", "after a call"])
 @pytest.mark.parametrize(
-    "change", [wrapped, cut, another_activation, own_forward, linear_pooler], ids=lambda f: f.__name__
+    "change",
+    [wrapped, cut, another_activation, own_forward, linear_pooler, other_positions, other_types],
+    ids=lambda f: f.__name__,
 )
 def test_changes_are_computed(change: Callable[[Any], None], when: str, fused_layers: list[Any]) -> None:
     model, given = stock(), inputs()
@@ -96,6 +108,42 @@ def test_changes_are_computed(change: Callable[[Any], None], when: str, fused_la
     close(got.pooler_output[first], expected.pooler_output[first])
     apart = expected.pooler_output[first] - unchanged.pooler_output[first]
     assert apart.abs().max() > 1e-2
+
+
+def test_a_decoder_sees_no_later_token(fused_layers: list[Any]) -> None:
+    """The configuration is read in each call, as transformers does."""
+    expected_model, model, given = stock(), minbert_fast.patch(stock()), inputs()
+    model.config.is_decoder = expected_model.config.is_decoder = True
+    assert torch.equal(model(**given).last_hidden_state, expected_model(**given).last_hidden_state)
+    assert not fused_layers
+
+
+class Louder(transformers.BertModel):
+    """A subclass with a forward of its own."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        out = super().forward(*arguments, **options)
+        out.last_hidden_state = 2 * out.last_hidden_state
+        return out
+
+
+def test_a_forward_of_its_own_is_refused() -> None:
+    """The patch once replaced the whole of such a forward."""
+    with pytest.raises(ConfigError, match="Louder: has a forward of its own"):
+        minbert_fast.patch(Louder(stock().config))
+    model = stock()
+    model.forward = lambda **given: Louder.forward(model, **given)
+    with pytest.raises(ConfigError, match="BertModel: has a forward of its own"):
+        minbert_fast.patch(model)
+
+
+@pytest.mark.parametrize("shape", [(1, 11), (4, 10), (4, 11, 11)])
+def test_masks_of_other_shapes_go_to_the_stock_forward(shape: tuple[int, ...], fused_layers: list[Any]) -> None:
+    """What transformers makes of them differs between versions."""
+    model, ids = minbert_fast.patch(stock()), inputs()["input_ids"]
+    with contextlib.suppress(IndexError, RuntimeError, ValueError):
+        model(ids, torch.ones(shape, dtype=torch.int64))
+    assert not fused_layers
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -64,6 +65,33 @@ def test_masked_positions_give_zeros_and_influence_nothing(way: str) -> None:
     assert (hidden[mask == 0] == 0).all()
     assert hidden.isfinite().all()
     assert torch.equal(hidden, run(torch.where(mask == 1, ids, torch.randint(1, 97, ids.shape))))
+
+
+@pytest.mark.parametrize("shape", [(5, 10), (5, 12), (4, 11), (5, 1), (5, 11, 11)])
+def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """A mask of another length once chose tokens of other positions and sentences, without a word."""
+    model, (ids, _) = small(), batch()
+    message = re.escape(f"attention_mask has shape {list(shape)}, expected [5, 11]")
+    with pytest.raises(ValueError, match=message):
+        model(ids, torch.ones(shape))
+    if len(shape) == 2:
+        with pytest.raises(ValueError, match=message):
+            model.encode(model.embed(ids), torch.ones(shape))
+
+
+def test_one_mask_for_all_sentences() -> None:
+    model, (ids, mask) = small(), batch()
+    one = mask[:1]
+    hidden = model.stock(ids, one)
+    assert hidden.shape[0] == 5
+    close(model(ids, one)["last_hidden_state"], hidden)
+    close(model.encode(model.embed(ids), one), hidden)
+
+
+def test_numbers_that_are_no_word_ids_are_refused() -> None:
+    model, (ids, mask) = small(), batch()
+    with pytest.raises(ValueError, match=r"input_ids has dtype torch.float32, expected word ids"):
+        model(ids + 0.5, mask)
 
 
 def test_padding_gets_no_gradient() -> None:

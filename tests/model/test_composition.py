@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -98,6 +99,19 @@ def test_compiles_as_one_graph(model: BertModel, train: bool) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*another activation than gelu:UserWarning")
+def test_a_compiled_model_follows_its_activation(model: BertModel) -> None:
+    """The graph watched modules alone, and went on with the activation that it had been compiled for."""
+    ids, mask = rectangle()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(ids, mask)["last_hidden_state"]
+    model.bert_layers[0].interm_af = nn.functional.relu
+    expected = model.stock(ids, mask)
+    assert (before - expected).abs().max() > 0.01
+    torch.testing.assert_close(compiled(ids, mask)["last_hidden_state"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_a_packed_batch_compiles_as_one_graph(model: BertModel) -> None:
     batch = packed()
     compiled = torch.compile(lambda b: model(b)["last_hidden_state"], backend="aot_eager", fullgraph=True)
@@ -134,6 +148,84 @@ def test_autocast_trains_close_to_fp32(model: BertModel) -> None:
         if gradient.norm() > 1e-3:
             cosine = nn.functional.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0)
             assert cosine > 0.98, f"{name}: {cosine}"
+
+
+def test_fp16_autocast_on_a_cpu(model: BertModel) -> None:
+    """The extension has no fp16, and fp32 activations once chose it."""
+    ids, mask = rectangle()
+    exact = model(ids, mask)["last_hidden_state"]
+    with torch.autocast("cpu", torch.float16):
+        hidden = model(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(hidden.float(), exact, atol=0.01, rtol=0.01)
+    assert gradients(model, hidden)["word_embedding.weight"].dtype == torch.float32
+
+
+def test_embeddings_of_several_dtypes(model: BertModel) -> None:
+    ids, mask = rectangle()
+    model.word_embedding.bfloat16()
+    hidden = model(ids, mask)["last_hidden_state"]
+    torch.testing.assert_close(hidden, model.stock(ids, mask), rtol=1e-4, atol=1e-5)
+    assert gradients(model, hidden)["word_embedding.weight"].dtype == torch.bfloat16
+
+
+# ---- torch.func, forward-mode differentiation, traces -------------------------------------------------------------------
+
+# The kernels know no transform. A tangent of the input once gave a wrong tangent of the output, or none.
+transformed = pytest.mark.filterwarnings(
+    "ignore:.*inside torch.func.*:UserWarning",
+    "ignore:.*torch.jit.*:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",
+)
+
+
+@transformed
+@pytest.mark.parametrize("way", ["jvp", "dual numbers"])
+def test_tangents_are_the_stock_models(model: BertModel, way: str) -> None:
+    ids, mask = rectangle()
+    hidden = model.embed(ids).detach()
+    tangent = torch.sin(torch.arange(hidden.numel(), dtype=torch.float32)).view_as(hidden)
+    with torch.no_grad():
+        step = 1e-3 * tangent
+        expected = (model.encode(hidden + step, mask) - model.encode(hidden - step, mask)) / 2e-3
+        if way == "jvp":
+            _, got = torch.func.jvp(lambda hidden: model.encode(hidden, mask), (hidden,), (tangent,))
+        else:
+            with forward_ad.dual_level():
+                got = forward_ad.unpack_dual(model.encode(forward_ad.make_dual(hidden, tangent), mask)).tangent
+    torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01)
+
+
+@transformed
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_traced_model_takes_other_batches(model: BertModel, grad: bool) -> None:
+    ids, mask = rectangle()
+    expected = model(ids[:2], mask[:2])["last_hidden_state"]
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (ids, mask), strict=False, check_trace=False)
+        torch.testing.assert_close(traced(ids[:2], mask[:2])["last_hidden_state"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_model_takes_other_batches(model: BertModel) -> None:
+    ids, mask = rectangle()
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    exported = torch.export.export(model, (ids, mask), dynamic_shapes=(batch, batch)).module()
+    expected = model(ids[:2], mask[:2])["last_hidden_state"]
+    torch.testing.assert_close(exported(ids[:2], mask[:2])["last_hidden_state"], expected, rtol=1e-4, atol=1e-5)
+
+
+@transformed
+def test_gradients_of_each_sentence_by_torch_func(model: BertModel) -> None:
+    ids, mask = rectangle()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        out = torch.func.functional_call(model, parameters, (ids[None], mask[None]))
+        return out["last_hidden_state"].sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, ids, mask)
+    model(ids[1:2], mask[1:2])["last_hidden_state"].sin().sum().backward()
+    weight = model.bert_layers[0].self_attention.value.weight
+    torch.testing.assert_close(found["bert_layers.0.self_attention.value.weight"][1], weight.grad, rtol=1e-3, atol=1e-4)
 
 
 # ---- Gradient checkpointing ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
+from minbert_fast.model import inference
 from minbert_fast.model.inference import Snapshot, by_length, embed, encode, gather, side_by_side
 from tests.tolerance import cosine_rows
 
@@ -105,6 +106,8 @@ def test_a_string_is_no_list_of_sentences(model, tokenizer):
         vectors_of(model, "a film", tokenizer)
     with pytest.raises(ValueError, match="max_length is 1"):
         vectors_of(model, ["a film"], tokenizer, max_length=1)
+    with pytest.raises(ValueError, match="max_length is 0"):
+        vectors_of(model, ["a film"], tokenizer, max_length=0)
 
 
 def test_training_mode_and_gradients_stay_out_of_it(model, tokenizer, sentences):
@@ -115,6 +118,20 @@ def test_training_mode_and_gradients_stay_out_of_it(model, tokenizer, sentences)
         np.testing.assert_array_equal(vectors_of(model, sentences, tokenizer), expected)
         assert model.training
         assert all(p.grad is None for p in model.parameters())
+    finally:
+        model.eval()
+
+
+def test_modes_return_when_the_last_thread_has_finished(model):
+    """The first thread to finish once put the others back into training mode, where they drew dropout masks."""
+    model.train()
+    try:
+        with inference._evaluating(model):
+            other = inference._evaluating(model)
+            other.__enter__()
+        assert not any(module.training for module in model.modules())
+        other.__exit__(None, None, None)
+        assert all(module.training for module in model.modules())
     finally:
         model.eval()
 

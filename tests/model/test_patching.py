@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +192,19 @@ def test_weights_loaded_moved_or_resized_later_are_seen(fast_calls: list[int]) -
     assert len(fast_calls) == 2
 
 
-def test_a_copy_has_its_own_weights() -> None:
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_patched_and_has_its_own_weights(how: Callable[[Any], Any], fast_calls: list[int]) -> None:
     model, inputs = minbert_fast.patch(stock()), batch()
-    twin = copy.deepcopy(model)
+    twin = how(model)
     before = model(**inputs).last_hidden_state
+    assert torch.equal(minbert_fast.patch(twin)(**inputs).last_hidden_state, before)
     with torch.no_grad():
         twin.encoder.layer[0].intermediate.dense.weight.zero_()
     assert torch.equal(model(**inputs).last_hidden_state, before)
     assert not torch.equal(twin(**inputs).last_hidden_state, before)
+    assert len(fast_calls) == 4
 
 
 def test_a_patched_model_saves_as_before(tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_what_is_no_bert_is_refused() -> None:
         minbert_fast.patch(stock(is_decoder=True))
     model = minbert_fast.patch(stock())
     forward = model.forward
-    assert minbert_fast.patch(model).forward is forward
+    assert minbert_fast.patch(model).forward == forward
 
 
 @pytest.mark.ci
