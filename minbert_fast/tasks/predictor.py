@@ -112,7 +112,9 @@ class Predictor:
         self.pooling: Pooling = pooling
         self.normalize = normalize
         positions, hidden = encoder.config.max_position_embeddings, encoder.config.hidden_size
-        self.max_length = min(max_length or positions, positions)
+        self.max_length = positions if max_length is None else min(max_length, positions)
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {max_length}, expected at least 2 ([CLS] and [SEP])")
         self.prompt = prompt
         self.width = min(truncate_dim or hidden, hidden)  # of a vector
         self.precision = precision

@@ -94,6 +94,13 @@ def test_pooling_is_the_trained_models_own(predictor: Predictor):
     np.testing.assert_array_equal(predictor.encode(SENTENCES, pooling="mean"), mean)
 
 
+def test_a_length_without_room_for_a_word_is_refused(predictor: Predictor):
+    """0 meant the model's own length."""
+    for length in (0, 1):
+        with pytest.raises(ValueError, match=f"max_length is {length}, expected at least 2"):
+            Predictor(predictor.encoder, predictor.tokenizer, max_length=length)
+
+
 def test_an_encoder_alone_encodes_by_the_mean_and_has_no_heads():
     alone = Predictor.from_pretrained(sample_directory().model, device="cpu", precision="fp32")
     expected = encode(Snapshot(alone.encoder, torch.float32), SENTENCES, alone.tokenizer)
