@@ -94,7 +94,8 @@ def select_names(chosen: Sequence[str]) -> list[str]:
     """The recipes that `chosen` selects, each once; none selects all published ones.
 
     An entry is a recipe's name or a .toml file, a pattern such as `siamese-*`, or the first word of several names, such as
-    `finetune`, for all published recipes of a report. Raises ConfigError for an entry that selects nothing.
+    `finetune`, for all published recipes of a report; a name comes first. Raises ConfigError for an entry that selects
+    nothing.
     """
     published, known = published_names(), recipe_names()
     if not chosen:
@@ -104,7 +105,8 @@ def select_names(chosen: Sequence[str]) -> list[str]:
         if any(mark in entry for mark in "*?["):
             found = fnmatch.filter(known, entry)
         else:
-            found = [name for name in published if name.split("-")[0] == entry] or [entry]
+            report = [name for name in published if name.split("-")[0] == entry]
+            found = report if report and entry not in known else [entry]
         if not found:
             raise ConfigError(f"{entry}: no recipe's name matches; `--list` shows them")
         names |= dict.fromkeys(found)

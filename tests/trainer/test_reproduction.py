@@ -71,3 +71,10 @@ def test_a_results_file_of_another_shape_is_an_error_in_one_line(tmp_path: Path)
         with pytest.raises(ConfigError, match=reason) as error:
             reproduction.read_rows(path)
         assert "\n" not in str(error.value)
+
+
+def test_a_name_selects_its_recipe_before_the_report_that_begins_with_it() -> None:
+    """`reproduce siamese` trained all eight rows of that report."""
+    assert reproduction.select_names(["siamese"]) == ["siamese"]
+    assert reproduction.select_names(["finetune"]) == [n for n in reproduction.published_names() if n[:8] == "finetune"]
+    assert "siamese-similarity-mse" in reproduction.select_names(["siamese*"])
