@@ -33,11 +33,24 @@ from minbert_fast.reporting.search_page import write_search
 from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
-from minbert_fast.trainer.callbacks import Callback
+from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.study import Range, Space, Values, parse_range, run_study
 
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in (flag.name, *flag.also)}
+
+
+class _StopWithoutMetric(Callback):
+    """Ends a run at its first evaluation, the one before the first step, if it lacks the metric that counts."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.known: list[str] = []  # the metrics of a run that was ended
+
+    def on_evaluation(self, event: EvaluationEvent) -> bool:
+        missing = self.metric not in event.metrics
+        self.known = list(event.metrics) if missing else []
+        return missing
 
 
 def parser() -> cli.Parser:
@@ -75,16 +88,19 @@ def main(arguments: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.search", *arguments])
     trials: dict[str, tuple[Values, Trial]] = {}
+    known_metric = _StopWithoutMetric(chosen.metric)
 
     def run_trial(combination: Values, callbacks: Sequence[Callback] = ()) -> Trial:
         name = directory_name(combination)
         if name not in trials:
             print(f"\n== {len(trials) + 1}: {name}", flush=True)
             recipe = with_combination(base, combination)
-            trial = experiments.run_or_resume(name, recipe, output / name, command, chosen.device, callbacks=callbacks)
-            dev = trial.summary.get("dev")
-            if dev and chosen.metric not in dev:
-                raise ConfigError(f"--metric {chosen.metric}: no such dev metric; known: {', '.join(dev)}")
+            trial = experiments.run_or_resume(
+                name, recipe, output / name, command, chosen.device, callbacks=[known_metric, *callbacks]
+            )
+            known = known_metric.known or list(trial.summary.get("dev", {}))
+            if known and chosen.metric not in known:
+                raise ConfigError(f"--metric {chosen.metric}: no such dev metric; known: {', '.join(known)}")
             add_trial(combination, trial)
         return trials[name][1]
 

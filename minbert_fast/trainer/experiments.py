@@ -18,7 +18,7 @@ from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
-from minbert_fast.trainer.resume import changed_values
+from minbert_fast.trainer.resume import changed_values, positions_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def run_or_resume(
     """
     try:
         recipe = recipe.with_paths(absolute_path)  # as the run saves it
-        if not is_finished(directory) or not same_experiment(load_executed_recipe(directory), recipe):
+        executed = load_executed_recipe(directory)
+        if not is_finished(directory) or not same_experiment(executed, recipe, positions_of(directory)):
             again = directory.is_dir()
             options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
             train(recipe, options)
@@ -94,11 +95,14 @@ def load_executed_recipe(directory: Path) -> Recipe | None:
         return None
 
 
-def same_experiment(executed: Recipe | None, recipe: Recipe) -> bool:
-    """Whether a run of `executed` took the steps of `recipe`; `read_trial` compares data and weights."""
+def same_experiment(executed: Recipe | None, recipe: Recipe, positions: int) -> bool:
+    """Whether a run of `executed`, of a model with so many positions, took the steps of `recipe`.
+
+    `read_trial` compares data and weights.
+    """
     if executed is None or executed.training.max_steps != recipe.training.max_steps:
         return False
-    return not changed_values(executed, recipe)
+    return not changed_values(executed, recipe, positions)
 
 
 def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:

@@ -168,6 +168,7 @@ def make_row(name: str, recipe: Recipe, trial: Trial, backend: str, factor: floa
     """The entry of one run. `factor` is the one of `--epochs-scale`."""
     executed = experiments.load_executed_recipe(trial.directory) if trial.summary else None
     tasks, kept = (dict.fromkeys(name for name, _ in task_tables(each)) for each in (recipe, executed or recipe))
+    stages = recipe.resolved_stages()
     return {
         "recipe": name,
         "source": recipe.source,
@@ -177,9 +178,9 @@ def make_row(name: str, recipe: Recipe, trial: Trial, backend: str, factor: floa
         "dev_rows": {} if trial.failure else dev_rows(trial.directory),
         "best_per_task": "best_per_task" in trial.summary,
         "untrained": trial.summary.get("untrained"),
-        "epochs": [stage.training.epochs for stage in recipe.resolved_stages()],
+        "epochs": [stage.training.epochs for stage in stages],
         "epochs_scale": factor,
-        "max_steps": recipe.training.max_steps,
+        "max_steps": stages[0].training.max_steps,  # limit_steps gives all stages the same
         **{key: trial.summary.get(key) for key in FACTS},
         "weights": describe_weights(recipe.model.name),
         "data": describe_data(recipe.data.directory),

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import read_json
+from minbert_fast.model.weights import CONFIG
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import flatten
 from minbert_fast.trainer.outputs import CHECKPOINTS, SUMMARY, saved_recipe_path
@@ -36,16 +38,16 @@ def fixed_values(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def changed_values(executed: Recipe, recipe: Recipe) -> list[str]:
+def changed_values(executed: Recipe, recipe: Recipe, positions: int) -> list[str]:
     """The fixed values that `recipe` does not share with the recipe of a finished run: `key was X, now Y`.
 
-    Values that the run's data decide do not count: tasks and stages without data, options that labels fill in, and a
-    maximum length above the model's.
+    Values that the run's data and model decide do not count: tasks and stages without data, options that labels fill in,
+    and a maximum length above the model's `positions`.
     """
 
     def values(of: Recipe) -> dict[str, Any]:
         found = fixed_values(of)
-        found["data"].pop("max_length")
+        found["data"]["max_length"] = min(found["data"]["max_length"], positions)
         found["tasks"] = _only(found["tasks"], executed.tasks)
         stages = found.pop("stages")
         for i, (stage, ran) in enumerate(zip(stages, executed.stages, strict=False)):
@@ -57,6 +59,12 @@ def changed_values(executed: Recipe, recipe: Recipe) -> list[str]:
     changed = [key for key in dict.fromkeys([*then, *now]) if then.get(key) != now.get(key)]
     filled_in = {key for key in changed if key.rpartition(".")[2] in FOUND_IN_LABELS and not now.get(key)}
     return [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed if key not in filled_in]
+
+
+def positions_of(output: Path) -> int:
+    """The positions of the finished run's model: the length of the longest sequence that it reads."""
+    config = output / "last" / CONFIG
+    return int(read_json(config)["max_position_embeddings"]) if config.is_file() else sys.maxsize
 
 
 def _only(tasks: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def finished_line(output: Path, recipe: Recipe) -> str | None:
     if not summary.get("finished"):
         return None
     executed = Recipe.load(str(saved))
-    if changed := changed_values(executed, recipe):
+    if changed := changed_values(executed, recipe, positions_of(output)):
         shown = "; ".join(changed[:SHOWN_CHANGES])
         raise ConfigError(f"{output} holds a different, finished run: {shown}; choose another --output, or --overwrite")
     ended = f"{output}: finished after {summary['steps']:,} steps"

@@ -129,6 +129,7 @@ def test_a_row_of_tasks_trained_one_by_one_has_each_tasks_own_best_scores(data: 
     flags = ["--data", data, "--output", tmp_path, "--max-steps", 2]
     assert run(reproduce.main, "enhancing-final", *flags) == 0
     row = rows_in(tmp_path)["enhancing-final"]
+    assert row["max_steps"] == 2, "of each stage"
     summary = json.loads((tmp_path / "enhancing-final" / "summary.json").read_text())
     steps = {}
     for task in ("sentiment", "paraphrase", "similarity"):
@@ -226,6 +227,17 @@ def test_search_ranks_every_combination_and_continues(
     assert "--metric beauty: no such dev metric; known: sentiment_accuracy, " in capsys.readouterr().err
 
 
+def test_a_metric_that_no_task_has_ends_the_first_run_before_its_first_step(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trained the whole first run before it said so."""
+    flags = ["--grid", "lr=1e-3,2e-3", "--data", data, "--output", tmp_path, "--max-steps", 2]
+    assert run(search.main, *flags, "--metric", "beauty") == 2
+    assert "--metric beauty: no such dev metric; known: " in capsys.readouterr().err
+    (summary,) = tmp_path.glob("*/summary.json")
+    assert json.loads(summary.read_text())["steps"] == 0
+
+
 def test_a_random_search_draws_different_combinations() -> None:
     grid = search.parse_grid(["lr=1,2,3", "dropout=0.1,0.2,0.3"])
     chosen = search.sample_combinations(search.combinations(grid), 4, seed=3)
@@ -272,12 +284,13 @@ def test_optuna_proposes_within_the_grid(data: Path, tmp_path: Path) -> None:
         {"regularisation": {"r_drop": 0.5}},
         {"training": {"ema": 0.99}},
         {"tasks": {"paraphrase": {"encoder": "both"}}},
+        {"data": {"max_length": 64}},  # passed for the run with 128
     ],
 )
 def test_other_recipes_are_other_experiments(change: dict[str, Any]) -> None:
     recipe = Recipe.load("default")
-    assert same_experiment(recipe, recipe.with_values({}, "test"))
-    assert not same_experiment(recipe, recipe.with_values(change, "test"))
+    assert same_experiment(recipe, recipe.with_values({}, "test"), positions=512)
+    assert not same_experiment(recipe, recipe.with_values(change, "test"), positions=512)
 
 
 def test_a_stage_with_other_values_is_another_experiment() -> None:
@@ -285,8 +298,15 @@ def test_a_stage_with_other_values_is_another_experiment() -> None:
     first, other = (
         Recipe.load("default").with_values({"stages": [{"optimizer": {"lr": lr}}, {}]}, "test") for lr in (1e-3, 2e-3)
     )
-    assert same_experiment(first, first)
-    assert not same_experiment(first, other)
+    assert same_experiment(first, first, positions=512)
+    assert not same_experiment(first, other, positions=512)
+
+
+def test_a_maximum_length_above_the_models_is_no_other_experiment() -> None:
+    long = Recipe.load("default").with_values({"data": {"max_length": 1024}}, "test")
+    executed = long.with_values({"data": {"max_length": 512}}, "test")  # a run cuts it to the model's positions
+    assert same_experiment(executed, long, positions=512)
+    assert not same_experiment(executed, long, positions=1024)
 
 
 def test_values_that_the_data_decide_make_no_other_experiment() -> None:
@@ -294,6 +314,8 @@ def test_values_that_the_data_decide_make_no_other_experiment() -> None:
     mood = {"data": {"train": "mood.csv", "text": ["text"], "label": "mood"}}
     recipe = Recipe.load("default").with_values({"tasks": {"mood": mood}}, "test")
     executed = with_task_values(recipe, "mood", {"kind": "classification", "classes": ["bad", "good"]})
-    assert same_experiment(executed, recipe)
-    assert same_experiment(without_tasks(executed, ["sentiment"], print), recipe)
-    assert not same_experiment(executed, recipe.with_values({"tasks": {"mood": {"weight": 2.0}}}, "test"))
+    assert same_experiment(executed, recipe, positions=512)
+    assert same_experiment(without_tasks(executed, ["sentiment"], print), recipe, positions=512)
+    assert not same_experiment(
+        executed, recipe.with_values({"tasks": {"mood": {"weight": 2.0}}}, "test"), positions=512
+    )
