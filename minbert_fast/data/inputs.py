@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from minbert_fast.common.schema import check
+from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.columns import LABEL, choose_columns, usual_names
 from minbert_fast.data.formats import Kind, Layout, check_directory, find_table, format_of
 from minbert_fast.data.labels import Label, label_text
@@ -176,11 +176,22 @@ def layout_of(source: Source) -> Layout:
         "skip": tuple(map(label_text, as_tuple(source.skip))),
     }
     layout = replace(base, **{key: value for key, value in own.items() if value})
+    _check_delimited(source)
     several = len(layout.separator) > 1
     check(not several or layout.quoting == "none", f'separator = {layout.separator!r}: needs quoting = "none"')
     if isinstance(base.rule, Label) and layout.label != base.label:
         layout = replace(layout, rule=replace(base.rule, column=layout.label[0]))
     return layout
+
+
+def _check_delimited(source: Source) -> None:
+    """Raises ConfigError for keys of csv and tsv files in a source that has only files of other formats."""
+    given = [key for key in ("separator", "quoting", "columns") if getattr(source, key)]
+    named = [file for split in ("train", "dev", "test") for file in source.files(split)]
+    formats = {source.format} if source.format != "auto" else {ENDINGS.get(Path(f).suffix.lower()) for f in named}
+    if given and formats and formats <= {"jsonl", "parquet", "text"}:
+        value, found = getattr(source, given[0]), " or ".join(sorted(map(str, formats)))
+        raise ConfigError(f"{given[0]} = {value!r}: belongs to csv and tsv files, not to {found}")
 
 
 def _with_classes(layout: Layout, rows: object) -> Layout:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.files import Table, open_rows, read_rows
 from minbert_fast.data.formats import FORMATS
-from minbert_fast.data.inputs import Input, find_input
+from minbert_fast.data.inputs import Input, find_input, layout_of
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
 from minbert_fast.data.lines import read_sentences
@@ -214,6 +214,21 @@ def test_a_separator_of_three_characters_needs_quotes_to_be_text(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"separator = '\|\|\|': needs quoting = \"none\""):
         read(path, GRADES, separator="|||")
     assert numbers(read(path, GRADES, separator="|||", quoting="none")) == [0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train": "x.jsonl", "separator": ";"}, "separator = ';': belongs to csv and tsv files, not to jsonl"),
+        ({"train": "x.pq", "dev": "y.json", "columns": ("a", "b")}, "columns = .*, not to jsonl or parquet"),
+        ({"train": "x.csv", "format": "text", "quoting": "none"}, "quoting = 'none': .*, not to text"),
+    ],
+)
+def test_keys_of_delimited_files_are_refused_for_others(keys: Mapping[str, Any], message: str) -> None:
+    """They were ignored."""
+    with pytest.raises(ConfigError, match=message):
+        layout_of(Source(**keys))
+    assert layout_of(Source(train="x.csv", dev="x.jsonl", separator=";")).separator == ";", "one of the files is"
 
 
 def test_columns_of_a_file_without_a_header_are_named(tmp_path: Path) -> None:
