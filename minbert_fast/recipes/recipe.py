@@ -134,6 +134,8 @@ class RegularisationOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 0, "r_drop", "smart", "noise", "step", "radius", "proximal")
         check_below_one(self, "momentum")
+        # Without noise an example and its copy are equal, and the gradient of their divergence is rounding error.
+        check(self.noise > 0 or not self.smart, f"noise = {self.noise}: smart needs a perturbation to start from")
         check(
             not (self.r_drop and self.smart), "r_drop and smart: set only one; both use the second copy of an example"
         )

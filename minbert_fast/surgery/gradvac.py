@@ -40,6 +40,7 @@ class GradVac(Projections):
         tasks = len(gram)
         full = gram.detach().double().cpu().numpy()
         lengths = np.sqrt(full.diagonal())
+        finite = np.isfinite(full).all()  # otherwise the step is skipped, and the targets stay
         used = np.isfinite(lengths) & (lengths > 0)
         full = np.where(np.outer(used, used), full, 0.0)
         if len(self.targets) != tasks:
@@ -57,7 +58,7 @@ class GradVac(Projections):
                 if cosine < target:
                     sine, wanted = math.sqrt(1 - cosine**2), math.sqrt(max(1 - target**2, 1e-12))
                     c[j] += length / lengths[j] * (target * sine / wanted - cosine)
-                targets[i, j] += self.beta * (cosine - target)
+                targets[i, j] += self.beta * (cosine - target) * finite
             w += c
         return torch.from_numpy(w / tasks if self.reduction == "mean" else w).to(gram)
 

@@ -336,6 +336,7 @@ def test_the_wished_for_recipe_is_smart() -> None:
     [
         ({"smart": 1.0, "r_drop": 1.0}, "r_drop and smart: set only one"),
         ({"smart": -1.0}, "smart = -1.0: expected 0 or more"),
+        ({"smart": 1.0, "noise": 0.0}, "noise = 0.0: smart needs a perturbation to start from"),
         ({"momentum": 1.0}, "momentum = 1.0: expected 0 <= momentum < 1"),
     ],
 )

@@ -343,6 +343,16 @@ def test_gradvac_starts_as_pcgrad_and_continues_from_its_state() -> None:
     assert all(map(torch.equal, after, [resumed(J @ J.T) for _ in range(3)]))
 
 
+def test_a_step_that_is_skipped_leaves_gradvacs_targets() -> None:
+    J = rows(3, "nearly opposite").double()
+    ours = gradvac.GradVac()
+    ours(J @ J.T)
+    before = ours.state_dict()["targets"]
+    J[1, 0] = torch.nan
+    ours(J @ J.T)
+    assert torch.equal(ours.state_dict()["targets"], before)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "huge and tiny"])
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8])
 def test_imtl_g_is_torchjds(tasks: int, kind: str) -> None:
