@@ -108,11 +108,11 @@ def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
 
 
 def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], body: str, plots: Plots) -> Path:
-    """Writes a `document` to `path` and its charts to plots/ in the same folder; returns `path`."""
-    write_text(path, document(title, sections, body))
+    """Writes charts to plots/ beside `path`, and then a `document` to `path`, which so stands for all; returns `path`."""
     for name, svg in plots.items():
         file = re.sub(r"[^\w.=+-]", "_", name)  # it may hold the name of a class
         write_text(path.parent / "plots" / f"{file}.svg", charts.standalone_svg(svg))
+    write_text(path, document(title, sections, body))
     return path
 
 

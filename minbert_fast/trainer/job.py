@@ -257,7 +257,8 @@ class _Job:
         if line is None:
             return False
         if self.world.is_main:
-            if not (self.files.path / "report.html").exists():  # the run was killed after its last record
+            if not self.files.report_is_current:
+                self.files.repair()
                 write_report(self.files.path)
             self._prune_checkpoints()
         self._print(line)

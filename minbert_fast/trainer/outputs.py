@@ -94,11 +94,21 @@ class RunDirectory:
         """
         with translate_write_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
-            for directory in (self.path, self.checkpoints, self.path / "plots"):
-                sweep(directory)
+            self.repair()
             remove(self.path / SUMMARY)
             flush_directory(self.path)
             write_bytes(saved_recipe_path(self.path), recipe.encode("utf-8"))
+
+    def repair(self) -> None:
+        """Restores directories and removes incomplete files that a crash left behind."""
+        for directory in (self.path, self.checkpoints, self.path / "plots"):
+            sweep(directory)
+
+    @property
+    def report_is_current(self) -> bool:
+        """Whether the report was written after the summary: a kill may come between the two."""
+        summary, report = self.path / SUMMARY, self.path / "report.html"
+        return report.exists() and report.stat().st_mtime_ns >= summary.stat().st_mtime_ns
 
     def write_directory(self, name: str, fill: Callable[[Path], None]) -> None:
         """Replaces directory `name` by what `fill` writes into the path it is given."""

@@ -507,6 +507,19 @@ def test_resuming_a_finished_run_says_so(
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_a_run_killed_while_it_wrote_its_report_writes_it_when_resumed(finished: Path, tmp_path: Path) -> None:
+    """A chart cut short stayed in plots/, beside a report of before the run was resumed last."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    litter = run / "plots" / ".writing-confusion-paraphrase.svg.2159"
+    litter.write_text("<svg")
+    report = run / "report.html"
+    report.write_text("of an earlier part of the run")
+    os.utime(report, ns=(0, (run / "summary.json").stat().st_mtime_ns - 1))
+    assert cli.run(train.main, ["--resume", "--output", str(run)]) == 0
+    assert "<svg" in report.read_text()
+    assert not litter.exists()
+
+
 def test_a_finished_run_that_kept_a_checkpoint_can_be_made_longer(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
