@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what each choice in recipe `best` contributes, on a held-out tenth of the training files; dev is not used.
 
-    python -m benchmarks.ablation [parts|ideas] --data DIR --model DIR --output DIR [--seeds 1 2 3] [--json FILE]
+    python -m benchmarks.ablation [parts|ideas|screen] --data DIR --model DIR --output DIR [--seeds 1 2 3] [--json FILE]
 
 `parts` builds the recipe up choice by choice; each variant trains for one epoch per seed, or two if its name says so.
-`ideas` changes one thing of the whole recipe at a time. A second call continues the series. Writes the scores of every
-run to the JSON file and prints a table of means.
+`ideas` changes one thing of the whole recipe at a time. `screen` tries seven ideas in eight runs, several in each, and
+gives the effect of each idea: the mean of the four runs with it less the mean of the four without. A second call
+continues the series. Writes the scores of every run to the JSON file and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import math
 import random
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +96,47 @@ IDEAS: Mapping[str, Mapping[str, Any]] = {
     "UPGrad": {"surgery": {"method": "upgrad"}},
     "SMART for R-Drop": {"regularisation": {"r_drop": 0.0, "smart": 1.0}},
 }
-SERIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"parts": VARIANTS, "ideas": IDEAS}
+# Without R-Drop, which doubles the time of a run.
+SCREENED = (
+    "layer-wise rates",
+    "averaged weights",
+    "ordinal sentiment",
+    "similarity by squared error and CoSENT",
+    "rate 1.5e-4",
+    "PCGrad",
+    "learned loss weights",
+)
+
+
+def _screen() -> dict[str, tuple[str, ...]]:
+    """The ideas of each of eight runs. Any two ideas meet, miss each other, and stand alone in two runs each.
+
+    So all eight runs count for the effect of every idea, and the noise of an effect is that of two means of four. An
+    effect also holds half the interactions of three pairs of other ideas (a 2^(7-4) fractional factorial design; Box, Hunter
+    and Hunter, Statistics for Experimenters, 2005, chapter 6).
+    """
+    runs = {}
+    for a, b, c in itertools.product((False, True), repeat=3):
+        chosen = (a, b, c, a ^ b, a ^ c, b ^ c, a ^ b ^ c)
+        ideas = tuple(itertools.compress(SCREENED, chosen))
+        runs[" + ".join(ideas) or "without R-Drop"] = ideas
+    return runs
+
+
+SCREEN = _screen()
+SERIES: Mapping[str, Iterable[str]] = {"parts": VARIANTS, "ideas": IDEAS, "screen": SCREEN}
 
 
 def build_recipe(variant: str, seed: int, data: Path, model: Path | None) -> Recipe:
-    """The recipe of a variant or an idea."""
+    """The recipe of a variant, an idea, or a run of the screen."""
     paths: dict[str, Any] = {"data": {"directory": str(data)}, "model": {"name": str(model)} if model else {}}
     training = {"seed": seed, "evaluate_untrained": False}
     best = BEST.with_values({**paths, "training": training}, "ablation")
     if variant in IDEAS:
         return best.with_values(IDEAS[variant], variant)
+    if variant in SCREEN:
+        ideas = reduce(merge, (IDEAS[idea] for idea in SCREEN[variant]), {"regularisation": {"r_drop": 0.0}})
+        return best.with_values(ideas, variant)
     tasks = {name: options for name, options in best.tasks.items() if name != REVIEWS}
     return replace(best, tasks=tasks).with_values(PLAIN, "ablation").with_values(VARIANTS[variant], variant)
 
@@ -142,6 +177,38 @@ def table(results: Iterable[Mapping[str, Any]], head: str = "one epoch unless st
     return markdown_table((head, *COLUMNS), rows)
 
 
+def effects(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of each idea's effect in a complete screen, with its standard error if there are several seeds."""
+    runs = [(SCREEN[result["variant"]], result["scores"]) for result in results]
+    rows = []
+    for idea in SCREENED:
+        cells = []
+        for metric in METRICS:
+            sides = [[float(s[metric]) for ideas, s in runs if (idea in ideas) == on] for on in (True, False)]
+            gain = statistics.mean(sides[0]) - statistics.mean(sides[1])
+            cells.append(f"{gain:+.4f}{_error(runs, metric)}")
+        rows.append((idea, *cells))
+    return markdown_table((f"effect of an idea, {len(runs)} runs", *COLUMNS), rows)
+
+
+def _error(runs: Sequence[tuple[tuple[str, ...], Mapping[str, float]]], metric: str) -> str:
+    """ " ± E": the standard error of an effect, from runs that differ in their seed alone; empty for one seed."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for ideas, scores in runs:
+        groups.setdefault(ideas, []).append(float(scores[metric]))
+    if min(map(len, groups.values())) < 2:
+        return ""
+    variance = statistics.mean(statistics.variance(values) for values in groups.values())
+    return f" ± {2 * math.sqrt(variance / len(runs)):.4f}"
+
+
+TABLES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "parts": table,
+    "ideas": partial(table, head="best, changed"),
+    "screen": effects,
+}
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -168,7 +235,7 @@ def main(arguments: Sequence[str]) -> int:
             results.append(record(variant, seed, trial))
             if options.json:
                 write_json(options.json, {"processor": harness.cpu(), "runs": results})
-    print("\n" + (table(results) if options.series == "parts" else table(results, "best, changed")), end="")
+    print("\n" + TABLES[options.series](results), end="")
     return 0
 
 

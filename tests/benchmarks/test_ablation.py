@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from benchmarks import ablation
 from minbert_fast.common.schema import plain
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting.runs import flatten
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -64,6 +68,39 @@ def test_an_idea_changes_one_thing_of_the_whole_recipe() -> None:
         changed = plain(ablation.build_recipe(idea, 1, Path("data"), None))
         assert len([key for key in whole if whole[key] != changed[key]]) == 1, idea
         assert list(changed["tasks"]) == list(whole["tasks"])
+
+
+def test_a_screen_tries_every_two_ideas_in_all_combinations_equally_often() -> None:
+    assert len(ablation.SCREEN) == 8
+    for one, other in itertools.combinations(ablation.SCREENED, 2):
+        met = Counter((one in ideas, other in ideas) for ideas in ablation.SCREEN.values())
+        assert set(met.values()) == {2}
+        assert len(met) == 4
+    for variant, ideas in ablation.SCREEN.items():
+        built = plain(ablation.build_recipe(variant, 1, Path("data"), None))
+        assert built["regularisation"]["r_drop"] == 0
+        for idea in ablation.SCREENED:
+            alone = flatten(plain(ablation.build_recipe(idea, 1, Path("data"), None)))
+            whole, start = flatten(built), flatten(plain(ablation.build_recipe("best", 1, Path("data"), None)))
+            changed = [key for key in {*alone, *start} if alone.get(key) != start.get(key)]
+            assert all((whole.get(key) == alone.get(key)) == (idea in ideas) for key in changed), (variant, idea)
+
+
+def test_effects_are_the_gains_that_a_screen_was_made_with() -> None:
+    """Scores that are sums of the ideas' gains, with a difference of 0.002 between two seeds."""
+    gains = {idea: 0.001 * place for place, idea in enumerate(ablation.SCREENED, -2)}
+
+    def run(variant: str, ideas: Sequence[str], noise: float) -> dict[str, object]:
+        score = 0.7 + sum(gains[idea] for idea in ideas) + noise
+        return {"variant": variant, "scores": dict.fromkeys(ablation.METRICS, score)}
+
+    one = [run(variant, ideas, 0.0) for variant, ideas in ablation.SCREEN.items()]
+    two = [*one, *(run(variant, ideas, 0.002) for variant, ideas in ablation.SCREEN.items())]
+    for idea, gain in gains.items():
+        (line,) = (line for line in ablation.effects(one).splitlines() if idea in line)
+        assert line.count(f" {gain:+.4f} |") == 4
+        (line,) = (line for line in ablation.effects(two).splitlines() if idea in line)
+        assert line.count(f" {gain:+.4f} ± 0.0007 |") == 4, "2 * 0.0014 / 4"
 
 
 def test_runs_give_a_table_and_a_second_call_only_reads_them(
