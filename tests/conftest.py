@@ -17,6 +17,7 @@ from minbert_fast import _C
 from minbert_fast.ops import native
 from minbert_fast.ops.backend import force
 from tests.tolerance import poisoned_memory
+from tests.zygote import Zygote
 
 # Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before any kernel is defined, so for the
 # whole test process.
@@ -61,6 +62,13 @@ def minilm() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real weights: set MINBERT_FAST_MINILM to a MiniLM-L6 folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    server = Zygote()
+    yield server
+    server.close()
 
 
 @pytest.fixture(params=_C.isas().split())

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,6 +39,7 @@ from minbert_fast.parallel.world import Agreement, World, joined
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.records import Observer
 from tests.step.test_step import SIZES, make_batch, make_model, recipe
+from tests.zygote import Zygote, free_port
 
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
 COMMON = [
@@ -65,9 +65,10 @@ def run(ranks: int, folder: Path, *flags: str) -> subprocess.CompletedProcess[st
     )
 
 
-def succeed(ranks: int, folder: Path, *flags: str) -> None:
-    done = run(ranks, folder, *flags)
-    assert done.returncode == 0, done.stderr
+def succeed(zygote: Zygote, ranks: int, folder: Path, *flags: str) -> None:
+    """As `run`, without torchrun and its imports."""
+    zygote.start([*COMMON, *flags], ranks, folder)
+    assert zygote.wait() == [0] * ranks, [log.read_text() for log in folder.glob("rank-*.log")]
 
 
 def losses(output: Path, tasks: tuple[str, ...] = ("sentiment", "paraphrase", "similarity")) -> list[list[float]]:
@@ -84,10 +85,10 @@ def same(one: Path, other: Path, tasks: tuple[str, ...] = ("sentiment", "paraphr
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve steps in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    succeed(1, folder, "--max-steps", "12", "--precision", "fp32", "--output", "run")
+    succeed(zygote, 1, folder, "--max-steps", "12", "--precision", "fp32", "--output", "run")
     return folder / "run"
 
 
@@ -102,7 +103,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
     """Seven examples a task: no number of ranks here divides it."""
     flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
-    succeed(ranks, tmp_path, *flags, "--set", f"training.shard={str(shard).lower()}")
+    done = run(ranks, tmp_path, *flags, "--set", f"training.shard={str(shard).lower()}")
+    assert done.returncode == 0, done.stderr
     same(alone, tmp_path / "run")
     a, b = (json.loads((run / "summary.json").read_text()) for run in (alone, tmp_path / "run"))
     assert a["tokens"] == b["tokens"]
@@ -110,21 +112,18 @@ def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, al
 
 
 @pytest.mark.ci
-def test_a_run_of_two_goes_on_as_one_and_one_as_two(alone: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_goes_on_as_one_and_one_as_two(zygote: Zygote, alone: Path, tmp_path: Path) -> None:
     flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
-    succeed(2, tmp_path, "--stop-after", "4", *flags)
-    succeed(1, tmp_path, "--stop-after", "8", *flags, "--resume")
-    succeed(2, tmp_path, "--stop-after", "10", *flags, "--resume", "--set", "training.shard=true")
-    succeed(2, tmp_path, *flags, "--resume")
+    succeed(zygote, 2, tmp_path, "--stop-after", "4", *flags)
+    succeed(zygote, 1, tmp_path, "--stop-after", "8", *flags, "--resume")
+    succeed(zygote, 2, tmp_path, "--stop-after", "10", *flags, "--resume", "--set", "training.shard=true")
+    succeed(zygote, 2, tmp_path, *flags, "--resume")
     same(alone, tmp_path / "run")
 
 
 def on_two_machines(folders: Sequence[Path], *flags: str) -> list[subprocess.CompletedProcess[str]]:
     """Runs one rank on each of two machines, with separate folders, caches and torchrun processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for number, folder in enumerate(folders):
         where = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
         line = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "minbert_fast.train", *COMMON, *flags]
@@ -178,18 +177,18 @@ def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-def test_ranks_hide_the_words_that_one_process_hides(tmp_path: Path) -> None:
+def test_ranks_hide_the_words_that_one_process_hides(zygote: Zygote, tmp_path: Path) -> None:
     """Masked words are a mean over words, next sentences over pairs; the word embedding's gradient is dense."""
     flags = ["--recipe", "enhancing-mlm-nsp", "--stop-after", "5", "--precision", "fp32"]  # within the first stage
-    succeed(1, tmp_path, *flags, "--output", "alone")
+    succeed(zygote, 1, tmp_path, *flags, "--output", "alone")
     for name, shard in (("whole", "false"), ("parts", "true")):
-        succeed(2, tmp_path, *flags, "--output", name, "--set", f"training.shard={shard}")
+        succeed(zygote, 2, tmp_path, *flags, "--output", name, "--set", f"training.shard={shard}")
         same(tmp_path / "alone", tmp_path / name, ("mlm", "nsp"))
 
 
 @pytest.mark.ci
-def test_bf16_and_plain_sums_train_too(tmp_path: Path) -> None:
-    succeed(2, tmp_path, "--max-steps", "4", "--precision", "bf16", "--surgery", "none", "--output", "run")
+def test_bf16_and_plain_sums_train_too(zygote: Zygote, tmp_path: Path) -> None:
+    succeed(zygote, 2, tmp_path, "--max-steps", "4", "--precision", "bf16", "--surgery", "none", "--output", "run")
     assert np.isfinite(losses(tmp_path / "run")).all()
 
 
@@ -217,7 +216,7 @@ def workers(parent: int) -> list[int]:
 
 
 @pytest.mark.ci
-def test_a_killed_rank_ends_the_run_which_goes_on_later(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_which_goes_on_later(zygote: Zygote, tmp_path: Path) -> None:
     begun = start(tmp_path)
     os.kill(max(workers(begun.pid)), signal.SIGKILL)
     killed = time.monotonic()
@@ -225,7 +224,9 @@ def test_a_killed_rank_ends_the_run_which_goes_on_later(tmp_path: Path) -> None:
     assert begun.returncode != 0
     assert time.monotonic() - killed < 60
     assert "SIGKILL" in error or "lost another process" in error
-    succeed(1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--stop-after", "1")
+    succeed(
+        zygote, 1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--stop-after", "1"
+    )
 
 
 @pytest.mark.ci
@@ -316,10 +317,7 @@ def surgery_apart(rank: int, size: int) -> float:
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_messages_between_processes(size: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(speak, (size, port, tmp_path), size)
+    torch.multiprocessing.spawn(speak, (size, free_port(), tmp_path), size)
     for rank in range(size):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         plain, total = torch.arange(12.0).view(2, 6), size * (size - 1) / 2
@@ -338,13 +336,15 @@ def test_messages_between_processes(size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "shard"), [("torchjd:PCGrad", "false"), pytest.param("gradvac", "true", marks=pytest.mark.slow)]
 )
-def test_three_ranks_draw_the_same_orders_and_weigh_alike(method: str, shard: str, tmp_path: Path) -> None:
+def test_three_ranks_draw_the_same_orders_and_weigh_alike(
+    zygote: Zygote, method: str, shard: str, tmp_path: Path
+) -> None:
     """Each rank's own random numbers (dropout) must not reach the method; famo needs the losses of the whole step."""
     if method.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")
     flags = ["--max-steps", "4", "--precision", "fp32", "--surgery", method, "--set", "weighting.method=famo"]
-    succeed(1, tmp_path, *flags, "--output", "alone")
-    succeed(3, tmp_path, *flags, "--output", "three", "--set", f"training.shard={shard}")
+    succeed(zygote, 1, tmp_path, *flags, "--output", "alone")
+    succeed(zygote, 3, tmp_path, *flags, "--output", "three", "--set", f"training.shard={shard}")
     same(tmp_path / "alone", tmp_path / "three")
 
 

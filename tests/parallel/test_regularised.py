@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.parallel.test_distributed import losses, same, succeed
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.ci
 
@@ -21,12 +22,12 @@ def weights(output: Path) -> list[list[float]]:
     return [[line[f"weight/{task}"] for task in ("sentiment", "paraphrase", "similarity")] for line in lines]
 
 
-def test_two_processes_average_and_weigh_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_average_and_weigh_as_one_does(zygote: Zygote, tmp_path: Path) -> None:
     """Also where each of them takes a part of the optimizer's step."""
     more = ["--set", "weighting.method=dwa", "--set", "weighting.window=2", "--set", "regularisation.r_drop=0.5"]
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        succeed(ranks, tmp_path / str(ranks), *FLAGS, *more, "--set", "training.shard=true")
+        succeed(zygote, ranks, tmp_path / str(ranks), *FLAGS, *more, "--set", "training.shard=true")
     one, two = tmp_path / "1" / "run", tmp_path / "2" / "run"
     same(one, two)
     np.testing.assert_allclose(weights(one), weights(two), rtol=1e-4)
@@ -34,9 +35,9 @@ def test_two_processes_average_and_weigh_as_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_smart(tmp_path: Path) -> None:
+def test_two_processes_train_smart(zygote: Zygote, tmp_path: Path) -> None:
     """Each perturbs its own share; both end with the same weights, which uncertainties keep track of."""
     smart = ["--set", "regularisation.smart=1.0", "--set", "regularisation.proximal=1.0"]
-    succeed(2, tmp_path, *FLAGS, *smart, "--set", "weighting.method=uncertainty")
+    succeed(zygote, 2, tmp_path, *FLAGS, *smart, "--set", "weighting.method=uncertainty")
     assert np.isfinite(losses(tmp_path / "run")).all()
     assert np.isfinite(weights(tmp_path / "run")).all()

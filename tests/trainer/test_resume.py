@@ -10,12 +10,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +18,13 @@ import pytest
 
 from minbert_fast.trainer.outputs import saved_recipe_path
 from tests.small import small_data, small_run
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.ci
 
 RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 TIMES = ("step_seconds", "time")
 FLAGS = ("--lr", "1e-3", "--epochs", "4", "--surgery", "pcgrad", "--set", "checkpoint.every=1")
-
-
-class Zygote:
-    """Starts training processes quickly (tests/zygote.py)."""
-
-    def __init__(self) -> None:
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self.answer() == {"ready": True}
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        found: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return found
-
-    def run(self, arguments: list[str], kill_after: float | None = None) -> int:
-        """Runs one training process, killed after `kill_after` seconds; returns its exit status, negative for a signal."""
-        assert self.process.stdin is not None
-        print(json.dumps(arguments), file=self.process.stdin, flush=True)
-        pid = self.answer()["pid"]
-        if kill_after is None:
-            return int(self.answer()["status"])
-
-        def kill() -> None:
-            with suppress(ProcessLookupError):  # the process has ended already
-                os.kill(pid, signal.SIGKILL)
-
-        killer = threading.Timer(kill_after, kill)
-        killer.start()
-        status = int(self.answer()["status"])
-        killer.cancel()
-        killer.join()
-        return status
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    server = Zygote()
-    yield server
-    server.close()
 
 
 def records(output: Path) -> list[dict[str, Any]]:
@@ -132,13 +73,11 @@ def test_terminated_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")
     assert zygote.run(small_run(data, tmp_path / "whole", *FLAGS)) == 0
     output = tmp_path / "run"
-    assert zygote.process.stdin is not None
-    print(json.dumps(small_run(data, output, *FLAGS)), file=zygote.process.stdin, flush=True)
-    pid = zygote.answer()["pid"]
+    (pid,) = zygote.start(small_run(data, output, *FLAGS))
     while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text().splitlines()) < 4:
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
-    assert zygote.answer()["status"] == 128 + signal.SIGTERM
+    assert zygote.wait() == [128 + signal.SIGTERM]
     assert zygote.run(small_run(data, output, *FLAGS, "--resume")) == 0
     for name in RESULTS:
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
