@@ -94,6 +94,10 @@ class OptimizerOptions:
         check(all(0 <= b < 1 for b in self.betas), f"betas = {self.betas}: expected 0 <= beta < 1")
         check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: expected a share from 0 to 1")
 
+    def unused(self) -> dict[str, str]:
+        """Keys that nothing reads beside the other values, and what would read them."""
+        return {} if self.schedule == "exponential" else {"gamma": 'schedule = "exponential"'}
+
 
 @dataclass(frozen=True)
 class SurgeryOptions:
@@ -118,6 +122,17 @@ class WeightingOptions:
         check_at_least(self, 0, "lr", "logit_lr", "logit_decay", "window")
         check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
 
+    def unused(self) -> dict[str, str]:
+        """Keys that nothing reads beside the other values, and what would read them."""
+        readers = {
+            "lr": "uncertainty",
+            "logit_lr": "famo",
+            "logit_decay": "famo",
+            "temperature": "dwa",
+            "window": "dwa",
+        }
+        return {key: f'method = "{method}"' for key, method in readers.items() if method != self.method}
+
 
 @dataclass(frozen=True)
 class RegularisationOptions:
@@ -139,6 +154,11 @@ class RegularisationOptions:
         check(
             not (self.r_drop and self.smart), "r_drop and smart: set only one; both use the second copy of an example"
         )
+
+    def unused(self) -> dict[str, str]:
+        """Keys that nothing reads beside the other values, and what would read them."""
+        readers = {"noise": "smart", "step": "smart", "radius": "smart", "momentum": "proximal"}
+        return {key: penalty for key, penalty in readers.items() if not getattr(self, penalty)}
 
     @property
     def duplicates_examples(self) -> bool:

@@ -98,6 +98,10 @@ class TaskOptions:
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
+    def unused(self) -> dict[str, str]:
+        """Keys that nothing reads beside the other values, and what would read them."""
+        return {}
+
     @property
     def draw(self) -> Draw:
         """How the training rows are drawn."""
@@ -378,6 +382,9 @@ class StackOptions(TaskOptions):
         super().__post_init__()
         check_below_one(self, "dropout")
         check_at_least(self, 1, "shared_depth")
+
+    def unused(self) -> dict[str, str]:
+        return super().unused() | ({} if self.shared_layers else {"shared_depth": "shared_layers"})
 
 
 def shared_stack(options: StackOptions, width: int, shared: dict[str, nn.Module]) -> Stack | None:

@@ -40,6 +40,9 @@ class ClassificationOptions(ClassOptions, SingleOptions):
         check(self.temperature > 0, f"temperature = {self.temperature}: expected above 0")
         check(self.loss != "ordinal" or not self.label_smoothing, 'label_smoothing: loss = "ordinal" has none')
 
+    def unused(self) -> dict[str, str]:
+        return super().unused() | ({} if self.nearest else {"temperature": "nearest"})
+
 
 class ClassificationHead(ClassHead, SingleHead):
     """Class scores [n, C]; for the ordinal loss one score [n], and thresholds between the classes."""

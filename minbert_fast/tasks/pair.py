@@ -84,6 +84,17 @@ class PairOptions(StackOptions):
             check(self.head == "linear", 'encoder = "cross" needs head = "linear", there is no second vector')
             check(not self.auxiliary, 'auxiliary: encoder = "cross" has no two vectors to compare')
 
+    def unused(self) -> dict[str, str]:
+        losses = {self.loss, *self.auxiliary}
+        rules = {
+            "labels": (not losses.isdisjoint(("mse", "l1")), 'loss = "mse" and "l1"'),
+            "scale": (self.head == "cosine", 'head = "cosine"'),
+            "offset": (self.head == "cosine", 'head = "cosine"'),
+            "margin": ("cosine_embedding" in losses, "cosine_embedding"),
+            "temperature": (not losses.isdisjoint(("cosent", "ranking")), "cosent and ranking"),
+        }
+        return super().unused() | {key: reader for key, (read, reader) in rules.items() if not read}
+
 
 class PairHead(Head):
     """Compares two sentences. `levels` is the number of whole labels, the classes of the losses over classes."""

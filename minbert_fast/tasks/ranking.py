@@ -57,6 +57,11 @@ class RankingOptions(TaskOptions):
         check_at_least(self, 0, "margin")
         check(not self.draw.by_class, "balanced, per_class: rows without labels have no classes")
 
+    def unused(self) -> dict[str, str]:
+        readers = {"temperature": "contrastive", "symmetric": "contrastive", "margin": "triplet", "distance": "triplet"}
+        idle = {key: f"objectives.{name}" for key, name in readers.items() if name not in self.objectives}
+        return super().unused() | idle
+
 
 @dataclass(frozen=True)
 class TripletOptions(RankingOptions):

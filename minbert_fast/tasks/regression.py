@@ -25,6 +25,9 @@ class RegressionOptions(RangeOptions, SingleOptions):
     loss: Literal["mse", "l1", "bce", "ordinal"] = "mse"  # ordinal: labels are graded, such as 1 to 5 stars
     labels: Literal["unit", "raw"] = "unit"  # targets of mse and l1: scaled to [0, 1], or as in the file
 
+    def unused(self) -> dict[str, str]:
+        return super().unused() | ({} if self.loss in ("mse", "l1") else {"labels": 'loss = "mse" and "l1"'})
+
 
 class RegressionHead(SingleHead):
     """A score [n] per text: the target, its logit (bce), or what thresholds between whole labels divide (ordinal)."""

@@ -34,6 +34,7 @@ from minbert_fast.reporting.verdicts import announce
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
+from minbert_fast.tasks.unused import unused_values
 from minbert_fast.trainer import disk, loop
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
@@ -184,6 +185,8 @@ class _Job:
         context = StageContext(self.model, self.tokenizer, self.data.train, *where, self.captures)
         stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
         self.stages = loop.share_steps(stages, self.recipe.training.max_steps)
+        for line in dict.fromkeys(line for stage in self.stages for line in unused_values(stage.recipe)):
+            self.notify(line)
         self._check_select()
         self._choose_scored_rows()
 

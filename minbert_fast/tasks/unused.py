@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a recipe that do nothing beside its other values, such as a `temperature` without a loss that has one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.tasks.model import build_tasks
+
+
+def unused_values(recipe: Recipe) -> Iterator[str]:
+    """A line for each value of a resolved stage that differs from its default and that nothing reads."""
+    for section in ("optimizer", "weighting", "regularisation"):
+        options = getattr(recipe, section)
+        yield from _unused(options, options.unused(), section)
+    for name, task in build_tasks(recipe).items():
+        yield from _unused(task.options, recipe.tasks[name], f"tasks.{name}")
+
+
+def _unused(options: Any, given: Collection[str], where: str) -> Iterator[str]:
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for key, reader in options.unused().items():
+        value = getattr(options, key)
+        if key in given and value != defaults[key]:
+            yield f"{where}.{key} = {value!r} is not used: it belongs to {reader}"
