@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minbert_fast.common.errors import first_line
-from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.common.storage import inside, read_json, regular, write_bytes, write_text
 from minbert_fast.model.config import FIXED, BertConfig
 
@@ -318,14 +318,17 @@ def _conversion(path: Path, names: list[str], place: str) -> str:
 # ---- Keywords of from_pretrained ---------------------------------------------------------------------------------------
 
 
-def check_overrides(names: Iterable[str], keywords: Iterable[str]) -> None:
-    """Raises ConfigError for the first of `names` that is no field of the configuration; hints may name `keywords`."""
+def check_overrides(overrides: Mapping[str, Any], keywords: Iterable[str]) -> None:
+    """Raises ConfigError for a name that is no field of the configuration, and for None; hints may name `keywords`."""
     fields = [*BertConfig.__dataclass_fields__, *FIXED]
-    for name in names:
+    for name, value in overrides.items():
         if name not in fields:
             close = difflib.get_close_matches(name, [*fields, *keywords], n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"a configuration has {', '.join(fields)}"
             raise ConfigError(f"from_pretrained: unknown keyword {name!r}; {hint}")
+        check(
+            value is not None or name in FIXED, f"from_pretrained: {name} = None: leave it out to keep the file's value"
+        )
 
 
 def chosen_dtype(

@@ -134,6 +134,8 @@ def test_an_absent_pooler_is_drawn_with_a_warning(model: BertModel, tmp_path: Pa
 def test_overrides_reach_the_configuration(model: BertModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert BertModel.from_pretrained(tmp_path, hidden_dropout_prob=0.3).config.hidden_dropout_prob == 0.3
+    with pytest.raises(ConfigError, match="hidden_dropout_prob = None: leave it out"):  # it became the class's default
+        BertModel.from_pretrained(tmp_path, hidden_dropout_prob=None)
 
 
 def test_half_precision_weights_load_as_fp32(model: BertModel, tmp_path: Path) -> None:
