@@ -131,6 +131,8 @@ class WeightingOptions:
             "temperature": "dwa",
             "window": "dwa",
         }
+        if self.method not in ("none", "random", *readers.values()):  # a method of the user's own may read any of them
+            return {}
         return {key: f'method = "{method}"' for key, method in readers.items() if method != self.method}
 
 
