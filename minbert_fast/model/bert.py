@@ -190,7 +190,8 @@ class BertModel(nn.Module):
         mask = passes.expanded(attention_mask, hidden_states.shape[:2])
         rows, run = passes.DenseRows.of(mask), passes.AutogradPass()
         hidden, layers = rows.rows(hidden_states), self.bert_layers
-        return rows.rectangle(passes.through(run, rows, hidden, layers, plan.layers, self._recompute()))
+        hidden = passes.through(run, rows, hidden, layers, plan.layers, self._recompute())
+        return rows.rectangle(hidden).to(hidden_states.dtype)
 
     def pool(self, first: Tensor) -> Tensor:
         """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""

@@ -113,8 +113,6 @@ def _fast(model: Any, given: dict[str, Any]) -> Any:
     recompute = flagged and model.training and torch.is_grad_enabled()
     plan = fused.Plan(_embedding_parts(model.embeddings), tuple(_layer_parts(layer) for layer in layers))
     hidden = encode_rectangle(ids, mask, kinds, layers, plan, recompute)
-    # Autocast leaves bf16, where the stock model ends in fp32.
-    hidden = hidden.to(model.embeddings.word_embeddings.weight.dtype)
     pooled = None if model.pooler is None else model.pooler(hidden)
     wanted = given.get("return_dict")
     if not (model.config.return_dict if wanted is None else wanted):
