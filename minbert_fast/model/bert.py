@@ -265,8 +265,9 @@ class BertModel(nn.Module):
         by its older name `torch_dtype`, is that of the parameters: "auto" takes the file's, None fp32. `subfolder` is a
         folder of the directory. `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
         `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). A `.pt` file needs `config`,
-        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler gets random weights and a task's
-        head is left out, each with a warning. Raises WeightsError or ConfigError naming the file and the mistake.
+        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler and the modules that a subclass
+        adds start as they are drawn, and a task's head is left out, each with a warning. Raises WeightsError or
+        ConfigError naming the file and the mistake.
         """
         weights.check_overrides(overrides, inspect.signature(cls.from_pretrained).parameters)
         path = weights.resolve(
@@ -279,15 +280,24 @@ class BertModel(nn.Module):
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
         chosen.name_or_path = str(name_or_path)
         with torch.device("meta"):  # takes no memory for sizes that the file only declares
-            wanted = cls(chosen).state_dict()
-        missing = weights.check_encoder(wanted, tensors, where)
+            wanted, plain = cls(chosen).state_dict(), BertModel(chosen).state_dict()
+        own = [name for name in wanted if name not in plain and name not in tensors]  # modules that a subclass adds
+        missing = weights.check_encoder({k: t for k, t in wanted.items() if k not in own}, tensors, where)
         model = cls(chosen).to(weights.chosen_dtype(dtype, torch_dtype, tensors))
         if missing:
             warnings.warn(f"{where} has no pooler: it starts from fresh random weights", stacklevel=2)
+        if own:
+            words = f"{where} has no {weights.some(own)}: these start as {cls.__name__} draws them"
+            warnings.warn(words, stacklevel=2)
         if left:
             warnings.warn(f"{where}: the encoder alone is loaded; left out: {weights.some(left)}", stacklevel=2)
         model.load_state_dict(dict(tensors), strict=False)
-        info = {"missing_keys": missing, "unexpected_keys": set(left), "mismatched_keys": set(), "error_msgs": []}
+        info = {
+            "missing_keys": missing.union(own),
+            "unexpected_keys": set(left),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model.eval(), info) if output_loading_info else model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
