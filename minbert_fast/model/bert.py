@@ -185,7 +185,7 @@ class BertModel(nn.Module):
     def encode(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings [B, S, H] through all layers; attention_mask [B, S] as for `forward`."""
         plan = self.plan()
-        if attention_mask.dim() != 2 or not any(plan.layers):
+        if attention_mask.dim() != 2 or attention_mask.requires_grad or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
         mask = passes.expanded(attention_mask, hidden_states.shape[:2])
         rows, run = passes.DenseRows.of(mask), passes.AutogradPass()
@@ -342,7 +342,7 @@ class BertModel(nn.Module):
     def _hidden(self, input_ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
         """The last hidden state [B, S, H], fused where the modules are as they were built."""
         plan = self.plan()
-        if plan.embedding is None:
+        if plan.embedding is None or mask.requires_grad:  # the fused path has no gradient of masks
             return self.encode(self._embed(input_ids, types), mask)
         return passes.encode_rectangle(input_ids, mask, types, self.bert_layers, plan, self._recompute())
 
@@ -450,7 +450,9 @@ def read_layer(layer: nn.Module) -> fused.Layer:
     if _methods() != _AS_DEFINED:
         raise fused.NotExactError(layer, "has a class whose methods were replaced")
     if layer.interm_af is not F.gelu:
-        raise fused.NotExactError(layer, f"has another activation than gelu ({layer.interm_af!r:.60})")
+        # Without its address, which would make a reason of its own for each layer's lambda.
+        name = getattr(layer.interm_af, "__qualname__", repr(layer.interm_af))
+        raise fused.NotExactError(layer, f"has another activation than gelu ({name:.60})")
     return fused.exact_layer(layer_parts(layer), layer.self_attention)
 
 

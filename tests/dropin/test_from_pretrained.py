@@ -104,7 +104,9 @@ class WithLayers(BertModel):
 
 def test_the_layers_that_a_subclass_adds_start_as_it_draws_them(model: BertModel, folder: Path) -> None:
     """They were reported as missing, and such a model could not be loaded; BERT's own weights must be there."""
-    with pytest.warns(UserWarning, match=r"has no bert_layers\.0\.adapter\.weight, .* as WithLayers draws them$") as warned:
+    with pytest.warns(
+        UserWarning, match=r"has no bert_layers\.0\.adapter\.weight, .* as WithLayers draws them$"
+    ) as warned:
         loaded, info = WithLayers.from_pretrained(folder, output_loading_info=True)
     assert isinstance(loaded, WithLayers)
     assert len(warned) == 1
