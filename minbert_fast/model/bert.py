@@ -185,12 +185,13 @@ class BertModel(nn.Module):
     def encode(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings [B, S, H] through all layers; attention_mask [B, S] as for `forward`."""
         plan = self.plan()
-        if attention_mask.dim() != 2 or not any(plan.layers):
+        if attention_mask.dim() != 2 or attention_mask.requires_grad or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
         mask = passes.expanded(attention_mask, hidden_states.shape[:2])
         rows, run = passes.DenseRows.of(mask), passes.AutogradPass()
         hidden, layers = rows.rows(hidden_states), self.bert_layers
-        return rows.rectangle(passes.through(run, rows, hidden, layers, plan.layers, self._recompute()))
+        hidden = passes.through(run, rows, hidden, layers, plan.layers, self._recompute())
+        return rows.rectangle(hidden).to(hidden_states.dtype)
 
     def pool(self, first: Tensor) -> Tensor:
         """The pooler: tanh(W h + b) of each sentence's first token [B, H]."""
@@ -264,8 +265,9 @@ class BertModel(nn.Module):
         by its older name `torch_dtype`, is that of the parameters: "auto" takes the file's, None fp32. `subfolder` is a
         folder of the directory. `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
         `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). A `.pt` file needs `config`,
-        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler gets random weights and a task's
-        head is left out, each with a warning. Raises WeightsError or ConfigError naming the file and the mistake.
+        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler and the modules that a subclass
+        adds start as they are drawn, and a task's head is left out, each with a warning. Raises WeightsError or
+        ConfigError naming the file and the mistake.
         """
         weights.check_overrides(overrides, inspect.signature(cls.from_pretrained).parameters)
         path = weights.resolve(
@@ -278,15 +280,24 @@ class BertModel(nn.Module):
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
         chosen.name_or_path = str(name_or_path)
         with torch.device("meta"):  # takes no memory for sizes that the file only declares
-            wanted = cls(chosen).state_dict()
-        missing = weights.check_encoder(wanted, tensors, where)
+            wanted, plain = cls(chosen).state_dict(), BertModel(chosen).state_dict()
+        own = [name for name in wanted if name not in plain and name not in tensors]  # modules that a subclass adds
+        missing = weights.check_encoder({k: t for k, t in wanted.items() if k not in own}, tensors, where)
         model = cls(chosen).to(weights.chosen_dtype(dtype, torch_dtype, tensors))
         if missing:
             warnings.warn(f"{where} has no pooler: it starts from fresh random weights", stacklevel=2)
+        if own:
+            words = f"{where} has no {weights.some(own)}: these start as {cls.__name__} draws them"
+            warnings.warn(words, stacklevel=2)
         if left:
             warnings.warn(f"{where}: the encoder alone is loaded; left out: {weights.some(left)}", stacklevel=2)
         model.load_state_dict(dict(tensors), strict=False)
-        info = {"missing_keys": missing, "unexpected_keys": set(left), "mismatched_keys": set(), "error_msgs": []}
+        info = {
+            "missing_keys": missing.union(own),
+            "unexpected_keys": set(left),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model.eval(), info) if output_loading_info else model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -331,7 +342,7 @@ class BertModel(nn.Module):
     def _hidden(self, input_ids: Tensor, mask: Tensor, types: Tensor | None) -> Tensor:
         """The last hidden state [B, S, H], fused where the modules are as they were built."""
         plan = self.plan()
-        if plan.embedding is None:
+        if plan.embedding is None or mask.requires_grad:  # the fused path has no gradient of masks
             return self.encode(self._embed(input_ids, types), mask)
         return passes.encode_rectangle(input_ids, mask, types, self.bert_layers, plan, self._recompute())
 
@@ -439,7 +450,9 @@ def read_layer(layer: nn.Module) -> fused.Layer:
     if _methods() != _AS_DEFINED:
         raise fused.NotExactError(layer, "has a class whose methods were replaced")
     if layer.interm_af is not F.gelu:
-        raise fused.NotExactError(layer, f"has another activation than gelu ({layer.interm_af!r:.60})")
+        # Without its address, which would make a reason of its own for each layer's lambda.
+        name = getattr(layer.interm_af, "__qualname__", repr(layer.interm_af))
+        raise fused.NotExactError(layer, f"has another activation than gelu ({name:.60})")
     return fused.exact_layer(layer_parts(layer), layer.self_attention)
 
 

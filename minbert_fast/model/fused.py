@@ -191,7 +191,9 @@ _WATCHED: dict[type, tuple[str, ...]] = {
     nn.Dropout: ("forward", "p"),
     nn.Embedding: ("forward", "max_norm", "scale_grad_by_freq", "sparse"),
 }
-_WATCHED_ELSEWHERE = (*_METHODS, "interm_af", "act", "num_attention_heads", "attention_head_size")
+_WATCHED_ELSEWHERE = (
+    *_METHODS, "interm_af", "act", "num_attention_heads", "attention_head_size", "scaling", "is_causal",
+)  # fmt: skip
 
 
 class _Tree:

@@ -217,13 +217,18 @@ def through(
 def encode_rectangle(
     input_ids: Tensor, mask: Tensor, types: Tensor | None, modules: Iterable[nn.Module], plan: Plan, recompute: bool
 ) -> Tensor:
-    """input_ids, mask, types (None: 0) [B, S] -> the last hidden state [B, S, H], by ordinary autograd; see `through`."""
+    """input_ids, mask, types (None: 0) [B, S] -> the last hidden state [B, S, H], by ordinary autograd; see `through`.
+
+    It has the embeddings' dtype under autocast too, as in the stock model, whose last LayerNorm gives fp32.
+    """
     assert plan.embedding is not None
     rows, run = DenseRows.of(mask), AutogradPass()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     kinds = torch.zeros_like(input_ids) if types is None else types.expand_as(input_ids)
     tokens = (rows.rows(input_ids).int(), rows.rows(positions).int(), rows.rows(kinds).int())
-    return rows.rectangle(through(run, rows, run.embed(tokens, plan.embedding), modules, plan.layers, recompute))
+    embedded = run.embed(tokens, plan.embedding)
+    hidden = through(run, rows, embedded, modules, plan.layers, recompute)
+    return rows.rectangle(hidden).to(embedded.dtype)
 
 
 def _fused_layer_at(

@@ -113,8 +113,6 @@ def _fast(model: Any, given: dict[str, Any]) -> Any:
     recompute = flagged and model.training and torch.is_grad_enabled()
     plan = fused.Plan(_embedding_parts(model.embeddings), tuple(_layer_parts(layer) for layer in layers))
     hidden = encode_rectangle(ids, mask, kinds, layers, plan, recompute)
-    # Autocast leaves bf16, where the stock model ends in fp32.
-    hidden = hidden.to(model.embeddings.word_embeddings.weight.dtype)
     pooled = None if model.pooler is None else model.pooler(hidden)
     wanted = given.get("return_dict")
     if not (model.config.return_dict if wanted is None else wanted):
@@ -131,7 +129,7 @@ def _fast(model: Any, given: dict[str, Any]) -> Any:
 def _exact(model: Any) -> bool:
     """Whether all modules are what the fused path assumes; warns once per reason where they are not."""
     read_layer = functools.partial(_read_layer, model)
-    extra = [fused.version(buffer) for buffer in _buffers(model)]
+    extra = [*map(fused.version, _buffers(model)), model.config._attn_implementation]
     plan = fused.plan(model, lambda: _read_embedding(model), _layers(model), read_layer, extra)
     reasons = list(plan.reasons)
     for number, (layer, parts) in enumerate(zip(_layers(model), plan.layers, strict=True)):
@@ -172,6 +170,8 @@ def _read_embedding(model: Any) -> fused.Embedding:
     return fused.exact(_embedding_parts(model.embeddings))
 
 
+#: transformers' own names for softmax attention; users register functions under other names.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", None)
 _LAYER_CLASSES = {
     "": ["BertLayer"],
     "attention": ["BertAttention"],
@@ -189,7 +189,13 @@ def _read_layer(model: Any, layer: Any) -> fused.Layer:
     if getattr(activation, "act", None) is not F.gelu:
         raise fused.NotExactError(layer.intermediate, f"has another activation than gelu ({activation!r:.60})")
     fused.expect(activation, sys.modules["transformers.activations"].GELUActivation)
-    return fused.exact_layer(_layer_parts(layer), layer.attention.self)
+    attention, way = layer.attention.self, model.config._attn_implementation
+    if way not in _ATTENTION:
+        raise fused.NotExactError(attention, f"has an attention function of its own ({way})")
+    scale = attention.attention_head_size**-0.5
+    if getattr(attention, "scaling", scale) != scale or getattr(attention, "is_causal", False):
+        raise fused.NotExactError(attention, "has another scaling, or is causal")
+    return fused.exact_layer(_layer_parts(layer), attention)
 
 
 def _embedding_parts(stock: Any) -> fused.Embedding:

@@ -92,6 +92,35 @@ def test_the_loading_info_is_the_second_of_two(model: BertModel, folder: Path) -
     assert len(warned) == 2
 
 
+class WithLayers(BertModel):
+    """A student's model: BERT, and layers of its own."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.projected = torch.nn.Linear(config.hidden_size, 4)
+        for layer in self.bert_layers:
+            layer.adapter = torch.nn.Linear(config.hidden_size, 2)
+
+
+def test_the_layers_that_a_subclass_adds_start_as_it_draws_them(model: BertModel, folder: Path) -> None:
+    """They were reported as missing, and such a model could not be loaded; BERT's own weights must be there."""
+    with pytest.warns(
+        UserWarning, match=r"has no bert_layers\.0\.adapter\.weight, .* as WithLayers draws them$"
+    ) as warned:
+        loaded, info = WithLayers.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(loaded, WithLayers)
+    assert len(warned) == 1
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert info["missing_keys"] == state.keys() - model.state_dict().keys()
+    assert loaded.projected.weight.any()
+    replaced(folder, lambda t: {k: v for k, v in t.items() if "layer.0.output.dense" not in k})
+    with pytest.raises(
+        WeightsError, match=r"missing bert_layers\.0\.out_dense\.weight, bert_layers\.0\.out_dense\.bias$"
+    ):
+        WithLayers.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("keyword", "hint"),
     [

@@ -317,6 +317,16 @@ def test_one_warning_for_one_reason() -> None:
     assert len(said) == len(set(said)) <= 3
 
 
+def test_a_lambda_in_every_layer_is_one_reason() -> None:
+    """The warning once held each function's address: twelve lines for twelve layers."""
+    model = small()
+    for layer in model.bert_layers:
+        layer.interm_af = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    with pytest.warns(UserWarning, match=r"bert_layers\.0 has another activation than gelu \(.*<lambda>\)") as warned:
+        model(*batch())
+    assert len(warned) == 1
+
+
 def test_a_replaced_pooler_is_called() -> None:
     model, (ids, mask) = small(), batch()
     hidden = model(ids, mask)["last_hidden_state"]

@@ -110,6 +110,41 @@ def test_changes_are_computed(change: Callable[[Any], None], when: str, fused_la
     assert apart.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("when", ["before the patch", "after a call"])
+@pytest.mark.parametrize("change", ["scaling", "function"])
+def test_other_attention_is_computed(
+    change: str, when: str, monkeypatch: pytest.MonkeyPatch, fused_layers: list[Any]
+) -> None:
+    """A temperature, and a function registered with transformers' AttentionInterface: both were once ignored."""
+    masking = pytest.importorskip("transformers.masking_utils", reason="transformers 4.53 or newer")
+
+    def sharper(*arguments: Any, scaling: float, **options: Any) -> Any:
+        return attend["sdpa"](*arguments, scaling=3 * scaling, **options)
+
+    attend = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(attend, "sharper", sharper)
+    monkeypatch.setitem(masking.ALL_MASK_ATTENTION_FUNCTIONS, "sharper", masking.sdpa_mask)
+    model, given = stock(), inputs()
+    unchanged = model(**given).last_hidden_state[0, 0]
+
+    def changed(model: Any) -> Any:
+        if change == "function":
+            model.set_attn_implementation("sharper")
+        else:
+            model.encoder.layer[1].attention.self.scaling *= 3
+        return model
+
+    expected = changed(copy.deepcopy(model))(**given).last_hidden_state[0, 0]
+    if when == "after a call":
+        minbert_fast.patch(model)(**given)
+    minbert_fast.patch(changed(model))
+    del fused_layers[:]
+    with pytest.warns(UserWarning, match=r"layer.\d.attention.self has .* runs the stock forward"):
+        close(model(**given).last_hidden_state[0, 0], expected)
+    assert not fused_layers
+    assert (expected - unchanged).abs().max() > 1e-2
+
+
 def test_a_decoder_sees_no_later_token(fused_layers: list[Any]) -> None:
     """The configuration is read in each call, as transformers does."""
     expected_model, model, given = stock(), minbert_fast.patch(stock()), inputs()

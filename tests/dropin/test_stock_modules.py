@@ -88,6 +88,21 @@ def test_one_mask_for_all_sentences() -> None:
     close(model.encode(model.embed(ids), one), hidden)
 
 
+def test_a_mask_that_is_learned_gets_the_course_s_gradient() -> None:
+    """Rationales: a mask that requires a gradient once got none, in silence."""
+    model, (ids, mask) = small(), batch()
+    ids, first = ids[:1], mask[:1].float()
+    got, expected = first.clone().requires_grad_(), first.clone().requires_grad_()
+    model(ids, got)["last_hidden_state"][0, 0].square().sum().backward()
+    hidden, extended = course_embed(model, ids), (1.0 - expected[:, None, None, :]) * -10000.0
+    for layer in model.bert_layers:
+        hidden = course_layer(layer, hidden, extended)
+    hidden[0, 0].square().sum().backward()
+    assert got.grad is not None
+    assert got.grad.any()
+    torch.testing.assert_close(got.grad, expected.grad, atol=1e-2, rtol=1e-3)
+
+
 def test_numbers_that_are_no_word_ids_are_refused() -> None:
     model, (ids, mask) = small(), batch()
     with pytest.raises(ValueError, match=r"input_ids has dtype torch.float32, expected word ids"):

@@ -163,13 +163,19 @@ def test_course_code_trains(small: BertModel) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_autocast_computes_in_bf16_and_stays_close(small: BertModel) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)])
+def test_autocast_ends_in_fp32_as_the_stock_modules_do(small: BertModel, dtype: torch.dtype, tolerance: float) -> None:
+    """A half-precision result once broke course code: `.numpy()` has no bf16, and fp16 cannot hold a mask of -1e9."""
     ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
     exact = small(ids, mask)["last_hidden_state"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         cast = small(ids, mask)["last_hidden_state"]
-    assert cast.dtype == torch.bfloat16
-    torch.testing.assert_close(cast.float(), exact, atol=0.06, rtol=0.06)
+        encoded = small.encode(small.embed(ids), mask)
+        assert small.stock(ids, mask).dtype == torch.float32
+    for hidden in (cast, encoded):
+        assert hidden.dtype == torch.float32
+        assert not torch.equal(hidden, exact)
+        torch.testing.assert_close(hidden, exact, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.ci
