@@ -31,6 +31,7 @@ from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, build_task
 from minbert_fast.tasks.consistency import ConsistencyLoss
+from minbert_fast.tasks.presets import preset_of
 
 
 def build_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -38,7 +39,9 @@ def build_tasks(recipe: Recipe) -> dict[str, Task]:
     tables = dict(recipe.tasks)
     for stage in recipe.resolved_stages():
         for name, options in stage.tasks.items():
-            tables.setdefault(name, options)
+            ours = tables.setdefault(name, options)
+            if "data" not in ours and "data" in options and not preset_of(str(ours.get("kind") or name), ours):
+                tables[name] = {**ours, "data": options["data"]}  # its columns
     files = imports.missing(recipe.imports)
     try:
         return {name: build_task(name, options) for name, options in tables.items()}
