@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from minbert_fast.data.formats import FORMATS, find_tables, format_of
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import LabelSummary, Rule, merge_summaries
-from minbert_fast.data.messages import DataError
+from minbert_fast.data.messages import DataError, show_path
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import hold_out
 from minbert_fast.data.source import Source, sources_of
@@ -79,13 +79,15 @@ def load_datasets(
     staged = {name for stage in stages for name in stage.tasks}
     untrained = {n for n, t in tasks.items() if n not in staged and t.predicts and reader.table(t, "dev") is not None}
     kept = [name for name in tasks if name in trained | untrained]
-    dev, test = {}, {}
+    dev, test, held_out = {}, {}, {}
     for name in kept:
         if not tasks[name].predicts:
             continue
         table = reader.first(name, "dev")
         if table is None and (whole := reader.first(name, "train")) is not None:
             table = _hold_out_of_training(name, whole, train, recipe, notify)
+            if table is not None:
+                held_out[name] = whole.source_hash
         if table is not None:
             dev[name] = table
         if (table := reader.first(name, "test")) is not None:
@@ -97,6 +99,7 @@ def load_datasets(
     for table, task in {id(t): (t, tasks[n]) for tables in train for n, t in tables.items()}.values():
         if cut := table.count_truncated(recipe.data.max_length, task.encoder):
             notify(f"{table.path}: {cut:,} rows are cut to {recipe.data.max_length} tokens (data.max_length)")
+    recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
     return Datasets(
         recipe=without_tasks(recipe, [name for name in tasks if name not in kept], notify),
         tasks={name: tasks[name] for name in kept},
@@ -116,18 +119,19 @@ def load_split(
     """The labelled rows of a split (train, dev or test) by task, for the tasks of a saved recipe that have any.
 
     `files` replace the recipe's data of the tasks that they name, and only these tasks are read. Without dev data, a task's
-    dev rows are those that its run held out. Raises DataError or ConfigError.
+    dev rows are those that its run held out, and its train rows the others. Raises DataError or ConfigError.
     """
     reader = _Reader(recipe, tokenizer, notify, {}, training=False)
     tables, missing = {}, []
     for name, task in build_tasks(recipe).items():
         if not task.predicts or (files and name not in files):
             continue
-        file = (files or {}).get(name)
-        table = reader.first(name, split, labeled=True) if file is None else reader.table(task, split, True, file)
-        if table is None and split == "dev" and (whole := reader.first(name, "train")) is not None:
-            held = _held_out(whole, recipe)
-            table = None if held is None else whole.select(held)
+        if files:
+            table = reader.table(task, split, labeled=True, file=files[name])
+        else:
+            table = reader.first(name, split, labeled=True)
+            if split != "test" and reader.first(name, "dev") is None:
+                table = _divided(name, split, reader.first(name, "train"), recipe, notify)
         if table is None:
             missing.append(name)
         else:
@@ -158,7 +162,9 @@ class _Reader:
         for name, options in (*own, *staged):
             known = is_kind(str(options.get("kind", name)))
             found = (
-                build_task(name, options).sources if known else sources_of(options.get("data"), f"tasks.{name}.data")
+                build_task(name, options).sources
+                if known
+                else sources_of(options.get("data", ""), f"tasks.{name}.data")
             )
             self._sources.setdefault(name, []).extend(found)
         for name in self.rows:
@@ -295,6 +301,22 @@ def _hold_out_of_training(
         f"(data.holdout = {recipe.data.holdout:g}, seed {recipe.training.seed})"
     )
     return whole.select(held)
+
+
+def _divided(
+    name: str, split: str, whole: TokenTable | None, recipe: Recipe, notify: Callable[[str], None]
+) -> TokenTable | None:
+    """The training rows that the run held out (dev) or kept (train); None if they cannot be told."""
+    then = recipe.data.held_out.get(name)
+    if whole is None:
+        return None
+    if then and whole.source_hash != then:
+        notify(f"{show_path(whole.path)}: changed since the run held dev rows of {name} out of it: they cannot be told")
+        return None
+    held = _held_out(whole, recipe)
+    if split == "dev":
+        return None if held is None else whole.select(held)
+    return whole if held is None else whole.select(np.setdiff1d(np.arange(len(whole)), held))
 
 
 def _files(table: TokenTable) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:

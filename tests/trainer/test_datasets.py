@@ -114,3 +114,16 @@ def test_a_preset_whose_stages_name_their_own_files_needs_no_data_folder(tokeniz
     data = load(recipe(None, *stages, kind="nli"), tokenizer)
     assert data.dev["verdict"].path.name == "held.jsonl"
     assert [tables["verdict"].path.name for tables in data.train] == ["first.jsonl", "second.jsonl"]
+
+
+def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) -> None:
+    """evaluate held out a tenth of the new rows: nine of ten of them had been trained on."""
+    data = load(recipe(ONE), tokenizer)
+    splits = {split: load_split(data.recipe, tokenizer, split, print)["verdict"] for split in ("train", "dev")}
+    assert texts(splits["train"]) == texts(data.train[0]["verdict"])
+    assert texts(splits["dev"]) == texts(data.dev["verdict"])
+    with Path("one.csv").open("a", encoding="utf-8") as file:
+        file.write("one more,bad\n")
+    said: list[str] = []
+    assert load_split(data.recipe, tokenizer, "dev", said.append) == {}
+    assert said == [f"{Path('one.csv')}: changed since the run held dev rows of verdict out of it: they cannot be told"]
