@@ -92,6 +92,7 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "lr", "head_lr", "eps", "weight_decay", "clip", "gamma", "layer_decay")
+        check(self.eps > 0, f"eps = {self.eps}: expected a number above 0, weights without a gradient would become nan")
         check(all(0 <= b < 1 for b in self.betas), f"betas = {self.betas}: expected 0 <= beta < 1")
         check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: expected a share from 0 to 1")
 

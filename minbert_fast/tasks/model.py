@@ -170,11 +170,8 @@ class MultitaskModel(nn.Module):
 
     # ---- Stages and parameters ---------------------------------------------------------------------------------
 
-    def configure(self, tasks: Mapping[str, Task]) -> None:
-        """Sets the weights, losses and dropout of a stage's tasks.
-
-        Raises ConfigError for a task without a head, or if the options need parameters of other shapes.
-        """
+    def check_stage(self, tasks: Mapping[str, Task]) -> None:
+        """Raises ConfigError for a task without a head, or if the options need parameters of other shapes."""
         merged = self.tasks | dict(tasks)
         for name in tasks:
             if name not in self.heads:
@@ -183,7 +180,11 @@ class MultitaskModel(nn.Module):
             needed = {key: t.shape for key, t in self._head_tensors(_build_heads(merged, self.encoder)).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
-        self.tasks = merged
+
+    def configure(self, tasks: Mapping[str, Task]) -> None:
+        """Sets the weights, losses and dropout of a stage's tasks. Raises as `check_stage`."""
+        self.check_stage(tasks)
+        self.tasks = self.tasks | dict(tasks)
         for name, task in tasks.items():
             self.head(name).configure(task.options)
         self.heads.to(next(self.encoder.parameters()).device)  # new buffers, such as class weights

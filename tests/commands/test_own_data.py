@@ -137,9 +137,25 @@ def test_the_label_names_the_task_and_the_last_value_of_a_tuple(tmp_path: Path) 
     assert "my-verdict-1_accuracy" in result.metrics
 
 
+def test_a_stage_that_needs_another_head_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    stages = [{"tasks": {"verdict": {}}}, {"tasks": {"verdict": {"loss": "ordinal"}}}]
+    with pytest.raises(ConfigError, match=r"tasks\.verdict: a stage cannot change the parameters of a head"):
+        fit({**QUICK, "stages": stages}, data=rows(), text="review", label="verdict", output=tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (
+            {
+                "recipe": {**QUICK, "optimizer": {"eps": 0}},
+                "data": rows(),
+                "text": "review",
+                "label": "verdict",
+            },
+            "eps = 0.0: expected a number above 0",
+        ),
         (  # the classes were the texts of the sets, in an order that differed from process to process
             {"data": [{"t": "a", "y": {"b", "c"}}] * 40, "text": "t", "label": "y"},
             "train-rows:1: label is {'",
