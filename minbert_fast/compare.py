@@ -40,6 +40,7 @@ from minbert_fast.reporting.runs import TRAINING_PARTS, read_run
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
+from minbert_fast.trainer.datasets import names_data
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
 
@@ -157,7 +158,8 @@ def compare(base: Recipe, methods: Sequence[str], trials: Mapping[tuple[str, int
     facts = ("device", "precision", "backend", "commit", "steps", "versions")
     about = {key: next((t.summary[key] for t in trials.values() if t.summary.get(key)), None) for key in facts}
     seeds = list(dict.fromkeys(seed for _, seed in trials))
-    setting = {"recipe": base.name, "model": Path(base.model.name).name, "data": Path(base.data.directory).name}
+    data = Path(base.data.directory).name or ("the recipe's own data" if names_data(base) else "")
+    setting = {"recipe": base.name, "model": Path(base.model.name).name, "data": data}
     return {**setting, **about, "seeds": seeds, "metrics": metrics, "rows": rows, "runs": runs}
 
 
