@@ -96,6 +96,20 @@ def test_a_stage_may_name_the_dev_file(tokenizer: Tokenizer) -> None:
     assert [len(tables["verdict"]) for tables in data.train] == [40, 30]
 
 
+def test_classes_that_differ_in_case_alone_are_named(tokenizer: Tokenizer) -> None:
+    labels = ["Billing", "billing", "Login", "BILLING", "straße", "STRASSE", "Other"]
+    rows = "".join(f"{label} {row},{label}\n" for row, label in enumerate(labels * 3))
+    Path("tickets.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    said: list[str] = []
+    load_datasets(recipe({"train": "tickets.csv"}), tokenizer, said.append)
+    assert said[0].startswith(
+        "tasks.verdict: classes that differ in case alone: BILLING, Billing, billing; STRASSE, straße (data.values = "
+    )
+    said.clear()
+    load_datasets(recipe(ONE), tokenizer, said.append)
+    assert not any("case alone" in line for line in said)
+
+
 def test_stages_with_different_dev_files_are_refused(tokenizer: Tokenizer) -> None:
     staged = recipe(None, {**ONE, "dev": "dev.csv"}, {**TWO, "dev": "late.csv"})
     with pytest.raises(DataError, match=r"different dev data \(dev.csv, late.csv\): name .* in \[tasks.verdict\] data"):
