@@ -38,9 +38,9 @@ from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import document, figure, format_duration, paragraph, table
 from minbert_fast.reporting.runs import TRAINING_PARTS, read_run
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
-from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
+from minbert_fast.trainer.datasets import names_data
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
 
@@ -134,9 +134,7 @@ def directory_name(method: str) -> str:
 
 def compare(base: Recipe, methods: Sequence[str], trials: Mapping[tuple[str, int], Trial]) -> dict[str, Any]:
     """The content of table.json: every run's numbers, and each method's means, changes and p-values."""
-    executed = (experiments.load_executed_recipe(trial.directory) for trial in trials.values())
-    tasks = build_tasks(next(filter(None, executed), base))  # a run's recipe has the kinds that the labels decided
-    primary = [task.primary for task in tasks.values() if task.predicts]
+    primary = experiments.primary_metrics(trials.values(), base)
     runs = [_run(method, seed, trial) for (method, seed), trial in trials.items()]
     found = {(run["method"], run["seed"]): run["dev"] for run in runs if run["dev"]}
     metrics = [m for m in (*primary, "score") if any(dev.get(m) is not None for dev in found.values())]
@@ -160,7 +158,8 @@ def compare(base: Recipe, methods: Sequence[str], trials: Mapping[tuple[str, int
     facts = ("device", "precision", "backend", "commit", "steps", "versions")
     about = {key: next((t.summary[key] for t in trials.values() if t.summary.get(key)), None) for key in facts}
     seeds = list(dict.fromkeys(seed for _, seed in trials))
-    setting = {"recipe": base.name, "model": Path(base.model.name).name, "data": Path(base.data.directory).name}
+    data = Path(base.data.directory).name or ("the recipe's own data" if names_data(base) else "")
+    setting = {"recipe": base.name, "model": Path(base.model.name).name, "data": data}
     return {**setting, **about, "seeds": seeds, "metrics": metrics, "rows": rows, "runs": runs}
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.study import Range, Space, Values, parse_range, run_study
 
+_VALUE = re.compile(r"(?:\[[^\]]*\]|[^,])+")  # lists are values too: [0.9, 0.98],[0.9, 0.999]
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in (flag.name, *flag.also)}
 
 
@@ -127,7 +129,7 @@ def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:
     grid: dict[str, list[str]] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        options = [option.strip() for option in text.split(",") if option.strip()]
+        options = [option.strip() for option in _VALUE.findall(text) if option.strip()]
         key = SHORT.get(key.strip(), key.strip())
         if not equals or not options or "." not in key:
             raise ConfigError(f"--grid {assignment!r}: expected KEY=A,B,... with a key such as lr or optimizer.lr")
@@ -175,7 +177,7 @@ def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Tri
     """Writes table.md and table.json, best trials first, report.html and plots/."""
     sign = 1 if lower_is_better(metric) else -1
     ranked = sorted(trials, key=lambda pair: np.inf if (score := pair[1].score(metric)) is None else sign * score)
-    metrics = dict.fromkeys((metric, "sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson"))
+    metrics = dict.fromkeys((metric, *experiments.primary_metrics(trial for _, trial in trials)))
     rows = [
         [
             *values.values(),

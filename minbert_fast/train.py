@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import re
 import shlex
 import sys
 import types
@@ -29,6 +28,7 @@ from minbert_fast.data.inputs import ENDINGS
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.tasks import build_task, build_tasks
 from minbert_fast.trainer.completing import without_tasks
+from minbert_fast.trainer.fit import task_name
 from minbert_fast.trainer.job import BACKENDS, DEVICES, Options, train
 from minbert_fast.trainer.outputs import saved_recipe_path
 from minbert_fast.trainer.resume import require_run
@@ -196,7 +196,7 @@ def one_file(chosen: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--data {data}: a file; --text COLUMN names its text and --label COLUMN its labels")
     if chosen.label is None and chosen.kind is None:
         raise ConfigError(f"--data {data}: --label COLUMN names its labels; for text without labels, choose a --kind")
-    name = chosen.tasks or re.sub(r"[^A-Za-z0-9_-]+", "-", chosen.label or Path(data).stem).strip("-") or "task"
+    name = chosen.tasks or task_name(chosen.label or Path(data).stem)
     text = None if chosen.text is None else chosen.text.split(",")
     source = {"train": data, "dev": chosen.dev, "text": text, "label": chosen.label, "id": chosen.id}
     source = {key: value for key, value in source.items() if value is not None}

@@ -262,11 +262,16 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     remove(temporary)
     remove(old)
     temporary.mkdir()
-    fill(temporary)
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            flush_file(file)
-    flush_directory(temporary)
+    try:
+        fill(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_file(file)
+        flush_directory(temporary)
+    except BaseException:
+        with suppress(OSError):
+            remove(temporary)  # it may have filled the disk
+        raise
     if path.exists():
         path.rename(old)
     temporary.rename(path)

@@ -91,7 +91,7 @@ class Input:
     def _records(self) -> Records:
         if not self.files:
             names = self.layout.texts or usual_names(self.texts)[0]
-            return memory_records(self.rows, self.name, names)
+            return memory_records(self.rows, self.name, names, self.layout.label[:1] or (LABEL,))
         (file,), layout, form = self.files, self.layout, self.format
         if form == "jsonl":
             return JsonRecords(file)

@@ -27,9 +27,14 @@ MAX_CLASSES = 10_000  # a label column with more different values has no classes
 
 
 def label_text(value: object) -> str:
-    """A label as text, the same for every file format: `1.0` and 1 become `1`, True becomes `true`."""
+    """A label as text, the same for every file format: `1.0` and 1 become `1`, True becomes `true`.
+
+    Raises ValueError for a set, a dict or bytes, whose text is no name.
+    """
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
+    if isinstance(value, set | frozenset | Mapping | bytes):
+        raise ValueError(f"label is {show(value)}, expected a name, a number or a list of names")
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     return whole[1] if whole else text

@@ -29,9 +29,9 @@ def check_bad_rows(path: Path, read: int, bad: int, first: BadRow | None, limit:
     if read == 0:
         raise DataError(f"{show_path(path)}: no rows after the header")
     if bad and (bad >= limit * read or bad == read):
+        tolerated = "" if limit == 1 else f"; fewer than {limit:.1%} are tolerated"
         raise DataError(
-            f"{show_path(path)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}; fewer than {limit:.1%} "
-            f"are tolerated), the first at {first}"
+            f"{show_path(path)}: {bad:,} of {read:,} rows are bad ({bad / read:.1%}{tolerated}), the first at {first}"
         )
 
 

@@ -61,6 +61,7 @@ class DataOptions:
     max_length: int = 128  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
     max_bad_rows: float = 0.01  # share of a file's rows that may be malformed and left out
     holdout: float = 0.1  # share of the training rows that serves as dev rows of a task without any; 0: no dev rows
+    held_out: Mapping[str, str] = field(default_factory=dict)  # hash of the rows it was taken from; set by the run
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "max_length")
@@ -91,6 +92,7 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "lr", "head_lr", "eps", "weight_decay", "clip", "gamma", "layer_decay")
+        check(self.eps > 0, f"eps = {self.eps}: expected a number above 0, weights without a gradient would become nan")
         check(all(0 <= b < 1 for b in self.betas), f"betas = {self.betas}: expected 0 <= beta < 1")
         check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: expected a share from 0 to 1")
 

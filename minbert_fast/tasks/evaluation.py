@@ -45,12 +45,15 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All tasks' metrics and `score`: the course's score, or the mean primary metric without course tasks.
+        """All tasks' metrics and `score`: the course's score, or the mean primary metric if a task is one of the user's own.
 
-        An error such as `price_mae` counts with a minus sign, so that a higher score is always better.
+        A task without a preset and a layout is the user's own, also if it is called `sentiment`. An error such as
+        `price_mae` counts with a minus sign, so that a higher score is always better.
         """
         flat = {key: value for result in self.tasks.values() for key, value in result.metrics.items()}
-        score = course_score(flat)
+        tasks = [result.task for result in self.tasks.values()]
+        of_course = all(task.preset or any(source.layout for source in task.sources) for task in tasks)
+        score = course_score(flat) if of_course else None
         if score is None:
             judging = [result.task.primary for result in self.tasks.values() if result.task.primary in flat]
             primary = [-flat[name] if lower_is_better(name) else flat[name] for name in judging]

@@ -31,6 +31,7 @@ from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, build_task
 from minbert_fast.tasks.consistency import ConsistencyLoss
+from minbert_fast.tasks.presets import preset_of
 
 
 def build_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -38,7 +39,9 @@ def build_tasks(recipe: Recipe) -> dict[str, Task]:
     tables = dict(recipe.tasks)
     for stage in recipe.resolved_stages():
         for name, options in stage.tasks.items():
-            tables.setdefault(name, options)
+            ours = tables.setdefault(name, options)
+            if "data" not in ours and "data" in options and not preset_of(str(ours.get("kind") or name), ours):
+                tables[name] = {**ours, "data": options["data"]}  # its columns
     files = imports.missing(recipe.imports)
     try:
         return {name: build_task(name, options) for name, options in tables.items()}
@@ -167,11 +170,8 @@ class MultitaskModel(nn.Module):
 
     # ---- Stages and parameters ---------------------------------------------------------------------------------
 
-    def configure(self, tasks: Mapping[str, Task]) -> None:
-        """Sets the weights, losses and dropout of a stage's tasks.
-
-        Raises ConfigError for a task without a head, or if the options need parameters of other shapes.
-        """
+    def check_stage(self, tasks: Mapping[str, Task]) -> None:
+        """Raises ConfigError for a task without a head, or if the options need parameters of other shapes."""
         merged = self.tasks | dict(tasks)
         for name in tasks:
             if name not in self.heads:
@@ -180,7 +180,11 @@ class MultitaskModel(nn.Module):
             needed = {key: t.shape for key, t in self._head_tensors(_build_heads(merged, self.encoder)).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
-        self.tasks = merged
+
+    def configure(self, tasks: Mapping[str, Task]) -> None:
+        """Sets the weights, losses and dropout of a stage's tasks. Raises as `check_stage`."""
+        self.check_stage(tasks)
+        self.tasks = self.tasks | dict(tasks)
         for name, task in tasks.items():
             self.head(name).configure(task.options)
         self.heads.to(next(self.encoder.parameters()).device)  # new buffers, such as class weights

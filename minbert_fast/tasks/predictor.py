@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.columns import usual_names
 from minbert_fast.data.files import Table
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import inference, sentence_modules, weights
@@ -281,7 +282,7 @@ class Predictor:
         """Predictions of the head of `task` for n examples.
 
         The examples are a list of sentences, a list of pairs, one list [n] per sentence of an example, or a pandas
-        DataFrame whose columns `text` hold the sentences (default: `sentence` or `text`; `sentence1` and `sentence2`).
+        DataFrame whose columns `text` hold the sentences (default: those of the training file, or the usual names of files).
         Returns `Predictions`; with `probabilities=True` those alone, [n, C]. A DataFrame gives a DataFrame with the same
         index: `prediction` as data files write labels, and `probability_<class>` for each class.
         Raises ConfigError for an unknown task; ValueError for examples of another form, or for probabilities of a task
@@ -378,7 +379,7 @@ def _frame_columns(task: Task, frame: Any, text: str | Sequence[str] | None) -> 
     known = list(frame.columns)
     if text is None:
         usual = [source.texts for source in task.sources]  # the columns that the task was trained on
-        usual += [("sentence",), ("text",), ("sentence1", "sentence2")]
+        usual += usual_names(task.num_texts)  # those that are looked for in files
         fitting = (names for names in usual if len(names) == task.num_texts and all(name in known for name in names))
         named = next(fitting, None)
         if named is None:

@@ -43,7 +43,14 @@ def complete(
         recipe = with_task_values(recipe, name, {"kind": kind})
     for name, task in build_tasks(recipe).items():
         if not task.resolved:
-            recipe = with_task_values(recipe, name, task.resolve(summarise(name, task.num_texts)))
+            values = task.resolve(summarise(name, task.num_texts))
+            recipe = with_task_values(recipe, name, values)
+            spellings: dict[str, list[str]] = {}
+            for each in values.get("classes", ()):
+                spellings.setdefault(each.casefold(), []).append(each)
+            if alike := [", ".join(group) for group in spellings.values() if len(group) > 1]:
+                merged = 'data.values = { OLD = "NEW" } merges classes'
+                notify(f"tasks.{name}: classes that differ in case alone: {'; '.join(alike)} ({merged})")
     return recipe
 
 

@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minbert_fast.common.schema import merge
+import numpy as np
+
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.formats import FORMATS, find_tables, format_of
 from minbert_fast.data.inputs import Input, find_input
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import LabelSummary, Rule, merge_summaries
-from minbert_fast.data.messages import DataError
+from minbert_fast.data.messages import DataError, show_path
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import hold_out
 from minbert_fast.data.source import Source, sources_of
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import TokenTable
+from minbert_fast.data.tokens import TableView, TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_task, build_tasks, is_kind
 from minbert_fast.tasks.evaluation import check_prediction_files
@@ -64,7 +65,7 @@ def load_datasets(
     held-out set and set with cut sentences. Raises DataError or ConfigError.
     """
     reader = _Reader(recipe, tokenizer, notify, rows or {})
-    recipe = complete(recipe, reader.summarise, notify, rows or {})
+    recipe = reader.recipe = complete(recipe, reader.summarise, notify, rows or {})
     tasks = build_tasks(recipe)
     check_prediction_files(tasks)
     train: list[dict[str, TokenTable]] = []
@@ -78,16 +79,18 @@ def load_datasets(
     staged = {name for stage in stages for name in stage.tasks}
     untrained = {n for n, t in tasks.items() if n not in staged and t.predicts and reader.table(t, "dev") is not None}
     kept = [name for name in tasks if name in trained | untrained]
-    dev, test = {}, {}
+    dev, test, held_out = {}, {}, {}
     for name in kept:
         if not tasks[name].predicts:
             continue
-        table = reader.table(tasks[name], "dev")
-        if table is None:
-            table = _hold_out_of_training(name, train, recipe, notify)
+        table = reader.first(name, "dev")
+        if table is None and (whole := reader.first(name, "train")) is not None:
+            table = _hold_out_of_training(name, whole, train, recipe, notify)
+            if table is not None:
+                held_out[name] = whole.source_hash
         if table is not None:
             dev[name] = table
-        if (table := reader.table(tasks[name], "test")) is not None:
+        if (table := reader.first(name, "test")) is not None:
             test[name] = table
     without_dev = [name for name in kept if tasks[name].predicts and name not in dev]
     if without_dev:
@@ -96,6 +99,7 @@ def load_datasets(
     for table, task in {id(t): (t, tasks[n]) for tables in train for n, t in tables.items()}.values():
         if cut := table.count_truncated(recipe.data.max_length, task.encoder):
             notify(f"{table.path}: {cut:,} rows are cut to {recipe.data.max_length} tokens (data.max_length)")
+    recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
     return Datasets(
         recipe=without_tasks(recipe, [name for name in tasks if name not in kept], notify),
         tasks={name: tasks[name] for name in kept},
@@ -115,16 +119,19 @@ def load_split(
     """The labelled rows of a split (train, dev or test) by task, for the tasks of a saved recipe that have any.
 
     `files` replace the recipe's data of the tasks that they name, and only these tasks are read. Without dev data, a task's
-    dev rows are those that its run held out. Raises DataError or ConfigError.
+    dev rows are those that its run held out, and its train rows the others. Raises DataError or ConfigError.
     """
     reader = _Reader(recipe, tokenizer, notify, {}, training=False)
     tables, missing = {}, []
     for name, task in build_tasks(recipe).items():
         if not task.predicts or (files and name not in files):
             continue
-        table = reader.table(task, split, labeled=True, file=(files or {}).get(name))
-        if table is None and split == "dev" and (whole := reader.table(task, "train")) is not None:
-            table = _divide(whole, recipe)[1]
+        if files:
+            table = reader.table(task, split, labeled=True, file=files[name])
+        else:
+            table = reader.first(name, split, labeled=True)
+            if split != "test" and reader.first(name, "dev") is None:
+                table = _divided(name, split, reader.first(name, "train"), recipe, notify)
         if table is None:
             missing.append(name)
         else:
@@ -148,10 +155,17 @@ class _Reader:
         recipe = self.recipe
         self._tables: dict[tuple[str, ...], TokenTable] = {}
         self._sources: dict[str, list[Source]] = {}  # of each task, in all stages
-        for name, options in task_tables(recipe):
-            merged = merge(recipe.tasks.get(name, {}), options)
-            known = is_kind(str(merged.get("kind", name)))
-            found = build_task(name, merged).sources if known else sources_of(merged.get("data"), f"tasks.{name}.data")
+        staged = [each for stage in recipe.resolved_stages() for each in stage.tasks.items()]
+        trained = {name for name, _ in staged}
+        # A preset's own data do not count if every stage that trains the task names others.
+        own = [(name, options) for name, options in recipe.tasks.items() if "data" in options or name not in trained]
+        for name, options in (*own, *staged):
+            known = is_kind(str(options.get("kind", name)))
+            found = (
+                build_task(name, options).sources
+                if known
+                else sources_of(options.get("data", ""), f"tasks.{name}.data")
+            )
             self._sources.setdefault(name, []).extend(found)
         for name in self.rows:
             if name not in self._sources:
@@ -165,6 +179,20 @@ class _Reader:
         sources = {repr(source): source for source in self._sources[name]}  # each once
         inputs = [self._input(name, source, "train", texts) for source in sources.values()]
         return merge_summaries([summarise_labels(found) for found in inputs if found is not None])
+
+    def first(self, name: str, split: str, labeled: bool | None = None) -> TokenTable | None:
+        """The rows of a split that the recipe's task `name` has, else those of the first stage that has any.
+
+        Raises DataError if stages name different dev or test data: one set of rows judges the whole run.
+        """
+        stages = (build_tasks(stage) for stage in self.recipe.resolved_stages())
+        tasks = [build_tasks(self.recipe)[name], *(tasks[name] for tasks in stages if name in tasks)]
+        named = dict.fromkeys(files for task in tasks if any(files := tuple(s.files(split) for s in task.sources)))
+        if split != "train" and len(named) > 1:
+            shown = ", ".join(" + ".join(file for files in each for file in files) for each in named)
+            once = f"name the rows that judge the whole run once, in [tasks.{name}] data"
+            raise DataError(f"tasks.{name}: its stages name different {split} data ({shown}): {once}")
+        return next((table for task in tasks if (table := self.table(task, split, labeled)) is not None), None)
 
     def table(self, task: Task, split: str, labeled: bool | None = None, file: Path | None = None) -> TokenTable | None:
         """The rows of a task, from `file` if one is given; None if it has none in this split.
@@ -255,26 +283,56 @@ def _in_directory(source: Source) -> bool:
 
 
 def _hold_out_of_training(
-    name: str, train: list[dict[str, TokenTable]], recipe: Recipe, notify: Callable[[str], None]
+    name: str, whole: TokenTable, train: list[dict[str, TokenTable]], recipe: Recipe, notify: Callable[[str], None]
 ) -> TokenTable | None:
-    """Takes dev rows from the training rows of a task's first stage, in every stage that has the same rows."""
-    whole = next(tables[name] for tables in train if name in tables)
-    kept, held = _divide(whole, recipe)
+    """Takes dev rows from `whole`, a task's training rows; no stage trains on them, also if it reads other files too."""
+    held = _held_out(whole, recipe)
     if held is None:
         return None
+    lines: dict[Path, np.ndarray] = {}  # the held-out ones of each file
+    for path, part, rows in _files(whole):
+        lines[path] = np.append(lines.get(path, part[:0]), part[np.isin(rows, held)])
     for tables in train:
-        if tables.get(name) is whole:
-            tables[name] = kept
+        if name in tables:
+            taken = np.concatenate([np.isin(part, lines.get(path, part[:0])) for path, part, _ in _files(tables[name])])
+            tables[name] = tables[name].select(np.flatnonzero(~taken)) if taken.any() else tables[name]
     notify(
         f"no dev rows for {name}: {len(held):,} of {len(whole):,} training rows are held out for it "
         f"(data.holdout = {recipe.data.holdout:g}, seed {recipe.training.seed})"
     )
-    return held
+    return whole.select(held)
 
 
-def _divide(whole: TokenTable, recipe: Recipe) -> tuple[TokenTable, TokenTable | None]:
-    """The rows to train on and the rows to hold out, the same ones in every run with the recipe's share and seed."""
+def _divided(
+    name: str, split: str, whole: TokenTable | None, recipe: Recipe, notify: Callable[[str], None]
+) -> TokenTable | None:
+    """The training rows that the run held out (dev) or kept (train); None if they cannot be told."""
+    then = recipe.data.held_out.get(name)
+    if whole is None:
+        return None
+    if then and whole.source_hash != then:
+        notify(f"{show_path(whole.path)}: changed since the run held dev rows of {name} out of it: they cannot be told")
+        return None
+    held = _held_out(whole, recipe)
+    if split == "dev":
+        return None if held is None else whole.select(held)
+    return whole if held is None else whole.select(np.setdiff1d(np.arange(len(whole)), held))
+
+
+def _files(table: TokenTable) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+    """The files of a whole table: the path, the lines where its rows begin, and the numbers of these rows in the table."""
+    parts, first = [table], 0
+    while parts:
+        part = parts.pop(0)
+        if isinstance(part, TableView):
+            parts = [*part.parts, *parts]
+        else:
+            yield part.path, part.lines, np.arange(first, first + len(part))
+            first += len(part)
+
+
+def _held_out(whole: TokenTable, recipe: Recipe) -> np.ndarray | None:
+    """The numbers of the rows to hold out, the same ones in every run with the recipe's share and seed; None: no rows."""
     if not recipe.data.holdout or len(whole) < FEWEST_ROWS:
-        return whole, None
-    kept, held = hold_out(whole, recipe.data.holdout, recipe.training.seed)
-    return whole.select(kept), whole.select(held)
+        return None
+    return hold_out(whole, recipe.data.holdout, recipe.training.seed)[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError, Whole, merge, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
+from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
@@ -93,6 +94,12 @@ def load_executed_recipe(directory: Path) -> Recipe | None:
         return Recipe.load(str(directory / "last" / "recipe.toml"))
     except ConfigError:
         return None
+
+
+def primary_metrics(trials: Iterable[Trial], base: Recipe | None = None) -> list[str]:
+    """The metrics that judge the tasks: of the first finished run, whose labels decided the kinds, else of `base`."""
+    recipe = next(filter(None, (load_executed_recipe(trial.directory) for trial in trials)), base)
+    return [task.primary for task in build_tasks(recipe).values() if task.predicts] if recipe else []
 
 
 def same_experiment(executed: Recipe | None, recipe: Recipe, positions: int) -> bool:

@@ -9,6 +9,7 @@ result.metrics["stars_accuracy"], result.predictor.predict("stars", ["A gripping
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -92,7 +93,7 @@ def fit(
     if text or label or kind:
         if data is None:
             raise ConfigError("text, label and kind describe `data`: give the rows of the task as data")
-        name = label if isinstance(label, str) and label else "text"
+        name = task_name(label) if isinstance(label, str) and label else "text"
         data = {name: {"train": data, "text": text, "label": label, "kind": kind}}
     if isinstance(data, str | Path) and Path(data).is_dir():
         recipe = replace(recipe, data=replace(recipe.data, directory=str(data)))
@@ -109,6 +110,11 @@ def fit(
         callbacks=tuple(callbacks),
     )
     return FitResult(train(recipe, options))
+
+
+def task_name(column: str) -> str:
+    """The name of a task whose label is `column`: letters, digits, "-" and "_" alone."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", column).strip("-") or "task"
 
 
 def with_data(recipe: Recipe, data: Any) -> tuple[Recipe, dict[str, dict[str, object]]]:

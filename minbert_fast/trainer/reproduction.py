@@ -159,7 +159,8 @@ def fingerprint(recipe: Recipe, backend: str) -> str:
     values = {key: value for key, value in plain(recipe).items() if key not in WITHOUT_EFFECT}
     values["model"]["name"] = Path(recipe.model.name).name
     values["data"]["directory"] = Path(recipe.data.directory).name
-    values["data"].pop("cache")
+    for key in ("cache", "held_out"):
+        values["data"].pop(key)
     text = json.dumps([values, backend], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -22,7 +22,7 @@ SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
 WITHOUT_EFFECT = ("name", "description", "source", "unstated", "published", "checkpoint", "logging")
 # Values that may differ when a run is resumed: paths (the content of the files is compared), the length of the last stage.
 CHANGEABLE = {
-    "data": ("directory", "files", "cache", "max_bad_rows"),
+    "data": ("directory", "files", "cache", "max_bad_rows", "held_out"),
     "model": ("name",),
     "training": ("max_steps", "shard"),
 }

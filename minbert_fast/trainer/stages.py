@@ -51,6 +51,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     training = recipe.training
     tables = context.train[index]
     tasks = {name: task for name, task in build_tasks(recipe).items() if name in tables}
+    context.model.check_stage(tasks)  # now, not when the stages before it have run
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
     check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)

@@ -106,6 +106,13 @@ def test_the_numbers_of_the_table_by_hand(tmp_path: Path) -> None:
     assert "<svg" in page  # two evaluations make a curve
 
 
+def test_data_that_the_recipe_names_are_no_embedded_sample(tmp_path: Path) -> None:
+    base = BASE.with_values({"tasks": {"sentiment": {"data": "mine.csv"}}}, "test")
+    trials = {(method, 1): made_trial(tmp_path, method, 1, (0.5, 0.8, 0.4), 1.0) for method in ("none", "mgda")}
+    compare.write_results(tmp_path, compare.compare(base, ["none", "mgda"], trials) | {"command": ""})
+    assert "on the recipe's own data, 10 steps" in (tmp_path / "table.md").read_text()
+
+
 def test_a_lower_error_is_a_better_one(tmp_path: Path) -> None:
     base = BASE.with_values({"tasks": {"similarity": {"metric": "mae"}}}, "test")
     trials = {(method, 1): made_trial(tmp_path, method, 1, (0.5, 0.8, 0.4), 1.0) for method in ("none", "mgda")}

@@ -121,19 +121,49 @@ def test_a_callback_ends_a_run_which_then_resumes(tmp_path: Path) -> None:
 
 
 def test_memory_and_files_give_the_same_run(tmp_path: Path) -> None:
-    pd = pytest.importorskip("pandas")
+    pd, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     path = write_csv(tmp_path / "reviews.csv", rows())
     runs = [
         fit(QUICK, data=data, text="review", label="verdict", output=tmp_path / f"run{i}")
-        for i, data in enumerate((path, rows(), pd.DataFrame(rows())))
+        for i, data in enumerate((path, rows(), pd.DataFrame(rows()), arrow.Table.from_pylist(rows())))
     ]
     weights = {(run.output / "last" / "model.safetensors").read_bytes() for run in runs}
     assert len(weights) == 1
 
 
+def test_the_label_names_the_task_and_the_last_value_of_a_tuple(tmp_path: Path) -> None:
+    tuples = [tuple(row.values()) for row in rows()]
+    result = fit(QUICK, data=tuples, text="review", label="my verdict (1)", output=tmp_path / "run")
+    assert "my-verdict-1_accuracy" in result.metrics
+
+
+def test_a_stage_that_needs_another_head_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    stages = [{"tasks": {"verdict": {}}}, {"tasks": {"verdict": {"loss": "ordinal"}}}]
+    with pytest.raises(ConfigError, match=r"tasks\.verdict: a stage cannot change the parameters of a head"):
+        fit({**QUICK, "stages": stages}, data=rows(), text="review", label="verdict", output=tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (
+            {
+                "recipe": {**QUICK, "optimizer": {"eps": 0}},
+                "data": rows(),
+                "text": "review",
+                "label": "verdict",
+            },
+            "eps = 0.0: expected a number above 0",
+        ),
+        (  # the classes were the texts of the sets, in an order that differed from process to process
+            {"data": [{"t": "a", "y": {"b", "c"}}] * 40, "text": "t", "label": "y"},
+            "train-rows:1: label is {'",
+        ),
+        (
+            {"data": [{"t": "a", "y": {"id": 1}}] * 40, "text": "t", "label": "y"},
+            "label is {'id': 1}, expected a name, a number or a list of names",
+        ),
         ({"data": rows(), "text": "body", "label": "verdict"}, "body"),
         ({"data": "nowhere"}, "nowhere"),
         ({"text": "review"}, "give the rows"),

@@ -137,6 +137,32 @@ def test_a_grid_in_two_parts_and_a_range_of_large_whole_numbers(trainings: Train
     assert trainings.begun[-1] in ("seed=1500000", "seed=1500001")
 
 
+def test_values_of_a_grid_may_be_lists() -> None:
+    """--grid optimizer.betas=[0.9,0.98] was two values, [0.9 and 0.98]."""
+    assert search.parse_grid(["optimizer.betas=[0.9, 0.98],[0.9,0.999]", "lr=1e-4,2e-4"]) == {
+        "optimizer.betas": ["[0.9, 0.98]", "[0.9,0.999]"],
+        "optimizer.lr": ["1e-4", "2e-4"],
+    }
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_search_shows_the_scores_of_tasks_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table had columns of the course's tasks, all empty."""
+    monkeypatch.chdir(tmp_path)
+    rows = "text,label\n" + "good,yes\nbad,no\n" * 20
+    Path("rows.csv").write_text(rows, encoding="utf-8")
+    recipe = 'name = "r"\ndescription = ""\n[tasks.verdict]\nkind = "classification"\ndata = "rows.csv"\n'
+    Path("r.toml").write_text(recipe, encoding="utf-8")
+    assert cli.run(search.main, ["--recipe", "r.toml", "--grid", "lr=1e-3", "--max-steps", "1", "--output", "out"]) == 0
+    head = Path("out/table.md").read_text(encoding="utf-8").split("\n")[0]
+    assert [name.strip() for name in head.strip("| ").split("|")] == [
+        "optimizer.lr",
+        "score",
+        "verdict_accuracy",
+        "steps",
+    ]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_real_search(tmp_path: Path) -> None:
     data = small_data(tmp_path / "data")

@@ -205,11 +205,32 @@ def test_details_of_several_labels_an_example(model):
     assert details["worst"][0]["label"] == [1, 1, 0]
 
 
+def test_every_task_of_ones_own_counts_in_the_score_whatever_its_name():
+    """With a task called `sentiment`, its accuracy alone chose the best model, even if it had another `metric`."""
+
+    def score(sentiment: dict, **others: float) -> float:
+        tasks = {"sentiment": build_task("sentiment", sentiment)}
+        tasks |= {
+            n: build_task(n, {"kind": "classification", "classes": ["a", "b"], "data": f"{n}.csv"}) for n in others
+        }
+        found = {"sentiment": {"sentiment_accuracy": 0.9, "sentiment_macro_f1": 0.3}}
+        found |= {name: {f"{name}_accuracy": value} for name, value in others.items()}
+        return Evaluation(
+            {n: TaskResult(task, [], None, np.empty(0), None, found[n]) for n, task in tasks.items()}
+        ).score
+
+    own = {"kind": "classification", "classes": ["a", "b"], "data": "mine.csv", "metric": "macro_f1"}
+    assert score({}) == pytest.approx(0.9)  # the course's
+    assert score(own) == pytest.approx(0.3)
+    assert score(own, topic=0.5) == pytest.approx(0.4)
+    assert score({}, topic=0.5) == pytest.approx(0.7)
+
+
 def test_an_error_counts_with_a_minus_sign_in_the_score(model):
     """Regression: the epoch with the largest mean absolute error was the best one."""
 
     def of(mae: float) -> float:
-        task = SimpleNamespace(primary="price_mae")
+        task = SimpleNamespace(preset="", sources=(), primary="price_mae")
         return Evaluation({"price": TaskResult(task, [], None, np.empty(0), None, {"price_mae": mae})}).score
 
     assert of(0.1) > of(0.5)

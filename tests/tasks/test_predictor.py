@@ -199,6 +199,10 @@ def test_a_data_frame_in_and_a_data_frame_out(predictor: Predictor) -> None:
     np.testing.assert_array_equal(pairs["prediction"], predictor.predict("alike", PAIRS).values)
     usual = frame.rename(columns={"review": "sentence1", "other": "sentence2"})
     pandas.testing.assert_frame_equal(predictor.predict("alike", usual), pairs)
+    usual = frame.rename(columns={"review": "question1", "other": "question2"})  # as in a file; these were not found
+    pandas.testing.assert_frame_equal(predictor.predict("alike", usual), pairs)
+    both = frame.rename(columns={"review": "text", "other": "sentence"})  # a file's text goes before its sentence
+    pandas.testing.assert_frame_equal(predictor.predict("sentiment", both), found)
     alone = predictor.predict("paraphrase", usual, probabilities=True)
     assert list(alone.columns) == ["probability_different", "probability_paraphrase"]
     np.testing.assert_array_equal(predictor.encode(frame["review"]), predictor.encode(SENTENCES))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -222,6 +223,18 @@ def test_a_crash_between_any_two_renames_leaves_a_complete_directory(
     storage.sweep(tmp_path)
     assert (target / "a").read_text() == ("old" if crashed and moment < 5 else "new")
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_directory_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """An export to a full disk left its weights there, under a hidden name."""
+
+    def fill(directory: Path) -> None:
+        (directory / "a").write_text("new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_directory(tmp_path / "best", fill)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_differences_are_named_by_key() -> None:

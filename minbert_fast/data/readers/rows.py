@@ -11,22 +11,24 @@ from minbert_fast.data.readers.columnar import DatasetRecords, DictRecords, Fram
 from minbert_fast.data.readers.jsonl import value_of
 from minbert_fast.data.readers.records import Record, Records
 
-EXPECTED = "a list of dicts or of tuples, a dict of lists, a pandas DataFrame or a datasets.Dataset"
+EXPECTED = "a list of dicts or of tuples, a dict of lists, a pandas or polars DataFrame, or a datasets.Dataset"
+ROW_METHODS = ("to_dicts", "to_pylist")  # of a polars DataFrame, of an Arrow table: a list of dicts
 
 
-def memory_records(rows: Any, name: str, texts: Sequence[str]) -> Records:
-    """The reader of rows in memory; `texts` names the texts of a tuple. Raises DataError for anything else."""
+def memory_records(rows: Any, name: str, texts: Sequence[str], label: Sequence[str]) -> Records:
+    """The reader of rows in memory; `texts` and `label` name the values of a tuple. Raises DataError for anything else."""
     if is_dataset(rows):
         return DatasetRecords(rows, name)
     if hasattr(rows, "columns") and hasattr(rows, "notna"):
         return FrameRecords(rows, name)
     if isinstance(rows, Mapping):
         return DictRecords(rows, name)
+    rows = next((getattr(rows, method)() for method in ROW_METHODS if hasattr(rows, method)), rows)
     if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
         raise DataError(f"{name}: rows of type {type(rows).__name__}, expected {EXPECTED}")
     if not rows:
         raise DataError(f"{name}: no rows")
-    return ObjectRecords(rows, name) if isinstance(rows[0], Mapping) else TupleRecords(rows, name, texts)
+    return ObjectRecords(rows, name) if isinstance(rows[0], Mapping) else TupleRecords(rows, name, texts, label)
 
 
 def is_dataset(rows: Any) -> bool:
@@ -60,14 +62,14 @@ class ObjectRecords(Records):
 class TupleRecords(Records):
     """A list of tuples, each the texts of an example, then its label if it has one; a single text needs no tuple."""
 
-    def __init__(self, rows: Sequence[Any], name: str, texts: Sequence[str]) -> None:
+    def __init__(self, rows: Sequence[Any], name: str, texts: Sequence[str], label: Sequence[str]) -> None:
         self.name = self.place = name
         self._rows = rows
         self._width = len(_tuple(rows[0]))
         self._texts = len(texts)
         if not self._texts <= self._width <= self._texts + 1:
             raise DataError(f"{name}:1: {self._problem(_tuple(rows[0]))}")
-        self.names = [*texts, "label"][: self._width]
+        self.names = [*texts, *label][: self._width]
         self.size = len(rows)
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that a run trains on and those that judge it, where the stages of a recipe read different files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minbert_fast.data import sample_directory
+from minbert_fast.data.messages import DataError
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import TokenTable
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.trainer.datasets import Datasets, load_datasets, load_split
+
+SPLIT = {"kind": "classification"}
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, rows in (("one", 40), ("two", 30), ("dev", 8), ("late", 6)):
+        with Path(f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            table = [(f"{name} {row}", ("bad", "good")[row % 2]) for row in range(rows)]
+            csv.writer(file).writerows([("text", "label"), *table])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(sample_directory().model)
+
+
+def recipe(own: Any = None, *stages: Any, **task: Any) -> Recipe:
+    """One task with its `own` data and those of each stage (None: the stage names none)."""
+    options = {**(task or SPLIT), **({} if own is None else {"data": own})}
+    named = [{"tasks": {"verdict": {} if data is None else {"data": data}}} for data in stages]
+    return Recipe(name="staged", tasks={"verdict": options}, stages=tuple(named))
+
+
+def texts(table: TokenTable) -> list[str]:
+    return table.texts()[0]
+
+
+def load(recipe: Recipe, tokenizer: Tokenizer) -> Datasets:
+    return load_datasets(recipe, tokenizer, lambda line: None)
+
+
+ONE, TWO = {"train": "one.csv"}, {"train": "two.csv"}
+BOTH = {"train": ["one.csv", "two.csv"]}
+
+
+@pytest.mark.parametrize(
+    ("own", "stages", "rows"),
+    [
+        ([ONE, TWO], (None, None), 70),  # several data sets, which each stage chains anew
+        (None, (ONE, BOTH), 40),
+        (None, (BOTH, ONE), 70),
+        (ONE, (TWO, None), 40),
+        (ONE, (BOTH, TWO), 40),
+        (BOTH, (), 70),
+    ],
+)
+def test_no_stage_trains_on_held_out_rows(own: Any, stages: Any, rows: int, tokenizer: Tokenizer) -> None:
+    data = load(recipe(own, *stages), tokenizer)
+    held = texts(data.dev["verdict"])
+    assert len(held) == rows // 10
+    for tables in data.train:
+        assert not set(texts(tables["verdict"])) & set(held)
+    everything = {text for tables in data.train for text in texts(tables["verdict"])} | set(held)
+    assert len(everything) == (40 if own == ONE and not stages else 70)
+
+
+@pytest.mark.parametrize(
+    ("own", "stages"),
+    [
+        ([ONE, TWO], (None, None)),
+        (None, (ONE, BOTH)),
+        (ONE, (TWO, None)),
+        (None, ({**ONE, "dev": "dev.csv"}, TWO)),
+        (None, (ONE, {**TWO, "dev": "dev.csv"})),
+    ],
+)
+def test_evaluate_finds_the_dev_rows_of_a_staged_run(own: Any, stages: Any, tokenizer: Tokenizer) -> None:
+    data = load(recipe(own, *stages), tokenizer)
+    again = load_split(data.recipe, tokenizer, "dev", lambda line: None)
+    assert texts(again["verdict"]) == texts(data.dev["verdict"])
+
+
+def test_a_stage_may_name_the_dev_file(tokenizer: Tokenizer) -> None:
+    data = load(recipe(None, {**ONE, "dev": "dev.csv"}, TWO), tokenizer)
+    assert texts(data.dev["verdict"])[0] == "dev 0"
+    assert [len(tables["verdict"]) for tables in data.train] == [40, 30]
+
+
+def test_classes_that_differ_in_case_alone_are_named(tokenizer: Tokenizer) -> None:
+    labels = ["Billing", "billing", "Login", "BILLING", "straße", "STRASSE", "Other"]
+    rows = "".join(f"{label} {row},{label}\n" for row, label in enumerate(labels * 3))
+    Path("tickets.csv").write_text("text,label\n" + rows, encoding="utf-8")
+    said: list[str] = []
+    load_datasets(recipe({"train": "tickets.csv"}), tokenizer, said.append)
+    assert said[0].startswith(
+        "tasks.verdict: classes that differ in case alone: BILLING, Billing, billing; STRASSE, straße (data.values = "
+    )
+    said.clear()
+    load_datasets(recipe(ONE), tokenizer, said.append)
+    assert not any("case alone" in line for line in said)
+
+
+def test_stages_with_different_dev_files_are_refused(tokenizer: Tokenizer) -> None:
+    staged = recipe(None, {**ONE, "dev": "dev.csv"}, {**TWO, "dev": "late.csv"})
+    with pytest.raises(DataError, match=r"different dev data \(dev.csv, late.csv\): name .* in \[tasks.verdict\] data"):
+        load(staged, tokenizer)
+
+
+def test_a_preset_whose_stages_name_their_own_files_needs_no_data_folder(tokenizer: Tokenizer) -> None:
+    """docs/pairs.md, premise and hypothesis: looked for snli-train.jsonl, and ignored the dev file."""
+    rows = '{"sentence1": "a", "sentence2": "b", "gold_label": "neutral"}\n' * 12
+    for name in ("first", "second", "held"):
+        Path(f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    stages = (
+        {"train": "first.jsonl", "dev": "held.jsonl", "layout": "nli"},
+        {"train": "second.jsonl", "layout": "nli"},
+    )
+    data = load(recipe(None, *stages, kind="nli"), tokenizer)
+    assert data.dev["verdict"].path.name == "held.jsonl"
+    assert [tables["verdict"].path.name for tables in data.train] == ["first.jsonl", "second.jsonl"]
+
+
+def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) -> None:
+    """evaluate held out a tenth of the new rows: nine of ten of them had been trained on."""
+    data = load(recipe(ONE), tokenizer)
+    splits = {split: load_split(data.recipe, tokenizer, split, print)["verdict"] for split in ("train", "dev")}
+    assert texts(splits["train"]) == texts(data.train[0]["verdict"])
+    assert texts(splits["dev"]) == texts(data.dev["verdict"])
+    with Path("one.csv").open("a", encoding="utf-8") as file:
+        file.write("one more,bad\n")
+    said: list[str] = []
+    assert load_split(data.recipe, tokenizer, "dev", said.append) == {}
+    assert said == [f"{Path('one.csv')}: changed since the run held dev rows of verdict out of it: they cannot be told"]
