@@ -116,10 +116,14 @@ class PCGrad:
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """The optimizer's step, through the GradScaler if there is one (whose `update` stays the caller's).
 
-        A GradScaler that is enabled takes no closure: RuntimeError.
+        To clip, call `scaler.unscale_` before, with this object or the optimizer inside. A GradScaler that is enabled takes
+        no closure: RuntimeError.
         """
         options = {} if closure is None else {"closure": closure}
         if self.scaler is not None:
+            states = getattr(self.scaler, "_per_optimizer_states", {})  # by id; absent if the scaler is disabled
+            if id(self) in states:  # else the step would divide the gradients by the scale a second time
+                states[id(self.optimizer)] = states.pop(id(self))
             return self.scaler.step(self.optimizer, **options)
         return self.optimizer.step(**options)
 

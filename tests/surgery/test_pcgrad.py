@@ -444,6 +444,21 @@ def test_gradscaler_skips_a_broken_step(
     assert optimizer.task_weights.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("by", ["wrapper", "optimizer inside"])
+def test_unscaled_gradients_can_be_clipped(by: str) -> None:
+    """Named after the bug: `scaler.unscale_` of the wrapper counted for nothing, and the step divided by the scale again."""
+    p = nn.Parameter(torch.zeros(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = PCGrad(torch.optim.SGD([p], lr=1.0), scaler=scaler)
+    for step in (1, 2):
+        optimizer.pc_backward([3 * p[0], 4 * p[1]])  # averaged: 1.5, 2
+        scaler.unscale_(optimizer if by == "wrapper" else optimizer.optimizer)  # type: ignore[arg-type]
+        assert nn.utils.clip_grad_norm_([p], 1.25).item() == 2.5
+        optimizer.step()
+        scaler.update()
+        torch.testing.assert_close(p.detach(), -step * torch.tensor([0.75, 1.0]))
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_closure_reaches_the_gradscaler(enabled: bool) -> None:
     """Named after the bug: with a scaler the closure was dropped, and the step took gradients of zero."""
