@@ -54,7 +54,8 @@ def run_or_resume(
         recipe = recipe.with_paths(absolute_path)  # as the run saves it
         if not is_finished(directory) or not same_experiment(load_executed_recipe(directory), recipe):
             again = directory.is_dir()
-            options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
+            named: BackendName = "fast" if backend == "auto" else backend  # not that of an interrupted run
+            options = Options(directory, device, named, resume=again, command=command, callbacks=tuple(callbacks))
             train(recipe, options)
         return read_trial(name, directory, recipe, backend)
     except (ValueError, RunError) as error:

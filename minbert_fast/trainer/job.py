@@ -39,7 +39,7 @@ from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
-from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values
+from minbert_fast.trainer.resume import SHOWN_CHANGES, backend_of, finished_line, fixed_values
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.stages import StageContext, build_stage
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
@@ -110,6 +110,8 @@ class _Job:
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         check(self.options.backend in BACKENDS, f"backend {self.options.backend!r}: expected {', '.join(BACKENDS)}")
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
+        if self.options.resume and self.options.backend == "auto":
+            self.backend = backend_of(self.output) or "fast"
         data = self.recipe.data
         self.own_data = bool(self.options.rows) or names_data(self.recipe)
         self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
