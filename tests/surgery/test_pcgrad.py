@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -615,3 +616,23 @@ def test_refusals(losses: list[Tensor], message: str) -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             PCGrad(torch.optim.SGD([p], lr=0.1), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrapped", ["fully_shard", "FullyShardedDataParallel"])
+def test_sharded_parameters_are_refused(wrapped: str) -> None:
+    """Each process would find other conflicts in its part of the gradients."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    alone: dict[str, Any] = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("gloo", **alone)
+    try:
+        model: Any = nn.Linear(6, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            more = {} if wrapped == "fully_shard" else {"device_id": torch.device("cpu")}
+            model = getattr(fsdp, wrapped)(model, **more)
+            optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+            losses = model(torch.randn(4, 6)).square().mean(0).unbind()
+        with pytest.raises(ValueError, match="pc_backward needs whole parameters: FSDP"):
+            optimizer.pc_backward(losses)
+    finally:
+        torch.distributed.destroy_process_group()
