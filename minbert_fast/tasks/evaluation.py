@@ -20,7 +20,7 @@ from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks.base import HeadOutput, Results, Task
 from minbert_fast.tasks.details import task_details
-from minbert_fast.tasks.metrics import course_score, lower_is_better
+from minbert_fast.tasks.metrics import COURSE_METRICS, course_score, lower_is_better
 from minbert_fast.tasks.model import MultitaskModel
 from minbert_fast.tasks.predictions import write_predictions
 
@@ -56,6 +56,12 @@ class Evaluation:
             primary = [-flat[name] if lower_is_better(name) else flat[name] for name in judging]
             score = sum(primary) / len(primary) if primary else None
         return flat if score is None else flat | {"score": score}
+
+    @property
+    def scored(self) -> list[str]:
+        """The tasks that `score` counts."""
+        course = [name for name, result in self.tasks.items() if COURSE_METRICS.get(name) in result.metrics]
+        return course or [name for name, result in self.tasks.items() if result.metrics]
 
     @property
     def score(self) -> float:

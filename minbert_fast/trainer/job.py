@@ -34,6 +34,7 @@ from minbert_fast.reporting.verdicts import announce
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
+from minbert_fast.tasks.metrics import COURSE_METRICS
 from minbert_fast.trainer import disk, loop
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
@@ -206,7 +207,10 @@ class _Job:
             self.notify(f"the model has {data.max_length} positions: longer sentences are cut to them")
 
     def _check_select(self) -> None:
-        """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
+        """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later.
+
+        Says which tasks the score leaves out.
+        """
         known = ["score"]
         for name in self.data.dev:
             known += [*self.data.tasks[name].metric_names, f"{name}_loss"]
@@ -214,6 +218,14 @@ class _Job:
             select = recipe.training.select
             check(
                 select in known, f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+            )
+        judged = {name: self.data.tasks[name].metric_names for name in self.data.dev}
+        course = [name for name, metrics in judged.items() if COURSE_METRICS.get(name) in metrics]
+        others = [name for name, metrics in judged.items() if metrics and name not in course]
+        if course and others:
+            self.notify(
+                f"score is the course's, of {', '.join(course)} alone: {', '.join(others)} "
+                f"{'do' if len(others) > 1 else 'does'} not count (training.select = {self.recipe.training.select!r})"
             )
 
     def _choose_scored_rows(self) -> None:

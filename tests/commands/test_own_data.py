@@ -131,6 +131,18 @@ def test_memory_and_files_give_the_same_run(tmp_path: Path) -> None:
     assert len(weights) == 1
 
 
+def test_a_run_says_which_tasks_its_score_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named after the trap: beside a task called `sentiment` others do not decide which model is the best."""
+    table = {"train": rows(), "dev": rows(9), "text": "review", "label": "verdict", "kind": "classification"}
+    result = fit(QUICK, data={"sentiment": table, "topic": table}, output=tmp_path / "run")
+    line = "score is the course's, of sentiment alone: topic does not count (training.select = 'score')"
+    assert line in result.summary["notices"]
+    assert result.metrics["score"] == result.metrics["sentiment_accuracy"]
+    capsys.readouterr()
+    fit(QUICK, data={"mood": table, "topic": table}, output=tmp_path / "other")
+    assert "score is the course's" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
