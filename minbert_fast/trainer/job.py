@@ -170,6 +170,12 @@ class _Job:
         if self.world.is_main:
             self.world.wait()
         self.recipe = self.data.recipe
+        comparing = [name for name, task in self.data.tasks.items() if task.compares_examples]
+        if self.world.size > 1 and comparing:
+            self.notify(
+                f"the loss of {', '.join(comparing)} compares the examples of a batch: each of the {self.world.size} "
+                "processes compares its own, so the steps differ from those of one process"
+            )
         dropout = self.recipe.model.dropout
         overrides: dict[str, Any] = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
         encoder = BertModel.from_pretrained(source, **overrides)
