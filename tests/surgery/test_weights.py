@@ -200,6 +200,17 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
     torch.testing.assert_close(total, tasks * mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", surgery.METHODS)
+def test_a_gram_matrix_in_double_precision(method: str) -> None:
+    """Named after the bug: PCGrad alone refused it."""
+    gram = ops.gram(rows(3, "random"))
+    single, double = (
+        surgery.weights(method, "sum", torch.Generator().manual_seed(3))(g) for g in (gram, gram.double())
+    )
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single)
+
+
 @pytest.mark.parametrize("present", [1, 2, 4])
 @pytest.mark.parametrize("method", surgery.METHODS)
 def test_tasks_without_examples_do_not_stop_the_others(method: str, present: int) -> None:
