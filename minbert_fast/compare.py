@@ -255,18 +255,19 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def latex(result: Mapping[str, Any]) -> str:
-    """The table as a LaTeX tabular for the package booktabs; a column's best score is bold."""
+    """The table as a LaTeX tabular for the package booktabs; a column's best scores are bold."""
     head, rows = cells(result, r" \pm ")
     best = {}
     for column, metric in enumerate(result["metrics"], start=1):
         sign = -1 if lower_is_better(metric) else 1
         means = [sign * row["dev"][metric]["mean"] if row["dev"][metric] else -np.inf for row in result["rows"]]
-        best[column] = int(np.argmax(means))
+        shown = np.round(means, 3)
+        best[column] = np.flatnonzero(shown == shown.max())
 
     def cell(text: str, row: int, column: int) -> str:
         if column == 0 or not text:
             return _escaped(text)
-        return rf"$\mathbf{{{text}}}$" if best.get(column) == row else f"${text}$"
+        return rf"$\mathbf{{{text}}}$" if row in best.get(column, ()) else f"${text}$"
 
     lines = [r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule"]
     lines += [" & ".join(map(_escaped, head)) + r" \\", r"\midrule"]

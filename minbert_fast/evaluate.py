@@ -95,7 +95,7 @@ def format_scores(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:
             lines.append(f"{key:<{width}}  {value:7.4f}{where}")
             where = ""
     kinds = {result.task.layout for result in evaluation.tasks.values()}
-    part = "" if set(MAIN_TASKS) <= kinds else f"  of {', '.join(evaluation.tasks)} only"
+    part = "" if set(MAIN_TASKS) <= kinds else f"  of {', '.join(evaluation.scored)} only"
     lines.append(f"{'score':<{width}}  {evaluation.score:7.4f}{part}")
     return "\n".join(lines)
 

@@ -113,7 +113,7 @@ class SurgeryOptions:
 class WeightingOptions:
     """Dynamic weights of the tasks' losses; each multiplies the task's own `weight`."""
 
-    method: Literal["none", "uncertainty", "dwa", "famo", "random"] = "none"  # none: each weight is 1
+    method: str = "none"  # none (each weight is 1), uncertainty, dwa, famo, random (docs/surgery.md: one of your own)
     lr: float = 0.01  # uncertainty: learning rate of the log-variances
     logit_lr: float = 0.025  # famo: Adam's learning rate of the logits
     logit_decay: float = 0.001  # famo: decay of the logits, in Adam's gradient

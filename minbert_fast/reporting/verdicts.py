@@ -99,7 +99,7 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
     function = OF_PREDICTIONS.get(metric)
     constant, constant_name = None, ""
     # The largest error of a mean of n values in [0, 1], for metrics that need more than predictions and labels.
-    error = math.sqrt(max(value * (1 - value), 0.0) / max(len(predictions), 1))
+    error = math.sqrt(value * (1 - value) / max(len(predictions), 1)) if 0 <= value <= 1 else math.nan
     if function is not None and labels is not None and np.isfinite(predictions).all():
         error = standard_error(function, predictions, labels)
         answer, constant_name = _constant_answer(task, labels)

@@ -16,11 +16,14 @@ import math
 import numpy as np
 
 from minbert_fast.surgery.base import Array
-from minbert_fast.surgery.solvers import TOLERANCE, onto_simplex
+from minbert_fast.surgery.solvers import shortest
 
 
 def weights(gram: Array, c: float = 0.5) -> Array:
-    """w [T] from G [T, T], whose largest square is 1. Solves the problem by projected gradient descent.
+    """w [T] from G [T, T], whose largest square is 1.
+
+    Since |x| = min over s of (s + |x|^2 / s) / 2, a J + (s / c|g|) g is the shortest combination of the g_i + (s / c|g|) g,
+    for the s that equals |a J|. |a J| / s falls with s, so regula falsi (with the Illinois rule) on its logarithm finds s.
 
     A task without a gradient, such as one without examples in the batch, is not the worst-off one: it gets weight 0.
     """
@@ -31,30 +34,38 @@ def weights(gram: Array, c: float = 0.5) -> Array:
     gram = gram[np.ix_(used, used)]
     mean = np.full(len(gram), 1 / len(w))
     towards = gram @ mean
-    radius = c * math.sqrt(max(float(mean @ towards), 0.0))
+    square = max(float(mean @ towards), 0.0)
+    radius = c * math.sqrt(square)
+    lengths = np.sqrt(gram.diagonal())
+    if radius <= 1e-6 * (mean @ lengths):  # the mean itself is zero, but for rounding
+        return w
 
-    def length(a: Array) -> float:
-        return math.sqrt(max(float(a @ gram @ a), 0.0))
+    def found(logarithm: float) -> tuple[Array, float, float]:
+        """a for s, |a J|, and log(|a J| / s)."""
+        shift = math.exp(logarithm) / radius
+        a = shortest(gram + shift * (towards[:, None] + towards) + shift**2 * square)
+        norm = math.sqrt(max(float(a @ gram @ a), 1e-30))
+        return a, norm, math.log(norm) - logarithm
 
-    def cost(a: Array) -> float:
-        return float(a @ towards) + radius * length(a)
-
-    a, rate = mean / mean.sum(), 1.0
-    for _ in range(2000):
-        norm = length(a)
-        if norm < TOLERANCE:
+    low, high = math.log(1e-7 * lengths.min()), math.log(lengths.max())
+    a, norm, at_high = found(high)
+    at_low = found(low)[2]
+    if at_low <= 0:  # |a J| is zero, but for rounding
+        return w
+    side = 0
+    for _ in range(60):
+        if abs(at_high) < 1e-12 or high - low < 1e-12:
             break
-        slope = towards + radius * (gram @ a) / norm
-        while True:
-            following = onto_simplex(a - rate * slope)
-            move = following - a
-            if rate < 1e-12 or cost(following) <= cost(a) + 0.5 * slope @ move:
-                break
-            rate /= 2
-        a, rate = following, rate * 1.5
-        if np.abs(move).max() < TOLERANCE:
+        middle = (low * at_high - high * at_low) / (at_high - at_low)
+        a, norm, value = found(middle)
+        if abs(value) < 1e-10:
             break
-    norm = length(a)
-    if norm > 1e-6:
+        if value > 0:
+            low, at_low, at_high = middle, value, at_high / 2 if side > 0 else at_high
+            side = 1
+        else:
+            high, at_high, at_low = middle, value, at_low / 2 if side < 0 else at_low
+            side = -1
+    if norm > 1e-6 * (a @ lengths):  # else the gradients cancel out
         w[used] = mean + radius / norm * a
     return w

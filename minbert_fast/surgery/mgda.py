@@ -12,17 +12,13 @@ from __future__ import annotations
 import numpy as np
 
 from minbert_fast.surgery.base import Array
-from minbert_fast.surgery.solvers import nonnegative
+from minbert_fast.surgery.solvers import shortest
 
 
 def weights(gram: Array) -> Array:
-    """w [T] from G [T, T]. A task without a gradient, such as one without examples in the batch, gets weight 0.
-
-    min a^T (G + 11^T) a - 2 sum(a) over a >= 0 has the same optimality conditions, up to the length of a.
-    """
+    """w [T] from G [T, T]. A task without a gradient, such as one without examples in the batch, gets weight 0."""
     w = np.zeros(len(gram))
     used = gram.diagonal() > 0  # a gradient of zero would be the shortest vector, and stop the others
     if used.any():
-        a = nonnegative(gram[np.ix_(used, used)] + 1.0, np.ones(used.sum()))
-        w[used] = a / a.sum()
+        w[used] = shortest(gram[np.ix_(used, used)])
     return w

@@ -51,8 +51,8 @@ class Projections(Weights):
         return self.project(gram, orders.to(gram.device, non_blocking=True))
 
     def project(self, gram: Tensor, orders: Tensor) -> Tensor:
-        w, _ = ops.pcgrad_weights(gram, orders, self.reduction == "mean")
-        return w
+        w, _ = ops.pcgrad_weights(gram.float(), orders, self.reduction == "mean")
+        return w.to(gram.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -13,9 +13,14 @@ TOLERANCE = 1e-12  # of optimality, against a largest square of 1
 def nonnegative(gram: Array, linear: Array) -> Array:
     """z >= 0 that minimizes z G z / 2 - linear z, for G positive semidefinite.
 
-    Lawson & Hanson's active-set method (Solving Least Squares Problems, 1974, chapter 23) on the normal equations.
+    Lawson & Hanson's active-set method (Solving Least Squares Problems, 1974, chapter 23) on the normal equations. The
+    unknowns are scaled to a diagonal of 1 first, so that gradients of any length count.
     """
     size = len(gram)
+    scale = np.sqrt(gram.diagonal())
+    scale[scale == 0] = 1.0
+    gram, linear = gram / np.outer(scale, scale), linear / scale
+    linear = linear / (largest := np.abs(linear).max(initial=0) or 1.0)
     z = np.zeros(size)
     free = np.zeros(size, dtype=bool)
     for _ in range(10 * size):
@@ -23,7 +28,7 @@ def nonnegative(gram: Array, linear: Array) -> Array:
         slope[free] = -np.inf
         best = int(np.argmax(slope))
         if slope[best] <= TOLERANCE * size:
-            return z
+            break
         free[best] = True
         while True:
             trial = np.zeros(size)
@@ -39,15 +44,18 @@ def nonnegative(gram: Array, linear: Array) -> Array:
                 trial = z
                 break
         z = trial
-    return z
+    return z * largest / scale
 
 
-def onto_simplex(y: Array) -> Array:
-    """The point of the simplex (non-negative, sum 1) nearest to y. Held, Wolfe & Crowder 1974."""
-    descending = np.sort(y)[::-1]
-    excess = (np.cumsum(descending) - 1) / np.arange(1, len(y) + 1)
-    nearest: Array = np.maximum(y - excess[np.flatnonzero(descending > excess)[-1]], 0)
-    return nearest
+def shortest(gram: Array) -> Array:
+    """The a of the simplex (a >= 0, sum(a) = 1) that minimizes a^T G a.
+
+    min a^T (G + s 11^T) a - 2 sum(a) over a >= 0 has the same optimality conditions for any s > 0, up to the length of a.
+    With the smallest square as s, neither term is lost beside the other.
+    """
+    a = nonnegative(gram + max(gram.diagonal().min(), 1e-30), np.ones(len(gram)))
+    shares: Array = a / a.sum()
+    return shares
 
 
 def components(gram: Array) -> tuple[Array, Array]:

@@ -60,6 +60,7 @@ class PCGrad:
     scaler: a GradScaler for mixed precision. Without it, scale the losses and call `scaler.step(optimizer)` yourself;
         either way a gradient that is not finite makes the scaler skip the step.
 
+    Gradients are combined in fp32 (bf16 parameters: from a J in bf16), those of float64 parameters too.
     After `pc_backward`, `gram` [T, T] holds the inner products and `task_weights` [T] the weights of the parameters that
     all losses reach (None: there was nothing to combine). Up to 64 losses. ValueError for an unknown option.
     """
@@ -116,10 +117,14 @@ class PCGrad:
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """The optimizer's step, through the GradScaler if there is one (whose `update` stays the caller's).
 
-        A GradScaler that is enabled takes no closure: RuntimeError.
+        To clip, call `scaler.unscale_` before, with this object or the optimizer inside. A GradScaler that is enabled takes
+        no closure: RuntimeError.
         """
         options = {} if closure is None else {"closure": closure}
         if self.scaler is not None:
+            states = getattr(self.scaler, "_per_optimizer_states", {})  # by id; absent if the scaler is disabled
+            if id(self) in states:  # else the step would divide the gradients by the scale a second time
+                states[id(self.optimizer)] = states.pop(id(self))
             return self.scaler.step(self.optimizer, **options)
         return self.optimizer.step(**options)
 
@@ -137,8 +142,8 @@ class PCGrad:
         final: False only adds the tasks' gradients to those of the calls before, for micro-batches: the next final call
             combines the sums, as if all micro-batches were one batch. Scale the losses yourself.
 
-        ValueError when there is no loss, when one is not a scalar that requires a gradient, or when the losses reach other
-        parameters than in the call before that was not final.
+        ValueError when there is no loss, when one is not a scalar that requires a gradient, when the losses reach other
+        parameters than in the call before that was not final, or when the parameters are sharded (FSDP).
         """
         losses = list(losses)
         if not losses:
@@ -169,6 +174,11 @@ class PCGrad:
 
     def _backward_each(self, losses: list[Tensor], parameters: list[nn.Parameter]) -> list[_Gradients]:
         """One backward a loss; each task's gradients, taken out of `.grad` into its row of J."""
+        if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in parameters):  # FSDP 2 and 1
+            raise ValueError(
+                "pc_backward needs whole parameters: FSDP gives this process a part of each, and the parts of a gradient do "
+                "not tell which tasks conflict; DistributedDataParallel with process_group=True works"
+            )
         shared, reaches = _walk(losses, parameters)
         reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
         combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]

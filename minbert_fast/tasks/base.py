@@ -232,6 +232,11 @@ class Task(ABC):
     # ---- Model -----------------------------------------------------------------------------------------------------
 
     @property
+    def compares_examples(self) -> bool:
+        """Whether the loss of an example depends on the others of its batch, of which a process sees its own only."""
+        return False
+
+    @property
     def pooling(self) -> Pooling | None:
         """Pooling of the task's sentences; None: the recipe's."""
         pooling: Pooling | None = self.options.pooling

@@ -56,6 +56,10 @@ class ContrastiveTask(TextTask):
     head_class: ClassVar[type] = ContrastiveHead
 
     @property
+    def compares_examples(self) -> bool:
+        return True
+
+    @property
     def arity(self) -> int:
         return 2
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks.base import HeadOutput, Results, Task
 from minbert_fast.tasks.details import task_details
-from minbert_fast.tasks.metrics import course_score, lower_is_better
+from minbert_fast.tasks.metrics import COURSE_METRICS, course_score, lower_is_better
 from minbert_fast.tasks.model import MultitaskModel
 from minbert_fast.tasks.predictions import write_predictions
 
@@ -37,6 +37,17 @@ class TaskResult:
     metrics: dict[str, float]  # those of the task and `<task>_loss`, its head's mean loss; empty for an unlabelled file
 
 
+def course_tasks(judged: Mapping[str, tuple[Task, Collection[str]]]) -> list[str]:
+    """The tasks that the course's score counts, from every task's metrics; none if the score is the mean of all tasks.
+
+    It is the mean if one of the tasks is the user's own. So is a task without a preset and a layout, also if it is called
+    `sentiment`.
+    """
+    if not all(task.preset or any(source.layout for source in task.sources) for task, _ in judged.values()):
+        return []
+    return [name for name, (_, metrics) in judged.items() if COURSE_METRICS.get(name) in metrics]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Results by task name."""
@@ -45,20 +56,26 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All tasks' metrics and `score`: the course's score, or the mean primary metric if a task is one of the user's own.
+        """All tasks' metrics and `score`: the course's score, or the mean primary metric (see `course_tasks`).
 
-        A task without a preset and a layout is the user's own, also if it is called `sentiment`. An error such as
-        `price_mae` counts with a minus sign, so that a higher score is always better.
+        An error such as `price_mae` counts with a minus sign, so that a higher score is always better.
         """
         flat = {key: value for result in self.tasks.values() for key, value in result.metrics.items()}
-        tasks = [result.task for result in self.tasks.values()]
-        of_course = all(task.preset or any(source.layout for source in task.sources) for task in tasks)
-        score = course_score(flat) if of_course else None
+        score = course_score(flat) if self._course else None
         if score is None:
             judging = [result.task.primary for result in self.tasks.values() if result.task.primary in flat]
             primary = [-flat[name] if lower_is_better(name) else flat[name] for name in judging]
             score = sum(primary) / len(primary) if primary else None
         return flat if score is None else flat | {"score": score}
+
+    @property
+    def scored(self) -> list[str]:
+        """The tasks that `score` counts."""
+        return self._course or [name for name, result in self.tasks.items() if result.metrics]
+
+    @property
+    def _course(self) -> list[str]:
+        return course_tasks({name: (result.task, result.metrics) for name, result in self.tasks.items()})
 
     @property
     def score(self) -> float:

@@ -14,8 +14,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-#: Metrics whose lowest value is the best one.
-LOWER_IS_BETTER = ("loss", "mae")
+#: The last words of the names of metrics whose lowest value is the best one. A kind of your own may add its own.
+LOWER_IS_BETTER = {"loss", "mae", "mse", "rmse", "mape", "error", "perplexity", "brier"}
+
+#: The metrics in the course's score, by task.
+COURSE_METRICS = {
+    "sentiment": "sentiment_accuracy",
+    "paraphrase": "paraphrase_accuracy",
+    "similarity": "similarity_pearson",
+}
 
 
 def lower_is_better(metric: str) -> bool:

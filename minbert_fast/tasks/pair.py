@@ -233,3 +233,7 @@ class PairTask(Task):
     def encoder(self) -> Encoder:
         encoder: Encoder = self.options.encoder
         return encoder
+
+    @property
+    def compares_examples(self) -> bool:
+        return not {"cosent", "ranking"}.isdisjoint((self.options.loss, *self.options.auxiliary))

@@ -138,6 +138,10 @@ class RankingTask(Task):
             check(fits[name], f"{where}: needs {OBJECTIVES[name]}, the data has {count}")
 
     @property
+    def compares_examples(self) -> bool:
+        return not {"contrastive", "regression"}.isdisjoint(self.options.objectives)
+
+    @property
     def num_texts(self) -> int:
         counts = {n for source in self.sources if (n := _num_texts(source.texts, source.layout))}
         if len(counts) > 1:

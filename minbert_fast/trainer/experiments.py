@@ -56,7 +56,8 @@ def run_or_resume(
         executed = load_executed_recipe(directory)
         if not is_finished(directory) or not same_experiment(executed, recipe, positions_of(directory)):
             again = directory.is_dir()
-            options = Options(directory, device, backend, resume=again, command=command, callbacks=tuple(callbacks))
+            named: BackendName = "fast" if backend == "auto" else backend  # not that of an interrupted run
+            options = Options(directory, device, named, resume=again, command=command, callbacks=tuple(callbacks))
             train(recipe, options)
         return read_trial(name, directory, recipe, backend)
     except (ValueError, RunError) as error:

@@ -40,7 +40,7 @@ from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
-from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values
+from minbert_fast.trainer.resume import SHOWN_CHANGES, backend_of, finished_line, fixed_values
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.stages import StageContext, build_stage
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
@@ -111,6 +111,8 @@ class _Job:
         self.precision = choose_precision(self.recipe.training.precision, self.device)
         check(self.options.backend in BACKENDS, f"backend {self.options.backend!r}: expected {', '.join(BACKENDS)}")
         self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
+        if self.options.resume and self.options.backend == "auto":
+            self.backend = backend_of(self.output) or "fast"
         data = self.recipe.data
         self.own_data = bool(self.options.rows) or names_data(self.recipe)
         self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
@@ -168,6 +170,12 @@ class _Job:
         if self.world.is_main:
             self.world.wait()
         self.recipe = self.data.recipe
+        comparing = [name for name, task in self.data.tasks.items() if task.compares_examples]
+        if self.world.size > 1 and comparing:
+            self.notify(
+                f"the loss of {', '.join(comparing)} compares the examples of a batch: each of the {self.world.size} "
+                "processes compares its own, so the steps differ from those of one process"
+            )
         dropout = self.recipe.model.dropout
         overrides: dict[str, Any] = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
         encoder = BertModel.from_pretrained(source, **overrides)
@@ -207,7 +215,10 @@ class _Job:
             self.notify(f"the model has {data.max_length} positions: longer sentences are cut to them")
 
     def _check_select(self) -> None:
-        """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later."""
+        """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later.
+
+        Says which tasks the score leaves out.
+        """
         known = ["score"]
         for name in self.data.dev:
             known += [*self.data.tasks[name].metric_names, f"{name}_loss"]
@@ -215,6 +226,14 @@ class _Job:
             select = recipe.training.select
             check(
                 select in known, f"training.select = {select!r}: expected a dev metric of this run: {', '.join(known)}"
+            )
+        judged = {name: (self.data.tasks[name], self.data.tasks[name].metric_names) for name in self.data.dev}
+        course = evaluation.course_tasks(judged)
+        others = [name for name, (_, metrics) in judged.items() if metrics and name not in course]
+        if course and others:
+            self.notify(
+                f"score is the course's, of {', '.join(course)} alone: {', '.join(others)} "
+                f"{'do' if len(others) > 1 else 'does'} not count (training.select = {self.recipe.training.select!r})"
             )
 
     def _choose_scored_rows(self) -> None:

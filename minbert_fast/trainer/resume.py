@@ -14,6 +14,8 @@ from minbert_fast.common.storage import read_json
 from minbert_fast.model.weights import CONFIG
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import flatten
+from minbert_fast.step.backends import Backend
+from minbert_fast.trainer.checkpoint import STATE
 from minbert_fast.trainer.outputs import CHECKPOINTS, SUMMARY, saved_recipe_path
 
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
@@ -107,3 +109,13 @@ def require_run(output: Path) -> None:
     hint = f"; did you mean {' or '.join(map(str, likely[:3]))}?" if likely else ""
     missing = "holds no run" if output.is_dir() else "no such directory"
     raise ConfigError(f"--resume --output {output}: {missing}{hint}; to start a new run, leave --resume out")
+
+
+def backend_of(output: Path) -> Backend | None:
+    """The backend of the interrupted run under `output`, as its checkpoints say; None without a readable one."""
+    for state in (output / CHECKPOINTS).glob(f"step-*/{STATE}"):
+        try:
+            return "reference" if read_json(state)["fingerprint"]["backend"] == "reference" else "fast"
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: reported when it is loaded
+            continue
+    return None

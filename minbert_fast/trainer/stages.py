@@ -11,6 +11,7 @@ import torch
 
 from minbert_fast import surgery
 from minbert_fast.common.device import DTYPES, Precision
+from minbert_fast.common.schema import check
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import EXACT, choose_buckets
 from minbert_fast.data.collate import Collator, training_batches
@@ -24,6 +25,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import Backend, make_step
 from minbert_fast.step.captured import Captures, GraphedStep
 from minbert_fast.step.extras.consistency import check_smart
+from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
@@ -53,6 +55,8 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     tasks = {name: task for name, task in build_tasks(recipe).items() if name in tables}
     context.model.check_stage(tasks)  # now, not when the stages before it have run
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
+    weighting, known = recipe.weighting.method, ("none", *WEIGHTINGS)
+    check(weighting in known, f"weighting.method = {weighting!r}: expected one of {', '.join(known)}")
     check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)
     sampler = Sampler.from_tables(

@@ -113,6 +113,15 @@ def test_data_that_the_recipe_names_are_no_embedded_sample(tmp_path: Path) -> No
     assert "on the recipe's own data, 10 steps" in (tmp_path / "table.md").read_text()
 
 
+def test_equal_scores_are_both_bold(tmp_path: Path) -> None:
+    """Named after the bug: of equal scores, as small dev sets have them, only the first method's was bold in table.tex."""
+    scores = {"none": (0.5, 0.4, 0.1), "mgda": (0.5, 0.3, 0.2)}
+    trials = {(method, 1): made_trial(tmp_path, method, 1, each, 1.0) for method, each in scores.items()}
+    text = compare.latex(compare.compare(BASE, ["none", "mgda"], trials))
+    assert text.count(r"$\mathbf{0.500}$") == 2
+    assert text.count(r"$\mathbf{0.400}$") == text.count(r"$\mathbf{0.200}$") == 1
+
+
 def test_a_lower_error_is_a_better_one(tmp_path: Path) -> None:
     base = BASE.with_values({"tasks": {"similarity": {"metric": "mae"}}}, "test")
     trials = {(method, 1): made_trial(tmp_path, method, 1, (0.5, 0.8, 0.4), 1.0) for method in ("none", "mgda")}

@@ -12,6 +12,7 @@ import pytest
 from minbert_fast import evaluate, export, predict, train
 from minbert_fast.common import cli, imports
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks.base import KINDS
 from tests.small import small_data, small_run
 
@@ -39,6 +40,7 @@ def mood(tmp_path: Path) -> Iterator[Path]:
 def forget() -> None:
     """Ends this process's knowledge of imported files, as a new process would begin."""
     KINDS.pop("mood", None)
+    WEIGHTINGS.pop("equal_losses", None)
     imports._digests.clear()
 
 
@@ -104,3 +106,22 @@ def test_a_file_that_fails_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: --import {path}: {problem}")
     assert error.count("\n") == 1
+
+
+def test_loss_weights_of_ones_own_survive_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, example = small_data(tmp_path / "data"), Path(__file__).parents[2] / "docs" / "examples" / "equal_losses.py"
+    flags = ("--max-steps", "4", "--set", "weighting.method=equal_losses", "--set", "logging.every=1")
+    for run, more in (("whole", ()), ("cut", ("--stop-after", "2"))):
+        command = small_run(data, tmp_path / run, *flags, *more, "--import", str(example))
+        assert run_in_new_process(train.main, *command) == 0
+    assert run_in_new_process(train.main, "--import", example, "--resume", "--output", tmp_path / "cut") == 0
+    whole, cut = ((tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "cut"))
+    assert whole == cut
+    records = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    *_, before, last = [record for record in records if "weight/sentiment" in record]
+    losses = [record["loss/sentiment"] for record in records if "loss/sentiment" in record][:-1]
+    assert last["weight/sentiment"] == pytest.approx(len(losses) / sum(losses))
+    assert before["weight/sentiment"] != last["weight/sentiment"]
+    forget()
+    assert cli.run(train.main, small_run(data, tmp_path / "none", *flags)) == 2
+    assert "expected one of none, uncertainty, dwa, famo, random" in capsys.readouterr().err

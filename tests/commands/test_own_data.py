@@ -16,7 +16,7 @@ import pytest
 
 from minbert_fast import Predictor, Recipe, evaluate, export, fit, predict, report, train
 from minbert_fast.common import cli
-from minbert_fast.common.schema import ConfigError
+from minbert_fast.common.schema import ConfigError, Whole
 from minbert_fast.data import sample_directory
 from minbert_fast.data.messages import DataError
 from minbert_fast.trainer.callbacks import Callback, EndEvent, EvaluationEvent, StepEvent
@@ -142,6 +142,22 @@ def test_a_stage_that_needs_another_head_is_refused_before_the_first_step(tmp_pa
     with pytest.raises(ConfigError, match=r"tasks\.verdict: a stage cannot change the parameters of a head"):
         fit({**QUICK, "stages": stages}, data=rows(), text="review", label="verdict", output=tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_says_which_tasks_its_score_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Film reviews beside the course's tasks do not count; with a task of the user's own every task does."""
+    reviews = {"kind": "polarity", "data": {"layout": "sentiment", "values": {"2": "1", "3": "1", "4": "1"}}}
+    tasks = {"tasks": Whole({"sentiment": {}, "reviews": reviews})}
+    recipe = Recipe.load("demonstration").with_values({**tasks, "training": {"max_steps": 1}}, "test")
+    course = fit(recipe, output=tmp_path / "run")
+    line = "score is the course's, of sentiment alone: reviews does not count (training.select = 'score')"
+    assert line in course.summary["notices"]
+    assert course.metrics["score"] == course.metrics["sentiment_accuracy"]
+    capsys.readouterr()
+    table = {"train": rows(), "dev": rows(9), "text": "review", "label": "verdict", "kind": "classification"}
+    result = fit(QUICK, data={"sentiment": table, "topic": table}, output=tmp_path / "other")
+    assert "score is the course's" not in capsys.readouterr().out
+    assert result.metrics["score"] == (result.metrics["sentiment_accuracy"] + result.metrics["topic_accuracy"]) / 2
 
 
 @pytest.mark.parametrize(

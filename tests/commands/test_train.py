@@ -400,6 +400,17 @@ def test_a_run_remembers_its_settings(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["steps"] == 6
 
 
+def test_a_run_remembers_its_backend(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named after the bug: the line of a stopped run, `--resume --output DIR`, failed: 'backend was "reference"'."""
+    flags = ("--backend", "reference", "--max-steps", "2", "--stop-after", "1")
+    assert cli.run(train.main, small_run(data, tmp_path, *flags)) == 0
+    again = ["--resume", "--output", str(tmp_path)]
+    assert 'backend was "reference", now "fast"' in fails(capsys, *again, "--backend", "fast")
+    assert cli.run(train.main, again) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["backend"], summary["finished"]) == ("reference", True)
+
+
 def test_a_saved_recipe_alone_is_no_run(data: Path, tmp_path: Path) -> None:
     """A run that ended before its first checkpoint leaves only its recipe, so the next one needs no --overwrite."""
     own = saved_recipe_path(tmp_path / "run")

@@ -365,6 +365,15 @@ def test_a_score_of_one_row_has_no_standard_error(tmp_path: Path) -> None:
     assert "nan" not in announce(run)
 
 
+def test_an_error_above_one_has_no_standard_error_of_a_share(tmp_path: Path) -> None:
+    """Named after the bug: `rmse 6.700 ± 0.000` of a metric of one's own, and so always clearly better or worse."""
+    task = of_numbers("price", [3.0, 9.0], [4.0, 5.0], "rmse", 6.7)
+    run = write_run(tmp_path / "run", {"price": task}, {"price_rmse": 8.6})
+    (verdict,) = verdicts(read_run(run))
+    assert verdict.level == "unclear"
+    assert verdict.line == "price: not clearly better than before training: rmse 6.700 (8.600 before training)"
+
+
 def test_the_commands_of_a_run_in_a_directory_with_a_space_are_quoted(tmp_path: Path) -> None:
     records = [{"step": 1, "cosine/one|two": 0.5}]
     run = tmp_path / "a run"

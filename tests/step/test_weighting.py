@@ -294,7 +294,6 @@ def test_the_wished_for_recipes_weigh_dynamically() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "kendall"}, "weighting.method"),
         ({"lr": -1.0}, "lr = -1.0: expected 0 or more"),
         ({"temperature": 0.0}, "temperature = 0.0: expected above 0"),
         ({"window": -1}, "window = -1: expected 0 or more"),

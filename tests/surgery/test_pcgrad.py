@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -444,6 +445,21 @@ def test_gradscaler_skips_a_broken_step(
     assert optimizer.task_weights.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("by", ["wrapper", "optimizer inside"])
+def test_unscaled_gradients_can_be_clipped(by: str) -> None:
+    """Named after the bug: `scaler.unscale_` of the wrapper counted for nothing, and the step divided by the scale again."""
+    p = nn.Parameter(torch.zeros(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = PCGrad(torch.optim.SGD([p], lr=1.0), scaler=scaler)
+    for step in (1, 2):
+        optimizer.pc_backward([3 * p[0], 4 * p[1]])  # averaged: 1.5, 2
+        scaler.unscale_(optimizer if by == "wrapper" else optimizer.optimizer)  # type: ignore[arg-type]
+        assert nn.utils.clip_grad_norm_([p], 1.25).item() == 2.5
+        optimizer.step()
+        scaler.update()
+        torch.testing.assert_close(p.detach(), -step * torch.tensor([0.75, 1.0]))
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_closure_reaches_the_gradscaler(enabled: bool) -> None:
     """Named after the bug: with a scaler the closure was dropped, and the step took gradients of zero."""
@@ -600,3 +616,23 @@ def test_refusals(losses: list[Tensor], message: str) -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             PCGrad(torch.optim.SGD([p], lr=0.1), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrapped", ["fully_shard", "FullyShardedDataParallel"])
+def test_sharded_parameters_are_refused(wrapped: str) -> None:
+    """Each process would find other conflicts in its part of the gradients."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    alone: dict[str, Any] = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("gloo", **alone)
+    try:
+        model: Any = nn.Linear(6, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            more = {} if wrapped == "fully_shard" else {"device_id": torch.device("cpu")}
+            model = getattr(fsdp, wrapped)(model, **more)
+            optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+            losses = model(torch.randn(4, 6)).square().mean(0).unbind()
+        with pytest.raises(ValueError, match="pc_backward needs whole parameters: FSDP"):
+            optimizer.pc_backward(losses)
+    finally:
+        torch.distributed.destroy_process_group()

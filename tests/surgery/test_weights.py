@@ -200,6 +200,17 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
     torch.testing.assert_close(total, tasks * mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", surgery.METHODS)
+def test_a_gram_matrix_in_double_precision(method: str) -> None:
+    """Named after the bug: PCGrad alone refused it."""
+    gram = ops.gram(rows(3, "random"))
+    single, double = (
+        surgery.weights(method, "sum", torch.Generator().manual_seed(3))(g) for g in (gram, gram.double())
+    )
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single)
+
+
 @pytest.mark.parametrize("present", [1, 2, 4])
 @pytest.mark.parametrize("method", surgery.METHODS)
 def test_tasks_without_examples_do_not_stop_the_others(method: str, present: int) -> None:
@@ -269,6 +280,41 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
         return
     assert (gram @ w).min() > best - 1e-5
     assert np.sqrt(max((w - mean) @ gram @ (w - mean), 0)) == pytest.approx(radius, abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("tasks", [2, 3, 5, 8])
+def test_lengths_of_very_different_sizes(tasks: int, ratio: float) -> None:
+    """Named after the bug: a gradient a million times shorter stopped CAGrad and misled MGDA; with eight tasks, a thousand.
+
+    Each method's conditions of optimality, in units of each gradient's own length.
+    """
+    for seed in range(3):
+        J = np.random.default_rng(seed).standard_normal((tasks, 40)) * np.geomspace(1, ratio, tasks)[:, None]
+        lengths = np.linalg.norm(J, axis=1)
+        J[1:] -= 0.4 * lengths[1:, None] * J[0] / lengths[0]  # conflicts with the longest
+        gram = J @ J.T / np.square(J).sum(1).max()
+        lengths = np.sqrt(gram.diagonal())
+
+        a = mgda.weights(gram)
+        assert (gram @ a).min() >= (a @ gram @ a) * (1 - 1e-6)
+
+        w = upgrad.weights(gram)
+        assert (gram @ w / lengths).min() > -1e-9 * (w @ lengths)
+
+        w = cagrad.weights(gram, 0.5)
+        mean = np.full(tasks, 1 / tasks)
+        radius = 0.5 * np.sqrt(mean @ gram @ mean)
+        a = (w - mean) / (w - mean).sum()
+        dual = a @ gram @ mean + radius * np.sqrt(a @ gram @ a)  # no d of the ball serves the worst task better
+        assert (gram @ w).min() == pytest.approx(dual, rel=1e-4)
+        assert np.sqrt((w - mean) @ gram @ (w - mean)) == pytest.approx(radius)
+
+
+def test_upgrad_sees_conflicts_of_short_gradients() -> None:
+    """Named after the bug: two gradients ten million times shorter than a third one kept their conflict."""
+    J = np.array([[1, 0, 0], [0, 1e-7, 0], [0, -1e-7, 1e-7]])
+    np.testing.assert_allclose(upgrad.weights(J @ J.T), [1 / 3, 2 / 3, 1 / 2])
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 6])

@@ -122,6 +122,7 @@ def test_mean_absolute_error():
     assert math.isnan(metrics.mae(np.array([np.inf]), np.array([1.0])))
     assert metrics.lower_is_better("price_mae")
     assert metrics.lower_is_better("topic_loss")
+    assert metrics.lower_is_better("price_rmse")  # of a kind of one's own: best/ was the model with the largest error
     assert not metrics.lower_is_better("topic_macro_f1")
 
 

@@ -119,6 +119,26 @@ def test_the_courses_tasks_are_presets_of_general_kinds():
         assert task.rule is None or task.labelled
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("similarity", {}, False),
+        ("similarity", {"loss": "cosent"}, True),
+        ("paraphrase", {"loss": "ranking", "head": "cosine"}, True),
+        ("paraphrase", {"auxiliary": {"cosine_embedding": 1.0}}, False),
+        ("paraphrase", {"auxiliary": {"cosent": 1.0}}, True),
+        ("triplet", {"data": "triplets"}, False),
+        ("triplet", {"data": "triplets", "objectives": {"regression": 1.0}}, True),
+        ("nli-triplets", {"objectives": {"triplet": 1.0, "contrastive": 1.0}}, True),
+        ("contrastive", {"text": ["sentiment"]}, True),
+        ("mlm", {}, False),
+    ],
+)
+def test_losses_that_compare_the_examples_of_a_batch(kind: str, options: dict[str, object], expected: bool) -> None:
+    """Such a loss of several processes is another one, which the run must say."""
+    assert build_task(kind, options).compares_examples == expected
+
+
 def test_a_task_of_ones_own_has_its_names_in_files_and_metrics():
     task = build_task("topic", {"kind": "classification", "classes": ["b", "a"], "metric": "f1/a"})
     assert (task.prediction_file("dev"), task.header) == ("topic-dev-output.csv", "Predicted_topic")

@@ -39,12 +39,12 @@ class TaskWeights(StepHook):
         """Tensors for a checkpoint."""
         return {f"{PREFIX}{name}": tensor for name, tensor in self.state.items()}
 
-    def _numbers(self, name: str, value: float = 0.0) -> Tensor:
+    def numbers(self, name: str, value: float = 0.0) -> Tensor:
         """Adds a tensor [T] to the state, one number per task."""
         self.state[name] = torch.full((len(self.tasks),), value, device=self._device)
         return self.state[name]
 
-    def _taken(self, present: Sequence[str], skipped: Tensor) -> Tensor:
+    def taken(self, present: Sequence[str], skipped: Tensor) -> Tensor:
         """bool [T]: tasks whose loss counts. Made once per set of tasks, so that a captured graph copies nothing."""
         key = frozenset(present)
         if key not in self._masks:
@@ -63,14 +63,14 @@ class Uncertainty(TaskWeights):
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
         super().__init__(options, tasks, device, seed)
-        self.log_variances = self._numbers("log_variances")
+        self.log_variances = self.numbers("log_variances")
 
     def loss_weights(self) -> Tensor:
         return torch.exp(-self.log_variances)
 
     def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         gradient = 0.5 - self.loss_weights() * losses
-        self.log_variances -= self.options.lr * torch.where(self._taken(present, skipped), gradient, 0.0)
+        self.log_variances -= self.options.lr * torch.where(self.taken(present, skipped), gradient, 0.0)
 
 
 class DynamicAverage(TaskWeights):
@@ -88,9 +88,9 @@ class DynamicAverage(TaskWeights):
         super().__init__(options, tasks, device, seed)
         if options.window < 1:
             raise ValueError(f"window = {options.window}: expected the steps of an epoch, or fewer")
-        self.current = self._numbers("weights", 1.0)
-        self.sums, self.counts = self._numbers("sums"), self._numbers("counts")
-        self.last, self.before = self._numbers("last"), self._numbers("before")
+        self.current = self.numbers("weights", 1.0)
+        self.sums, self.counts = self.numbers("sums"), self.numbers("counts")
+        self.last, self.before = self.numbers("last"), self.numbers("before")
 
     def before_step(self, step: int) -> None:
         windows, into = divmod(step, self.options.window)
@@ -108,7 +108,7 @@ class DynamicAverage(TaskWeights):
         return self.current
 
     def after_update(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
-        taken = self._taken(present, skipped)
+        taken = self.taken(present, skipped)
         self.sums += torch.where(taken, losses, 0.0)
         self.counts += taken
 
@@ -131,13 +131,13 @@ class Famo(TaskWeights):
 
     def __init__(self, options: WeightingOptions, tasks: Sequence[str], device: torch.device, seed: int = 0) -> None:
         super().__init__(options, tasks, device, seed)
-        self.logits = self._numbers("logits")
-        self.mean, self.square, self.steps = (self._numbers(name) for name in ("mean", "square", "steps"))
+        self.logits = self.numbers("logits")
+        self.mean, self.square, self.steps = (self.numbers(name) for name in ("mean", "square", "steps"))
         self._current = torch.full((len(self.tasks),), 1.0 / len(self.tasks), device=device)
         self._logs, self._counted = torch.zeros_like(self._current), torch.zeros_like(self._current, dtype=torch.bool)
 
     def before_weights(self, losses: Tensor, present: Sequence[str]) -> None:
-        self._counted.copy_(self._taken(present, ~losses.isfinite()))
+        self._counted.copy_(self.taken(present, ~losses.isfinite()))
         self._logs.copy_(self._log(losses, self._counted))
         scores = (self.logits - self._logs).masked_fill(~self._counted, -torch.inf)
         self._current.copy_(torch.softmax(scores, 0).nan_to_num(0.0))  # NaN: no task counts
@@ -186,6 +186,7 @@ class RandomWeights(TaskWeights):
         return self._current
 
 
+#: The method of a name. A file of your own may add one.
 METHODS: dict[str, type[TaskWeights]] = {
     "uncertainty": Uncertainty,
     "dwa": DynamicAverage,
