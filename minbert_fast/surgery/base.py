@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +44,8 @@ class Weights:
 class OnHost(Weights):
     """A method solved on the host in fp64.
 
-    `solve` maps the G of the finite tasks, scaled to a largest square of 1, to the weights of their average.
+    `solve` maps the G of the finite tasks, scaled to a largest square of 1, to the weights of their average. ValueError if
+    it gives another number of weights.
     """
 
     def __init__(self, solve: Callable[[Array], Array], reduction: Reduction = "sum") -> None:
@@ -59,9 +60,17 @@ class OnHost(Weights):
         if used.any():
             finite = full[used][:, used]
             largest = finite.diagonal().max()
-            solution = self.solve(finite / largest if largest > 0 else finite)
+            solution = np.asarray(self.solve(finite / largest if largest > 0 else finite), dtype=np.float64)
+            check_shape(self.solve, solution.shape, len(finite))
             w[torch.from_numpy(used)] = torch.from_numpy(solution) * (tasks if self.reduction == "sum" else 1)
         return w.to(gram)
+
+
+def check_shape(method: object, shape: Sequence[int], tasks: int) -> None:
+    """Raises ValueError if a method of the user's own gave weights of another shape than [T]."""
+    if tuple(shape) != (tasks,):
+        name = getattr(method, "__name__", type(method).__name__)
+        raise ValueError(f"surgery method {name} gave weights of shape {list(shape)}, expected [{tasks}], one per task")
 
 
 def nonfinite(gram: Tensor) -> Tensor:

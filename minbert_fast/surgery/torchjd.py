@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.surgery.base import Weights, nonfinite
+from minbert_fast.surgery.base import Weights, check_shape, nonfinite
 
 # Weightings that G alone cannot feed, and what they need.
 UNFIT = {
@@ -52,7 +52,9 @@ class FromTorchJD(Weights):
             torch.manual_seed(seed)
             if used.all():
                 self._tasks = len(gram)
-                w.copy_(self.weighting(gram))
+                found = torch.as_tensor(self.weighting(gram))
+                check_shape(self.weighting, found.shape, len(gram))
+                w.copy_(found)
             elif used.any():  # such a step is skipped: the state stays
                 self._leave_out(gram, used, w)
         return w

@@ -133,6 +133,10 @@ class PCGrad:
         return {"optimizer": self.optimizer.state_dict(), "surgery": self.weights.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError, and loads nothing, if the state is of another method of surgery."""
+        saved, own = ({k for k in each if "/" not in k} for each in (state["surgery"], self.weights.state_dict()))
+        if saved != own:  # names with "/" are tensors that a TorchJD weighting makes in its first call
+            raise ValueError(f"the state of another method of surgery: it has {sorted(saved)}, expected {sorted(own)}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.weights.load_state_dict(state["surgery"])
 

@@ -556,6 +556,17 @@ def test_compiled_models_work(model: Model) -> None:
     assert_gradients(model, {n: expected[n.replace("_orig_mod.", "")] for n, _ in model.named_parameters()})
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [("classic", "mgda"), ("classic", "gradvac"), ("gradvac", "classic")])
+def test_the_state_of_another_method_is_refused_and_nothing_is_loaded(saved: str, loaded: str) -> None:
+    """It ended in a KeyError after the optimizer's state was loaded, or was dropped without a word."""
+    parameter = nn.Parameter(torch.ones(3))
+    old = PCGrad(torch.optim.SGD([parameter], lr=0.5), weights=saved)
+    new = PCGrad(torch.optim.SGD([parameter], lr=0.1), weights=loaded)
+    with pytest.raises(ValueError, match="the state of another method of surgery: it has .*, expected"):
+        new.load_state_dict(old.state_dict())
+    assert new.optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_state_dict_resumes_optimizer_and_orders(model: Model) -> None:
     def train(model: Model, optimizer: PCGrad, steps: int) -> list[Tensor]:
         for _ in range(steps):

@@ -30,7 +30,7 @@ from minbert_fast.surgery import (
     torchjd,
     upgrad,
 )
-from minbert_fast.surgery.base import Array
+from minbert_fast.surgery.base import Array, OnHost
 from tests.surgery import oracles
 
 IMPLEMENTATIONS: list[Implementation] = ["native", "torch"]
@@ -387,6 +387,19 @@ def test_gradvac_starts_as_pcgrad_and_continues_from_its_state() -> None:
     resumed = gradvac.GradVac("sum")
     resumed.load_state_dict(state)
     assert all(map(torch.equal, after, [resumed(J @ J.T) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("result", [2.0, [0.5, 0.5], torch.ones(3, 1), torch.ones(4)])
+@pytest.mark.parametrize("kind", ["host", "callable"])
+def test_weights_of_another_shape_are_refused(kind: str, result: object) -> None:
+    """A number became every task's weight without a word, and other shapes ended inside torch."""
+
+    def mine(gram: object) -> Any:
+        return result
+
+    method = surgery.weights(mine) if kind == "callable" else OnHost(mine)
+    with pytest.raises(ValueError, match=r"surgery method mine gave weights of shape \[.*\], expected \[3\]"):
+        method(torch.eye(3))
 
 
 def test_a_step_that_is_skipped_leaves_gradvacs_targets() -> None:
