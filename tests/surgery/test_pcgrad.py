@@ -562,7 +562,7 @@ def test_the_state_of_another_method_is_refused_and_nothing_is_loaded(saved: str
     parameter = nn.Parameter(torch.ones(3))
     old = PCGrad(torch.optim.SGD([parameter], lr=0.5), weights=saved)
     new = PCGrad(torch.optim.SGD([parameter], lr=0.1), weights=loaded)
-    with pytest.raises(ValueError, match="the state of another method of surgery: it has .*, expected"):
+    with pytest.raises(ValueError, match=r"the state of another method of surgery: it has .*, expected"):
         new.load_state_dict(old.state_dict())
     assert new.optimizer.param_groups[0]["lr"] == 0.1
 
