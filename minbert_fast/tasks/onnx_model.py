@@ -129,6 +129,9 @@ class OnnxModel:
         strings = any(isinstance(column, str) for column in sentences)
         if strings or len(sentences) != contents.sentences or len({len(column) for column in sentences}) > 1:
             raise ValueError(f"{contents.task} takes {contents.sentences} lists of sentences, equally long")
+        if not sentences[0]:  # the shapes and types of one example's
+            values, shares = self.predict(*([""] for _ in sentences))
+            return values[:0], None if shares is None else shares[:0]
         available = [output.name for output in self.session.get_outputs()]
         names = [name for name in ("prediction", "probabilities") if name in available]
         found: list[Any] = [None, None]
@@ -137,7 +140,7 @@ class OnnxModel:
                 if found[place] is None:
                     found[place] = np.empty((len(sentences[0]), *values.shape[1:]), values.dtype)
                 found[place][rows] = values
-        return np.empty(0, np.float32) if found[0] is None else found[0], found[1]
+        return found[0], found[1]
 
     def _run(
         self, columns: Sequence[Sequence[str]], outputs: Sequence[str], progress: Callable[[int], object] | None

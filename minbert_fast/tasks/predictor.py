@@ -301,10 +301,13 @@ class Predictor:
             raise ValueError(f"{task} takes one DataFrame, or lists")
         texts = _columns(task, found.num_texts, examples) if frame is None else _frame_columns(found, frame, text)
         count = len(texts[0])
-        table = Table(task, Path(), texts, None, [""] * count, np.arange(count))
-        result = self.predict_table(task, table, progress)
-        if names is not None and result.probabilities is None:  # without examples
-            result = result._replace(probabilities=np.empty((0, len(names)), np.float32))
+        if count:
+            table = Table(task, Path(), texts, None, [""] * count, np.arange(count))
+            result = self.predict_table(task, table, progress)
+        else:  # the shapes and types of one's predictions
+            table = Table(task, Path(), ([""],) * len(texts), None, [""], np.arange(1))
+            values, shares = self.predict_table(task, table)
+            result = Predictions(values[:0], None if shares is None else shares[:0])
         if frame is None:
             return result.probabilities if probabilities else result
         columns = {} if probabilities else {"prediction": found.as_labels(result.values)}
