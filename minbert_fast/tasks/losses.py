@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from minbert_fast.ops.cosine import cosine
 from minbert_fast.tasks.base import normalize
 
+SPREAD = 3.0  # of the initial thresholds, against equally likely classes at a score of 0
+
 
 def symmetric_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Mean of (KL(p | q) + KL(q | p)) / 2 over rows of unnormalised log-probabilities [n, C]."""
@@ -78,9 +80,13 @@ def ordinal_probabilities(s: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def initial_thresholds(classes: int) -> nn.Parameter:
-    """Thresholds [C - 1] with which a score of 0 makes all C classes equally likely."""
-    above = torch.arange(classes - 1, 0, -1) / classes  # P(label > k)
-    return nn.Parameter(-above.logit())
+    """Thresholds [C - 1], far enough apart that for some score each of a few classes is likely.
+
+    Adam moves a threshold by a learning rate per step, but a score by that of all its weights together. Thresholds that
+    began where a score of 0 makes all classes equally likely stayed there: the middle of 5 classes never passed 0.2.
+    """
+    above = torch.arange(classes - 1, 0, -1) / classes
+    return nn.Parameter(-SPREAD * above.logit())
 
 
 def ranking(u: Tensor, v: Tensor, t: Tensor, temperature: float) -> Tensor:

@@ -469,11 +469,13 @@ def test_three_classes_of_pairs_are_a_softmax_over_the_features():
 
 
 def test_ordinal_classes_have_one_score_and_thresholds():
-    """At first all classes are equally likely for a score of 0; predictions are the median class."""
+    """Each class is the likely one for some score, before any step; predictions are the median class."""
     head = make_head("sentiment", loss="ordinal", dropout=0.0)
-    torch.testing.assert_close(head.probabilities(HeadOutput(torch.zeros(2))), torch.full((2, 5), 0.2))
-    output = HeadOutput(torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0]))
+    output = HeadOutput(torch.tensor([-6.0, -2.7, 0.0, 2.7, 6.0]))
     assert head.predict(output).tolist() == [0, 1, 2, 3, 4]
+    assert (
+        head.probabilities(output).diagonal().min() > 0.5
+    )  # 0.2: thresholds that moved too slowly cost 6 points on SST
     labels = torch.tensor([0, 2, 2, 4, 1])
     above = torch.sigmoid(output.scores[:, None] - head.thresholds)
     total = [
