@@ -96,8 +96,8 @@ IDEAS: Mapping[str, Mapping[str, Any]] = {
     "UPGrad": {"surgery": {"method": "upgrad"}},
     "SMART for R-Drop": {"regularisation": {"r_drop": 0.0, "smart": 1.0}},
 }
-# Without R-Drop, which doubles the time of a run. No idea here has an effect so large that its interactions could pass for
-# effects of others: learned loss weights, which cost 0.02 to 0.03, were taken out again (LOG).
+# Without R-Drop, which doubles the time of a run, and without learned loss weights: they cost about 0.02 (LOG), so much that
+# their interactions would pass for effects of other ideas.
 SCREENED = (
     "layer-wise rates",
     "averaged weights",
@@ -110,11 +110,11 @@ SCREENED = (
 
 
 def _screen() -> dict[str, tuple[str, ...]]:
-    """The ideas of each of eight runs. Any two ideas meet, miss each other, and stand alone in two runs each.
+    """The ideas of each of eight runs. Of any two ideas, two runs have both, two neither, and two each one alone.
 
-    So all eight runs count for the effect of every idea, and the noise of an effect is that of two means of four. An
-    effect also holds half the interactions of three pairs of other ideas (a 2^(7-4) fractional factorial design; Box, Hunter
-    and Hunter, Statistics for Experimenters, 2005, chapter 6).
+    All eight runs therefore count for the effect of every idea: its noise is that of two means of four. An effect also
+    holds half the interactions of three pairs of other ideas (a 2^(7-4) fractional factorial design; Box, Hunter and Hunter,
+    Statistics for Experimenters, 2005, chapter 6).
     """
     runs = {}
     for a, b, c in itertools.product((False, True), repeat=3):
@@ -193,7 +193,7 @@ def effects(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _error(runs: Sequence[tuple[tuple[str, ...], Mapping[str, float]]], metric: str) -> str:
-    """ " ± E": the standard error of an effect, from runs that differ in their seed alone; empty for one seed."""
+    """The standard error of an effect, as text to append, from runs that differ in their seed alone; empty for one seed."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for ideas, scores in runs:
         groups.setdefault(ideas, []).append(float(scores[metric]))

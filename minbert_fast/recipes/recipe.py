@@ -97,7 +97,7 @@ class OptimizerOptions:
         check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: expected a share from 0 to 1")
 
     def unused(self) -> dict[str, str]:
-        """Keys that nothing reads beside the other values, and what would read them."""
+        """Maps each key that has no effect, the other values being as they are, to what it belongs to."""
         return {} if self.schedule == "exponential" else {"gamma": 'schedule = "exponential"'}
 
 
@@ -125,7 +125,7 @@ class WeightingOptions:
         check(0 < self.temperature < math.inf, f"temperature = {self.temperature}: expected above 0")
 
     def unused(self) -> dict[str, str]:
-        """Keys that nothing reads beside the other values, and what would read them."""
+        """Maps each key that has no effect, the other values being as they are, to what it belongs to."""
         readers = {
             "lr": "uncertainty",
             "logit_lr": "famo",
@@ -160,7 +160,7 @@ class RegularisationOptions:
         )
 
     def unused(self) -> dict[str, str]:
-        """Keys that nothing reads beside the other values, and what would read them."""
+        """Maps each key that has no effect, the other values being as they are, to what it belongs to."""
         readers = {"noise": "smart", "step": "smart", "radius": "smart", "momentum": "proximal"}
         return {key: penalty for key, penalty in readers.items() if not getattr(self, penalty)}
 

@@ -108,7 +108,10 @@ def document(title: str, sections: Sequence[tuple[str, str]], body: str) -> str:
 
 
 def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]], body: str, plots: Plots) -> Path:
-    """Writes charts to plots/ beside `path`, and then a `document` to `path`, which so stands for all; returns `path`."""
+    """Writes the charts to plots/ beside `path`, then a `document` to `path`, and returns `path`.
+
+    The page comes last: where it is complete, so are the charts.
+    """
     for name, svg in plots.items():
         file = re.sub(r"[^\w.=+-]", "_", name)  # it may hold the name of a class
         write_text(path.parent / "plots" / f"{file}.svg", charts.standalone_svg(svg))

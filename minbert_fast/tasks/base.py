@@ -99,7 +99,7 @@ class TaskOptions:
             raise ConfigError(str(error)) from None
 
     def unused(self) -> dict[str, str]:
-        """Keys that nothing reads beside the other values, and what would read them."""
+        """Maps each key that has no effect, the other values being as they are, to what it belongs to."""
         return {}
 
     @property

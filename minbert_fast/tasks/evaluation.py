@@ -40,8 +40,7 @@ class TaskResult:
 def course_tasks(judged: Mapping[str, tuple[Task, Collection[str]]]) -> list[str]:
     """The tasks that the course's score counts, from every task's metrics; none if the score is the mean of all tasks.
 
-    It is the mean if one of the tasks is the user's own. So is a task without a preset and a layout, also if it is called
-    `sentiment`.
+    The score is that mean as soon as one task is the user's own: a task without a preset and a layout, whatever its name.
     """
     if not all(task.preset or any(source.layout for source in task.sources) for task, _ in judged.values()):
         return []

@@ -82,8 +82,9 @@ def ordinal_probabilities(s: Tensor, thresholds: Tensor) -> Tensor:
 def initial_thresholds(classes: int) -> nn.Parameter:
     """Thresholds [C - 1], far enough apart that for some score each of a few classes is likely.
 
-    Adam moves a threshold by a learning rate per step, but a score by that of all its weights together. Thresholds that
-    began where a score of 0 makes all classes equally likely stayed there: the middle of 5 classes never passed 0.2.
+    Adam moves a threshold by at most the learning rate in a step, and a score much further, because all its weights move.
+    With narrow thresholds, such as those that make all classes equally likely at a score of 0, the middle of 5 classes would
+    hardly ever get more than 0.2.
     """
     above = torch.arange(classes - 1, 0, -1) / classes
     return nn.Parameter(-SPREAD * above.logit())

@@ -251,9 +251,8 @@ def course_score(metrics: Mapping[str, float]) -> float | None:
 
     The mean of those that exist if some are missing; None if all are.
     """
-    parts = [metrics[name] for name in ("sentiment_accuracy", "paraphrase_accuracy") if name in metrics]
-    if "similarity_pearson" in metrics:
-        parts.append((metrics["similarity_pearson"] + 1) / 2)
+    found = {task: metrics[metric] for task, metric in COURSE_METRICS.items() if metric in metrics}
+    parts = [(value + 1) / 2 if task == "similarity" else value for task, value in found.items()]
     return sum(parts) / len(parts) if parts else None
 
 

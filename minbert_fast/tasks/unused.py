@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a recipe that do nothing beside its other values, such as a `temperature` without a loss that has one."""
+"""Values of a recipe that have no effect, such as a `temperature` without a loss that has one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minbert_fast.tasks.model import build_tasks
 
 
 def unused_values(recipe: Recipe) -> Iterator[str]:
-    """A line for each value of a resolved stage that differs from its default and that nothing reads."""
+    """A line for each value of a resolved stage that differs from its default and has no effect."""
     for section in ("optimizer", "weighting", "regularisation"):
         options = getattr(recipe, section)
         yield from _unused(options, options.unused(), section)

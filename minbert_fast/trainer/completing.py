@@ -45,13 +45,18 @@ def complete(
         if not task.resolved:
             values = task.resolve(summarise(name, task.num_texts))
             recipe = with_task_values(recipe, name, values)
-            spellings: dict[str, list[str]] = {}
-            for each in values.get("classes", ()):
-                spellings.setdefault(each.casefold(), []).append(each)
-            if alike := [", ".join(group) for group in spellings.values() if len(group) > 1]:
+            if alike := _alike(values.get("classes", ())):
                 merged = 'data.values = { OLD = "NEW" } merges classes'
                 notify(f"tasks.{name}: classes that differ in case alone: {'; '.join(alike)} ({merged})")
     return recipe
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    """Names that differ in case alone, one line for each group of them."""
+    spellings: dict[str, list[str]] = {}
+    for each in classes:
+        spellings.setdefault(each.casefold(), []).append(each)
+    return [", ".join(group) for group in spellings.values() if len(group) > 1]
 
 
 def task_tables(recipe: Recipe) -> list[tuple[str, Mapping[str, Any]]]:
