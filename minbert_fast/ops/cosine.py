@@ -35,6 +35,11 @@ def cosine(u: Tensor, v: Tensor) -> Tensor:
     return found
 
 
+def normalize(x: Tensor) -> Tensor:
+    """Rows [n, D] scaled to length 1; a zero row stays zero."""
+    return F.normalize(x, dim=-1, eps=EPS)
+
+
 @kernel_op()
 def cosine_forward(u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """cosine [n], and the lengths of both rows [n, 2] fp32."""

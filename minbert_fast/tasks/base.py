@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,18 +23,15 @@ from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build, check, check_at_least, check_below_one
 from minbert_fast.data.labels import LabelSummary, Rule
+from minbert_fast.data.pretraining import ExampleGenerator
 from minbert_fast.data.sampling import Draw
 from minbert_fast.data.source import Source, sources_of
-from minbert_fast.data.tokens import chain
+from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokens import Encoder, TokenTable, chain
 from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.metrics import OF_PREDICTIONS
+from minbert_fast.tasks.neighbours import LabelledSentences
 from minbert_fast.tasks.presets import PRESETS, preset_of
-
-if TYPE_CHECKING:
-    from minbert_fast.data.pretraining import ExampleGenerator
-    from minbert_fast.data.tokenizer import Tokenizer
-    from minbert_fast.data.tokens import Encoder, TokenTable
-    from minbert_fast.tasks.neighbours import LabelledSentences
 
 
 @dataclass(frozen=True)
@@ -409,8 +406,3 @@ def shared_stack(options: StackOptions, width: int, shared: dict[str, nn.Module]
             f"{len(stack.layers)} layers with dropout {stack.dropout} in another task"
         )
     return stack
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Rows [n, D] scaled to length 1; a zero row stays zero."""
-    return F.normalize(x, dim=-1, eps=1e-8)

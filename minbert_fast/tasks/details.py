@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task's predictions as details.json holds them for the report; docs/report.md lists the keys.
+"""One task's predictions with labels and metrics, and the same as details.json holds it (docs/report.md lists the keys).
 
 Shapes: n examples, C classes. Labels and predictions are [n], or matrices [n, C] of 0 and 1 for several labels an example.
 """
@@ -7,17 +7,28 @@ Shapes: n examples, C classes. Labels and predictions are [n], or matrices [n, C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from minbert_fast.tasks.base import Task
 from minbert_fast.tasks.metrics import average_precision, calibration, confusion_matrix
-
-if TYPE_CHECKING:
-    from minbert_fast.tasks.evaluation import TaskResult
 
 MAX_ERRORS = 25  # errors listed per task
 BINS = 10  # of a regression's labels
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's predictions [n] in the order of its file, with labels and metrics."""
+
+    task: Task
+    ids: Sequence[str]
+    labels: np.ndarray | None  # [n]
+    predictions: np.ndarray  # [n] on the labels' scale: integers for classes written as whole numbers, else fp32
+    probabilities: np.ndarray | None  # [n, C]
+    metrics: dict[str, float]  # those of the task and `<task>_loss`, its head's mean loss; empty for an unlabelled file
 
 
 def task_details(

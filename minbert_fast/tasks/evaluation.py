@@ -19,22 +19,10 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.inference import TOKEN_BUDGET, Snapshot
 from minbert_fast.model.passes import PackedRows
 from minbert_fast.tasks.base import HeadOutput, Results, Task
-from minbert_fast.tasks.details import task_details
+from minbert_fast.tasks.details import TaskResult, task_details
 from minbert_fast.tasks.metrics import COURSE_METRICS, course_score, lower_is_better
 from minbert_fast.tasks.model import MultitaskModel
 from minbert_fast.tasks.predictions import write_predictions
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task's predictions [n] in the order of its file, with labels and metrics."""
-
-    task: Task
-    ids: Sequence[str]
-    labels: np.ndarray | None  # [n]
-    predictions: np.ndarray  # [n] on the labels' scale: integers for classes written as whole numbers, else fp32
-    probabilities: np.ndarray | None  # [n, C]
-    metrics: dict[str, float]  # those of the task and `<task>_loss`, its head's mean loss; empty for an unlabelled file
 
 
 def course_tasks(judged: Mapping[str, tuple[Task, Collection[str]]]) -> list[str]:

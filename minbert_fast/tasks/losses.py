@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.ops.cosine import cosine
-from minbert_fast.tasks.base import normalize
+from minbert_fast.ops.cosine import cosine, normalize
 
 SPREAD = 3.0  # of the initial thresholds, against equally likely classes at a score of 0
 

@@ -3,23 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minbert_fast.common.device import DTYPES, Precision
-from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.collate import Collator
-from minbert_fast.data.tokens import TokenTable
-from minbert_fast.model.inference import Snapshot
-from minbert_fast.model.passes import PackedRows
-from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks.base import normalize
-from minbert_fast.tasks.model import MultitaskModel
-
-CHUNK = 256  # sentences that are embedded at a time
+from minbert_fast.ops.cosine import normalize
 
 
 class LabelledSentences(nn.Module):
@@ -85,35 +73,3 @@ class LabelledSentences(nn.Module):
             order = members[np.argsort(bits.random_raw(len(members)), kind="stable")]
             chosen.append(order[: self.per_class] if self.nearest else np.resize(order, self.per_class))
         return np.concatenate(chosen)
-
-
-def check_encoder_frozen(model: MultitaskModel, recipe: Recipe) -> None:
-    """Raises ConfigError if a stage with labelled sentences trains the encoder: their embeddings would be outdated."""
-    for name in recipe.tasks:
-        if model.head(name).labelled_sentences() is not None and not recipe.model.freeze:
-            raise ConfigError(f"tasks.{name}.neighbours: the stage that trains it needs model.freeze = true")
-
-
-@torch.no_grad()
-def embed_labelled_sentences(
-    model: MultitaskModel, recipe: Recipe, tables: Mapping[str, TokenTable], precision: Precision
-) -> None:
-    """Chooses and embeds the labelled sentences of a stage's heads with the current encoder.
-
-    Weights, data and seed alone determine them, so a resumed run stores the same ones. Raises ConfigError.
-    """
-    for name, table in tables.items():
-        stored = model.head(name).labelled_sentences()
-        if stored is None:
-            continue
-        assert table.labels is not None
-        try:
-            rows = stored.choose(table.labels, recipe.training.seed)
-        except ValueError as error:
-            raise ConfigError(f"tasks.{name}.neighbours: {table.path}: {error}") from None
-        collate, snapshot = Collator({name: table}, recipe.data.max_length), Snapshot(model.encoder, DTYPES[precision])
-        vectors: list[torch.Tensor] = []
-        for begin in range(0, len(rows), CHUNK):
-            batch = collate({name: rows[begin : begin + CHUNK]}).to(stored.vectors.device)
-            vectors += model.inputs(batch, snapshot.hidden(PackedRows.of(batch.packed)))[name].embeddings
-        stored.store(torch.cat(vectors), torch.from_numpy(table.labels[rows]))

@@ -14,7 +14,7 @@ from torch import nn
 from minbert_fast.common.errors import RunError
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.trainer.checkpoint import NEWEST
-from minbert_fast.trainer.loop import Stage
+from minbert_fast.trainer.plan import Stage
 
 ROW_BYTES = 300  # about, for each dev row in predictions/: the prediction, and the texts that the report may show
 

@@ -35,7 +35,7 @@ from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.tasks.unused import unused_values
-from minbert_fast.trainer import disk, loop
+from minbert_fast.trainer import disk, loop, plan
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets, names_data
@@ -192,7 +192,7 @@ class _Job:
         where = self.device, self.precision, self.backend, self.world
         context = StageContext(self.model, self.tokenizer, self.data.train, *where, self.captures)
         stages = [build_stage(context, self.recipe, i) for i in range(len(self.recipe.resolved_stages()))]
-        self.stages = loop.share_steps(stages, self.recipe.training.max_steps)
+        self.stages = plan.share_steps(stages, self.recipe.training.max_steps)
         for line in dict.fromkeys(line for stage in self.stages for line in unused_values(stage.recipe)):
             self.notify(line)
         self._check_select()
@@ -365,7 +365,7 @@ class _Job:
     def _save(self, directory: Path) -> None:
         self.model.save(directory, self.recipe.to_toml(), self.tokenizer)
 
-    def _evaluate(self) -> loop.Evaluation | None:
+    def _evaluate(self) -> plan.Evaluation | None:
         """Scores on the dev files, computed on rank 0; None without dev files."""
         if not self.dev:
             return None
@@ -382,7 +382,7 @@ class _Job:
             found[0].write(directory, texts, train_labels=labels)
 
         dev, train = self.world.from_main(measure)
-        return loop.Evaluation(dev, write, train)
+        return plan.Evaluation(dev, write, train)
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)

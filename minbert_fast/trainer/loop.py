@@ -8,14 +8,13 @@ signal has arrived.
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.parallel.world import Agreement, World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import format_score
-from minbert_fast.tasks.metrics import lower_is_better
+from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.trainer.callbacks import Callback, EvaluationEvent, StepEvent
 from minbert_fast.trainer.checkpoint import (
     NEWEST,
@@ -38,61 +37,14 @@ from minbert_fast.trainer.checkpoint import (
     set_weights,
 )
 from minbert_fast.trainer.outputs import RunDirectory
+from minbert_fast.trainer.plan import Evaluation, Stage
 from minbert_fast.trainer.progress import Progress
 from minbert_fast.trainer.records import Clock, Observation, Observer, evaluation_record, training_record
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
 
-if TYPE_CHECKING:
-    from minbert_fast.step.stepping import TrainingStep
-
 KEPT = "kept/"  # start of the names of checkpointed tensors that a later stage starts from
 SHOWN_EXAMPLES = 8  # examples named when non-finite losses stop a run
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of the model at one step; None for a score that is not finite."""
-
-    metrics: Mapping[str, float | None]  # on the dev files
-    write: Callable[[Path], None]  # writes the files of predictions/
-    train: Mapping[str, float | None] = field(default_factory=dict)  # on training rows, if the recipe asks for them
-
-    def score(self, metric: str) -> float:
-        """A dev score, higher is better: errors and losses with a minus sign; minus infinity if it is not a number."""
-        value = self.metrics.get(metric)
-        if value is None or not math.isfinite(value):
-            return -math.inf
-        return -value if lower_is_better(metric) else value
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One resolved stage of a recipe, with the functions that run it."""
-
-    recipe: Recipe
-    steps_per_epoch: int
-    steps: int  # of the stage, and of its learning rate schedule
-    patience: int  # evaluations without a better score that end the stage; 0: no limit
-    build_step: Callable[[], TrainingStep]  # prepares the model for this stage
-    batches: Callable[[int, int], Generator[MultitaskBatch, None, None]]  # of the stage's steps [first, end)
-    locate: Callable[[str, int], str]  # (task, row) -> "file:line"
-
-
-def schedule_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Steps of `epochs`, rounded to whole ones; at least one step unless `epochs` is 0."""
-    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
-
-
-def share_steps(stages: Sequence[Stage], max_steps: int | None) -> list[Stage]:
-    """The stages of a run of `max_steps` steps, shared in proportion to the stages' own lengths; None changes nothing."""
-    if max_steps is None:
-        return list(stages)
-    ends = list(itertools.accumulate(stage.steps for stage in stages))
-    if ends[-1] == 0:
-        ends = list(range(1, len(stages) + 1))
-    ends = [round(max_steps * end / ends[-1]) for end in ends]
-    return [replace(s, steps=end - begin) for s, begin, end in zip(stages, [0, *ends], ends, strict=False)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.reporting.runs import TRAINING_PARTS
+from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer.checkpoint import State
-
-if TYPE_CHECKING:
-    from minbert_fast.step.stepping import StepResult
-    from minbert_fast.trainer.loop import Evaluation, Stage
+from minbert_fast.trainer.plan import Evaluation, Stage
 
 
 @dataclass(frozen=True)

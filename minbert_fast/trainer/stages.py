@@ -11,7 +11,7 @@ import torch
 
 from minbert_fast import surgery
 from minbert_fast.common.device import DTYPES, Precision
-from minbert_fast.common.schema import check
+from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import EXACT, choose_buckets
 from minbert_fast.data.collate import Collator, training_batches
@@ -19,6 +19,8 @@ from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
+from minbert_fast.model.inference import Snapshot
+from minbert_fast.model.passes import PackedRows
 from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
@@ -29,8 +31,9 @@ from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.tasks.neighbours import check_encoder_frozen, embed_labelled_sentences
-from minbert_fast.trainer.loop import Stage, schedule_steps
+from minbert_fast.trainer.plan import Stage, schedule_steps
+
+CHUNK = 256  # labelled sentences that are embedded at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
     weighting, known = recipe.weighting.method, ("none", *WEIGHTINGS)
     check(weighting in known, f"weighting.method = {weighting!r}: expected one of {', '.join(known)}")
-    check_encoder_frozen(context.model, recipe)
+    _check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)
     sampler = Sampler.from_tables(
         tables,
@@ -82,7 +85,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
 
     def build_step() -> TrainingStep:
         context.model.configure(tasks)
-        embed_labelled_sentences(context.model, recipe, tables, context.precision)
+        _embed_labelled_sentences(context.model, recipe, tables, context.precision)
         connected = connect(world, training.shard)
         step = make_step(context.backend, context.model, with_window, DTYPES[context.precision], connected)
         if not graphs:
@@ -110,3 +113,35 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         batches=batches,
         locate=lambda task, row: tables[task].locate(row),
     )
+
+
+def _check_encoder_frozen(model: MultitaskModel, recipe: Recipe) -> None:
+    """Raises ConfigError if a stage with labelled sentences trains the encoder: their embeddings would be outdated."""
+    for name in recipe.tasks:
+        if model.head(name).labelled_sentences() is not None and not recipe.model.freeze:
+            raise ConfigError(f"tasks.{name}.neighbours: the stage that trains it needs model.freeze = true")
+
+
+@torch.no_grad()
+def _embed_labelled_sentences(
+    model: MultitaskModel, recipe: Recipe, tables: Mapping[str, TokenTable], precision: Precision
+) -> None:
+    """Chooses and embeds the labelled sentences of a stage's heads with the current encoder.
+
+    Weights, data and seed alone determine them, so a resumed run stores the same ones. Raises ConfigError.
+    """
+    for name, table in tables.items():
+        stored = model.head(name).labelled_sentences()
+        if stored is None:
+            continue
+        assert table.labels is not None
+        try:
+            rows = stored.choose(table.labels, recipe.training.seed)
+        except ValueError as error:
+            raise ConfigError(f"tasks.{name}.neighbours: {table.path}: {error}") from None
+        collate, snapshot = Collator({name: table}, recipe.data.max_length), Snapshot(model.encoder, DTYPES[precision])
+        vectors: list[torch.Tensor] = []
+        for begin in range(0, len(rows), CHUNK):
+            batch = collate({name: rows[begin : begin + CHUNK]}).to(stored.vectors.device)
+            vectors += model.inputs(batch, snapshot.hidden(PackedRows.of(batch.packed)))[name].embeddings
+        stored.store(torch.cat(vectors), torch.from_numpy(table.labels[rows]))

@@ -17,7 +17,7 @@ from minbert_fast.recipes.recipe import Recipe, TrainingOptions
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import ParameterSpec
-from minbert_fast.trainer import loop
+from minbert_fast.trainer import loop, plan
 from tests.step.test_graph import computed_on_meta
 from tests.step.test_step import SIZES, make_batch, make_model, recipe
 from tests.trainer.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
@@ -168,7 +168,7 @@ class AveragingRun(Run):
         self.begun.append(self.model.weight.detach().clone())
         return Averaging(self)
 
-    def evaluate(self) -> loop.Evaluation:
+    def evaluate(self) -> plan.Evaluation:
         self.judged[self.trainer.state.step] = self.model.weight.detach().clone()
         return super().evaluate()
 

@@ -24,7 +24,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.stepping import StepResult
-from minbert_fast.trainer import loop
+from minbert_fast.trainer import loop, plan
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.schedule import lr_scale
@@ -105,22 +105,22 @@ class Run:
         self.model = Model()
         self.evaluations: list[int] = []
 
-    def stages(self) -> list[loop.Stage]:
+    def stages(self) -> list[plan.Stage]:
         found = []
         for index, recipe in enumerate(self.recipe.resolved_stages()):
             own = self.recipe.stages[index].get("training", {}).get("max_steps") if self.recipe.stages else None
             found.append(
-                loop.Stage(
+                plan.Stage(
                     recipe=recipe,
                     steps_per_epoch=STEPS_PER_EPOCH,
-                    steps=loop.schedule_steps(recipe.training.epochs, STEPS_PER_EPOCH) if own is None else own,
+                    steps=plan.schedule_steps(recipe.training.epochs, STEPS_PER_EPOCH) if own is None else own,
                     patience=recipe.training.patience,
                     build_step=self.build_step,
                     batches=lambda first, end, index=index: self.batches(index, first, end),
                     locate=lambda task, row: f"{task}.csv:{row + 2}",
                 )
             )
-        return loop.share_steps(found, self.recipe.training.max_steps)
+        return plan.share_steps(found, self.recipe.training.max_steps)
 
     def build_step(self) -> StandIn:
         step = StandIn(self.model)
@@ -132,7 +132,7 @@ class Run:
             self.at_step(self.trainer.state.step + 1)
             yield batch_at(stage, step)
 
-    def evaluate(self) -> loop.Evaluation:
+    def evaluate(self) -> plan.Evaluation:
         step = self.trainer.state.step
         self.at_evaluation(step)
         self.evaluations.append(step)
@@ -140,7 +140,7 @@ class Run:
         metrics = {self.metric: score}
         if self.judged_by:
             metrics |= {"a_accuracy": accuracy_at(step, 3), "b_accuracy": accuracy_at(step, 5)}
-        return loop.Evaluation(metrics, lambda d: (d / "p.csv").write_text(str(step)) and None)
+        return plan.Evaluation(metrics, lambda d: (d / "p.csv").write_text(str(step)) and None)
 
     def save(self, directory: Path) -> None:
         (directory / "weight.json").write_text(json.dumps(self.model.weight.tolist()))
