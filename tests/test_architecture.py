@@ -67,10 +67,8 @@ def rank_of(module: str) -> int:
 
 
 def imports(tree: ast.AST, modules: Collection[str]) -> Iterator[tuple[int, str]]:
-    """(line, module of this package) for each import that runs; `if TYPE_CHECKING` blocks are for types alone."""
+    """(line, module of this package) for each import, those for types included."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

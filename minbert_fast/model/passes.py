@@ -3,7 +3,7 @@
 
 `Pass` is the base class. `AutogradPass` uses the parameters themselves and ordinary autograd (course code, fine-tuning by
 hand). `OnePass` (step/flat_pass.py) uses the flat buffers and writes parameter gradients into J, one row per task.
-`Snapshot` (inference.py) uses converted copies. `through` runs a stack of layers with any of them; it calls a layer that
+`Snapshot` (snapshot.py) uses converted copies. `through` runs a stack of layers with any of them; it calls a layer that
 the fused path may not compute as a module, on a padded rectangle.
 
 Shapes: N rows, B sentences, S positions, T tasks, H hidden, F intermediate, h heads, d head width.

@@ -26,7 +26,7 @@ from minbert_fast.data.sentences import Tokens, join_pair, truncate
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Encoder
 from minbert_fast.model.config import Pooling
-from minbert_fast.model.inference import CHUNK, TOKEN_BUDGET, by_length
+from minbert_fast.tasks.sentence_vectors import CHUNK, TOKEN_BUDGET, by_length
 
 GRAPH = "model.onnx"
 KEY = "minbert_fast"  # of the graph's metadata; the value is a Contents as JSON

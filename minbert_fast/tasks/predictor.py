@@ -30,12 +30,13 @@ from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.columns import usual_names
 from minbert_fast.data.files import Table
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.model import inference, sentence_modules, weights
+from minbert_fast.model import sentence_modules, weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.sentence_modules import SentenceModules
+from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, Task, evaluation
+from minbert_fast.tasks import MultitaskModel, Task, evaluation, sentence_vectors
 
 Pair = tuple[str, str] | Sequence[str]
 # A function that gets the number of sentences or examples of each batch, or True for a progress bar (also in notebooks).
@@ -119,7 +120,7 @@ class Predictor:
         self.prompt = prompt
         self.width = min(truncate_dim or hidden, hidden)  # of a vector
         self.precision = precision
-        self._snapshot = inference.Snapshot(self.encoder, DTYPES[precision])
+        self._snapshot = Snapshot(self.encoder, DTYPES[precision])
 
     @classmethod
     def from_pretrained(
@@ -204,7 +205,7 @@ class Predictor:
             if not isinstance(text, str):
                 raise ValueError(f"sentence {number} is {text!r:.60}, expected a string")
         with _reporting(progress, len(texts), " sentences") as report:
-            vectors = inference.encode(
+            vectors = sentence_vectors.encode(
                 self._snapshot,
                 [self.prompt + text for text in texts] if self.prompt else texts,
                 self.tokenizer,

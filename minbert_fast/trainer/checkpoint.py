@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +25,7 @@ from torch import Tensor, nn
 
 from minbert_fast.common.errors import translate_write_errors
 from minbert_fast.common.storage import file_digest, flush_directory, remove, write_directory, write_json, write_tensors
-
-if TYPE_CHECKING:
-    from minbert_fast.step.stepping import TrainingStep
+from minbert_fast.step.stepping import TrainingStep
 
 FORMAT = 1
 NEWEST = 2  # checkpoints of a running run: if the newest is damaged, the other one serves

@@ -17,8 +17,8 @@ from torch.nn.utils import prune
 
 from minbert_fast import BertLayer, BertModel
 from minbert_fast.model import passes
-from minbert_fast.model.inference import Snapshot
 from minbert_fast.model.packing import pack
+from minbert_fast.model.snapshot import Snapshot
 from tests.dropin.cases import WIDTH, batch, close, course, course_layer, replicate, small
 
 

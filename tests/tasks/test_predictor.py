@@ -17,12 +17,13 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.formats import find_tables
-from minbert_fast.model.inference import Snapshot, encode
 from minbert_fast.model.sentence_modules import SentenceModules, read, write
+from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.evaluation import evaluate
 from minbert_fast.tasks.predictor import Index
+from minbert_fast.tasks.sentence_vectors import encode
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ import torch
 
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
-from minbert_fast.model import inference
-from minbert_fast.model.inference import Snapshot, by_length, embed, encode, gather, side_by_side
+from minbert_fast.model.snapshot import Snapshot
+from minbert_fast.tasks.sentence_vectors import by_length, embed, encode, gather, side_by_side
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,34 +120,6 @@ def test_training_mode_and_gradients_stay_out_of_it(model, tokenizer, sentences)
         assert all(p.grad is None for p in model.parameters())
     finally:
         model.eval()
-
-
-def test_modes_return_when_the_last_thread_has_finished(model):
-    """The first thread to finish once put the others back into training mode, where they drew dropout masks."""
-    model.train()
-    try:
-        with inference._evaluating(model):
-            other = inference._evaluating(model)
-            other.__enter__()
-        assert not any(module.training for module in model.modules())
-        other.__exit__(None, None, None)
-        assert all(module.training for module in model.modules())
-    finally:
-        model.eval()
-
-
-def test_a_snapshot_in_bf16_is_of_its_moment(model, tokenizer):
-    snapshot = Snapshot(model, torch.bfloat16)
-    encoded = tokenizer.encode(["a film"])
-    before = embed(snapshot, encoded)
-    with torch.no_grad():
-        model.bert_layers[0].interm_dense.weight.add_(1.0)
-    try:
-        assert torch.equal(embed(snapshot, encoded), before)
-        assert not torch.equal(embed(Snapshot(model, torch.bfloat16), encoded), before)
-    finally:
-        with torch.no_grad():
-            model.bert_layers[0].interm_dense.weight.sub_(1.0)
 
 
 def test_batches_hold_each_sentence_once_under_the_budget():
