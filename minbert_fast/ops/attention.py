@@ -74,7 +74,7 @@ def attention_dense(
     batch, length = mask.shape
     if implementation(qkv) != "torch":
         out = _Attention.apply(qkv.flatten(0, 1), None, mask != 0, length, scale, dropout_p, seed, site)
-        return out.view(batch, length, -1)
+        return out.view(batch, length, out.shape[1])  # -1 is ambiguous where there are no rows
     rows = torch.arange(batch * length, device=qkv.device).view(batch, length)
     return reference(qkv, mask != 0, scale, _keep(rows, qkv, dropout_p, seed, site))[0]
 
