@@ -318,6 +318,11 @@ def test_refusals_name_what_is_wrong() -> None:
     qkv, cu_seqlens, seed = torch.zeros(4, 3, 1, 16), offsets((4,)), torch.tensor([1])
     with pytest.raises(ValueError, match=r"qkv must have shape \[N, 3, heads, head_dim\]"):
         ops.attention(qkv[:, :2], cu_seqlens, 4, 1.0)
+    for nothing in (qkv[..., :0], qkv[:, :, :0]):  # the extension would divide by them
+        with pytest.raises(ValueError, match="heads and head_dim not 0"):
+            ops.attention(nothing, cu_seqlens, 4, 1.0)
+        with pytest.raises(ValueError, match="heads and head_dim not 0"):
+            ops.attention_dense(nothing[None], torch.ones(1, 4), 1.0)
     with pytest.raises(ValueError, match=r"cu_seqlens must be int32"):
         ops.attention(qkv, cu_seqlens.long(), 4, 1.0)
     with pytest.raises(ValueError, match=r"mask must be \[1, 4\]"):
