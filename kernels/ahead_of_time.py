@@ -105,10 +105,17 @@ def check(launch: Launch, chip: Chip) -> list[Report]:
     if not compiled:
         return [Report(launch.label, "", chip.name, 0, failure="no kernel was launched")]
     reports = [report(launch.label, kernel.__name__, binary, chip, launch.spilled) for kernel, binary in compiled]
-    if launch.wide and chip.name == "sm_90":
-        texts = [narrow_accesses(binary.asm["ptx"]) for _, binary in compiled]
+    if chip.name == "sm_90":
+        texts = [wrong_text(launch, binary.asm["ptx"]) for _, binary in compiled]
         reports = [replace(each, failure=each.failure or text) for each, text in zip(reports, texts, strict=True)]
     return reports
+
+
+def wrong_text(launch: Launch, ptx: str) -> str:
+    """What the text of one of the launch's kernels should hold or should not; empty where all is well."""
+    if launch.needs not in ptx:
+        return f"holds no {launch.needs}"
+    return narrow_accesses(ptx) if launch.wide else ""
 
 
 def narrow_accesses(ptx: str) -> str:

@@ -37,8 +37,10 @@ def _bias_gelu_forward(
     rows,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    # All along the grid's first axis: the others end at 65,535, which 524,280 rows reach.
+    blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     within = columns < WIDTH
     mask = (row < rows)[:, None] & within[None, :]
     offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
@@ -124,7 +126,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, y: Tensor) -> None:
     """x [N, F] contiguous, bias [F] -> y [N, F]."""
     rows, width = x.shape
     if rows:
-        grid = (cdiv(width, COLUMNS), cdiv(rows, ROWS))
+        grid = (cdiv(width, COLUMNS) * cdiv(rows, ROWS),)
         _bias_gelu_forward[grid](x, bias, y, rows, WIDTH=width, COLUMNS=COLUMNS, **_LAUNCH)
 
 

@@ -124,12 +124,14 @@ def _gram_pieces(
         row_ptr = table_ptr + FIELDS * (tl.sum((firsts <= block).to(tl.int32), 0) - 1)
         pointer = tl.load(row_ptr + POINTER).to(tl.pointer_type(TYPE))
         stride = tl.load(row_ptr + STRIDE)
-        if ALIGNED:  # each number needs its own hint
+        count = tl.load(row_ptr + COUNT)
+        if ALIGNED:  # each number needs its own hint, or memory moves by single elements
             pointer = tl.multiple_of(pointer, 16)
             stride = tl.multiple_of(stride, 16)
+            count = tl.multiple_of(count, 16)
         first = (block - tl.load(row_ptr + FIRST)) * COLUMNS
         column = first + tl.arange(0, COLUMNS)[None, None, :]
-        inside = column < tl.load(row_ptr + COUNT)
+        inside = column < count
         x = tl.load(pointer + a * stride + column, mask=(a < tasks) & inside, other=0.0).to(tl.float32)
         y = tl.load(pointer + b * stride + column, mask=(b < tasks) & inside, other=0.0).to(tl.float32)
         sums += x * y
@@ -157,7 +159,7 @@ def gram_pieces(pieces: Sequence[Tensor], where: Tensor, blocks: int, partials: 
     """
     programs, size, _ = partials.shape
     columns, warps = LAUNCHES[size]
-    numbers = [number for piece in pieces for number in (piece.data_ptr(), piece.stride(0))]
+    numbers = [number for piece in pieces for number in (piece.data_ptr(), piece.stride(0), piece.shape[1])]
     _gram_pieces[(programs,)](
         where, partials, pieces[0].shape[0], len(where), blocks, programs,
         TYPE=TYPES[pieces[0].dtype], ALIGNED=not any(number % 16 for number in numbers),
@@ -177,4 +179,5 @@ def launches() -> Iterator[Launch]:
         rows, blocks = pieces_table(pieces)
         size = next_power_of_2(tasks)
         where, partials = meta(len(rows), FIELDS.value, dtype=torch.int64), meta(264, size, size)
-        yield Launch(f"pieces of {tasks} tasks bfloat16", partial(gram_pieces, pieces, where, blocks, partials, True))
+        call = partial(gram_pieces, pieces, where, blocks, partials, True)
+        yield Launch(f"pieces of {tasks} tasks bfloat16", call, needs="ld.global.v4.b32")

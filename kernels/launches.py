@@ -38,6 +38,7 @@ class Launch:
     label: str  # op, dtypes by their names in torch, and shape; unique in its file
     call: Callable[[], object]
     wide: bool = False  # on sm_90, tiles must arrive by asynchronous copies of 16 bytes, and leave by stores of 16
+    needs: str = ""  # what the text of each of its kernels for sm_90 must hold
     spilled: int = 0  # bytes a thread that may be spilled, where that was measured to be the fastest
 
 

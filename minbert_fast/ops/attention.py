@@ -44,8 +44,10 @@ def attention(
 
     Raises ValueError if shapes or dtypes disagree, dropout_p is not in [0, 1), or dropout_p > 0 has no seed.
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv must have shape [N, 3, heads, head_dim], not {list(qkv.shape)}")
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or 0 in qkv.shape[2:]:
+        raise ValueError(
+            f"qkv must have shape [N, 3, heads, head_dim], heads and head_dim not 0, not {list(qkv.shape)}"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not cu_seqlens.numel():
         raise ValueError(f"cu_seqlens must be int32 [B + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     dropout.check(dropout_p, seed)
@@ -67,14 +69,15 @@ def attention_dense(
     Positions with mask 0 are not attended to and give zeros, as does a row without any attended position. Dropout sees
     the rectangle as B * S packed rows.
     """
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv must have shape [B, S, 3, heads, head_dim], not {list(qkv.shape)}")
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
+        wanted = "[B, S, 3, heads, head_dim], heads and head_dim not 0"
+        raise ValueError(f"qkv must have shape {wanted}, not {list(qkv.shape)}")
     segments.expect("mask", mask, qkv.shape[:2])
     dropout.check(dropout_p, seed)
     batch, length = mask.shape
     if implementation(qkv) != "torch":
         out = _Attention.apply(qkv.flatten(0, 1), None, mask != 0, length, scale, dropout_p, seed, site)
-        return out.view(batch, length, -1)
+        return out.view(batch, length, out.shape[1])  # -1 is ambiguous where there are no rows
     rows = torch.arange(batch * length, device=qkv.device).view(batch, length)
     return reference(qkv, mask != 0, scale, _keep(rows, qkv, dropout_p, seed, site))[0]
 

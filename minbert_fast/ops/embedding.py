@@ -181,5 +181,7 @@ def _dense_backward(
         torch.ops.aten.embedding_dense_backward(rounded, index, table.shape[0], -1, False).to(table.dtype)
         for table, index in lookups[:2]
     )
-    d_type_table = torch.zeros_like(type_, dtype=dz.dtype).index_add_(0, types, dz).to(type_.dtype)
+    # A type has thousands of rows. index_add_ would add them on a GPU by atomics, in another order each time.
+    by_type = [dz.where((types == kind)[:, None], 0.0).sum(0) for kind in range(len(type_))]
+    d_type_table = torch.stack(by_type).to(type_.dtype)
     return dword, dposition, d_type_table, dgamma.to(gamma.dtype), dbeta

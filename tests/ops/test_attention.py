@@ -305,10 +305,24 @@ def test_no_sentences_and_no_rows(lengths: tuple[int, ...], tail: int, device: t
     assert not dqkv.any()
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_a_rectangle_without_rows(shape: tuple[int, int], device: torch.device) -> None:
+    qkv = torch.zeros(*shape, 3, 2, 16, device=device, requires_grad=True)
+    out = ops.attention_dense(qkv, torch.ones(shape, device=device), 1.0)
+    assert out.shape == (*shape, 32)
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    assert gradient.shape == qkv.shape
+
+
 def test_refusals_name_what_is_wrong() -> None:
     qkv, cu_seqlens, seed = torch.zeros(4, 3, 1, 16), offsets((4,)), torch.tensor([1])
     with pytest.raises(ValueError, match=r"qkv must have shape \[N, 3, heads, head_dim\]"):
         ops.attention(qkv[:, :2], cu_seqlens, 4, 1.0)
+    for nothing in (qkv[..., :0], qkv[:, :, :0]):  # the extension would divide by them
+        with pytest.raises(ValueError, match="heads and head_dim not 0"):
+            ops.attention(nothing, cu_seqlens, 4, 1.0)
+        with pytest.raises(ValueError, match="heads and head_dim not 0"):
+            ops.attention_dense(nothing[None], torch.ones(1, 4), 1.0)
     with pytest.raises(ValueError, match=r"cu_seqlens must be int32"):
         ops.attention(qkv, cu_seqlens.long(), 4, 1.0)
     with pytest.raises(ValueError, match=r"mask must be \[1, 4\]"):

@@ -159,6 +159,18 @@ def test_only_the_wanted_gradients(device: torch.device) -> None:
     assert torch.equal(alone, everything.views["position"])
 
 
+def test_plain_autograd_adds_no_rows_by_atomics() -> None:
+    """On a GPU, index_add_ and scatter_add_ add in another order each time: two runs would give different weights."""
+    it = case(BATCHES["three tasks"], 64, 0.0, torch.float32, torch.device("cpu"))
+    tables = [table.requires_grad_() for table in it.tables.values()]
+    y = ops.embedding(*it.indices, *tables, EPS)
+    with torch.profiler.profile() as profile:
+        y.backward(it.dy)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::embedding_dense_backward" in called
+    assert not {name for name in called if name.startswith(("aten::index_add", "aten::scatter", "aten::index_select"))}
+
+
 def test_too_many_types_are_refused(triton: torch.device) -> None:
     it = case(BATCHES["one token"], 64, 0.0, torch.float32, triton)
     it.tables["type_"] = torch.zeros(9, 64, device=triton)
