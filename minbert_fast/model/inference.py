@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minbert_fast.common.device import sent
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.passes import PackedRows, Pass
@@ -183,7 +184,7 @@ def embed(
             vectors = model.pool(vectors).float()
         if normalize:
             vectors = F.normalize(vectors, dim=-1)
-        out[torch.from_numpy(chosen).to(device)] = vectors
+        out[sent(torch.from_numpy(chosen), device)] = vectors
         return len(chosen)
 
     for count in side_by_side(fill, list(by_length(lengths, budget)), device):
