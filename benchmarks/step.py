@@ -269,7 +269,8 @@ def steps_agree(make: Maker, config: BertConfig, method: str, device: torch.devi
     Two layers without dropout. AssertionError if the change of any part of the model differs from the reference's by more
     than APART of it. With beta2 = 0 and a large epsilon the course's AdamW and torch's compute the same, a step depends on
     the gradient's size, m / (|g| + eps), and rounding does not grow: with a small epsilon two bf16 runs soon part.
-    PCGrad of two tasks does not depend on their order.
+    PCGrad of two tasks does not depend on their order. A step with graphs runs the first batch eagerly, captures a graph at
+    the second, and replays it for the second and the third.
     """
     small = replace(config, num_hidden_layers=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model, recipe = make_model(small, 3 if method == "none" else 2, device)
@@ -281,7 +282,7 @@ def steps_agree(make: Maker, config: BertConfig, method: str, device: torch.devi
     expected, found = naive(copy.deepcopy(model), recipe), make(copy.deepcopy(model), recipe)
     low = getattr(found, "dtype", torch.float32)
     tolerance = APART[low]
-    for number, batch in enumerate(batches.make_batches(model, CHECKED_STEPS, 4)):
+    for number, batch in enumerate(checked_batches(model)):
         batch = batch.to(device)
         for step in (expected, found):
             step.prepare(batch)
@@ -294,6 +295,14 @@ def steps_agree(make: Maker, config: BertConfig, method: str, device: torch.devi
         error = torch.cat([(own[name].to(device) - wanted[name]).flatten() for name in names])
         apart = float(error.norm() / change.norm())
         assert apart <= tolerance, f"{part} changed by {apart:.1%} otherwise than in the reference's three steps"
+
+
+def checked_batches(model: MultitaskModel) -> list[MultitaskBatch]:
+    """CHECKED_STEPS different batches of one bucket, so that a step with graphs captures one and replays it."""
+    capacity = max(batch.packed.num_tokens for batch in batches.make_batches(model, CHECKED_STEPS, 4))
+    made = batches.make_batches(model, CHECKED_STEPS, 4, capacity)
+    longest = max(batch.packed.max_seqlen for batch in made)
+    return [replace(batch, packed=replace(batch.packed, max_seqlen=longest)) for batch in made]
 
 
 def parts_of(names: Iterable[str]) -> dict[str, list[str]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses a command's device and precision, and measures the memory that it used."""
+"""Chooses a command's device and precision, sends tensors to a device, and measures the memory that a command used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError, check
 
@@ -57,6 +58,16 @@ def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device
     if name != "auto":
         return name
     return "bf16" if native else "fp32"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. The host does not wait for the work that a GPU has queued, as it does in a plain copy.
+
+    The way leads through page-locked memory. PyTorch keeps it until the copy is over.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minbert_fast import ops
+from minbert_fast.common.device import sent
 from minbert_fast.model.fused import Embedding, Layer, Plan
 from minbert_fast.model.packing import PackedBatch
 from minbert_fast.ops import AddNormSink, BiasGeluSink, EmbeddingSink, backend
@@ -94,7 +95,7 @@ class PackedRows(Sentences):
 
     def to(self, device: torch.device) -> PackedRows:
         """The same rows on `device`."""
-        tensors = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        tensors = {name: sent(t, device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minbert_fast.common.device import sent
 from minbert_fast.data.sentences import Tokens
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model.config import Pooling
@@ -102,7 +103,7 @@ def embed(
             vectors = model.pool(vectors).float()
         if normalize:
             vectors = F.normalize(vectors, dim=-1)
-        out[torch.from_numpy(chosen).to(device)] = vectors
+        out[sent(torch.from_numpy(chosen), device)] = vectors
         return len(chosen)
 
     for count in side_by_side(fill, list(by_length(lengths, budget)), device):

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import baselines, batches, harness, step
 from minbert_fast import BertConfig
 from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.step.captured import _bucket
 
 CPU = torch.device("cpu")
 TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -100,6 +101,15 @@ def test_every_candidate_in_bf16_passes_and_a_larger_error_does_not(method: str)
 
     with pytest.raises(AssertionError, match="otherwise"):
         step.steps_agree(partial(Fast, dtype=torch.bfloat16), TINY, method, CPU)
+
+
+def test_the_check_of_a_step_with_graphs_replays_one() -> None:
+    """Named after the bug: each batch had a bucket of its own, so the graphs that were timed never ran in the check."""
+    model, _ = step.make_model(TINY, 3, CPU)
+    found = step.checked_batches(model)
+    assert len(found) == step.CHECKED_STEPS >= 3  # eager, captured and replayed, replayed with another batch
+    assert len(set(map(_bucket, found))) == 1
+    assert len({batch.packed.num_tokens for batch in found}) > 1
 
 
 def test_flops_equal_a_naive_count() -> None:

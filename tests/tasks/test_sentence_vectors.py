@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
@@ -99,6 +101,32 @@ def test_real_weights_agree_with_transformers(minilm: Path):
 
 def test_no_sentences(model, tokenizer):
     assert vectors_of(model, [], tokenizer).shape == (0, 64)
+
+
+class Sendings(TorchFunctionMode):
+    """Notes each copy of a tensor from the host to another device: whether it leaves the host free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in (torch.Tensor.to, torch.Tensor.copy_) and isinstance(args[0], torch.Tensor):
+            source, target = (args[1], args[0]) if func is torch.Tensor.copy_ else (args[0], out)
+            if source.device.type == "cpu" != target.device.type:
+                self.free.append(bool(kwargs.get("non_blocking")))
+        return out
+
+
+def test_no_batch_of_sentences_waits_for_the_one_before(model, tokenizer, sentences):
+    """Named after the bug: a copy of each batch's places waited for all that the GPU had queued."""
+    snapshot = Snapshot(copy.deepcopy(model).to("meta"), torch.float32)
+    with Sendings() as sendings:
+        embed(snapshot, tokenizer.encode(sentences), token_budget=200)
+    assert len(sendings.free) > 20
+    assert all(sendings.free)
 
 
 def test_a_string_is_no_list_of_sentences(model, tokenizer):
