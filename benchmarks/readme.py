@@ -204,7 +204,7 @@ def first_figures(results: Path = RESULTS) -> str:
 
 
 def _is_ours(row: Mapping[str, Any], shape: str) -> bool:
-    return row["name"] == "ours" and row["case"] == f"{shape}, {METHOD}"
+    return (row["name"], row["case"]) == ("ours", f"{shape}, {METHOD}")
 
 
 def in_brief(rows: Sequence[Mapping[str, Any]]) -> list[str]:
