@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace what --output holds")
     head = "huggingface, onnx: export this task's head (default: the encoder alone)"
     add("--task", metavar="NAME", help=head)
-    add("--int8", action="store_true", help="onnx: 8-bit weights; smaller, faster, less exact")
+    add("--int8", action="store_true", help="onnx: 8-bit weights; a quarter of the size, less exact")
     length = "sentence-transformers, onnx: scale vectors to length 1 (default: the model's setting)"
     add("--normalize", action=argparse.BooleanOptionalAction, help=length)
     add("--push", metavar="USER/NAME", help="then upload it to this repository of the Hugging Face hub")

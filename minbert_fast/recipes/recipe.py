@@ -59,7 +59,7 @@ class DataOptions:
     cache: str = ""  # token cache directory; empty: the user's cache directory
     scheme: Scheme = "cycle"  # of an epoch: cycle, each-once or sequential (docs/data.md)
     max_length: int = 128  # tokens of a sequence, [CLS] and [SEP] included; longer ones are cut
-    max_bad_rows: float = 0.01  # share of a file's rows that may be malformed and left out
+    max_bad_rows: float = 0.01  # a file with this share of malformed rows, or more, is refused
     holdout: float = 0.1  # share of the training rows that serves as dev rows of a task without any; 0: no dev rows
     held_out: Mapping[str, str] = field(default_factory=dict)  # hash of the rows it was taken from; set by the run
 

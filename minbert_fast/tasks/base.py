@@ -69,9 +69,9 @@ class TaskOptions:
     """Options of every task kind: a table `[tasks.<name>]` of the recipe."""
 
     kind: str = ""  # of task, or a preset; empty: the task's own name
-    data: Any = ""  # its data sets: files, data sets of the hub, named layouts (data/source.py)
-    pooling: Pooling | None = None  # None: the recipe's `model.pooling`
-    batch_size: int | None = None  # None: the recipe's `training.batch_size`
+    data: Any = ""  # its data sets: files, data sets of the hub, named layouts (docs/data.md)
+    pooling: Pooling | None = None  # unset: the recipe's `model.pooling`
+    batch_size: int | None = None  # unset: the recipe's `training.batch_size`
     weight: float = 1.0  # of the task's loss
     fraction: float = 1.0  # of the training rows, drawn per epoch
     balanced: bool = False  # draw each class equally often (graded labels: each nearest whole number)

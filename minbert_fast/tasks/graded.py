@@ -23,7 +23,7 @@ OVER_LEVELS = ("cross_entropy", "ordinal")  # losses that need whole labels
 class RangeOptions(TaskOptions):
     """Options of a task with numbers as labels."""
 
-    range: tuple[float, float] | None = None  # smallest and largest valid label, also of predictions; None: no bounds
+    range: tuple[float, float] | None = None  # smallest and largest valid label, also of predictions; unset: no bounds
     found_range: tuple[float, float] | None = None  # without `range`: the smallest and the largest training label
     rounded: bool = False  # predict whole labels
     loss: str = "mse"

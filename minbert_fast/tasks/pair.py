@@ -57,7 +57,7 @@ class PairOptions(StackOptions):
     loss: PairLoss = "bce"
     labels: Literal["unit", "signed", "raw"] = "unit"  # targets of mse and l1: in [0, 1], in [-1, 1], as in the file
     scale: float = 1.0  # score = scale * cosine + offset
-    offset: float = 0.0
+    offset: float = 0.0  # see scale
     calibrated: bool = False  # learn scale and offset, starting from these values
     margin: float = 0.0  # of cosine_embedding
     temperature: float = 0.05  # of cosent and ranking; 1: none

@@ -40,7 +40,7 @@ OBJECTIVES = {
 class RankingOptions(TaskOptions):
     """Options of `ranking`. `objectives` maps names of OBJECTIVES to weights; triplet and regression need a negative."""
 
-    objectives: Mapping[str, float] = field(default_factory=lambda: {"contrastive": 1.0})
+    objectives: Mapping[str, float] = field(default_factory=lambda: {"contrastive": 1.0})  # {loss: weight}
     project: bool = False  # a linear layer on each embedding, used only by this task
     temperature: float = 0.05  # of contrastive, where it divides the cosines; 1: none
     symmetric: bool = False  # contrastive: also choose each positive's anchor among all anchors of the batch
@@ -67,7 +67,7 @@ class RankingOptions(TaskOptions):
 class TripletOptions(RankingOptions):
     """Options of `triplet`."""
 
-    objectives: Mapping[str, float] = field(default_factory=lambda: {"triplet": 1.0})
+    objectives: Mapping[str, float] = field(default_factory=lambda: {"triplet": 1.0})  # {loss: weight}
 
 
 class VectorHead(Head):

@@ -471,6 +471,9 @@ def _format_outcome(outcome: loop.Outcome, path: Path) -> str:
     """The last lines of a run: length, dev scores before its first step and after training, and the files."""
     state, best = outcome.state, outcome.best
     lines = [f"{outcome.reason}: {state.step:,} steps, {state.tokens:,} tokens, {state.seconds:.0f} s"]
+    if state.skipped_steps:
+        tasks = ", ".join(f"{task} {count:,}" for task, count in state.skipped.items())
+        lines.append(f"skipped steps, whose loss or gradient was not finite: {state.skipped_steps:,} ({tasks})")
     if best is not None:
         before = state.untrained or {}
         metrics = best["metrics"]

@@ -345,7 +345,10 @@ class Trainer:
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
 
     def _observe(self, stage: Stage, scale: float | None, logged: bool) -> None:
-        """Fetches the results since the last fetch; records every skipped step, and the last step if `logged`."""
+        """Fetches the results since the last fetch; records every skipped step, and the last step if `logged`.
+
+        The first skipped step of a run is printed too.
+        """
         state = self.state
         for seen in self._observer.fetch():
             if seen.skipped:
@@ -353,6 +356,9 @@ class Trainer:
                 state.skipped_in_a_row += 1
                 for task in seen.skipped:
                     state.skipped[task] = state.skipped.get(task, 0) + 1
+                if state.skipped_steps == 1:  # of a run that skips many, the last lines count them
+                    where = ", ".join(seen.skipped)
+                    self._progress.say(f"step {seen.step} is skipped: the loss or gradient of {where} is not finite")
             else:
                 state.skipped_in_a_row = 0
             last = seen.step == state.step

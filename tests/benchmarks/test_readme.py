@@ -97,6 +97,22 @@ def test_the_brief_is_made_from_the_measured_rows(results: Path) -> None:
     )
 
 
+def test_the_first_figures_compare_in_one_precision(tmp_path: Path) -> None:
+    cases = {"cpu": ("MiniLM-L6", 500.0), "cuda": ("BERT-base", 7.0)}
+    for device, (shape, median) in cases.items():
+        speedup = {"naive": 9.0, "naive, bf16": 5.0, "transformers": 3.0}
+        rows = [{"case": f"{shape}, {readme.METHOD}", "name": "ours", "median": median, "speedup": speedup}]
+        (tmp_path / f"{device}-step.json").write_text(json.dumps({"rows": rows}))
+    text = readme.first_figures(tmp_path)
+    assert "takes 500 ms on two CPU cores: 5.0 times as fast as the usual course code, 3.0 times" in text
+    assert text.endswith("BERT-base on one H100 it takes 7.00 ms.")
+
+
+def test_each_run_of_the_dev_scores_names_its_commit() -> None:
+    found = [json.loads((readme.RESULTS / f"{run}-cpu.json").read_text()) for run in ("first-run", "best")]
+    assert all(run["commit"][:7] in readme.dev_scores().splitlines()[-1] for run in found)
+
+
 def test_the_brief_states_each_ratio_in_both_precisions() -> None:
     case = f"BERT-base, {readme.METHOD}"
     rows = [

@@ -26,6 +26,7 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer import loop, plan
 from minbert_fast.trainer.checkpoint import CheckpointStore
+from minbert_fast.trainer.job import _format_outcome
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.schedule import lr_scale
 
@@ -502,7 +503,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("eager", [True, False])
-def test_skipped_steps_are_counted_and_recorded_with_their_task(tmp_path: Path, eager: bool) -> None:
+def test_skipped_steps_are_counted_and_recorded_with_their_task(
+    tmp_path: Path, eager: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(tmp_path, RECIPE | {"logging": {"every": 6}}, broken=frozenset({3, 6, 7}), eager=eager)
     outcome = run.go()
     assert outcome.state.skipped_steps == 3
@@ -510,6 +513,11 @@ def test_skipped_steps_are_counted_and_recorded_with_their_task(tmp_path: Path, 
     assert {r["step"]: r["skipped"] for r in run.records() if "skipped" in r} == {3: ["a"], 6: ["a"], 7: ["a"]}
     assert [r["step"] for r in run.records()] == [0, 1, 3, 4, 6, 7, 8, 12]
     assert run.records()[2]["loss/a"] is None
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert said == ["step 3 is skipped: the loss or gradient of a is not finite"]  # the first one alone
+    last = _format_outcome(outcome, tmp_path).splitlines()
+    assert last[1] == "skipped steps, whose loss or gradient was not finite: 3 (a 3)"
+    assert "skipped steps" not in _format_outcome(Run(tmp_path / "whole", RECIPE).go(), tmp_path)
 
 
 @pytest.mark.parametrize("eager", [True, False])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tasks on one encoder: classes of single texts, grades of pairs. See README, "The same job elsewhere"."""
+"""Two tasks on one encoder: classes of single texts, grades of pairs. README, "Your own data", compares the lines."""
 
 import sys
 
