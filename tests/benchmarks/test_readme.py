@@ -105,7 +105,7 @@ def test_the_first_figures_compare_in_one_precision(tmp_path: Path) -> None:
         (tmp_path / f"{device}-step.json").write_text(json.dumps({"rows": rows}))
     text = readme.first_figures(tmp_path)
     ratios = "5 times as fast as the usual course code and 3 times as fast as transformers"
-    assert f"takes 7.00 ms, {ratios} with BERT-base on one H100" in text
+    assert f"BERT-base on one H100 it takes 7.00 ms, {ratios}, both" in text
     assert f"on two CPU cores it takes 500 ms, {ratios}." in text
 
 
