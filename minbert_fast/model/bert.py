@@ -372,7 +372,7 @@ class BertModel(nn.Module):
         # A constant of the compiled graph, which itself guards what is read here: modules and activations.
         embedding, foreign = self._shape()
         layers = [
-            None if names is None or layer.interm_af is not F.gelu else layer_parts(layer, names)
+            None if names is None or layer.interm_af is not fused.GELU else layer_parts(layer, names)
             for layer, names in zip(self.bert_layers, foreign, strict=True)
         ]
         return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
@@ -436,8 +436,8 @@ def layer_parts(layer: Any, foreign: tuple[str, ...] = ()) -> fused.Layer:
 def read_embedding(model: BertModel) -> fused.Embedding:
     """The parts of the embeddings; raises fused.NotExactError where they are not as they were built."""
     for name in ("embed", "encode"):
-        if getattr(type(model), name) is not getattr(BertModel, name) or name in vars(model):
-            raise fused.NotExactError(model, f"has a {name} of its own")
+        if getattr(type(model), name) is not _MODEL_METHODS[name] or name in vars(model):
+            raise fused.NotExactError(model, f"has its own {name}")
     fused.expect_counting(model, model.position_ids)
     return fused.exact(embedding_parts(model))
 
@@ -449,7 +449,7 @@ def read_layer(layer: nn.Module) -> fused.Layer:
     fused.expect(layer.self_attention, BertSelfAttention)
     if _methods() != _AS_DEFINED:
         raise fused.NotExactError(layer, "has a class whose methods were replaced")
-    if layer.interm_af is not F.gelu:
+    if layer.interm_af is not fused.GELU:
         # Without its address, which would make a reason of its own for each layer's lambda.
         name = getattr(layer.interm_af, "__qualname__", repr(layer.interm_af))
         raise fused.NotExactError(layer, f"has another activation than gelu ({name:.60})")
@@ -463,3 +463,4 @@ def _methods() -> tuple[object, ...]:
 
 
 _AS_DEFINED = _methods()
+_MODEL_METHODS = {"embed": BertModel.embed, "encode": BertModel.encode}
