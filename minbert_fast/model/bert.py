@@ -100,15 +100,15 @@ class BertLayer(nn.Module):
 class BertModel(nn.Module):
     """BERT with the course's attribute names; weights from `from_pretrained`, or random as before BERT's pre-training.
 
-    The model keeps its own copy of `config`. Raises ConfigError for a configuration that is impossible.
+    The model keeps its own copy of `config`, which may be the starter's or transformers' too (`BertConfig.of`). Raises
+    ConfigError for a configuration that is impossible.
     """
 
     position_ids: Tensor  # [1, positions], a buffer
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        config.check()
-        self.config = copy.copy(config)
+        self.config = config = BertConfig.of(config)
         self.name_or_path = config.name_or_path
         self.gradient_checkpointing = False  # True: the backward pass computes each layer's activations again
         self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
@@ -384,7 +384,7 @@ class BertModel(nn.Module):
 
     def _plan(self) -> fused.Plan:
         methods = (type(self).embed, type(self).encode, *_methods())
-        extra = (fused.version(self.position_ids), *vars(self.config).values(), *methods)
+        extra = (fused.version(self.position_ids), *methods)
         plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
         slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
         fused.warn_once(self._warned, [*slower, *self._contradictions()], stacklevel=4)
@@ -397,12 +397,15 @@ class BertModel(nn.Module):
         follows = {
             "num_hidden_layers": len(self.bert_layers),
             "vocab_size": getattr(self.word_embedding, "num_embeddings", None),
-            "initializer_range": self.config.initializer_range,
         }
-        built = vars(self._built) | {"name_or_path": self.config.name_or_path}
-        changed = [n for n, value in vars(self.config).items() if value not in (built.get(n, value), follows.get(n))]
         words = "changes nothing in a model that is built: set it before BertModel(config), or change the modules"
-        return [f"config.{name} = {getattr(self.config, name)} {words}" for name in changed]
+        said = []
+        for name in BertConfig.__dataclass_fields__:
+            built = getattr(self._built, name)
+            value = getattr(self.config, name, built)  # another object may be in the configuration's place
+            if name not in ("initializer_range", "name_or_path") and value not in (built, follows.get(name)):
+                said.append(f"config.{name} = {value} {words}")
+        return said
 
     def one_pass_parameters(self) -> list[nn.Parameter]:
         """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
