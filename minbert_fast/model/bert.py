@@ -265,9 +265,9 @@ class BertModel(nn.Module):
         by its older name `torch_dtype`, is that of the parameters: "auto" takes the file's, None fp32. `subfolder` is a
         folder of the directory. `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
         `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). A `.pt` file needs `config`,
-        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler and the modules that a subclass
-        adds start as they are drawn, and a task's head is left out, each with a warning. Raises WeightsError or
-        ConfigError naming the file and the mistake.
+        `num_attention_heads` or a `config.json` in its folder, unless it has the size of one of Google's BERTs, whose heads
+        are 64 wide. A missing pooler and the modules that a subclass adds start as they are drawn, and a task's head is left
+        out, each with a warning. Raises WeightsError or ConfigError naming the file and the mistake.
         """
         weights.check_overrides(overrides, inspect.signature(cls.from_pretrained).parameters)
         path = weights.resolve(
@@ -276,7 +276,7 @@ class BertModel(nn.Module):
         )  # fmt: skip
         where = str(path) if state_dict is None else "state_dict"
         found, tensors, left = weights.read(path, state_dict)
-        base = config or found or weights.infer_config(tensors, where)
+        base = config or found or weights.infer_config(tensors, where, "num_attention_heads" in overrides)
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
         chosen.name_or_path = str(name_or_path)
         with torch.device("meta"):  # takes no memory for sizes that the file only declares
