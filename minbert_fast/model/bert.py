@@ -100,15 +100,15 @@ class BertLayer(nn.Module):
 class BertModel(nn.Module):
     """BERT with the course's attribute names; weights from `from_pretrained`, or random as before BERT's pre-training.
 
-    The model keeps its own copy of `config`. Raises ConfigError for a configuration that is impossible.
+    The model keeps its own copy of `config`, which may be the starter's or transformers' too (`BertConfig.of`). Raises
+    ConfigError for a configuration that is impossible.
     """
 
     position_ids: Tensor  # [1, positions], a buffer
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        config.check()
-        self.config = copy.copy(config)
+        self.config = config = BertConfig.of(config)
         self.name_or_path = config.name_or_path
         self.gradient_checkpointing = False  # True: the backward pass computes each layer's activations again
         self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
@@ -265,9 +265,9 @@ class BertModel(nn.Module):
         by its older name `torch_dtype`, is that of the parameters: "auto" takes the file's, None fp32. `subfolder` is a
         folder of the directory. `revision`, `cache_dir`, `token`, `force_download` and `local_files_only` go to the hub.
         `overrides` replace values of the configuration (say `hidden_dropout_prob=0.3`). A `.pt` file needs `config`,
-        or a `config.json` in its folder, if its heads are not 64 wide. A missing pooler and the modules that a subclass
-        adds start as they are drawn, and a task's head is left out, each with a warning. Raises WeightsError or
-        ConfigError naming the file and the mistake.
+        `num_attention_heads` or a `config.json` in its folder, unless it has the size of one of Google's BERTs, whose heads
+        are 64 wide. A missing pooler and the modules that a subclass adds start as they are drawn, and a task's head is left
+        out, each with a warning. Raises WeightsError or ConfigError naming the file and the mistake.
         """
         weights.check_overrides(overrides, inspect.signature(cls.from_pretrained).parameters)
         path = weights.resolve(
@@ -276,7 +276,7 @@ class BertModel(nn.Module):
         )  # fmt: skip
         where = str(path) if state_dict is None else "state_dict"
         found, tensors, left = weights.read(path, state_dict)
-        base = config or found or weights.infer_config(tensors, where)
+        base = config or found or weights.infer_config(tensors, where, "num_attention_heads" in overrides)
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
         chosen.name_or_path = str(name_or_path)
         with torch.device("meta"):  # takes no memory for sizes that the file only declares
@@ -372,7 +372,7 @@ class BertModel(nn.Module):
         # A constant of the compiled graph, which itself guards what is read here: modules and activations.
         embedding, foreign = self._shape()
         layers = [
-            None if names is None or layer.interm_af is not F.gelu else layer_parts(layer, names)
+            None if names is None or layer.interm_af is not fused.GELU else layer_parts(layer, names)
             for layer, names in zip(self.bert_layers, foreign, strict=True)
         ]
         return fused.Plan(embedding_parts(self) if embedding else None, tuple(layers))
@@ -384,7 +384,7 @@ class BertModel(nn.Module):
 
     def _plan(self) -> fused.Plan:
         methods = (type(self).embed, type(self).encode, *_methods())
-        extra = (fused.version(self.position_ids), *vars(self.config).values(), *methods)
+        extra = (fused.version(self.position_ids), *methods)
         plan = fused.plan(self, lambda: read_embedding(self), self.bert_layers, read_layer, extra)
         slower = [f"{reason}: this part runs as plain modules, which is slower" for reason in plan.reasons]
         fused.warn_once(self._warned, [*slower, *self._contradictions()], stacklevel=4)
@@ -397,12 +397,15 @@ class BertModel(nn.Module):
         follows = {
             "num_hidden_layers": len(self.bert_layers),
             "vocab_size": getattr(self.word_embedding, "num_embeddings", None),
-            "initializer_range": self.config.initializer_range,
         }
-        built = vars(self._built) | {"name_or_path": self.config.name_or_path}
-        changed = [n for n, value in vars(self.config).items() if value not in (built.get(n, value), follows.get(n))]
         words = "changes nothing in a model that is built: set it before BertModel(config), or change the modules"
-        return [f"config.{name} = {getattr(self.config, name)} {words}" for name in changed]
+        said = []
+        for name in BertConfig.__dataclass_fields__:
+            built = getattr(self._built, name)
+            value = getattr(self.config, name, built)  # another object may be in the configuration's place
+            if name not in ("initializer_range", "name_or_path") and value not in (built, follows.get(name)):
+                said.append(f"config.{name} = {value} {words}")
+        return said
 
     def one_pass_parameters(self) -> list[nn.Parameter]:
         """Parameters whose per-task gradients the packed encoder writes itself, in the flat buffer's order.
@@ -436,8 +439,8 @@ def layer_parts(layer: Any, foreign: tuple[str, ...] = ()) -> fused.Layer:
 def read_embedding(model: BertModel) -> fused.Embedding:
     """The parts of the embeddings; raises fused.NotExactError where they are not as they were built."""
     for name in ("embed", "encode"):
-        if getattr(type(model), name) is not getattr(BertModel, name) or name in vars(model):
-            raise fused.NotExactError(model, f"has a {name} of its own")
+        if getattr(type(model), name) is not _MODEL_METHODS[name] or name in vars(model):
+            raise fused.NotExactError(model, f"has its own {name}")
     fused.expect_counting(model, model.position_ids)
     return fused.exact(embedding_parts(model))
 
@@ -449,7 +452,7 @@ def read_layer(layer: nn.Module) -> fused.Layer:
     fused.expect(layer.self_attention, BertSelfAttention)
     if _methods() != _AS_DEFINED:
         raise fused.NotExactError(layer, "has a class whose methods were replaced")
-    if layer.interm_af is not F.gelu:
+    if layer.interm_af is not fused.GELU:
         # Without its address, which would make a reason of its own for each layer's lambda.
         name = getattr(layer.interm_af, "__qualname__", repr(layer.interm_af))
         raise fused.NotExactError(layer, f"has another activation than gelu ({name:.60})")
@@ -463,3 +466,4 @@ def _methods() -> tuple[object, ...]:
 
 
 _AS_DEFINED = _methods()
+_MODEL_METHODS = {"embed": BertModel.embed, "encode": BertModel.encode}

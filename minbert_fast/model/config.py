@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,20 @@ class BertConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             check(0.0 <= getattr(self, name) < 1.0, f"{name} = {getattr(self, name)}: expected 0 <= p < 1")
         check(self.initializer_range >= 0, f"initializer_range = {self.initializer_range}: expected 0 or more")
+
+    @classmethod
+    def of(cls, config: object) -> BertConfig:
+        """A copy of `config`, or the fields that another class has as attributes: the starter's, or transformers'.
+
+        Raises ConfigError for a configuration that is impossible.
+        """
+        if isinstance(config, cls):
+            config.check()
+            return copy.copy(config)
+        check(
+            hasattr(config, "__dict__"), f"config = {config!r:.60}: expected a BertConfig; from_pretrained takes a name"
+        )
+        return cls.from_mapping(vars(config), type(config).__name__)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> BertConfig:

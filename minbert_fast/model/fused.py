@@ -98,6 +98,9 @@ _HARMLESS_HOOK = "make_inputs_require_grads"
 #: Methods that an instance may override.
 _METHODS = ("forward", "add_norm", "transform", "attention", "embed", "encode", "feed_forward_chunk")
 _KINDS = {cls: typing.get_type_hints(cls) for cls in (Embedding, Layer)}
+#: torch's functions as they were at import; a program may replace them for all modules.
+_FORWARDS = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
+GELU = nn.functional.gelu
 
 
 def expect(module: Any, *classes: type) -> None:
@@ -112,7 +115,9 @@ def expect(module: Any, *classes: type) -> None:
             raise NotExactError(module, "has hooks")
     for name in _METHODS:
         if name in state:
-            raise NotExactError(module, f"has a {name} of its own")
+            raise NotExactError(module, f"has its own {name}")
+    if found.forward is not _FORWARDS.get(found, found.forward):
+        raise NotExactError(module, "has a class whose methods were replaced")
 
 
 def has_values(buffer: Tensor) -> bool:
@@ -214,6 +219,7 @@ class _Tree:
         state = vars(root)
         states = [state, *self.states]
         seen: list[object] = [*flatten(_GLOBAL_HOOKS), type(root), *map(type, self.below)]
+        seen += [cls.forward for cls in _FORWARDS]
         for hooks in _HOOKS:
             seen += flatten(filter(None, map(itemgetter(hooks), states)))
         for owned in ("_parameters", "_modules"):
@@ -256,8 +262,8 @@ def plan(
     """The parts of `root` that the fused path computes, as a fresh look would find them.
 
     `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
-    They see only modules below `root`; `extra` holds everything else that they depend on. All parts are None where
-    something follows the computation that the fused ops have no rule for.
+    They see only `layers` and modules below `root`; `extra` holds everything else that they depend on. All parts are None
+    where something follows the computation that the fused ops have no rule for.
     """
     if _followed():
         reason = "the call is inside torch.func, forward-mode differentiation or a trace with gradients"
@@ -268,21 +274,27 @@ def plan(
     names = {module: name for name, module in root.named_modules()}
     reasons: dict[str, str] = {}  # why -> the first module of which that is true
 
+    def place(module: Any) -> str:
+        return str(names.get(module) or getattr(module, "__name__", type(module).__name__))
+
     def look(read: Callable[..., T], *arguments: Any) -> T | None:
         try:
             if any(_GLOBAL_HOOKS):
                 raise NotExactError(torch_module, "has global hooks")  # type: ignore[arg-type]
             return read(*arguments)
         except NotExactError as found:
-            place = names.get(found.module) or getattr(found.module, "__name__", type(found.module).__name__)
-            reasons.setdefault(str(found), str(place))
+            reasons.setdefault(str(found), place(found.module))
             return None
 
     found = look(embedding) if embedding else None
     parts = tuple(look(layer, module) for module in layers)
     for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
-        reasons.setdefault(str(why_foreign(foreign)), names[foreign])
+        reasons.setdefault(str(why_foreign(foreign)), place(foreign))
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
+    if any(
+        module not in names for module in layers
+    ):  # a plain list of layers: the fingerprint would not see them change
+        return fresh
     owned = flatten((m._parameters | m._buffers).values() for m in root.modules())
     tree = _Tree(root)
     _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, [t for t in owned if t is not None])

@@ -271,8 +271,10 @@ def expanded(mask: Tensor, shape: torch.Size) -> Tensor:
 def extended_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask that the course adds to attention scores: 0 where the mask is 1, -10000 where it is 0.
 
-    mask [B, S] -> [B, 1, 1, S], or [B, S, S] -> [B, 1, S, S].
+    mask [B, S] -> [B, 1, 1, S], or [B, S, S] -> [B, 1, S, S]. Raises ValueError for a mask of other dimensions.
     """
+    if mask.dim() not in (2, 3):
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}, expected [B, S]: 1 attended, 0 not")
     extended = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None, :, :]
     return (1.0 - extended.to(dtype)) * -10000.0
 

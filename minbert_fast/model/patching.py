@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.model import fused
@@ -186,7 +185,7 @@ def _read_layer(model: Any, layer: Any) -> fused.Layer:
     """The parts of a layer; raises fused.NotExactError where it is not as transformers builds it."""
     _expect(model, layer, _LAYER_CLASSES)
     activation = layer.intermediate.intermediate_act_fn
-    if getattr(activation, "act", None) is not F.gelu:
+    if getattr(activation, "act", None) is not fused.GELU:
         raise fused.NotExactError(layer.intermediate, f"has another activation than gelu ({activation!r:.60})")
     fused.expect(activation, sys.modules["transformers.activations"].GELUActivation)
     attention, way = layer.attention.self, model.config._attn_implementation

@@ -69,6 +69,7 @@ _WORDS = ("word_embedding.weight", "embeddings.word_embeddings.weight")  # every
 _RUNS = re.compile(
     r"(ctypes|importlib|nt|os|posix|runpy|shutil|socket|subprocess|sys)\..+|builtins\.(__import__|compile|eval|exec|open)"
 )
+_PUBLISHED = (128, 256, 512, 768, 1024)  # hidden sizes of Google's BERTs
 _STATES = ("model_state_dict", "state_dict", "model")  # the keys under which training scripts save their weights
 
 
@@ -364,13 +365,24 @@ def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def infer_config(tensors: Mapping[str, Tensor], where: str) -> BertConfig:
-    """The configuration that a course `.pt` file's shapes imply, with heads 64 wide. Raises WeightsError."""
+def infer_config(tensors: Mapping[str, Tensor], where: str, heads_given: bool) -> BertConfig:
+    """The configuration that a course `.pt` file's shapes imply, with heads 64 wide as in every BERT that Google published.
+
+    Raises WeightsError for a file of another size, unless the heads are given and replace these.
+    """
     try:
         sizes = sizes_of(tensors)
-        return BertConfig(num_attention_heads=max(1, sizes["hidden_size"] // 64), **sizes)
+        width = sizes["hidden_size"]
+        published = width in _PUBLISHED
+        config = BertConfig(num_attention_heads=width // 64 if published else 1, **sizes)
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{where}: holds no BERT encoder ({error})") from None
+    if not (published or heads_given):
+        raise WeightsError(
+            f"{where}: the shapes of an encoder {width} wide do not tell the number of its attention heads; put the "
+            "config.json of its original weights into the same folder, or pass num_attention_heads"
+        )
+    return config
 
 
 def some(names: Collection[str]) -> str:

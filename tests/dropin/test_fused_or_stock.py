@@ -349,9 +349,9 @@ def test_overridden_methods_are_called() -> None:
     noisy, scaled = Noisy(plain.config).eval(), Scaled(plain.config).eval()
     for model in (noisy, scaled):
         model.load_state_dict(plain.state_dict())
-    with pytest.warns(UserWarning, match="has a embed of its own"):
+    with pytest.warns(UserWarning, match="has its own embed"):
         close(noisy(ids, mask)["last_hidden_state"], plain.encode(plain.embed(ids) + 1.0, mask))
-    with pytest.warns(UserWarning, match="has a encode of its own"):
+    with pytest.warns(UserWarning, match="has its own encode"):
         close(scaled(ids, mask)["last_hidden_state"], 2 * plain(ids, mask)["last_hidden_state"])
     rows = packed(ids, mask)
     close(scaled(rows)["last_hidden_state"][:17], 2 * plain(rows)["last_hidden_state"][:17])
@@ -366,6 +366,59 @@ def test_replaced_class_methods_are_called(monkeypatch: pytest.MonkeyPatch) -> N
     close(got, (model.embed(ids) + 3) * mask[:, :, None])
     monkeypatch.undo()
     assert torch.equal(model(ids, mask)["last_hidden_state"], before)
+
+
+@pytest.mark.parametrize("name", ["embed", "encode"])
+def test_replaced_methods_of_the_model_are_called(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """`BertModel.embed = ...` was compared with itself, and ignored."""
+    model, (ids, mask) = small(), batch()
+    before, original = model(ids, mask)["last_hidden_state"], getattr(BertModel, name)
+    expected = model.encode(2 * model.embed(ids), mask) if name == "embed" else 2 * before
+    monkeypatch.setattr(BertModel, name, lambda self, *arguments: 2 * original(self, *arguments))
+    with pytest.warns(UserWarning, match=f"has its own {name}"):
+        close(model(ids, mask)["last_hidden_state"], expected)
+    monkeypatch.undo()
+    assert torch.equal(model(ids, mask)["last_hidden_state"], before)
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout])
+def test_replaced_methods_of_torch_s_classes_are_called(monkeypatch: pytest.MonkeyPatch, cls: Any) -> None:
+    """`nn.Linear.forward = ...` acted on every model but ours."""
+    model, (ids, mask) = small(), batch()
+    before, original = model(ids, mask)["last_hidden_state"], cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: original(self, x).sin())
+    with pytest.warns(UserWarning, match="methods were replaced"):
+        got = model(ids, mask)["last_hidden_state"]
+    expected = model.embed(ids)
+    for layer in model.bert_layers:
+        expected = layer(expected, model.get_extended_attention_mask(mask))
+    close(got, expected * mask[:, :, None])
+    monkeypatch.undo()
+    assert (got - before).abs().max() > 1e-2
+    assert torch.equal(model(ids, mask)["last_hidden_state"], before)
+
+
+def test_a_replaced_gelu_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers built after `F.gelu = ...` have the new function, and were computed with the old one."""
+    plain, (ids, mask) = small(), batch()
+    monkeypatch.setattr(nn.functional, "gelu", torch.relu)
+    model = small()
+    with pytest.warns(UserWarning, match=r"another activation than gelu \(.*relu\)"):
+        close(model(ids, mask)["last_hidden_state"], course(plain, ids, mask, torch.relu))
+
+
+def test_layers_in_a_plain_list_follow_their_changes() -> None:
+    """Layers that the model does not own were looked at once: their later changes were ignored, or an error in zip."""
+    model, (ids, mask) = small(), batch()
+    layers = list(model.bert_layers)
+    del model.bert_layers
+    model.bert_layers = layers  # type: ignore[assignment]
+    close(model(ids, mask)["last_hidden_state"], course(model, ids, mask))
+    layers.pop()
+    close(model(ids, mask)["last_hidden_state"], course(model, ids, mask))
+    layers[0].self_attention.query = Doubled(layers[0].self_attention.query)
+    with pytest.warns(UserWarning, match="Doubled is a Doubled"):
+        close(model(ids, mask)["last_hidden_state"], course(model, ids, mask))
 
 
 def test_other_positions_are_respected() -> None:

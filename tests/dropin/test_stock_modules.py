@@ -6,16 +6,18 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import types
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
 from minbert_fast import BertConfig, BertLayer, BertModel, BertSelfAttention
 from minbert_fast.common.schema import ConfigError
-from tests.dropin.cases import attend, batch, close, course, course_embed, course_layer, small
+from tests.dropin.cases import WIDTH, attend, batch, close, course, course_embed, course_layer, small
 
 
 def test_self_attention_alone() -> None:
@@ -196,6 +198,45 @@ def test_a_field_set_too_late_is_said_to_change_nothing() -> None:
     shorter.config.num_hidden_layers = 2  # agrees with the modules
     shorter.config.name_or_path = "mine"
     shorter(ids, mask)
+
+
+def test_configurations_of_other_classes() -> None:
+    """The starter's own, transformers' and a namespace had no `check`: AttributeError."""
+    model, shape = small(), vars(small().config)
+    stock = transformers.BertConfig(**{name: value for name, value in shape.items() if name != "name_or_path"})
+    for config in (types.SimpleNamespace(**shape, num_labels=5), stock):
+        other = BertModel(config)
+        assert other.config == model.config
+        other.load_state_dict(model.state_dict())
+    stock.hidden_act = "relu"
+    with pytest.raises(ConfigError, match="BertConfig: hidden_act = 'relu': expected 'gelu'"):
+        BertModel(stock)
+    with pytest.raises(ConfigError, match="config = 'bert-base-uncased': expected a BertConfig; from_pretrained takes"):
+        BertModel("bert-base-uncased")
+
+
+@pytest.mark.parametrize("config", [types.SimpleNamespace(hidden_size=WIDTH), {"hidden_size": WIDTH}, None])
+def test_another_object_may_take_the_configuration_s_place(config: Any) -> None:
+    """Every call read its fields: AttributeError or TypeError."""
+    model, (ids, mask) = small(), batch()
+    expected = model(ids, mask)["last_hidden_state"]
+    model.config = config
+    assert torch.equal(model(ids, mask)["last_hidden_state"], expected)
+
+
+def test_a_configuration_may_hold_tensors() -> None:
+    """Class weights, say: the next call compared them, and "Boolean value of Tensor is ambiguous" was raised."""
+    model, (ids, mask) = small(), batch()
+    for weights in (torch.ones(5), torch.zeros(5)):
+        model.config.class_weights = weights  # type: ignore[attr-defined]
+        model(ids, mask)
+
+
+def test_encode_refuses_the_mask_that_layers_take() -> None:
+    """It was extended a second time: an error in a product, or another attention for a single sentence."""
+    model, (ids, mask) = small(), batch()
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[5, 1, 1, 11\], expected \[B, S\]: 1 attended"):
+        model.encode(model.embed(ids), model.get_extended_attention_mask(mask))
 
 
 def test_copies_and_pickles_compute_the_same() -> None:

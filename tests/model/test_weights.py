@@ -90,7 +90,13 @@ def test_a_configuration_beside_a_course_checkpoint_says_how_wide_its_heads_are(
 ) -> None:
     """Shapes cannot: MiniLM's heads of 32 were taken for heads of 64 without a word."""
     torch.save(model.state_dict(), tmp_path / "course.pt")
-    assert BertModel.from_pretrained(tmp_path / "course.pt").config.num_attention_heads == 1
+    with pytest.raises(
+        WeightsError, match=r"course\.pt: the shapes of an encoder 16 wide do not tell the number of its"
+    ):
+        BertModel.from_pretrained(tmp_path / "course.pt")
+    google = BertModel(BertConfig(vocab_size=31, hidden_size=128, num_hidden_layers=1, num_attention_heads=2))
+    torch.save(google.state_dict(), tmp_path / "google.pt")
+    assert BertModel.from_pretrained(tmp_path / "google.pt").config.num_attention_heads == 2
     (tmp_path / "config.json").write_text(model.config.to_json())
     loaded = BertModel.from_pretrained(tmp_path / "course.pt")
     assert loaded.config == model.config
