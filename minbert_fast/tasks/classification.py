@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +57,11 @@ class ClassificationHead(ClassHead, SingleHead):
         super().__init__(options, config, shared, 1 if options.loss == "ordinal" else classes, stored)
         self.thresholds = losses.initial_thresholds(classes) if options.loss == "ordinal" else None
         self.configure(options)
+
+    def configure(self, options: Any) -> None:
+        super().configure(options)
+        if self.neighbours is not None:
+            self.neighbours.nearest, self.neighbours.temperature = options.nearest, options.temperature
 
     def loss(self, output: HeadOutput, labels: Tensor | None) -> Tensor:
         assert labels is not None

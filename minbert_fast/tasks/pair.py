@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,11 @@ class PairHead(Head):
     @abstractmethod
     def limits(self) -> tuple[float, float]:
         """The labels that t = 0 and t = 1 stand for."""
+
+    def configure(self, options: Any) -> None:
+        super().configure(options)
+        if self.stack is not None:
+            self.stack.dropout = options.dropout
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         options = self.options

@@ -7,6 +7,7 @@ embedding of the text -> [neighbours] -> dropout -> [shared stack] -> linear -> 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,11 @@ class SingleHead(Head):
         if neighbours is not None:
             width = neighbours.features + (width if neighbours.nearest else 0)
         self.output = nn.Linear(width, outputs)
+
+    def configure(self, options: Any) -> None:
+        super().configure(options)
+        if self.stack is not None:
+            self.stack.dropout = options.dropout
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         if self.layers is None:

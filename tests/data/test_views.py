@@ -277,6 +277,12 @@ def test_labels_that_are_no_classes_and_tiny_sets_are_split_too(labels: list[Any
     assert len(train) + len(dev) == len(labels)
 
 
+def test_a_large_share_leaves_rows_to_train_on() -> None:
+    train, _ = hold_out(labelled([0] * 20 + [1], "float32"), 0.9)
+    assert 20 in train, "the only row of its class"
+    assert len(hold_out(labelled([0.5, 1.5, 2.5], "float32"), 0.9)[0]) == 1
+
+
 def test_a_share_of_nothing_or_all_is_refused() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="expected 0 < share < 1"):

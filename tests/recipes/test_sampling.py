@@ -74,6 +74,8 @@ def test_balanced_passes_hold_each_class_equally_often() -> None:
     drawn = one_pass(Draw(0.3, balanced=True), RARE)
     assert np.bincount(RARE[drawn]).tolist() == [100, 100, 100]
     assert len(set(drawn[RARE[drawn] == 1].tolist())) == 90, "a rare class's rows all occur before one recurs"
+    assert (np.diff(RARE[drawn]) != 0).sum() > 100, "the classes are mixed"
+    assert np.bincount(RARE[one_pass(Draw(0.1, balanced=True), RARE)]).tolist() == [34, 33, 33]
 
 
 def test_down_sampling_keeps_at_most_so_many_rows_of_each_class_and_none_twice() -> None:
@@ -102,6 +104,34 @@ def test_draws_that_exclude_each_other_are_refused() -> None:
 
 
 # ---- Schemes ---------------------------------------------------------------------------------------------------------
+
+
+def test_cycle_restarts_short_tables_in_a_new_order() -> None:
+    tables = {name: table_of(name, None, rows) for name, rows in (("long", 26), ("short", 7), ("twin", 7))}
+    sampler = Sampler.from_tables(tables, 4)
+    assert sampler.steps_per_epoch == 7
+    epochs = [[sampler.rows(epoch * 7 + step) for step in range(7)] for epoch in range(2)]
+    assert [[len(rows) for rows in step.values()] for step in epochs[0]] == [[4, 4, 4]] * 6 + [[2, 4, 4]]
+    orders = []
+    for epoch in epochs:
+        drawn = {name: np.concatenate([step[name] for step in epoch]).tolist() for name in tables}
+        assert sorted(drawn["long"]) == list(range(26)), "each row once an epoch"
+        for name in ("short", "twin"):
+            passes = [tuple(drawn[name][begin : begin + 7]) for begin in range(0, 28, 7)]
+            assert all(sorted(each) == list(range(7)) for each in passes)
+            orders += passes
+    assert len(set(orders)) == len(orders), "each pass of each task has an order of its own"
+
+
+def test_each_once_leaves_a_task_out_after_its_last_row() -> None:
+    tables = {name: table_of(name, None, rows) for name, rows in (("long", 26), ("short", 7))}
+    sampler = Sampler.from_tables(tables, 4, "each-once")
+    steps = [sampler.rows(step) for step in range(sampler.steps_per_epoch)]
+    assert [len(step["short"]) for step in steps] == [4, 3, 0, 0, 0, 0, 0]
+    for name, table in tables.items():
+        seen = np.concatenate([step[name] for step in steps]).tolist()
+        assert sorted(seen) == list(range(len(table)))
+        assert seen != sorted(seen)
 
 
 def test_sequential_takes_all_batches_of_a_task_and_then_the_next_ones() -> None:

@@ -209,6 +209,20 @@ def test_steps_with_dynamic_weights_equal_the_reference_path(method: str, surger
     assert not torch.equal(fast_model.encoder.word_embedding.weight, plain_model.encoder.word_embedding.weight)
 
 
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_famo_measures_twice_under_the_same_dropout(backend: Any) -> None:
+    """At learning rate 0 the weights stay, so the second measurement gives the losses of the first."""
+    dropout = {"sentiment": {"dropout": 0.5}, "paraphrase": {"dropout": 0.5}, "similarity": {}}
+    chosen = recipe(tasks=dropout, weighting=METHODS["famo"])
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)
+    (famo,) = (hook for hook in step.hooks if isinstance(hook, Famo))  # type: ignore[attr-defined]
+    again: list[Tensor] = []
+    famo.remeasured = lambda losses, present, skipped: again.append(losses.clone())  # type: ignore[method-assign]
+    result = step(make_batch(model, SIZES), 0.0)
+    torch.testing.assert_close(again[0], result.losses)
+
+
 def test_weights_scale_the_rows_of_j_the_heads_and_the_gram_matrix() -> None:
     chosen = recipe(surgery={"method": "pcgrad"}, weighting={"method": "uncertainty"}, model={"pooling": "pooler"})
     plain = recipe(surgery={"method": "pcgrad"}, model={"pooling": "pooler"})

@@ -383,6 +383,30 @@ def test_existing_gradients_survive_a_failing_backward(model: Model) -> None:
     assert all(p.grad is before[n] for n, p in model.named_parameters())
 
 
+def test_a_failing_backward_forgets_the_micro_batches_before_it(model: Model) -> None:
+    optimizer, fresh = (
+        PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
+    )
+    optimizer.pc_backward(model.losses(inputs()), final=False)
+    broken = model.losses(inputs())
+    broken[1].backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        optimizer.pc_backward(broken)
+    optimizer.pc_backward(model.losses(inputs()))
+    got = [p.grad for p in model.parameters()]
+    fresh.pc_backward(model.losses(inputs()))
+    assert all(torch.equal(gradient, p.grad) for gradient, p in zip(got, model.parameters(), strict=True))
+
+
+def test_the_first_and_the_last_loss_may_share_a_graph(model: Model) -> None:
+    one, other = inputs()[:2]
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.pc_backward(model.losses([one, other, one]))
+    assert optimizer.gram is not None
+    assert (optimizer.gram.diagonal() > 0).all()
+
+
 def test_one_task_is_plain_backward(model: Model) -> None:
     for choices in ({}, TRAINERS):
         optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), **choices)

@@ -87,6 +87,8 @@ def test_average_precision_without_positives_or_with_nan():
     assert metrics.average_precision(np.array([0.1, 0.9]), np.zeros(2)) == 0.0
     assert metrics.average_precision(np.array([]), np.array([])) == 0.0
     assert math.isnan(metrics.average_precision(np.array([0.1, np.nan]), np.ones(2)))
+    columns = np.array([[0.1, 0.9], [0.9, 0.1]]), np.array([[0, 0], [1, 0]])  # no row has the second class
+    assert metrics.average_precision(*columns) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -153,6 +155,10 @@ def test_standard_errors_equal_the_known_formulas():
     share = metrics.accuracy(predictions, labels)
     expected = math.sqrt(share * (1 - share) / n)
     assert metrics.standard_error(metrics.accuracy, predictions, labels) == pytest.approx(expected, rel=0.25)
+    by_hits = np.argsort(predictions == labels)  # a file may be sorted
+    assert metrics.standard_error(metrics.accuracy, predictions[by_hits], labels[by_hits]) == pytest.approx(
+        expected, rel=0.25
+    )
     x = rng.normal(size=n)
     y = 0.6 * x + 0.8 * rng.normal(size=n)
     expected = (1 - metrics.pearson(x, y) ** 2) / math.sqrt(n)

@@ -314,6 +314,20 @@ def test_a_stage_changes_losses_and_weights_but_not_parameters():
         model.configure({"cfimdb": build_task("cfimdb", {"kind": "sentiment"})})
 
 
+def test_a_stage_changes_the_dropout_of_shared_layers_and_the_votes():
+    def built(tasks: list[str], **options: object) -> dict[str, base.Task]:
+        return {name: build_task(name, options) for name in tasks}
+
+    pair = ["sentiment", "paraphrase"]
+    model = MultitaskModel(BertModel(CONFIG), built(pair, shared_layers="both", dropout=0.1))
+    model.configure(built(pair, shared_layers="both", dropout=0.4))
+    assert [model.head(name).stack.dropout for name in pair] == [0.4, 0.4]
+    model = MultitaskModel(BertModel(CONFIG), built(["sentiment"], neighbours=4, nearest=3))
+    model.configure(built(["sentiment"], neighbours=4, nearest=2, temperature=0.5))
+    stored = model.head("sentiment").labelled_sentences()
+    assert (stored.nearest, stored.temperature) == (2, 0.5)
+
+
 def test_tasks_of_all_stages_have_heads():
     stages = [{"tasks": {"nli": {"objectives": {"triplet": 1.0}}}}, {"tasks": {"sentiment": {}}}]
     recipe = build(Recipe, {"tasks": {"sentiment": {"dropout": 0.3}}, "stages": stages}, "test")

@@ -61,10 +61,10 @@ def test_nearest_sentences_vote_weighted_by_cosine(training: bool) -> None:
     """In training the nearest sentence is the sentence itself, and is ignored."""
     torch.manual_seed(0)
     stored = LabelledSentences(width=7, classes=3, per_class=4, nearest=3, temperature=0.2).train(training)
-    vectors, labels = torch.randn(9, 7), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    vectors, labels = torch.rand(9, 7), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
     stored.store(torch.randn(12, 7), torch.zeros(12))
     stored.store(vectors, labels)
-    x = vectors[[1, 5, 8]] * 2.5 if training else torch.randn(3, 7)
+    x = vectors[[1, 5, 8]] * 2.5 if training else torch.cat([torch.randn(2, 7), -torch.rand(1, 7)])
     for row, votes in zip(x, stored(x), strict=True):
         cosines = [float(row @ v / (row.norm() * v.norm())) for v in vectors]
         order = sorted(range(9), key=lambda i: -cosines[i])

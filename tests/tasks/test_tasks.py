@@ -84,6 +84,15 @@ def test_every_error_is_one_line_that_names_its_place():
         ("stars", {"kind": "regression", "range": [0, 2.5], "loss": "ordinal"}, "whole labels"),
         ("tags", {"kind": "multilabel", "balanced": True}, "several classes"),
         ("find", {"kind": "ranking", "objectives": {"triplet": 1.0}}, "needs 3 texts or more, the data has 2"),
+        (
+            "find",
+            {
+                "kind": "triplet",
+                "objectives": {"regression": 1.0},
+                "data": {"train": "x", "text": ["a", "b", "c", "d"]},
+            },
+            "needs 3 texts, the data has 4",
+        ),
         ("find", {"kind": "triplet", "data": {"train": "x.csv", "text": ["a", "b"]}}, "expected 3 text columns, not 2"),
         ("find", {"kind": "ranking", "temperature": 0.0}, "temperature = 0.0: expected above 0"),
         ("words", {"kind": "masked-lm"}, "expected at least one data set, or `data` with files of text"),
@@ -493,16 +502,20 @@ def test_a_regression_predicts_on_the_scale_of_its_labels():
         ({"loss": "l1"}, lambda s, t: (s - (t - 1) / 4).abs().mean()),
         ({"labels": "raw"}, lambda s, t: ((s - t) ** 2).mean()),
         ({"loss": "bce"}, lambda s, t: F.binary_cross_entropy(s.sigmoid(), (t - 1) / 4)),
+        ({"loss": "bce", "labels": "raw"}, lambda s, t: F.binary_cross_entropy(s.sigmoid(), (t - 1) / 4)),
     ):
         head = make_head("stars", kind="regression", found_range=[1, 5], dropout=0.0, **options)
         output = head(inputs)
         s = (x @ head.output.weight.T + head.output.bias)[:, 0]
         torch.testing.assert_close(head.loss(output, labels), function(s, labels))
-        scale = {"raw": s}.get(options.get("labels"), 1 + 4 * (s.sigmoid() if "bce" in options.values() else s))
-        torch.testing.assert_close(head.predict(output), scale)
+        unit = s.sigmoid() if options.get("loss") == "bce" else s
+        torch.testing.assert_close(head.predict(output), s if options == {"labels": "raw"} else 1 + 4 * unit)
     far = HeadOutput(torch.tensor([-3.0, 7.0]))
     assert make_head("stars", kind="regression", range=[1, 5]).predict(far).tolist() == [1.0, 5.0]
     assert make_head("stars", kind="regression", found_range=[1, 5]).predict(far).tolist() == [-11.0, 29.0]
+    near = HeadOutput(torch.tensor([0.3, 0.45]))
+    rounded = make_head("stars", kind="regression", range=[1, 5], rounded=True)
+    assert rounded.predict(near).tolist() == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("name", ["regression", "pair-regression"])
@@ -523,6 +536,23 @@ def test_raw_labels_are_regressed_as_in_the_file():
     s = (torch.cat(make_input(2).embeddings, -1) @ head.output.weight.T + head.output.bias)[:, 0]
     torch.testing.assert_close(head.loss(output, labels), ((s - labels) ** 2).mean())
     torch.testing.assert_close(head.predict(output), s.clamp(0, 5))
+
+
+def test_scores_beyond_the_labels_are_predicted_where_the_range_was_only_found():
+    """A linear score has no bounds, a cosine has those of the training labels, and a given range binds both."""
+    far = HeadOutput(torch.tensor([-1.0, 2.0]))
+    for head, where, expected in (
+        ("linear", {"found_range": [1, 5]}, [-3.0, 9.0]),
+        ("linear", {"range": [1, 5]}, [1.0, 5.0]),
+        ("cosine", {"found_range": [1, 5]}, [1.0, 5.0]),
+    ):
+        assert make_head("near", kind="pair-regression", head=head, **where).predict(far).tolist() == expected
+
+
+@pytest.mark.parametrize("loss", ["hinge", "cosent", "ranking"])
+def test_a_cosine_of_0_is_half_way_for_losses_of_the_order_of_cosines(loss):
+    head = make_head("similarity", head="cosine", loss=loss)
+    assert head.predict(HeadOutput(torch.tensor([-1.0, 0.0, 1.0]))).tolist() == [0.0, 2.5, 5.0]
 
 
 def test_several_labels_are_independent_probabilities():
@@ -568,6 +598,10 @@ def test_metrics_of_classes_equal_scikit_learns():
             "topic_recall/y": recall_score(labels, predictions, labels=[1], average="macro"),
         }
     )
+    two = build_task("topic", {"kind": "classification", "classes": ["x", "y"], "metric": "average_precision"})
+    labels, shares = rng.integers(0, 2, 60), rng.dirichlet(np.ones(2), 60)
+    found = two.evaluate(shares.argmax(1), labels, probabilities=shares)
+    assert found["topic_average_precision"] == pytest.approx(average_precision_score(labels, shares[:, 1]))
 
 
 # ---- Ranking ---------------------------------------------------------------------------------------------------------

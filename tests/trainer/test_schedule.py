@@ -40,6 +40,8 @@ def test_cosine_equals_torchs() -> None:
 def test_exponential_falls_once_an_epoch() -> None:
     found = scales(9, 3, warmup=0.0, schedule="exponential", gamma=0.5)
     assert found == [1.0] * 3 + [0.5] * 3 + [0.25] * 3
+    found = scales(9, 3, warmup=1 / 9, schedule="exponential", gamma=0.5)
+    assert found == [0.5, 1.0, 1.0] + [0.5] * 3 + [0.25] * 3, "epochs count from the first step, warm-up included"
 
 
 def test_constant_keeps_the_full_rate() -> None:
@@ -55,5 +57,5 @@ def test_every_step_trains_with_at_most_the_full_rate(schedule: str, warmup: flo
 
 
 def test_steps_after_the_end_have_rate_zero() -> None:
-    assert lr_scale(10, 10, 10, OptimizerOptions()) == 0.0
+    assert lr_scale(10, 10, 10, OptimizerOptions()) == lr_scale(15, 10, 10, OptimizerOptions()) == 0.0
     assert lr_scale(99, 10, 10, OptimizerOptions(schedule="cosine")) == pytest.approx(0.0)
