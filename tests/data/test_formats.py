@@ -437,11 +437,12 @@ def test_several_classes_stand_in_a_list_in_text_or_in_columns(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (["3", "1.0", "1", ""], LabelSummary(3, {"3": 1, "1": 2}, 1, 3, True)),
-        (["0.5", "2"], LabelSummary(2, {"0.5": 1, "2": 1}, 0.5, 2, False)),
+        (["3", "1.0", "1", ""], LabelSummary(3, {"3": 1, "1": 2}, low=1, high=3, whole=True, empty=1)),
+        (["0.5", "2"], LabelSummary(2, {"0.5": 1, "2": 1}, low=0.5, high=2)),
         (["b", "a", "b", "-"], LabelSummary(3, {"b": 2, "a": 1})),
-        ([["x", "y"], [], ["x"]], LabelSummary(3, {"x": 2, "y": 1}, lists=True)),
-        ([True, False], LabelSummary(2, {"true": 1, "false": 1}, 0, 1, True)),
+        ([["x", "y"], [], ["x", "x"], [""]], LabelSummary(4, listed={"x": 2, "y": 1}, lists=True)),
+        (["x,y", ["y"], ""], LabelSummary(2, {"x,y": 1}, {"y": 1}, lists=True, empty=1)),
+        ([True, False], LabelSummary(2, {"true": 1, "false": 1}, low=0, high=1, whole=True)),
     ],
 )
 def test_labels_are_summarised(tmp_path: Path, values: Sequence[Any], expected: LabelSummary) -> None:
@@ -451,7 +452,7 @@ def test_labels_are_summarised(tmp_path: Path, values: Sequence[Any], expected: 
 
 def test_a_summary_of_columns_knows_all_classes_and_one_of_many_values_stays_small(tmp_path: Path) -> None:
     path = write(tmp_path, "x.csv", "text,a,b,c\nx,1,0,0\ny,1,0,1\n")
-    assert summarise_labels(find(path, label=("a", "b", "c"))).counts == {"a": 2, "b": 0, "c": 1}
+    assert summarise_labels(find(path, label=("a", "b", "c"))).listed == {"a": 2, "b": 0, "c": 1}
     many = "text,label\n" + "".join(f"x,{i}.5\n" for i in range(11_000))
     summary = summarise_labels(find(write(tmp_path, "y.csv", many)))
     assert (summary.rows, summary.counts, summary.low, summary.high) == (11_000, {}, 0.5, 10_999.5)
