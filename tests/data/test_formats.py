@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.files import Table, open_rows, read_rows
-from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.formats import FORMATS, Layout
 from minbert_fast.data.inputs import Input, find_input, layout_of
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
@@ -98,6 +98,18 @@ def test_quoted_fields_are_read_as_python_and_pandas_read_them(
     assert [text.replace("\r\n", "\n").replace("\r", "\n") for text in table.sentences[0]] == [
         text.replace("\r\n", "\n").replace("\r", "\n") for text in frame["body"]
     ]
+
+
+@pytest.mark.parametrize("quoting", ["csv", "none", "course"])
+def test_the_header_line_again_is_no_row(tmp_path: Path, quoting: Any) -> None:
+    """Files joined with their headers: `label` was a class."""
+    path = write(tmp_path, "x.csv", "text,label\na,bad\ntext,label\nb,good\ntext,fair\n")
+    layout = Layout("own", ("text",), ("label",), separator=",", quoting=quoting)
+    table = read_rows(Input("x.csv", layout, 1, (path,)), GRADES, max_bad_rows=1.0)
+    assert table.sentences == (["a", "b", "text"],)
+    assert problems(table) == ["x.csv:3: the header line again, expected data"]
+    lone = write(tmp_path, "y.csv", "text\na\ntext\n")
+    assert read(lone).sentences == (["a", "text"],)
 
 
 def test_line_numbers_are_those_where_rows_begin(tmp_path: Path) -> None:
