@@ -266,6 +266,9 @@ def test_lists_are_several_labels_and_free_text_is_no_label():
     for found, texts in ((summary("a", "b", lists=True), 2), (summary("a", "b"), 3)):
         with pytest.raises(ConfigError):
             guess_kind(found, texts)
+    with pytest.raises(ConfigError, match=r"with a decimal comma \(0,5\): write them with a decimal point"):
+        guess_kind(summary("0,5", "2", "1,0"), 1)
+    assert guess_kind(summary("1,2", "1,b"), 1)[0] == "classification"
     with pytest.raises(ConfigError, match="500 different labels in 500 rows"):
         guess_kind(summary(*[f"text {i}" for i in range(500)]), 1)
 
