@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from minbert_fast import BertModel, Predictor, encode, predict
+from minbert_fast import BertModel, Predictor, encode, evaluate, predict
 from minbert_fast.common import cli
 from minbert_fast.common.schema import build
 from minbert_fast.common.storage import ArrayFile, whole_file
@@ -323,6 +323,13 @@ def test_a_course_task_reads_files_of_other_formats(checkpoint: Path, tmp_path: 
     assert course == own
     assert run_predict(checkpoint, "similarity", tmp_path / "in.csv", tmp_path / "o.csv", "--text", "left,right") == 0
     assert (tmp_path / "o.csv").read_text().startswith("id,prediction\n2,")
+
+
+def test_a_data_folder_that_no_task_would_read_is_refused(topics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scores were those of the run's own dev rows."""
+    assert cli.run(evaluate.main, ["--checkpoint", str(topics), "--data", str(DATA), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "every task of this model names its own files; expected --task NAME --input FILE" in error
 
 
 @pytest.mark.parametrize(
