@@ -29,7 +29,7 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from minbert_fast.tasks.evaluation import Evaluation, evaluate
-from minbert_fast.trainer.datasets import SPLITS, load_split
+from minbert_fast.trainer.datasets import SPLITS, is_in_directory, load_split
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +60,10 @@ def main(arguments: Sequence[str]) -> None:
     model = MultitaskModel.load(options.checkpoint).to(device)
     recipe = Recipe.load(str(options.checkpoint / "recipe.toml"))
     if options.data is not None:
+        if not any(is_in_directory(source) for task in model.tasks.values() for source in task.sources):
+            raise ConfigError(
+                f"--data {options.data}: every task of this model names its own files; expected --task NAME --input FILE"
+            )
         recipe = replace(recipe, data=replace(recipe.data, directory=str(options.data), files={}))
     named = _assign_paths(files, model)
     if options.input is not None:

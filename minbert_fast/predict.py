@@ -6,7 +6,8 @@
   minbert-fast predict --checkpoint runs/first/best --task sentiment --input FILE --output sst-test-output.csv
 
 The input needs no labels; - is standard input. Formats of the output: csv (id, prediction), jsonl (one object per row),
-course (the course's graders). The default is jsonl for a .jsonl file, course for a file in the course's layout, else csv.
+course (the course's graders). The default is jsonl for .jsonl, .ndjson and .json, course for a file in the course's
+layout, else csv.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ def main(arguments: Sequence[str]) -> None:
     names = (task.class_names or ()) if options.probabilities else ()
     if options.probabilities and not names:
         raise ConfigError(f"--probabilities: task {task.name} has no classes")
-    plain = columns or names or not task.layout
-    form = options.format or ("jsonl" if options.output.suffix == ".jsonl" else "csv" if plain else "course")
+    form = options.format or format_of_output(options.output, course=bool(task.layout and not (columns or names)))
     if names and form == "course":
         raise ConfigError("--format course: has no place for --probabilities; choose csv or jsonl")
+    if options.output.is_file() and options.input.is_file() and options.output.samefile(options.input):
+        raise ConfigError(f"--output {options.output}: is the file of --input, which the predictions would replace")
     count = left_out = 0
     with (
         open_input(options.input, task, columns, options.id or "") as reader,
@@ -95,6 +97,19 @@ def main(arguments: Sequence[str]) -> None:
             left_out += len(table.bad_rows)
     total = f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else "")
     print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
+
+
+def format_of_output(path: Path, course: bool) -> str:
+    """The format of a prediction file by its ending: JSON lines, else the course's format or CSV.
+
+    Raises ConfigError for an ending that names another format.
+    """
+    ending = ENDINGS.get(path.suffix.lower())
+    if ending in ("tsv", "parquet"):
+        raise ConfigError(
+            f"--output {path}: predictions are CSV or JSON lines; choose a name that ends in .csv or .jsonl, or a --format"
+        )
+    return "jsonl" if ending == "jsonl" else "course" if course else "csv"
 
 
 def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) -> TableReader:

@@ -25,7 +25,7 @@ import numpy as np
 from minbert_fast.common.storage import flush_directory, flush_file, write_text
 from minbert_fast.data.messages import show_path
 
-VERSION = 2  # of an entry's layout; entries of other versions are ignored
+VERSION = 3  # of an entry's layout and of what the readers take for a row; entries of other versions are ignored
 BLOCK = 1 << 20  # bytes of a cached array that are read at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
 UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted

@@ -16,8 +16,8 @@ from minbert_fast.data.labels import MAX_CLASSES, LabelSummary, label_number, la
 def summarise_labels(source: Input) -> LabelSummary:
     """Counts the labels of an input, after its layout's replacements, in bounded memory.
 
-    Rows that cannot be read, that are skipped, or whose label is empty are not counted. Raises DataError if no row can be
-    read, or if the file has no label column.
+    Rows that cannot be read or that are skipped are not counted; those with an empty label are counted apart. Raises
+    DataError if no row can be read, or if the file has no label column.
     """
     columns = source.layout.label
     counter = _Counter(columns if len(columns) > 1 else ())
@@ -32,11 +32,13 @@ def summarise_labels(source: Input) -> LabelSummary:
     numeric = rows > 0 and not np.isnan(low)
     return LabelSummary(
         rows=rows,
-        counts=dict(counter.counts or {}),
+        counts=dict(counter.counts) if counter.few else {},
+        listed=dict(counter.listed) if counter.few else {},
         low=float(low) if numeric else None,
         high=float(high) if numeric else None,
         whole=numeric and whole,
         lists=counter.lists,
+        empty=counter.empty,
         classes=source.layout.classes,
     )
 
@@ -48,24 +50,27 @@ class _Counter:
     width: ClassVar[int | None] = None
 
     def __init__(self, columns: tuple[str, ...]) -> None:
-        self.counts: Counter[str] | None = Counter(dict.fromkeys(columns, 0))  # None: more than MAX_CLASSES
+        self.counts: Counter[str] = Counter()  # labels that are text
+        self.listed: Counter[str] = Counter(dict.fromkeys(columns, 0))  # the names in labels that are lists
+        self.few = True  # false above MAX_CLASSES of them: they are no longer counted
         self.lists = bool(columns)
+        self.empty = 0
         self._numeric = True  # false once a label is not a number: the later ones are not parsed
 
     def parse(self, value: Any) -> float:
         """Raises ValueError if the label is empty."""
         number = None
         if isinstance(value, list | tuple | np.ndarray):
-            self.lists, names = True, [label_text(each) for each in value]
+            self.lists, counts, names = True, self.listed, {name for each in value if (name := label_text(each))}
         else:
-            names = [label_text(value)]
-            if not names[0]:
+            counts, names = self.counts, {label_text(value)}
+            if "" in names:
+                self.empty += 1
                 raise ValueError("label is missing")
             if self._numeric:
                 number = label_number(value)
         self._numeric = number is not None
-        if self.counts is not None:
-            self.counts.update(names)
-            if len(self.counts) > MAX_CLASSES:
-                self.counts = None
+        if self.few:
+            counts.update(names)
+            self.few = len(self.counts) + len(self.listed) <= MAX_CLASSES
         return np.nan if number is None else number

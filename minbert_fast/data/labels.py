@@ -159,10 +159,9 @@ Rule = Classes | Numbers | ClassSets | Label
 
 
 def split_names(value: object, separator: str) -> list[str]:
-    """The names in a label of several classes."""
-    if isinstance(value, list | tuple | np.ndarray):
-        return [label_text(name) for name in value]
-    return [name for part in str(value).split(separator) if (name := label_text(part))]
+    """The names in a label of several classes, those that are empty left out."""
+    parts = value if isinstance(value, list | tuple | np.ndarray) else str(value).split(separator)
+    return [name for part in parts if (name := label_text(part))]
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,14 @@ class LabelSummary:
 
     rows: int = 0  # labelled rows
     counts: Mapping[str, int] = field(default_factory=dict)  # rows by `label_text`; empty above MAX_CLASSES of them
+    listed: Mapping[str, int] = field(
+        default_factory=dict
+    )  # rows by each name in labels that are lists; empty likewise
     low: float | None = None  # the smallest and the largest number; None if a label is no number
     high: float | None = None
     whole: bool = False  # all labels are whole numbers
-    lists: bool = False  # some labels are lists (JSON lines, Parquet); `counts` then counts their names
+    lists: bool = False  # some labels are lists (JSON lines, Parquet, several columns)
+    empty: int = 0  # further rows whose label is empty text: no class, or none of several
     classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
 
     def names(self) -> tuple[str, ...]:
@@ -191,20 +194,25 @@ def _order(name: str) -> tuple[bool, float, str]:
 
 def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
     """The summary of several training sets as one."""
+    empty = sum(part.empty for part in parts)
     parts = [part for part in parts if part.rows]
     counts: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
     for part in parts:
         counts.update(part.counts)
-    few = len(counts) <= MAX_CLASSES and all(part.counts for part in parts)
+        listed.update(part.listed)
+    few = len(counts) + len(listed) <= MAX_CLASSES and all(part.counts or part.listed for part in parts)
     lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
     numeric = len(lows) == len(parts) > 0
     named = {part.classes for part in parts if part.classes}
     return LabelSummary(
         rows=sum(part.rows for part in parts),
         counts=dict(counts) if few else {},
+        listed=dict(listed) if few else {},
         low=min(lows) if numeric else None,
         high=max(highs) if numeric else None,
         whole=numeric and all(part.whole for part in parts),
         lists=any(part.lists for part in parts),
+        empty=empty,
         classes=named.pop() if len(named) == 1 else (),
     )

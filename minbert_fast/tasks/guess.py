@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import re
+
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.labels import LabelSummary
+from minbert_fast.data.labels import LabelSummary, label_number
 
 FEW = 20  # up to so many different whole numbers are classes, more are a scale
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 SHOWN = 5  # classes named in the reason
 
 
@@ -30,6 +33,12 @@ def guess_kind(summary: LabelSummary, texts: int) -> tuple[str, str]:
         return "multilabel", "a label is a list"
     count, names = len(summary.counts), summary.names()
     if summary.low is None:
+        comma = next(filter(_DECIMAL_COMMA.fullmatch, names), "")
+        if comma and all(_DECIMAL_COMMA.fullmatch(name) or label_number(name) is not None for name in names):
+            raise ConfigError(
+                f"the labels are numbers, some with a decimal comma ({comma}): write them with a decimal point; "
+                f'if they are classes, choose the kind "{one}"'
+            )
         if count and count * 2 <= max(summary.rows, 2 * FEW):
             shown = ", ".join(names[:SHOWN]) + (", ..." if count > SHOWN else "")
             return one, f"{count} different labels ({shown})"

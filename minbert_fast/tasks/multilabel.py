@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import check
+from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.labels import ClassSets, LabelSummary, Rule, split_names
 from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import binary_cross_entropy
@@ -81,11 +81,15 @@ class MultilabelTask(ClassTask):
         return ClassSets(self.options.classes, self.options.separator)
 
     def resolve(self, summary: LabelSummary) -> dict[str, Any]:
-        counts: Counter[str] = Counter()
+        counts, separator = Counter(summary.listed), self.options.separator
         for label, rows in summary.counts.items():
-            counts.update(dict.fromkeys([label] if summary.lists else split_names(label, self.options.separator), rows))
-        found = super().resolve(LabelSummary(summary.rows, counts))
-        return found | ({"row_count": summary.rows} if "class_counts" in found else {})
+            counts.update(dict.fromkeys(split_names(label, separator), rows))
+        found = super().resolve(LabelSummary(summary.rows, counts, classes=summary.classes))
+        unclear = next((name for name in found.get("classes", ()) if separator in name), None)
+        if unclear is not None:  # prediction files join the names
+            where = f"tasks.{self.name}: the class {unclear!r} contains the separator {separator!r}"
+            raise ConfigError(f'{where}; set another one, such as separator = "|"')
+        return found | ({"row_count": summary.rows + summary.empty} if "class_counts" in found else {})
 
     def as_labels(self, predictions: np.ndarray) -> list[Any]:
         names, separator = self.options.classes, self.options.separator

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from minbert_fast.common.imports import missing
-from minbert_fast.common.schema import merge, plain
+from minbert_fast.common.schema import check, merge, plain
 from minbert_fast.data.labels import LabelSummary
 from minbert_fast.data.source import sources_of
 from minbert_fast.recipes.recipe import Recipe
@@ -42,6 +42,8 @@ def complete(
         notify(f'tasks.{name}: kind = "{kind}" ({reason})')
         recipe = with_task_values(recipe, name, {"kind": kind})
     for name, task in build_tasks(recipe).items():
+        named = next((source.label for source in task.sources if source.label), "") if task.rule is None else ""
+        check(not named, f"tasks.{name}: label = {named!r}: {task.kind} reads no labels; expected data without label")
         if not task.resolved:
             values = task.resolve(summarise(name, task.num_texts))
             recipe = with_task_values(recipe, name, values)

@@ -170,7 +170,7 @@ class _Reader:
         for name in self.rows:
             if name not in self._sources:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
-        named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if _in_directory(s))
+        named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if is_in_directory(s))
         layouts = tuple(layout for layout in named if format_of(layout).stem)
         self._paths = {s: self._find_files(s, layouts) if layouts else {} for s in SPLITS}
 
@@ -217,7 +217,7 @@ class _Reader:
         """A source's data of one split: rows in memory, its own files, or those of its layout; None if there are none."""
         if split in self.rows.get(name, {}):
             return find_input(source, split, texts, rows=self.rows[name][split])
-        if _in_directory(source):
+        if is_in_directory(source):
             path = self._paths[split].get(source.layout)
             if path is None:
                 return None
@@ -274,10 +274,10 @@ class _Reader:
 def names_data(recipe: Recipe) -> bool:
     """Whether any task of the recipe or its stages names files or a data set of the hub."""
     sources = [source for _, options in task_tables(recipe) for source in sources_of(options.get("data", ""))]
-    return any(not source.layout or not _in_directory(source) for source in sources)
+    return any(not source.layout or not is_in_directory(source) for source in sources)
 
 
-def _in_directory(source: Source) -> bool:
+def is_in_directory(source: Source) -> bool:
     """Whether the source names only a layout, whose files are in the data directory or in `data.files`."""
     return bool(source.layout) and not (source.hub or any(source.files(split) for split in SPLITS))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from minbert_fast import BertModel, Predictor, encode, predict
+from minbert_fast import BertModel, Predictor, encode, evaluate, predict
 from minbert_fast.common import cli
 from minbert_fast.common.schema import build
 from minbert_fast.common.storage import ArrayFile, whole_file
@@ -282,6 +282,10 @@ def test_every_format_gives_the_same_predictions(topics: Path, tmp_path: Path) -
             named = {name: float(row[f"probability_{name}"]) for name in ("bad", "fair", "great")}
             assert list(named.values()) == pytest.approx(shares.tolist(), abs=1e-5)
             assert row["prediction"] == max(named, key=named.__getitem__)
+    for ending, is_json in (("jsonl", True), ("ndjson", True), ("json", True), ("txt", False)):
+        out = tmp_path / f"out.{ending}"
+        assert predict_topics(topics, "--input", tmp_path / "in.csv", "--output", out) == 0
+        assert out.read_text().startswith('{"id": "k0"' if is_json else "id,prediction\nk0,")
     plain = tmp_path / "plain.csv"
     assert predict_topics(topics, "--input", tmp_path / "in.csv", "--output", plain) == 0
     assert plain.read_text().splitlines()[0] == "id,prediction"
@@ -321,12 +325,22 @@ def test_a_course_task_reads_files_of_other_formats(checkpoint: Path, tmp_path: 
     assert (tmp_path / "o.csv").read_text().startswith("id,prediction\n2,")
 
 
+def test_a_data_folder_that_no_task_would_read_is_refused(topics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scores were those of the run's own dev rows."""
+    assert cli.run(evaluate.main, ["--checkpoint", str(topics), "--data", str(DATA), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "every task of this model names its own files; expected --task NAME --input FILE" in error
+
+
 @pytest.mark.parametrize(
     ("model", "more", "problem"),
     [
         ("topics", ["--text", "revue"], "in.csv:1: no column 'revue'"),
         ("topics", ["--text", "review,key"], "expected 1"),
         ("topics", ["--probabilities", "--format", "course"], "--format course: has no place for --probabilities"),
+        ("topics", ["--output", "out.tsv"], "--output out.tsv: predictions are CSV or JSON lines"),
+        ("topics", ["--output", "out.parquet"], "--output out.parquet: predictions are CSV or JSON lines"),
+        ("topics", ["--output", "../{}/in.csv"], "in.csv: is the file of --input"),
         ("checkpoint", [], "--task: expected one of sentiment, paraphrase, similarity"),
         ("checkpoint", ["--task", "similarity", "--probabilities"], "--probabilities: task similarity has no classes"),
     ],
@@ -338,12 +352,16 @@ def test_flags_of_predict_that_do_not_fit(
     topics: Path,
     checkpoint: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "in.csv").write_text("key,review\n1,fine\n")
+    monkeypatch.chdir(tmp_path)
+    more = [word.format(tmp_path.name) for word in more]
     folder = topics if model == "topics" else checkpoint
     assert predict_topics(folder, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv", *more) == 2
     error = capsys.readouterr().err
     assert problem in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+    assert (tmp_path / "in.csv").read_text() == "key,review\n1,fine\n"

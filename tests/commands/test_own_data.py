@@ -185,6 +185,10 @@ def test_a_run_says_which_tasks_its_score_leaves_out(tmp_path: Path, capsys: pyt
         ({"text": "review"}, "give the rows"),
         ({"data": rows()}, "mapping"),
         ({"data": rows(), "text": "review", "label": "verdict", "kind": "regression"}, "label"),
+        (
+            {"data": rows(), "text": "review", "label": "verdict", "kind": "contrastive"},
+            "tasks.verdict: label = 'verdict': contrastive reads no labels; expected data without label",
+        ),
         ({"data": {"verdict": rows()}}, "no text columns"),
         (
             {"data": [{"t": "a", "y": 0}], "text": "t", "label": "y", "backend": "fst"},

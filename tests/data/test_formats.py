@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.files import Table, open_rows, read_rows
-from minbert_fast.data.formats import FORMATS
+from minbert_fast.data.formats import FORMATS, Layout
 from minbert_fast.data.inputs import Input, find_input, layout_of
 from minbert_fast.data.label_summary import summarise_labels
 from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
@@ -98,6 +98,18 @@ def test_quoted_fields_are_read_as_python_and_pandas_read_them(
     assert [text.replace("\r\n", "\n").replace("\r", "\n") for text in table.sentences[0]] == [
         text.replace("\r\n", "\n").replace("\r", "\n") for text in frame["body"]
     ]
+
+
+@pytest.mark.parametrize("quoting", ["csv", "none", "course"])
+def test_the_header_line_again_is_no_row(tmp_path: Path, quoting: Any) -> None:
+    """Files joined with their headers: `label` was a class."""
+    path = write(tmp_path, "x.csv", "text,label\na,bad\ntext,label\nb,good\ntext,fair\n")
+    layout = Layout("own", ("text",), ("label",), separator=",", quoting=quoting)
+    table = read_rows(Input("x.csv", layout, 1, (path,)), GRADES, max_bad_rows=1.0)
+    assert table.sentences == (["a", "b", "text"],)
+    assert problems(table) == ["x.csv:3: the header line again, expected data"]
+    lone = write(tmp_path, "y.csv", "text\na\ntext\n")
+    assert read(lone).sentences == (["a", "text"],)
 
 
 def test_line_numbers_are_those_where_rows_begin(tmp_path: Path) -> None:
@@ -437,11 +449,12 @@ def test_several_classes_stand_in_a_list_in_text_or_in_columns(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (["3", "1.0", "1", ""], LabelSummary(3, {"3": 1, "1": 2}, 1, 3, True)),
-        (["0.5", "2"], LabelSummary(2, {"0.5": 1, "2": 1}, 0.5, 2, False)),
+        (["3", "1.0", "1", ""], LabelSummary(3, {"3": 1, "1": 2}, low=1, high=3, whole=True, empty=1)),
+        (["0.5", "2"], LabelSummary(2, {"0.5": 1, "2": 1}, low=0.5, high=2)),
         (["b", "a", "b", "-"], LabelSummary(3, {"b": 2, "a": 1})),
-        ([["x", "y"], [], ["x"]], LabelSummary(3, {"x": 2, "y": 1}, lists=True)),
-        ([True, False], LabelSummary(2, {"true": 1, "false": 1}, 0, 1, True)),
+        ([["x", "y"], [], ["x", "x"], [""]], LabelSummary(4, listed={"x": 2, "y": 1}, lists=True)),
+        (["x,y", ["y"], ""], LabelSummary(2, {"x,y": 1}, {"y": 1}, lists=True, empty=1)),
+        ([True, False], LabelSummary(2, {"true": 1, "false": 1}, low=0, high=1, whole=True)),
     ],
 )
 def test_labels_are_summarised(tmp_path: Path, values: Sequence[Any], expected: LabelSummary) -> None:
@@ -451,7 +464,7 @@ def test_labels_are_summarised(tmp_path: Path, values: Sequence[Any], expected: 
 
 def test_a_summary_of_columns_knows_all_classes_and_one_of_many_values_stays_small(tmp_path: Path) -> None:
     path = write(tmp_path, "x.csv", "text,a,b,c\nx,1,0,0\ny,1,0,1\n")
-    assert summarise_labels(find(path, label=("a", "b", "c"))).counts == {"a": 2, "b": 0, "c": 1}
+    assert summarise_labels(find(path, label=("a", "b", "c"))).listed == {"a": 2, "b": 0, "c": 1}
     many = "text,label\n" + "".join(f"x,{i}.5\n" for i in range(11_000))
     summary = summarise_labels(find(write(tmp_path, "y.csv", many)))
     assert (summary.rows, summary.counts, summary.low, summary.high) == (11_000, {}, 0.5, 10_999.5)

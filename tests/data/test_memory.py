@@ -153,7 +153,7 @@ def test_classes_of_a_data_set_keep_their_order_and_names() -> None:
     assert [bad.line for bad in table.bad_rows] == [3]
     several = datasets.Features({"text": datasets.Value("string"), "label": [datasets.ClassLabel(names=["x", "y"])]})
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [[0, 1], []]}, features=several)
-    assert summarise_labels(find(rows, 1)) == LabelSummary(2, {"x": 1, "y": 1}, lists=True, classes=("x", "y"))
+    assert summarise_labels(find(rows, 1)) == LabelSummary(2, listed={"x": 1, "y": 1}, lists=True, classes=("x", "y"))
     assert read(rows, ClassSets(("x", "y")), 1).labels.tolist() == [[1, 1], [0, 0]]  # type: ignore[union-attr]
 
 

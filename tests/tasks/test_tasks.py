@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.labels import Classes, LabelSummary, Numbers, label_number, label_text
+from minbert_fast.data.labels import Classes, LabelSummary, Numbers, label_number, label_text, merge_summaries
 from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.config import BertConfig
@@ -166,7 +166,7 @@ def summary(*labels: object, **more) -> LabelSummary:
     numbers = [label_number(label) for label in labels]
     found = [number for number in numbers if number is not None]
     ends = (min(found), max(found)) if found and len(found) == len(labels) else (None, None)
-    return LabelSummary(len(labels), names, *ends, **{"whole": all(float(n).is_integer() for n in found)} | more)
+    return LabelSummary(len(labels), names, {}, *ends, **{"whole": all(float(n).is_integer() for n in found)} | more)
 
 
 def resolved(name: str, options: dict, found: LabelSummary):
@@ -190,12 +190,22 @@ def test_classes_and_their_weights_are_found_in_the_training_labels():
 
 
 def test_names_of_several_labels_are_found():
-    text = summary("a,b", "b", "", "b, c")
-    task = resolved("tags", {"kind": "multilabel", "class_weights": "balanced"}, text)
-    assert task.class_names == ("a", "b", "c")
-    assert task.options.weights == (3.0, 1 / 3, 3.0)
-    lists = LabelSummary(4, {"a,b": 2, "b": 3}, lists=True)
-    assert resolved("tags", {"kind": "multilabel"}, lists).class_names == ("a,b", "b")
+    text = summary("a,b", "b", "b, c", empty=1)
+    lists = LabelSummary(4, listed={"a": 1, "b": 3, "c": 1}, lists=True)
+    both = merge_summaries([summary("a,b", empty=1), LabelSummary(2, listed={"b": 2, "c": 1}, lists=True)])
+    for found in (text, lists, both):  # the same labels, written in three ways
+        task = resolved("tags", {"kind": "multilabel", "class_weights": "balanced"}, found)
+        assert task.class_names == ("a", "b", "c")
+        assert task.options.weights == (3.0, 1 / 3, 3.0)
+    named = LabelSummary(2, listed={"b": 2}, lists=True, classes=("c", "b", "a"))
+    assert resolved("tags", {"kind": "multilabel"}, named).class_names == named.classes
+
+
+def test_names_that_prediction_files_would_divide_are_refused():
+    found = LabelSummary(4, listed={"slow, old": 2, "new": 3}, lists=True)
+    with pytest.raises(ConfigError, match="the class 'slow, old' contains the separator ','; set another one"):
+        build_task("tags", {"kind": "multilabel"}).resolve(found)
+    assert resolved("tags", {"kind": "multilabel", "separator": "|"}, found).class_names == ("new", "slow, old")
 
 
 def test_the_range_of_a_regression_is_found_and_does_not_refuse_other_rows():
@@ -265,6 +275,9 @@ def test_lists_are_several_labels_and_free_text_is_no_label():
     for found, texts in ((summary("a", "b", lists=True), 2), (summary("a", "b"), 3)):
         with pytest.raises(ConfigError):
             guess_kind(found, texts)
+    with pytest.raises(ConfigError, match=r"with a decimal comma \(0,5\): write them with a decimal point"):
+        guess_kind(summary("0,5", "2", "1,0"), 1)
+    assert guess_kind(summary("1,2", "1,b"), 1)[0] == "classification"
     with pytest.raises(ConfigError, match="500 different labels in 500 rows"):
         guess_kind(summary(*[f"text {i}" for i in range(500)]), 1)
 

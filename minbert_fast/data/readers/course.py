@@ -15,6 +15,7 @@ from minbert_fast.data.messages import DataError, show
 from minbert_fast.data.readers.lines import FileRecords, Line, decode
 from minbert_fast.data.readers.records import Record
 
+REPEATED = "the header line again, expected data"
 MAX_RECORD_LINES = 100  # a quoted field may continue over this many further lines
 
 
@@ -45,6 +46,8 @@ class CourseRecords(FileRecords):
             line, raw = found
             try:
                 fields = self._split(raw, width)
+                if repeats_header(fields, self.names):
+                    raise ValueError(REPEATED)
             except ValueError as error:
                 yield line, error
             else:
@@ -103,6 +106,13 @@ class CourseRecords(FileRecords):
                     return
                 self._ahead.append(found)
             yield self._ahead[index][1]
+
+
+def repeats_header(fields: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a row holds the names of all its columns, two or more, as where files were joined with their headers."""
+    return (
+        len(names) > 1 and len(fields) == len(names) and all(a.strip() == b for a, b in zip(fields, names, strict=True))
+    )
 
 
 def kind_of_separator(separator: str) -> str:

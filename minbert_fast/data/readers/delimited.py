@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minbert_fast.data.formats import Layout
 from minbert_fast.data.messages import DataError, show
-from minbert_fast.data.readers.course import kind_of_separator
+from minbert_fast.data.readers.course import REPEATED, kind_of_separator, repeats_header
 from minbert_fast.data.readers.lines import FileRecords, Line, decode, without_end
 from minbert_fast.data.readers.records import Record
 
@@ -65,6 +65,8 @@ class DelimitedRecords(FileRecords):
         for line, fields in self._rows:
             if isinstance(fields, ValueError):
                 yield line, fields
+            elif repeats_header(fields, self.names):
+                yield line, ValueError(REPEATED)
             elif len(fields) == width or (self._more_fields and len(fields) > width):
                 yield line, [fields[position] for position in positions]
             else:
