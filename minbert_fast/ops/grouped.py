@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from minbert_fast.common.device import sent
 from minbert_fast.ops.backend import implementation
 from minbert_fast.ops.library import custom_op
 
@@ -83,7 +84,7 @@ class Tables:
         self._numbers += size
         self._most = max(self._most, self._numbers)
         if self._room is None:
-            return torch.tensor(rows, dtype=torch.int64, device=device)
+            return sent(torch.tensor(rows, dtype=torch.int64), device)
         if self._room.numel() < size:
             raise RuntimeError(f"a captured step makes a table of {size} numbers; {self._room.numel()} were set aside")
         table, self._room = self._room[:size].view(shape), self._room[size:]
