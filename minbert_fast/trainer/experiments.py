@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
-from minbert_fast.common.schema import ConfigError, Whole, merge, plain
+from minbert_fast.common.schema import ConfigError, Whole, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.tasks import build_tasks
@@ -113,23 +113,13 @@ def same_experiment(executed: Recipe | None, recipe: Recipe, positions: int) -> 
     return not changed_values(executed, recipe, positions)
 
 
-def limit_steps(recipe: Recipe, steps: int | None) -> Recipe:
-    """The recipe with `steps` steps, or `steps` in each of its stages; None keeps its own length."""
-    if steps is None:
-        return recipe
-    limit = {"training": {"max_steps": steps}}
-    if not recipe.stages:
-        return recipe.with_values(limit, "--max-steps")
-    return replace(recipe, stages=tuple(merge(stage, limit) for stage in recipe.stages))
-
-
 def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
     """Adds the flags that `search` and `reproduce` share; `load_recipe` reads them."""
     add = command.add_argument
     add("--data", metavar="DIR", help="data files in the course's layout")
     add("--model", metavar="DIR|HUB_NAME", help="encoder weights")
     add("--output", metavar="DIR", type=Path, required=output_required, help="a directory for all runs and the table")
-    add("--max-steps", metavar="N", type=cli.whole_number, help="steps of a run, or of each of its stages")
+    add("--max-steps", metavar="N", type=cli.whole_number, help="steps of each run, which its stages share")
     add("--device", choices=DEVICES, default="auto")
     cli.add_import_flag(command)
 
@@ -143,7 +133,8 @@ def load_recipe(name: str | None, chosen: argparse.Namespace) -> Recipe:
     values: dict[str, Any] = {"data": {"directory": chosen.data}} if chosen.data else {}
     values |= {"model": {"name": chosen.model}} if chosen.model else {}
     values |= {"imports": Whole(chosen.imports)} if chosen.imports else {}
-    return limit_steps(Recipe.load(name).with_values(values, "command line"), chosen.max_steps)
+    values |= {} if chosen.max_steps is None else {"training": {"max_steps": chosen.max_steps}}
+    return Recipe.load(name).with_values(values, "command line")
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -181,7 +181,7 @@ def make_row(name: str, recipe: Recipe, trial: Trial, backend: str, factor: floa
         "untrained": trial.summary.get("untrained"),
         "epochs": [stage.training.epochs for stage in stages],
         "epochs_scale": factor,
-        "max_steps": stages[0].training.max_steps,  # limit_steps gives all stages the same
+        "max_steps": recipe.training.max_steps,
         **{key: trial.summary.get(key) for key in FACTS},
         "weights": describe_weights(recipe.model.name),
         "data": describe_data(recipe.data.directory),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 
 from minbert_fast import reproduce, search
 from minbert_fast.common import cli
+from minbert_fast.common.schema import merge
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import reproduction
 from minbert_fast.trainer.completing import with_task_values, without_tasks
-from minbert_fast.trainer.experiments import limit_steps, same_experiment
+from minbert_fast.trainer.experiments import same_experiment
 from minbert_fast.trainer.job import Options, train
 
 pytestmark = pytest.mark.ci
@@ -59,11 +61,13 @@ def test_every_recipe_trains(name: str, data: Path, tmp_path: Path) -> None:
         "data": {"directory": str(data)},
         "training": {"batch_size": 4, "evaluate_untrained": False, "precision": "fp32"},
     }
-    recipe = limit_steps(Recipe.load(name).with_values(quick, "test"), 2)
+    recipe = Recipe.load(name).with_values(quick, "test")
+    limit = {"training": {"max_steps": 2}}
+    stages = tuple(merge(stage, limit) for stage in recipe.stages)
+    recipe = replace(recipe, stages=stages) if stages else recipe.with_values(limit, "test")
     output = train(recipe, Options(tmp_path / "run", device="cpu"))
     summary = json.loads((output / "summary.json").read_text())
-    stages = max(1, len(recipe.stages))
-    assert summary["steps"] == 2 * stages
+    assert summary["steps"] == 2 * max(1, len(stages))
     assert summary["skipped_steps"] == 0
     judged = {task.primary for task in build_tasks(recipe).values() if task.predicts and task.labelled}
     assert judged <= set(summary["dev"])
@@ -126,10 +130,10 @@ def test_scaled_epochs_are_stated_in_the_table(data: Path, tmp_path: Path) -> No
 
 
 def test_a_row_of_tasks_trained_one_by_one_has_each_tasks_own_best_scores(data: Path, tmp_path: Path) -> None:
-    flags = ["--data", data, "--output", tmp_path, "--max-steps", 2]
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 12]
     assert run(reproduce.main, "enhancing-final", *flags) == 0
     row = rows_in(tmp_path)["enhancing-final"]
-    assert row["max_steps"] == 2, "of each stage"
+    assert row["max_steps"] == row["steps"] == 12, "of the run, which its stages share"
     summary = json.loads((tmp_path / "enhancing-final" / "summary.json").read_text())
     steps = {}
     for task in ("sentiment", "paraphrase", "similarity"):
@@ -138,7 +142,8 @@ def test_a_row_of_tasks_trained_one_by_one_has_each_tasks_own_best_scores(data: 
         (metric,) = (m for m in kept["metrics"] if m in reproduction_metrics(task))
         assert row["measured"]["dev"][metric] == kept["metrics"][metric] == kept["score"]
         assert (tmp_path / "enhancing-final" / f"best-{task}" / "heads.safetensors").is_file()
-    assert steps == {"sentiment": 4, "paraphrase": 6, "similarity": 8}, "a stage counts for the task that it trains"
+    within = steps["sentiment"] <= 6 < steps["paraphrase"] <= 9 < steps["similarity"]
+    assert within, "a stage counts for the task that it trains"
     assert (
         "Each task's own best model (one by one, as the report trained them): enhancing-final."
         in (tmp_path / "table.md").read_text()
