@@ -65,16 +65,8 @@ COMPARISONS = (
     ("all together beat the baseline", "finetune-all", "finetune-baseline", "mean"),
     ("masked words, cosine embedding loss and decay help", "enhancing-final", "enhancing-base", "score"),
 )
-NEEDED = {
-    "published",
-    "measured",
-    "dev_rows",
-    "epochs",
-    "epochs_scale",
-    "without",
-    "failure",
-    "fingerprint",
-}  # of a row
+CONDITIONS = ("weights", "data", "epochs_scale", "max_steps")  # of a row; rows are compared under the same ones alone
+NEEDED = {"published", "measured", "dev_rows", "epochs", "without", "failure", "fingerprint", *CONDITIONS}  # of a row
 FACTS = ("steps", "seconds", "tokens", "device", "precision", "backend", "commit")
 DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
 
@@ -293,7 +285,8 @@ def comparisons(rows: Mapping[str, Row]) -> str:
         pair = [row for row in found if not row["failure"] and not row["without"]]
         values = [_column(row[part]["dev"], column) for part in ("published", "measured") for row in pair]
         known = [value for value in values if value is not None]
-        if len(known) == 4:
+        alike = len({tuple(row[key] for key in CONDITIONS) for row in pair}) == 1
+        if len(known) == 4 and alike:
             first, second, own, other = known
             margin = 2 * math.hypot(*(standard_error(row, column) for row in pair))
             holds = "unclear" if abs(own - other) < margin else "yes" if own > other else "no"
@@ -305,7 +298,7 @@ def comparisons(rows: Mapping[str, Row]) -> str:
     return (
         f"{experiments.markdown_table(head, lines)}\nA comparison is unclear if the measured scores differ by less than the "
         "margin, two standard errors of\ntheir difference over the dev rows. Each row is one run; another seed may move a "
-        "score as far.\n"
+        "score as far. Rows with other weights, data\nor --epochs-scale are not compared.\n"
     )
 
 

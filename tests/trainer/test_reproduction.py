@@ -22,6 +22,7 @@ def row_with(recipe: str, rows: dict[str, int], **dev: float) -> dict[str, Any]:
         "dev_rows": rows,
         "failure": "",
         "without": [],
+        **dict.fromkeys(reproduction.CONDITIONS),
     }
 
 
@@ -48,6 +49,18 @@ def test_a_row_that_ran_without_some_of_its_data_is_not_compared() -> None:
     rows = {name: row_with(name, counts, **scores) for name in names}
     assert "triplets beat regression" in reproduction.comparisons(rows)
     rows["bertology-nli-regression"]["without"] = ["snli", "mnli"]
+    assert reproduction.comparisons(rows) == ""
+
+
+@pytest.mark.parametrize(
+    "changed", [{"epochs_scale": 0.2}, {"max_steps": 9}, {"weights": "others"}, {"data": "others"}]
+)
+def test_rows_under_other_conditions_are_not_compared(changed: dict[str, Any]) -> None:
+    """A whole epoch against a fifth of one counted as "the cosine beats a linear layer: yes"."""
+    names = "finetune-cosine", "finetune-baseline"
+    rows = {name: row_with(name, {"similarity": 100}, similarity_pearson=0.8) for name in names}
+    assert "the cosine beats" in reproduction.comparisons(rows)
+    rows["finetune-baseline"] |= changed
     assert reproduction.comparisons(rows) == ""
 
 
