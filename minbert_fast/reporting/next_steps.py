@@ -52,9 +52,11 @@ def next_steps(run: Run) -> list[Advice]:
             longer = f"--max-steps {2 * training['max_steps']:g}"
         reason = "The last evaluation was the best one: train longer."
         advice.append(Advice(reason, _train(run, "longer", longer)))
-    for task, epoch in overfitted.items():
-        reason = f"The dev loss of {task} has risen since epoch {epoch:.3g}: stop early."
-        advice.append(Advice(reason, _train(run, "early", "--set training.patience=1")))
+    if overfitted and not _best_was_last(run):  # while the score rises, patience would stop nothing
+        since = ", ".join(f"{task} since epoch {epoch:.3g}" for task, epoch in overfitted.items())
+        advice.append(
+            Advice(f"Dev losses have risen ({since}): stop early.", _train(run, "early", "--set training.patience=1"))
+        )
     collapses = {n: found for n, task in run.tasks.items() if n not in fallen and (found := collapsed_class(task))}
     if collapses:
         reason = "; ".join(f"{name}: {text}" for name, text in collapses.items())

@@ -275,9 +275,11 @@ def test_next_steps_follow_from_the_records(tmp_path):
     last = steps_of(tmp_path / "last", evaluations(0.9, 0.8, 0.7), {"training": {"epochs": 3}}, best={"step": 30})
     assert last[0] == "The last evaluation was the best one: train longer."
     assert "--epochs 6" in last[1]
-    over = steps_of(tmp_path / "over", evaluations(0.9, 0.6, 0.7), best={"step": 30})
-    assert over[0] == "The dev loss of sentiment has risen since epoch 2: stop early."
+    over = steps_of(tmp_path / "over", evaluations(0.9, 0.6, 0.7), best={"step": 20})
+    assert over[0] == "Dev losses have risen (sentiment since epoch 2): stop early."
     assert "--set training.patience=1" in over[1]
+    rises = steps_of(tmp_path / "rises", evaluations(0.9, 0.6, 0.7), best={"step": 30})
+    assert rises[0] == "Use the model:", "patience stops no run whose score still rises"
     fine = steps_of(tmp_path / "fine", evaluations(0.9, 0.7, 0.7), best={"step": 20})
     assert fine[0] == "Use the model:"
     shown = steps_of(tmp_path / "demo", evaluations(0.9, 0.7, 0.7), best={"step": 20}, demonstration=True)
