@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from minbert_fast.common.errors import first_line
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.common.storage import regular
 from minbert_fast.data.sentences import Tokens, join_pair, truncate
@@ -78,7 +79,7 @@ class OnnxModel:
         try:
             session = runtime.InferenceSession(str(regular(path)), options, providers=_providers(runtime, device))
         except Exception as error:  # onnxruntime's errors have no public base class
-            raise ConfigError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
+            raise ConfigError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         text = session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise ConfigError(
