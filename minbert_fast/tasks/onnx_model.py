@@ -23,11 +23,12 @@ from torch.nn import functional as F
 from minbert_fast.common.errors import first_line
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.common.storage import regular
+from minbert_fast.data.collate import by_length
 from minbert_fast.data.sentences import Tokens, join_pair, truncate
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Encoder
+from minbert_fast.data.tokens import Encoder, sequences_of
 from minbert_fast.model.config import Pooling
-from minbert_fast.tasks.sentence_vectors import CHUNK, TOKEN_BUDGET, by_length
+from minbert_fast.tasks.sentence_vectors import CHUNK, TOKEN_BUDGET
 
 GRAPH = "model.onnx"
 KEY = "minbert_fast"  # of the graph's metadata; the value is a Contents as JSON
@@ -54,8 +55,8 @@ class Contents:
 
     @property
     def sequences(self) -> int:
-        """Sequences per example: one per sentence, one joint one, or both."""
-        return {"bi": self.sentences, "cross": 1, "both": self.sentences + 1}[self.encoder]
+        """Sequences per example."""
+        return sequences_of(self.encoder, self.sentences)
 
 
 class OnnxModel:
