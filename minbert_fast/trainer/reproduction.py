@@ -65,16 +65,8 @@ COMPARISONS = (
     ("all together beat the baseline", "finetune-all", "finetune-baseline", "mean"),
     ("masked words, cosine embedding loss and decay help", "enhancing-final", "enhancing-base", "score"),
 )
-NEEDED = {
-    "published",
-    "measured",
-    "dev_rows",
-    "epochs",
-    "epochs_scale",
-    "without",
-    "failure",
-    "fingerprint",
-}  # of a row
+#: The keys that every row has.
+NEEDED = {"published", "measured", "dev_rows", "epochs", "epochs_scale", "without", "failure", "fingerprint"}
 FACTS = ("steps", "seconds", "tokens", "device", "precision", "backend", "commit")
 DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
 
