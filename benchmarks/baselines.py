@@ -180,9 +180,7 @@ class PaddedStep(_PerTaskStep):
         if compiled:
             from torch._dynamo import config
 
-            config.recompile_limit = (
-                256  # all sizes and models count together; beyond the limit of 8 they would run eagerly
-            )
+            config.recompile_limit = 256  # of all sizes and models together; beyond it (8) they would run eagerly
             cuda = self.shared[0].is_cuda
             self.encode = torch.compile(self.encoder, mode="reduce-overhead" if cuda else None, dynamic=False)
             # The next task overwrites gradients in a CUDA graph's memory (pytorch/pytorch issue 169545).

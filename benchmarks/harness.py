@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from minbert_fast.common import huge_pages
+from minbert_fast.common.errors import first_line
 from minbert_fast.common.provenance import cores, current_commit, package_version, processor
 
 ROOT = Path(__file__).parents[1]
@@ -124,9 +125,9 @@ def case(
         try:
             (candidate.check or candidate.run)()
         except AssertionError as error:
-            rows[key].note = f"WRONG RESULT, not timed: {_first_line(error)}"
+            rows[key].note = f"WRONG RESULT, not timed: {first_line(error)}"
         except Exception as error:  # an error in another library must not end the suite
-            rows[key].note = f"FAILED, not timed: {type(error).__name__}: {_first_line(error)}"
+            rows[key].note = f"FAILED, not timed: {type(error).__name__}: {first_line(error)}"
     sound = {key: c.run for key, c in candidates.items() if not rows[key].note}
     for key, times in timer(sound, device).items():
         _fill(rows[key], candidates[key], times, ceilings, product)
@@ -136,10 +137,6 @@ def case(
             if row.name != baseline and row.median and other:
                 row.speedup[baseline] = round(other / row.median, 2)
     return list(rows.values())
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _fill(row: Row, candidate: Candidate, times: list[float], ceilings: Ceilings, product: str) -> None:

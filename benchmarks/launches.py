@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 times = variant.call(lambda run: device_time.measure({"": run}, device, cold=False, repeats=20)[""])
                 row["microseconds"] = round(1e3 * statistics.median(times), 2)
             except Exception as error:  # too much shared memory, say: the others go on
-                row["failure"] = str(error).strip().splitlines()[-1][:200]
+                row["failure"] = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
             rows.append(row)
             print(*row.values(), sep=" | ", flush=True)
             if options.json:

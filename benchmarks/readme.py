@@ -298,9 +298,27 @@ def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _any_model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Times relative to the step without surgery: ratios, because the machine's load changes the milliseconds."""
+    lines = ["| model | step | times the step of the summed losses |", "|---|---|---|"]
+    for case in _in_order(rows):
+        found = [row for row in rows if row["case"] == case and row["median"]]
+        floor = next((row["median"] for row in found if row["name"] == "summed losses"), None)
+        lines += [f"| {case} | {row['name']} | {row['median'] / floor:.2f} |" for row in found if floor]
+    return lines
+
+
 def conflicts_table(results: Path = RESULTS) -> str:
     """Cosines between the tasks' gradients in a real run."""
     return conflicts.table(_load(results / "conflicts.json"))
+
+
+def methods_table(results: Path = RESULTS) -> str:
+    """The comparison of multitask methods on real data."""
+    path = results / "methods-cpu.json"
+    if not path.exists():
+        return f"Not measured yet: the command's `table.json` becomes `benchmarks/results/{path.name}`."
+    return compare.markdown(_load(path)).rstrip()
 
 
 def same_job(folder: Path = ROOT / "docs" / "examples" / "same_job") -> str:
@@ -334,24 +352,6 @@ def _filled(form: str, value: float | None) -> str:
 
 def _milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def _any_model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Times relative to the step without surgery: ratios, because the machine's load changes the milliseconds."""
-    lines = ["| model | step | times the step of the summed losses |", "|---|---|---|"]
-    for case in _in_order(rows):
-        found = [row for row in rows if row["case"] == case and row["median"]]
-        floor = next((row["median"] for row in found if row["name"] == "summed losses"), None)
-        lines += [f"| {case} | {row['name']} | {row['median'] / floor:.2f} |" for row in found if floor]
-    return lines
-
-
-def methods_table(results: Path = RESULTS) -> str:
-    """The comparison of multitask methods on real data."""
-    path = results / "methods-cpu.json"
-    if not path.exists():
-        return f"Not measured yet: the command's `table.json` becomes `benchmarks/results/{path.name}`."
-    return compare.markdown(_load(path)).rstrip()
 
 
 SUITES: Mapping[str, Table] = {

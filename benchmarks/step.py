@@ -51,10 +51,7 @@ GRAIN = 64  # ours on CUDA: token capacities are multiples of 64
 LR = 1e-5  # of the timed steps
 CHECKED_STEPS = 3
 CHECKED_OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.0), "eps": 0.1, "clip": 0.0}
-APART = {
-    torch.float32: 0.005,
-    torch.bfloat16: 0.08,
-}  # most that a candidate's change may differ, relative to the change
+APART = {torch.float32: 0.005, torch.bfloat16: 0.08}  # the most that a candidate's change may differ, as a share of it
 
 Maker = Callable[[MultitaskModel, Recipe], Step]
 

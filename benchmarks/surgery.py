@@ -151,10 +151,8 @@ def _step(J: Tensor) -> dict[str, Candidate]:
         p.zero_(), m.zero_(), v.zero_()
         ops.adamw(step)
         sampled = _sample(J).double().T
-        g, rounding = (
-            sampled @ w.double(),
-            1e-6 * (sampled.abs() @ w.double()),
-        )  # an fp32 sum's, of terms that may cancel
+        g = sampled @ w.double()
+        rounding = 1e-6 * (sampled.abs() @ w.double())  # of an fp32 sum whose terms may cancel
         _check_error(_sample(m) - 0.1 * g, 0.1 * rounding)
         size = 1e-5 * (1 - 0.999**10) ** 0.5 / (1 - 0.9**10)
         change = size * 0.1 * g / ((0.001 * g * g).sqrt() + step.eps)  # its slope is greatest at g = 0: 0.1 size / eps

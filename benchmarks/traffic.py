@@ -214,9 +214,7 @@ def compile_steps() -> bool:
     for config in CONFIGS.values():
         config = replace(config, num_hidden_layers=2)  # more layers launch the same kernels again
         for method in ("pcgrad", "none"):
-            for each in compiled(
-                config, method, 2 * LONGEST
-            ):  # kernels for long sentences run beside those for short ones
+            for each in compiled(config, method, 2 * LONGEST):  # the kernels for short sentences and for long ones
                 print(each, flush=True)
                 well &= not each.failure
     return well

@@ -25,14 +25,12 @@ from tqdm import tqdm
 from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import csv_lines, is_stream, whole_file
-from minbert_fast.data.files import TableReader, open_rows
+from minbert_fast.data.files import TableReader
 from minbert_fast.data.inputs import ENDINGS, find_input, layout_of
 from minbert_fast.data.source import Source
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
 from minbert_fast.tasks.predictor import Predictor
-
-MAX_BAD_ROWS = 0.01  # a file with a larger share of unreadable rows is refused
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,7 +122,7 @@ def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) 
     )
     found = find_input(replace(source, id=identity or source.id), "train", task.num_texts)
     assert found is not None, "the source names a file"
-    return open_rows(found, None, max_bad_rows=MAX_BAD_ROWS)
+    return TableReader(found, None)
 
 
 def json_line(identity: str, label: Any, shares: Sequence[float], names: Sequence[str]) -> str:

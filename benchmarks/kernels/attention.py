@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness import Candidate
-from benchmarks.kernels.case import Case, P, close, draw, dtypes
+from benchmarks.kernels.case import DTYPES, Case, P, close, draw
 from minbert_fast.ops import backend
 from minbert_fast.ops.attention import attention
 
@@ -61,7 +61,7 @@ def batches(device: torch.device) -> list[Batch]:
 def cases(device: torch.device) -> Iterator[Case]:
     for batch in batches(device):
         for model, (heads, width) in MODELS.items():
-            for dtype in dtypes(device):
+            for dtype in DTYPES:
                 for p in (P, 0.0):
                     yield from _cases(batch, model, heads, width, dtype, p, device)
 

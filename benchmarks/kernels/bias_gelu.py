@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Candidate
-from benchmarks.kernels.case import TASKS, Case, backward_of, bounds, close, compiled, draw, dtypes, label
+from benchmarks.kernels.case import DTYPES, TASKS, Case, backward_of, bounds, close, compiled, draw, label
 from minbert_fast.ops.bias_gelu import bias_gelu_backward, bias_gelu_forward
 
 SIZES = {"cpu": [(2770, 1536), (2770, 3072)], "cuda": [(2770, 1536), (2770, 3072), (8192, 3072), (32768, 3072)]}
@@ -21,7 +21,7 @@ SIZES = {"cpu": [(2770, 1536), (2770, 3072)], "cuda": [(2770, 1536), (2770, 3072
 
 def cases(device: torch.device) -> Iterator[Case]:
     for rows, width in SIZES[device.type]:
-        for dtype in dtypes(device):
+        for dtype in DTYPES:
             yield from _cases(rows, width, dtype, device)
 
 

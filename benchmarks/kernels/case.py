@@ -16,6 +16,7 @@ from minbert_fast.ops import backend
 TASKS = 3
 P = 0.1
 EPS = 1e-12
+DTYPES = (torch.bfloat16, torch.float32)
 #: The largest error, as a share of the result's norm, that rounding in this dtype explains.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -35,10 +36,6 @@ class Case:
 
 def label(op: str, dtype: torch.dtype, *sizes: int) -> str:
     return f"{op}, {str(dtype).removeprefix('torch.')}, {' x '.join(map(str, sizes))}"
-
-
-def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    return (torch.bfloat16, torch.float32)
 
 
 def draw(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.harness import Candidate
-from benchmarks.kernels.case import EPS, TASKS, Case, P, backward_of, close, draw, dtypes, label
+from benchmarks.kernels.case import DTYPES, EPS, TASKS, Case, P, backward_of, close, draw, label
 from minbert_fast.model.packing import PackedBatch, pack
 from minbert_fast.ops.dropout import keep_mask
 from minbert_fast.ops.embedding import EmbeddingSink, embedding, embedding_forward, reference
@@ -25,9 +25,14 @@ SIZES = {"cpu": [(160, 384), (160, 768)], "cuda": [(160, 384), (160, 768), (1900
 
 
 def cases(device: torch.device) -> Iterator[Case]:
+    seed = torch.tensor([1], device=device)
     for sentences, width in SIZES[device.type]:
-        for dtype in dtypes(device):
-            yield from _cases(_batch(sentences).to(device), width, dtype, device)
+        batch = _batch(sentences).to(device)
+        for dtype in DTYPES:
+            sizes = ((VOCABULARY, width), (POSITIONS, width), (TYPES, width), (width,), (width,))
+            parameters = [draw(*size, dtype=dtype, device=device) for size in sizes]
+            yield _forward(batch, parameters, seed)
+            yield _backward(batch, parameters, seed)
 
 
 def _batch(sentences: int) -> PackedBatch:
@@ -41,65 +46,70 @@ def _batch(sentences: int) -> PackedBatch:
     return pack([words[:first], words[first:second], words[second:]])
 
 
-def _cases(batch: PackedBatch, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    rows, distinct = len(batch.tokens), batch.num_words
-    index = (batch.tokens, batch.positions, batch.types)
-    sizes = ((VOCABULARY, width), (POSITIONS, width), (TYPES, width), (width,), (width,))
-    *tables, gamma, beta = parameters = [draw(*size, dtype=dtype, device=device) for size in sizes]
-    dy = draw(rows, width, dtype=dtype, device=device)
-    seed = torch.tensor([1], device=device)
+def _eager(batch: PackedBatch, word: Tensor, position: Tensor, type_: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    total = F.embedding(batch.tokens, word) + F.embedding(batch.positions, position) + F.embedding(batch.types, type_)
+    return F.dropout(F.layer_norm(total, gamma.shape, gamma, beta, EPS), P)
 
-    def ours() -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = embedding_forward(*index, *tables, gamma, beta, EPS, P, seed, 0)
+
+def _exact(batch: PackedBatch, parameters: list[Tensor], seed: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """y in fp32, with the dropout of ours, and the leaves of its graph."""
+    leaves = [t.float().requires_grad_() for t in parameters]
+    word, position, type_, gamma, beta = leaves
+    keep = keep_mask(seed, 0, torch.arange(len(batch.tokens), device=word.device), word.shape[1], P)
+    index = (batch.tokens, batch.positions, batch.types)
+    return reference(*index, word, position, type_, gamma, beta, EPS, keep), leaves
+
+
+def _forward(batch: PackedBatch, parameters: list[Tensor], seed: Tensor) -> Case:
+    rows, width, dtype = len(batch.tokens), parameters[0].shape[1], parameters[0].dtype
+
+    def ours() -> Tensor:
+        y, _, _ = embedding_forward(batch.tokens, batch.positions, batch.types, *parameters, EPS, P, seed, 0)
+        result: Tensor = y
         return result
 
-    def eager(word: Tensor, position: Tensor, type_: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        total = F.embedding(index[0], word) + F.embedding(index[1], position) + F.embedding(index[2], type_)
-        return F.dropout(F.layer_norm(total, (width,), gamma, beta, EPS), P)
-
-    def exact() -> tuple[Tensor, list[Tensor]]:
-        leaves = [t.float().requires_grad_() for t in parameters]
-        keep = keep_mask(seed, 0, torch.arange(rows, device=device), width, P)
-        word, position, type_, scale, shift = leaves
-        return reference(*index, word, position, type_, scale, shift, EPS, keep), leaves
-
     def check() -> None:
-        close("y", ours()[0], exact()[0].detach(), dtype)
+        close("y", ours(), _exact(batch, parameters, seed)[0].detach(), dtype)
 
-    moved = 2 * dy.element_size() * rows * width
-    yield Case(
+    moved = 2 * dtype.itemsize * rows * width
+    return Case(
         label("embedding forward", dtype, rows, width),
         {
             "ours": Candidate(ours, check, moved),
-            "eager": Candidate(lambda: eager(*parameters), None, moved),
+            "eager": Candidate(lambda: _eager(batch, *parameters), None, moved),
         },
     )
 
+
+def _backward(batch: PackedBatch, parameters: list[Tensor], seed: Tensor) -> Case:
+    word, position, type_, gamma, beta = parameters
+    rows, distinct, width, dtype, device = len(batch.tokens), batch.num_words, word.shape[1], word.dtype, word.device
+    dy = draw(rows, width, dtype=dtype, device=device)
     small = torch.empty(2, TASKS, width, device=device)
-    dtype_, dposition, dword = (torch.empty(TASKS, n, width, device=device) for n in (TYPES, POSITIONS, distinct))
+    d_type_table, dposition, dword = (torch.empty(TASKS, n, width, device=device) for n in (TYPES, POSITIONS, distinct))
     rows_of = (batch.task_tokens, batch.cu_seqlens, batch.word_order, batch.word_offsets[: distinct + 1])
-    sink = EmbeddingSink(*rows_of, dword, dposition, dtype_, *small)
-    word, position, type_ = tables
+    sink = EmbeddingSink(*rows_of, dword, dposition, d_type_table, *small)
+    index = (batch.tokens, batch.positions, batch.types)
     output = embedding(*index, word, position, type_, gamma, beta, EPS, P, seed, 0, sink)
 
-    def ours_backward() -> None:
+    def ours() -> None:
         output.backward(dy, retain_graph=True)
 
-    def check_backward() -> None:
-        y, leaves = exact()
+    def check() -> None:
+        y, leaves = _exact(batch, parameters, seed)
         word, *others = torch.autograd.grad(y, leaves, dy.float())
-        ours_backward()
+        ours()
         close("dword", dword.sum(0), word[batch.word_ids[:distinct].long()], dtype)
-        actual = (dposition, dtype_, *small)
-        for name, got, wanted in zip(("dposition", "dtype", "dgamma", "dbeta"), actual, others, strict=True):
+        actual = (dposition, d_type_table, *small)
+        for name, got, wanted in zip(("dposition", "d_type_table", "dgamma", "dbeta"), actual, others, strict=True):
             close(name, got.sum(0), wanted, dtype)
 
-    moved = 4 * dy.element_size() * rows * width + 4 * (dword.numel() + dposition.numel())
+    moved = 4 * dtype.itemsize * rows * width + 4 * (dword.numel() + dposition.numel())
     leaves = [t.clone().requires_grad_() for t in parameters]
-    yield Case(
+    return Case(
         label("embedding backward", dtype, rows, width),
         {
-            "ours": Candidate(ours_backward, check_backward, moved),
-            "eager, tasks summed, dense": Candidate(backward_of(eager(*leaves), leaves, dy), None, moved),
+            "ours": Candidate(ours, check, moved),
+            "eager, tasks summed, dense": Candidate(backward_of(_eager(batch, *leaves), leaves, dy), None, moved),
         },
     )

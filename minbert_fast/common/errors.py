@@ -33,8 +33,9 @@ class InterruptError(RunError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for an error of another library; its class if it has no message."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    """The first line of the message of another library's error; the error's class if it has no message."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[0].split()) if lines else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

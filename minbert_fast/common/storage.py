@@ -151,46 +151,6 @@ def csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-class ArrayFile:
-    """Appends rows to an fp32 array [n, width] in a .npy or .safetensors file; the header with n is written at the end.
-
-    Use it as a context manager. `name` is the name of a safetensors file's only tensor.
-    """
-
-    HEADER = 128  # bytes reserved for either format's header
-
-    def __init__(self, file: BinaryIO, width: int, name: str | None = None) -> None:
-        self.file = file
-        self.width = width
-        self.name = name  # None: .npy
-        self.rows = 0
-        if not file.seekable():
-            raise OSError(errno.ESPIPE, "a pipe cannot hold this format: its header is written last")
-        file.write(bytes(self.HEADER))
-
-    def __enter__(self) -> ArrayFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
-        self.file.seek(0)
-        shape = (self.rows, self.width)
-        if self.name is None:  # numpy pads this header to HEADER bytes
-            layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(self.file, layout)
-        else:
-            entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * self.rows * self.width]}
-            text = json.dumps({self.name: entry}, separators=(",", ":"))
-            self.file.write((self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8).encode())
-
-    def write(self, rows: np.ndarray) -> None:
-        """Appends rows [n, width]."""
-        assert rows.shape[1:] == (self.width,)
-        self.file.write(np.ascontiguousarray(rows, dtype="<f4").data)
-        self.rows += len(rows)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file by `value` as indented JSON, atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -243,6 +203,46 @@ def raw(tensor: Tensor) -> memoryview:
     """A tensor's values as bytes, row by row; a contiguous CPU tensor is not copied."""
     data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return data
+
+
+class ArrayFile:
+    """Appends rows to an fp32 array [n, width] in a .npy or .safetensors file; the header with n is written at the end.
+
+    Use it as a context manager. `name` is the name of a safetensors file's only tensor.
+    """
+
+    HEADER = 128  # bytes reserved for either format's header
+
+    def __init__(self, file: BinaryIO, width: int, name: str | None = None) -> None:
+        self.file = file
+        self.width = width
+        self.name = name  # None: .npy
+        self.rows = 0
+        if not file.seekable():
+            raise OSError(errno.ESPIPE, "a pipe cannot hold this format: its header is written last")
+        file.write(bytes(self.HEADER))
+
+    def __enter__(self) -> ArrayFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        self.file.seek(0)
+        shape = (self.rows, self.width)
+        if self.name is None:  # numpy pads this header to HEADER bytes
+            layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self.file, layout)
+        else:
+            entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * self.rows * self.width]}
+            text = json.dumps({self.name: entry}, separators=(",", ":"))
+            self.file.write((self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8).encode())
+
+    def write(self, rows: np.ndarray) -> None:
+        """Appends rows [n, width]."""
+        assert rows.shape[1:] == (self.width,)
+        self.file.write(np.ascontiguousarray(rows, dtype="<f4").data)
+        self.rows += len(rows)
 
 
 def file_digest(path: Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 
 from minbert_fast.data.cache_entries import VERSION, Entry, GrowingArray, open_or_build, write_meta
-from minbert_fast.data.files import MAX_BAD_ROWS, Table, open_rows
+from minbert_fast.data.files import MAX_BAD_ROWS, Table, TableReader
 from minbert_fast.data.formats import Layout
 from minbert_fast.data.inputs import Input, file_input
 from minbert_fast.data.labels import Rule
@@ -135,7 +135,7 @@ def _load_part(
 
 def _reread(part: Input, rule: Rule | None) -> Iterator[Table]:
     """The rows of a part again, with their texts."""
-    with open_rows(part, rule, max_bad_rows=1.0) as reader:
+    with TableReader(part, rule, max_bad_rows=1.0) as reader:
         yield from reader.chunks()
 
 
@@ -185,7 +185,7 @@ def _build(
     bad_rows: list[tuple[int, str]] = []
     rows = skipped = 0
     with (
-        open_rows(part, rule, max_bad_rows=max_bad_rows) as reader,
+        TableReader(part, rule, max_bad_rows=max_bad_rows) as reader,
         closing(prefetch(reader.chunks())) as tables,
     ):
         for table in tables:

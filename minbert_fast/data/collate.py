@@ -12,7 +12,7 @@ import torch
 
 from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.data.buckets import EXACT, Buckets
-from minbert_fast.data.pretraining import ExampleGenerator
+from minbert_fast.data.pretraining import ExampleGenerator, GeneratedExamples
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.sentences import join_pair, truncate
 from minbert_fast.data.tokens import Encoder, TokenTable
@@ -88,20 +88,11 @@ class Collator:
             max_seqlen=_round_up(max(sizes, default=0), self.buckets.seqlen),
             words=words,
         )
-        labels = {}
-        for task, table in self.tables.items():
-            if task in generated:
-                padded = self.buckets.tokens and len(rows[task])
-                tokens = packed.tokens.numel()
-                capacity = self.generators[task].max_targets(tokens, len(rows[task])) if padded else None
-                labels[task] = torch.from_numpy(generated[task].labels(capacity))
-            elif table.labels is not None:
-                labels[task] = torch.from_numpy(table.labels[rows[task]])
         return MultitaskBatch(
             packed=packed,
             tasks=tuple(self.tables),
             arity={task: len(each) for task, each in columns.items()},
-            labels=labels,
+            labels=self._labels(rows, generated, packed.tokens.numel()),
             rows=rows,
             totals=totals,
             duplicated=self.duplicated,
@@ -123,6 +114,20 @@ class Collator:
             columns.append([join_pair(first[row], second[row], self.max_length) for row in rows])
         return columns
 
+    def _labels(
+        self, rows: Mapping[str, np.ndarray], generated: Mapping[str, GeneratedExamples], tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """The labels of each task that has any; in batches padded to `tokens` rows, generated ones are padded too."""
+        labels = {}
+        for task, table in self.tables.items():
+            if task in generated:
+                padded = self.buckets.tokens and len(rows[task])
+                capacity = self.generators[task].max_targets(tokens, len(rows[task])) if padded else None
+                labels[task] = torch.from_numpy(generated[task].labels(capacity))
+            elif table.labels is not None:
+                labels[task] = torch.from_numpy(table.labels[rows[task]])
+        return labels
+
 
 def training_batches(
     sampler: Sampler, collator: Collator, start: int = 0, stop: int | None = None
@@ -141,13 +146,19 @@ def evaluation_batches(
     """
     collator = Collator({task: table}, max_length, {task: encoder})
     tokens = np.minimum(table.lengths(encoder), max_length).sum(axis=1)
-    order = np.argsort(-tokens, kind="stable")
+    for rows in by_length(tokens, token_budget):
+        yield collator({task: rows})
+
+
+def by_length(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
+    """Batches of row numbers for `lengths` [n], the longest first, each of up to `token_budget` tokens (or a single row)."""
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.cumsum(lengths[order], dtype=np.int64)
     begin = 0
     while begin < len(order):
-        # Tokens descend, so the rows from `begin` on fit as long as their sum does. A batch has at least one row.
-        ahead = np.cumsum(tokens[order[begin : begin + token_budget]])
-        end = begin + max(1, int(np.searchsorted(ahead, token_budget, side="right")))
-        yield collator({task: order[begin:end]})
+        before = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, before + token_budget, side="right")))
+        yield order[begin:end]
         begin = end
 
 

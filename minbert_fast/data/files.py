@@ -65,7 +65,7 @@ def read_rows(source: Input, rule: Rule | None, *, max_bad_rows: float = MAX_BAD
     Malformed rows are listed in `bad_rows`. A file whose share of bad rows reaches `max_bad_rows` is refused.
     Raises DataError (one line that names the place) if a file is not a readable file of its layout.
     """
-    with open_rows(source, rule, max_bad_rows=max_bad_rows) as reader:
+    with TableReader(source, rule, max_bad_rows=max_bad_rows) as reader:
         parts = list(reader.chunks(sys.maxsize))
     if len(parts) == 1:
         return parts[0]
@@ -85,19 +85,14 @@ def read_rows(source: Input, rule: Rule | None, *, max_bad_rows: float = MAX_BAD
     )
 
 
-def open_rows(source: Input, rule: Rule | None, *, max_bad_rows: float = MAX_BAD_ROWS) -> TableReader:
-    """A reader of the input in chunks of rows, in bounded memory: a context manager. Raises DataError like `read_rows`."""
-    return TableReader(source, rule, max_bad_rows)
-
-
 class TableReader:
-    """Reads an input in chunks of rows. Use it as a context manager.
+    """Reads an input in chunks of rows, in bounded memory. Use it as a context manager. Raises DataError like `read_rows`.
 
     `size` is the size of the files in bytes (0 for standard input; rows in memory: their number), and `position` how much of
     it was read so far.
     """
 
-    def __init__(self, source: Input, rule: Rule | None, max_bad_rows: float) -> None:
+    def __init__(self, source: Input, rule: Rule | None, *, max_bad_rows: float = MAX_BAD_ROWS) -> None:
         first, *self._more = source.parts
         self._rule, self._max_bad_rows = rule, max_bad_rows
         self._closed = 0  # the part of `size` in closed files

@@ -1,16 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One look at the labels of a training set, before its rows are tokenized."""
+"""One look at the labels of a training set, before its rows are tokenized: counts and range, of one file or of several."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
-from minbert_fast.data.files import open_rows
+from minbert_fast.data.files import TableReader
 from minbert_fast.data.inputs import Input
-from minbert_fast.data.labels import MAX_CLASSES, LabelSummary, label_number, label_text
+from minbert_fast.data.labels import Classes, label_number, label_text
+
+MAX_CLASSES = 10_000  # a label column with more different values has no classes
+
+
+@dataclass(frozen=True)
+class LabelSummary:
+    """Counts and range of a training set's labels, for tasks that take their classes or their range from it."""
+
+    rows: int = 0  # labelled rows
+    counts: Mapping[str, int] = field(default_factory=dict)  # rows by `label_text`; empty above MAX_CLASSES of them
+    listed: Mapping[str, int] = field(default_factory=dict)  # the same, by each name in labels that are lists
+    low: float | None = None  # the smallest and the largest number; None if a label is no number
+    high: float | None = None
+    whole: bool = False  # all labels are whole numbers
+    lists: bool = False  # some labels are lists (JSON lines, Parquet, several columns)
+    empty: int = 0  # further rows whose label is empty text: no class, or none of several
+    classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
+
+    def names(self) -> tuple[str, ...]:
+        """`classes` if every label is one of them; else the counted labels, numbers by value before names by alphabet."""
+        if self.classes and self.counts and all(map(Classes(self.classes).accepts, self.counts)):
+            return self.classes
+        return tuple(sorted(self.counts, key=_order))
 
 
 def summarise_labels(source: Input) -> LabelSummary:
@@ -22,7 +47,7 @@ def summarise_labels(source: Input) -> LabelSummary:
     columns = source.layout.label
     counter = _Counter(columns if len(columns) > 1 else ())
     rows, low, high, whole = 0, np.inf, -np.inf, True
-    with open_rows(source, counter, max_bad_rows=1.0) as reader:  # type: ignore[arg-type]  # it parses like a rule
+    with TableReader(source, counter, max_bad_rows=1.0) as reader:  # type: ignore[arg-type]  # it parses like a rule
         for table in reader.chunks():
             numbers = table.labels
             assert numbers is not None
@@ -74,3 +99,34 @@ class _Counter:
             counts.update(names)
             self.few = len(self.counts) + len(self.listed) <= MAX_CLASSES
         return np.nan if number is None else number
+
+
+def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
+    """The summary of several training sets as one."""
+    empty = sum(part.empty for part in parts)
+    parts = [part for part in parts if part.rows]
+    counts: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
+    for part in parts:
+        counts.update(part.counts)
+        listed.update(part.listed)
+    few = len(counts) + len(listed) <= MAX_CLASSES and all(part.counts or part.listed for part in parts)
+    lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
+    numeric = len(lows) == len(parts) > 0
+    named = {part.classes for part in parts if part.classes}
+    return LabelSummary(
+        rows=sum(part.rows for part in parts),
+        counts=dict(counts) if few else {},
+        listed=dict(listed) if few else {},
+        low=min(lows) if numeric else None,
+        high=max(highs) if numeric else None,
+        whole=numeric and all(part.whole for part in parts),
+        lists=any(part.lists for part in parts),
+        empty=empty,
+        classes=named.pop() if len(named) == 1 else (),
+    )
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    number = label_number(name)
+    return number is None, 0.0 if number is None else number, name

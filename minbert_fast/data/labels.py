@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -22,8 +21,6 @@ from minbert_fast.data.messages import show
 # float() would also accept nan, 1_0 and more.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 _WHOLE = re.compile(r"([+-]?\d+)\.0*", re.ASCII)
-
-MAX_CLASSES = 10_000  # a label column with more different values has no classes
 
 
 def label_text(value: object) -> str:
@@ -162,57 +159,3 @@ def split_names(value: object, separator: str) -> list[str]:
     """The names in a label of several classes, those that are empty left out."""
     parts = value if isinstance(value, list | tuple | np.ndarray) else str(value).split(separator)
     return [name for part in parts if (name := label_text(part))]
-
-
-@dataclass(frozen=True)
-class LabelSummary:
-    """Counts and range of a training set's labels, for tasks that take their classes or their range from it."""
-
-    rows: int = 0  # labelled rows
-    counts: Mapping[str, int] = field(default_factory=dict)  # rows by `label_text`; empty above MAX_CLASSES of them
-    listed: Mapping[str, int] = field(
-        default_factory=dict
-    )  # rows by each name in labels that are lists; empty likewise
-    low: float | None = None  # the smallest and the largest number; None if a label is no number
-    high: float | None = None
-    whole: bool = False  # all labels are whole numbers
-    lists: bool = False  # some labels are lists (JSON lines, Parquet, several columns)
-    empty: int = 0  # further rows whose label is empty text: no class, or none of several
-    classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
-
-    def names(self) -> tuple[str, ...]:
-        """`classes` if every label is one of them; else the counted labels, numbers by value before names by alphabet."""
-        if self.classes and self.counts and all(map(Classes(self.classes).accepts, self.counts)):
-            return self.classes
-        return tuple(sorted(self.counts, key=_order))
-
-
-def _order(name: str) -> tuple[bool, float, str]:
-    number = label_number(name)
-    return number is None, 0.0 if number is None else number, name
-
-
-def merge_summaries(parts: Sequence[LabelSummary]) -> LabelSummary:
-    """The summary of several training sets as one."""
-    empty = sum(part.empty for part in parts)
-    parts = [part for part in parts if part.rows]
-    counts: Counter[str] = Counter()
-    listed: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.counts)
-        listed.update(part.listed)
-    few = len(counts) + len(listed) <= MAX_CLASSES and all(part.counts or part.listed for part in parts)
-    lows, highs = ([each for part in parts if (each := getattr(part, end)) is not None] for end in ("low", "high"))
-    numeric = len(lows) == len(parts) > 0
-    named = {part.classes for part in parts if part.classes}
-    return LabelSummary(
-        rows=sum(part.rows for part in parts),
-        counts=dict(counts) if few else {},
-        listed=dict(listed) if few else {},
-        low=min(lows) if numeric else None,
-        high=max(highs) if numeric else None,
-        whole=numeric and all(part.whole for part in parts),
-        lists=any(part.lists for part in parts),
-        empty=empty,
-        classes=named.pop() if len(named) == 1 else (),
-    )

@@ -47,9 +47,3 @@ def show_path(path: os.PathLike[str] | str) -> str:
     """A path for a message: unchanged if printable, else quoted."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an exception's message, for use in a message of one line."""
-    lines = str(error).strip().splitlines()
-    return " ".join(lines[0].split()) if lines else type(error).__name__

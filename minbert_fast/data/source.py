@@ -42,9 +42,7 @@ class Source:
     label: Names = ""  # column of the label; several columns of 0 and 1 for several classes
     id: str = ""  # column of the row's name; empty: its line number
     columns: Names = ()  # names of all columns of a csv or tsv file without a header line
-    values: Mapping[str, float | str] = field(
-        default_factory=dict, hash=False
-    )  # replaces labels, such as { neutral = 0.5 }
+    values: Mapping[str, float | str] = field(default_factory=dict, hash=False)  # replaces labels: { neutral = 0.5 }
     skip: Names = ()  # labels of rows that are left out and counted, such as "-"
 
     def __post_init__(self) -> None:

@@ -24,6 +24,11 @@ Encoder = Literal["bi", "cross", "both"]
 Rows = np.ndarray | Sequence[int]  # row numbers
 
 
+def sequences_of(encoder: Encoder, texts: int) -> int:
+    """Sequences of an example with so many texts."""
+    return {"bi": texts, "cross": 1, "both": texts + 1}[encoder]
+
+
 @dataclass(frozen=True)
 class TokenTable:
     """A tokenized data set: n rows of `arity` texts each."""

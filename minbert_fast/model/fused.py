@@ -254,16 +254,16 @@ def _followed() -> bool:
 
 def plan(
     root: nn.Module,
-    embedding: Callable[[], Embedding] | None,
+    read_embedding: Callable[[], Embedding] | None,
     layers: Iterable[nn.Module],
-    layer: Callable[[Any], Layer],
+    read_layer: Callable[[Any], Layer],
     extra: Sequence[object] = (),
 ) -> Plan:
     """The parts of `root` that the fused path computes, as a fresh look would find them.
 
-    `embedding()` and `layer(module)` read the parts of the embeddings and of one of `layers`, and raise NotExactError.
-    They see only `layers` and modules below `root`; `extra` holds everything else that they depend on. All parts are None
-    where something follows the computation that the fused ops have no rule for.
+    `read_embedding()` and `read_layer(module)` return the parts of the embeddings and of one of `layers`, or raise
+    NotExactError. They see only `layers` and modules below `root`; `extra` holds everything else that they depend on. All
+    parts are None where something follows the computation that the fused ops have no rule for.
     """
     if _followed():
         reason = "the call is inside torch.func, forward-mode differentiation or a trace with gradients"
@@ -286,15 +286,13 @@ def plan(
             reasons.setdefault(str(found), place(found.module))
             return None
 
-    found = look(embedding) if embedding else None
-    parts = tuple(look(layer, module) for module in layers)
+    found = look(read_embedding) if read_embedding else None
+    parts = tuple(look(read_layer, module) for module in layers)
     for foreign in [getattr(part, name) for part in parts if part is not None for name in part.foreign]:
         reasons.setdefault(str(why_foreign(foreign)), place(foreign))
     fresh = Plan(found, parts, tuple(f"{where} {why}" for why, where in reasons.items()))
-    if any(
-        module not in names for module in layers
-    ):  # a plain list of layers: the fingerprint would not see them change
-        return fresh
+    if any(module not in names for module in layers):
+        return fresh  # not kept: the fingerprint does not see the layers of a plain list change
     owned = flatten((m._parameters | m._buffers).values() for m in root.modules())
     tree = _Tree(root)
     _seen[root] = _Seen(tree, [*tree.fingerprint(root), *extra], fresh, [t for t in owned if t is not None])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -19,12 +19,12 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import inside, read_json, write_bytes, write_json
 from minbert_fast.model import weights
 from minbert_fast.model.config import Pooling
+from minbert_fast.ops.pooling import Mode
 
 MODULES = "modules.json"
 
-_Mode = Literal["mean", "cls", "max"]
 # The keys of a pooling's config.json: those of versions before 6, each a flag; newer ones have one `pooling_mode`.
-_FLAGS: dict[str, _Mode] = {
+_FLAGS: dict[str, Mode] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
@@ -114,7 +114,7 @@ def _chain(dense: bool, scaled: bool) -> list[str]:
     return ["Transformer", "Pooling", *(["Dense"] if dense else []), *(["Normalize"] if scaled else [])]
 
 
-def _pooling(path: Path) -> _Mode:
+def _pooling(path: Path) -> Mode:
     config = read_json(path)
     mode = config.get("pooling_mode")
     if mode is None:
@@ -127,7 +127,7 @@ def _pooling(path: Path) -> _Mode:
     return mode  # type: ignore[no-any-return]  # one of the three, as just seen
 
 
-def _pooler(folder: Path, pooling: _Mode) -> dict[str, Tensor]:
+def _pooler(folder: Path, pooling: Mode) -> dict[str, Tensor]:
     """The weights of a dense layer that is a BERT pooler: tanh behind the first token."""
     config = read_json(folder / "config.json")
     if pooling != "cls" or config.get("activation_function") != _TANH or config.get("use_residual"):

@@ -84,7 +84,7 @@ def _plain(
     rows, parameters = (x, residual, dropout.keep_rows(seed, site, len(x), x, p)), (gamma, beta, bias)
     if into is None:
         return formula(*rows, *parameters).to(x.dtype)
-    stores = [segments.into(view) for view in into[1:4]]
+    stores = [segments.store_in(view) for view in into[1:4]]
     return segments.by_task(formula, rows, parameters, into.bounds, stores).to(x.dtype)
 
 

@@ -15,10 +15,8 @@ from minbert_fast.ops import native
 
 Implementation = Literal["triton", "native", "torch"]
 
-_forced: Implementation | None = None
-
-
 _TRITON = importlib.util.find_spec("triton") is not None
+_forced: Implementation | None = None
 
 
 def triton_available() -> bool:

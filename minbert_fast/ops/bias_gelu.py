@@ -51,7 +51,7 @@ def _plain(x: Tensor, bias: Tensor, into: BiasGeluSink | None) -> Tensor:
     dtype = segments.statistics_dtype(x.dtype)
     if into is None:
         return reference(x.to(dtype), bias.to(dtype)).to(x.dtype)
-    stores = [segments.into(into.dbias)]
+    stores = [segments.store_in(into.dbias)]
     return segments.by_task(reference, (x.to(dtype),), (bias.to(dtype),), into.bounds, stores).to(x.dtype)
 
 

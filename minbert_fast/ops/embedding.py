@@ -89,7 +89,7 @@ def _plain(
     parameters = (word, position, type_, gamma, beta)
     if into is None:
         return formula(*rows, *parameters).to(word.dtype)
-    stores = [segments.into(view) for view in into.gradients]
+    stores = [segments.store_in(view) for view in into.gradients]
     if into.dword is not None:
         stores[0] = _touched_rows(into.dword, into, tokens)
     return segments.by_task(formula, rows, parameters, into.bounds, stores).to(word.dtype)
@@ -132,11 +132,11 @@ def embedding_backward(
     if implementation(dy) == "triton":
         from minbert_fast.kernels import embedding as kernels
 
-        return kernels.embedding_backward(*arguments, padding)
+        kernels.embedding_backward(*arguments, padding)
+        return
     native.call("embedding_backward", *arguments)
     if padding >= 0 and dword is not None and len(tokens):
         dword.masked_fill_((_words(tokens, word_order, word_offsets) == padding)[:, None], 0.0)
-    return None
 
 
 class _Embedding(torch.autograd.Function):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backward of many layers leaves to a few launches: weight gradients, column sums, and their Gram matrix.
+"""Weight gradients and column sums of many layers, and their Gram matrix, in a few launches after the backward.
 
 A training step gives the sinks of its ops a `Tape`. An op that finds one in its sink notes what its parameter gradients are
 computed from, and goes on with the gradients of its inputs. The step computes what was noted: it decides when, the functions

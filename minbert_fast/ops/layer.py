@@ -50,7 +50,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerSettings(NamedTuple):
-    """What a layer computes with besides tensors that take gradients."""
+    """A layer's settings, and its tensors that take no gradients."""
 
     heads: int
     eps: tuple[float, float]  # of the two LayerNorms
@@ -87,7 +87,7 @@ def encoder_layer(hidden: Tensor, weights: LayerWeights, settings: LayerSettings
 
 
 def _forward(hidden: Tensor, w: LayerWeights, settings: LayerSettings) -> tuple[Tensor, ...]:
-    """What the backward needs of the forward; the layer's output [N, H] comes last."""
+    """The tensors that the backward needs, in the order in which it unpacks them, then the layer's output [N, H]."""
     heads, (eps, out_eps), (p_dropout, dropout, out_dropout), sentences, _ = settings
     qkv_weight = torch.cat(w[:3])  # [3H, H]
     qkv = F.linear(hidden, qkv_weight, torch.cat(w[3:6])).unflatten(1, (3, heads, -1))  # [N, 3, h, d]

@@ -48,15 +48,15 @@ def linear_gradients(dy: Tensor, x: Tensor, bounds: Tensor, dweight: Tensor | No
     if choice == "triton":
         from minbert_fast.kernels import linear as kernels
 
-        return kernels.linear_gradients(dy.contiguous(), x.contiguous(), bounds, dweight, dbias)
-    for task, (begin, end) in enumerate(segments.segments(bounds)):
+        kernels.linear_gradients(dy.contiguous(), x.contiguous(), bounds, dweight, dbias)
+        return
+    for task, (begin, end) in enumerate(segments.row_ranges(bounds)):
         if dweight is not None:
             _product(dy[begin:end].T, x[begin:end], dweight[task])
         if dbias is not None and choice == "torch":
             dbias[task] = dy[begin:end].sum(0, dtype=segments.statistics_dtype(dy.dtype))
     if dbias is not None and choice == "native":
         native.call("column_sums", dy.contiguous(), bounds, dbias)
-    return None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:

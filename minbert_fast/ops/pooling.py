@@ -80,7 +80,7 @@ class _Plain(torch.autograd.Function):
         else:
             pooled = _reduce(x, cu_seqlens, "max").masked_fill(empty, 0.0)
             row = torch.arange(hidden.shape[0], device=hidden.device, dtype=torch.float64)[:, None]
-            candidates = torch.where(x == pooled[_sentence_of_row(cu_seqlens, x)], row, torch.inf)
+            candidates = torch.where(x == pooled[_sentence_of_row(cu_seqlens, len(x))], row, torch.inf)
             argmax = _reduce(candidates, cu_seqlens, "min")  # [B, H] first row that holds the maximum
         ctx.save_for_backward(cu_seqlens, argmax)
         ctx.mode, ctx.shape, ctx.dtype = mode, hidden.shape, hidden.dtype
@@ -93,7 +93,7 @@ class _Plain(torch.autograd.Function):
         if cu_seqlens.shape[0] == 1 or rows == 0:
             return dpooled.new_zeros(ctx.shape, dtype=ctx.dtype), None, None
         row = torch.arange(rows, device=dpooled.device)
-        sentence = _sentence_of_row(cu_seqlens, dpooled, rows)
+        sentence = _sentence_of_row(cu_seqlens, rows)
         if ctx.mode == "mean":
             dpooled = dpooled / cu_seqlens.diff().clamp(min=1)[:, None]
         dhidden = dpooled[sentence]
@@ -105,9 +105,9 @@ class _Plain(torch.autograd.Function):
         return dhidden.masked_fill(~owned, 0.0).to(ctx.dtype), None, None
 
 
-def _sentence_of_row(cu_seqlens: Tensor, like: Tensor, rows: int | None = None) -> Tensor:
-    """The sentence of each row [N]. Rows of no sentence get the first or the last one; callers mask them."""
-    row = torch.arange(like.shape[0] if rows is None else rows, device=like.device, dtype=cu_seqlens.dtype)
+def _sentence_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The sentence of each row [rows]. Rows of no sentence get the first or the last one; callers mask them."""
+    row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 
 

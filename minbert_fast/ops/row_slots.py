@@ -22,5 +22,6 @@ def row_slots(ids: Tensor, slots: Tensor) -> None:
     if implementation(ids) == "triton":
         from minbert_fast.kernels import row_slots as kernels
 
-        return kernels.row_slots(ids, slots[:-1])
-    return reference(ids, slots)
+        kernels.row_slots(ids, slots[:-1])
+    else:
+        reference(ids, slots)

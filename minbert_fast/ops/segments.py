@@ -22,7 +22,7 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype |
         raise ValueError(f"{name} must be {wanted}{list(shape)}, not {got}{list(tensor.shape)}")
 
 
-def segments(bounds: Tensor) -> list[tuple[int, int]]:
+def row_ranges(bounds: Tensor) -> list[tuple[int, int]]:
     """Row ranges of the tasks, on the host. Waits for the device."""
     return list(itertools.pairwise(bounds.tolist()))
 
@@ -46,8 +46,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def into(view: Tensor | None) -> Store | None:
-    """Writes each task's gradient to view[task]; None for a frozen parameter."""
+def store_in(view: Tensor | None) -> Store | None:
+    """A store that writes each task's gradient to view[task]; None for a frozen parameter."""
     return None if view is None else lambda task, gradient: view[task].copy_(gradient)
 
 
@@ -81,7 +81,7 @@ class _ByTask(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         bounds, *tensors = ctx.saved_tensors
         gradients = [torch.zeros_like(t) for t in tensors[: ctx.rowwise]]
-        for task, (begin, end) in enumerate(segments(bounds)):
+        for task, (begin, end) in enumerate(row_ranges(bounds)):
             leaves = [(t[begin:end] if i < ctx.rowwise else t).detach() for i, t in enumerate(tensors)]
             floating = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
             with torch.enable_grad():

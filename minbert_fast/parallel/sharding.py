@@ -129,9 +129,7 @@ class ReduceScatter(AllReduce):
             if head.group.label not in ("shared", "words"):
                 own.append(replace(head, at=at))
                 at += head.end - head.begin
-        optimizer = ShardedAdamW(self.flat, options, own)
-        optimizer.gather = self._gather
-        return optimizer
+        return ShardedAdamW(self.flat, options, own, self._gather)
 
     def before_backward(self) -> None:
         super().before_backward()
@@ -167,21 +165,29 @@ class ReduceScatter(AllReduce):
         # The backward next writes layer `number` - 1 into the scratch memory of layer `number` + 1. Wait for the sums of
         # that layer, then clear its scratch: the gaps between parameters must be zero.
         if 0 < number < len(self.spans) - 1:
-            self.world.finish([self._sent.get(number + 1) if number + 1 < len(self.spans) - 1 else None])
+            self.world.finish([self._sent.get(number + 1)])  # of the last layer: None
             self.gradients.scratch[number - 1].zero_()
 
 
 class ShardedAdamW(FlatAdamW):
-    """`FlatAdamW` over the ranges of one process."""
+    """`FlatAdamW` over the ranges of one process. `gather` fills a buffer [trainable] with every process's part."""
 
-    gather: Callable[[Tensor], None]  # fills a buffer [trainable] with every process's part
+    def __init__(
+        self,
+        flat: FlatParameters,
+        options: OptimizerOptions,
+        ranges: Sequence[UpdateRange],
+        gather: Callable[[Tensor], None],
+    ) -> None:
+        super().__init__(flat, options, ranges)
+        self._gather = gather
 
     def whole(self, kept: Tensor) -> Tensor:
         """The moments of all trainable elements. Every process must call it, since it communicates."""
         full = torch.zeros(self.flat.trainable_end, device=kept.device)
         for owned in self.ranges:
             full[owned.begin : owned.end] = kept[owned.kept]
-        self.gather(full)
+        self._gather(full)
         return full
 
 

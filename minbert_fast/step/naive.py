@@ -22,13 +22,12 @@ from minbert_fast.step.extras import separate_hooks
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.hooks import first
+from minbert_fast.step.numbers import seed_generators, seed_of
 from minbert_fast.step.stepping import (
     PartTimer,
     StepResult,
     average_of,
     prefixed,
-    seed_generators,
-    seed_of,
     surgery_of,
     unprefixed,
 )

@@ -29,3 +29,18 @@ class StepNumbers:
         if orders is not None:
             host[_ORDERS:] = orders.flatten()
         self._buffer.copy_(host, non_blocking=True)
+
+
+def seed_of(seed: int, step: int) -> int:
+    """The seed of a step, from the run's seed."""
+    return (seed * 1_000_003 + step) % 2**62
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds torch's generators of the CPU and of `device`.
+
+    `torch.manual_seed` also notes the seed for each kind of device that is not in use, with a formatted traceback.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)

@@ -28,15 +28,13 @@ from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.flat_pass import OnePass, check_unshared
 from minbert_fast.step.hooks import Connect, StepHook, first
-from minbert_fast.step.numbers import StepNumbers
+from minbert_fast.step.numbers import StepNumbers, seed_generators, seed_of
 from minbert_fast.step.optim import FlatAdamW
 from minbert_fast.step.stepping import (
     PartTimer,
     StepResult,
     average_of,
     prefixed,
-    seed_generators,
-    seed_of,
     surgery_of,
     unprefixed,
 )

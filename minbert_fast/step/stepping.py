@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface and the result that the one-pass step and the naive step share, and their seeds."""
+"""The interface, the result and the small parts that the one-pass step and the naive step share."""
 
 from __future__ import annotations
 
@@ -47,11 +47,6 @@ class PartTimer:
             self._last = now
 
 
-def average_of(hooks: Iterable[StepHook]) -> WeightAverage | None:
-    """The hook that averages the weights, if there is one."""
-    return next((hook for hook in hooks if isinstance(hook, WeightAverage)), None)
-
-
 class TrainingStep(Protocol):
     """A step that the loop can call, save and restore."""
 
@@ -69,19 +64,9 @@ class TrainingStep(Protocol):
         """Restores what `state_dict` returned. Raises ValueError for the state of another model."""
 
 
-def seed_of(seed: int, step: int) -> int:
-    """The seed of a step, from the run's seed."""
-    return (seed * 1_000_003 + step) % 2**62
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds torch's generators of the CPU and of `device`.
-
-    `torch.manual_seed` also notes the seed for each kind of device that is not in use, with a formatted traceback.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
+def average_of(hooks: Iterable[StepHook]) -> WeightAverage | None:
+    """The hook that averages the weights, if there is one."""
+    return next((hook for hook in hooks if isinstance(hook, WeightAverage)), None)
 
 
 def surgery_of(recipe: Recipe, generator: torch.Generator) -> surgery.Weights:

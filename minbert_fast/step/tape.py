@@ -59,10 +59,9 @@ class Tape:
         self._sums.clear()
 
     def _compute(self) -> None:
-        found = [product for product in self._products if product.dweight is not None or product.dbias is not None]
-        grouped.weight_gradients(found, self.bounds, self._tables, self._partials, add=bool(self._computed))
+        grouped.weight_gradients(self._products, self.bounds, self._tables, self._partials, add=bool(self._computed))
         if self._partials is not None:
-            self._computed += [product.dweight for product in found if product.dweight is not None]
+            self._computed += [product.dweight for product in self._products if product.dweight is not None]
         self._products.clear()
         self._kept = 0
 

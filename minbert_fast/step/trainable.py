@@ -25,6 +25,7 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
     trains = {id(p) for p in encoder.parameters() if p.requires_grad and not recipe.model.freeze}
     if not pooled:
         trains -= {id(p) for p in encoder.pooler_dense.parameters()}
+    base = base_rate(options)
 
     def spec(p: nn.Parameter, lr: float) -> ParameterSpec:
         plain = p.ndim < 2 and not options.decay_all
@@ -34,7 +35,6 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
     def encoder_spec(p: nn.Parameter) -> ParameterSpec:
         return spec(p, options.lr * options.layer_decay ** _depth(names[id(p)], encoder.config.num_hidden_layers))
 
-    base = base_rate(options)
     head_lr = options.lr if options.head_lr is None else options.head_lr
     word = encoder.word_embedding.get_parameter("weight")
     own = encoder.one_pass_parameters()

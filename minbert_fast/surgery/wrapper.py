@@ -156,6 +156,11 @@ class PCGrad:
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise ValueError(f"losses[{task}] must be a scalar tensor that requires a gradient")
         parameters = list(dict.fromkeys(p for group in self.param_groups for p in group["params"]))
+        if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in parameters):  # FSDP 2 and 1
+            raise ValueError(
+                "pc_backward needs whole parameters: FSDP gives this process a part of each, and the parts of a gradient do "
+                "not tell which tasks conflict; DistributedDataParallel with process_group=True works"
+            )
         before = [p.grad for p in parameters]
         try:
             tasks = self._backward_each(losses, parameters)
@@ -178,24 +183,8 @@ class PCGrad:
 
     def _backward_each(self, losses: list[Tensor], parameters: list[nn.Parameter]) -> list[_Gradients]:
         """One backward a loss; each task's gradients, taken out of `.grad` into its row of J."""
-        if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in parameters):  # FSDP 2 and 1
-            raise ValueError(
-                "pc_backward needs whole parameters: FSDP gives this process a part of each, and the parts of a gradient do "
-                "not tell which tasks conflict; DistributedDataParallel with process_group=True works"
-            )
         shared, reaches = _walk(losses, parameters)
-        reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
-        combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
-        rows = self._rows
-        if rows is not None and not rows.fit(parameters, reached, combined):
-            rows = None
-        if self._collected and (rows is None or len(losses) != len(self._collected)):
-            raise ValueError(
-                "pc_backward: these losses reach other parameters than those of the call that was not final"
-            )
-        if rows is None:
-            self._rows = None  # frees its memory first
-            self._rows = rows = _Rows(parameters, reached, combined)
+        rows = self._rows_for(reaches, parameters)
         tasks: list[_Gradients] = []
         for number, (loss, keep) in enumerate(zip(losses, shared, strict=True)):
             for p in parameters:
@@ -206,6 +195,22 @@ class PCGrad:
             dense = {i: g.to_dense() if g.is_sparse else g for i, g in found.items()}
             tasks.append(rows.take(number, dense, self._collected[number] if self._collected else {}))
         return tasks
+
+    def _rows_for(self, reaches: Sequence[set[int]], parameters: list[nn.Parameter]) -> _Rows:
+        """The rows of J for losses that reach the parameters at these positions: those of the last call if they fit."""
+        reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
+        combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
+        rows = self._rows
+        if rows is not None and not rows.fit(parameters, reached, combined):
+            rows = None
+        if self._collected and (rows is None or len(reaches) != len(self._collected)):
+            raise ValueError(
+                "pc_backward: these losses reach other parameters than those of the call that was not final"
+            )
+        if rows is None:
+            self._rows = None  # frees its memory first
+            self._rows = rows = _Rows(parameters, reached, combined)
+        return rows
 
     def _combine(self, tasks: list[_Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
         """Positions and final gradients of the parameters that a loss reaches; `tasks` is emptied on the way."""

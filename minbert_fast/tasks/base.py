@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, build, check, check_at_least, check_below_one
-from minbert_fast.data.labels import LabelSummary, Rule
+from minbert_fast.data.label_summary import LabelSummary
+from minbert_fast.data.labels import Rule
 from minbert_fast.data.pretraining import ExampleGenerator
 from minbert_fast.data.sampling import Draw
 from minbert_fast.data.source import Source, sources_of
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Encoder, TokenTable, chain
+from minbert_fast.data.tokens import Encoder, TokenTable, chain, sequences_of
 from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.metrics import OF_PREDICTIONS
 from minbert_fast.tasks.neighbours import LabelledSentences
@@ -85,8 +86,7 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "batch_size")
-        check_at_least(self, 0, "weight")
-        check_at_least(self, 0, "per_class")
+        check_at_least(self, 0, "weight", "per_class")
         for name in ("fraction", "dev_fraction"):
             share = getattr(self, name)
             check(0 < share <= 1, f"{name} = {share}: expected a share above 0, up to 1")
@@ -224,7 +224,7 @@ class Task(ABC):
     @property
     def arity(self) -> int:
         """Sequences per example in the packed batch."""
-        return {"bi": self.num_texts, "cross": 1, "both": self.num_texts + 1}[self.encoder]
+        return sequences_of(self.encoder, self.num_texts)
 
     # ---- Model -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast.common.schema import ConfigError, check, check_below_one
-from minbert_fast.data.labels import Classes, LabelSummary, Rule
+from minbert_fast.data.label_summary import LabelSummary
+from minbert_fast.data.labels import Classes, Rule
 from minbert_fast.tasks import losses, metrics
 from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskOptions
 

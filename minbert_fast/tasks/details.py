@@ -61,7 +61,7 @@ def task_details(
 def _probabilities(labels: np.ndarray, predictions: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
     """Calibration of the predicted classes (of every label, for several an example), and average precision by class."""
     if labels.ndim == 1:
-        rows, error = calibration(_of_predicted(predictions, probabilities), predictions == labels)
+        rows, error = calibration(_probability_of(predictions, probabilities), predictions == labels)
         truth = labels[:, None].astype(np.int64) == np.arange(probabilities.shape[1])
     else:
         rows, error = calibration(probabilities.ravel(), labels.ravel())
@@ -73,9 +73,9 @@ def _probabilities(labels: np.ndarray, predictions: np.ndarray, probabilities: n
     }
 
 
-def _of_predicted(predictions: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """The probability [n] of each predicted class."""
-    return np.asarray(probabilities[np.arange(len(predictions)), predictions.astype(np.int64)])
+def _probability_of(classes: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The probability [n] of each row's class in `classes` [n]."""
+    return np.asarray(probabilities[np.arange(len(classes)), classes.astype(np.int64)])
 
 
 def _distribution(
@@ -112,8 +112,8 @@ def _worst_errors(result: TaskResult, labels: np.ndarray, texts: Sequence[Sequen
         error = sure = np.where(predictions != labels, np.abs(probabilities - labels), 0.0).max(axis=1)
         wrong = (predictions != labels).any(axis=1)
     elif probabilities is not None:
-        sure = _of_predicted(predictions, probabilities)
-        error = 1 - _of_predicted(labels, probabilities)
+        sure = _probability_of(predictions, probabilities)
+        error = 1 - _probability_of(labels, probabilities)
         wrong = predictions != labels
     else:
         error = sure = np.abs(predictions - labels).reshape(len(labels), -1).max(axis=1)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError, check
-from minbert_fast.data.labels import LabelSummary, Numbers, Rule
+from minbert_fast.data.label_summary import LabelSummary
+from minbert_fast.data.labels import Numbers, Rule
 from minbert_fast.tasks.base import Task, TaskOptions
 
 MAX_LEVELS = 101  # whole labels of a range that a loss over classes can tell apart

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.labels import LabelSummary, label_number
+from minbert_fast.data.label_summary import LabelSummary
+from minbert_fast.data.labels import label_number
 
 FEW = 20  # up to so many different whole numbers are classes, more are a scale
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)

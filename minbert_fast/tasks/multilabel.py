@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError, check
-from minbert_fast.data.labels import ClassSets, LabelSummary, Rule, split_names
+from minbert_fast.data.label_summary import LabelSummary
+from minbert_fast.data.labels import ClassSets, Rule, split_names
 from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import binary_cross_entropy
 from minbert_fast.tasks.base import HeadOutput, register

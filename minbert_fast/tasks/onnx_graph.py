@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.errors import RunError
+from minbert_fast.common.errors import RunError, first_line
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.passes import extended_mask
@@ -215,8 +215,8 @@ def _trace(graph: EncoderGraph | HeadGraph, example: tuple[Tensor, ...], content
             assert program is not None
             program.save(path, external_data=False)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"task {contents.task}: its head cannot be traced as an ONNX graph ({reason})") from error
+        words = f"task {contents.task}: its head cannot be traced as an ONNX graph ({first_line(error)})"
+        raise RunError(words) from error
     _describe(path, contents)
 
 

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from minbert_fast.common.errors import first_line
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.common.storage import regular
+from minbert_fast.data.collate import by_length
 from minbert_fast.data.sentences import Tokens, join_pair, truncate
 from minbert_fast.data.tokenizer import Tokenizer
-from minbert_fast.data.tokens import Encoder
+from minbert_fast.data.tokens import Encoder, sequences_of
 from minbert_fast.model.config import Pooling
-from minbert_fast.tasks.sentence_vectors import CHUNK, TOKEN_BUDGET, by_length
+from minbert_fast.tasks.sentence_vectors import CHUNK, TOKEN_BUDGET
 
 GRAPH = "model.onnx"
 KEY = "minbert_fast"  # of the graph's metadata; the value is a Contents as JSON
@@ -53,8 +55,8 @@ class Contents:
 
     @property
     def sequences(self) -> int:
-        """Sequences per example: one per sentence, one joint one, or both."""
-        return {"bi": self.sentences, "cross": 1, "both": self.sentences + 1}[self.encoder]
+        """Sequences per example."""
+        return sequences_of(self.encoder, self.sentences)
 
 
 class OnnxModel:
@@ -78,7 +80,7 @@ class OnnxModel:
         try:
             session = runtime.InferenceSession(str(regular(path)), options, providers=_providers(runtime, device))
         except Exception as error:  # onnxruntime's errors have no public base class
-            raise ConfigError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0]})") from None
+            raise ConfigError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         text = session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise ConfigError(

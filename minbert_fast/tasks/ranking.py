@@ -29,11 +29,11 @@ from minbert_fast.tasks.base import Head, HeadOutput, Results, Task, TaskInput, 
 
 CHUNK = 1_024  # anchors whose candidates are ranked at a time
 
-OBJECTIVES = {
+OBJECTIVES = {  # and what each needs
     "contrastive": "2 texts or more",
     "triplet": "3 texts or more",
     "regression": "3 texts",
-}  # what each needs
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minbert_fast.common.device import sent
-from minbert_fast.data.sentences import Tokens
+from minbert_fast.data.collate import by_length
+from minbert_fast.data.sentences import Tokens, offsets_of
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.passes import PackedRows
@@ -32,15 +33,11 @@ TOKEN_BUDGET = {"cpu": 3072, "cuda": 65_536}
 CHUNK = 16_384
 
 
-# ---- Batches of sentences --------------------------------------------------------------------------------------------
-
-
 def gather(encoded: Tokens, chosen: np.ndarray, max_length: int) -> PackedRows:
     """The sentences `chosen` of `encoded` as token rows, cut to `max_length` tokens with their last one, [SEP], kept."""
     begins, ends = encoded.offsets[chosen], encoded.offsets[chosen + 1]
     lengths = np.minimum(ends - begins, max_length)
-    cu_seqlens = np.zeros(len(chosen) + 1, np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
+    cu_seqlens = offsets_of(lengths).astype(np.int32)
     positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
     source = np.repeat(begins, lengths) + positions
     source[cu_seqlens[1:][lengths > 0] - 1] = ends[lengths > 0] - 1
@@ -52,21 +49,6 @@ def gather(encoded: Tokens, chosen: np.ndarray, max_length: int) -> PackedRows:
         positions=torch.from_numpy(positions),
         types=torch.zeros(len(positions), dtype=torch.int32),
     )
-
-
-def by_length(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
-    """Batches of sentence numbers, the longest first, each of up to `token_budget` tokens (or a single sentence)."""
-    order = np.argsort(-lengths, kind="stable")
-    ends = np.cumsum(lengths[order])
-    begin = 0
-    while begin < len(order):
-        before = ends[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, before + token_budget, side="right")))
-        yield order[begin:end]
-        begin = end
-
-
-# ---- Sentences to vectors --------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()

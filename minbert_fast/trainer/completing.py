@@ -12,7 +12,7 @@ from typing import Any
 
 from minbert_fast.common.imports import missing
 from minbert_fast.common.schema import check, merge, plain
-from minbert_fast.data.labels import LabelSummary
+from minbert_fast.data.label_summary import LabelSummary
 from minbert_fast.data.source import sources_of
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import build_tasks, guess_kind, is_kind

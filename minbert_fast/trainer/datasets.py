@@ -13,8 +13,8 @@ import numpy as np
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.formats import FORMATS, find_tables, format_of
 from minbert_fast.data.inputs import Input, find_input
-from minbert_fast.data.label_summary import summarise_labels
-from minbert_fast.data.labels import LabelSummary, Rule, merge_summaries
+from minbert_fast.data.label_summary import LabelSummary, merge_summaries, summarise_labels
+from minbert_fast.data.labels import Rule
 from minbert_fast.data.messages import DataError, show_path
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import hold_out

@@ -114,7 +114,7 @@ def same_experiment(executed: Recipe | None, recipe: Recipe, positions: int) -> 
 
 
 def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:
-    """Adds the flags that `search` and `reproduce` share; `load_recipe` reads them."""
+    """Adds the flags that `search`, `compare` and `reproduce` share; `load_recipe` reads them."""
     add = command.add_argument
     add("--data", metavar="DIR", help="data files in the course's layout")
     add("--model", metavar="DIR|HUB_NAME", help="encoder weights")

@@ -65,8 +65,10 @@ COMPARISONS = (
     ("all together beat the baseline", "finetune-all", "finetune-baseline", "mean"),
     ("masked words, cosine embedding loss and decay help", "enhancing-final", "enhancing-base", "score"),
 )
-CONDITIONS = ("weights", "data", "epochs_scale", "max_steps")  # of a row; rows are compared under the same ones alone
-NEEDED = {"published", "measured", "dev_rows", "epochs", "without", "failure", "fingerprint", *CONDITIONS}  # of a row
+#: The conditions of a row: only rows under the same ones are compared.
+CONDITIONS = ("weights", "data", "epochs_scale", "max_steps")
+#: The keys that every row has.
+NEEDED = {"published", "measured", "dev_rows", "epochs", "without", "failure", "fingerprint", *CONDITIONS}
 FACTS = ("steps", "seconds", "tokens", "device", "precision", "backend", "commit")
 DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
 

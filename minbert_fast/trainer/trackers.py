@@ -116,8 +116,8 @@ class Trackers:
                 action(tracker)
             except Exception as error:  # clients of services raise errors of any class
                 self._trackers.remove(tracker)
-                reason = error or type(error).__name__
-                warnings.warn(f"{type(tracker).__name__} failed ({reason}) and gets no more records", stacklevel=2)
+                words = f"{type(tracker).__name__} failed ({first_line(error)}) and gets no more records"
+                warnings.warn(words, stacklevel=2)
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minbert_fast.data import read_table
-from minbert_fast.data.files import open_rows
+from minbert_fast.data.files import TableReader
 from minbert_fast.data.formats import FORMATS, find_tables
 from minbert_fast.data.inputs import file_input
 from minbert_fast.data.messages import BadRow, DataError
@@ -130,7 +130,7 @@ def test_chunks_add_up_to_the_table(tmp_path: Path) -> None:
     rows = "".join(f"{i}\tid{i}\tsentence {i}\t{i % 7}\n" for i in range(50))
     path = write(tmp_path, SENTIMENT_HEADER + rows)
     whole = read_table(path, "sentiment", max_bad_rows=0.5)
-    with open_rows(file_input(path, "sentiment"), FORMATS["sentiment"].rule, max_bad_rows=0.5) as reader:
+    with TableReader(file_input(path, "sentiment"), FORMATS["sentiment"].rule, max_bad_rows=0.5) as reader:
         parts = list(reader.chunks(rows=8))
         assert reader.position == reader.size == path.stat().st_size
     assert all(part.rows_read <= 8 for part in parts)

@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.files import Table, open_rows, read_rows
+from minbert_fast.data.files import Table, TableReader, read_rows
 from minbert_fast.data.formats import FORMATS, Layout
 from minbert_fast.data.inputs import Input, find_input, layout_of
-from minbert_fast.data.label_summary import summarise_labels
-from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Numbers, Rule, merge_summaries
+from minbert_fast.data.label_summary import LabelSummary, merge_summaries, summarise_labels
+from minbert_fast.data.labels import Classes, ClassSets, Numbers, Rule
 from minbert_fast.data.lines import read_sentences
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.source import Source, sources_of
@@ -310,7 +310,7 @@ def test_parquet_rows_are_those_of_pyarrow(tmp_path: Path) -> None:
     assert table.ids[-1] == "9999"
     assert table.lines.tolist() == list(range(1, 10_001))
     assert numbers(read(tmp_path / "x.parquet", GRADES, text="body", label="meta.topic"))[:3] == [0, 2, 0]
-    with open_rows(find(tmp_path / "x.parquet", text="body"), None) as reader:
+    with TableReader(find(tmp_path / "x.parquet", text="body"), None) as reader:
         assert [len(chunk) for chunk in reader.chunks(4000)] == [4000, 4000, 2000]
         assert reader.position == reader.size == (tmp_path / "x.parquet").stat().st_size
 
@@ -616,7 +616,7 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     assert numbers(table) == [0, 2]
     assert problems(table) == ["a.csv:3: label 'poor' is not one of the 3 classes (bad, fair, good)"]
     assert table.lines.tolist() == [2, 2]
-    with open_rows(found, GRADES, max_bad_rows=1.0) as reader:
+    with TableReader(found, GRADES, max_bad_rows=1.0) as reader:
         assert len(list(reader.chunks())) == 2
         assert reader.position == reader.size
 

@@ -16,8 +16,8 @@ from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.cache import load_tokens
 from minbert_fast.data.files import Table, read_rows
 from minbert_fast.data.inputs import Input, find_input
-from minbert_fast.data.label_summary import summarise_labels
-from minbert_fast.data.labels import Classes, ClassSets, LabelSummary, Rule
+from minbert_fast.data.label_summary import LabelSummary, summarise_labels
+from minbert_fast.data.labels import Classes, ClassSets, Rule
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.readers import hub
 from minbert_fast.data.source import Source

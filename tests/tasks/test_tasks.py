@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.labels import Classes, LabelSummary, Numbers, label_number, label_text, merge_summaries
+from minbert_fast.data.label_summary import LabelSummary, merge_summaries
+from minbert_fast.data.labels import Classes, Numbers, label_number, label_text
 from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.config import BertConfig

@@ -68,6 +68,17 @@ def test_a_failing_tracker_is_dropped_and_the_others_continue() -> None:
     assert [r["step"] for r in good.seen] == [1, 2, 3]
 
 
+def test_a_failure_without_a_message_is_named_by_its_class() -> None:
+    class Silent(Recorder):
+        def write(self, record: Any) -> None:
+            raise TimeoutError
+
+    follow = Trackers([Silent()])
+    follow({"step": 1})
+    with pytest.warns(UserWarning, match=r"Silent failed \(TimeoutError\)"):
+        follow({"step": 2})
+
+
 def test_csv_holds_every_record_of_a_resumed_run(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = small_run(data, output, "--report-to", "csv", "--set", "checkpoint.every=2")

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minbert_fast.data.messages import DataError, reason_of, show
+from minbert_fast.common.errors import first_line
+from minbert_fast.data.messages import DataError, show
 from minbert_fast.data.readers.jsonl import value_of
 from minbert_fast.data.readers.records import Record, Records, open_regular
 
@@ -66,7 +67,7 @@ class ParquetRecords(ColumnRecords):
         try:
             self._file = parquet.ParquetFile(path)
         except self._errors as error:
-            raise DataError(f"{name}: not a Parquet file: {reason_of(error)}") from None
+            raise DataError(f"{name}: not a Parquet file: {first_line(error)}") from None
         super().__init__(name, self._file.schema_arrow.names)
 
     def batches(self, columns: Sequence[str]) -> Iterator[list[Sequence[Any]]]:
@@ -77,7 +78,7 @@ class ParquetRecords(ColumnRecords):
                 self.position = self.size * done // total
                 yield [batch.column(column).to_pylist() for column in columns]
         except self._errors as error:
-            raise DataError(f"{self.name}: cannot be read after row {done:,}: {reason_of(error)}") from None
+            raise DataError(f"{self.name}: cannot be read after row {done:,}: {first_line(error)}") from None
 
     def close(self) -> None:
         """Closes the file."""

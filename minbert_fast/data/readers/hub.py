@@ -6,7 +6,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from minbert_fast.data.messages import DataError, reason_of, show
+from minbert_fast.common.errors import first_line
+from minbert_fast.data.messages import DataError, show
 
 SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}  # where no split is named
 
@@ -38,4 +39,4 @@ def load(hub: str, config: str) -> dict[str, Any]:
         # Every failure is the data set's or the network's; the types of exception vary by version.
         return dict(datasets.load_dataset(hub, config or None))
     except Exception as error:
-        raise DataError(f"{hub}: cannot be loaded by datasets: {reason_of(error)}") from error
+        raise DataError(f"{hub}: cannot be loaded by datasets: {first_line(error)}") from error

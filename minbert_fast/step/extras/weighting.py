@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minbert_fast.recipes.recipe import WeightingOptions
 from minbert_fast.step.hooks import StepHook
+from minbert_fast.step.numbers import seed_of
 
 PREFIX = "weighting/"
 
@@ -176,7 +177,7 @@ class RandomWeights(TaskWeights):
         self._generator = torch.Generator()
 
     def before_step(self, step: int) -> None:
-        self._generator.manual_seed((self.seed * 1_000_003 + step) % 2**62)
+        self._generator.manual_seed(seed_of(self.seed, step))
         drawn = torch.softmax(torch.randn(len(self.tasks), generator=self._generator, dtype=torch.float64), 0).float()
         if self._current.device.type == "cuda":
             drawn = drawn.pin_memory()
