@@ -291,6 +291,18 @@ def test_every_format_gives_the_same_predictions(topics: Path, tmp_path: Path) -
     assert plain.read_text().splitlines()[0] == "id,prediction"
 
 
+def test_plain_text_has_no_id_column(topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """predict asked a .txt file for the id column of the training file, and for its text column."""
+    (tmp_path / "in.txt").write_text("Rude, cold\n\nWonderful cake\n", encoding="utf-8")
+    assert predict_topics(topics, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.csv") == 0
+    written = (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(",")[0] for line in written] == ["id", "1", "3"]
+    capsys.readouterr()
+    flags = ("--input", tmp_path / "in.txt", "--id", "key", "--output", tmp_path / "out.csv")
+    assert predict_topics(topics, *flags) == 2
+    assert "no column 'key'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_standard_input_to_standard_output(
     topics: Path, form: str, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
