@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -301,6 +303,18 @@ def test_plain_text_has_no_id_column(topics: Path, tmp_path: Path, capsys: pytes
     flags = ("--input", tmp_path / "in.txt", "--id", "key", "--output", tmp_path / "out.csv")
     assert predict_topics(topics, *flags) == 2
     assert "no column 'key'" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file(topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A write that fails does not know its file: the message was "No space left on device" alone."""
+    (tmp_path / "in.txt").write_text("Rude, cold\n", encoding="utf-8")
+    assert predict_topics(topics, "--input", tmp_path / "in.txt", "--output", "/dev/full") == 1
+    assert "error: /dev/full: No space left on device\n" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space") as caught, whole_file(tmp_path / "out.csv"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "out.csv")
+    with pytest.raises(OSError, match=r"^a pipe cannot hold this$"), whole_file(tmp_path / "out.csv"):
+        raise OSError("a pipe cannot hold this")
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
