@@ -27,6 +27,7 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import csv_lines, is_stream, whole_file
 from minbert_fast.data.files import TableReader
 from minbert_fast.data.inputs import ENDINGS, find_input, layout_of
+from minbert_fast.data.readers.lines import TextRecords
 from minbert_fast.data.source import Source
 from minbert_fast.tasks import Task
 from minbert_fast.tasks.predictions import header_line, row_line
@@ -114,7 +115,9 @@ def open_input(path: Path, task: Task, columns: tuple[str, ...], identity: str) 
     """Opens a file to predict: read as the task's training data, unless `columns` or the file's ending say otherwise."""
     source = next(iter(task.sources), Source())
     ending = path.suffix.lower()
-    if columns or (task.layout and ending not in (".csv", ".tsv")):  # no file in the course's layout
+    if ENDINGS.get(ending) == "text" and not columns and task.num_texts == 1:
+        source = Source(text=TextRecords.names)  # whatever the columns of the training file
+    elif columns or (task.layout and ending not in (".csv", ".tsv")):  # no file in the course's layout
         source = Source(text=columns or layout_of(source).texts)
     form = "auto" if ending in ENDINGS else source.format
     source = replace(

@@ -81,12 +81,20 @@ def flush_directory(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A seekable file to write to. It gets its name when the block ends without error; missing folders are created.
 
-    A stream (see `is_stream`) is written directly. Raises OSError.
+    A stream (see `is_stream`) is written directly. Raises OSError, which names the file also if its disk is full.
     """
-    if is_stream(path):
-        with _open_stream(path) as file:
+    try:
+        with _open_stream(path) if is_stream(path) else _open_whole(path) as file:
             yield file
-        return
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write does not say which file it was
+            error.filename = "standard output" if path == STDOUT else os.fspath(path)
+        raise
+
+
+@contextmanager
+def _open_whole(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends without error."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -56,5 +56,7 @@ def choose_columns(records: Records, layout: Layout, texts: int, labeled: bool) 
         problem = records.problem(column)
         if problem:
             expected = f"expected {records.kind} {', '.join(columns.all)}"
-            raise DataError(f"{records.place}: {problem} {show(column)}; {expected}, {found}")
+            parts = column.split(",") if column in columns.label else []
+            listed = f"; several label columns are a list in a recipe: label = {parts}" if len(parts) > 1 else ""
+            raise DataError(f"{records.place}: {problem} {show(column)}; {expected}, {found}{listed}")
     return columns

@@ -20,7 +20,14 @@ from minbert_fast.data.readers.delimited import DelimitedRecords
 from minbert_fast.data.readers.hub import load_split
 from minbert_fast.data.readers.jsonl import JsonRecords
 from minbert_fast.data.readers.lines import TextRecords
-from minbert_fast.data.readers.records import STANDARD_INPUT, Records, name_of, open_source
+from minbert_fast.data.readers.records import (
+    STANDARD_INPUT,
+    Records,
+    check_text,
+    name_of,
+    open_regular,
+    open_source,
+)
 from minbert_fast.data.readers.rows import is_dataset, memory_records
 from minbert_fast.data.source import Source, as_tuple
 
@@ -75,6 +82,8 @@ class Input:
         if file == STANDARD_INPUT:
             return "jsonl" if first_byte_of_input() == b"{" else "csv"
         if ending not in ENDINGS:
+            with open_regular(file) as opened:
+                check_text(opened.peek(), self.name)
             raise DataError(f"{self.name}: ends in none of {', '.join(ENDINGS)}; set format = ... to csv, jsonl, ...")
         return ENDINGS[ending]
 

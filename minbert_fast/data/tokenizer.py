@@ -59,7 +59,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
         """Word ids of each text as [CLS] .. [SEP], truncated to `max_length` tokens; [SEP] is kept.
 
-        Raises ValueError if max_length < 2, for a single string, or for a text that is not a string.
+        Raises ValueError if max_length < 2, for a single string, or as `check_sentences` does.
         """
         if isinstance(texts, str):
             raise ValueError(f"texts is {texts!r:.60}, expected a list of strings")
@@ -69,9 +69,7 @@ class Tokenizer:
         parts = [np.empty(0, dtype=np.int32)]
         for begin in range(0, len(texts), BATCH):
             batch = list(texts[begin : begin + BATCH])
-            for index, text in enumerate(batch, start=begin):
-                if not isinstance(text, str):
-                    raise ValueError(f"sentence {index} is {text!r:.60}, expected a string")
+            check_sentences(batch, begin)
             sentences = [encoding.ids for encoding in self._rust.encode_batch_fast(batch)]
             if max_length is not None:
                 sentences = [x if len(x) <= max_length else [*x[: max_length - 1], self.sep_id] for x in sentences]
@@ -101,6 +99,18 @@ class Tokenizer:
         }
         for name, text in files.items():
             write_text(Path(directory) / name, text)
+
+
+def check_sentences(texts: Sequence[str], first: int = 0) -> None:
+    """Raises ValueError for a text that is no string, or that cannot be UTF-8; the texts are numbered from `first`."""
+    for number, text in enumerate(texts, start=first):
+        if not isinstance(text, str):
+            raise ValueError(f"sentence {number} is {text!r:.60}, expected a string")
+        if not text.isascii():  # the common case costs no encoding
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"sentence {number} has half a surrogate pair: {show(text)}") from None
 
 
 def _build(vocabulary: Vocabulary) -> RustTokenizer:

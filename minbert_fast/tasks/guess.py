@@ -46,5 +46,8 @@ def guess_kind(summary: LabelSummary, texts: int) -> tuple[str, str]:
         many = f"{count:,}" if count else "too many"
         raise ConfigError(f"{many} different labels in {summary.rows:,} rows, not numbers: expected classes or numbers")
     if summary.whole and 0 < count <= FEW:
-        return one, f"{count} different whole numbers as labels ({', '.join(names[:SHOWN])}{', ...' * (count > SHOWN)})"
+        found = (
+            "labels" if any(label_number(name) is None for name in names) else "whole numbers as labels"
+        )  # true, false
+        return one, f"{count} different {found} ({', '.join(names[:SHOWN])}{', ...' * (count > SHOWN)})"
     return two, f"labels are numbers from {summary.low:g} to {summary.high:g}"

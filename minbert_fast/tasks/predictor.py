@@ -29,7 +29,7 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.columns import usual_names
 from minbert_fast.data.files import Table
-from minbert_fast.data.tokenizer import Tokenizer
+from minbert_fast.data.tokenizer import Tokenizer, check_sentences
 from minbert_fast.model import sentence_modules, weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
@@ -195,15 +195,13 @@ class Predictor:
 
         `pooling` and `normalize` replace the model's own settings. Vectors are scaled before they are truncated
         (`truncate_dim`), as in sentence-transformers. `normalize=True` scales truncated vectors to length 1 again.
-        Raises ValueError for a DataFrame, or for a sentence that is not a string.
+        Raises ValueError for a DataFrame, or for a sentence that is not a string or cannot be UTF-8.
         """
         if isinstance(sentences, str):
             row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
             return row
         texts = _sentences("encode", sentences)
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"sentence {number} is {text!r:.60}, expected a string")
+        check_sentences(texts)
         with _reporting(progress, len(texts), " sentences") as report:
             vectors = sentence_vectors.encode(
                 self._snapshot,
@@ -348,17 +346,17 @@ class Predictor:
 
 
 def _sentences(caller: str, values: Iterable[str]) -> list[str]:
-    """The values as a list. Raises ValueError for a string or a DataFrame, whose items are not its sentences."""
-    if isinstance(values, str) or _is_frame(values):
-        found = "a string" if isinstance(values, str) else "a DataFrame: pass one of its columns"
-        raise ValueError(f"{caller} takes sentences, not {found}")
+    """The values as a list. Raises ValueError for a string or a DataFrame, whose items are not its sentences, or no list."""
+    if _is_frame(values):
+        raise ValueError(f"{caller} takes sentences, not a DataFrame: pass one of its columns")
+    _check_list(values, f"{caller} takes sentences")
     return list(values)
 
 
 def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str], ...]:
     """One list per sentence of an example, from such lists or from one list of tuples. Raises ValueError."""
-    if any(isinstance(each, str) for each in examples):
-        raise ValueError(f"{task} takes lists of sentences, not a string")
+    for each in examples:
+        _check_list(each, f"{task} takes lists of sentences")
     columns = [list(each) for each in examples]
     if count > 1 and len(columns) == 1:
         noun, number = {2: ("pair", "two"), 3: ("triple", "three")}.get(count, ("example", str(count)))
@@ -370,6 +368,12 @@ def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str],
         several = f"{count} lists of sentences, equally long, or a list of tuples"
         raise ValueError(f"{task} takes {'one list of sentences' if count == 1 else several}")
     return tuple(columns)
+
+
+def _check_list(value: object, expected: str) -> None:
+    """Raises ValueError, which begins with `expected`, for a string, bytes, or a value without items."""
+    if isinstance(value, str | bytes) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+        raise ValueError(f"{expected}, not {'a string' if isinstance(value, str) else f'{value!r:.60}'}")
 
 
 def _is_frame(value: object) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from minbert_fast.common.imports import missing
-from minbert_fast.common.schema import check, merge, plain
+from minbert_fast.common.schema import ConfigError, check, merge, plain
 from minbert_fast.data.label_summary import LabelSummary
 from minbert_fast.data.source import sources_of
 from minbert_fast.recipes.recipe import Recipe
@@ -29,6 +29,7 @@ def complete(
     is not that of one; `notify` gets a line for each guess. Raises ConfigError if the labels do not fit a task.
     """
     absent = missing(recipe.imports)  # files that may define a kind: without them no kind is guessed
+    guessed: dict[str, str] = {}  # a line for each guess
     tables: dict[str, Mapping[str, Any]] = {}  # a task's first table counts
     for name, options in task_tables(recipe):
         tables.setdefault(name, options)
@@ -38,18 +39,22 @@ def complete(
         if not options.get("data") and name not in in_memory:
             continue
         texts = max((len(source.texts) for source in sources_of(options.get("data", ""))), default=0) or 1
-        kind, reason = guess_kind(summarise(name, texts), texts)
-        notify(f'tasks.{name}: kind = "{kind}" ({reason})')
+        try:
+            kind, reason = guess_kind(summarise(name, texts), texts)
+        except ConfigError as error:
+            raise ConfigError(f"tasks.{name}: {error}") from None
+        guessed[name] = f'tasks.{name}: kind = "{kind}" ({reason})'
         recipe = with_task_values(recipe, name, {"kind": kind})
     for name, task in build_tasks(recipe).items():
         named = next((source.label for source in task.sources if source.label), "") if task.rule is None else ""
         check(not named, f"tasks.{name}: label = {named!r}: {task.kind} reads no labels; expected data without label")
-        if not task.resolved:
-            values = task.resolve(summarise(name, task.num_texts))
-            recipe = with_task_values(recipe, name, values)
-            if alike := _alike(values.get("classes", ())):
-                merged = 'data.values = { OLD = "NEW" } merges classes'
-                notify(f"tasks.{name}: classes that differ in case alone: {'; '.join(alike)} ({merged})")
+        values = {} if task.resolved else task.resolve(summarise(name, task.num_texts))
+        if name in guessed:
+            notify(guessed[name])  # only now: the labels are not refused
+        recipe = with_task_values(recipe, name, values)
+        if alike := _alike(values.get("classes", ())):
+            merged = 'data.values = { OLD = "NEW" } merges classes'
+            notify(f"tasks.{name}: classes that differ in case alone: {'; '.join(alike)} ({merged})")
     return recipe
 
 

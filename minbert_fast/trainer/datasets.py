@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,20 @@ class _Reader:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
         named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if is_in_directory(s))
         layouts = tuple(layout for layout in named if format_of(layout).stem)
+        if self.training:
+            self._report_unread(layouts)
         self._paths = {s: self._find_files(s, layouts) if layouts else {} for s in SPLITS}
+
+    def _report_unread(self, layouts: Sequence[str]) -> None:
+        """Tells of data that the recipe names and no task reads: the data directory, or files of a layout."""
+        data = self.recipe.data
+        if data.directory and not layouts:
+            self.notify(f"--data {data.directory} is not read: every task names its own data (data.directory)")
+        for dataset in data.files:
+            if dataset in FORMATS and dataset not in layouts:
+                self.notify(
+                    f"data.files.{dataset} is not read: no task of recipe {self.recipe.name} takes its data from it"
+                )
 
     def summarise(self, name: str, texts: int) -> LabelSummary:
         """Summarises the training labels of task `name`, those of all stages together."""

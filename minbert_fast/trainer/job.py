@@ -298,9 +298,11 @@ class _Job:
         now = json.loads(json.dumps(self.fingerprint()))  # the checkpoint's went through JSON too
         if changed := differences(found.state["fingerprint"], now):
             more = f" (and {len(changed) - SHOWN_CHANGES} more differences)" if len(changed) > SHOWN_CHANGES else ""
+            other = "give --resume alone, or with the flags that the run was started with"
+            if all(line.startswith("data.") for line in changed):
+                other += "; if a data file has changed since, restore it, or start a new run under another --output"
             raise ConfigError(
-                f"{self.files.path} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; give --resume "
-                "alone, or with the flags that the run was started with"
+                f"{self.files.path} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; {other}"
             )
         steps = [stage.steps for stage in self.stages]
         then, stage = found.state.get("steps", steps), found.state["run"]["stage"]

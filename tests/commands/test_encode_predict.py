@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -289,6 +291,30 @@ def test_every_format_gives_the_same_predictions(topics: Path, tmp_path: Path) -
     plain = tmp_path / "plain.csv"
     assert predict_topics(topics, "--input", tmp_path / "in.csv", "--output", plain) == 0
     assert plain.read_text().splitlines()[0] == "id,prediction"
+
+
+def test_plain_text_has_no_id_column(topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """predict asked a .txt file for the id column of the training file, and for its text column."""
+    (tmp_path / "in.txt").write_text("Rude, cold\n\nWonderful cake\n", encoding="utf-8")
+    assert predict_topics(topics, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.csv") == 0
+    written = (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(",")[0] for line in written] == ["id", "1", "3"]
+    capsys.readouterr()
+    flags = ("--input", tmp_path / "in.txt", "--id", "key", "--output", tmp_path / "out.csv")
+    assert predict_topics(topics, *flags) == 2
+    assert "no column 'key'" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file(topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A write that fails does not know its file: the message was "No space left on device" alone."""
+    (tmp_path / "in.txt").write_text("Rude, cold\n", encoding="utf-8")
+    assert predict_topics(topics, "--input", tmp_path / "in.txt", "--output", "/dev/full") == 1
+    assert "error: /dev/full: No space left on device\n" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space") as caught, whole_file(tmp_path / "out.csv"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "out.csv")
+    with pytest.raises(OSError, match=r"^a pipe cannot hold this$"), whole_file(tmp_path / "out.csv"):
+        raise OSError("a pipe cannot hold this")
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])

@@ -438,7 +438,10 @@ def test_resuming_a_different_run_lists_the_differences(
     changed = small_data(tmp_path / "changed")
     lines = (changed / "sts-train.csv").read_text().splitlines(keepends=True)
     (changed / "sts-train.csv").write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    assert "data.train.similarity.hash was" in fails(capsys, *same, "--data", str(changed))
+    assert "has changed since" not in error
+    error = fails(capsys, *same, "--data", str(changed))
+    assert "data.train.similarity.hash was" in error
+    assert "if a data file has changed since, restore it, or start a new run under another --output" in error
     other = tmp_path / "model"
     model = transformers.BertModel(transformers.BertConfig.from_pretrained(sample_directory().model))
     model.save_pretrained(other)

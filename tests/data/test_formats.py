@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import sys
@@ -343,6 +344,37 @@ def test_the_format_is_named_where_the_ending_does_not_say(tmp_path: Path) -> No
     path = write(tmp_path, "x.data", '{"text": "a"}\n')
     assert refused(path).startswith("x.data: ends in none of .csv, .tsv")
     assert read(path, format="jsonl").sentences == (["a"],)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"text\na\n"), "a gzip file, expected plain text; decompress it"),
+        (
+            b"PK\x03\x04...",
+            "a zip archive or a spreadsheet, expected plain text; unpack it, or save the spreadsheet as CSV",
+        ),
+        (b"PAR1...", 'a Parquet file, expected plain text; name it .parquet, or set format = "parquet"'),
+    ],
+)
+def test_a_file_that_is_no_text_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    """The format of x.csv.gz was asked for, and its bytes were then no UTF-8."""
+    for name, keys in (
+        ("x.csv.gz", {}),
+        ("x.csv.gz", {"format": "csv"}),
+        ("x.csv", {}),
+        ("x.jsonl", {}),
+        ("x.txt", {}),
+    ):
+        assert refused(write(tmp_path, name, content), **keys) == f"{name}: {message}"
+
+
+def test_several_label_columns_are_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.csv", "text,bug,ui\na,0,1\n")
+    rule = ClassSets(("bug", "ui"))
+    assert "several label columns are a list in a recipe: label = ['bug', 'ui']" in refused(path, rule, label="bug,ui")
+    assert numbers(read(path, rule, label=("bug", "ui"))) == [[0, 1]]
+    assert "a list in a recipe" not in refused(path, rule, label="none")
 
 
 @pytest.mark.parametrize(

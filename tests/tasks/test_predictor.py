@@ -114,6 +114,12 @@ def test_what_is_no_string_is_named(predictor: Predictor):
     for ask in (predictor.encode, predictor.sentiment):
         with pytest.raises(ValueError, match="sentence 1 is None, expected a string"):
             ask(["a film", None])
+        # JSON may hold half a character: the word-piece library raised "TextEncodeInput must be Union[...]".
+        with pytest.raises(ValueError, match=r"sentence 1 has half a surrogate pair: 'a \\ud800'"):
+            ask(["a film", "a \ud800"])
+        for value in (None, 3, b"a film"):
+            with pytest.raises(ValueError, match=r"takes (lists of )?sentences, not (None|3|b'a film')$"):
+                ask(value)
 
 
 def test_search_finds_the_sentence_itself_first(predictor: Predictor):

@@ -271,6 +271,11 @@ def test_the_kind_is_guessed_from_the_labels(labels, texts, kind):
         build_task("mine", {"kind": guessed}).resolve(summary(*labels))
 
 
+def test_labels_that_are_true_or_false_are_called_labels():
+    assert guess_kind(summary(True, False), 1)[1] == "2 different labels (false, true)"
+    assert guess_kind(summary(1, 0), 1)[1] == "2 different whole numbers as labels (0, 1)"
+
+
 def test_lists_are_several_labels_and_free_text_is_no_label():
     assert guess_kind(summary("a", "b", lists=True), 1)[0] == "multilabel"
     for found, texts in ((summary("a", "b", lists=True), 2), (summary("a", "b"), 3)):

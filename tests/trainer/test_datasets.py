@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.tokenizer import Tokenizer
@@ -108,6 +110,35 @@ def test_classes_that_differ_in_case_alone_are_named(tokenizer: Tokenizer) -> No
     said.clear()
     load_datasets(recipe(ONE), tokenizer, said.append)
     assert not any("case alone" in line for line in said)
+
+
+def test_a_guess_that_the_labels_refuse_is_not_announced(tokenizer: Tokenizer) -> None:
+    Path("all.csv").write_text("text,label\n" + "a,good\n" * 12, encoding="utf-8")
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"^tasks\.verdict: all 12 rows have the label 'good'; expected two classes"):
+        load_datasets(recipe({"train": "all.csv"}, kind=""), tokenizer, said.append)
+    assert not said
+    Path("free.csv").write_text("text,label\n" + "".join(f"a,x{i}\n" for i in range(50)), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^tasks\.verdict: 50 different labels in 50 rows, not numbers"):
+        load_datasets(recipe({"train": "free.csv"}, kind=""), tokenizer, said.append)
+    load_datasets(recipe(ONE, kind=""), tokenizer, said.append)
+    assert said[0] == 'tasks.verdict: kind = "classification" (2 different labels (bad, good))'
+
+
+def test_data_that_no_task_reads_are_named(tokenizer: Tokenizer) -> None:
+    """`--data` beside a recipe whose tasks name their own files had no effect, without a word."""
+    own = recipe(ONE)
+    said: list[str] = []
+    load_datasets(replace(own, data=replace(own.data, directory="elsewhere")), tokenizer, said.append)
+    assert "--data elsewhere is not read: every task names its own data (data.directory)" in said
+    files = {"sentiment": {"train": "one.csv"}}
+    load_datasets(replace(own, data=replace(own.data, files=files)), tokenizer, said.append)
+    assert "data.files.sentiment is not read: no task of recipe staged takes its data from it" in said
+    said.clear()
+    folder = str(sample_directory().data)
+    mixed = replace(own, tasks={**own.tasks, "sentiment": {}}, data=replace(own.data, directory=folder))
+    load_datasets(mixed, tokenizer, said.append)
+    assert not any("is not read" in line for line in said)
 
 
 def test_stages_with_different_dev_files_are_refused(tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minbert_fast.data.messages import DataError
-from minbert_fast.data.readers.records import STANDARD_INPUT, Record, Records, name_of, open_source
+from minbert_fast.data.readers.records import STANDARD_INPUT, Record, Records, check_text, name_of, open_source
 
 MAX_LINE_BYTES = 1 << 20  # a longer line is reported as a bad row
 
@@ -42,6 +42,8 @@ class FileRecords(Records):
             return None
         self.position += length
         self.lines_read += 1
+        if self.lines_read == 1:
+            check_text(raw, self.name)
         if too_long:
             return ValueError(f"a line of {length:,} bytes, expected at most {MAX_LINE_BYTES:,}")
         return raw.removeprefix(b"\xef\xbb\xbf") if self.lines_read == 1 else raw
@@ -64,9 +66,10 @@ class FileRecords(Records):
 class TextRecords(FileRecords):
     """Plain text: a sentence a line, in the column `text`; blank lines are no rows unless `blank` is set."""
 
+    names = ("text",)
+
     def __init__(self, path: Path, blank: bool = False) -> None:
         super().__init__(path)
-        self.names = ("text",)
         self._blank = blank
 
     def rows(self, columns: Sequence[str]) -> Iterator[Record]:

@@ -16,6 +16,17 @@ from minbert_fast.data.messages import DataError, show_path
 
 STANDARD_INPUT = Path("-")
 
+_DECOMPRESS = "decompress it"
+_NOT_TEXT = {  # how files begin: what they are, and what to do instead
+    b"\x1f\x8b": ("a gzip file", _DECOMPRESS),
+    b"BZh": ("a bzip2 file", _DECOMPRESS),
+    b"\xfd7zXZ\0": ("an xz file", _DECOMPRESS),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard file", _DECOMPRESS),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the spreadsheet as CSV"),
+    b"\xd0\xcf\x11\xe0": ("an Excel spreadsheet", "save it as CSV"),
+    b"PAR1": ("a Parquet file", 'name it .parquet, or set format = "parquet"'),
+}
+
 #: A row: the line where it begins, and the values of the wanted columns, or why they cannot be read.
 Record = tuple[int, Sequence[Any] | ValueError]
 
@@ -47,6 +58,13 @@ class Records(ABC):
 
     def close(self) -> None:  # noqa: B027  # optional
         """Closes the file."""
+
+
+def check_text(first: bytes, name: str) -> None:
+    """Raises DataError if `first`, the first bytes of a file, are those of a format that is not text."""
+    for start, (found, instead) in _NOT_TEXT.items():
+        if first.startswith(start):
+            raise DataError(f"{name}: {found}, expected plain text; {instead}")
 
 
 def name_of(path: Path) -> str:
