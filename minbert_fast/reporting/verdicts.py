@@ -18,6 +18,7 @@ from minbert_fast.tasks.metrics import OF_PREDICTIONS, lower_is_better, standard
 
 Level = Literal["worse", "unclear", "better"]
 ORDER: tuple[Level, ...] = ("worse", "unclear", "better")
+MARGIN = 2  # standard errors by which a score must differ to be better or worse
 COLOURS: Mapping[Level, str] = {"worse": "31", "unclear": "33", "better": "32"}  # of a terminal
 
 
@@ -108,13 +109,13 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
 
     def compare(other: float) -> Level:
         gain = sign * (value - other)
-        return "better" if gain > error else "worse" if gain < -error else "unclear"
+        return "better" if gain > MARGIN * error else "worse" if gain < -MARGIN * error else "unclear"
 
     others = [("before training", before), (constant_name, constant)]
     levels = {words: compare(other) for words, other in others if other is not None}
     level: Level = "better" if levels and set(levels.values()) == {"better"} else "unclear"
     text = _in_words(levels)
-    if collapse := collapsed_class(task):
+    if collapse := collapsed_class(task) or _too_many_labels(task):
         level, text = "unclear", f"{text}, but {collapse}"
         if f1 in untrained and round(scores.get(f1, math.inf), 3) < round(untrained[f1], 3):  # as they are printed
             text += f", and macro-F1 fell from {untrained[f1]:.3f} to {scores[f1]:.3f}"
@@ -170,3 +171,12 @@ def collapsed_class(task: Mapping[str, Any]) -> str:
     if predicted[most] <= true[most] + (1 - true[most]) / 2:
         return ""
     return f"it answers “{classes[most]}” for {predicted[most]:.0%} of the rows ({true[most]:.0%} have that label)"
+
+
+def _too_many_labels(task: Mapping[str, Any]) -> str:
+    """A sentence if a task of several labels an example gives more than twice as many labels as there are."""
+    labels = column(task.get("labels") or [])
+    given, there = column(task["predictions"]).sum(), labels.sum()
+    return (
+        f"it gives {given:,.0f} labels where there are {there:,.0f}" if labels.ndim == 2 and given > 2 * there else ""
+    )

@@ -79,9 +79,9 @@ def balanced(n: int, right: float) -> tuple[list[int], list[int]]:
 
 
 def test_a_task_is_judged_against_before_training_and_a_constant_answer(tmp_path):
-    """`better` needs both, by more than one standard error: sqrt(p (1 - p) / n) for an accuracy."""
+    """`better` needs both, by more than two standard errors: sqrt(p (1 - p) / n) is 0.025 for an accuracy of 0.5."""
     tasks = {
-        name: of_classes(name, *balanced(400, right)) for name, right in (("good", 0.8), ("even", 0.51), ("bad", 0.4))
+        name: of_classes(name, *balanced(400, right)) for name, right in (("good", 0.8), ("even", 0.54), ("bad", 0.4))
     }
     before = {"good_accuracy": 0.5, "even_accuracy": 0.3, "bad_accuracy": 0.5}
     bad, even, good = verdicts(read_run(write_run(tmp_path / "run", tasks, before)))
@@ -133,6 +133,21 @@ def test_a_head_that_answers_one_class_is_no_gain(tmp_path):
     fair = of_classes("task", labels, [0] * 750 + [1] * 250, macro_f1=0.8)
     (verdict,) = verdicts(read_run(write_run(tmp_path / "fair", {"task": fair}, {"task_accuracy": 0.53})))
     assert verdict.level == "better"
+
+
+def test_a_head_that_gives_far_too_many_labels_is_no_gain(tmp_path):
+    """Five labels a row where one row in five has a label were "better than the most frequent labels"."""
+    labels = np.zeros((400, 5), int)
+    labels[::5, 0] = 1
+    tags = {
+        "kind": "multilabel", "primary": "tags_micro_f1", "classes": list("abcde"), "metrics": {"tags_micro_f1": 0.08},
+        "labels": labels.tolist(), "predictions": np.ones_like(labels).tolist(),
+    }  # fmt: skip
+    run = read_run(write_run(tmp_path / "run", {"tags": tags}, {"tags_micro_f1": 0.0}))
+    (verdict,) = verdicts(run)
+    assert verdict.level == "unclear"
+    assert verdict.text.endswith("but it gives 2,000 labels where there are 80")
+    assert not any("Weight the classes" in advice.reason for advice in next_steps(run)), "that would give even more"
 
 
 def test_a_score_that_falls_with_its_loss_is_no_matter_of_the_learning_rate(tmp_path):
