@@ -362,6 +362,21 @@ def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: py
     assert len(allocated) > 5
 
 
+@pytest.mark.parametrize("values", [torch.ones(3, dtype=torch.bfloat16), torch.ones(5)], ids=["dtype", "shape"])
+def test_a_parameter_with_new_values_gets_a_new_buffer(values: Tensor) -> None:
+    """`model.bfloat16()` and resized embeddings keep the parameter and replace its values."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.1))
+    optimizer.pc_backward([p.sum(), 2 * p.sum()])
+    optimizer.zero_grad()
+    p.data = values
+    optimizer.pc_backward([p.sum(), 2 * p.sum()])
+    assert p.grad is not None
+    assert torch.equal(p.grad, torch.full_like(values, 1.5))
+    assert optimizer.gram is not None
+    assert optimizer.gram.tolist() == [[len(p), 2 * len(p)], [2 * len(p), 4 * len(p)]]
+
+
 @pytest.mark.parametrize("weights", ["torchjd:MGDA", lambda gram: gram[0]])
 def test_a_reduction_without_effect_is_refused(model: Model, weights: Any) -> None:
     if isinstance(weights, str):
