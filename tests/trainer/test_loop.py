@@ -39,6 +39,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.arange(4.0))
+        self.register_buffer("seen", torch.zeros(4))  # as a head's running statistics
 
 
 class StandIn:
@@ -58,7 +59,8 @@ class StandIn:
         if not bad.any():
             self.momentum = 0.9 * self.momentum + noise + batch.packed.tokens.float().mean()
             with torch.no_grad():
-                self.model.weight -= 0.1 * lr_scale * self.momentum
+                self.model.seen += self.momentum
+                self.model.weight -= 0.1 * lr_scale * (self.momentum + self.model.seen)
         gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
         return StepResult(loss, noise.norm(), gram, bad)
 
