@@ -200,7 +200,7 @@ class ReferenceStep:
                 spec.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        tensors: dict[str, Tensor] = prefixed({"generator": self.generator.get_state()} | self.weights.state_dict())
+        tensors: dict[str, Tensor] = prefixed(self.weights.state_dict())
         scalars: dict[str, Any] = {"steps": self.steps}
         for _, spec in self.specs:
             state = self.optimizer.state.get(spec.parameter)
@@ -222,6 +222,5 @@ class ReferenceStep:
                 self.optimizer.state[spec.parameter] = {"step": int(scalars[f"{spec.name}/step"]), **moments}
         for hook in self.hooks:
             hook.load_state_dict(tensors)
-        self.generator.set_state(unprefixed(tensors)["generator"])
         self.weights.load_state_dict(unprefixed(tensors))
         self.steps = int(scalars["steps"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.model.packing import pack
 
 EMPTY = torch.zeros(0)
@@ -87,6 +87,16 @@ def test_copies_share_no_memory() -> None:
             same(made, batch)
             assert not {storage(t) for t in made.tensors()} & {storage(t) for t in source.tensors()}
             same(made.clone(), batch)
+
+
+def test_a_share_knows_the_tasks_and_tokens_of_the_whole_step() -> None:
+    """A process without examples of a task must take the step of its head all the same."""
+    share = batch_of({}, empty="b")
+    assert share.active_tasks() == ["a", "c"]
+    share = replace(share, totals=StepTotals({"a": 12, "b": 4, "c": 1}, tokens=999))
+    assert share.active_tasks() == ["a", "b", "c"]
+    assert [share.loss_fraction(task) for task in "abc"] == [0.25, 0.0, 1.0]
+    assert share.step_tokens == 999
 
 
 def test_a_batch_that_is_there_stays_as_it_is() -> None:

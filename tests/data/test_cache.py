@@ -21,6 +21,7 @@ from minbert_fast.data.cache import load_tokens, tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.files import TableReader
 from minbert_fast.data.formats import FORMATS, Quoting
+from minbert_fast.data.inputs import file_input
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import TokenTable
@@ -130,6 +131,26 @@ def test_another_tokenizer_gets_another_entry(source: Path, tokenizer: Tokenizer
     (other / "vocab.txt").write_text("\n".join([*words, "good"]) + "\n")
     assert load(source, Tokenizer.from_pretrained(other))[1]
     assert len(entries(source)) == 2
+
+
+def test_another_way_to_read_a_file_gets_another_entry(source: Path, tokenizer: Tokenizer) -> None:
+    """The columns, the rule of the labels, and whether labels are read."""
+    layout = FORMATS["paraphrase"]
+    rule = layout.rule
+    assert rule is not None
+    swapped = replace(layout, texts=layout.texts[::-1])
+    inputs = [(file_input(str(source), each), rule) for each in (layout, swapped)]
+    inputs += [(inputs[0][0], None), (inputs[0][0], replace(rule, high=7))]
+    expected = []
+    for cached in (False, True):
+        for number, (found, labels) in enumerate(inputs):
+            folder = source.parent / ("cache" if cached else f"alone-{number}")
+            table = load_tokens(found, labels, tokenizer, max_bad_rows=0.1, cache_dir=folder)
+            if cached:
+                assert contents(table) == expected[number], number
+            else:
+                expected.append(contents(table))
+    assert len(entries(source)) == len(inputs)
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tokenizer: Tokenizer) -> None:

@@ -42,11 +42,12 @@ def small() -> BertModel:
     return BertModel(SMALL).eval()
 
 
-def test_equals_transformers_with_padding_anywhere(small: BertModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("types", [None, torch.arange(6 * 17).view(6, 17) % 2], ids=["one type", "two types"])
+def test_equals_transformers_with_padding_anywhere(small: BertModel, tmp_path: Path, types: Tensor | None) -> None:
     ids, mask = torch.randint(1, 97, (6, 17)), masks(6, 17)
     twin = stock_twin(small, tmp_path)
     with torch.no_grad():
-        ours, theirs = small(ids, mask), twin(ids, attention_mask=mask)
+        ours, theirs = small(ids, mask, types), twin(ids, attention_mask=mask, token_type_ids=types)
     attended = mask.bool()
     torch.testing.assert_close(
         ours["last_hidden_state"][attended], theirs.last_hidden_state[attended], atol=1e-5, rtol=0
@@ -134,6 +135,27 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed(small: BertModel) -
         draws.append(small(ids, mask)["pooler_output"])
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "embed_dropout",
+        "bert_layers.0.self_attention.dropout",
+        "bert_layers.0.attention_dropout",
+        "bert_layers.1.out_dropout",
+    ],
+)
+def test_each_dropout_acts(small: BertModel, place: str) -> None:
+    """Also where it is the only one."""
+    for module in small.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ids, mask = torch.randint(1, 97, (2, 9)), torch.ones(2, 9)
+    plain = small(ids, mask)["last_hidden_state"]
+    assert torch.equal(small(ids, mask)["last_hidden_state"], plain)
+    small.get_submodule(place).p = 0.5  # type: ignore[assignment]
+    assert not torch.allclose(small(ids, mask)["last_hidden_state"], plain, atol=1e-2)
 
 
 def test_course_code_trains(small: BertModel) -> None:

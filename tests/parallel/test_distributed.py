@@ -38,6 +38,7 @@ from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import Agreement, World, joined
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.records import Observer
+from tests.parallel.threads import side_by_side
 from tests.step.test_step import SIZES, make_batch, make_model, recipe
 from tests.zygote import Zygote, free_port
 
@@ -422,6 +423,28 @@ def test_layers_are_sent_while_the_backward_goes_on(shard: bool) -> None:
     assert (len(more) == 1) == shard  # the Gram matrix, where J is in parts
     if not shard:
         assert sum(n for n, _ in Alone.sent[: layers + rest]) == step.gradients.J.numel()
+
+
+def test_each_rank_draws_dropout_of_its_own() -> None:
+    """From one seed the ranks would drop the same elements of their first rows."""
+    seeds = [make_step_of(rank, 3)[0].seed_base for rank in range(3)]
+    assert len(set(seeds)) == 3
+    assert seeds[0] == OnePassStep(make_model(recipe()), recipe(), torch.float32).seed_base
+
+
+def test_weights_that_follow_losses_see_those_of_the_whole_step() -> None:
+    """Before and after the update: each process has its part of them alone."""
+
+    def work(world: World) -> list[Tensor]:
+        chosen = recipe()
+        exchange = exchange_of(OnePassStep(make_model(chosen), chosen, torch.float32, connect(world, False)))
+        before, after = torch.tensor([1.0, 2.0]) * (world.rank + 1), torch.tensor([3.0, 5.0]) * (world.rank + 1)
+        exchange.before_weights(before, ())
+        exchange.remeasured(after, (), torch.tensor(False))
+        return [before, after]
+
+    for found in side_by_side(2, work):
+        assert [losses.tolist() for losses in found] == [[3.0, 6.0], [9.0, 15.0]]
 
 
 @pytest.mark.parametrize("decay_all", [True, False])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.recipes.recipe import Recipe, TrainingOptions
 from minbert_fast.step.backends import make_step
@@ -20,7 +21,7 @@ from minbert_fast.step.flat import ParameterSpec
 from minbert_fast.trainer import loop, plan
 from tests.step.test_graph import computed_on_meta
 from tests.step.test_step import SIZES, make_batch, make_model, recipe
-from tests.trainer.test_loop import RECIPE, STAGED, Run, StandIn, killed_anywhere
+from tests.trainer.test_loop import RECIPE, RETURNING, STAGED, Run, StandIn, killed_anywhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,6 +184,22 @@ def test_a_run_judges_and_keeps_the_average_and_the_next_stage_starts_from_it(tm
         torch.testing.assert_close(run.judged[step].double(), written_out(0.5, after), atol=1e-5, rtol=1e-5)
     assert torch.equal(run.begun[1], run.judged[4])
     assert json.loads((tmp_path / "last" / "weight.json").read_text()) == run.judged[10].tolist()
+
+
+def test_a_stage_that_starts_from_earlier_weights_has_those(tmp_path: Path) -> None:
+    """Not the average of the stage before, which is adopted first."""
+    run = AveragingRun(tmp_path, RETURNING)
+    run.go()
+    assert torch.equal(run.begun[2], run.judged[7])  # the end of the first stage
+    assert torch.equal(run.begun[3], torch.arange(4.0))
+
+
+def test_a_run_that_aborts_leaves_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Averaging, "broken", frozenset(range(5, 99)))
+    run = AveragingRun(tmp_path, RECIPE | {"training": {"epochs": 3, "max_skipped": 2}})
+    with pytest.raises(RunError):
+        run.go()
+    assert json.loads((tmp_path / "last" / "weight.json").read_text()) == run.judged[4].tolist()
 
 
 @pytest.mark.ci

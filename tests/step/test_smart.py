@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data.batch import MultitaskBatch
+from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.passes import AutogradPass
@@ -27,7 +28,7 @@ from minbert_fast.tasks.consistency import divergence, split_copies
 from tests.small import small_data, small_run
 from tests.step.test_graph import strangers
 from tests.step.test_r_drop import twice, unlike_twins
-from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
+from tests.step.test_step import CONFIG, PLAIN, SIZES, make_batch, make_model, recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,14 +208,18 @@ def test_the_teacher_is_the_moving_average_of_the_weights() -> None:
 
 @pytest.mark.parametrize("twins", [False, True])
 def test_the_proximal_loss_is_the_divergence_from_the_teachers_answers(twins: bool) -> None:
+    """Times the task's weight, and this process's part of the step's examples."""
     values: dict[str, Any] = {"proximal": 3.0, "momentum": 0.5} | ({"r_drop": 0.5} if twins else {})
-    chosen = recipe(regularisation=values)
+    tasks = PLAIN | {"sentiment": {"dropout": 0.0, "weight": 0.5}}
+    chosen = recipe(regularisation=values, tasks=tasks)
     step = step_of(chosen)
     plain_model = copy.deepcopy(step.model)
-    plain = OnePassStep(plain_model, recipe(regularisation=values | {"proximal": 0.0}), torch.float32)
+    plain = OnePassStep(plain_model, recipe(regularisation=values | {"proximal": 0.0}, tasks=tasks), torch.float32)
     assert consistency_of(step).teacher is not None
     for index in range(3):
         batch = unlike_twins(step.model, SIZES, seed=index)[0] if twins else make_batch(step.model, SIZES, seed=index)
+        examples = {name: batch.num_examples(name) * (4 if name == "paraphrase" else 1) for name in SIZES}
+        batch = replace(batch, totals=StepTotals(examples, batch.packed.num_tokens))
         plain.flat.data.copy_(step.flat.data)
         teacher = consistency_of(step).teacher.model
         hidden = [m.encoder(batch.packed)["last_hidden_state"] for m in (step.model, teacher)]
@@ -222,9 +227,10 @@ def test_the_proximal_loss_is_the_divergence_from_the_teachers_answers(twins: bo
         if twins:
             answers = [{name: split_copies(each)[0] for name, each in answer.items()} for answer in answers]
         pulls = [divergence(step.model.head(n), answers[0][n], answers[1][n]) for n in SIZES]
-        expected = plain.compute(batch).losses + 3.0 * torch.stack(pulls)
+        expected = plain.compute(batch).losses + 3.0 * torch.tensor([0.5, 0.25, 1.0]) * torch.stack(pulls)
         torch.testing.assert_close(step(batch, 1.0).losses, expected.detach(), atol=1e-5, rtol=1e-4)
         assert (torch.stack(pulls) > 0).all() == (index > 0)
+        assert not any(module.training for module in teacher.modules())  # it answers without dropout
 
 
 def test_the_teacher_holds_back() -> None:

@@ -323,6 +323,21 @@ def test_a_loss_that_is_not_finite_changes_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_gradient_that_is_not_finite_changes_nothing(backend: Any) -> None:
+    """With finite losses."""
+    chosen = recipe(**SURGERY)
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)
+    step(make_batch(model, SIZES), 1.0)
+    before = [p.clone() for p in model.parameters()]
+    model.heads["sentiment"].output.weight.register_hook(lambda gradient: gradient * torch.inf)
+    result = step(make_batch(model, SIZES, seed=1), 1.0)
+    assert torch.isfinite(result.losses).all()
+    assert not torch.isfinite(result.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
 def test_a_restored_step_continues_bit_identically(backend: str) -> None:
     chosen = recipe(
         surgery={"method": "pcgrad"}, tasks={"sentiment": {"dropout": 0.3}, "paraphrase": {}, "similarity": {}}
@@ -340,7 +355,8 @@ def test_a_restored_step_continues_bit_identically(backend: str) -> None:
                 step.load_state_dict(saved)
                 torch.manual_seed(99)
             step(make_batch(model, SIZES, seed=index), 1.0)
-        return [p.detach() for p in model.parameters()]
+        orders = step.state_dict()["tensors"]["surgery/generator"]
+        return [orders, *(p.detach() for p in model.parameters())]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
@@ -372,6 +388,17 @@ def test_dropout_streams_are_the_steps_own() -> None:
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("backend", ["fast", "reference"])
+def test_a_model_that_was_loaded_or_evaluated_trains_with_dropout(backend: Any) -> None:
+    chosen = recipe(tasks=PLAIN | {"sentiment": {"dropout": 0.5}})
+
+    def losses(training: bool) -> Tensor:
+        model = make_model(chosen).train(training)
+        return make_step(backend, model, chosen, torch.float32)(make_batch(model, SIZES), 1.0).losses
+
+    assert torch.equal(losses(True), losses(False))
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])

@@ -81,6 +81,23 @@ def test_weights_average_dynamically_as_the_paper_has_it() -> None:
     assert weighting.loss_weights().std() > 0
 
 
+def test_a_task_without_examples_in_a_window_keeps_its_mean() -> None:
+    """And its ratio is 1 until it has two means."""
+    weighting = DynamicAverage(WeightingOptions("dwa", window=1), TASKS, CPU)
+    rows, ratios = (
+        torch.tensor([[1.0, 2.0, 9.0], [3.0, 2.0, 5.0], [6.0, 1.0, 9.0]]),
+        {2: [3.0, 1.0, 1.0], 3: [2.0, 0.5, 1.0]},
+    )
+    for step in range(4):
+        weighting.before_step(step)
+        if step in ratios:
+            powers = [math.exp(ratio / weighting.options.temperature) for ratio in ratios[step]]
+            expected = torch.tensor([3 * power / sum(powers) for power in powers])
+            torch.testing.assert_close(weighting.loss_weights(), expected)
+        if step < 3:
+            weighting.after_update(rows[step], TASKS if step == 1 else TASKS[:2], NO)
+
+
 LOSSES = {
     "random": lambda: draw(12),
     "one task stands still": lambda: draw(12) * torch.tensor([1.0, 0.0, 1.0]) + torch.tensor([0.0, 0.5, 0.0]),
@@ -132,6 +149,20 @@ def test_a_broken_loss_leaves_famos_other_weights_alone() -> None:
     assert weighting.loss_weights()[1] == 0
     weighting.before_weights(torch.full((3,), torch.inf), TASKS)
     assert torch.equal(weighting.loss_weights(), torch.zeros(3))
+
+
+@pytest.mark.parametrize(("broken", "skipped"), [(None, True), (torch.nan, False), (torch.inf, False)])
+def test_famo_learns_nothing_from_a_step_that_broke_or_was_skipped(broken: float | None, skipped: bool) -> None:
+    """Of one loss that broke after the update, the logit stays; of a skipped step all do, and Adam's moments."""
+    weighting = Famo(WeightingOptions("famo", logit_decay=0.0), TASKS, CPU)
+    weighting.before_weights(torch.tensor([0.5, 1.0, -2.0]), TASKS)
+    assert weighting.loss_weights().isfinite().all()
+    after = torch.tensor([0.4, 0.9, 2.0])
+    after[1] = 0.9 if broken is None else broken
+    weighting.remeasured(after, TASKS, torch.tensor(skipped))
+    if skipped:
+        assert not torch.stack(list(weighting.state.values())).any()
+    assert torch.stack(list(weighting.state.values())).isfinite().all()
 
 
 def test_random_weights_are_the_papers_and_new_in_every_step() -> None:

@@ -362,6 +362,18 @@ def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: py
     assert len(allocated) > 5
 
 
+@pytest.mark.parametrize("values", [torch.ones(3), torch.ones(5, dtype=torch.bfloat16)], ids=["dtype", "shape"])
+def test_a_parameter_with_new_values_gets_a_new_buffer(values: Tensor) -> None:
+    """`model.float()` and resized embeddings keep the parameter and replace its values."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = PCGrad(torch.optim.SGD([p], lr=0.1))
+    optimizer.pc_backward([p.sum(), p.sum()])
+    optimizer.zero_grad()
+    p.data = values
+    optimizer.pc_backward([1.001 * p.sum(), 2.002 * p.sum()])
+    torch.testing.assert_close(p.grad, torch.full_like(values, 1.5015))
+
+
 @pytest.mark.parametrize("weights", ["torchjd:MGDA", lambda gram: gram[0]])
 def test_a_reduction_without_effect_is_refused(model: Model, weights: Any) -> None:
     if isinstance(weights, str):

@@ -203,6 +203,17 @@ def test_every_method_on_awkward_gradients(method: str, tasks: int, kind: str) -
 
 
 @pytest.mark.parametrize("method", surgery.METHODS)
+def test_a_factor_on_all_gradients_changes_no_weight(method: str) -> None:
+    """Losses times 1,000, or divided by it."""
+    gram = ops.gram(rows(4, "random"))
+    one, large, small = (
+        surgery.weights(method, "sum", torch.Generator().manual_seed(3))(gram * factor) for factor in (1.0, 1e6, 1e-6)
+    )
+    torch.testing.assert_close(large, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(small, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", surgery.METHODS)
 def test_a_gram_matrix_in_double_precision(method: str) -> None:
     """Named after the bug: PCGrad alone refused it."""
     gram = ops.gram(rows(3, "random"))

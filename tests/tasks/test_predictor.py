@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ from minbert_fast.data.formats import find_tables
 from minbert_fast.model.sentence_modules import SentenceModules, read, write
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.evaluation import evaluate
-from minbert_fast.tasks.predictor import Index
+from minbert_fast.tasks.predictor import Index, _frame_columns
 from minbert_fast.tasks.sentence_vectors import encode
 from tests.tolerance import cosine_rows
 
@@ -228,6 +229,15 @@ def test_a_data_frame_in_and_a_data_frame_out(predictor: Predictor) -> None:
             call()
 
 
+def test_a_data_frame_has_the_columns_of_the_training_file() -> None:
+    """Before the usual names."""
+    pandas = pytest.importorskip("pandas")
+    data = {"train": "topics.csv", "text": "body"}
+    task = build_task("topic", {"kind": "classification", "classes": ["a", "b"], "data": data})
+    frame = pandas.DataFrame({"text": ["wrong"], "body": ["right"]})
+    assert _frame_columns(task, frame, None) == (["right"],)
+
+
 @pytest.mark.ci
 def test_pandas_is_imported_by_nobody_but_the_user() -> None:
     code = "import sys, minbert_fast; sys.exit('pandas' in sys.modules)"
@@ -280,6 +290,15 @@ def test_modules_survive_the_round_trip(tmp_path: Path, pooling, normalize):
         assert all(torch.equal(after.pooler[name], tensor) for name, tensor in pooler.items())
 
 
+def test_a_pooling_that_says_nothing_is_the_mean(tmp_path: Path):
+    """As in sentence-transformers."""
+    write(tmp_path, SentenceModules(tmp_path, "cls"), 8)
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 8}')
+    found = read(tmp_path)
+    assert found is not None
+    assert found.pooling == "mean"
+
+
 @pytest.mark.ci
 def test_real_sentence_transformers_give_the_same_vectors(minilm: Path, tmp_path: Path):
     """The published directory, and one that the installed version saved."""
@@ -304,6 +323,7 @@ def test_real_sentence_transformers_give_the_same_vectors(minilm: Path, tmp_path
         ("modules.json", '[{"type": "x.Transformer", "path": ""}, {"type": "x.LSTM", "path": "1"}]', "LSTM"),
         ("1_Pooling/config.json", '{"pooling_mode": "lasttoken"}', "pooling 'lasttoken'"),
         ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}', "pooling "),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "include_prompt": false}', "include_prompt = false"),
         ("sentence_bert_config.json", '{"max_seq_length": "long"}', "max_seq_length = 'long'"),
         ("config_sentence_transformers.json", '{"default_prompt_name": "q", "prompts": {}}', "no prompt 'q'"),
     ],
@@ -321,9 +341,34 @@ def test_a_dense_layer_that_is_no_pooler_is_refused(tmp_path: Path):
     pooler = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
     write(tmp_path, SentenceModules(tmp_path, "pooler", pooler=pooler), 8)
     config = json.loads((tmp_path / "2_Dense" / "config.json").read_text())
-    (tmp_path / "2_Dense" / "config.json").write_text(json.dumps(config | {"activation_function": "torch.nn.ReLU"}))
-    with pytest.raises(ConfigError, match="2_Dense"):
-        read(tmp_path)
+    for other in ({"activation_function": "torch.nn.ReLU"}, {"use_residual": True}):
+        (tmp_path / "2_Dense" / "config.json").write_text(json.dumps(config | other))
+        with pytest.raises(ConfigError, match="2_Dense"):
+            read(tmp_path)
+
+
+def test_a_directorys_settings_are_those_of_its_vectors(checkpoint: Path, tmp_path: Path):
+    """Its prompt, its length, and the pooler in its dense layer, whatever the encoder's own is."""
+    encoder, tokenizer = BertModel.from_pretrained(checkpoint), Tokenizer.from_pretrained(checkpoint)
+    width = encoder.config.hidden_size
+    pooler = {"weight": torch.randn(width, width), "bias": torch.randn(width)}
+    encoder.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    write(tmp_path, SentenceModules(tmp_path, "pooler", False, 9, "the girl ", pooler), width)
+    found = Predictor.from_pretrained(tmp_path, device="cpu", precision="fp32").encode([*SENTENCES, "a film " * 30])
+    encoder.pooler_dense.load_state_dict(pooler)
+    texts = ["the girl " + text for text in [*SENTENCES, "a film " * 30]]
+    snapshot = Snapshot(encoder, torch.float32)
+    expected = encode(snapshot, texts, tokenizer, pooling="pooler", normalize=False, max_length=9)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_length_exceeds_the_recipes_and_the_positions(checkpoint: Path, predictor: Predictor, tmp_path: Path):
+    positions = predictor.encoder.config.max_position_embeddings
+    assert Predictor(predictor.encoder, predictor.tokenizer, max_length=positions + 1).max_length == positions
+    shutil.copytree(checkpoint, tmp_path / "short")
+    (tmp_path / "short" / "recipe.toml").write_text(RECIPE.with_values({"data": {"max_length": 7}}, "test").to_toml())
+    assert Predictor.from_pretrained(tmp_path / "short", device="cpu").max_length == 7
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------------------------------

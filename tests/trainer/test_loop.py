@@ -39,6 +39,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.arange(4.0))
+        self.register_buffer("seen", torch.zeros(4))  # as a head's running statistics
 
 
 class StandIn:
@@ -58,7 +59,8 @@ class StandIn:
         if not bad.any():
             self.momentum = 0.9 * self.momentum + noise + batch.packed.tokens.float().mean()
             with torch.no_grad():
-                self.model.weight -= 0.1 * lr_scale * self.momentum
+                self.model.seen += self.momentum
+                self.model.weight -= 0.1 * lr_scale * (self.momentum + self.model.seen)
         gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
         return StepResult(loss, noise.norm(), gram, bad)
 
@@ -276,10 +278,19 @@ def test_stages_run_one_after_the_other(tmp_path: Path) -> None:
     assert run.evaluations == [0, 3, 4, 6, 9, 10]
     assert [r["stage"] for r in run.records()] == [0] * 5 + [1] * 6
     assert run.records()[5]["epoch"] == 1.25
+    second = run.stages()[1].recipe.optimizer
+    rates = [r["lr"] for r in run.records()[5:]]
+    assert rates == pytest.approx([second.lr * lr_scale(s, 6, STEPS_PER_EPOCH, second) for s in range(6)])
+
+
+def test_a_stage_is_evaluated_as_often_as_its_recipe_says(tmp_path: Path) -> None:
+    run = Run(tmp_path, RECIPE | {"training": {"epochs": 1}, "stages": [{"training": {"evaluate_every": 2}}, {}]})
+    run.go()
+    assert run.evaluations == [0, 2, 4, 8]
 
 
 def test_the_best_model_is_kept(tmp_path: Path) -> None:
-    scores = iter([0.9, 0.1, 0.5, 0.3])
+    scores = iter([0.9, 0.1, 0.5, 0.5])  # of equal scores the first one counts
     run = Run(tmp_path, RECIPE, scores=lambda weight: next(scores))
     outcome = run.go()
     assert outcome.best == {"step": 8, "score": 0.5, "metrics": {"score": 0.5}}
@@ -310,7 +321,7 @@ def test_patience_ends_the_stage_and_not_the_run(tmp_path: Path) -> None:
         "training": {"epochs": 9, "patience": 2},
         "stages": [{}, {"training": {"epochs": 1}}],
     }
-    scores = iter([9.0, 0.5, 0.6, 0.4, 0.3, 0.1])
+    scores = iter([9.0, 0.5, 0.6, 0.4, 0.6, 0.1])  # an equal score is no better one
     run = Run(tmp_path, recipe, scores=lambda weight: next(scores))
     outcome = run.go()
     assert run.evaluations == [0, 4, 8, 12, 16, 20]
@@ -335,6 +346,27 @@ def test_a_stage_starts_from_the_weights_that_its_recipe_names(tmp_path: Path) -
     alone = Run(tmp_path / "alone", RETURNING | {"stages": RETURNING["stages"][:1]})
     alone.go()
     assert before[third] == json.loads((tmp_path / "alone" / "last" / "weight.json").read_text())
+
+
+def test_the_best_weights_of_a_stage_are_its_own_and_by_its_own_metric(tmp_path: Path) -> None:
+    """A stage whose scores stay below those of the stage before has a best all the same."""
+    before: dict[int, list[float]] = {}
+
+    def note(step: int) -> None:
+        before[step] = run.model.weight.tolist()
+
+    best = 8  # of the steps 8, 10 and 11 at which the second stage is evaluated; a_accuracy is highest at step 2
+    scores = {2: 0.9, 4: 1.0, 6: 0.9, 7: 0.9, best: 0.5, 10: 0.2, 11: 0.1}
+    stages: list[dict[str, Any]] = [
+        {"training": {"epochs": 1.75, "select": "a_accuracy"}},
+        {"training": {"epochs": 1, "start": "best"}},
+        {"training": {"start": "best"}},
+    ]
+    recipe = RETURNING | {"stages": stages}
+    run = Run(tmp_path, recipe, at_step=note, scores=lambda weight: scores.get(run.trainer.state.step, 0.0))
+    run.go()
+    assert before[8] == before[3] != before[5]
+    assert before[12] == before[best + 1] != before[11]
 
 
 def test_without_an_evaluation_the_best_weights_are_the_last_ones(tmp_path: Path) -> None:
@@ -490,6 +522,25 @@ def test_the_best_model_of_a_cut_is_dropped_on_resume(tmp_path: Path) -> None:
     assert (outcome.best["step"], resumed.files()["predictions/p.csv"]) == (4, "4")
 
 
+def test_each_tasks_best_model_of_a_cut_is_dropped_on_resume(tmp_path: Path) -> None:
+    recipe = RECIPE | {"training": {"epochs": 3, "best_per_task": True}}
+    whole = Run(tmp_path / "whole", recipe)
+    best = whole.go().task_best
+    cut = Run(tmp_path / "cut", recipe, stop_after=9)
+    assert cut.go().task_best["a"]["step"] == 9
+    assert best["a"]["step"] == 4
+    resumed = Run(tmp_path / "cut", recipe)
+    assert resumed.go(resume=True).task_best == best
+    assert resumed.files() == whole.files()
+
+
+def test_a_running_run_keeps_a_checkpoint_in_reserve(tmp_path: Path) -> None:
+    """`checkpoint.keep` is for a finished run: if the newest one is damaged, the other one serves."""
+    Run(tmp_path, RECIPE).go()
+    kept = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
+    assert sorted(kept) == ["step-00000009", "step-00000012"]
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, RECIPE)
     run.go()
@@ -518,6 +569,13 @@ def test_skipped_steps_are_counted_and_recorded_with_their_task(
     last = _format_outcome(outcome, tmp_path).splitlines()
     assert last[1] == "skipped steps, whose loss or gradient was not finite: 3 (a 3)"
     assert "skipped steps" not in _format_outcome(Run(tmp_path / "whole", RECIPE).go(), tmp_path)
+
+
+def test_a_checkpoint_counts_the_skipped_steps_that_were_not_fetched_yet(tmp_path: Path) -> None:
+    recipe = RECIPE | {"logging": {"every": 50}}
+    run = Run(tmp_path, recipe, broken=frozenset({5}), eager=False, stop_after=5)
+    assert run.go().state.skipped == {"a": 1}
+    assert run.records()[-1]["skipped"] == ["a"]
 
 
 @pytest.mark.parametrize("eager", [True, False])

@@ -137,15 +137,27 @@ def test_directories_set_aside_are_brought_back(tmp_path: Path) -> None:
 
 
 def test_clearing_removes_results_and_nothing_else(tmp_path: Path) -> None:
+    """Also each task's best model: a later run may not replace it."""
     (tmp_path / "notes.txt").write_text("mine")
     with RunDirectory(tmp_path) as files:
         files.prepare("")
         files.metrics.open()
         write_json(tmp_path / "summary.json", {})
+        for name in ("best", "best-a", "last", "predictions"):
+            files.write_directory(name, lambda d: None)
         assert files.holds_run
         files.clear()
         assert not files.holds_run
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.txt"]
+
+
+def test_a_run_that_goes_on_is_not_finished(tmp_path: Path) -> None:
+    """Killed again, it would be taken for a finished one by the summary of its first part."""
+    with RunDirectory(tmp_path) as files:
+        write_json(tmp_path / "summary.json", {"finished": True})
+        files.prepare("")
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_unused_directories_are_numbered(tmp_path: Path) -> None:
