@@ -354,7 +354,7 @@ def test_the_format_is_named_where_the_ending_does_not_say(tmp_path: Path) -> No
             b"PK\x03\x04...",
             "a zip archive or a spreadsheet, expected plain text; unpack it, or save the spreadsheet as CSV",
         ),
-        (b"PAR1...", 'a Parquet file, expected plain text; name it .parquet, or set format = "parquet"'),
+        (b"PAR1\x15\x04\x15", 'a Parquet file, expected plain text; name it .parquet, or set format = "parquet"'),
     ],
 )
 def test_a_file_that_is_no_text_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
@@ -367,6 +367,8 @@ def test_a_file_that_is_no_text_says_what_it_is(tmp_path: Path, content: bytes, 
         ("x.txt", {}),
     ):
         assert refused(write(tmp_path, name, content), **keys) == f"{name}: {message}"
+    columns = write(tmp_path, "y.csv", "PAR1,BZh\n3,4\n")  # letters alone are column names
+    assert read(columns, text="PAR1").sentences == (["3"],)
 
 
 def test_several_label_columns_are_a_list(tmp_path: Path) -> None:

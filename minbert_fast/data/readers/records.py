@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from abc import ABC, abstractmethod
@@ -17,14 +18,14 @@ from minbert_fast.data.messages import DataError, show_path
 STANDARD_INPUT = Path("-")
 
 _DECOMPRESS = "decompress it"
-_NOT_TEXT = {  # how files begin: what they are, and what to do instead
-    b"\x1f\x8b": ("a gzip file", _DECOMPRESS),
-    b"BZh": ("a bzip2 file", _DECOMPRESS),
-    b"\xfd7zXZ\0": ("an xz file", _DECOMPRESS),
-    b"\x28\xb5\x2f\xfd": ("a Zstandard file", _DECOMPRESS),
-    b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the spreadsheet as CSV"),
-    b"\xd0\xcf\x11\xe0": ("an Excel spreadsheet", "save it as CSV"),
-    b"PAR1": ("a Parquet file", 'name it .parquet, or set format = "parquet"'),
+_NOT_TEXT = {  # a pattern of how files begin: what they are, and what to do instead
+    rb"\x1f\x8b": ("a gzip file", _DECOMPRESS),
+    rb"BZh[1-9]1AY&SY": ("a bzip2 file", _DECOMPRESS),
+    rb"\xfd7zXZ\0": ("an xz file", _DECOMPRESS),
+    rb"\x28\xb5\x2f\xfd": ("a Zstandard file", _DECOMPRESS),
+    rb"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the spreadsheet as CSV"),
+    rb"\xd0\xcf\x11\xe0": ("an Excel spreadsheet", "save it as CSV"),
+    rb"PAR1[\x00-\x08\x0e-\x1f]": ("a Parquet file", 'name it .parquet, or set format = "parquet"'),
 }
 
 #: A row: the line where it begins, and the values of the wanted columns, or why they cannot be read.
@@ -63,7 +64,7 @@ class Records(ABC):
 def check_text(first: bytes, name: str) -> None:
     """Raises DataError if `first`, the first bytes of a file, are those of a format that is not text."""
     for start, (found, instead) in _NOT_TEXT.items():
-        if first.startswith(start):
+        if re.match(start, first):
             raise DataError(f"{name}: {found}, expected plain text; {instead}")
 
 
