@@ -46,8 +46,7 @@ def guess_kind(summary: LabelSummary, texts: int) -> tuple[str, str]:
         many = f"{count:,}" if count else "too many"
         raise ConfigError(f"{many} different labels in {summary.rows:,} rows, not numbers: expected classes or numbers")
     if summary.whole and 0 < count <= FEW:
-        found = (
-            "labels" if any(label_number(name) is None for name in names) else "whole numbers as labels"
-        )  # true, false
+        numbers = all(label_number(name) is not None for name in names)  # true and false are none
+        found = "whole numbers as labels" if numbers else "labels"
         return one, f"{count} different {found} ({', '.join(names[:SHOWN])}{', ...' * (count > SHOWN)})"
     return two, f"labels are numbers from {summary.low:g} to {summary.high:g}"
