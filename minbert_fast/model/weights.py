@@ -124,9 +124,9 @@ def check_place(path: Path) -> None:
     """Raises WeightsError, naming the likely right path, for a directory of a run's other output or of data files."""
     if not path.is_dir() or any((path / file).exists() for file in (CONFIG, "modules.json")):
         return
-    for near in (path, path.parent):
-        if (near / "best" / CONFIG).exists():
-            raise WeightsError(f"{path}: part of a training run's output; its model is {near / 'best'}")
+    for run, what in ((path, "the directory"), (path.parent, "part of the directory")):
+        if (run / "best" / CONFIG).exists():
+            raise WeightsError(f"{path}: {what} of a training run; its model is {run / 'best'}")
     if any(path.glob("*.[ct]sv")):
         raise WeightsError(f"{path}: holds data files, expected the directory of a model")
 

@@ -79,9 +79,14 @@ class Index:
         return f"Index({len(self.texts):,} sentences, vectors of {self.vectors.shape[1]})"
 
     def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
-        """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1."""
-        top = min(top, len(self.texts))
-        if top < 1:
+        """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1.
+
+        Fewer if there are no more. Raises ValueError for a `top` that is no whole number from 0.
+        """
+        if not isinstance(top, int | np.integer) or top < 0:
+            raise ValueError(f"top is {top!r}, expected a whole number, 0 or more")
+        top = min(int(top), len(self.texts))
+        if not top:
             return [[] for _ in vectors]
         found = []
         for begin in range(0, len(vectors), 256):  # limits the memory of the scores
@@ -226,7 +231,8 @@ class Predictor:
     def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
         """The `top` sentences of the corpus whose vectors have the highest cosine with that of `query`, best first.
 
-        For several queries, call `index` first; otherwise each call encodes the corpus.
+        For several queries, call `index` first; otherwise each call encodes the corpus. Raises ValueError as `encode` does,
+        and for a `top` that is no whole number from 0.
         """
         ready = corpus if isinstance(corpus, Index) else self.index(corpus)
         return ready.nearest(self.encode([query], normalize=True), top)[0]

@@ -134,6 +134,10 @@ def test_search_finds_the_sentence_itself_first(predictor: Predictor):
     assert {hit.row for hit in hits[1:]} <= set(np.argsort(-scores)[:8].tolist())
     assert predictor.search(corpus[17], corpus[:3], top=9)[0].row in range(3)
     assert len(predictor.search("a", corpus[:3], top=9)) == 3
+    assert predictor.search("a", []) == []
+    for top in (-1, 2.0):
+        with pytest.raises(ValueError, match=f"top is {top}, expected a whole number, 0 or more"):
+            predictor.search("a", corpus[:3], top=top)
 
 
 def test_search_prefers_the_earlier_of_equal_sentences():
@@ -142,7 +146,7 @@ def test_search_prefers_the_earlier_of_equal_sentences():
     index = Index([str(row) for row in range(1000)], vectors)
     found = index.nearest(vectors[:50], 3)
     assert [[hit.row for hit in hits] for hits in found] == [[row, row + 50, row + 100] for row in range(50)]
-    assert index.nearest(vectors[:2], 0) == index.nearest(vectors[:2], -1) == [[], []]
+    assert index.nearest(vectors[:2], 0) == [[], []]
 
 
 def test_a_corpus_is_a_list_of_sentences(predictor: Predictor):
@@ -395,7 +399,7 @@ def test_mistakes_are_named(predictor: Predictor, checkpoint: Path, tmp_path: Pa
         predictor.predict("sentiment", SENTENCES, text="review")
     with pytest.raises(ConfigError, match=r"config\.json"):
         Predictor.from_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="part of a training run's output; its model is"):
+    with pytest.raises(ConfigError, match="the directory of a training run; its model is"):
         Predictor.from_pretrained(checkpoint.parent)
     with pytest.raises(ConfigError, match="no such file"):
         Predictor.from_pretrained(tmp_path / "nothing")
