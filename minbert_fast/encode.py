@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, run
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
-from minbert_fast.data.lines import read_sentences
+from minbert_fast.data.sentence_files import read_sentences
 from minbert_fast.tasks.onnx_model import OnnxModel
 from minbert_fast.tasks.predictor import Predictor
 

@@ -19,9 +19,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from minbert_fast.common.schema import ConfigError, build, check, check_at_least, check_below_one
+from minbert_fast.common.schema import ConfigError, build, check, check_at_least
 from minbert_fast.data.label_summary import LabelSummary
 from minbert_fast.data.labels import Rule
 from minbert_fast.data.pretraining import ExampleGenerator
@@ -33,6 +32,8 @@ from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.metrics import OF_PREDICTIONS
 from minbert_fast.tasks.neighbours import LabelledSentences
 from minbert_fast.tasks.presets import PRESETS, preset_of
+
+WORD_EMBEDDING = "encoder.word_embedding"  # key of the encoder's own embedding among the `shared` modules of heads
 
 
 @dataclass(frozen=True)
@@ -351,58 +352,3 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         raise ConfigError(f"{where}.kind = {kind!r}: expected one of {', '.join([*KINDS, *PRESETS])}")
     cls = KINDS[values["kind"]]
     return cls(name, build(cls.Options, values, where, "."), preset)
-
-
-# ---- Shared by several heads ---------------------------------------------------------------------------------------
-
-WORD_EMBEDDING = "encoder.word_embedding"  # key of the encoder's own embedding among the `shared` modules of heads
-
-
-class Stack(nn.Module):
-    """`depth` times linear, ReLU, dropout at constant width; x [n, H] -> [n, H]."""
-
-    def __init__(self, width: int, depth: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.dropout(F.relu(layer(x)), self.dropout, self.training)
-        return x
-
-
-@dataclass(frozen=True)
-class StackOptions(TaskOptions):
-    """Options of a task whose head may have a stack in front of its last layer."""
-
-    shared_layers: str = ""  # name of a stack of linear, ReLU, dropout; tasks with the same name share it
-    shared_depth: int = 2  # layers of that stack
-    dropout: float = 0.1  # of the head
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_below_one(self, "dropout")
-        check_at_least(self, 1, "shared_depth")
-
-    def unused(self) -> dict[str, str]:
-        return super().unused() | ({} if self.shared_layers else {"shared_depth": "shared_layers"})
-
-
-def shared_stack(options: StackOptions, width: int, shared: dict[str, nn.Module]) -> Stack | None:
-    """The stack that all heads with the same `options.shared_layers` share; None if that name is empty.
-
-    Raises ConfigError if the name is taken or another head has set a different depth or dropout.
-    """
-    name, depth, dropout = options.shared_layers, options.shared_depth, options.dropout
-    if not name:
-        return None
-    stack = shared.setdefault(name, Stack(width, depth, dropout))
-    if not isinstance(stack, Stack):
-        raise ConfigError(f"shared_layers = {name!r}: expected another name, this one is taken")
-    if len(stack.layers) != depth or stack.dropout != dropout:
-        raise ConfigError(
-            f"shared_layers = {name!r}: {depth} layers with dropout {dropout} here, "
-            f"{len(stack.layers)} layers with dropout {stack.dropout} in another task"
-        )
-    return stack

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cosine import cosine
 from minbert_fast.ops.cross_entropy import binary_cross_entropy, cross_entropy
 from minbert_fast.tasks import losses
-from minbert_fast.tasks.base import Head, HeadOutput, StackOptions, Task, TaskInput, shared_stack
+from minbert_fast.tasks.base import HeadOutput, Task, TaskInput
 from minbert_fast.tasks.graded import from_unit, to_unit
+from minbert_fast.tasks.stack import StackHead, StackOptions, shared_stack
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]
 PairLoss = Literal["bce", "cross_entropy", "ordinal", "mse", "l1", "hinge", "cosine_embedding", "cosent", "ranking"]
@@ -96,7 +97,7 @@ class PairOptions(StackOptions):
         return super().unused() | {key: reader for key, (read, reader) in rules.items() if not read}
 
 
-class PairHead(Head):
+class PairHead(StackHead):
     """Compares two sentences. `levels` is the number of whole labels, the classes of the losses over classes."""
 
     options: PairOptions
@@ -129,11 +130,6 @@ class PairHead(Head):
     @abstractmethod
     def limits(self) -> tuple[float, float]:
         """The labels that t = 0 and t = 1 stand for."""
-
-    def configure(self, options: Any) -> None:
-        super().configure(options)
-        if self.stack is not None:
-            self.stack.dropout = options.dropout
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         options = self.options

@@ -7,7 +7,6 @@ embedding of the text -> [neighbours] -> dropout -> [shared stack] -> linear -> 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,9 @@ from minbert_fast.model.bert import BertLayer, read_layer
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.passes import AutogradPass, Sentences, through
 from minbert_fast.ops.pooling import Mode, pool
-from minbert_fast.tasks.base import Head, HeadOutput, StackOptions, TaskInput, shared_stack
+from minbert_fast.tasks.base import HeadOutput, TaskInput
 from minbert_fast.tasks.neighbours import LabelledSentences
+from minbert_fast.tasks.stack import StackHead, StackOptions, shared_stack
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TokenLayers(nn.Module):
         return pool(hidden, inputs.cu_seqlens[inputs.first : inputs.first + n + 1], pooling)
 
 
-class SingleHead(Head):
+class SingleHead(StackHead):
     """Scores [n, outputs] of single texts; [n] for one output."""
 
     options: SingleOptions
@@ -83,11 +83,6 @@ class SingleHead(Head):
         if neighbours is not None:
             width = neighbours.features + (width if neighbours.nearest else 0)
         self.output = nn.Linear(width, outputs)
-
-    def configure(self, options: Any) -> None:
-        super().configure(options)
-        if self.stack is not None:
-            self.stack.dropout = options.dropout
 
     def forward(self, inputs: TaskInput) -> HeadOutput:
         if self.layers is None:

@@ -27,8 +27,8 @@ from minbert_fast.data.formats import FORMATS, Layout
 from minbert_fast.data.inputs import Input, find_input, layout_of
 from minbert_fast.data.label_summary import LabelSummary, merge_summaries, summarise_labels
 from minbert_fast.data.labels import Classes, ClassSets, Numbers, Rule
-from minbert_fast.data.lines import read_sentences
 from minbert_fast.data.messages import DataError
+from minbert_fast.data.sentence_files import read_sentences
 from minbert_fast.data.source import Source, sources_of
 
 GRADES = Classes(("bad", "fair", "good"))
