@@ -22,7 +22,7 @@ from minbert_fast import BertModel, Predictor, encode, evaluate, predict
 from minbert_fast.common import cli
 from minbert_fast.common.schema import build
 from minbert_fast.common.storage import ArrayFile, whole_file
-from minbert_fast.data import Tokenizer, lines, read_table, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory, sentence_files
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
 from tests.small import read_predictions
@@ -87,7 +87,7 @@ def test_text_lines_to_npy(
 
 
 def test_chunks_stream_in_order(tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "CHUNK", 2)
+    monkeypatch.setattr(sentence_files, "CHUNK", 2)
     (tmp_path / "in.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
     assert run_encode(tmp_path / "in.txt", tmp_path / "out.npy") == 0
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=1e-4, atol=1e-5)
