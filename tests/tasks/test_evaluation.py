@@ -89,6 +89,31 @@ def test_predictions_equal_the_heads_on_single_sentences(model, tables):
         assert result.predictions[row] == shares.argmax()
 
 
+def test_long_rows_are_cut_to_max_length(model, tables):
+    """The last token, [SEP], stays."""
+    result = evaluate(model, {"sentiment": tables["sentiment"]}, max_length=8).tasks["sentiment"]
+    rows = [np.array(tables["sentiment"].columns[0][row], dtype=np.int64) for row in range(ROWS)]
+    assert sum(len(row) > 8 for row in rows) > ROWS // 2
+    for row, tokens in enumerate(rows[:8]):
+        ids = torch.from_numpy(np.append(tokens[:7], tokens[-1]) if len(tokens) > 8 else tokens)[None]
+        with torch.no_grad():
+            hidden = model.encoder(ids, torch.ones_like(ids))["last_hidden_state"]
+            shares = model.heads["sentiment"].output(hidden.mean(1)).softmax(-1)[0].numpy()
+        np.testing.assert_allclose(result.probabilities[row], shares, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cross_encoded_pair_is_one_sequence_of_two_types(model, tables):
+    result = evaluate(model, {"paraphrase": tables["paraphrase"]}).tasks["paraphrase"]
+    for row in range(5):
+        first, second = (np.array(column[row], dtype=np.int64) for column in tables["paraphrase"].columns)
+        ids = torch.from_numpy(np.concatenate([first, second[1:]]))[None]
+        types = (torch.arange(ids.shape[1]) >= len(first)).long()[None]
+        with torch.no_grad():
+            hidden = model.encoder(ids, torch.ones_like(ids), types)["last_hidden_state"]
+            share = model.heads["paraphrase"].output(hidden.mean(1)).sigmoid().item()
+        np.testing.assert_allclose(result.probabilities[row], [1 - share, share], rtol=1e-4, atol=1e-5)
+
+
 def test_a_class_name_with_a_line_break_is_written_on_one_line(tmp_path):
     task = build_task("topic", {"kind": "classification", "classes": ["good", "bad\nvery"]})
     result = TaskResult(task, ["a", "b"], None, np.array([1, 0]), None, {})
