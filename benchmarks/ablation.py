@@ -4,9 +4,9 @@
     python -m benchmarks.ablation [parts|ideas|screen] --data DIR --model DIR --output DIR [--seeds 1 2 3] [--json FILE]
 
 `parts` builds the recipe up choice by choice; each variant trains for one epoch per seed, or two if its name says so.
-`ideas` changes one thing of the whole recipe at a time. `screen` tries seven ideas in eight runs, several in each, and
-gives the effect of each idea: the mean of the four runs with it less the mean of the four without. A second call
-continues the series. Writes the scores of every run to the JSON file and prints a table.
+`ideas` changes one thing of the whole recipe at a time. `screen` tries seven ideas in eight runs, several in each, and then
+seven others. It gives the effect of each idea: the mean of the four runs with it less the mean of the four without. A
+second call continues the series. Writes the scores of every run to the JSON file and prints a table.
 """
 
 from __future__ import annotations
@@ -85,32 +85,48 @@ IDEAS: Mapping[str, Mapping[str, Any]] = {
     "SimCSE first": _first("simcse", kind="contrastive"),
     "ordinal sentiment": {"tasks": {"sentiment": {"loss": "ordinal"}}},
     "smoothed sentiment": {"tasks": {"sentiment": {"label_smoothing": 0.1}}},
+    "sentiment from [CLS]": {"tasks": {"sentiment": {"pooling": "cls"}}},
+    "paraphrases read both ways": {"tasks": {"paraphrase": {"encoder": "both"}}},
     "similarity by squared error and CoSENT": {"tasks": {"similarity": {"auxiliary": {"cosent": 0.05}}}},
     "layer-wise rates": {"optimizer": {"layer_decay": 0.9}},
+    "rate 7e-5": {"optimizer": {"lr": 7e-5}},
     "rate 1.5e-4": {"optimizer": {"lr": 1.5e-4}},
     "weight decay": {"optimizer": {"weight_decay": 0.01}},
     "three epochs": {"training": {"epochs": 3}},
     "averaged weights": {"training": {"ema": 0.99}},
     "learned loss weights": {"weighting": {"method": "uncertainty"}},
+    "dropout 0.2": {"model": {"dropout": 0.2}},
     "PCGrad": {"surgery": {"method": "pcgrad"}},
+    "CAGrad": {"surgery": {"method": "cagrad"}},
     "UPGrad": {"surgery": {"method": "upgrad"}},
     "SMART for R-Drop": {"regularisation": {"r_drop": 0.0, "smart": 1.0}},
 }
-# Without R-Drop, which doubles the time of a run, and without learned loss weights: they cost about 0.02 (LOG), so much that
-# their interactions would pass for effects of other ideas.
+# Without R-Drop, which doubles the time of a run; without learned loss weights, which cost about 0.02 (LOG), so much that their
+# interactions would pass for effects of other ideas; and without a first stage. The two screens share the run without any idea.
 SCREENED = (
-    "layer-wise rates",
-    "averaged weights",
-    "ordinal sentiment",
-    "similarity by squared error and CoSENT",
-    "rate 1.5e-4",
-    "PCGrad",
-    "weight decay",
+    (
+        "layer-wise rates",
+        "averaged weights",
+        "ordinal sentiment",
+        "similarity by squared error and CoSENT",
+        "rate 1.5e-4",
+        "PCGrad",
+        "weight decay",
+    ),
+    (
+        "three epochs",
+        "CAGrad",
+        "paraphrases read both ways",
+        "smoothed sentiment",
+        "dropout 0.2",
+        "rate 7e-5",
+        "sentiment from [CLS]",
+    ),
 )
 
 
-def _screen() -> dict[str, tuple[str, ...]]:
-    """The ideas of each of eight runs. Of any two ideas, two runs have both, two neither, and two each one alone.
+def _screen(ideas: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The ideas of each of eight runs, out of seven. Of any two ideas, two runs have both, two neither, two each one alone.
 
     All eight runs therefore count for the effect of every idea: its noise is that of two means of four. An effect also
     holds half the interactions of three pairs of other ideas (a 2^(7-4) fractional factorial design; Box, Hunter and Hunter,
@@ -118,13 +134,13 @@ def _screen() -> dict[str, tuple[str, ...]]:
     """
     runs = {}
     for a, b, c in itertools.product((False, True), repeat=3):
-        chosen = (a, b, c, a ^ b, a ^ c, b ^ c, a ^ b ^ c)
-        ideas = tuple(itertools.compress(SCREENED, chosen))
-        runs[" + ".join(ideas) or "without R-Drop"] = ideas
+        chosen = tuple(itertools.compress(ideas, (a, b, c, a ^ b, a ^ c, b ^ c, a ^ b ^ c)))
+        runs[" + ".join(chosen) or "without R-Drop"] = chosen
     return runs
 
 
-SCREEN = _screen()
+SCREENS = tuple(_screen(ideas) for ideas in SCREENED)
+SCREEN = {variant: ideas for screen in SCREENS for variant, ideas in screen.items()}
 SERIES: Mapping[str, Iterable[str]] = {"parts": VARIANTS, "ideas": IDEAS, "screen": SCREEN}
 
 
@@ -179,10 +195,17 @@ def table(results: Iterable[Mapping[str, Any]], head: str = "one epoch unless st
 
 
 def effects(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of each idea's effect in a complete screen, with its standard error if there are several seeds."""
-    runs = [(SCREEN[result["variant"]], result["scores"]) for result in results]
+    """Markdown tables of each idea's effect in the screens, with its standard error if there are several seeds."""
+    tables = []
+    for ideas, screen in zip(SCREENED, SCREENS, strict=True):
+        runs = [(screen[result["variant"]], result["scores"]) for result in results if result["variant"] in screen]
+        tables.append(_effects(ideas, runs))
+    return "\n".join(tables)
+
+
+def _effects(screened: Sequence[str], runs: Sequence[tuple[tuple[str, ...], Mapping[str, float]]]) -> str:
     rows = []
-    for idea in SCREENED:
+    for idea in screened:
         cells = []
         for metric in METRICS:
             sides = [[float(s[metric]) for ideas, s in runs if (idea in ideas) == on] for on in (True, False)]

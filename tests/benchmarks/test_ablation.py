@@ -71,35 +71,38 @@ def test_an_idea_changes_one_thing_of_the_whole_recipe() -> None:
 
 
 def test_a_screen_tries_every_two_ideas_in_all_combinations_equally_often() -> None:
-    assert len(ablation.SCREEN) == 8
-    for one, other in itertools.combinations(ablation.SCREENED, 2):
-        met = Counter((one in ideas, other in ideas) for ideas in ablation.SCREEN.values())
-        assert set(met.values()) == {2}
-        assert len(met) == 4
-    for variant, ideas in ablation.SCREEN.items():
-        built = plain(ablation.build_recipe(variant, 1, Path("data"), None))
-        assert built["regularisation"]["r_drop"] == 0
-        for idea in ablation.SCREENED:
-            alone = flatten(plain(ablation.build_recipe(idea, 1, Path("data"), None)))
-            whole, start = flatten(built), flatten(plain(ablation.build_recipe("best", 1, Path("data"), None)))
-            changed = [key for key in {*alone, *start} if alone.get(key) != start.get(key)]
-            assert all((whole.get(key) == alone.get(key)) == (idea in ideas) for key in changed), (variant, idea)
+    start = flatten(plain(ablation.build_recipe("best", 1, Path("data"), None)))
+    for screened, screen in zip(ablation.SCREENED, ablation.SCREENS, strict=True):
+        assert len(screen) == 8
+        for one, other in itertools.combinations(screened, 2):
+            met = Counter((one in ideas, other in ideas) for ideas in screen.values())
+            assert set(met.values()) == {2}
+            assert len(met) == 4
+        for variant, ideas in screen.items():
+            whole = flatten(plain(ablation.build_recipe(variant, 1, Path("data"), None)))
+            assert whole["regularisation.r_drop"] == 0
+            for idea in screened:
+                alone = flatten(plain(ablation.build_recipe(idea, 1, Path("data"), None)))
+                changed = [key for key in {*alone, *start} if alone.get(key) != start.get(key)]
+                assert changed, idea
+                assert all((whole.get(key) == alone.get(key)) == (idea in ideas) for key in changed), (variant, idea)
 
 
-def test_effects_are_the_gains_that_a_screen_was_made_with() -> None:
+def test_effects_are_the_gains_that_the_screens_were_made_with() -> None:
     """Scores that are sums of the ideas' gains, with a difference of 0.002 between two seeds."""
-    gains = {idea: 0.001 * place for place, idea in enumerate(ablation.SCREENED, -2)}
+    gains = {idea: 0.001 * place for screened in ablation.SCREENED for place, idea in enumerate(screened, -2)}
 
     def run(variant: str, ideas: Sequence[str], noise: float) -> dict[str, object]:
         score = 0.7 + sum(gains[idea] for idea in ideas) + noise
         return {"variant": variant, "scores": dict.fromkeys(ablation.METRICS, score)}
 
+    assert len(ablation.SCREEN) == 15, "the run without any idea is in both screens"
     one = [run(variant, ideas, 0.0) for variant, ideas in ablation.SCREEN.items()]
     two = [*one, *(run(variant, ideas, 0.002) for variant, ideas in ablation.SCREEN.items())]
     for idea, gain in gains.items():
-        (line,) = (line for line in ablation.effects(one).splitlines() if idea in line)
+        (line,) = (line for line in ablation.effects(one).splitlines() if f"| {idea} " in line)
         assert line.count(f" {gain:+.4f} |") == 4
-        (line,) = (line for line in ablation.effects(two).splitlines() if idea in line)
+        (line,) = (line for line in ablation.effects(two).splitlines() if f"| {idea} " in line)
         assert line.count(f" {gain:+.4f} ± 0.0007 |") == 4, "2 * 0.0014 / 4"
 
 
