@@ -101,8 +101,8 @@ IDEAS: Mapping[str, Mapping[str, Any]] = {
     "UPGrad": {"surgery": {"method": "upgrad"}},
     "SMART for R-Drop": {"regularisation": {"r_drop": 0.0, "smart": 1.0}},
 }
-# Without R-Drop, which doubles the time of a run; without learned loss weights, which cost about 0.02 (LOG), so much that their
-# interactions would pass for effects of other ideas; and without a first stage. The two screens share the run without any idea.
+# Without R-Drop, which doubles the time of a run; without learned loss weights, which cost about 0.02 (LOG), so much that
+# their interactions would pass for effects of other ideas; and without a first stage. Both screens have the run without any.
 SCREENED = (
     (
         "layer-wise rates",
