@@ -93,6 +93,18 @@ def test_links_neither_torch_nor_a_cuda_library() -> None:
     assert not [name for name in needed if re.search("torch|c10|cuda|cudart|python", name)]
 
 
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_compiles_without_instructions_of_x86(compiler: str) -> None:
+    """What AArch64 compiles: code of vectors alone. It held a builtin function that GCC has and Clang lacks."""
+    if not shutil.which(compiler):
+        pytest.skip(f"{compiler} is not installed")
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-U__SSE2__", "-DMINBERT_HAS_PORTABLE"]
+    command = [compiler, *flags, "-DMINBERT_ISA=portable", f"-I{ROOT / 'csrc'}", *map(str, sources)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def cuobjdump() -> str:
     """From the path, or the copy inside Triton."""
     found = shutil.which("cuobjdump")

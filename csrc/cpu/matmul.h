@@ -179,8 +179,8 @@ inline void transpose_square(vfloat (&square)[kLanes]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
       const vfloat a = square[i], b = square[i + kLanes / 2];
-      next[2 * i] = __builtin_shuffle(a, b, make_lanes<vint, Zipped<0>>());
-      next[2 * i + 1] = __builtin_shuffle(a, b, make_lanes<vint, Zipped<kLanes / 2>>());
+      next[2 * i] = shuffle<Zipped<0>>(a, b);
+      next[2 * i + 1] = shuffle<Zipped<kLanes / 2>>(a, b);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) square[i] = next[i];

@@ -44,7 +44,7 @@ struct Quad {
 };
 template <int kParity>
 struct Interleaved {
-  static constexpr uint64_t of(int lane) { return static_cast<uint64_t>(lane / 2 * 2 + kParity + lane % 2 * kQuads); }
+  static constexpr int of(int lane) { return lane / 2 * 2 + kParity + lane % 2 * kQuads; }
 };
 
 // The draws of one row of one plane.
@@ -83,8 +83,8 @@ class DropoutRow {
       k1 += kKeyB;
     }
     const vlong first_pair = (c0 & 0xffffffffu) | (c1 << 32), second_pair = (c2 & 0xffffffffu) | (c3 << 32);
-    low = (vuint)__builtin_shuffle(first_pair, second_pair, make_lanes<vlong, Interleaved<0>>());
-    high = (vuint)__builtin_shuffle(first_pair, second_pair, make_lanes<vlong, Interleaved<1>>());
+    low = (vuint)shuffle<Interleaved<0>>(first_pair, second_pair);
+    high = (vuint)shuffle<Interleaved<1>>(first_pair, second_pair);
   }
 
   const Dropout dropout_;

@@ -139,6 +139,20 @@ inline vfloat broadcast(float x, std::integer_sequence<int, Lane...>) {
 }
 inline vfloat broadcast(float x) { return broadcast(x, std::make_integer_sequence<int, kLanes>{}); }
 
+// The lanes Of::of(lane) of a and b; b's count on from a's.
+template <class Of, class V, int... Lane>
+inline V shuffle(V a, V b, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Of::of(Lane)...);
+#else
+  return __builtin_shuffle(a, b, make_lanes<decltype(a == b), Of>());
+#endif
+}
+template <class Of, class V>
+inline V shuffle(V a, V b) {
+  return shuffle<Of>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>{});
+}
+
 struct LaneNumber {
   static constexpr int of(int lane) { return lane; }
 };
@@ -170,13 +184,18 @@ inline vfloat smaller(vfloat a, vfloat b) {
 #endif
 }
 
+template <int kHalf>
+struct HalvesSwapped {
+  static constexpr int of(int lane) { return lane ^ kHalf; }
+};
+
 // Combines all lanes by halves, always in the same order.
 template <int kHalf, class Add>
 inline float fold_lanes(vfloat v, const Add& add) {
   if constexpr (kHalf == 0) {
     return v[0];
   } else {
-    return fold_lanes<kHalf / 2>(add(v, __builtin_shuffle(v, kLaneNumbers ^ kHalf)), add);
+    return fold_lanes<kHalf / 2>(add(v, shuffle<HalvesSwapped<kHalf>>(v, v)), add);
   }
 }
 inline float add_lanes(vfloat v) {
