@@ -25,8 +25,9 @@ from benchmarks import harness
 from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.cache import load_tokens
-from minbert_fast.data.collate import Collator, training_batches
+from minbert_fast.data.collate import Collator
 from minbert_fast.data.formats import find_tables
+from minbert_fast.data.inputs import file_input
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.one_pass import OnePassStep
@@ -53,7 +54,8 @@ def compare(
     tokenizer = Tokenizer.from_pretrained(model)
     tasks = build_tasks(recipe)
     paths = find_tables(data, "train", tuple(task.layout for task in tasks.values())).paths
-    tables = {name: load_tokens(paths[task.layout], task.layout, tokenizer) for name, task in tasks.items()}
+    files = {name: file_input(paths[task.layout], task.layout) for name, task in tasks.items()}
+    tables = {name: load_tokens(file, file.layout.rule, tokenizer) for name, file in files.items()}
     sampler = Sampler.from_tables(tables, batch_size, seed=0)
     collator = Collator(tables, recipe.data.max_length)
     curves = {}
@@ -63,8 +65,8 @@ def compare(
         own = recipe.with_values({"training": {"seed": recipe.training.seed + seed}}, "precision")
         step = OnePassStep(network, own, dtype)
         losses = []
-        for index, batch in training_batches(sampler, collator, 0, steps):
-            losses.append(step(batch, 1.0).losses.tolist())
+        for index in range(steps):
+            losses.append(step(collator(sampler.rows(index), index), 1.0).losses.tolist())
             if progress and (index + 1) % window == 0:
                 print(f"{name}: step {index + 1} of {steps}", file=sys.stderr, flush=True)
         means = np.array(losses)[: steps - steps % window].reshape(-1, window, len(tasks)).mean(1)

@@ -19,14 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from minbert_fast.common.side_stream import forked
-from minbert_fast.kernels.arguments import all_registers, is_hopper_or_newer, multiprocessors, next_power_of_2
+from minbert_fast.kernels.arguments import TYPES, all_registers, is_hopper_or_newer, multiprocessors, next_power_of_2
 from minbert_fast.kernels.attention_short import short_backward, short_forward
 from minbert_fast.kernels.attention_tiled import tiled_backward, tiled_forward
 from minbert_fast.kernels.launches import Launch, meta
 
 WIDEST_HEAD = 128
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def _sentences(qkv: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> t
 def _constants(qkv: Tensor, p: float) -> dict[str, Any]:
     """Compile-time arguments that all kernels take."""
     width = qkv.shape[3]
-    compute = _TYPES[qkv.dtype]
+    compute = TYPES[qkv.dtype]
     if triton.knobs.runtime.interpret and qkv.dtype == torch.bfloat16:
         compute = tl.float32  # the interpreter multiplies bf16's raw bits
     return {

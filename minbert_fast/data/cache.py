@@ -20,8 +20,7 @@ import tokenizers
 
 from minbert_fast.data.cache_entries import VERSION, Entry, GrowingArray, open_or_build, write_meta
 from minbert_fast.data.files import MAX_BAD_ROWS, Table, TableReader
-from minbert_fast.data.formats import Layout
-from minbert_fast.data.inputs import Input, file_input
+from minbert_fast.data.inputs import Input
 from minbert_fast.data.labels import Rule
 from minbert_fast.data.messages import BadRow, DataError, check_bad_rows, show_path
 from minbert_fast.data.prefetch import prefetch
@@ -42,11 +41,10 @@ def default_cache_dir() -> Path:
 
 
 def load_tokens(
-    source: Input | str | os.PathLike[str],
-    rule: Rule | Layout | str | None,
+    source: Input,
+    rule: Rule | None,
     tokenizer: Tokenizer,
     *,
-    labeled: bool = True,
     max_bad_rows: float = MAX_BAD_ROWS,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -57,16 +55,7 @@ def load_tokens(
     They come from the cache, or else are read, tokenized and cached; rows in memory are tokenized in memory. Each file has
     an entry of its own. Memory is bounded for files of any size. `progress` is called during tokenization; `notify` gets one
     line for the user if rows are left out or the cache cannot be written. Raises DataError like `read_rows`.
-
-    A path with a layout (or its name) in the place of the rule is a file of that layout, with the layout's own rule;
-    `labeled=False` reads it without labels.
     """
-    if not isinstance(source, Input):
-        assert isinstance(rule, str | Layout)
-        source = file_input(os.fspath(source), rule)
-        rule = source.layout.rule
-    assert not isinstance(rule, str | Layout)
-    rule = rule if labeled else None
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     tables, rows, sizes = [], 0, [part.size for part in source.parts]
     for index, part in enumerate(source.parts):

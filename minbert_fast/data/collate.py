@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ import torch
 from minbert_fast.data.batch import MultitaskBatch, StepTotals
 from minbert_fast.data.buckets import EXACT, Buckets
 from minbert_fast.data.pretraining import ExampleGenerator, GeneratedExamples
-from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.sentences import join_pair, truncate
 from minbert_fast.data.tokens import Encoder, TokenTable
 from minbert_fast.model.packing import pack
@@ -127,14 +125,6 @@ class Collator:
             elif table.labels is not None:
                 labels[task] = torch.from_numpy(table.labels[rows[task]])
         return labels
-
-
-def training_batches(
-    sampler: Sampler, collator: Collator, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, MultitaskBatch]]:
-    """Yields (step, batch) from step `start` to before `stop` (None: without end), counted over the whole run."""
-    for step in count(start) if stop is None else range(start, stop):
-        yield step, collator(sampler.rows(step), step)
 
 
 def evaluation_batches(

@@ -136,11 +136,6 @@ class Discovery:
     notices: tuple[str, ...]
 
 
-def find_table(folder: Path, layout: Layout, split: str) -> Path | None:
-    """The file of a split in a data directory; None if there is none."""
-    return next((folder / name for name in layout.names(split) if os.path.exists(folder / name)), None)
-
-
 def find_tables(
     directory: str | os.PathLike[str], split: str = "train", tasks: tuple[str, ...] = MAIN_TASKS
 ) -> Discovery:
@@ -149,7 +144,9 @@ def find_tables(
     Raises DataError if `directory` is not a directory or has no file for any task.
     """
     folder = Path(directory)
-    check_directory(folder)
+    if not os.path.isdir(folder):
+        problem = "is not a directory" if os.path.exists(folder) else "does not exist"
+        raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")
     paths: dict[str, Path] = {}
     notices: list[str] = []
     layouts = list(map(format_of, tasks))
@@ -160,7 +157,7 @@ def find_tables(
     if not wanted:
         raise DataError(notices[0])
     for layout in wanted:
-        path = find_table(folder, layout, split)
+        path = next((folder / name for name in layout.names(split) if os.path.exists(folder / name)), None)
         if path:
             paths[layout.name] = path
         else:
@@ -170,10 +167,3 @@ def find_tables(
         expected = ", ".join(name for layout in wanted for name in layout.names(split))
         raise DataError(f"{show_path(folder)}: no data files; expected one or more of {expected}")
     return Discovery(paths, tuple(notices))
-
-
-def check_directory(folder: Path) -> None:
-    """Raises DataError unless `folder` is a directory."""
-    if not os.path.isdir(folder):
-        problem = "is not a directory" if os.path.exists(folder) else "does not exist"
-        raise DataError(f"{show_path(folder)}: {problem}; expected a directory of data files")

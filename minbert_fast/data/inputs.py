@@ -11,7 +11,7 @@ from typing import Any
 
 from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.columns import LABEL, choose_columns, usual_names
-from minbert_fast.data.formats import Kind, Layout, check_directory, find_table, format_of
+from minbert_fast.data.formats import Kind, Layout, format_of
 from minbert_fast.data.labels import Label, label_text
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.readers.columnar import DatasetRecords, ParquetRecords
@@ -131,14 +131,12 @@ def file_input(path: Path | str, layout: str | Layout) -> Input:
     return Input(name_of(Path(path)), layout, layout.arity, (Path(path),))
 
 
-def find_input(
-    source: Source, split: str, texts: int = 0, *, directory: Path | None = None, rows: object = None
-) -> Input | None:
+def find_input(source: Source, split: str, texts: int = 0, *, rows: object = None) -> Input | None:
     """The data of a split (train, dev or test) that `source` names; None if it names none.
 
-    `texts` is the number of texts of an example (0: as many as the source names, else 1). `directory` is the data directory
-    in which files of a named layout are looked for. `rows` are rows in memory in place of files: a list of dicts or of
-    tuples (texts, then label), a dict of lists, a pandas DataFrame, a datasets.Dataset.
+    `texts` is the number of texts of an example (0: as many as the source names, else 1). `rows` are rows in memory in
+    place of files: a list of dicts or of tuples (texts, then label), a dict of lists, a pandas DataFrame, a
+    datasets.Dataset.
 
     Files are opened when they are read. Raises ConfigError for a source that does not fit the task, DataError for a hub
     data set that cannot be loaded.
@@ -158,10 +156,6 @@ def find_input(
         name = "/".join(filter(None, (source.hub, source.config, loaded[0])))
         return Input(name, _with_classes(layout, loaded[1]), texts, rows=loaded[1])
     files = tuple(map(Path, names))
-    if not files and directory is not None and layout.stem:
-        check_directory(directory)
-        found = find_table(directory, layout, split)
-        files = (found,) if found else ()
     if not files:
         return None
     return Input("+".join(map(name_of, files)), layout, texts, files)

@@ -112,16 +112,9 @@ def line_chart(
     return _svg(label, "".join(parts))
 
 
-def scatter_chart(
-    label: str,
-    x: np.ndarray,
-    y: np.ndarray,
-    x_label: str,
-    y_label: str,
-    limits: tuple[float, float],
-    trend: Series,
-) -> str:
-    """Points x [n] against y [n], n > 0, both within `limits`, with the diagonal; at most MAX_SCATTERED, evenly chosen.
+def scatter_chart(label: str, x: np.ndarray, y: np.ndarray, limits: tuple[float, float], trend: Series) -> str:
+    """The truth x [n] against predictions y [n], n > 0, within `limits`, with the diagonal; at most MAX_SCATTERED,
+    evenly chosen.
 
     `trend` is a line through the points, with its name in the legend.
     """
@@ -129,8 +122,8 @@ def scatter_chart(
     frame = _Frame(_padded(*limits, 0.03), _padded(*limits, 0.03), TOP + LINE)
     low, high = frame.x
     parts = [
-        f'<text class="strong" x="{LEFT}" y="{TOP + 10}">{escape(y_label)}</text>',
-        _axes(frame, x_label),
+        f'<text class="strong" x="{LEFT}" y="{TOP + 10}">predicted</text>',
+        _axes(frame, "truth"),
         _segment("mark", frame.px(low), frame.py(low), frame.px(high), frame.py(high)),
         f'<path class="cloud s0" d="{_dots(frame, x[chosen], y[chosen])}"/>',
         f'<path class="line s1" d="{_path(frame, trend.x, trend.y)}"/>',
@@ -246,7 +239,7 @@ def _axes(
     return "".join(parts)
 
 
-def _legend(names: Sequence[str], joined: Sequence[bool] = ()) -> tuple[str, float]:
+def _legend(names: Sequence[str], joined: Sequence[bool]) -> tuple[str, float]:
     """The legend above a chart, broken into rows, and its height. A series that is not `joined` has a dot, not a line."""
     parts = []
     x, y = float(LEFT), TOP + 10.0
@@ -255,7 +248,7 @@ def _legend(names: Sequence[str], joined: Sequence[bool] = ()) -> tuple[str, flo
         if x > LEFT and x + width > WIDTH - RIGHT + 12:
             x, y = float(LEFT), y + LINE
         dot = f'<path class="points s{index % COLOURS}" d="M{x + 12:.0f} {y - 4:.0f}h0"/>'
-        drawn = _line(index, f"M{x:.0f} {y - 4:.0f}h24") if index >= len(joined) or joined[index] else dot
+        drawn = _line(index, f"M{x:.0f} {y - 4:.0f}h24") if joined[index] else dot
         parts += [drawn, _text(x + 30, y, name, "start", "strong")]
         x += width
     return "".join(parts), y - TOP + 8

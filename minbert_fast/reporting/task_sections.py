@@ -164,7 +164,7 @@ def _scatter(name: str, truth: np.ndarray, predicted: np.ndarray, plots: Plots) 
     title = f"Predicted against true {display_name(name)}"
     order = np.argsort(truth, kind="stable")
     trend = charts.Series("mean by label", np.array(middles), np.array(means), marked=True)
-    plots[name] = charts.scatter_chart(title, truth[order], predicted[order], "truth", "predicted", limits, trend)
+    plots[name] = charts.scatter_chart(title, truth[order], predicted[order], limits, trend)
     by_label = table(f"{name} in numbers", ["true label", "rows", "mean predicted", "spread"], rows)
     return [figure("Predicted against true, and the mean by label", plots[name]), figure("By true label", by_label)]
 

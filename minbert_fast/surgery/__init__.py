@@ -34,12 +34,12 @@ __all__ = ["METHODS", "Reduction", "Weights", "nonfinite", "task_orders", "weigh
 #: Makes the method of a name. One that you add may also make a plain function from G to w.
 METHODS: dict[str, Callable[[Reduction, torch.Generator | None], Weights | Callable[[Tensor], Tensor]]] = {
     "none": lambda reduction, generator: Equal(reduction),
-    "pcgrad": lambda reduction, generator: Projections(reduction, generator),
+    "pcgrad": Projections,
     "upgrad": lambda reduction, generator: OnHost(upgrad.weights, reduction),
     "mgda": lambda reduction, generator: OnHost(mgda.weights, reduction),
     "cagrad": lambda reduction, generator: OnHost(cagrad.weights, reduction),
     "aligned_mtl": lambda reduction, generator: OnHost(aligned_mtl.weights, reduction),
-    "gradvac": lambda reduction, generator: GradVac(reduction, generator),
+    "gradvac": GradVac,
     "imtl_g": lambda reduction, generator: OnHost(imtl_g.weights, reduction),
     "nash_mtl": lambda reduction, generator: OnHost(nash_mtl.weights, reduction),
 }

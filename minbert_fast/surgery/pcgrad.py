@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minbert_fast import ops
+from minbert_fast.common.device import sent
 from minbert_fast.ops.weights import pcgrad_reference
 from minbert_fast.surgery.base import Reduction, Weights
 
@@ -44,11 +45,8 @@ class Projections(Weights):
         return task_orders(tasks, self.generator)
 
     def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
-        if orders is None:
-            orders = self.draw(gram.shape[0])
-            if gram.device.type == "cuda":
-                orders = orders.pin_memory()  # else the host waits for the copy
-        return self.project(gram, orders.to(gram.device, non_blocking=True))
+        orders = self.draw(gram.shape[0]) if orders is None else orders
+        return self.project(gram, sent(orders, gram.device))
 
     def project(self, gram: Tensor, orders: Tensor) -> Tensor:
         w, _ = ops.pcgrad_weights(gram.float(), orders, self.reduction == "mean")

@@ -16,7 +16,7 @@ The method of the same name, projections computed from a Gram matrix, is in pcgr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ _BUCKET = 1 << 24
 
 _LEAF = "torch::autograd::AccumulateGrad"  # a node where a graph ends
 _Gradients = dict[int, Tensor]  # of one task, by the parameter's position
-_Reached = Sequence[tuple[int, ...]]  # by the parameter's position: the tasks that reach it
+_Reached = list[tuple[int, ...]]  # by the parameter's position: the tasks that reach it
 
 
 class PCGrad:
@@ -196,10 +196,14 @@ class PCGrad:
             tasks.append(rows.take(number, dense, self._collected[number] if self._collected else {}))
         return tasks
 
-    def _rows_for(self, reaches: Sequence[set[int]], parameters: list[nn.Parameter]) -> _Rows:
+    def _plan(self, reaches: Sequence[Container[int]], count: int) -> tuple[_Reached, list[int]]:
+        """Which of `count` parameters the tasks reach, from each task's positions; and the positions to combine."""
+        reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(count)]
+        return reached, [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
+
+    def _rows_for(self, reaches: list[set[int]], parameters: list[nn.Parameter]) -> _Rows:
         """The rows of J for losses that reach the parameters at these positions: those of the last call if they fit."""
-        reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(len(parameters))]
-        combined = [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
+        reached, combined = self._plan(reaches, len(parameters))
         rows = self._rows
         if rows is not None and not rows.fit(parameters, reached, combined):
             rows = None
@@ -215,12 +219,11 @@ class PCGrad:
     def _combine(self, tasks: list[_Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
         """Positions and final gradients of the parameters that a loss reaches; `tasks` is emptied on the way."""
         self.gram = self.task_weights = None
-        reached = {i: tuple(t for t, g in enumerate(tasks) if i in g) for i in range(len(parameters))}
-        combined = [i for i, owners in reached.items() if len(owners) > (self.scope == "shared")]
+        reached, combined = self._plan(tasks, len(parameters))
         assert self._rows is not None
         # False: a graph hid some parameters (reentrant checkpointing), or gave them no gradient.
-        foreseen = self._rows.fit(parameters, [reached[i] for i in range(len(parameters))], combined)
-        for i in reached.keys() - set(combined):
+        foreseen = self._rows.fit(parameters, reached, combined)
+        for i in set(range(len(parameters))) - set(combined):
             for owner in reached[i]:
                 gradient = tasks[owner].pop(i)
                 if not foreseen:  # it may lie in J, which the next call overwrites
@@ -278,7 +281,7 @@ class _Rows:
         self._key = self._key_of(parameters, reached, combined)
         self.buckets: list[_Bucket] = []
         self._pieces: dict[tuple[int, int], Tensor] = {}  # by task and position: a part of a row
-        for group in _groups(parameters, dict(enumerate(reached)), combined):
+        for group in _groups(parameters, reached, combined):
             owners, example = reached[group[0]], parameters[group[0]]
             sizes = [parameters[i].numel() for i in group]
             J = _empty_rows(len(owners), sum(sizes), example)
@@ -293,7 +296,7 @@ class _Rows:
 
     @staticmethod
     def _key_of(parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> Any:
-        return [(id(p), p.shape, p.dtype, p.device) for p in parameters], list(reached), combined
+        return [(id(p), p.shape, p.dtype, p.device) for p in parameters], reached, combined
 
     def take(self, task: int, gradients: _Gradients, earlier: _Gradients) -> _Gradients:
         """Moves a task's gradients into its rows, added to the `earlier` ones there. Those without a row stay apart."""
@@ -337,9 +340,7 @@ def _walk(losses: list[Tensor], parameters: list[nn.Parameter]) -> tuple[list[bo
     return shared[::-1], reaches[::-1]
 
 
-def _groups(
-    parameters: list[nn.Parameter], reached: dict[int, tuple[int, ...]], positions: list[int]
-) -> Iterator[list[int]]:
+def _groups(parameters: list[nn.Parameter], reached: _Reached, positions: list[int]) -> Iterator[list[int]]:
     """The positions of parameters that share a bucket: one device, dtype and set of tasks, up to _BUCKET elements."""
     kinds: dict[Any, list[int]] = {}
     for i in positions:

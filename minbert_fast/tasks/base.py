@@ -283,16 +283,9 @@ class Task(ABC):
         predictions, labels = results.predictions, results.labels
         return {} if labels is None else {n: partial(of, predictions, labels) for n, of in OF_PREDICTIONS.items()}
 
-    def evaluate(
-        self,
-        predictions: np.ndarray,
-        labels: np.ndarray | None,
-        probabilities: np.ndarray | None = None,
-        vectors: tuple[np.ndarray, ...] = (),
-        table: TokenTable | None = None,
-    ) -> dict[str, float]:
-        """The reported metrics of n >= 1 rows by full name; the arguments are the fields of `Results`."""
-        functions = self.measure(Results(predictions, labels, probabilities, vectors, table))
+    def evaluate(self, results: Results) -> dict[str, float]:
+        """The reported metrics of n >= 1 rows by full name."""
+        functions = self.measure(results)
         return {f"{self.name}_{metric}": functions[metric]() for metric in self.metrics} if self.predicts else {}
 
     @property

@@ -130,8 +130,7 @@ def evaluate(
             task = model.tasks[name]
             measurable = bool(len(table)) and (table.labels is not None or not task.labelled)
             found, loss = _run(model, name, table, snapshot, max_length, progress, losses=measurable)
-            values = found.predictions, found.labels, found.probabilities, found.vectors, found.table
-            metrics = task.evaluate(*values) if measurable else {}
+            metrics = task.evaluate(found) if measurable else {}
             if loss is not None:
                 metrics |= {f"{name}_loss": loss}
             results[name] = TaskResult(

@@ -14,7 +14,7 @@ from minbert_fast.common.device import DTYPES, Precision
 from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import EXACT, choose_buckets
-from minbert_fast.data.collate import Collator, training_batches
+from minbert_fast.data.collate import Collator
 from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokenizer import Tokenizer
@@ -94,11 +94,11 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         return GraphedStep(step, context.captures)
 
     def batches(first: int, end: int) -> Generator[MultitaskBatch, None, None]:
-        made = training_batches(sampler, collator, first, end)
+        made = (collator(sampler.rows(step), step) for step in range(first, end))
         if context.device.type == "cuda":
-            made = ((step, batch.pin_memory()) for step, batch in made)
+            made = (batch.pin_memory() for batch in made)
         with closing(prefetch(made)) as ahead:
-            for _, batch in ahead:
+            for batch in ahead:
                 # A graph copies its batch itself.
                 yield batch if graphs else batch.to(context.device, non_blocking=True)
 

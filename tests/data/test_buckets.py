@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 import pytest
 
-from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.buckets import choose_buckets, choose_capacities
-from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.sampling import Sampler
 
@@ -37,7 +37,7 @@ def test_sample_data_needs_few_sizes_and_little_padding(scheme: str) -> None:
     sample = sample_directory()
     tokenizer = Tokenizer.from_pretrained(sample.model)
     files = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
-    tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
+    tables = {task: tokenize_table(read_table(sample.data / name, task), tokenizer) for task, name in files.items()}
     sampler = Sampler.from_tables(tables, 8, scheme)
     buckets = choose_buckets(sampler, tables, max_length=32, encoders={"paraphrase": "both"}, count=3)
     assert buckets.seqlen == (32,)

@@ -20,7 +20,7 @@ from minbert_fast.data import Tokenizer, cache_entries, read_table, sample_direc
 from minbert_fast.data.cache import load_tokens, tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.files import TableReader
-from minbert_fast.data.formats import FORMATS, Quoting
+from minbert_fast.data.formats import FORMATS, Layout, Quoting
 from minbert_fast.data.inputs import file_input
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.sampling import Sampler
@@ -44,19 +44,16 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+def load_rows(source: Path, tokenizer: Tokenizer, layout: str | Layout = "paraphrase", **more: Any) -> TokenTable:
+    found = file_input(source, layout)
+    return load_tokens(found, found.layout.rule, tokenizer, max_bad_rows=0.1, **more)
+
+
 def load(source: Path, tokenizer: Tokenizer, **more: Any) -> tuple[TokenTable, bool]:
     """The table, and whether it was built (True) or read from the cache."""
     built: list[int] = []
     folder = more.pop("cache_dir", source.parent / "cache")
-    table = load_tokens(
-        source,
-        "paraphrase",
-        tokenizer,
-        max_bad_rows=0.1,
-        cache_dir=folder,
-        progress=lambda *n: built.append(n[0]),
-        **more,
-    )
+    table = load_rows(source, tokenizer, cache_dir=folder, progress=lambda *n: built.append(n[0]), **more)
     return table, bool(built)
 
 
@@ -158,7 +155,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(source: Path, tokeniz
         source.write_text(source.read_text() + "41\tid41\ta\tb\t1\n")
 
     with pytest.raises(DataError, match="changed while it was read"):
-        load_tokens(source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=source.parent / "c", progress=touch)
+        load_rows(source, tokenizer, cache_dir=source.parent / "c", progress=touch)
 
 
 # ---- Complete or absent -------------------------------------------------------------------------------------------------
@@ -245,9 +242,7 @@ def test_two_processes_at_once_leave_one_entry(source: Path, tokenizer: Tokenize
     found: list[list[Any]] = []
 
     def work(number: int) -> None:
-        table = load_tokens(
-            source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=source.parent / "cache", progress=wait
-        )
+        table = load_rows(source, tokenizer, cache_dir=source.parent / "cache", progress=wait)
         found.append(contents(table))
 
     def wait(rows: int, done: int, size: int) -> None:
@@ -281,7 +276,7 @@ def test_another_process_publishes_the_entry_first(
     monkeypatch.setattr(Path, "rename", late)
     notices: list[str] = []
     folder = source.parent / "cache"
-    table = load_tokens(source, "paraphrase", tokenizer, max_bad_rows=0.1, cache_dir=folder, notify=notices.append)
+    table = load_rows(source, tokenizer, cache_dir=folder, notify=notices.append)
     monkeypatch.undo()
     assert contents(table) == contents(load(source, tokenizer, cache_dir=source.parent / "other")[0])
     assert not notices
@@ -307,7 +302,7 @@ def test_memory_does_not_grow_with_the_file(
         for stage in ("build", "open"):
             tracemalloc.start()
             try:
-                table = load_tokens(path, layout, tokenizer, cache_dir=tmp_path / "cache")
+                table = load_rows(path, tokenizer, layout, cache_dir=tmp_path / "cache")
                 peaks[stage, rows] = tracemalloc.get_traced_memory()[1]
             finally:
                 tracemalloc.stop()
@@ -320,7 +315,7 @@ def test_progress_reaches_the_end_of_the_file(tmp_path: Path, tokenizer: Tokeniz
     path = tmp_path / "rows.csv"
     write_rows(path, 20_000)
     seen: list[tuple[int, int, int]] = []
-    load_tokens(path, "paraphrase", tokenizer, cache_dir=tmp_path / "cache", progress=lambda *n: seen.append(n))
+    load_rows(path, tokenizer, cache_dir=tmp_path / "cache", progress=lambda *n: seen.append(n))
     assert seen == sorted(seen)
     assert seen[-1] == (20_000, path.stat().st_size, path.stat().st_size)
     assert len(seen) == 3

@@ -620,7 +620,7 @@ def test_sources_name_layouts_files_or_tables_of_keys() -> None:
         sources_of(["a.csv", {"train": "b.csv", "txt": "body"}])
 
 
-def test_a_source_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+def test_a_source_that_does_not_fit_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"layout = 'quora': 2 texts, expected 1"):
         find_input(Source(train="x.tsv", layout="quora"), "train", 1)
     with pytest.raises(ConfigError, match=r"text = \['a', 'b'\]: 2 texts, expected 1"):
@@ -628,16 +628,7 @@ def test_a_source_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no layout is called 'quorra'"):
         find_input(Source(train="x.tsv", layout="quorra"), "train", 1)
     assert find_input(Source(train="x.csv"), "dev", 1) is None
-    assert find_input(Source(layout="quora"), "train", 2, directory=tmp_path) is None
-
-
-def test_files_of_a_layout_are_found_in_the_data_directory(tmp_path: Path) -> None:
-    write(tmp_path, "sts-test-student.csv", "\tid\tsentence1\tsentence2\n0\tx\tA\tB\n")
-    found = find_input(Source(layout="similarity"), "test", 2, directory=tmp_path)
-    assert found is not None
-    assert found.name == str(tmp_path / "sts-test-student.csv")
-    assert read_rows(found, None).ids == ["x"]
-    assert find_input(Source(layout="similarity"), "train", 2, directory=tmp_path) is None
+    assert find_input(Source(layout="quora"), "train", 2) is None
 
 
 def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import choose_buckets
-from minbert_fast.data.cache import load_tokens
-from minbert_fast.data.collate import Collator, training_batches
+from minbert_fast.data.cache import tokenize_table
+from minbert_fast.data.collate import Collator
 from minbert_fast.data.pretraining import (
     IGNORED,
     SentencePairing,
@@ -35,9 +35,9 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def tables(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenTable]:
-    folder, cache = sample_directory().data, tmp_path_factory.mktemp("cache")
-    return {task: load_tokens(folder / name, task, tokenizer, cache_dir=cache) for task, name in FILES.items()}
+def tables(tokenizer: Tokenizer) -> dict[str, TokenTable]:
+    folder = sample_directory().data
+    return {task: tokenize_table(read_table(folder / name, task), tokenizer) for task, name in FILES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_a_resumed_run_gets_the_same_masks(collator: Collator) -> None:
     sampler = Sampler.from_tables(collator.tables, 8, "cycle", 1)
 
     def batches(start: int, stop: int) -> list[MultitaskBatch]:
-        return [batch for _, batch in training_batches(sampler, collator, start, stop)]
+        return [collator(sampler.rows(step), step) for step in range(start, stop)]
 
     whole, resumed = batches(0, 6), batches(3, 6)
     for one, two in zip(whole[3:], resumed, strict=True):

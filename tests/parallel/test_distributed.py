@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from minbert_fast import PCGrad
 from minbert_fast.common.errors import RunError, is_out_of_memory
-from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder
@@ -251,7 +251,7 @@ def test_shares_make_up_the_whole_step() -> None:
     sample = sample_directory()
     tokenizer = Tokenizer.from_pretrained(sample.model)
     files: dict[str, Any] = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
-    tables = {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
+    tables = {task: tokenize_table(read_table(sample.data / name, task), tokenizer) for task, name in files.items()}
     rows = Sampler.from_tables(tables, 5).rows(0)
     kinds: tuple[Encoder, ...] = ("bi", "cross", "both")
     for together in ({"paraphrase": kind} for kind in kinds):

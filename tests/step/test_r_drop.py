@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import choose_buckets
-from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder, TokenTable
@@ -203,7 +203,7 @@ def tables() -> dict[str, TokenTable]:
     sample = sample_directory()
     tokenizer = Tokenizer.from_pretrained(sample.model)
     files: dict[str, Any] = {"sentiment": "ids-sst-train.csv", "paraphrase": "quora-train.csv"}
-    return {task: load_tokens(sample.data / name, task, tokenizer) for task, name in files.items()}
+    return {task: tokenize_table(read_table(sample.data / name, task), tokenizer) for task, name in files.items()}
 
 
 def sequences(batch: MultitaskBatch) -> list[tuple[int, ...]]:

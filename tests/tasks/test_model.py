@@ -24,6 +24,7 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, base, build_task, build_tasks
+from minbert_fast.tasks.base import Results
 from tests.step.test_graph import strangers
 from tests.tolerance import poisoned_memory
 
@@ -171,7 +172,8 @@ def check_equal_results(model: MultitaskModel, loaded: MultitaskModel, batch: Mu
             continue
         labels = batch.labels[name].numpy() if task.labelled else None
         vectors = tuple(x.numpy() for x in first.vectors)
-        scores = task.evaluate(predictions.numpy(), labels, None if shares is None else shares.numpy(), vectors)
+        probabilities = None if shares is None else shares.numpy()
+        scores = task.evaluate(Results(predictions.numpy(), labels, probabilities, vectors))
         assert tuple(scores) == task.metric_names
         assert task.primary in scores
         assert all(np.isfinite(value) for value in scores.values())

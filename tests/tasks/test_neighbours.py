@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.data import Tokenizer, read_table
-from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.cache import tokenize_table
 from minbert_fast.model.bert import BertModel
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
@@ -113,7 +113,7 @@ def test_stored_vectors_come_from_the_runs_own_encoder(data: Path, tmp_path: Pat
     model = MultitaskModel.load(last[0])
     stored = model.head("sentiment").labelled_sentences()
     assert stored is not None
-    table = load_tokens(data / "ids-sst-train.csv", "sentiment", Tokenizer.from_pretrained(last[0]), cache_dir=data)
+    table = tokenize_table(read_table(data / "ids-sst-train.csv", "sentiment"), Tokenizer.from_pretrained(last[0]))
     rows = stored.choose(table.labels, Recipe.load(str(last[0] / "recipe.toml")).training.seed)
     encoder = BertModel.from_pretrained(last[0]).eval()
     for row, vector in zip(rows, found["sentiment.neighbours.vectors"], strict=True):

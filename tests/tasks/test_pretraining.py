@@ -16,10 +16,10 @@ from torch import Tensor
 from minbert_fast import BertConfig, BertModel, evaluate
 from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, build
-from minbert_fast.data import Tokenizer, sample_directory
+from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.buckets import Buckets
-from minbert_fast.data.cache import load_tokens
+from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokens import TokenTable
@@ -56,13 +56,10 @@ def make_model(chosen: Recipe) -> MultitaskModel:
 
 
 @pytest.fixture(scope="module")
-def collator(tmp_path_factory: pytest.TempPathFactory) -> Collator:
+def collator() -> Collator:
     tokenizer = Tokenizer.from_pretrained(sample_directory().model)
-    cache = tmp_path_factory.mktemp("cache")
-    found = {
-        task: load_tokens(sample_directory().data / name, task, tokenizer, cache_dir=cache)
-        for task, name in FILES.items()
-    }
+    folder = sample_directory().data
+    found = {task: tokenize_table(read_table(folder / name, task), tokenizer) for task, name in FILES.items()}
     tasks = build_tasks(recipe())
     tables = {name: task.table([found[source.layout] for source in task.sources]) for name, task in tasks.items()}
     made = {name: task.example_generator(tokenizer, 5) for name, task in tasks.items()}

@@ -30,6 +30,7 @@ from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import HeadOutput, TaskInput, build_task, losses
+from minbert_fast.tasks.base import Results
 from minbert_fast.tasks.guess import guess_kind
 from minbert_fast.tasks.predictions import write_predictions
 from minbert_fast.tasks.presets import PRESETS
@@ -444,7 +445,7 @@ def test_nli_objectives_are_summed_with_their_weights():
     follows = torch.cosine_similarity(a, p) > torch.cosine_similarity(a, n)
     assert head.predict(output).tolist() == follows.float().tolist()
     task = build_task("nli", {"data": "triplets"})
-    assert task.evaluate(head.predict(output).numpy(), None) == {"nli_accuracy": follows.float().mean().item()}
+    assert task.evaluate(Results(head.predict(output).numpy(), None)) == {"nli_accuracy": follows.float().mean().item()}
 
 
 def test_the_threshold_sets_the_decision():
@@ -585,7 +586,7 @@ def test_several_labels_are_independent_probabilities():
     predictions = head.predict(output)
     assert torch.equal(predictions, (p >= 0.4).float())
     task = build_task("tags", options | {"metrics": ["micro_f1", "macro_f1", "accuracy", "average_precision", "f1/b"]})
-    found = task.evaluate(predictions.numpy(), labels.numpy(), probabilities=p.detach().numpy())
+    found = task.evaluate(Results(predictions.numpy(), labels.numpy(), p.detach().numpy()))
     y, z = labels.numpy(), predictions.numpy()
     assert found == pytest.approx(
         {
@@ -604,7 +605,7 @@ def test_metrics_of_classes_equal_scikit_learns():
     labels, shares = rng.integers(0, 3, 60), rng.dirichlet(np.ones(3), 60)
     predictions = shares.argmax(1)
     options = {"kind": "classification", "classes": ["x", "y", "z"], "metric": "recall/y"}
-    found = build_task("topic", options).evaluate(predictions, labels, probabilities=shares)
+    found = build_task("topic", options).evaluate(Results(predictions, labels, shares))
     macro = {"average": "macro"}
     assert found == pytest.approx(
         {
@@ -619,7 +620,7 @@ def test_metrics_of_classes_equal_scikit_learns():
     )
     two = build_task("topic", {"kind": "classification", "classes": ["x", "y"], "metric": "average_precision"})
     labels, shares = rng.integers(0, 2, 60), rng.dirichlet(np.ones(2), 60)
-    found = two.evaluate(shares.argmax(1), labels, probabilities=shares)
+    found = two.evaluate(Results(shares.argmax(1), labels, shares))
     assert found["topic_average_precision"] == pytest.approx(average_precision_score(labels, shares[:, 1]))
 
 
@@ -655,7 +656,7 @@ def test_ranking_is_judged_by_retrieval_among_the_dev_rows():
     rng = np.random.default_rng(1)
     anchors, positives, negatives = (rng.normal(size=(30, 5)) for _ in range(3))
     task = build_task("find", {"kind": "ranking", "data": "triplets"})
-    found = task.evaluate(np.ones(30), None, vectors=(anchors, positives, negatives))
+    found = task.evaluate(Results(np.ones(30), None, vectors=(anchors, positives, negatives)))
 
     def unit(x):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
