@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import minbert_fast
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
-from minbert_fast.model import patching
+from minbert_fast.model import passes, patching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -116,17 +116,27 @@ def test_dropout_acts_in_training_and_follows_the_seed() -> None:
     assert torch.equal(model.eval()(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_gradient_checkpointing_computes_layers_again_and_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = minbert_fast.patch(stock()).train(), batch()
-    gradients = []
+    original, layers = passes.fused_layer, list[int]()
+
+    def counted(*arguments: Any) -> Any:
+        layers.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(passes, "fused_layer", counted)
+    gradients, computed = [], []
     for again in (False, True):
         if again:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.zero_grad()
+        layers.clear()
         torch.manual_seed(3)
         hidden = model(**inputs).last_hidden_state
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        computed.append(len(layers))
+    assert computed == [2, 4]
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
