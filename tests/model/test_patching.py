@@ -81,6 +81,29 @@ def test_outputs_are_the_stock_models(fast_calls: list[int]) -> None:
     assert torch.equal(as_tuple[1], got.pooler_output)
 
 
+def test_what_a_call_leaves_out_is_what_the_stock_model_takes_for_it(fast_calls: list[int]) -> None:
+    """No mask attends to every position, the padding word too; the configuration chooses the form of the output."""
+    twin, model, ids = stock(), minbert_fast.patch(stock()), batch()["input_ids"]
+    ids[0, 3] = 0
+    changes = [
+        ("return_dict", True),
+        ("return_dict", False),
+        ("output_hidden_states", True),
+        ("output_hidden_states", False),
+    ]
+    for (field, value), calls in zip(changes, (1, 2, 2, 3), strict=True):  # transformers 5 leaves hooks after the third
+        for each in (twin, model):
+            setattr(each.config, field, value)
+        expected, got = twin(ids), model(ids)
+        assert (type(got), len(got)) == (type(expected), len(expected))
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert len(fast_calls) == calls
+    for each in (twin, model):
+        with pytest.raises((IndexError, RuntimeError)):
+            each(torch.ones(1, 41, dtype=torch.int64))  # of 40 positions
+    assert len(fast_calls) == 3
+
+
 def test_training_has_the_stock_gradients(fast_calls: list[int]) -> None:
     """Every parameter's gradient, without dropout; a few steps of an optimizer that was made before the patch."""
     inputs, labels = batch(), torch.tensor([0, 1, 1])
