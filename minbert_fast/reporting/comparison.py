@@ -77,7 +77,7 @@ def _scores(runs: dict[str, Run]) -> str:
             cell = format_score(run.dev.get(key)) + (f" ± {error:.3f}" if np.isfinite(error) else "")
             row.append(Html(f"<b>{cell}</b>") if run.dev.get(key) == best[key] else cell)
         rows.append(row)
-    text = "The best of each column is bold; a lead within the standard errors (±) may be chance."
+    text = "The best of each row is bold; a lead within the standard errors (±) may be chance."
     return paragraph(text, "muted") + table("Scores", ["metric", *runs], rows) + _surgery(runs)
 
 

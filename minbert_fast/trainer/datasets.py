@@ -323,7 +323,9 @@ def _divided(
     then = recipe.data.held_out.get(name)
     if whole is None:
         return None
-    if then and whole.source_hash != then:
+    if then is None:  # the run had dev rows of its own, and trained on all of `whole`
+        return whole if split == "train" else None
+    if whole.source_hash != then:
         notify(f"{show_path(whole.path)}: changed since the run held dev rows of {name} out of it: they cannot be told")
         return None
     held = _held_out(whole, recipe)

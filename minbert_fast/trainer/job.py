@@ -209,10 +209,11 @@ class _Job:
         config = encoder.config
         pieces, rows = self.tokenizer.vocab_size, config.vocab_size
         check(pieces <= rows, f"the tokenizer has {pieces:,} word pieces, the model only {rows:,}")
-        if self.recipe.data.max_length > config.max_position_embeddings:
-            data = replace(self.recipe.data, max_length=config.max_position_embeddings)
+        positions, lengths = config.max_position_embeddings, [r.data.max_length for r in self.recipe.resolved_stages()]
+        if max(self.recipe.data.max_length, *lengths) > positions:
+            data = replace(self.recipe.data, max_length=min(self.recipe.data.max_length, positions))
             self.recipe = replace(self.recipe, data=data)
-            self.notify(f"the model has {data.max_length} positions: longer sentences are cut to them")
+            self.notify(f"the model has {positions} positions: longer sentences are cut to them")
 
     def _check_select(self) -> None:
         """Raises ConfigError for an unknown `training.select` now, not at the first evaluation hours later.

@@ -71,7 +71,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     )
     one_process = context.world.size == 1 and context.backend == "fast"
     graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
-    max_length = recipe.data.max_length
+    max_length = min(recipe.data.max_length, context.model.encoder.config.max_position_embeddings)
     encoders = {name: task.encoder for name, task in tasks.items()}
     made = {name: task.example_generator(context.tokenizer, training.seed + index) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}

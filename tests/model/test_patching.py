@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import minbert_fast
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
-from minbert_fast.model import patching
+from minbert_fast.model import passes, patching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,29 @@ def test_outputs_are_the_stock_models(fast_calls: list[int]) -> None:
     assert torch.equal(as_tuple[1], got.pooler_output)
 
 
+def test_what_a_call_leaves_out_is_what_the_stock_model_takes_for_it(fast_calls: list[int]) -> None:
+    """No mask attends to every position, the padding word too; the configuration chooses the form of the output."""
+    twin, model, ids = stock(), minbert_fast.patch(stock()), batch()["input_ids"]
+    ids[0, 3] = 0
+    changes = [
+        ("return_dict", True),
+        ("return_dict", False),
+        ("output_hidden_states", True),
+        ("output_hidden_states", False),
+    ]
+    for (field, value), calls in zip(changes, (1, 2, 2, 3), strict=True):  # transformers 5 leaves hooks after the third
+        for each in (twin, model):
+            setattr(each.config, field, value)
+        expected, got = twin(ids), model(ids)
+        assert (type(got), len(got)) == (type(expected), len(expected))
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert len(fast_calls) == calls
+    for each in (twin, model):
+        with pytest.raises((IndexError, RuntimeError)):
+            each(torch.ones(1, 41, dtype=torch.int64))  # of 40 positions
+    assert len(fast_calls) == 3
+
+
 def test_training_has_the_stock_gradients(fast_calls: list[int]) -> None:
     """Every parameter's gradient, without dropout; a few steps of an optimizer that was made before the patch."""
     inputs, labels = batch(), torch.tensor([0, 1, 1])
@@ -116,17 +139,27 @@ def test_dropout_acts_in_training_and_follows_the_seed() -> None:
     assert torch.equal(model.eval()(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_gradient_checkpointing_computes_layers_again_and_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = minbert_fast.patch(stock()).train(), batch()
-    gradients = []
+    original, layers = passes.fused_layer, list[int]()
+
+    def counted(*arguments: Any) -> Any:
+        layers.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(passes, "fused_layer", counted)
+    gradients, computed = [], []
     for again in (False, True):
         if again:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.zero_grad()
+        layers.clear()
         torch.manual_seed(3)
         hidden = model(**inputs).last_hidden_state
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        computed.append(len(layers))
+    assert computed == [2, 4]
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -164,3 +165,69 @@ def test_spaces_around_an_assignment_belong_to_neither_side() -> None:
         "model": {"name": "some/model"},
         "training": {"epochs": 2},
     }
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("model.dropout=1.0", "expected 0 <= dropout < 1"),
+        ("data.max_length=1", "expected 2 or more"),
+        ("data.holdout=1.0", "expected a fraction below 1"),
+        ("data.max_bad_rows=1.5", "expected a fraction from 0 to 1"),
+        ("optimizer.lr=inf", "expected 0 or more"),
+        *((f"optimizer.{key}=-0.5", "expected 0 or more") for key in ("head_lr", "weight_decay", "clip", "gamma")),
+        ("optimizer.layer_decay=-0.5", "expected 0 or more"),
+        ("optimizer.eps=0.0", "expected a number above 0"),
+        ("optimizer.betas=[0.9, 1.0]", "expected 0 <= beta < 1"),
+        ("optimizer.betas=[0.9]", "expected 2 values"),
+        ("optimizer.decay_all=1", "expected true or false"),
+        ("optimizer.warmup=1.5", "expected a share from 0 to 1"),
+        *((f"weighting.{key}=-0.5", "expected 0 or more") for key in ("lr", "logit_lr", "logit_decay")),
+        ("weighting.window=-1", "expected 0 or more"),
+        ("weighting.temperature=0.0", "expected above 0"),
+        *((f"regularisation.{key}=-0.5", "expected 0 or more") for key in ("r_drop", "smart", "noise", "proximal")),
+        *((f"regularisation.{key}=-0.5", "expected 0 or more") for key in ("step", "radius")),
+        ("regularisation.momentum=1.0", "expected 0 <= momentum < 1"),
+        *((f"training.{key}=-1", "expected 0 or more") for key in ("max_steps", "evaluate_every", "evaluate_train")),
+        ("training.patience=-1", "expected 0 or more"),
+        ("training.max_skipped=0", "expected 1 or more"),
+        ("training.batch_size=true", "expected a whole number"),
+        ("training.seed=-1", "expected 0 or more, below 2**63"),
+        ("training.ema=1.0", "expected 0 <= ema < 1"),
+        ("training.start=1.5", "expected"),
+        ("checkpoint.every=-1", "expected 0 or more"),
+        ("checkpoint.keep=-1", "expected 0 or more"),
+        ("logging.every=0", "expected 1 or more"),
+        ("stages=[{ training = { start = 1 } }]", "number of an earlier stage"),
+        ("stages=[{}, { training = { start = -1 } }]", "number of an earlier stage"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(assignment: str, expected: str) -> None:
+    """By its key and in one line, before any data are read."""
+    key = assignment.partition("=")[0].rpartition(".")[2] if "stages" not in assignment else "stages"
+    with pytest.raises(ConfigError, match=re.escape(key) + ".*" + re.escape(expected)) as error:
+        Recipe().with_values(parse_assignments([assignment]), "--set")
+    assert "\n" not in str(error.value)
+
+
+def test_values_at_the_ends_of_their_ranges_are_taken() -> None:
+    texts = """data.max_length=2 data.holdout=0 data.max_bad_rows=1 optimizer.lr=0 optimizer.warmup=1 optimizer.clip=0
+        optimizer.betas=[0,0] training.max_steps=0 training.ema=0 model.dropout=0 checkpoint.keep=0 logging.every=1"""
+    values = parse_assignments([*texts.split(), "stages=[{ training = { start = 0 } }, { training = { start = 1 } }]"])
+    recipe = Recipe().with_values(values, "--set")
+    assert [stage.training.start for stage in recipe.resolved_stages()] == [0, 1]
+
+
+def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    for name, parent in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.toml").write_text(f'extends = "{parent}.toml"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"one\.toml: extends itself through one\.toml -> two\.toml$"):
+        Recipe.load(str(tmp_path / "one.toml"))
+
+
+def test_a_recipe_that_extends_another_has_not_its_published_scores(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "finetune-cosine"\n', encoding="utf-8")
+    mine, theirs = Recipe.load(str(tmp_path / "mine.toml")), Recipe.load("finetune-cosine")
+    assert theirs.published
+    assert not mine.published
+    assert (mine.name, mine.description, mine.tasks) == ("default", "", theirs.tasks)

@@ -20,6 +20,7 @@ from minbert_fast.reporting import charts
 from minbert_fast.reporting.comparison import write_comparison
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import read_run
+from minbert_fast.reporting.task_sections import task_section
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil/>'
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -88,13 +89,16 @@ def make_run(directory: Path, steps: int = 40, lr: float = 1e-3) -> Path:
         record = {
             "step": step, "epoch": step / 10, "stage": int(step > 20), "lr": lr * (steps - step),
             "loss/sentiment": 2.0 / step, "loss/similarity": None if step == 7 else 0.5,
-            "cosine/sentiment|similarity": cosine, "grad_norm": 1.0,
+            "cosine/sentiment|similarity": cosine, "cosine/paraphrase|sentiment": -0.25 if step % 4 == 1 else 0.5,
+            "grad_norm": 1.0,
             "conflicts": float(cosine < 0), "tokens": 100 * step, "step_seconds": 0.25,
         }  # fmt: skip
+        records.append(record)
         if step % 10 == 0:
+            record = {"step": step, "epoch": step / 10, "stage": int(step > 20)}
             record |= {"dev/sentiment_accuracy": step / 100, "dev/score": step / 80, "dev/sentiment_macro_f1": 0.1}
             record |= {"dev/sentiment_loss": 3.0 / step, "train/sentiment_accuracy": step / 50}
-        records.append(record)
+            records.append(record)
     summary = {
         "dev": {
             "sentiment_accuracy": 138 / 151, "sentiment_macro_f1": 0.88, "sentiment_loss": 0.4, "similarity_pearson": 0.5,
@@ -104,7 +108,7 @@ def make_run(directory: Path, steps: int = 40, lr: float = 1e-3) -> Path:
         "train": {"sentiment_accuracy": 0.9753},
         "steps": steps, "seconds": 100.0, "tokens": 4000, "device": "cpu", "backend": "fast", "precision": "fp32",
         "best": {"step": 40, "score": 0.6543}, "command": f"python -m minbert_fast.train --output 'a b' {EVIL}",
-        "timings": {"data": 5.0, "steps": 75.0}, "versions": {"torch": "2.99"}, "notices": [EVIL],
+        "timings": {"data": 5.0, "steps": 75.0, "evaluation": 10.0}, "versions": {"torch": "2.99"}, "notices": [EVIL],
         "demonstration": True,
     }  # fmt: skip
     (directory / "predictions").mkdir(parents=True)
@@ -112,7 +116,12 @@ def make_run(directory: Path, steps: int = 40, lr: float = 1e-3) -> Path:
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (directory / "summary.json").write_text(json.dumps(summary))
     (directory / "predictions" / "details.json").write_text(json.dumps(details()))
-    recipe = Recipe().with_values({"surgery": {"method": "pcgrad"}, "optimizer": {"lr": lr}}, "test")
+    values = {
+        "surgery": {"method": "pcgrad"},
+        "optimizer": {"lr": lr},
+        "published": {"dev": {"sentiment_accuracy": 0.5678}},
+    }
+    recipe = Recipe().with_values(values, "test")
     (directory / "best" / "recipe.toml").write_text(recipe.to_toml())
     return directory
 
@@ -175,12 +184,17 @@ def test_numbers_on_the_page_are_those_of_the_files(full):
     assert text.count("0.914") == 1  # a score stands on the page once
     for expected in (
         "0.914", "0.654", "0.234 before training", "0.975 on training rows", "0.464 for always answering “bad”",
-        "In 25.0% of the 40 logged steps", "5.0 s", "expected error 0.084", "so <so>410.761.000.860.80",
-        "20.0%",  # 20 of the 100 seconds belong to no part
+        "0.568 published", "In 50.0% of the 40 logged steps", "5.0 s", "expected error 0.084", "so <so>410.761.000.860.80",
+        "other10 s10.0%",  # 10 of the 100 seconds belong to no part
+        "0 bad60.0%46.4%46.4%",  # of the training labels, the labels, the predictions
+        "2 to 312.500.00",  # a label, its mean prediction and their spread
+        "0.000.330.68",  # 27 of the 40 examples of class "good" were predicted as good, 13 as "so <so>"
         "250.0 ms", "an epoch of steps 20 s", "50 tokens a second", "torch", "2.99", "pcgrad", "A demonstration", "3 more",
     ):  # fmt: skip
         assert expected in text, expected
-    assert "0.68" in text  # 27 of the 40 examples of class "good" were predicted as good
+    assert text.index("steps1:15 min75.0%") < text.index("data5.0 s5.0%")
+    first, last = (np.mean([2 / step for step in steps]) for steps in (range(1, 5), range(37, 41)))
+    assert f"sentiment{first:.4g}{last:.4g}0.05" in text
 
 
 def test_plots_are_standalone_files(full):
@@ -193,6 +207,13 @@ def test_plots_are_standalone_files(full):
     loss = (full / "plots" / "loss-sentiment.svg").read_text()
     assert ">training<" in loss
     assert ">dev<" in loss
+
+    def place(share: float) -> str:
+        return f"{charts.LEFT + share * (charts.WIDTH - charts.LEFT - charts.RIGHT):.1f}"
+
+    assert f'class="mark" x1="{place(19 / 39)}"' in loss  # step 20 of 1 to 40 is the first stage's last
+    assert ">4<" in (full / "plots" / "overfitting-sentiment_accuracy.svg").read_text()  # epochs, not steps
+    assert f"M{place(0.55)} " in (full / "plots" / "calibration-sentiment.svg").read_text()  # the probability is on x
     for path in (full / "plots").iterdir():
         root = ElementTree.fromstring(path.read_text())
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -223,6 +244,15 @@ def test_damaged_files_are_reported(tmp_path):
     assert len(read_run(directory).records) == 40
 
 
+def test_lines_of_one_step_are_merged_and_later_values_win(tmp_path):
+    """A resumed run takes some steps again; an evaluation has a line of its own."""
+    directory = make_run(tmp_path / "run")
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "grad_norm": 3.0}\n')
+    last = read_run(directory).records[-1]
+    assert (last["grad_norm"], last["loss/sentiment"], last["dev/score"]) == (3.0, 0.05, 0.5)
+
+
 def test_a_run_without_steps_or_tasks_has_a_report(tmp_path):
     (tmp_path / "summary.json").write_text('{"dev": {}, "steps": 0, "seconds": 0.0, "timings": {}}')
     (tmp_path / "metrics.jsonl").write_text("")
@@ -243,6 +273,8 @@ def test_comparison_marks_the_best_and_lists_what_differs(full, tmp_path):
     assert "<b>0.6543</b>" not in source
     assert "optimizer.lr" in source
     assert "optimizer.eps" not in source
+    assert "<b>0.9139 ± 0.0" in source
+    assert source.count("+0.312, 25%") == 4  # of each pair of tasks in each run
     assert EVIL not in source
 
 
@@ -340,3 +372,36 @@ def test_class_names_fit_into_the_matrix_chart():
         svg = charts.matrix_chart("test", np.eye(len(chosen)), chosen, "{:.2f}".format)
         for x, text in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', svg):
             assert float(x) >= charts.CHARACTER * len(text)
+
+
+def test_a_matrix_is_shaded_by_its_rows_and_labelled_with_its_cells():
+    svg = charts.matrix_chart("test", np.array([[3, 1], [0, 4]]), ["a", "b"], "{:.0f}".format)
+    assert re.findall(r"--heat\) / ([\d.]+)", svg) == ["0.450", "0.150", "0.000", "0.600"]
+    assert re.findall(r'class="strong"[^>]+>(\d)<', svg) == ["3", "1", "0", "4"]
+
+
+def test_bars_of_a_group_stand_side_by_side():
+    svg = charts.bar_chart("test", [("a", np.array([1.0, 0.5])), ("b", np.array([0.5, 1.0]))], ["x", "y"], "")
+    bars = [
+        (float(x), float(base) - float(top)) for x, base, top in re.findall(r'd="M([\d.]+) ([\d.]+)V([\d.]+)"', svg)
+    ]
+    first, second = bars[:2], bars[2:]
+    order = [x for pair in zip(first, second, strict=True) for x, _ in pair]
+    assert order == sorted(set(order))
+    heights = [height for _, height in bars]
+    assert heights == pytest.approx([heights[0], heights[0] / 2, heights[0] / 2, heights[0]], abs=0.2)
+
+
+def test_of_many_classes_the_most_frequent_mistakes_and_the_worst_classes_come_first():
+    """Class 12 is taken for class 3 five times, and class 3 for class 7 once."""
+    names = [f"c{i:02}" for i in range(13)]
+    labels = np.repeat(np.arange(13), 10)
+    predictions = labels.copy()
+    predictions[120:125], predictions[30] = 3, 7
+    confusion = np.zeros((13, 13), int)
+    np.add.at(confusion, (labels, predictions), 1)
+    task = {"classes": names, "labels": labels.tolist(), "predictions": predictions.tolist()}
+    html = task_section("topic", task | {"confusion": confusion.tolist()}, {})
+    mistakes, by_class = (re.findall(r"<tr><td>(c\d+)</td>", part) for part in html.split("By class"))
+    assert mistakes == ["c12", "c03"]
+    assert by_class[:3] == ["c12", "c03", "c07"]

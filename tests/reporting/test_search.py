@@ -75,6 +75,19 @@ def test_a_search_of_many_rates_has_ticks_at_powers_of_ten(tmp_path):
     assert len(dots(svg)) == 40
 
 
+def test_the_lowest_error_of_a_search_is_its_best(tmp_path):
+    errors = {("1e-3", "none"): 0.9, ("1e-3", "pcgrad"): 0.3, ("1e-4", "none"): 0.5, ("1e-4", "pcgrad"): 0.6}
+    trials = [trial(0.0, lr=lr, method=method) for lr, method in errors]
+    for one, error in zip(trials, errors.values(), strict=True):
+        one |= {"dev": {"a_mae": error}, "metric": "a_mae"}
+    directory = write_trials(tmp_path / "search", trials)
+    assert run(main, [str(directory)]) == 0
+    assert "Best: optimizer.lr = 1e-3, surgery.method = pcgrad" in (directory / "report.html").read_text()
+    svg = (directory / "plots" / "search-optimizer.lr.svg").read_text()
+    low, high = dots(svg)[2], dots(svg)[1]  # of each rate the lower error
+    assert f"M{low[0]} {low[1]}L{high[0]} {high[1]}" in svg
+
+
 def test_a_search_without_results_and_a_foreign_table(tmp_path, capsys):
     directory = write_trials(tmp_path / "search", [trial(None, lr="1")])
     assert run(main, [str(directory)]) == 0

@@ -168,8 +168,14 @@ def test_a_score_that_falls_with_its_loss_is_no_matter_of_the_learning_rate(tmp_
     (advice,) = next_steps(run)
     assert "--set tasks.tags.class_weights=balanced" in advice.command
     check_commands([advice.command])
-    hurt = read_run(write_run(tmp_path / "hurt", {"tags": tags}, before | {"tags_loss": 0.1}, recipe=chosen))
-    assert [a.reason for a in next_steps(hurt)] == ["Training made it worse (tags): lower the learning rate."]
+    before["tags_loss"] = 0.1
+    for direction in (1, -1):  # of the learning rate: the run ended in its warm-up, or its last evaluation was the best
+        records = [
+            {"step": s, "epoch": s, "stage": 0, "lr": 1e-5 + direction * s * 1e-7, "dev/score": s} for s in (1, 2)
+        ]
+        run = write_run(tmp_path / f"hurt{direction}", {"tags": tags}, before, records, chosen, best={"step": 2})
+        reasons = [advice.reason for advice in next_steps(read_run(run))]
+        assert reasons == ["Training made it worse (tags): lower the learning rate."]
 
 
 def test_a_diverged_run_is_said_first_and_in_red(tmp_path, monkeypatch, capsys):
@@ -271,8 +277,8 @@ def steps_of(
 
 
 def evaluations(*losses: float) -> list[dict[str, Any]]:
-    """Records of one evaluation an epoch, ten steps each, with a falling learning rate."""
-    return [
+    """Records of the untrained model and of one evaluation an epoch, ten steps each, with a falling learning rate."""
+    return [{"step": 0, "epoch": 0.0, "stage": 0, "dev/sentiment_loss": 0.1, "dev/score": 0.5}] + [
         {"step": 10 * i, "epoch": float(i), "stage": 0, "lr": 1e-5 / i, "dev/sentiment_loss": loss, "dev/score": 0.5}
         for i, loss in enumerate(losses, start=1)
     ]
@@ -295,8 +301,12 @@ def test_next_steps_follow_from_the_records(tmp_path):
     assert "--set training.patience=1" in over[1]
     rises = steps_of(tmp_path / "rises", evaluations(0.9, 0.6, 0.7), best={"step": 30})
     assert rises[0] == "Use the model:", "patience stops no run whose score still rises"
-    fine = steps_of(tmp_path / "fine", evaluations(0.9, 0.7, 0.7), best={"step": 20})
+    fine = steps_of(tmp_path / "fine", evaluations(0.9, 0.7, 0.71), best={"step": 20})
     assert fine[0] == "Use the model:"
+    once = steps_of(tmp_path / "once", evaluations(0.9), best={"step": 10})
+    assert once[0] == "Use the model:", "a single evaluation is both the first and the last"
+    limited = steps_of(tmp_path / "limited", evaluations(0.9, 0.8), {"training": {"max_steps": 20}}, best={"step": 20})
+    assert "--max-steps 40" in limited[1]
     shown = steps_of(tmp_path / "demo", evaluations(0.9, 0.7, 0.7), best={"step": 20}, demonstration=True)
     assert shown[0].startswith("This was a demonstration")
 

@@ -172,3 +172,12 @@ def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) 
     said: list[str] = []
     assert load_split(data.recipe, tokenizer, "dev", said.append) == {}
     assert said == [f"{Path('one.csv')}: changed since the run held dev rows of verdict out of it: they cannot be told"]
+
+
+def test_no_dev_rows_are_taken_from_rows_that_the_run_trained_on(tokenizer: Tokenizer) -> None:
+    """A run with a dev file, evaluated where only the training file is: a tenth of its training rows judged it."""
+    data = load(recipe({**ONE, "dev": "dev.csv"}), tokenizer)
+    assert data.recipe.data.held_out == {}
+    alone = replace(data.recipe, tasks={"verdict": {**data.recipe.tasks["verdict"], "data": ONE}})
+    assert load_split(alone, tokenizer, "dev", print) == {}
+    assert len(load_split(alone, tokenizer, "train", print)["verdict"]) == 40

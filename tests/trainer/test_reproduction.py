@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.trainer import reproduction
 
 
@@ -91,3 +92,33 @@ def test_a_name_selects_its_recipe_before_the_report_that_begins_with_it() -> No
     assert reproduction.select_names(["siamese"]) == ["siamese"]
     assert reproduction.select_names(["finetune"]) == [n for n in reproduction.published_names() if n[:8] == "finetune"]
     assert "siamese-similarity-mse" in reproduction.select_names(["siamese*"])
+
+
+def test_epochs_are_scaled_in_every_stage_and_stay_whole_where_tasks_take_turns() -> None:
+    stages = {"training": {"epochs": 2.0, "seed": 3}}, {"training": {"epochs": 5.0}, "data": {"scheme": "sequential"}}
+    recipe = Recipe().with_values({"training": {"epochs": 4.0}, "stages": [{}, *stages]}, "test")
+    found = [stage.training for stage in reproduction.scale_epochs(recipe, 0.25).resolved_stages()]
+    assert [(each.epochs, each.seed) for each in found] == [(1.0, 11711), (0.5, 3), (1.0, 11711)]
+    turns = Recipe().with_values({"data": {"scheme": "sequential"}}, "test")
+    assert reproduction.scale_epochs(turns, 0.25).training.epochs == 1.0
+
+
+def test_the_score_and_the_mean_of_a_row() -> None:
+    scores: dict[str, float | None] = {"cfimdb_accuracy": 0.5, "paraphrase_accuracy": 0.75, "similarity_pearson": 0.5}
+    assert reproduction.score(scores) == pytest.approx((0.5 + 0.75 + 0.75) / 3)
+    assert reproduction.plain_mean(scores) == pytest.approx((0.5 + 0.75 + 0.5) / 3)
+    assert reproduction.score(scores | {"score": 0.9}) == 0.9, "as the report states it"
+    for metric in scores:
+        partial = scores | {metric: None, "score": 0.9}
+        assert reproduction.score(partial) is reproduction.plain_mean(partial) is None
+
+
+def test_a_finished_row_belongs_to_its_values_and_backend_wherever_its_folders_are() -> None:
+    def fingerprint(backend: str = "fast", **values: Any) -> str:
+        return reproduction.fingerprint(Recipe().with_values(values, "test"), backend)
+
+    moved = {"directory": "/there/data", "cache": "/tmp/cache", "held_out": {"sentiment": "hash"}}
+    assert fingerprint(data={"directory": "/here/data"}) == fingerprint(data=moved)
+    assert fingerprint(model={"name": "/here/bert"}) == fingerprint(model={"name": "/there/bert"})
+    others = [{"training": {"seed": 2}}, {"data": {"directory": "data"}}, {"model": {"name": "bert"}}]
+    assert len({fingerprint(), fingerprint("reference"), *(fingerprint(**values) for values in others)}) == 5
