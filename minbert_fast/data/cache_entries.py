@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 import zlib
@@ -30,7 +31,7 @@ BLOCK = 1 << 20  # bytes of a cached array that are read at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
 UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
 ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{32}")
-UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.\d+\.tmp")
+UNFINISHED = re.compile(rf"\.{ENTRY.pattern}\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def open_or_build(
         with suppress(OSError):
             os.utime(entry)  # marks the entry as used
         return found
-    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    # Not named after the process: containers that share a cache may share process ids too.
+    temporary = entry.with_name(f".{entry.name}.{secrets.token_hex(8)}.tmp")
     try:
         _prepare(temporary)
         found = build(temporary)
@@ -147,7 +149,7 @@ def _prepare(temporary: Path) -> None:
             continue  # not a cache entry
         with suppress(OSError):
             age = time.time() - old.stat().st_mtime
-            if old == temporary or age > (ABANDONED_SECONDS if unfinished else UNUSED_SECONDS):
+            if age > (ABANDONED_SECONDS if unfinished else UNUSED_SECONDS):
                 shutil.rmtree(old)
     temporary.mkdir()
 

@@ -86,11 +86,15 @@ def classifier_of(model: MultitaskModel, name: str) -> Classifier:
 
 
 def logits_of(head: Head, task: Task, output: HeadOutput) -> Tensor:
-    """The logits that transformers would compute: [n, C] for classes, the prediction [n, 1] for a number."""
+    """The logits that transformers would compute: [n, C] for classes, the prediction [n, 1] for a number.
+
+    [n, 1] also for classes that the head finds from one score, as those of an ordinal loss.
+    """
     if task.class_names is None:
         return head.predict(output)[:, None].to(output.scores.dtype)
     logits = head.logits(output)
-    return output.scores if logits is None else logits
+    scores = output.scores if logits is None else logits
+    return scores if scores.dim() == 2 else scores[:, None]
 
 
 def problem_of(head: Head, task: Task, output: HeadOutput) -> Problem | None:

@@ -115,7 +115,7 @@ class OnnxModel:
             texts = [contents.prompt + text for text in sentences[begin : begin + CHUNK]]
             for rows, (vectors,) in self._run([texts], [VECTORS], progress):
                 out[begin + rows] = vectors
-        if normalize and not contents.normalize:
+        if normalize:  # also what the graph scaled before it cut the vectors
             out = F.normalize(torch.from_numpy(out)).numpy()
         return out
 

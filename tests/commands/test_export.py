@@ -165,6 +165,7 @@ CLASSIFIERS: Mapping[str, Any] = {
     "bounded": {"kind": "regression", "data": "stars.csv", "range": [1, 5]},
     "stack": {"kind": "sentiment", "shared_layers": "both"},
     "deep": {"kind": "sentiment", "extra_layers": 1, "pooling": "cls"},
+    "ordered": {"kind": "sentiment", "loss": "ordinal"},
 }
 
 
@@ -208,10 +209,15 @@ def test_transformers_classify_with_the_heads_names_and_probabilities(
     capsys.readouterr()
     assert run_export(source, "huggingface", tmp_path / "firm", "--task", "firm") == 0
     assert "decides at a threshold of its own" in capsys.readouterr().out
-    for task in ("bounded", "stack", *(["deep"] if pooling == "cls" else [])):  # what no class of transformers computes
+    for task in ("bounded", "stack", "ordered", *(["deep"] if pooling == "cls" else [])):  # transformers has no class
         assert run_export(source, "huggingface", tmp_path / "refused", "--task", task) == 2
         error = capsys.readouterr().err
-        assert "not linear in the pooled vector; use --format onnx" in error
+        reason = (
+            "neither the softmax nor the sigmoid of its scores"
+            if task == "ordered"
+            else "not linear in the pooled vector"
+        )
+        assert f"{reason}; use --format onnx" in error
         assert error.count("\n") == 1
         assert not (tmp_path / "refused").exists()
 

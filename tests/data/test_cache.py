@@ -236,7 +236,8 @@ def test_entries_not_opened_for_a_month_are_deleted(source: Path, tokenizer: Tok
 
 
 def test_two_processes_at_once_leave_one_entry(source: Path, tokenizer: Tokenizer) -> None:
-    """Uses threads instead of processes: each builds in a separate folder, and the last one finds the entry there."""
+    """Each builds in a separate folder, and the last one finds the entry there. Threads stand for processes of two
+    containers, which share a process id: one deleted what the other had begun."""
     expected = contents(load(source, tokenizer, cache_dir=source.parent / "other")[0])
     both = threading.Barrier(2)
     found: list[list[Any]] = []
@@ -248,16 +249,11 @@ def test_two_processes_at_once_leave_one_entry(source: Path, tokenizer: Tokenize
     def wait(rows: int, done: int, size: int) -> None:
         both.wait(timeout=30)
 
-    real = os.getpid
-    try:
-        os.getpid = threading.get_native_id
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        os.getpid = real
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert found == [expected] * 2
     assert len(entries(source)) == 1
 

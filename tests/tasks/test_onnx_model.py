@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories of ONNX graphs that cannot be run. tests/commands/test_export.py runs those that can."""
+"""ONNX graphs that cannot be run, and what is done around one. tests/commands/test_export.py runs real graphs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.tasks import onnx_model
-from minbert_fast.tasks.onnx_model import GRAPH, OnnxModel
+from minbert_fast.tasks.onnx_model import GRAPH, Contents, OnnxModel
 
 
 class SilentError(RuntimeError):
@@ -31,3 +33,13 @@ def test_a_graph_that_onnxruntime_refuses_without_a_word(tmp_path: Path, monkeyp
     (tmp_path / GRAPH).write_bytes(b"")
     with pytest.raises(ConfigError, match=r"onnxruntime cannot load it \(SilentError\)"):
         OnnxModel.from_pretrained(tmp_path, device="cpu")
+
+
+def test_cut_vectors_are_scaled_again_if_asked_for() -> None:
+    """As `Predictor` does: a graph that scales its vectors and then cuts them gave lengths below 1."""
+    session = SimpleNamespace(run=lambda outputs, feed: [np.full((len(feed["input_ids"]), 2), 0.5, np.float32)])
+    contents = Contents(2, 9, "mean", normalize=True)
+    model = OnnxModel(session, Tokenizer.from_pretrained(sample_directory().model), contents)
+    np.testing.assert_array_equal(model.encode(["a film", "no"]), np.full((2, 2), 0.5))
+    lengths = np.linalg.norm(model.encode(["a film", "no"], normalize=True), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)
