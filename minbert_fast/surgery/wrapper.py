@@ -178,8 +178,8 @@ class PCGrad:
                 p = parameters[position]
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
             for p in parameters:
-                if p.grad is None and not self.accumulate:
-                    p.grad = torch.zeros_like(p)
+                if p.grad is None and not self.accumulate and (p.is_floating_point() or p.is_complex()):
+                    p.grad = torch.zeros_like(p)  # integers have no gradient
 
     def _backward_each(self, losses: list[Tensor], parameters: list[nn.Parameter]) -> list[_Gradients]:
         """One backward a loss; each task's gradients, taken out of `.grad` into its row of J."""
@@ -238,7 +238,10 @@ class PCGrad:
             buckets = list(self._rows.buckets)
         else:
             groups = _groups(parameters, reached, combined)
-            buckets = [_Bucket(group, reached[group[0]], _gather(tasks, reached[group[0]], group)) for group in groups]
+            buckets = [
+                _Bucket(group, reached[group[0]], _gather(tasks, reached[group[0]], group, parameters))
+                for group in groups
+            ]
         for _, owners, J in buckets:
             self._average(J)
             products = ops.gram(J).to(home)
@@ -255,9 +258,8 @@ class PCGrad:
             averaged = self.scope == "shared" or len(owners) == len(tasks)
             weights = self.task_weights if averaged else w
             gradient = ops.combine(J, torch.stack([weights[t] for t in owners]).to(J.device))
-            sizes = [parameters[i].numel() for i in group]
-            for i, piece in zip(group, gradient.split(sizes), strict=True):
-                yield i, piece.view_as(parameters[i]).to(parameters[i].dtype)
+            for i, piece in zip(group, _split(gradient, [parameters[i] for i in group]), strict=True):
+                yield i, piece.to(parameters[i].dtype)
 
     def _average(self, gradients: Tensor) -> None:
         """Averages over the processes, in place, in one message."""
@@ -282,13 +284,12 @@ class _Rows:
         self.buckets: list[_Bucket] = []
         self._pieces: dict[tuple[int, int], Tensor] = {}  # by task and position: a part of a row
         for group in _groups(parameters, reached, combined):
-            owners, example = reached[group[0]], parameters[group[0]]
-            sizes = [parameters[i].numel() for i in group]
-            J = _empty_rows(len(owners), sum(sizes), example)
+            owners, members = reached[group[0]], [parameters[i] for i in group]
+            J = _empty_rows(len(owners), members)
             self.buckets.append(_Bucket(group, owners, J))
             for row, owner in zip(J, owners, strict=True):
-                for i, piece in zip(group, row.split(sizes), strict=True):
-                    self._pieces[owner, i] = piece.view(parameters[i].shape)
+                for i, piece in zip(group, _split(row, members), strict=True):
+                    self._pieces[owner, i] = piece
 
     def fit(self, parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> bool:
         """Whether the buckets were made for just these."""
@@ -296,7 +297,7 @@ class _Rows:
 
     @staticmethod
     def _key_of(parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> Any:
-        return [(id(p), p.shape, p.dtype, p.device) for p in parameters], reached, combined
+        return [(id(p), p.shape, p.stride(), p.dtype, p.device) for p in parameters], reached, combined
 
     def take(self, task: int, gradients: _Gradients, earlier: _Gradients) -> _Gradients:
         """Moves a task's gradients into its rows, added to the `earlier` ones there. Those without a row stay apart."""
@@ -349,7 +350,7 @@ def _groups(parameters: list[nn.Parameter], reached: _Reached, positions: list[i
         group: list[int] = []
         size = 0
         for i in members:
-            count = parameters[i].numel()
+            count = _numbers(parameters[i])
             if group and size + count > _BUCKET:
                 yield group
                 group, size = [], 0
@@ -358,20 +359,41 @@ def _groups(parameters: list[nn.Parameter], reached: _Reached, positions: list[i
         yield group
 
 
-def _gather(tasks: list[_Gradients], owners: tuple[int, ...], positions: list[int]) -> Tensor:
+def _gather(
+    tasks: list[_Gradients], owners: tuple[int, ...], positions: list[int], parameters: list[nn.Parameter]
+) -> Tensor:
     """Moves the gradients of these parameters, which the tasks `owners` reach, into one J [len(owners), n]."""
-    example = [tasks[owners[0]][i] for i in positions]
-    sizes = [g.numel() for g in example]
-    J = _empty_rows(len(owners), sum(sizes), example[0])
-    del example
+    members = [parameters[i] for i in positions]
+    J = _empty_rows(len(owners), members)
     for row, owner in zip(J, owners, strict=True):
-        for i, piece in zip(positions, row.split(sizes), strict=True):
-            gradient = tasks[owner].pop(i)
-            piece.view(gradient.shape).copy_(gradient)
+        for i, piece in zip(positions, _split(row, members), strict=True):
+            piece.copy_(tasks[owner].pop(i))
     return J
 
 
-def _empty_rows(rows: int, columns: int, example: Tensor) -> Tensor:
-    """J [rows, columns] for gradients like `example`: bf16 ones stay bf16, all others become fp32."""
+def _empty_rows(rows: int, parameters: list[nn.Parameter]) -> Tensor:
+    """J [rows, n] for the gradients of these parameters of one dtype: bf16 ones stay bf16, all others become fp32."""
+    example = parameters[0]
     dtype = torch.bfloat16 if example.dtype == torch.bfloat16 else torch.float32
-    return huge_pages.empty(rows, columns, dtype=dtype, device=example.device)
+    return huge_pages.empty(rows, sum(map(_numbers, parameters)), dtype=dtype, device=example.device)
+
+
+def _numbers(parameter: Tensor) -> int:
+    """Real numbers in a row of J: a complex one counts as two, so that inner products are those of real vectors."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
+def _split(row: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Views of a row [n], one for each parameter, with its shape and its order in memory (channels_last, transposed).
+
+    Autograd lays a gradient out like its parameter too; fused optimizers read both by address.
+    """
+    pieces = []
+    for p, piece in zip(parameters, row.split([_numbers(p) for p in parameters]), strict=True):
+        numbers = torch.view_as_complex(piece.view(-1, 2)) if p.is_complex() else piece
+        if p.is_contiguous():
+            pieces.append(numbers.view(p.shape))
+        else:
+            strides = torch.empty_like(p, device="meta").stride()
+            pieces.append(numbers.as_strided(p.shape, strides, numbers.storage_offset()))
+    return pieces

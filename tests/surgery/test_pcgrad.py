@@ -530,6 +530,55 @@ def test_low_precision_parameters(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("foreseen", [True, False])
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "every second"])
+def test_gradients_lie_in_memory_as_their_parameters_do(layout: str, foreseen: bool) -> None:
+    """Named after the bug: a fused optimizer, which reads both by address, gave each weight another one's gradient."""
+    torch.manual_seed(0)
+    laid: Tensor = {
+        "channels_last": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(4, 3).T,
+        "every second": torch.randn(4, 6)[:, ::2],
+    }[layout]
+    p, other = nn.Parameter(laid.clone(memory_format=torch.contiguous_format)), nn.Parameter(torch.ones(2))
+    optimizer = PCGrad(torch.optim.SGD([other, p], lr=0.1), "sum", weights="none")
+    factor = torch.randn_like(p, memory_format=torch.contiguous_format)
+    for data in (p.data, laid):  # `model.to(memory_format=...)` between two steps
+        p.data = data
+        withheld = p.sum() if foreseen else _Without.apply(p, other)
+        optimizer.pc_backward([(factor * p).sum() + other.sum(), withheld, p.square().sum()])
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, factor + 1 + 2 * p.detach(), check_stride=False)
+    found, p.grad = p.grad.stride(), None
+    (factor * p).sum().backward()
+    assert found == p.grad.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters(dtype: torch.dtype) -> None:
+    """Named after the bug: the gradient lost its imaginary part. A complex number counts as two real ones."""
+    torch.manual_seed(0)
+    p, real = nn.Parameter(torch.randn(3, 2, dtype=dtype)), nn.Parameter(torch.ones(2))
+    J = torch.randn(2, 3, 2, 2)
+    J[1] -= 2 * J[0]
+    optimizer = PCGrad(torch.optim.SGD([real, p], lr=0.1), "sum")
+    optimizer.pc_backward([(torch.view_as_real(p) * row).sum() for row in J])
+    assert p.grad is not None
+    assert p.grad.dtype == dtype
+    expected = oracles.pcgrad(J.flatten(1), [[1], [0]]).view(3, 2, 2)
+    torch.testing.assert_close(torch.view_as_real(p.grad).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_integer_parameters_get_no_gradient() -> None:
+    """Named after the bug: frozen quantized weights among `model.parameters()` ended the optimizer's step."""
+    p = nn.Parameter(torch.ones(2))
+    quantized = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    optimizer = PCGrad(torch.optim.AdamW([p, quantized], lr=0.1))
+    optimizer.pc_backward([p.sum(), p[0]])
+    optimizer.step()
+    assert quantized.tolist() == [1, 1]
+
+
 def test_sparse_gradients() -> None:
     table = nn.Embedding(7, 3, sparse=True)
     weight = table.weight
