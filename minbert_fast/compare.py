@@ -234,8 +234,14 @@ def _text(value: Mapping[str, Any] | None, scale: float, digits: int, plus_minus
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """The paragraphs below the table."""
-    torch_version = (result["versions"] or {}).get("torch")
-    place = ", ".join(str(x) for x in (result["device"], result["precision"], result["backend"]) if x)
+    steps, torch_version, commit = result["steps"], (result["versions"] or {}).get("torch"), result["commit"]
+    facts = [
+        result["data"] or "the embedded sample",
+        "" if steps is None else f"{steps} steps",
+        *(result[key] for key in ("device", "precision", "backend")),
+        torch_version and f"torch {torch_version}",
+        commit and f"commit {commit[:12]}",
+    ]
     timed = any(row["step_seconds"] is not None for row in result["rows"])
     times = "ms a step: median over the seeds, one run after the other. " if timed else ""
     lines = [
@@ -243,8 +249,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{', '.join(map(str, result['seeds']))}. {FORMULA}",
         f"Conflicts: share of task pairs whose gradients oppose each other. {times}"
         f"Recipe {result['recipe']}, {result['model'] or 'the embedded tiny model'} on "
-        f"{result['data'] or 'the embedded sample'}, {result['steps']} steps, {place}, torch {torch_version}, "
-        f"commit {str(result['commit'])[:12]}.",
+        f"{', '.join(filter(None, facts))}.",
     ]
     return lines + [f"{row['method']}: {row['failure']}" for row in result["rows"] if row["failure"]]
 

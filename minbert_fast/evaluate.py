@@ -82,11 +82,11 @@ def main(arguments: Sequence[str]) -> None:
     count = sum(map(len, tables.values()))
     with tqdm(total=count, unit=" examples", file=sys.stderr, disable=None, leave=False) as bar:
         evaluation = evaluate(model, tables, precision=precision, max_length=max_length, progress=bar.update)
+    print(format_scores(evaluation, tables), flush=True)  # before the files, which may not be writable
     if options.output is not None:
         evaluation.write(options.output, {name: table.texts() for name, table in tables.items()}, options.split)
     if options.json is not None:
         write_json(options.json, evaluation.metrics)
-    print(format_scores(evaluation, tables))
 
 
 def format_scores(evaluation: Evaluation, tables: dict[str, TokenTable]) -> str:

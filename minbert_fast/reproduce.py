@@ -73,12 +73,14 @@ def main(arguments: Sequence[str]) -> None:
     failed = []
     for index, (name, recipe) in enumerate(recipes.items(), 1):
         print(f"\n== {index} of {len(recipes)}: {name}: {recipe.description}", flush=True)
+        scale = "" if chosen.epochs_scale == 1 else f"-epochs-{chosen.epochs_scale:g}"  # a directory per length
+        directory = output / f"{Path(name).stem}{scale}"
         done = rows.get(name)
         if done and not done["failure"] and done["fingerprint"] == reproduction.fingerprint(recipe, chosen.backend):
             print(f"finished before, in {results}", flush=True)
+            if chosen.discard:
+                reproduction.discard_models(directory)
             continue
-        scale = "" if chosen.epochs_scale == 1 else f"-epochs-{chosen.epochs_scale:g}"  # a directory per length
-        directory = output / f"{Path(name).stem}{scale}"
         trial = experiments.run_or_resume(name, recipe, directory, command, chosen.device, chosen.backend)
         if trial.failure:
             failed.append(name)

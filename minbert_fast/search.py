@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minbert_fast import surgery
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
@@ -38,7 +39,8 @@ from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.study import Range, Space, Values, parse_range, run_study
 
-_VALUE = re.compile(r"(?:\[[^\]]*\]|[^,])+")  # lists are values too: [0.9, 0.98],[0.9, 0.999]
+# One value may hold commas in brackets: [0.9, 0.98] or torchjd:CAGrad(c=0.4, norm_eps=0.1).
+_VALUE = re.compile(r"(?:\[[^\]]*\]|\([^)]*\)|[^,])+")
 SHORT = {name.removeprefix("--"): flag.key for flag in RECIPE_FLAGS for name in (flag.name, *flag.also)}
 
 
@@ -67,7 +69,7 @@ def parser() -> cli.Parser:
     how.add_argument("--optuna", metavar="N", type=cli.positive_number, help="run N combinations that Optuna proposes")
     add("--metric", default="score", help="the dev metric that counts (default: score)")
     experiments.add_series_flags(command)
-    add("--seed", metavar="N", type=cli.whole_number, default=0, help="seed of the search (default: 0)")
+    add("--seed", metavar="N", type=cli.whole_number, help="seed of --random and --optuna (default: 0)")
     return command
 
 
@@ -82,6 +84,10 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("expected --grid KEY=A,B,... or --range KEY=LOW..HIGH")
     if chosen.ranges and chosen.optuna is None:
         raise ConfigError(f"--range {chosen.ranges[0]}: --optuna N says how many values to try")
+    if chosen.seed is not None and not (chosen.random or chosen.optuna):
+        raise ConfigError(
+            f"--seed {chosen.seed}: needs --random or --optuna; the seed of the runs is --grid seed=A,B,..."
+        )
     base = experiments.load_recipe(chosen.recipe, chosen)
     ends = {key: str(limits).split("..") for key, limits in ranges.items()}
     for combination in combinations(grid | ends):  # finds invalid values before the first run
@@ -115,9 +121,9 @@ def main(arguments: Sequence[str]) -> None:
         add_trial(combination, experiments.read_trial(name, output / name, with_combination(base, combination)))
 
     if chosen.optuna is not None:
-        run_study(output, space, chosen.metric, chosen.optuna, chosen.seed, run_trial, read_trial)
+        run_study(output, space, chosen.metric, chosen.optuna, chosen.seed or 0, run_trial, read_trial)
     else:
-        for combination in sample_combinations(combinations(grid), chosen.random, chosen.seed):
+        for combination in sample_combinations(combinations(grid), chosen.random, chosen.seed or 0):
             run_trial(combination)
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     if all(trial.failure for _, trial in trials.values()):
@@ -164,7 +170,12 @@ def sample_combinations(every: list[dict[str, str]], count: int | None, seed: in
 
 def with_combination(base: Recipe, combination: Values) -> Recipe:
     """The recipe with a combination's values. Raises ConfigError for invalid ones."""
-    return base.with_values(parse_assignments(f"{key}={value}" for key, value in combination.items()), "--grid")
+    recipe = base.with_values(parse_assignments(f"{key}={value}" for key, value in combination.items()), "--grid")
+    try:
+        surgery.weights(recipe.surgery.method, recipe.surgery.reduction)
+    except ValueError as error:
+        raise ConfigError(f"--grid: {error}") from None
+    return recipe
 
 
 def directory_name(combination: Values) -> str:
@@ -186,7 +197,8 @@ def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Tri
         ]
         for values, trial in ranked
     ]
-    write_text(output / "table.md", experiments.markdown_table([*space, *metrics, "steps"], rows))
+    reasons = "".join(f"\n{trial.name}: {trial.failure}\n" for _, trial in ranked if trial.failure)
+    write_text(output / "table.md", experiments.markdown_table([*space, *metrics, "steps"], rows) + reasons)
     found = [
         {"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure, "metric": metric} for v, t in ranked
     ]

@@ -126,7 +126,8 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         return _fail(error, str(error), 2)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(error, f"{place}{error.strerror or error}", 1)
+        reason = "is a file, expected a directory" if isinstance(error, FileExistsError) else error.strerror or error
+        return _fail(error, f"{place}{reason}", 1)
     return 0
 
 

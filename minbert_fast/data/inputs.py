@@ -84,7 +84,7 @@ class Input:
         if ending not in ENDINGS:
             with open_regular(file) as opened:
                 check_text(opened.peek(), self.name)
-            raise DataError(f"{self.name}: ends in none of {', '.join(ENDINGS)}; set format = ... to csv, jsonl, ...")
+            raise DataError(f"{self.name}: ends in none of {', '.join(ENDINGS)}; rename it, or set format in its data")
         return ENDINGS[ending]
 
     def open(self) -> Records:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, figure, figure_grid, format_duration, paragraph, table, write_page
-from minbert_fast.reporting.report import NOISE, headline_order
+from minbert_fast.reporting.report import COURSE, NOISE, headline_order
 from minbert_fast.reporting.runs import Run, display_name, flatten, format_score, read_run
-from minbert_fast.reporting.verdicts import verdicts
+from minbert_fast.reporting.verdicts import primary_metric, verdicts
 from minbert_fast.tasks.metrics import lower_is_better
 
 
@@ -32,7 +33,7 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
     runs = {str(run.directory) if names.count(run.name) > 1 else run.name: run for run in found}
     head = f"<h1>{len(runs)} runs compared</h1>" + paragraph(" · ".join(runs), "muted")
     head += "".join(paragraph(f"{name}: {text}", "banner") for name, run in runs.items() for text in run.notices)
-    head += "".join(paragraph(text, "banner worse") for text in differing_dev_sets(runs))
+    head += "".join(paragraph(text, "banner worse") for text in (*differing_dev_sets(runs), *differing_tasks(runs)))
     sections = [
         ("Scores", _scores(runs)),
         ("Curves", _curves(runs)),
@@ -60,6 +61,19 @@ def differing_dev_sets(runs: Mapping[str, Run]) -> list[str]:
     return found
 
 
+def differing_tasks(runs: Mapping[str, Run]) -> list[str]:
+    """A sentence if the runs' overall scores are not made of the same metrics."""
+    sets: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        if "score" in run.dev:
+            metrics = COURSE.keys() & run.dev.keys() or set(filter(None, starmap(primary_metric, run.tasks.items())))
+            sets.setdefault(", ".join(map(display_name, sorted(metrics))), []).append(name)
+    if len(sets) < 2:
+        return []
+    listed = "; ".join(f"of {metrics or 'unknown metrics'} in {', '.join(names)}" for metrics, names in sets.items())
+    return [f"Score: the runs' tasks differ, so their overall scores do not compare ({listed})."]
+
+
 def _scores(runs: dict[str, Run]) -> str:
     keys = sorted({key: None for run in runs.values() for key in run.dev}, key=headline_order)
     if not keys:
@@ -84,7 +98,7 @@ def _scores(runs: dict[str, Run]) -> str:
 def _surgery(runs: dict[str, Run]) -> str:
     """Whether surgery helped, if the runs with and without it differ in nothing else but the seed."""
     methods = {name: run.surgery for name, run in runs.items()}
-    differing = {key for key in _differing([flatten(run.recipe) for run in runs.values()]) if key != "training.seed"}
+    differing = {key for key in _differing([_values(run) for run in runs.values()]) if key != "training.seed"}
     same = not differing - {"surgery.method", "surgery.reduction", "name", "description"}
     if len(set(methods.values())) < 2 or not same or differing_dev_sets(runs):
         return ""
@@ -143,12 +157,17 @@ def _time(runs: dict[str, Run]) -> str:
 
 
 def _settings(runs: dict[str, Run]) -> str:
-    settings = [flatten(run.recipe) for run in runs.values()]
+    settings = [_values(run) for run in runs.values()]
     differing = _differing(settings)
     if not differing:
         return paragraph("The runs' settings are the same.")
     rows = [[key, *(str(values.get(key, "-")) for values in settings)] for key in differing]
     return table("Settings that differ", ["setting", *runs], rows, text_columns=1 + len(runs))
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """The run's settings, with the names of its tasks: a task without options of its own has no other setting."""
+    return {"tasks": ", ".join(run.recipe.get("tasks", {}))} | flatten(run.recipe)
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

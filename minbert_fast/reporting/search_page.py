@@ -126,5 +126,7 @@ def _read_trials(path: Path) -> list[Mapping[str, Any]]:
     if not isinstance(trials, list) or not all(
         isinstance(t, dict) and isinstance(t.get("values"), dict) for t in trials
     ):
-        raise ConfigError(f"{path}: expected the trials of a search, a list of values and dev scores")
+        raise ConfigError(
+            f"{path}: expected the trials of a search, a list of values and dev scores (`compare` writes its own page)"
+        )
     return trials

@@ -142,6 +142,14 @@ def test_a_seed_that_failed_is_named_and_not_paired(tmp_path: Path) -> None:
     assert mgda["failure"] == "out of memory"
 
 
+def test_the_notes_leave_out_what_runs_that_all_failed_do_not_tell(tmp_path: Path) -> None:
+    """The table said "None steps, , torch None, commit None"."""
+    trials = {(method, 1): Trial(method, tmp_path, failure="no data") for method in ("none", "mgda")}
+    notes = compare.notes(compare.compare(BASE, ["none", "mgda"], trials))
+    assert notes[1].endswith(" on the embedded sample.")
+    assert "mgda: no data" in notes
+
+
 @pytest.mark.ci
 def test_a_comparison_is_interrupted_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -116,6 +116,11 @@ def test_a_study_of_other_values_is_not_continued(
         (["--range", "nothing=1..2", "--optuna", "2"], "unknown key 'nothing'"),
         (["--range", "lr=1..2", "--range", "optimizer.lr=3..4", "--optuna", "2"], "--range optimizer.lr: given twice"),
         (["--grid", "lr=1", "--range", "lr=1..2", "--optuna", "2"], "--grid and --range optimizer.lr: choose one"),
+        (
+            ["--grid", "lr=1e-4", "--seed", "3"],
+            "--seed 3: needs --random or --optuna; the seed of the runs is --grid seed=",
+        ),
+        (["--grid", "surgery=none,pcgard"], "--grid: surgery method 'pcgard': expected one of none, pcgrad"),
         (["--grid", "lr=1e-4", "--random", "0"], "--random: '0': expected a whole number, 1 or more"),
     ],
 )
@@ -137,8 +142,16 @@ def test_a_grid_in_two_parts_and_a_range_of_large_whole_numbers(trainings: Train
     assert trainings.begun[-1] in ("seed=1500000", "seed=1500001")
 
 
+def test_the_table_says_why_a_combination_failed(tmp_path: Path) -> None:
+    trials = [({"optimizer.lr": "9"}, Trial("lr=9", tmp_path, failure="ten steps in a row were not finite"))]
+    search.write_results(tmp_path, {"optimizer.lr": ["9"]}, trials, "score")
+    assert (tmp_path / "table.md").read_text().endswith("\n\nlr=9: ten steps in a row were not finite\n")
+
+
 def test_values_of_a_grid_may_be_lists() -> None:
-    """--grid optimizer.betas=[0.9,0.98] was two values, [0.9 and 0.98]."""
+    """--grid optimizer.betas=[0.9,0.98] was two values, [0.9 and 0.98]; a method of surgery with two options was too."""
+    methods = ["none", "torchjd:CAGrad(c=0.4, norm_eps=0.1)"]
+    assert search.parse_grid([f"surgery={','.join(methods)}"]) == {"surgery.method": methods}
     assert search.parse_grid(["optimizer.betas=[0.9, 0.98],[0.9,0.999]", "lr=1e-4,2e-4"]) == {
         "optimizer.betas": ["[0.9, 0.98]", "[0.9,0.999]"],
         "optimizer.lr": ["1e-4", "2e-4"],

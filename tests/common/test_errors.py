@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from minbert_fast.common import cli
 from minbert_fast.common.errors import first_line
 
 
@@ -14,3 +15,10 @@ from minbert_fast.common.errors import first_line
 )
 def test_the_first_line_of_a_message_says_something(message: str, line: str) -> None:
     assert first_line(OSError(message)) == line
+
+
+def test_a_file_where_a_directory_is_expected_is_called_one(tmp_path, capsys):
+    """`search --output FILE` ended with "FILE: File exists"."""
+    (tmp_path / "out").touch()
+    assert cli.run(lambda _: (tmp_path / "out").mkdir(exist_ok=True), []) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: is a file, expected a directory\n"

@@ -88,7 +88,8 @@ def test_reproduce_accumulates_rows_and_continues(
 ) -> None:
     """A finished row never runs again, even if its directory is gone; the table holds the rows of all calls."""
     flags = ["--data", data, "--output", tmp_path, "--max-steps", 2, "--discard"]
-    assert run(reproduce.main, "finetune-cosine", *flags) == 0
+    assert run(reproduce.main, "finetune-cosine", *flags[:-1]) == 0
+    assert (tmp_path / "finetune-cosine" / "best").is_dir()
     assert run(reproduce.main, "siamese-similarity-m*", "finetune-cosine", *flags) == 0
     printed = capsys.readouterr().out
     assert "finetune-cosine: Similarity as the embeddings' cosine\nfinished before" in printed

@@ -16,6 +16,7 @@ import pytest
 
 from minbert_fast import predict, train
 from minbert_fast.common import cli
+from minbert_fast.common.schema import Whole
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.comparison import write_comparison
 from minbert_fast.reporting.next_steps import next_steps
@@ -371,6 +372,21 @@ def test_a_comparison_warns_of_different_dev_sets(tmp_path):
     text = write_comparison([first, second], tmp_path / "cmp.html").read_text()
     assert "sentiment: the runs" in text
     assert "(rows: 400 in plain; 399 in surgery)" in text
+    assert "overall score against" not in text
+
+
+def test_a_comparison_warns_of_overall_scores_of_different_tasks(tmp_path):
+    """Two runs of other tasks: neither the page's warning nor its settings named the tasks, and it credited surgery."""
+    both = {"tasks": Whole({"sentiment": {}, "paraphrase": {}})}
+    first, second = two_runs(tmp_path, none={"tasks": Whole({"sentiment": {}})}, pcgrad=both)
+    for key, path in (("dev", second / "summary.json"), ("tasks", second / "predictions" / "details.json")):
+        values = json.loads(path.read_text())
+        more = of_classes("paraphrase", *balanced(400, 0.8)) | {"kind": "paraphrase"}
+        values[key]["paraphrase_accuracy" if key == "dev" else "paraphrase"] = 0.8 if key == "dev" else more
+        path.write_text(json.dumps(values))
+    text = html.unescape(write_comparison([first, second], tmp_path / "cmp.html").read_text())
+    assert "overall scores do not compare (of sentiment accuracy in plain; of paraphrase accuracy, sentiment" in text
+    assert "sentiment, paraphrase" in text.partition("<h2>Settings that differ")[2]
     assert "overall score against" not in text
 
 

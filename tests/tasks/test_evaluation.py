@@ -353,6 +353,14 @@ def test_errors_are_one_line_without_a_traceback(checkpoint, files, tmp_path, ca
         assert "Traceback" not in captured.err
 
 
+def test_scores_are_printed_even_if_their_file_cannot_be_written(checkpoint, files, tmp_path, capsys):
+    """An evaluation of minutes ended with "Is a directory" and no scores."""
+    assert run(main, ["--checkpoint", str(checkpoint), "--data", str(files), "--json", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "sentiment_accuracy" in captured.out
+    assert captured.err.endswith(f"error: {tmp_path}: Is a directory\n")
+
+
 def test_a_task_without_a_head_is_named(files, tmp_path, capsys):
     recipe = build(Recipe, {"tasks": {"similarity": {}}}, "test")
     small = MultitaskModel(BertModel.from_pretrained(sample_directory().model), build_tasks(recipe))
