@@ -61,7 +61,7 @@ class MultitaskModel(nn.Module):
         self.pooling = pooling
         self.tasks = dict(tasks)
         device = next(encoder.parameters()).device
-        self.heads = _build_heads(self.tasks, encoder).to(device, torch.float32)
+        self.heads = _build_heads(self.tasks, encoder, pooling).to(device, torch.float32)
 
     # ---- From hidden states to losses --------------------------------------------------------------------------
 
@@ -89,6 +89,7 @@ class MultitaskModel(nn.Module):
                 max_seqlen=batch.packed.max_seqlen,
                 first=sum(blocks[:block]),
                 labels=batch.labels.get(name),
+                pooling=mode,
             )
             block = end
         return inputs
@@ -132,6 +133,7 @@ class MultitaskModel(nn.Module):
                 max_seqlen=batch.packed.max_seqlen,
                 first=0,
                 labels=batch.labels.get(name),
+                pooling=mode,
             )
             losses[name] = self.loss(name, self.head(name)(inputs), batch, consistency)
             first += n * arity
@@ -177,7 +179,7 @@ class MultitaskModel(nn.Module):
             if name not in self.heads:
                 raise ConfigError(f"tasks.{name}: the model has no head of this name (it has {', '.join(self.heads)})")
         with torch.device("meta"):  # shapes only: no memory, no random numbers
-            needed = {key: t.shape for key, t in self._head_tensors(_build_heads(merged, self.encoder)).items()}
+            needed = {key: t.shape for key, t in self._head_tensors(_build_heads(merged, self.encoder, self.pooling)).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
 
@@ -287,7 +289,11 @@ class _Heads(nn.ModuleDict):
         self._modules[key] = module
 
 
-def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> _Heads:
+def _build_heads(tasks: Mapping[str, Task], encoder: BertModel, pooling: Pooling) -> _Heads:
+    for name, task in tasks.items():
+        if getattr(task.options, "extra_layers", 0) and (task.pooling or pooling) == "pooler":
+            where = f'tasks.{name}: extra_layers with pooling = "pooler", which belongs to the encoder'
+            raise ConfigError(f'{where}: set tasks.{name}.pooling to "mean", "cls" or "max"')
     shared: dict[str, nn.Module] = {WORD_EMBEDDING: encoder.word_embedding}
     return _Heads({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
 
