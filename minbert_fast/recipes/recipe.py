@@ -98,7 +98,9 @@ class OptimizerOptions:
 
     def unused(self) -> dict[str, str]:
         """Maps each key that has no effect, the other values being as they are, to what it belongs to."""
-        return {} if self.schedule == "exponential" else {"gamma": 'schedule = "exponential"'}
+        rules = {"gamma": (self.schedule == "exponential", 'schedule = "exponential"')}
+        rules |= {"decay_all": (self.weight_decay > 0, "weight_decay")}
+        return {key: reader for key, (read, reader) in rules.items() if not read}
 
 
 @dataclass(frozen=True)

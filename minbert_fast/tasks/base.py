@@ -46,6 +46,7 @@ class TaskInput:
     max_seqlen: int
     first: int  # the task's first sequence; it has n * arity of them: all first sequences, then all second ones, ...
     labels: Tensor | None = None  # the task's labels in this batch, for heads that compute only labelled positions
+    pooling: Pooling = "mean"  # of the embeddings, for heads that pool rows of their own
 
 
 class HeadOutput(NamedTuple):

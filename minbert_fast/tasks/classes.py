@@ -43,6 +43,11 @@ class ClassOptions(TaskOptions):
             check(fits, f"{name} = {values}: expected one number for each of the {len(self.classes)} classes")
             check(isinstance(values, str) or all(0 <= v < float("inf") for v in values), f"{name}: expected 0 or more")
 
+    def unused(self) -> dict[str, str]:
+        return super().unused() | (
+            {} if self.class_weights == "balanced" else {"class_counts": 'class_weights = "balanced"'}
+        )
+
     @property
     def weights(self) -> tuple[float, ...]:
         """Factors on the loss of each class's examples, [C]; none if all count alike.

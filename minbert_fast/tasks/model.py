@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -33,15 +34,26 @@ from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, Task
 from minbert_fast.tasks.consistency import ConsistencyLoss
 from minbert_fast.tasks.presets import preset_of
 
+BEGUN = "stages begun"  # key in the metadata of heads.safetensors
 
-def build_tasks(recipe: Recipe) -> dict[str, Task]:
-    """All tasks of the recipe and of its stages, in order. Raises ConfigError for a mistake in their options."""
+
+def build_tasks(recipe: Recipe, begun: int = 0) -> dict[str, Task]:
+    """All tasks of the recipe and of its stages, in order. Raises ConfigError for a mistake in their options.
+
+    A task has the options of the last of the first `begun` stages that trains it; before that, those of the recipe, or of
+    the first stage that names it.
+    """
     tables = dict(recipe.tasks)
-    for stage in recipe.resolved_stages():
+    stages = recipe.resolved_stages()
+    for stage in stages:
         for name, options in stage.tasks.items():
             ours = tables.setdefault(name, options)
             if "data" not in ours and "data" in options and not preset_of(str(ours.get("kind") or name), ours):
                 tables[name] = {**ours, "data": options["data"]}  # its columns
+    for stage in stages[:begun]:
+        for name, options in stage.tasks.items():
+            first = {"data": tables[name]["data"]} if "data" in tables[name] else {}  # judges the whole run
+            tables[name] = {key: value for key, value in options.items() if key != "data"} | first
     files = imports.missing(recipe.imports)
     try:
         return {name: build_task(name, options) for name, options in tables.items()}
@@ -60,8 +72,9 @@ class MultitaskModel(nn.Module):
         self.encoder = encoder
         self.pooling = pooling
         self.tasks = dict(tasks)
+        self.begun = 0  # stages of the recipe that have begun: `tasks` have the options of their last ones
         device = next(encoder.parameters()).device
-        self.heads = _build_heads(self.tasks, encoder).to(device, torch.float32)
+        self.heads = _build_heads(self.tasks, encoder, pooling).to(device, torch.float32)
 
     # ---- From hidden states to losses --------------------------------------------------------------------------
 
@@ -89,6 +102,7 @@ class MultitaskModel(nn.Module):
                 max_seqlen=batch.packed.max_seqlen,
                 first=sum(blocks[:block]),
                 labels=batch.labels.get(name),
+                pooling=mode,
             )
             block = end
         return inputs
@@ -132,6 +146,7 @@ class MultitaskModel(nn.Module):
                 max_seqlen=batch.packed.max_seqlen,
                 first=0,
                 labels=batch.labels.get(name),
+                pooling=mode,
             )
             losses[name] = self.loss(name, self.head(name)(inputs), batch, consistency)
             first += n * arity
@@ -177,13 +192,15 @@ class MultitaskModel(nn.Module):
             if name not in self.heads:
                 raise ConfigError(f"tasks.{name}: the model has no head of this name (it has {', '.join(self.heads)})")
         with torch.device("meta"):  # shapes only: no memory, no random numbers
-            needed = {key: t.shape for key, t in self._head_tensors(_build_heads(merged, self.encoder)).items()}
+            heads = _build_heads(merged, self.encoder, self.pooling)
+            needed = {key: t.shape for key, t in self._head_tensors(heads).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:
             raise ConfigError(f"tasks.{', tasks.'.join(tasks)}: a stage cannot change the parameters of a head")
 
-    def configure(self, tasks: Mapping[str, Task]) -> None:
-        """Sets the weights, losses and dropout of a stage's tasks. Raises as `check_stage`."""
+    def configure(self, tasks: Mapping[str, Task], begun: int = 0) -> None:
+        """Sets the options of `tasks` in stage number `begun`, counted from 1. Raises as `check_stage`."""
         self.check_stage(tasks)
+        self.begun = begun
         self.tasks = self.tasks | dict(tasks)
         for name, task in tasks.items():
             self.head(name).configure(task.options)
@@ -245,12 +262,15 @@ class MultitaskModel(nn.Module):
     # ---- Files -------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path, recipe_toml: str, tokenizer: Tokenizer | None = None) -> None:
-        """Writes a model directory: encoder and tokenizer in Hugging Face layout, heads.safetensors, recipe.toml."""
+        """Writes a model directory: encoder and tokenizer in Hugging Face layout, heads.safetensors, recipe.toml.
+
+        The metadata of heads.safetensors say how many stages had begun, since a stage may change how a score is read.
+        """
         self.encoder.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save(directory)
         heads = {key: t.detach().contiguous().cpu() for key, t in self._head_tensors(self.heads).items()}
-        write_bytes(directory / "heads.safetensors", safetensors_bytes(heads))
+        write_bytes(directory / "heads.safetensors", safetensors_bytes(heads, {BEGUN: str(self.begun)}))
         write_text(directory / "recipe.toml", recipe_toml)
 
     @classmethod
@@ -265,13 +285,16 @@ class MultitaskModel(nn.Module):
             if not (directory / name).is_file():
                 raise ConfigError(f"{directory}: no trained model, it holds no {name}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
+        found = weights.read_safetensors(directory / "heads.safetensors")
+        with safe_open(directory / "heads.safetensors", "pt") as file:
+            begun = int((file.metadata() or {}).get(BEGUN, 0))
         try:
-            tasks = build_tasks(recipe)
+            tasks = build_tasks(recipe, begun)
         except ConfigError as error:
             raise ConfigError(f"{directory / 'recipe.toml'}: {error}") from None
         encoder = BertModel.from_pretrained(directory, local_files_only=True, **overrides)
         model = cls(encoder, tasks, recipe.model.pooling)
-        found = weights.read_safetensors(directory / "heads.safetensors")
+        model.begun = begun
         expected = model._head_tensors(model.heads)
         weights.check_keys(expected, found, str(directory / "heads.safetensors"))
         with torch.no_grad():
@@ -287,7 +310,11 @@ class _Heads(nn.ModuleDict):
         self._modules[key] = module
 
 
-def _build_heads(tasks: Mapping[str, Task], encoder: BertModel) -> _Heads:
+def _build_heads(tasks: Mapping[str, Task], encoder: BertModel, pooling: Pooling) -> _Heads:
+    for name, task in tasks.items():
+        if getattr(task.options, "extra_layers", 0) and (task.pooling or pooling) == "pooler":
+            where = f'tasks.{name}: extra_layers with pooling = "pooler", which belongs to the encoder'
+            raise ConfigError(f'{where}: set tasks.{name}.pooling to "mean", "cls" or "max"')
     shared: dict[str, nn.Module] = {WORD_EMBEDDING: encoder.word_embedding}
     return _Heads({name: task.build_head(encoder.config, shared) for name, task in tasks.items()})
 

@@ -78,6 +78,11 @@ class MultilabelTask(ClassTask):
     reported: ClassVar[tuple[str, ...]] = ("accuracy", "micro_f1", "macro_f1", "average_precision")
 
     @property
+    def resolved(self) -> bool:
+        options = self.options
+        return super().resolved and (options.class_weights != "balanced" or options.row_count > 0)
+
+    @property
     def rule(self) -> Rule | None:
         return ClassSets(self.options.classes, self.options.separator)
 
@@ -90,7 +95,9 @@ class MultilabelTask(ClassTask):
         if unclear is not None:  # prediction files join the names
             where = f"tasks.{self.name}: the class {unclear!r} contains the separator {separator!r}"
             raise ConfigError(f'{where}; set another one, such as separator = "|"')
-        return found | ({"row_count": summary.rows + summary.empty} if "class_counts" in found else {})
+        if self.options.class_weights == "balanced" and not self.options.row_count:
+            found["row_count"] = summary.rows + summary.empty
+        return found
 
     def as_labels(self, predictions: np.ndarray) -> list[Any]:
         names, separator = self.options.classes, self.options.separator

@@ -156,7 +156,7 @@ class HeadGraph(nn.Module):
     def _head_output(self, ids: Tensor, mask: Tensor, types: Tensor) -> HeadOutput:
         hidden = self.encoder.stock(ids, mask, types)
         vectors = pool_padded(hidden, mask, self.pooling, self.encoder).unflatten(0, (self.sequences, -1))
-        output: HeadOutput = self.head(_PaddedInput(vectors.unbind(0), hidden, mask))
+        output: HeadOutput = self.head(_PaddedInput(vectors.unbind(0), hidden, mask, self.pooling))
         return output
 
 
@@ -166,8 +166,8 @@ class _PaddedInput:
     labels = None
     first = 0
 
-    def __init__(self, embeddings: tuple[Tensor, ...], padded: Tensor, mask: Tensor) -> None:
-        self.embeddings, self.padded, self.mask = embeddings, padded, mask
+    def __init__(self, embeddings: tuple[Tensor, ...], padded: Tensor, mask: Tensor, pooling: Pooling) -> None:
+        self.embeddings, self.padded, self.mask, self.pooling = embeddings, padded, mask, pooling
 
     @property
     def hidden(self) -> Tensor:
@@ -190,11 +190,11 @@ class _PaddedLayers(nn.Module):
         self.layers = layers
         self.encoder = encoder
 
-    def forward(self, inputs: _PaddedInput, pooling: Pooling) -> Tensor:
+    def forward(self, inputs: _PaddedInput) -> Tensor:
         hidden, mask = inputs.padded, inputs.mask  # of one sequence per example
         for layer in self.layers:
             hidden = layer(hidden, extended_mask(mask, hidden.dtype))
-        return pool_padded(hidden, mask, pooling, self.encoder)
+        return pool_padded(hidden, mask, inputs.pooling, self.encoder)
 
 
 # ---- Tracing, quantising, comparing -------------------------------------------------------------------------------------

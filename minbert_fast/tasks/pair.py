@@ -88,6 +88,7 @@ class PairOptions(StackOptions):
     def unused(self) -> dict[str, str]:
         losses = {self.loss, *self.auxiliary}
         rules = {
+            "features": (self.head == "linear" and self.encoder != "cross", 'head = "linear" on two vectors'),
             "labels": (not losses.isdisjoint(("mse", "l1")), 'loss = "mse" and "l1"'),
             "scale": (self.head == "cosine", 'head = "cosine"'),
             "offset": (self.head == "cosine", 'head = "cosine"'),

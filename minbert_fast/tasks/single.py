@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minbert_fast.common.schema import ConfigError, check
+from minbert_fast.common.schema import check
 from minbert_fast.model import fused
 from minbert_fast.model.bert import BertLayer, read_layer
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.passes import AutogradPass, Sentences, through
-from minbert_fast.ops.pooling import Mode, pool
+from minbert_fast.ops.pooling import pool
 from minbert_fast.tasks.base import HeadOutput, TaskInput
 from minbert_fast.tasks.neighbours import LabelledSentences
 from minbert_fast.tasks.stack import StackHead, StackOptions, shared_stack
@@ -32,8 +32,6 @@ class SingleOptions(StackOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 <= self.extra_layers <= 48, f"extra_layers = {self.extra_layers}: expected 0 to 48")
-        if self.extra_layers and self.pooling == "pooler":
-            raise ConfigError('pooling = "pooler" belongs to the encoder: with extra_layers expected mean, cls or max')
 
 
 class TokenLayers(nn.Module):
@@ -51,14 +49,15 @@ class TokenLayers(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, inputs: TaskInput, pooling: Mode) -> Tensor:
+    def forward(self, inputs: TaskInput) -> Tensor:
         """One vector per example [n, H], for tasks with one sentence per example."""
+        assert inputs.pooling != "pooler", "MultitaskModel refuses it"
         hidden = inputs.hidden.to(torch.promote_types(inputs.hidden.dtype, torch.float32))
         rows = Sentences(inputs.cu_seqlens, inputs.max_seqlen, hidden.shape[0])
         plan = fused.plan(self, None, self.layers, read_layer)
         hidden = through(AutogradPass(), rows, hidden, self.layers, plan.layers)
         n = inputs.embeddings[0].shape[0]
-        return pool(hidden, inputs.cu_seqlens[inputs.first : inputs.first + n + 1], pooling)
+        return pool(hidden, inputs.cu_seqlens[inputs.first : inputs.first + n + 1], inputs.pooling)
 
 
 class SingleHead(StackHead):
@@ -88,7 +87,7 @@ class SingleHead(StackHead):
         if self.layers is None:
             (x,) = inputs.embeddings
         else:
-            x = self.layers(inputs, self.options.pooling or "mean")
+            x = self.layers(inputs)
         if self.neighbours is not None:
             features = self.neighbours(x)
             x = torch.cat([x, features], dim=-1) if self.neighbours.nearest else features

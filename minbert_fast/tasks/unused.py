@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.model import build_tasks
+from minbert_fast.tasks.presets import PRESETS
 
 
 def unused_values(recipe: Recipe) -> Iterator[str]:
@@ -17,12 +18,12 @@ def unused_values(recipe: Recipe) -> Iterator[str]:
         options = getattr(recipe, section)
         yield from _unused(options, options.unused(), section)
     for name, task in build_tasks(recipe).items():
-        yield from _unused(task.options, recipe.tasks[name], f"tasks.{name}")
+        yield from _unused(task.options, recipe.tasks[name], f"tasks.{name}", PRESETS.get(task.preset, {}))
 
 
-def _unused(options: Any, given: Collection[str], where: str) -> Iterator[str]:
+def _unused(options: Any, given: Collection[str], where: str, preset: Mapping[str, Any] | None = None) -> Iterator[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for key, reader in options.unused().items():
-        value = getattr(options, key)
-        if key in given and value != defaults[key]:
+        value, usual = getattr(options, key), (preset or {}).get(key)
+        if key in given and value not in (defaults[key], tuple(usual) if isinstance(usual, list) else usual):
             yield f"{where}.{key} = {value!r} is not used: it belongs to {reader}"

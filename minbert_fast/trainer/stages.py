@@ -30,7 +30,7 @@ from minbert_fast.step.extras.consistency import check_smart
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import TrainingStep
-from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.tasks import MultitaskModel, Task, build_tasks
 from minbert_fast.trainer.plan import Stage, schedule_steps
 
 CHUNK = 256  # labelled sentences that are embedded at a time
@@ -50,13 +50,27 @@ class StageContext:
     captures: Captures  # CUDA graphs, counted over all stages
 
 
+# Values that a run has once, so that a stage cannot replace them.
+OF_THE_RUN = {
+    "model": ("name", "pooling", "dropout"),
+    "data": ("directory", "files", "cache", "max_bad_rows", "holdout"),
+    "training": ("precision", "evaluate_untrained", "evaluate_train", "best_per_task", "max_skipped"),
+    "checkpoint": ("every", "keep"),
+    "logging": ("every",),
+}
+OF_A_TASK = ("metric", "metrics", "dev_fraction", "stem", "header")  # likewise, of each task
+
+
 def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     """Builds stage number `index` of the recipe. Raises ConfigError for values that cannot be carried out."""
     recipe = whole.resolved_stages()[index]
     training = recipe.training
     tables = context.train[index]
     tasks = {name: task for name, task in build_tasks(recipe).items() if name in tables}
-    context.model.check_stage(tasks)  # now, not when the stages before it have run
+    # Those of earlier stages too: a run that is resumed in this stage did not run them.
+    begun = {name: task for name, task in build_tasks(whole, index + 1).items() if name in context.model.tasks}
+    _check_values_of_the_run(whole, recipe, index, context.model.tasks, tasks)
+    context.model.check_stage(begun)  # now, not when the stages before it have run
     method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
     weighting, known = recipe.weighting.method, ("none", *WEIGHTINGS)
     check(weighting in known, f"weighting.method = {weighting!r}: expected one of {', '.join(known)}")
@@ -84,7 +98,7 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     with_window = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
     def build_step() -> TrainingStep:
-        context.model.configure(tasks)
+        context.model.configure(begun, index + 1)
         _embed_labelled_sentences(context.model, recipe, tables, context.precision)
         connected = connect(world, training.shard)
         step = make_step(context.backend, context.model, with_window, DTYPES[context.precision], connected)
@@ -113,6 +127,18 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         batches=batches,
         locate=lambda task, row: tables[task].locate(row),
     )
+
+
+def _check_values_of_the_run(
+    whole: Recipe, recipe: Recipe, index: int, known: Mapping[str, Task], tasks: Mapping[str, Task]
+) -> None:
+    """Raises ConfigError if the stage's `recipe` or `tasks` differ from the run's in a value that a run has once."""
+    pairs = [(section, getattr(whole, section), getattr(recipe, section), keys) for section, keys in OF_THE_RUN.items()]
+    pairs += [(f"tasks.{name}", known[name].options, task.options, OF_A_TASK) for name, task in tasks.items()]
+    for section, ours, theirs, keys in pairs:
+        for key in keys:
+            where = f"stages[{index}].{section}.{key} = {getattr(theirs, key)!r}"
+            check(getattr(ours, key) == getattr(theirs, key), f"{where}: a run has it once; set it in [{section}]")
 
 
 def _check_encoder_frozen(model: MultitaskModel, recipe: Recipe) -> None:

@@ -284,8 +284,9 @@ def test_shared_layers_are_the_same_parameters():
         make_model({"paraphrase": stack, "similarity": stack | {"dropout": 0.5}})
 
 
-def test_extra_layers_run_on_token_rows_and_learn():
-    model = make_model({"paraphrase": {"dropout": 0.0}, "sentiment": {"dropout": 0.0, "extra_layers": 2}})
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_extra_layers_run_on_token_rows_and_learn(pooling):
+    model = make_model({"paraphrase": {"dropout": 0.0}, "sentiment": {"dropout": 0.0, "extra_layers": 2}}, pooling)
     batch = make_batch(model, {"paraphrase": 2, "sentiment": 3})
     hidden = model.encoder(batch.packed)["last_hidden_state"]
     losses = model.losses(batch, hidden)
@@ -296,8 +297,19 @@ def test_extra_layers_run_on_token_rows_and_learn():
         for n, p in model.heads["sentiment"].named_parameters()
         if "key.bias" not in n
     )
-    with pytest.raises(ConfigError, match='pooling = "pooler" belongs to the encoder'):
-        build_task("sentiment", {"extra_layers": 1, "pooling": "pooler"})
+    with pytest.raises(ConfigError, match='pooling = "pooler", which belongs to the encoder'):
+        make_model({"sentiment": {"extra_layers": 1}}, "pooler")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_extra_layers_pool_as_the_recipe_says_unless_the_task_says_otherwise(pooling):
+    def scores(own: dict, recipes: str) -> torch.Tensor:
+        model = make_model({"sentiment": {"extra_layers": 1} | own}, recipes).eval()
+        batch = make_batch(model, {"sentiment": 3})
+        return model.outputs(batch, model.encoder(batch.packed)["last_hidden_state"])["sentiment"].scores
+
+    assert torch.equal(scores({}, pooling), scores({"pooling": pooling}, "cls"))
+    assert not torch.equal(scores({}, pooling), scores({"pooling": "cls"}, "mean")) or pooling == "cls"
 
 
 def test_a_stage_changes_losses_and_weights_but_not_parameters():

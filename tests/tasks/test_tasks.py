@@ -199,6 +199,8 @@ def test_names_of_several_labels_are_found():
         task = resolved("tags", {"kind": "multilabel", "class_weights": "balanced"}, found)
         assert task.class_names == ("a", "b", "c")
         assert task.options.weights == (3.0, 1 / 3, 3.0)
+    counted = {"kind": "multilabel", "class_weights": "balanced", "class_counts": [1, 2, 1]}
+    assert resolved("tags", counted, text).options.weights == (3.0, 1.0, 3.0)  # of 4 rows
     named = LabelSummary(2, listed={"b": 2}, lists=True, classes=("c", "b", "a"))
     assert resolved("tags", {"kind": "multilabel"}, named).class_names == named.classes
 

@@ -21,6 +21,24 @@ from tests.small import small_data, small_run
         ({"optimizer": {"gamma": 0.5}}, ['optimizer.gamma = 0.5 is not used: it belongs to schedule = "exponential"']),
         ({"optimizer": {"gamma": 0.5, "schedule": "exponential"}}, []),
         (
+            {"optimizer": {"decay_all": False}},
+            ["optimizer.decay_all = False is not used: it belongs to weight_decay"],
+        ),
+        ({"optimizer": {"decay_all": False, "weight_decay": 0.1}}, []),
+        (
+            {
+                "tasks": {
+                    "similarity": {"features": ["u", "v", "product"]},
+                    "sentiment": {"class_counts": [1, 2, 3, 4, 5]},
+                }
+            },
+            [
+                'tasks.sentiment.class_counts = (1, 2, 3, 4, 5) is not used: it belongs to class_weights = "balanced"',
+                "tasks.similarity.features = ('u', 'v', 'product') is not used: "
+                'it belongs to head = "linear" on two vectors',
+            ],
+        ),
+        (
             {"weighting": {"method": "dwa", "lr": 0.1, "window": 5}},
             ['weighting.lr = 0.1 is not used: it belongs to method = "uncertainty"'],
         ),

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage may set: options of its tasks, which its models keep, and no value that concerns the whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minbert_fast import evaluate, train
+from minbert_fast.common.schema import ConfigError
+from minbert_fast.tasks import MultitaskModel
+from tests.small import small_data, small_run
+
+STAGED = """
+name = "staged"
+description = "The second stage reads the paraphrase head's score in another way."
+
+[tasks.paraphrase]
+loss = "bce"
+[tasks.similarity]
+
+[[stages]]
+tasks.paraphrase = {}
+training.max_steps = 1
+[[stages]]
+tasks.paraphrase = { loss = "mse", threshold = 0.4, pooling = "cls" }
+training.max_steps = 1
+[[stages]]
+tasks.similarity = {}
+training.max_steps = 2
+"""
+
+
+def dev_scores(output: Path) -> dict[int, dict[str, float]]:
+    """The dev scores of a run by step."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored = {r["step"]: {k.removeprefix("dev/"): v for k, v in r.items() if k.startswith("dev/")} for r in records}
+    return {step: scores for step, scores in scored.items() if scores}
+
+
+def test_a_saved_model_reads_scores_as_the_last_stage_that_trained_the_task(tmp_path: Path) -> None:
+    recipe = tmp_path / "staged.toml"
+    recipe.write_text(STAGED, encoding="utf-8")
+    data, whole, parts = small_data(tmp_path / "data"), tmp_path / "whole", tmp_path / "parts"
+    flags = ["--recipe", str(recipe), "--set", "training.evaluate_every=1"]
+    train.main(small_run(data, whole, *flags))
+    evaluate.main(["--checkpoint", str(whole / "last"), "--precision", "fp32", "--json", str(tmp_path / "scores.json")])
+    scores = dev_scores(whole)
+    assert json.loads((tmp_path / "scores.json").read_text()) == pytest.approx(scores[4], abs=1e-5)
+    assert MultitaskModel.load(whole / "last").tasks["paraphrase"].options.loss == "mse"
+    train.main(small_run(data, parts, *flags, "--stop-after", "3"))
+    train.main(small_run(data, parts, *flags, "--resume"))  # in the third stage, which does not train paraphrase
+    assert dev_scores(parts) == scores
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('model.pooling = "cls"', r"stages\[0\].model.pooling = 'cls': a run has it once; set it in \[model\]"),
+        ("logging.every = 3", r"stages\[0\].logging.every = 3: a run has it once; set it in \[logging\]"),
+        ('tasks.sentiment.metric = "macro_f1"', r"tasks.sentiment.metric = 'macro_f1': .* in \[tasks.sentiment\]"),
+    ],
+)
+def test_a_stage_cannot_set_a_value_of_the_run(value: str, message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "staged.toml"
+    recipe.write_text(f'name = "staged"\ndescription = "-"\n[[stages]]\n{value}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        train.main(small_run(small_data(tmp_path / "data"), tmp_path / "run", "--recipe", str(recipe)))
