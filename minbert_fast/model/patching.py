@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -128,7 +129,7 @@ def _fast(model: Any, given: dict[str, Any]) -> Any:
 def _exact(model: Any) -> bool:
     """Whether all modules are what the fused path assumes; warns once per reason where they are not."""
     read_layer = functools.partial(_read_layer, model)
-    extra = [*map(fused.version, _buffers(model)), model.config._attn_implementation]
+    extra = [*map(fused.version, _buffers(model)), model.config._attn_implementation, *_functions(model)]
     plan = fused.plan(model, lambda: _read_embedding(model), _layers(model), read_layer, extra)
     reasons = list(plan.reasons)
     for number, (layer, parts) in enumerate(zip(_layers(model), plan.layers, strict=True)):
@@ -162,6 +163,10 @@ def _read_embedding(model: Any) -> fused.Embedding:
     """The parts of the embeddings; raises fused.NotExactError where a module outside the layers is another one."""
     _expect(model, model, {"embeddings": ["BertEmbeddings"], "encoder": ["BertEncoder"]})
     fused.expect(model.encoder.layer, nn.ModuleList)
+    for function in filter(None, _functions(model)):
+        if not _of_transformers(function):
+            name = getattr(function, "__qualname__", repr(function))
+            raise fused.NotExactError(model, f"calls {name:.60} in the place of a function of transformers")
     positions, kinds = _buffers(model)
     fused.expect_counting(model.embeddings, positions)
     if kinds is not None and fused.has_values(kinds) and kinds.any():
@@ -169,8 +174,6 @@ def _read_embedding(model: Any) -> fused.Embedding:
     return fused.exact(_embedding_parts(model.embeddings))
 
 
-#: transformers' own names for softmax attention; users register functions under other names.
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention", None)
 _LAYER_CLASSES = {
     "": ["BertLayer"],
     "attention": ["BertAttention"],
@@ -188,13 +191,32 @@ def _read_layer(model: Any, layer: Any) -> fused.Layer:
     if getattr(activation, "act", None) is not fused.GELU:
         raise fused.NotExactError(layer.intermediate, f"has another activation than gelu ({activation!r:.60})")
     fused.expect(activation, sys.modules["transformers.activations"].GELUActivation)
-    attention, way = layer.attention.self, model.config._attn_implementation
-    if way not in _ATTENTION:
-        raise fused.NotExactError(attention, f"has an attention function of its own ({way})")
+    attention = layer.attention.self
     scale = attention.attention_head_size**-0.5
-    if getattr(attention, "scaling", scale) != scale or getattr(attention, "is_causal", False):
+    found = getattr(attention, "scaling", scale)
+    if not isinstance(found, float) or found != scale or getattr(attention, "is_causal", False):  # a tensor may learn
         raise fused.NotExactError(attention, "has another scaling, or is causal")
     return fused.exact_layer(_layer_parts(layer), attention)
+
+
+_CLASSES = ("BertModel", "BertEmbeddings", "BertEncoder", *chain.from_iterable(_LAYER_CLASSES.values()))
+
+
+def _functions(model: Any) -> list[Any]:
+    """The functions of transformers that the fused path replaces. A program may replace them too, for all models."""
+    known = vars(sys.modules[_stock_class(model).__module__])
+    functions = [known[name].forward for name in _CLASSES if name in known]
+    attention = known.get("ALL_ATTENTION_FUNCTIONS", {}).get(model.config._attn_implementation)
+    return [*functions, known["BertLayer"].feed_forward_chunk, known.get("eager_attention_forward"), attention]
+
+
+def _of_transformers(function: Any) -> bool:
+    """Whether transformers defines a function and all that it wraps."""
+    while function is not None:
+        if not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def _embedding_parts(stock: Any) -> fused.Embedding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -139,10 +140,61 @@ def test_other_attention_is_computed(
         minbert_fast.patch(model)(**given)
     minbert_fast.patch(changed(model))
     del fused_layers[:]
-    with pytest.warns(UserWarning, match=r"layer.\d.attention.self has .* runs the stock forward"):
+    with pytest.warns(UserWarning, match=r"another scaling|calls .*sharper in the place"):
         close(model(**given).last_hidden_state[0, 0], expected)
     assert not fused_layers
     assert (expected - unchanged).abs().max() > 1e-2
+
+
+def test_a_temperature_learns() -> None:
+    """A parameter that starts with the stock value got no gradient, and its later values were ignored."""
+    model, given = minbert_fast.patch(stock()), inputs()
+    attention = model.encoder.layer[1].attention.self
+    if not hasattr(attention, "scaling"):
+        pytest.skip("transformers of a version whose attention computes its scaling")
+    model.set_attn_implementation("eager")  # sdpa takes no tensor
+    attention.scaling = nn.Parameter(torch.tensor(attention.scaling, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="has another scaling"):
+        model(**given).last_hidden_state.square().sum().backward()
+    assert attention.scaling.grad
+
+
+REPLACED = ["BertModel", "BertEmbeddings", "BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention",
+            "BertSelfOutput", "BertIntermediate", "BertOutput", "feed_forward_chunk", "eager_attention_forward"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_functions_replaced_for_all_models_are_called(
+    name: str, monkeypatch: pytest.MonkeyPatch, fused_layers: list[Any]
+) -> None:
+    """`BertSelfAttention.forward = ...` acted on every model but patched ones."""
+    bert = transformers.models.bert.modeling_bert
+    places = {"feed_forward_chunk": bert.BertLayer, "eager_attention_forward": bert}
+    owner, attribute = (places[name], name) if name in places else (getattr(bert, name), "forward")
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def louder(*arguments: Any, **options: Any) -> Any:
+        out = original(*arguments, **options)
+        if isinstance(out, Tensor):
+            return 2 * out
+        if isinstance(out, tuple):
+            return 2 * out[0], *out[1:]
+        out.last_hidden_state = 2 * out.last_hidden_state
+        return out
+
+    model, given = stock(), inputs()
+    model.set_attn_implementation("eager")
+    unchanged = minbert_fast.patch(model)(**given).last_hidden_state[3]
+    del fused_layers[:]
+    with monkeypatch.context() as program:
+        program.setattr(owner, attribute, louder)
+        with pytest.warns(UserWarning, match="in the place of a function of transformers, so it runs the stock"):
+            got = model(**given).last_hidden_state[3]
+    assert not fused_layers
+    assert (got - unchanged).abs().max() > 1e-2
+    assert torch.equal(model(**given).last_hidden_state[3], unchanged)
+    assert len(fused_layers) == 3
 
 
 def test_a_decoder_sees_no_later_token(fused_layers: list[Any]) -> None:
@@ -201,6 +253,16 @@ def test_hooks_are_called(place: str) -> None:
     handle.remove()
     assert torch.equal(model(**given).last_hidden_state, expected)
     assert len(seen) == 1
+
+
+def test_attention_maps_once_cost_no_speed_afterwards(fused_layers: list[Any]) -> None:
+    """transformers 5 leaves hooks in the model, which do nothing until maps are asked for again."""
+    model, given = minbert_fast.patch(stock()), inputs()
+    model.set_attn_implementation("eager")
+    assert len(model(**given, output_attentions=True, output_hidden_states=True).attentions) == 3
+    assert not fused_layers
+    model(**given)
+    assert len(fused_layers) == 3
 
 
 def test_a_replica_computes_with_its_own_weights(fused_layers: list[Any]) -> None:
