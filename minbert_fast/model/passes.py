@@ -448,5 +448,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The weight's dtype, or autocast's, which leaves doubles as they are."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    chosen = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if chosen else weight.dtype

@@ -36,14 +36,22 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
     ) -> None:
-        if lr < 0.0:
-            raise ValueError(f"lr = {lr}: expected 0 or more")
-        check_settings(betas, eps, weight_decay)
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, settings)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with settings of their own. Raises ValueError as the constructor, which calls it, does."""
+        settings = self.defaults | param_group
+        if settings["lr"] < 0.0:
+            raise ValueError(f"lr = {settings['lr']}: expected 0 or more")
+        check_settings(settings["betas"], settings["eps"], settings["weight_decay"])
+        _refuse_other_updates(settings)
+        super().add_param_group(param_group)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes the state of torch's AdamW too, which has no `correct_bias` and counts steps in tensors."""
+        for group in state["param_groups"]:
+            _refuse_other_updates(group)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -100,6 +108,12 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(values, first, denominators, -size)
         if group["weight_decay"]:
             torch._foreach_add_(values, values, alpha=-lr * group["weight_decay"])
+
+
+def _refuse_other_updates(group: Mapping[str, Any]) -> None:
+    for name in ("amsgrad", "maximize"):  # of torch's optimizers
+        if group.get(name):
+            raise ValueError(f"{name} = {group[name]}: this AdamW has no {name}; use torch.optim.AdamW for it")
 
 
 class FlatAdamW:

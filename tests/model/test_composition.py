@@ -150,6 +150,15 @@ def test_autocast_trains_close_to_fp32(model: BertModel) -> None:
             assert cosine > 0.98, f"{name}: {cosine}"
 
 
+def test_autocast_leaves_a_model_in_doubles_as_it_is(model: BertModel) -> None:
+    """As in torch. The fused layers went on in bf16."""
+    ids = torch.randint(1, 50, (2, 7))
+    model.double().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, torch.ones_like(ids))["pooler_output"]
+    assert torch.equal(found, model(ids, torch.ones_like(ids))["pooler_output"])
+
+
 def test_fp16_autocast_on_a_cpu(model: BertModel) -> None:
     """The extension has no fp16, and fp32 activations once chose it."""
     ids, mask = rectangle()

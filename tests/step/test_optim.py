@@ -127,8 +127,24 @@ def test_grad_scaler_unscales_and_skips() -> None:
 
 @pytest.mark.parametrize("settings", [{"lr": -1.0}, {"eps": -1e-9}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}])
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
+    p = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=next(iter(settings))):
-        AdamW([nn.Parameter(torch.ones(1))], **settings)  # type: ignore[arg-type]
+        AdamW([p], **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        AdamW([{"params": [p], **settings}])
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize"])
+def test_another_update_in_a_group_or_a_state_is_refused(name: str) -> None:
+    """Groups kept the flag, and the update was AdamW's all the same."""
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"{name} = True: this AdamW has no {name}"):
+        AdamW([{"params": [p], name: True}])
+    p.grad = torch.ones(3)
+    theirs = torch.optim.AdamW([p], **{name: True})  # type: ignore[arg-type]
+    theirs.step()
+    with pytest.raises(ValueError, match=f"{name} = True: this AdamW has no {name}"):
+        AdamW([p]).load_state_dict(theirs.state_dict())
 
 
 def test_the_state_of_torchs_adamw_goes_on() -> None:
