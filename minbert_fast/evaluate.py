@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     model = MultitaskModel.load(options.checkpoint).to(device)
     recipe = Recipe.load(str(options.checkpoint / "recipe.toml"))
     if options.data is not None:
+        if not options.data.is_dir():
+            raise DataError(f"--data {options.data}: no such directory")
         if not any(is_in_directory(source) for task in model.tasks.values() for source in task.sources):
             raise ConfigError(
                 f"--data {options.data}: every task of this model names its own files; expected --task NAME --input FILE"
@@ -75,8 +77,10 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = Tokenizer.from_pretrained(options.checkpoint)
     tables = load_split(recipe, tokenizer, options.split, partial(print, file=sys.stderr), named)
     if not tables:
+        directory = recipe.data.directory
+        gone = "" if not directory or Path(directory).is_dir() else f"{directory} is no directory: "
         raise DataError(
-            f"no {options.split} rows for any of {', '.join(model.tasks)}; --data DIR or --task and --input"
+            f"{gone}no {options.split} rows for any of {', '.join(model.tasks)}; --data DIR or --task and --input"
         )
     precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
     count = sum(map(len, tables.values()))

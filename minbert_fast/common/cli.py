@@ -117,7 +117,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has exited, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except RunError as error:
         return _fail(error, str(error), error.status)
     except KeyboardInterrupt as error:

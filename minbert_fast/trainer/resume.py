@@ -91,7 +91,9 @@ def finished_line(output: Path, recipe: Recipe) -> str | None:
     if recipe.training.max_steps in (None, executed.training.max_steps):
         return f"{ended}, nothing is left to do; {onwards}"
     if not any((output / CHECKPOINTS).glob("step-*")):
-        raise ConfigError(f"{ended} and kept no checkpoint (checkpoint.keep = 0): {onwards}")
+        raise ConfigError(
+            f"{ended} and kept no checkpoint (checkpoint.keep = 0): choose another --output, or {onwards}"
+        )
     return None
 
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from minbert_fast.common import cli
@@ -22,3 +26,13 @@ def test_a_file_where_a_directory_is_expected_is_called_one(tmp_path, capsys):
     (tmp_path / "out").touch()
     assert cli.run(lambda _: (tmp_path / "out").mkdir(exist_ok=True), []) == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: is a file, expected a directory\n"
+
+
+def test_output_that_nobody_reads_is_no_success() -> None:
+    """`train | head -1` stopped at once with status 0, and a script went on."""
+    command = [sys.executable, "-m", "minbert_fast.recipes", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        assert run.stderr
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait()) == ("", 128 + signal.SIGPIPE)

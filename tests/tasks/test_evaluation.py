@@ -340,6 +340,7 @@ def test_errors_are_one_line_without_a_traceback(checkpoint, files, tmp_path, ca
         (["--checkpoint", checkpoint.parent, "--data", files], f"its model is {checkpoint}"),
         (["--checkpoint", tmp_path / "nowhere", "--data", files], "nowhere"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "empty"], "no dev rows for any of sentiment, paraphrase"),
+        (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], f"--data {tmp_path / 'nowhere'}: no such dir"),
         (["--checkpoint", checkpoint, "--sentiment", tmp_path / "bad.csv"], "bad.csv"),
         (["--checkpoint", checkpoint, "--sentiment", tmp_path / "none.csv"], "none.csv"),
         (["--checkpoint", checkpoint, "--data", files, "--device", "tpu"], "device 'tpu'"),
