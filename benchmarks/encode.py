@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from benchmarks import harness
+from benchmarks.gradients import CONFIGS
 from benchmarks.harness import Candidate, Ceilings, Row
-from minbert_fast import BertConfig, BertModel, Predictor
+from minbert_fast import BertModel, Predictor
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.formats import find_tables
 from minbert_fast.model import sentence_modules
@@ -142,9 +143,7 @@ def model_directory(shape: str, folder: Path) -> tuple[Path, str]:
     real = os.environ.get("MINBERT_FAST_MINILM")
     if shape == "MiniLM-L6" and real:
         return Path(real), "real weights"
-    config = BertConfig()
-    if shape == "MiniLM-L6":
-        config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    config = CONFIGS[shape]
     directory = folder / shape
     torch.manual_seed(0)
     BertModel(config).save_pretrained(directory)
