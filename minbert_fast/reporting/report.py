@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from minbert_fast.reporting import charts
+from minbert_fast.reporting.curves import curves
 from minbert_fast.reporting.next_steps import next_steps, without_surgery
 from minbert_fast.reporting.page import (
     Html,
@@ -29,9 +30,7 @@ from minbert_fast.reporting.page import (
 from minbert_fast.reporting.runs import Run, display_name, display_title, flatten, format_score, numbers, read_run
 from minbert_fast.reporting.task_sections import task_section
 from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metric, verdicts
-from minbert_fast.tasks.metrics import lower_is_better
 
-SHOWN_EVALUATIONS = 60
 SHOWN_NOTICES = 3  # more are folded
 COURSE = {  # the metrics in the course's score, and how it scales them
     "sentiment_accuracy": "sentiment accuracy",
@@ -50,7 +49,7 @@ def write_report(directory: Path) -> Path:
     plots: Plots = {}  # filled by the sections
     sections = [
         ("Other scores", _other_scores(run)),
-        ("Curves", _curves(run, plots)),
+        ("Curves", curves(run, plots)),
         *((display_title(name), task_section(name, task, plots)) for name, task in run.tasks.items()),
         ("Gradient conflicts", _conflicts(run, plots)),
         ("Where the time went", _time(run)),
@@ -148,72 +147,6 @@ def _other_scores(run: Run) -> str:
     columns = [(name, values) for name, values in columns if values.keys() & set(keys)]
     rows = [[display_name(key), *(format_score(values.get(key)) for _, values in columns)] for key in keys]
     return table("Other scores", ["metric", *(name for name, _ in columns)], rows) if rows else ""
-
-
-def _curves(run: Run, plots: Plots) -> str:
-    figures: list[str] = []
-    marks = run.stage_steps()
-
-    def add(name: str, label: str, caption: str, series: list[charts.Series], x: str = "step") -> None:
-        plots[name] = charts.line_chart(label, series, x, marks=marks if x == "step" else ())
-        figures.append(figure(caption, plots[name]))
-
-    def series_of(keys: list[str], marked: bool = False) -> list[charts.Series]:
-        return [charts.Series(display_name(key.partition("/")[2]), *run.column(key), marked=marked) for key in keys]
-
-    # One metric per task and the overall score.
-    primary = [key for name, task in run.tasks.items() if (key := primary_metric(name, task))]
-    primary = primary or [k.removeprefix("dev/") for k in run.keys("dev/") if k.endswith(("_accuracy", "_pearson"))]
-    scores = [f"dev/{key}" for key in (*primary, "score") if len(run.finite(f"dev/{key}"))]
-    for lower, words in ((False, "Dev scores"), (True, "Dev errors")):
-        if chosen := [key for key in scores if lower_is_better(key) == lower]:
-            caption = words if len(chosen) > 1 else f"{words}: {display_name(chosen[0].removeprefix('dev/'))}"
-            add("dev-errors" if lower else "dev", f"{words} over the steps", caption, series_of(chosen, marked=True))
-    for key in primary:
-        if len(run.finite(f"train/{key}")):
-            names = ("train", "dev")
-            pair = [charts.Series(n, *run.column(f"{n}/{key}", "epoch"), marked=True) for n in names]
-            title = f"Train against dev: {display_name(key)}"
-            add(f"overfitting-{key}", f"{title}, by epoch", title, pair, "epoch")
-    rows = []
-    for key in run.keys("loss/"):
-        name = key.removeprefix("loss/")
-        words, held_out = display_name(name), f"dev/{name}_loss"
-        lines = [charts.Series("training", *run.column(key), smooth=True)]
-        if len(run.finite(held_out)):
-            lines.append(charts.Series("dev", *run.column(held_out), marked=True))
-        add(f"loss-{name}", f"Loss of {words}", f"Loss: {words}", lines)
-        losses = run.finite(key)
-        if len(losses):
-            tenth = max(1, len(losses) // 10)
-            means = losses[:tenth].mean(), losses[-tenth:].mean()
-            rows.append([words, *(f"{value:.4g}" for value in (*means, losses.min()))])
-    if weights := run.keys("weight/"):
-        label = "Dynamic weights of the tasks' losses"
-        add("weights", label, "Dynamic weights of the losses", series_of(weights))
-    for key, caption in (("lr", "Learning rate"), ("grad_norm", "Gradient norm before clipping")):
-        if len(run.finite(key)):
-            one = charts.Series(caption, *run.column(key), smooth=key == "grad_norm")
-            add(key, f"{caption} over the steps", caption, [one])
-    if not figures:
-        return paragraph("No curves: metrics.jsonl has no values.")
-    text = "Thin lines are the logged values, thick ones their running mean."
-    text += " Dotted vertical lines: the next stage begins." if marks else ""
-    text += " A training loss is measured with dropout, a dev loss without." if run.keys("loss/") else ""
-    losses_table = table("Training losses", ["loss", "first tenth", "last tenth", "lowest"], rows) if rows else ""
-    evaluations = _evaluations(run, scores) if scores else ""
-    folded = collapsible("The curves in numbers", evaluations + losses_table)
-    return paragraph(text, "muted") + figure_grid(figures) + folded
-
-
-def _evaluations(run: Run, keys: list[str]) -> str:
-    rows = [
-        [f"{record['step']:,}", *(format_score(numbers(record).get(k)) for k in keys)]
-        for record in run.records
-        if any(k in record for k in keys)
-    ]
-    head = ["step", *(display_name(k.removeprefix("dev/")) for k in keys)]
-    return table("Evaluations", head, rows[-SHOWN_EVALUATIONS:], text_columns=0)
 
 
 def _conflicts(run: Run, plots: Plots) -> str:
