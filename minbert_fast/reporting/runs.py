@@ -36,7 +36,7 @@ class Run:
     records: list[dict[str, Any]]  # metrics.jsonl, one per step, steps ascending
     summary: dict[str, Any]  # summary.json
     details: dict[str, Any]  # predictions/details.json: {"split", "tasks"}
-    recipe: dict[str, Any]  # recipe.toml of the best or last model
+    recipe: dict[str, Any]  # recipe.toml of the best or last model, else of the run
     notices: tuple[str, ...]  # one line per missing or damaged file
 
     @property
@@ -120,7 +120,7 @@ def read_run(directory: Path) -> Run:
     records = _read_records(directory / "metrics.jsonl", notices)
     details = read_json(directory / "predictions" / "details.json", notices)
     recipe: dict[str, Any] = {}
-    for name in ("best", "last"):
+    for name in ("best", "last", "checkpoints"):  # a run that was aborted, or gave its models away, has the third
         path = directory / name / "recipe.toml"
         if path.is_file() and not recipe:
             try:

@@ -233,6 +233,13 @@ def test_a_missing_file_affects_only_its_own_section(tmp_path, missing):
     assert sum(tag == "h2" for tag, _ in page.tags) >= 6
 
 
+def test_a_run_without_a_model_has_its_recipe_beside_its_checkpoints(tmp_path):
+    """A comparison called the surgery of an aborted run "none"."""
+    directory = make_run(tmp_path / "run")
+    (directory / "best").rename(directory / "checkpoints")
+    assert read_run(directory).surgery == "pcgrad"
+
+
 def test_damaged_files_are_reported(tmp_path):
     directory = make_run(tmp_path / "run")
     with (directory / "metrics.jsonl").open("a") as file:
