@@ -246,10 +246,11 @@ class _Job:
             if share < 1:
                 rows = max(1, round(share * len(table)))
                 self.dev[name] = table.select(subset(len(table), rows, seed, f"dev/{name}"))
-        if count and not self.dev:
-            self.notify(
-                "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
-            )
+        if not self.dev:
+            values = [stage.recipe.training for stage in self.stages]
+            useless = {f"training.{k} = {v!r}": None for t in values for k, v in t.needing_evaluations().items()}
+            for each in useless:
+                self.notify(f"{each} has no effect: without dev rows there are no evaluations")
         train = {n: table for tables in self.data.train for n, table in tables.items() if count and n in self.dev}
         self.scored_train = {n: t.select(subset(len(t), count, seed, f"train/{n}")) for n, t in train.items()}
 

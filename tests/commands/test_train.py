@@ -317,12 +317,18 @@ def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) ->
     small_data(tmp_path / "data")
     for path in (tmp_path / "data").glob("*-dev.csv"):
         path.unlink()
-    output, all_rows = tmp_path / "run", ("--set", "data.holdout=0")
-    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2", *all_rows)) == 0
+    output, all_rows = tmp_path / "run", ("--set", "data.holdout=0", "--set", 'stages=[{training={start="best"}}]')
+    flags = ("--max-steps", "2", "--patience", "3", *all_rows)
+    assert cli.run(train.main, small_run(tmp_path / "data", output, *flags)) == 0
     assert (output / "best" / "model.safetensors").read_bytes() == (output / "last" / "model.safetensors").read_bytes()
     summary = json.loads((output / "summary.json").read_text())
     assert summary["dev"] == {}
     assert any("not evaluated; best/ will be the last model" in line for line in summary["notices"])
+    useless = "has no effect: without dev rows there are no evaluations"
+    assert [line for line in summary["notices"] if useless in line] == [
+        f"training.patience = 3 {useless}",
+        f"training.start = 'best' {useless}",
+    ]
 
 
 def test_tasks_without_a_named_file_are_reported(data: Path, tmp_path: Path) -> None:
