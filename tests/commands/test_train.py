@@ -426,6 +426,22 @@ def test_a_saved_recipe_alone_is_no_run(data: Path, tmp_path: Path) -> None:
     assert Recipe.load(str(own)).data.directory == str(data)
 
 
+def test_a_run_remembers_the_precision_that_auto_meant(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begun in bf16 could not go on on a processor without it: no flag was the one that it was started with."""
+    flags = ("--precision", "auto", "--max-steps", "2", "--stop-after", "1")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    assert cli.run(train.main, small_run(data, tmp_path / "run", *flags)) == 0
+    for native in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(f"torch.cpu.{native}", lambda: False)
+    again = ("--resume", "--output", str(tmp_path / "run"))
+    assert 'precision was "bf16", now "fp32"' in fails(capsys, *again, "--precision", "fp32")
+    assert cli.run(train.main, again) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["precision"], summary["finished"]) == ("bf16", True)
+
+
 def test_resuming_a_different_run_lists_the_differences(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
