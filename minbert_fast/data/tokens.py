@@ -165,7 +165,7 @@ def chain(name: str, tables: Sequence[TokenTable]) -> TokenTable:
     digest = hashlib.blake2b(" ".join(table.source_hash for table in files.values()).encode(), digest_size=16)
     return TableView(
         task=name,
-        path=Path("+".join(path.name for path in files)),
+        path=next(iter(files)) if len(files) == 1 else Path("+".join(path.name for path in files)),
         columns=tuple(Chained(column, begins) for column in zip(*(table.columns for table in tables), strict=True)),
         labels=np.concatenate(labels) if labels else None,
         ids=Chained(tuple(table.ids for table in tables), begins),

@@ -199,6 +199,11 @@ class TrainingOptions:
         check(0 <= self.seed < 2**63, f"seed = {self.seed}: expected 0 or more, below 2**63")
         check_below_one(self, "ema")
 
+    def needing_evaluations(self) -> dict[str, Any]:
+        """The values, by key, that have no effect on a run without evaluations."""
+        values = {key: getattr(self, key) for key in ("evaluate_train", "patience", "best_per_task", "start")}
+        return {key: value for key, value in values.items() if (value == "best" if key == "start" else value)}
+
 
 @dataclass(frozen=True)
 class CheckpointOptions:

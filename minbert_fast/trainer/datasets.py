@@ -96,9 +96,14 @@ def load_datasets(
     if without_dev:
         best = "" if dev else "; best/ will be the last model"
         notify(f"no dev rows for {', '.join(without_dev)}: trained, not evaluated{best}")
-    for table, task in {id(t): (t, tasks[n]) for tables in train for n, t in tables.items()}.values():
-        if cut := table.count_truncated(recipe.data.max_length, task.encoder):
-            notify(f"{table.path}: {cut:,} rows are cut to {recipe.data.max_length} tokens (data.max_length)")
+    cuts: dict[str, None] = {}  # tasks and stages that cut the same rows alike share a line
+    for stage, tables in zip(stages, train, strict=True):
+        limit, own = stage.data.max_length, build_tasks(stage)
+        for name, table in tables.items():
+            if cut := table.count_truncated(limit, own[name].encoder):
+                cuts[f"{show_path(table.path)}: {cut:,} rows are cut to {limit} tokens (data.max_length)"] = None
+    for line in cuts:
+        notify(line)
     recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
     return Datasets(
         recipe=without_tasks(recipe, [name for name in tasks if name not in kept], notify),

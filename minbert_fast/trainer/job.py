@@ -40,7 +40,7 @@ from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets, names_data
 from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
-from minbert_fast.trainer.resume import SHOWN_CHANGES, backend_of, finished_line, fixed_values
+from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values, settings_of
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.stages import StageContext, build_stage
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
@@ -108,11 +108,13 @@ class _Job:
         """Loads everything, trains, and writes last/, predictions, summary.json and the report."""
         check_trackers(self.options.report_to)
         self.commit = current_commit()  # read now: the checkout may change during a long run
-        self.precision = choose_precision(self.recipe.training.precision, self.device)
-        check(self.options.backend in BACKENDS, f"backend {self.options.backend!r}: expected {', '.join(BACKENDS)}")
-        self.backend: Backend = "fast" if self.options.backend == "auto" else self.options.backend
-        if self.options.resume and self.options.backend == "auto":
-            self.backend = backend_of(self.output) or "fast"
+        backend, precision = self.options.backend, self.recipe.training.precision
+        check(backend in BACKENDS, f"backend {backend!r}: expected {', '.join(BACKENDS)}")
+        if self.options.resume and (begun := settings_of(self.output)):  # `auto` may mean another precision here
+            backend = begun[0] if backend == "auto" else backend
+            precision = begun[1] if precision == "auto" else precision
+        self.precision = choose_precision(precision, self.device)
+        self.backend: Backend = "fast" if backend == "auto" else backend
         data = self.recipe.data
         self.own_data = bool(self.options.rows) or names_data(self.recipe)
         self.demonstration = not (self.recipe.model.name or data.directory or data.files or self.own_data)
@@ -246,10 +248,11 @@ class _Job:
             if share < 1:
                 rows = max(1, round(share * len(table)))
                 self.dev[name] = table.select(subset(len(table), rows, seed, f"dev/{name}"))
-        if count and not self.dev:
-            self.notify(
-                "training.evaluate_train: without dev files there are no evaluations, so no train scores either"
-            )
+        if not self.dev:
+            values = [stage.recipe.training for stage in self.stages]
+            useless = {f"training.{k} = {v!r}": None for t in values for k, v in t.needing_evaluations().items()}
+            for each in useless:
+                self.notify(f"{each} has no effect: without dev rows there are no evaluations")
         train = {n: table for tables in self.data.train for n, table in tables.items() if count and n in self.dev}
         self.scored_train = {n: t.select(subset(len(t), count, seed, f"train/{n}")) for n, t in train.items()}
 

@@ -214,8 +214,10 @@ class Trainer:
         start = str(self.stages[index].recipe.training.start)
         if self._needed(str(index), index):
             self._kept[str(index)] = copy_weights(self.model)  # the last weights of the stage that has just ended
-        if start != "last" and start in self._kept:  # without any finite score there is no best: the last ones stay
+        if start in self._kept:
             set_weights(self.model, self._kept[start])
+        elif start == "best":
+            self._progress.say(f"stage {index + 1} starts from the last weights: stage {index} has no finite score")
         self._kept = {n: w for n, w in self._kept.items() if n != "best" and self._needed(n, index + 1)}
         self.state.begin_stage(index)
 

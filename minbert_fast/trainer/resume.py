@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from minbert_fast.common.device import Precision
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.model.weights import CONFIG
@@ -113,11 +114,13 @@ def require_run(output: Path) -> None:
     raise ConfigError(f"--resume --output {output}: {missing}{hint}; to start a new run, leave --resume out")
 
 
-def backend_of(output: Path) -> Backend | None:
-    """The backend of the interrupted run under `output`, as its checkpoints say; None without a readable one."""
+def settings_of(output: Path) -> tuple[Backend, Precision] | None:
+    """Backend and precision of the interrupted run under `output`, as its checkpoints say; None without a readable one."""
     for state in (output / CHECKPOINTS).glob(f"step-*/{STATE}"):
         try:
-            return "reference" if read_json(state)["fingerprint"]["backend"] == "reference" else "fast"
+            found = read_json(state)["fingerprint"]
+            backend, precision = found["backend"], found["precision"]
         except (OSError, ValueError, KeyError, TypeError):  # damaged: reported when it is loaded
             continue
+        return "reference" if backend == "reference" else "fast", "bf16" if precision == "bf16" else "fp32"
     return None

@@ -317,12 +317,18 @@ def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) ->
     small_data(tmp_path / "data")
     for path in (tmp_path / "data").glob("*-dev.csv"):
         path.unlink()
-    output, all_rows = tmp_path / "run", ("--set", "data.holdout=0")
-    assert cli.run(train.main, small_run(tmp_path / "data", output, "--max-steps", "2", *all_rows)) == 0
+    output, all_rows = tmp_path / "run", ("--set", "data.holdout=0", "--set", 'stages=[{training={start="best"}}]')
+    flags = ("--max-steps", "2", "--patience", "3", *all_rows)
+    assert cli.run(train.main, small_run(tmp_path / "data", output, *flags)) == 0
     assert (output / "best" / "model.safetensors").read_bytes() == (output / "last" / "model.safetensors").read_bytes()
     summary = json.loads((output / "summary.json").read_text())
     assert summary["dev"] == {}
     assert any("not evaluated; best/ will be the last model" in line for line in summary["notices"])
+    useless = "has no effect: without dev rows there are no evaluations"
+    assert [line for line in summary["notices"] if useless in line] == [
+        f"training.patience = 3 {useless}",
+        f"training.start = 'best' {useless}",
+    ]
 
 
 def test_tasks_without_a_named_file_are_reported(data: Path, tmp_path: Path) -> None:
@@ -418,6 +424,22 @@ def test_a_saved_recipe_alone_is_no_run(data: Path, tmp_path: Path) -> None:
     own.write_text("")
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--max-steps", "1")) == 0
     assert Recipe.load(str(own)).data.directory == str(data)
+
+
+def test_a_run_remembers_the_precision_that_auto_meant(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begun in bf16 could not go on on a processor without it: no flag was the one that it was started with."""
+    flags = ("--precision", "auto", "--max-steps", "2", "--stop-after", "1")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    assert cli.run(train.main, small_run(data, tmp_path / "run", *flags)) == 0
+    for native in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(f"torch.cpu.{native}", lambda: False)
+    again = ("--resume", "--output", str(tmp_path / "run"))
+    assert 'precision was "bf16", now "fp32"' in fails(capsys, *again, "--precision", "fp32")
+    assert cli.run(train.main, again) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["precision"], summary["finished"]) == ("bf16", True)
 
 
 def test_resuming_a_different_run_lists_the_differences(

@@ -181,3 +181,17 @@ def test_no_dev_rows_are_taken_from_rows_that_the_run_trained_on(tokenizer: Toke
     alone = replace(data.recipe, tasks={"verdict": {**data.recipe.tasks["verdict"], "data": ONE}})
     assert load_split(alone, tokenizer, "dev", print) == {}
     assert len(load_split(alone, tokenizer, "train", print)["verdict"]) == 40
+
+
+def test_a_file_that_is_cut_is_named_once_for_all_its_tasks(tokenizer: Tokenizer) -> None:
+    """The line came once per task, with the bare name of a file whose texts alone are read, and without a stage's length."""
+    tasks = {name: {**SPLIT, "data": ONE} for name in ("first", "second")}
+    whole = Recipe(name="cut", tasks={**tasks, "texts_alone": {"kind": "masked-lm", "data": ONE}})
+    whole = whole.with_paths(lambda path: str(Path(path).absolute()))
+    stages = [{}, {"data": {"max_length": 3}}]
+    lines: list[str] = []
+    load_datasets(
+        whole.with_values({"data": {"holdout": 0, "max_length": 2}, "stages": stages}, ""), tokenizer, lines.append
+    )
+    cut = [f"{Path('one.csv').absolute()}: 40 rows are cut to {length} tokens (data.max_length)" for length in (2, 3)]
+    assert [line for line in lines if "are cut" in line] == cut

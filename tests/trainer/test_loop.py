@@ -369,7 +369,10 @@ def test_the_best_weights_of_a_stage_are_its_own_and_by_its_own_metric(tmp_path:
     assert before[12] == before[best + 1] != before[11]
 
 
-def test_without_an_evaluation_the_best_weights_are_the_last_ones(tmp_path: Path) -> None:
+def test_without_a_finite_score_the_best_weights_are_the_last_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run says so: a stage fell back to the last weights without a word."""
     stages = [{"training": {"max_steps": 3}}, {"training": {"start": "best"}}]
     runs = []
     for start in ("best", "last"):
@@ -377,6 +380,7 @@ def test_without_an_evaluation_the_best_weights_are_the_last_ones(tmp_path: Path
         runs.append(Run(tmp_path / start, RECIPE | {"stages": stages}, scores=lambda weight: math.nan))
         runs[-1].go()
     assert runs[0].files()["last/weight.json"] == runs[1].files()["last/weight.json"]
+    assert capsys.readouterr().out.count("stage 2 starts from the last weights: stage 1 has no finite score") == 1
 
 
 def test_each_tasks_best_model_is_kept_from_the_stages_that_train_it(tmp_path: Path) -> None:
