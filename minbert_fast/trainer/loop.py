@@ -280,6 +280,8 @@ class Trainer:
             state.record = self._report_dev(evaluation)
             self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
         state.evaluated = state.step
+        if self._saved == state.step:  # by a run that stopped before this evaluation: its checkpoint lacks the scores
+            self._saved = -1
 
     def _final_evaluation(self) -> State:
         """The state with the best evaluations, including one at the end of a run that `stop_after` cut between two.

@@ -490,6 +490,9 @@ def test_a_signal_aborts_an_evaluation_and_a_resumed_run_repeats_it(tmp_path: Pa
         assert moment in resumed.evaluations
         assert resumed.files() == whole.files()
         assert resumed.records() == whole.records()
+        kept = CheckpointStore(resumed.path / "checkpoints", 1).newest(pytest.fail)
+        assert kept is not None
+        assert (kept.step, kept.state["run"]["evaluated"]) == (12, 12), "a longer run goes on from these scores"
 
 
 @pytest.mark.parametrize("cut", [0, 2, 4, 5, 11, 12])
