@@ -48,3 +48,6 @@ def test_sample_data_needs_few_sizes_and_little_padding(scheme: str) -> None:
     assert {batch.packed.tokens.numel() for batch in batches} <= set(buckets.tokens)
     used = sum(batch.packed.num_tokens for batch in batches)
     assert sum(batch.packed.tokens.numel() for batch in batches) < 1.5 * used
+    # Attention has faster kernels for short sentences.
+    for longest, seqlen in ((64, (64,)), (100, (64, 100)), (256, (64, 128, 256)), (512, (64, 128, 256, 512))):
+        assert choose_buckets(sampler, tables, max_length=longest).seqlen == seqlen

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -82,6 +83,21 @@ def test_built_cached_and_in_memory_tables_are_equal(source: Path, tokenizer: To
     assert built.locate(3) == f"{source}:5"
     for row, text in enumerate(read_table(source, "paraphrase", max_bad_rows=0.1).sentences[0]):
         assert cached.columns[0][row].tolist() == tokenizer.encode([text])[0].tolist()
+
+
+def test_word_ids_above_65535_are_kept(source: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A multilingual BERT has 119,547 words: two bytes hold fewer."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(folder)
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["model"]["vocab"]["good"] = 70_000
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    large = Tokenizer.from_pretrained(folder)
+    built, cached = (load(source, large)[0] for _ in range(2))
+    for table in (built, cached):
+        assert table.columns[0][0].tolist() == large.encode([TEXTS[0]])[0].tolist()
+        assert 70_000 in table.columns[0][0].tolist()
 
 
 def test_lengths_of_separate_and_joint_sequences(source: Path, tokenizer: Tokenizer) -> None:

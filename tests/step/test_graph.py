@@ -155,17 +155,20 @@ def test_a_graph_sees_the_batch_the_seed_the_rate_and_the_orders_of_each_step(su
     chosen = recipe(surgery={"method": surgery}, model={"dropout": 0.1})
     eager = OnePassStep(make_model(chosen), chosen, torch.float32)
     graphed = GraphedStep(OnePassStep(make_model(chosen), chosen, torch.float32))
-    capacities = [{"token_capacity": n, "sentence_capacity": 20, "max_seqlen": 24} for n in (256, 320)]
+    sizes = [(256, 24), (320, 24), (320, 32)]  # attention is launched for sentences of up to `max_seqlen` tokens
+    capacities = [{"token_capacity": n, "sentence_capacity": 20, "max_seqlen": longest} for n, longest in sizes]
     expected, found = [], []
     for step in range(12):
-        batch = batch_of(step, **capacities[step % 2])
+        batch = batch_of(step, **capacities[step % 3])
         expected.append(eager(at_capacity(batch), 1.0 - step / 20))
-        found.append(graphed(batch.clone() if step % 3 else batch, 1.0 - step / 20))
+        found.append(graphed(batch.clone() if step % 4 else batch, 1.0 - step / 20))
     for one, two in zip(expected, found, strict=True):  # none of them is overwritten by a later replay
         for name in ("losses", "grad_norm", "gram", "nonfinite"):
             torch.testing.assert_close(getattr(two, name), getattr(one, name), atol=0, rtol=0)
     assert torch.equal(eager.flat.data, graphed.step.flat.data)
-    assert len(graphed) == 2
+    assert len(graphed) == graphed.captures.captured == 3
+    words = graphed.step.gradients.words(1, 1).data_ptr()  # replays write there, whatever the step uses by then
+    assert all(words in [t.data_ptr() for t in each.held[:2]] for each in graphed._captured.values())
 
 
 @pytest.mark.gpu

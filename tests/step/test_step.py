@@ -205,9 +205,14 @@ def test_an_unknown_module_falls_back_to_autograd_task_by_task() -> None:
 
 @pytest.mark.parametrize("surgery", ["none", "pcgrad"])
 @pytest.mark.parametrize(
-    "optimizer", [{"lr": 1e-3}, {"lr": 1e-3, "weight_decay": 0.1, "clip": 0.5, "layer_decay": 0.8}]
+    "optimizer",
+    [
+        {"lr": 1e-3},
+        {"lr": 1e-3, "weight_decay": 0.1, "clip": 0.5, "layer_decay": 0.8},
+        {"lr": 1e-2, "betas": [0.7, 0.9], "eps": 0.1, "correct_bias": False},
+    ],
 )
-def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, float]) -> None:
+def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, Any]) -> None:
     chosen = recipe(surgery={"method": surgery}, optimizer=optimizer)
     fast_model = make_model(chosen)
     slow_model = copy.deepcopy(fast_model)

@@ -403,6 +403,13 @@ def test_gradvac_starts_as_pcgrad_and_continues_from_its_state() -> None:
         assert all(map(torch.equal, after, [resumed(J @ J.T) for _ in range(3)]))
 
 
+def test_gradvacs_targets_move_by_a_hundredth_of_the_way() -> None:
+    """The paper's beta, which `surgery.weights("gradvac")` uses."""
+    ours = surgery.weights("gradvac")
+    ours(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+    assert ours.state_dict()["targets"].flatten().tolist() == pytest.approx([0.0, -0.005, -0.005, 0.0])
+
+
 @pytest.mark.parametrize("result", [2.0, [0.5, 0.5], torch.ones(3, 1), torch.ones(4)])
 @pytest.mark.parametrize("kind", ["host", "callable"])
 def test_weights_of_another_shape_are_refused(kind: str, result: object) -> None:

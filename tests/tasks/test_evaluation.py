@@ -131,10 +131,14 @@ def test_two_tasks_do_not_write_one_prediction_file():
 
 def test_evaluation_does_not_change_the_model(model, tables):
     before = {key: t.clone() for key, t in model.state_dict().items()}
+    expected = evaluate(model, tables)
     model.train()
     try:
-        evaluate(model, {"similarity": tables["similarity"]})
+        found = evaluate(model, tables)  # without dropout, in the middle of training
         assert model.training
+        for name, result in expected.tasks.items():
+            assert np.array_equal(found.tasks[name].predictions, result.predictions)
+        assert found.metrics == expected.metrics
     finally:
         model.eval()
     assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())

@@ -21,6 +21,12 @@ def test_linear_warms_up_and_decays_to_almost_zero() -> None:
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
+def test_a_share_of_the_steps_is_rounded_to_the_nearest_step() -> None:
+    """0.1 of 17 steps is 2; 0.29 of 100 is 29, though the product is slightly less."""
+    assert scales(17, 17, warmup=0.1)[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 14 / 15])
+    assert scales(100, 100, warmup=0.29, schedule="constant").index(1.0) == 29
+
+
 def test_without_warmup_the_first_step_has_the_full_rate() -> None:
     for schedule in ("linear", "cosine", "exponential", "constant"):
         assert scales(7, 3, warmup=0.0, schedule=schedule)[0] == 1.0
