@@ -10,9 +10,11 @@ from minbert_fast.surgery.base import Array, OnHost
 
 
 def weights(gram: Array) -> Array:
-    """w [T] from G [T, T], whose largest square is 1; the step uses the gradient w J, times T with reduction "sum"."""
-    lengths = np.sqrt(gram.diagonal())
-    shares: Array = np.where(lengths > 0, 1 / np.maximum(lengths, 1e-12), 0) / len(gram)
+    """w [T] from G [T, T] of the T tasks that have a gradient; the step uses w J, times T with reduction "sum".
+
+    The largest square in G is 1.
+    """
+    shares: Array = 1 / np.sqrt(gram.diagonal()) / len(gram)
     return shares
 
 

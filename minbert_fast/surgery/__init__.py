@@ -11,8 +11,9 @@ Each method is one file of its name, with the formula, an example, and `weights(
     torchjd.py    TorchJD's weightings as methods of ours
     wrapper.py    `PCGrad(optimizer)`, the optimizer wrapper for course code
 
-A method averages the tasks as published with reduction "mean"; "sum" is T times that. A task whose gradient is not
-finite (or whose squared norm overflows fp32) gets weight 0 and does not influence the others' weights.
+A method averages the tasks as published with reduction "mean"; "sum" is T times that. A task whose gradient is zero does
+not influence the others' part in the sum. Nor does one whose gradient is not finite (or whose squared norm overflows fp32);
+it gets weight 0.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ class Weights:
 class OnHost(Weights):
     """A method solved on the host in fp64.
 
-    `solve` maps the G of the finite tasks, scaled to a largest square of 1, to the weights of their average. ValueError if
-    it gives another number of weights.
+    `solve` maps the G of the finite tasks that have a gradient, scaled to a largest square of 1, to the weights of their
+    average. ValueError if it gives another number of weights. A task without a gradient, such as one without examples in
+    the batch, gets weight 0 and does not change the sum of the others.
     """
 
     def __init__(self, solve: Callable[[Array], Array], reduction: Reduction = "sum") -> None:
@@ -55,14 +56,14 @@ class OnHost(Weights):
     def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
         tasks = gram.shape[0]
         full = gram.detach().double().cpu().numpy()
-        used = np.isfinite(full.diagonal())
+        used = np.isfinite(full.diagonal()) & (full.diagonal() > 0)
         w = torch.zeros(tasks, dtype=torch.float64)
         if used.any():
-            finite = full[used][:, used]
-            largest = finite.diagonal().max()
-            solution = np.asarray(self.solve(finite / largest if largest > 0 else finite), dtype=np.float64)
-            check_shape(self.solve, solution.shape, len(finite))
-            w[torch.from_numpy(used)] = torch.from_numpy(solution) * (tasks if self.reduction == "sum" else 1)
+            full = full[used][:, used]
+            solution = np.asarray(self.solve(full / full.diagonal().max()), dtype=np.float64)
+            check_shape(self.solve, solution.shape, len(full))
+            factor = len(full) if self.reduction == "sum" else len(full) / tasks
+            w[torch.from_numpy(used)] = torch.from_numpy(solution) * factor
         return w.to(gram)
 
 

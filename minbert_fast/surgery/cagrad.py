@@ -24,15 +24,9 @@ def weights(gram: Array, c: float = 0.5) -> Array:
 
     Since |x| = min over s of (s + |x|^2 / s) / 2, a J + (s / c|g|) g is the shortest combination of the g_i + (s / c|g|) g,
     for the s that equals |a J|. |a J| / s falls with s, so regula falsi (with the Illinois rule) on its logarithm finds s.
-
-    A task without a gradient, such as one without examples in the batch, is not the worst-off one: it gets weight 0.
     """
     w = np.zeros(len(gram))
-    used = gram.diagonal() > 0
-    if not used.any():
-        return w
-    gram = gram[np.ix_(used, used)]
-    mean = np.full(len(gram), 1 / len(w))
+    mean = np.full(len(gram), 1 / len(gram))
     towards = gram @ mean
     square = max(float(mean @ towards), 0.0)
     radius = c * math.sqrt(square)
@@ -67,5 +61,5 @@ def weights(gram: Array, c: float = 0.5) -> Array:
             high, at_high, at_low = middle, value, at_low / 2 if side < 0 else at_low
             side = -1
     if norm > 1e-6 * (a @ lengths):  # else the gradients cancel out
-        w[used] = mean + radius / norm * a
+        w = mean + radius / norm * a
     return w

@@ -7,7 +7,7 @@
     G a = 1 / a for a > 0,    w = a / T
 
 The paper's a adds the gradients, so it is what reduction "sum" gives, of a G whose largest square is 1: without that scale
-the step would not depend on the gradients' lengths. A task without a gradient gets weight 0.
+the step would not depend on the gradients' lengths.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ def weights(gram: Array) -> Array:
     self-concordant, so damped Newton steps converge from anywhere.
     """
     tasks = len(gram)
-    w = np.zeros(tasks)
-    used = gram.diagonal() > 0
-    lengths = np.sqrt(gram.diagonal()[used])
-    cosines = gram[np.ix_(used, used)] / np.outer(lengths, lengths) + _RIDGE * np.eye(len(lengths))
-    b = np.ones(len(lengths))
+    lengths = np.sqrt(gram.diagonal())
+    cosines = gram / np.outer(lengths, lengths) + _RIDGE * np.eye(tasks)
+    b = np.ones(tasks)
     for _ in range(200):
         slope = cosines @ b - 1 / b
         step = np.linalg.solve(cosines + np.diag(1 / b**2), slope)
@@ -38,5 +36,5 @@ def weights(gram: Array) -> Array:
         b = b - step / (1 + decrement if decrement > 0.25 else 1)
         if decrement < 1e-10:
             break
-    w[used] = b / lengths / tasks
+    w: Array = b / lengths / tasks
     return w

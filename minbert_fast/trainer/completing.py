@@ -55,6 +55,12 @@ def complete(
         if alike := _alike(values.get("classes", ())):
             merged = 'data.values = { OLD = "NEW" } merges classes'
             notify(f"tasks.{name}: classes that differ in case alone: {'; '.join(alike)} ({merged})")
+    for index, stage in enumerate(recipe.resolved_stages() if recipe.stages else ()):
+        for name, task in build_tasks(stage).items():
+            if not task.resolved:  # a stage may balance classes where the recipe does not
+                found = {"tasks": {name: task.resolve(summarise(name, task.num_texts))}}
+                stages = [merge(own, found) if i == index else own for i, own in enumerate(recipe.stages)]
+                recipe = replace(recipe, stages=tuple(stages))
     return recipe
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minbert_fast import evaluate, train
+from minbert_fast import evaluate, fit, train
 from minbert_fast.common.schema import ConfigError
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
 from tests.small import small_data, small_run
 
@@ -68,3 +69,18 @@ def test_a_stage_cannot_set_a_value_of_the_run(value: str, message: str, tmp_pat
     recipe.write_text(f'name = "staged"\ndescription = "-"\n[[stages]]\n{value}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         train.main(small_run(small_data(tmp_path / "data"), tmp_path / "run", "--recipe", str(recipe)))
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel"])
+def test_a_stage_balances_the_classes_by_itself(kind: str, tmp_path: Path) -> None:
+    """`class_weights = "balanced"` in a stage alone had no effect: the classes were counted for the recipe's own options."""
+    rows = [{"text": f"word {i}", "label": "rare" if i % 4 == 0 else "common"} for i in range(40)]
+    stages = [{"tasks": {"topic": {}}}, {"tasks": {"topic": {"class_weights": "balanced"}}}]
+    values = {"stages": stages, "data": {"holdout": 0.0}, "training": {"max_steps": 2}}
+    data = {"topic": {"train": rows, "text": "text", "label": "label", "kind": kind}}
+    output = fit(values, data=data, output=tmp_path / "run").output
+    head = MultitaskModel.load(output / "last").head("topic")
+    expected = {"classification": {"rare": 2.0, "common": 2 / 3}, "multilabel": {"rare": 3.0, "common": 1 / 3}}[kind]
+    assert dict(zip(head.options.classes, head.class_weights.tolist(), strict=True)) == pytest.approx(expected)
+    first = Recipe.load(str(output / "last" / "recipe.toml")).resolved_stages()[0]
+    assert "class_counts" not in first.tasks["topic"]
