@@ -204,12 +204,12 @@ def test_figures_show_every_value(results: Path, tmp_path: Path) -> None:
 
 
 def test_conflicts_of_a_run_give_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(tmp_path / "run")  # every fourth of the 40 steps has cosine -0.25, the others 0.5
+    run = make_run(tmp_path / "run")  # two pairs: each has cosine -0.25 in ten of the 40 steps, else 0.5
     monkeypatch.setattr(conflicts, "RESULTS", tmp_path / "conflicts.json")
     assert conflicts.main([str(run), "tiny"]) == 0
     text = readme.conflicts_table(tmp_path)
     assert "| sentiment · similarity | +0.312 | 0.438 | -0.250 | 25% |" in text
-    assert "in 25% of the steps" in text
+    assert "in 50% of the steps" in text, "the pairs' steps differ"
     assert "tiny, pcgrad, 40 steps, fp32 products on a cpu, torch 2.99" in text
     readme.write_figures(tmp_path, tmp_path)
     ElementTree.parse(tmp_path / "conflicts.svg")
