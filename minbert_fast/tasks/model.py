@@ -285,9 +285,13 @@ class MultitaskModel(nn.Module):
             if not (directory / name).is_file():
                 raise ConfigError(f"{directory}: no trained model, it holds no {name}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
-        found = weights.read_safetensors(directory / "heads.safetensors")
-        with safe_open(directory / "heads.safetensors", "pt") as file:
-            begun = int((file.metadata() or {}).get(BEGUN, 0))
+        heads = directory / "heads.safetensors"
+        found = weights.read_safetensors(heads)
+        with safe_open(heads, "pt") as file:
+            text = (file.metadata() or {}).get(BEGUN, "0")
+        begun, most = int(text) if text.isascii() and text.isdigit() else -1, len(recipe.resolved_stages())
+        if not 0 <= begun <= most:
+            raise ConfigError(f"{heads}: its {BEGUN} are {text!r}, expected a number from 0 to {most}")
         try:
             tasks = build_tasks(recipe, begun)
         except ConfigError as error:
@@ -296,7 +300,7 @@ class MultitaskModel(nn.Module):
         model = cls(encoder, tasks, recipe.model.pooling)
         model.begun = begun
         expected = model._head_tensors(model.heads)
-        weights.check_keys(expected, found, str(directory / "heads.safetensors"))
+        weights.check_keys(expected, found, str(heads))
         with torch.no_grad():
             for key, tensor in expected.items():
                 tensor.copy_(found[key])
