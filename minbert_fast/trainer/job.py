@@ -338,35 +338,33 @@ class _Job:
     # ---- Training and evaluation ------------------------------------------------------------------------------------
 
     def _train(self, checkpoint: Checkpoint | None) -> loop.Outcome:
-        trainer = loop.Trainer(
-            recipe=self.recipe,
-            stages=self.stages,
-            model=self.model,
-            files=self.files,
-            evaluate=self._evaluate,
-            save=self._save,
-            constants={
-                "fingerprint": self.fingerprint(),
-                "environment": describe_environment(self.device),
-                "steps": [stage.steps for stage in self.stages],
-            },
-            judged_by={name: self.data.tasks[name].primary for name in self.dev},
-            fetch_every_step=self.device.type == "cpu",
-            world=self.world,
-            callbacks=self.options.callbacks,
-            stop_after=self.options.stop_after,
-        )
         train = {name: table for tables in self.data.train for name, table in tables.items()}
         rows = ", ".join(f"{name} {len(table):,}" for name, table in train.items())
+        steps = [stage.steps for stage in self.stages]
         self._print(
-            f"recipe {self.recipe.name}: {trainer.total:,} steps on {self.device.type} in {self.precision}, "
+            f"recipe {self.recipe.name}: {sum(steps):,} steps on {self.device.type} in {self.precision}, "
             f"{self.backend} backend; training rows: {rows}; results in {self.files.path} ({self.room})"
         )
         first_step = 0 if checkpoint is None else checkpoint.step
         report_to = self.options.report_to if self.world.is_main else ()
+        environment = describe_environment(self.device)
         with closing(open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe)))) as trackers:
             self.files.metrics.on_record = trackers
-            return trainer.run(checkpoint)
+            return loop.Trainer(
+                recipe=self.recipe,
+                stages=self.stages,
+                model=self.model,
+                files=self.files,
+                evaluate=self._evaluate,
+                save=self._save,
+                constants={"fingerprint": self.fingerprint(), "environment": environment, "steps": steps},
+                checkpoint=checkpoint,
+                judged_by={name: self.data.tasks[name].primary for name in self.dev},
+                fetch_every_step=self.device.type == "cpu",
+                world=self.world,
+                callbacks=self.options.callbacks,
+                stop_after=self.options.stop_after,
+            ).run()
 
     def _save(self, directory: Path) -> None:
         self.model.save(directory, self.recipe.to_toml(), self.tokenizer)

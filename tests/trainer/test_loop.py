@@ -161,11 +161,12 @@ class Run:
                 evaluate=self.evaluate,
                 save=self.save,
                 constants={"fingerprint": "x"},
+                checkpoint=checkpoint,
                 judged_by=self.judged_by,
                 fetch_every_step=self.eager,
                 stop_after=self.stop_after,
             )
-            outcome = self.trainer.run(checkpoint)
+            outcome = self.trainer.run()
             files.write_directory("last", self.save)
             return outcome
 
