@@ -19,7 +19,7 @@ from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import World

@@ -22,7 +22,7 @@ from torch import Tensor
 from minbert_fast.common import huge_pages
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe, RegularisationOptions
 from minbert_fast.step.flat import FlatParameters
