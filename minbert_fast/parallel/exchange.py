@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from minbert_fast.parallel.world import World
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, ParameterGroup, TaskGradients
 from minbert_fast.step.hooks import Exchange
 from minbert_fast.step.optim import FlatAdamW

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from minbert_fast.common import huge_pages
 from minbert_fast.parallel.exchange import AllReduce, Span, spans
 from minbert_fast.parallel.world import World
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import ALIGNMENT, FlatParameters, TaskGradients, UpdateRange
 from minbert_fast.step.hooks import Connect
 from minbert_fast.step.optim import FlatAdamW

@@ -24,7 +24,8 @@ from minbert_fast.data.messages import DataError
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
-from minbert_fast.recipes.recipe import SPLITS, Recipe, recipe_names
+from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.recipes.sections import SPLITS
 from minbert_fast.reporting.runs import read_run
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.completing import task_tables
