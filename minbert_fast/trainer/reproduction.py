@@ -26,6 +26,7 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.model.weights import resolve
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.recipes.sections import SPLITS
+from minbert_fast.reporting.markdown import aligned_table
 from minbert_fast.reporting.runs import read_run
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.completing import task_tables
@@ -271,7 +272,7 @@ def table(rows: Iterable[Row]) -> str:
         epochs = " + ".join(f"{epochs:g}" for epochs in row["epochs"])
         name = row["recipe"] + (f" (without {', '.join(row['without'])})" if row["without"] else "")
         lines.append([name, *cells, epochs, "failed" if row["failure"] else f"{row['steps']:,}"])
-    return experiments.markdown_table(head, lines)
+    return aligned_table(head, lines)
 
 
 def _cell(published: float | None, found: float | None) -> str:
@@ -299,7 +300,7 @@ def comparisons(rows: Mapping[str, Row]) -> str:
         return ""
     head = ["the report says", "rows", "by", "published", "measured", "margin", "holds"]
     return (
-        f"{experiments.markdown_table(head, lines)}\nA comparison is unclear if the measured scores differ by less than the "
+        f"{aligned_table(head, lines)}\nA comparison is unclear if the measured scores differ by less than the "
         "margin, two standard errors of\ntheir difference over the dev rows. Each row is one run; another seed may move a "
         "score as far. Rows with other weights, data\nor --epochs-scale are not compared.\n"
     )
@@ -347,7 +348,7 @@ def published_table() -> str:
         minutes = "" if published.seconds is None else f"{published.seconds / 60:.0f} min"
         place = ": ".join(filter(None, (published.table, published.row)))
         lines.append([f"`{recipe.name}`", place, *(_triple(getattr(published, s)) for s in SPLITS), minutes])
-    return experiments.markdown_table(["recipe", "the report's row", *SPLITS, "time"], lines)
+    return aligned_table(["recipe", "the report's row", *SPLITS, "time"], lines)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
