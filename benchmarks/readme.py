@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import ablation, conflicts, figures
 from minbert_fast import compare
 from minbert_fast.recipes.recipe import Recipe, recipe_names
-from minbert_fast.reporting import markdown
+from minbert_fast.reporting import markdown, published
 from minbert_fast.trainer import reproduction
 
 ROOT = Path(__file__).parents[1]
@@ -66,10 +66,10 @@ def published_rows(results: Path = RESULTS) -> str:
     """The reports' rows, then published beside measured scores of those that `reproduce` has run."""
     path = results / "reproduced.json"
     rows = reproduction.read_rows(path)
-    parts = [reproduction.published_table()]
+    parts = [published.published_table()]
     if rows:
-        parts.append(reproduction.page(rows))
-    missing = [name for name in reproduction.published_names() if name not in rows]
+        parts.append(published.page(rows))
+    missing = [name for name in published.published_names() if name not in rows]
     if missing:
         command = "python -m minbert_fast.reproduce --data DIR --model DIR --output DIR"
         names = ", ".join(missing) if rows else "all of them"
