@@ -16,10 +16,10 @@ from minbert_fast.trainer import reproduction
 
 def row_with(recipe: str, rows: dict[str, int], **dev: float) -> dict[str, Any]:
     """A finished row whose published dev scores are 0.5."""
-    published = {"dev": dict.fromkeys(dev, 0.5), "train": {}, "test": {}}
+    stated = {"dev": dict.fromkeys(dev, 0.5), "train": {}, "test": {}}
     return {
         "recipe": recipe,
-        "published": published,
+        "published": stated,
         "measured": {"dev": dev},
         "dev_rows": rows,
         "failure": "",
