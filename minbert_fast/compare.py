@@ -41,9 +41,9 @@ from minbert_fast.reporting.runs import TRAINING_PARTS, read_run
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
-from minbert_fast.trainer.datasets import names_data
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
+from minbert_fast.trainer.table_reader import names_data
 
 NONE = "none"  # summed losses, the baseline of the comparison
 FORMULA = (

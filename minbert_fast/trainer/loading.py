@@ -27,9 +27,10 @@ from minbert_fast.step.captured import Captures
 from minbert_fast.tasks import MultitaskModel, evaluation
 from minbert_fast.tasks.unused import unused_values
 from minbert_fast.trainer import plan
-from minbert_fast.trainer.datasets import Datasets, Rows, load_datasets, names_data
+from minbert_fast.trainer.datasets import Datasets, load_datasets
 from minbert_fast.trainer.resume import fixed_values
 from minbert_fast.trainer.stages import StageContext, build_stage
+from minbert_fast.trainer.table_reader import Rows, names_data
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 Notify = Callable[[str], None]
