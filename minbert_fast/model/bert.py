@@ -31,6 +31,7 @@ from minbert_fast.model import fused, passes, weights
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.packing import PackedBatch
 from minbert_fast.model.rows import DenseRows, PackedRows, expanded, extended_mask
+from minbert_fast.model.weight_files import WeightsError, some
 
 
 class BertSelfAttention(nn.Module):
@@ -288,10 +289,10 @@ class BertModel(nn.Module):
         if missing:
             warnings.warn(f"{where} has no pooler: it starts from fresh random weights", stacklevel=2)
         if own:
-            words = f"{where} has no {weights.some(own)}: these start as {cls.__name__} draws them"
+            words = f"{where} has no {some(own)}: these start as {cls.__name__} draws them"
             warnings.warn(words, stacklevel=2)
         if left:
-            warnings.warn(f"{where}: the encoder alone is loaded; left out: {weights.some(left)}", stacklevel=2)
+            warnings.warn(f"{where}: the encoder alone is loaded; left out: {some(left)}", stacklevel=2)
         model.load_state_dict(dict(tensors), strict=False)
         info = {
             "missing_keys": missing.union(own),
@@ -327,7 +328,7 @@ class BertModel(nn.Module):
             words = f"{foreign[0]} is not a weight of BERT" if foreign else f"{missing[0]} is missing"
             more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
             advice = "merge or remove its module, or use torch.save(model.state_dict())"
-            raise weights.WeightsError(f"{words}{more}: {advice}")
+            raise WeightsError(f"{words}{more}: {advice}")
         del tensors[weights.POSITIONS]  # no file has them
         config = dataclasses.replace(config, **weights.sizes_of(tensors))
         with torch.device("meta"):
@@ -335,7 +336,7 @@ class BertModel(nn.Module):
         try:
             fused.expect_counting(self, self.position_ids)
         except fused.NotExactError as found:
-            raise weights.WeightsError(f"save_pretrained: BertModel {found}, and no file can say so") from None
+            raise WeightsError(f"save_pretrained: BertModel {found}, and no file can say so") from None
         return config, tensors
 
     # ---- The fused path ------------------------------------------------------------------------------------------
