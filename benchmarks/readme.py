@@ -303,7 +303,7 @@ def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _any_model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Times relative to the step without surgery: ratios, because the machine's load changes the milliseconds."""
-    lines = []
+    lines: list[tuple[str, str, str]] = []
     for case in _in_order(rows):
         found = [row for row in rows if row["case"] == case and row["median"]]
         floor = next((row["median"] for row in found if row["name"] == "summed losses"), None)
