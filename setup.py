@@ -6,8 +6,8 @@
     csrc/cuda/*.cu   compiled by nvcc when there is one; left out, saying so, when not
 
 Environment: MINBERT_FAST_CUDA=0 leaves CUDA out, =1 makes its absence an error; MINBERT_FAST_CUDA_ARCHITECTURES names
-the chips to build for ("90"; all); CUDA_HOME, CXX, CXXFLAGS, LDFLAGS as
-everywhere; MAX_JOBS bounds the compilers that run at once. Nothing here needs torch.
+the chips to build for ("90"; all); CUDA_HOME, CXX, CXXFLAGS, LDFLAGS as everywhere; MAX_JOBS bounds the compilers that run
+at once. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".cu"))
+HEADERS = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
+CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 # Floating-point contraction and vectorised square roots are wanted; reassociation is not (results stay reproducible).
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
@@ -100,28 +103,45 @@ def architecture_flags(nvcc: Path) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
+def accepts(flags: list[str]) -> bool:
+    """Whether the compiler can build and link a program with `flags`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "try.cpp")
+        source.write_text("int main() { return 0; }\n")
+        command = [*CXX, *flags, str(source), "-o", str(Path(folder, "try"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def compile_source(source: Path, command: list[str], folder: Path) -> Path:
+    """The object of `source` under `command`: its name holds a digest of the command, so flags never mix."""
+    digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
+    target = folder / f"{source.stem}-{digest}{'.cuo' if source.suffix == '.cu' else '.o'}"
+    newest = max(path.stat().st_mtime for path in (source, *HEADERS))
+    if not target.exists() or target.stat().st_mtime <= newest:
+        partial = target.with_suffix(".partial.o")
+        run([*command, "-c", str(source), "-o", str(partial)])
+        partial.replace(target)
+    return target
+
+
 class BuildNative(build_ext):
     """Compiles what changed, all at once, then links."""
 
     def build_extension(self, ext: Extension) -> None:
-        self.cxx = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-        self.temp = Path(self.build_temp)
-        self.temp.mkdir(parents=True, exist_ok=True)
-        headers = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]
-        self.newest_header = max((h.stat().st_mtime for h in headers), default=0.0)
-
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         libraries: list[str] = []
         defines: list[str] = []
         flags = [*CXX_FLAGS, *WARNINGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        if self.accepts(["-fopenmp"]):
+        if accepts(["-fopenmp"]):
             flags.append("-fopenmp")
             libraries.append("-fopenmp")
         else:
             print("minbert_fast: the compiler has no OpenMP: CPU kernels will run on one thread")
         levels = {"portable": list[str]()}
         if platform.machine() in ("x86_64", "AMD64"):
-            levels |= {isa: extra for isa, extra in X86_FLAGS.items() if self.accepts(extra)}
+            levels |= {isa: extra for isa, extra in X86_FLAGS.items() if accepts(extra)}
         defines += [f"-DMINBERT_HAS_{isa.upper()}" for isa in levels]
 
         jobs: list[tuple[Path, list[str]]] = []
@@ -133,45 +153,28 @@ class BuildNative(build_ext):
             jobs += [(s, [str(nvcc), *cuda_flags]) for s in sorted(CSRC.glob("cuda/*.cu"))]
         # Portable objects are linked first: should two of them hold one inline function of the standard library,
         # the linker keeps the first, which every processor can run.
-        jobs += [(s, [*self.cxx, *flags, *defines, *includes]) for s in sorted(CSRC.glob("*.cpp"))]
+        jobs += [(s, [*CXX, *flags, *defines, *includes]) for s in sorted(CSRC.glob("*.cpp"))]
         for isa, extra in levels.items():
-            command = [*self.cxx, *flags, *extra, f"-DMINBERT_ISA={isa}", *defines, f"-I{CSRC}"]
+            command = [*CXX, *flags, *extra, f"-DMINBERT_ISA={isa}", *defines, f"-I{CSRC}"]
             jobs += [(s, command) for s in sorted(CSRC.glob("cpu/*.cpp"))]
 
         workers = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
         with ThreadPoolExecutor(workers) as pool:
-            objects = list(pool.map(lambda job: self.compile(*job), jobs))
+            objects = list(pool.map(lambda job: compile_source(*job, folder), jobs))
         objects.sort(key=lambda path: path.suffix == ".cuo")
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         link = shlex.split(sysconfig.get_config_var("LDCXXSHARED") or "c++ -shared")
-        link[:1] = self.cxx
+        link[:1] = CXX
         run([*link, *map(str, objects), *shlex.split(os.environ.get("LDFLAGS", "")), *libraries, "-o", str(target)])
 
-    def compile(self, source: Path, command: list[str]) -> Path:
-        """The object of `source` under `command`: its name holds a digest of the command, so flags never mix."""
-        digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
-        target = self.temp / f"{source.stem}-{digest}{'.cuo' if source.suffix == '.cu' else '.o'}"
-        newest = max(source.stat().st_mtime, self.newest_header)
-        if not target.exists() or target.stat().st_mtime <= newest:
-            partial = target.with_suffix(".partial.o")
-            run([*command, "-c", str(source), "-o", str(partial)])
-            partial.replace(target)
-        return target
 
-    def accepts(self, flags: list[str]) -> bool:
-        """Whether the compiler can build and link a program with `flags`."""
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "try.cpp")
-            source.write_text("int main() { return 0; }\n")
-            command = [*self.cxx, *flags, str(source), "-o", str(Path(folder, "try"))]
-            return subprocess.run(command, capture_output=True).returncode == 0
+def relative(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
 
 
-sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".cpp", ".cu"))
-headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
 setup(
-    ext_modules=[Extension("minbert_fast._C", sources, depends=headers)],
+    ext_modules=[Extension("minbert_fast._C", relative(SOURCES), depends=relative(HEADERS))],
     cmdclass={"build_ext": BuildNative},
 )

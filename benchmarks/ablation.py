@@ -29,8 +29,9 @@ from minbert_fast.common.schema import merge
 from minbert_fast.common.storage import write_json
 from minbert_fast.data.formats import find_tables
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting.markdown import aligned_table
 from minbert_fast.tasks import build_tasks
-from minbert_fast.trainer.experiments import Trial, markdown_table, run_or_resume
+from minbert_fast.trainer.experiments import Trial, run_or_resume
 
 HELD_OUT = 10  # one row in ten
 SPLIT_SEED = 7
@@ -191,7 +192,7 @@ def table(results: Iterable[Mapping[str, Any]], head: str = "one epoch unless st
         columns = [[float(each[metric]) for each in scores] for metric in METRICS]
         cells = [f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in columns]
         rows.append((f"{variant} ({len(scores)} {'seed' if len(scores) == 1 else 'seeds'})", *cells))
-    return markdown_table((head, *COLUMNS), rows)
+    return aligned_table((head, *COLUMNS), rows)
 
 
 def effects(results: Sequence[Mapping[str, Any]]) -> str:
@@ -212,7 +213,7 @@ def _effects(screened: Sequence[str], runs: Sequence[tuple[tuple[str, ...], Mapp
             gain = statistics.mean(sides[0]) - statistics.mean(sides[1])
             cells.append(f"{gain:+.4f}{_error(runs, metric)}")
         rows.append((idea, *cells))
-    return markdown_table((f"effect of an idea, {len(runs)} runs", *COLUMNS), rows)
+    return aligned_table((f"effect of an idea, {len(runs)} runs", *COLUMNS), rows)
 
 
 def _error(runs: Sequence[tuple[tuple[str, ...], Mapping[str, float]]], metric: str) -> str:

@@ -25,6 +25,7 @@ from benchmarks import harness
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import PCGrad
 from minbert_fast.common.provenance import package_version
+from minbert_fast.step.naive import pcgrad
 
 TASKS = 3
 LR = 1e-3
@@ -177,14 +178,8 @@ def classic(parameters: list[nn.Parameter], losses: list[Tensor]) -> None:
         loss.backward(retain_graph=True)
         reached.append([p.grad is not None for p in parameters])
         flat.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-    projected, others = [g.clone() for g in flat], list(flat)
-    for g in projected:
-        random.shuffle(others)
-        for other in others:
-            product = torch.dot(g, other)
-            if product < 0:
-                g -= product / other.norm() ** 2 * other
-    total = torch.stack(projected).sum(0)
+    orders = [random.sample(range(len(losses)), len(losses)) for _ in losses]
+    total = pcgrad(flat, orders)
     everywhere = [all(task[i] for task in reached) for i in range(len(parameters))]
     for p, piece, shared in zip(parameters, total.split([p.numel() for p in parameters]), everywhere, strict=True):
         p.grad = (piece / len(losses) if shared else piece).view_as(p)

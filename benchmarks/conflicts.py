@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from minbert_fast.reporting import charts
+from minbert_fast.reporting import charts, markdown
 from minbert_fast.reporting.runs import Run, read_run
 
 RESULTS = Path(__file__).parent / "results" / "conflicts.json"
@@ -60,16 +60,16 @@ def series(result: Mapping[str, Any]) -> list[charts.Series]:
 
 def table(result: Mapping[str, Any]) -> str:
     """A Markdown table of the cosines, and the share of steps in which any pair was in conflict."""
-    lines = ["| tasks | mean cosine | mean size | lowest | steps in conflict |", "|---|---|---|---|---|"]
-    found = series(result)
+    found, rows = series(result), []
     for one in found:
         known = one.y[np.isfinite(one.y)]
-        numbers = f"{known.mean():+.3f} | {np.abs(known).mean():.3f} | {known.min():+.3f} | {(known < 0).mean():.0%}"
-        lines.append(f"| {one.name} | {numbers} |")
+        signed = [f"{value:+.3f}" for value in (known.mean(), known.min())]
+        rows.append((one.name, signed[0], f"{np.abs(known).mean():.3f}", signed[1], f"{(known < 0).mean():.0%}"))
     conflicting = set().union(*(one.x[one.y < 0].tolist() for one in found))
     logged = set().union(*(one.x.tolist() for one in found))
     torch = (result["versions"] or {}).get("torch")
-    lines += [
+    lines = [
+        *markdown.table(("tasks", "mean cosine", "mean size", "lowest", "steps in conflict"), rows),
         "",
         f"Some pair was in conflict in {len(conflicting) / len(logged):.0%} of the steps. Recipe `{result['recipe']}`, "
         f"{result['model']}, {result['method']}, {result['steps']} steps, {result['precision']} products on a "

@@ -20,6 +20,7 @@ from benchmarks import baselines, harness
 from benchmarks.gradients import CONFIGS
 from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import AdamW, BertConfig, BertModel, PCGrad
+from minbert_fast.step import naive
 
 SENTENCES = (8, 32, 64)
 POSITIONS, TASKS = 32, 3
@@ -103,32 +104,16 @@ def swapped(model: BertModel, ids: Tensor, mask: Tensor) -> Callable[[], Tensor]
 
 def stock(model: BertModel, ids: Tensor, mask: Tensor) -> Callable[[], Tensor]:
     """One step by plain modules, the classic PCGrad loop and torch's AdamW."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, eps=1e-6, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> Tensor:
         found = losses(model.pool(model.stock(ids, mask)[:, 0]))
-        flat = []
-        for loss in found:
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            pairs = zip(gradients, parameters, strict=True)
-            flat.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
-        merged = torch.stack(projected(flat, generator)).mean(0)
-        for p, gradient in zip(parameters, merged.split([p.numel() for p in parameters]), strict=True):
-            p.grad = gradient.view_as(p)
+        gradients = naive.task_gradients(found, parameters)
+        orders = [torch.randperm(TASKS, generator=generator).tolist() for _ in found]
+        naive.write_gradient(parameters, naive.pcgrad(gradients, orders, "mean"))
         optimizer.step()
         return torch.stack(found).detach()
 
     return step
-
-
-def projected(gradients: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """PCGrad (Yu et al. 2020, algorithm 1) as course code writes it: a loop over pairs, with a decision on the host."""
-    results = [gradient.clone() for gradient in gradients]
-    for gradient in results:
-        for other in torch.randperm(len(gradients), generator=generator).tolist():
-            product = gradient @ gradients[other]
-            if product < 0:
-                gradient -= product * gradients[other] / gradients[other].square().sum()
-    return results

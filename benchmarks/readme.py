@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import ablation, conflicts, figures
 from minbert_fast import compare
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.reporting import markdown, published
 from minbert_fast.trainer import reproduction
 
 ROOT = Path(__file__).parents[1]
@@ -53,26 +54,22 @@ def dev_scores(results: Path = RESULTS) -> str:
         "score": "score",
     }
     runs = [f"`{run['recipe']}`, {run['steps']:,} steps" for run in (first, best)]
-    lines = [
-        f"| dev | untrained | {runs[0]} | {runs[1]} | `{rival.name}`, as published, BERT-base |",
-        "|---|---|---|---|---|",
-    ]
-    for key, label in names.items():
-        scores = (first["untrained"][key], first["dev"][key], best["dev"][key], rival.published.dev[key])
-        lines.append(f"| {label} | {' | '.join(f'{score:.3f}' for score in scores)} |")
+    columns = (first["untrained"], first["dev"], best["dev"], rival.published.dev)
+    rows = [(label, *(f"{scores[key]:.3f}" for scores in columns)) for key, label in names.items()]
+    head = ("dev", "untrained", *runs, f"`{rival.name}`, as published, BERT-base")
     tokens = f"{first['tokens']:,} and {best['tokens']:,} tokens, {best['precision']} products on a CPU"
-    lines += ["", f"{tokens}, commits {first['commit'][:7]} and {best['commit'][:7]}."]
-    return "\n".join(lines)
+    place = f"{tokens}, commits {first['commit'][:7]} and {best['commit'][:7]}."
+    return "\n".join([*markdown.table(head, rows), "", place])
 
 
 def published_rows(results: Path = RESULTS) -> str:
     """The reports' rows, then published beside measured scores of those that `reproduce` has run."""
     path = results / "reproduced.json"
     rows = reproduction.read_rows(path)
-    parts = [reproduction.published_table()]
+    parts = [published.published_table()]
     if rows:
-        parts.append(reproduction.page(rows))
-    missing = [name for name in reproduction.published_names() if name not in rows]
+        parts.append(published.page(rows))
+    missing = [name for name in published.published_names() if name not in rows]
     if missing:
         command = "python -m minbert_fast.reproduce --data DIR --model DIR --output DIR"
         names = ", ".join(missing) if rows else "all of them"
@@ -84,16 +81,27 @@ def gpu_runs(results: Path = RESULTS) -> str:
     """Duration and dev scores of recipes `default` and `best` on one GPU."""
     runs = [_load(results / f"{run}-cuda.json") for run in ("first-run", "best")]
     keys = ("sentiment_accuracy", "paraphrase_accuracy", "similarity_pearson", "score")
-    lines = [
-        "| recipe | steps | tokens | seconds, whole run | seconds in steps | sentiment | paraphrase | similarity | score |",
-        "|---|---|---|---|---|---|---|---|---|",
+    rows = [
+        (
+            f"`{run['recipe']}`",
+            f"{run['steps']:,}",
+            f"{run['tokens']:,}",
+            f"{run['seconds']:.1f}",
+            f"{run['timings']['steps']:.1f}",
+            *(f"{run['dev'][key]:.3f}" for key in keys),
+        )
+        for run in runs
     ]
-    for run in runs:
-        scores = " | ".join(f"{run['dev'][key]:.3f}" for key in keys)
-        seconds = f"{run['seconds']:.1f} | {run['timings']['steps']:.1f}"
-        lines.append(f"| `{run['recipe']}` | {run['steps']:,} | {run['tokens']:,} | {seconds} | {scores} |")
+    head = (
+        "recipe",
+        "steps",
+        "tokens",
+        "seconds, whole run",
+        "seconds in steps",
+        *(key.partition("_")[0] for key in keys),
+    )
     place = f"{runs[-1]['device']}, torch {runs[-1]['versions']['torch']}, {runs[-1]['precision']} products"
-    return "\n".join([*lines, "", f"{place}, commit {runs[-1]['commit'][:12]}."])
+    return "\n".join([*markdown.table(head, rows), "", f"{place}, commit {runs[-1]['commit'][:12]}."])
 
 
 def gpu_tests(results: Path = RESULTS) -> str:
@@ -110,16 +118,19 @@ def gpu_profile(results: Path = RESULTS) -> str:
     """Microseconds and launches of one captured step on a GPU, by group of kernels."""
     found = _load(results / "cuda-profile.json")
     shapes = list(dict.fromkeys(row["shape"] for row in found["rows"]))
-    columns = [f"{shape}: {unit}" for shape in shapes for unit in ("us", "launches")]
-    lines = [f"| kernels | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in found["rows"]:
         groups.setdefault(row["kernels"], []).append((row["microseconds"], row["launches"]))
-    columns_of = zip(*groups.values(), strict=True)
-    groups["all"] = [(sum(time for time, _ in column), sum(count for _, count in column)) for column in columns_of]
-    for kernels, cells in groups.items():
-        lines.append(f"| {kernels} | {' | '.join(f'{time:,.0f} | {count:.0f}' for time, count in cells)} |")
-    return "\n".join([*lines, "", f"{found['device']}, commit {found['commit']}; {found['note']}."])
+    columns = zip(*groups.values(), strict=True)
+    groups["all"] = [(sum(time for time, _ in column), sum(count for _, count in column)) for column in columns]
+    head = ("kernels", *(f"{shape}: {unit}" for shape in shapes for unit in ("us", "launches")))
+    rows = [
+        (kernels, *(text for time, count in cells for text in (f"{time:,.0f}", f"{count:.0f}")))
+        for kernels, cells in groups.items()
+    ]
+    return "\n".join(
+        [*markdown.table(head, rows), "", f"{found['device']}, commit {found['commit']}; {found['note']}."]
+    )
 
 
 def ablation_table(results: Path = RESULTS) -> str:
@@ -171,11 +182,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for name in sorted(dict.fromkeys(name for name, _ in found), key=lambda name: not name.startswith("ours"))
     }
     kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]
-    lines = [f"| step | products in | {' | '.join(columns[i] for i in kept)} |", "|---|---|" + "---|" * len(kept)]
-    for name, row in cells.items():
-        products = "fp32" if name in FP32 else "bf16"
-        lines.append(f"| {name} | {products} | {' | '.join(row[i] for i in kept)} |")
-    return lines
+    lines = [(name, "fp32" if name in FP32 else "bf16", *(row[i] for i in kept)) for name, row in cells.items()]
+    return markdown.table(("step", "products in", *(columns[i] for i in kept)), lines)
 
 
 def _headline_cells(found: Mapping[tuple[str, str], Mapping[str, Any]], name: str, shape: str) -> list[str]:
@@ -251,10 +259,7 @@ def _step_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def candidates_table(rows: Sequence[Mapping[str, Any]], method: str) -> list[str]:
     """The timed candidates of the step suite under a surgery method, slowest first; unmeasured cells are empty."""
     wanted = [row for row in rows if row["median"] and row["case"].endswith(f"3 x 32 examples, {method}")]
-    lines = [
-        "| shape | step | ms | real tokens/s | speed over naive | over transformers | of product ceiling | working memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for case in _in_order(wanted):
         found = [row for row in wanted if row["case"] == case]
         for row in sorted(found, key=lambda row: -row["median"]):
@@ -262,16 +267,16 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], method: str) -> list[str
                 "1" if row["name"] == other else f"{row['speedup'][other]:.1f}" if other in row["speedup"] else ""
                 for other in ("naive", "transformers")
             )
-            lines.append(
-                f"| {case.split(',')[0]} | {row['name']} | {_milliseconds(row['median'])} | {row['tokens_per_second']:,.0f} "
-                f"| {naive} | {rival} | {_filled('{:.0%}', row['of_product'])} "
-                f"| {_filled('{:,.0f} MB', row['working_megabytes'])} |"
-            )
-    return lines
+            tokens, share = f"{row['tokens_per_second']:,.0f}", _filled("{:.0%}", row["of_product"])
+            memory = _filled("{:,.0f} MB", row["working_megabytes"])
+            ms = _milliseconds(row["median"])
+            lines.append((case.split(",")[0], row["name"], ms, tokens, naive, rival, share, memory))
+    head = ("shape", "step", "ms", "real tokens/s", "speed over naive", "over transformers", "of product ceiling")
+    return markdown.table((*head, "working memory"), lines)
 
 
 def _surgery_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| J | op | way | ms | of a copy | speed-up of ours |", "|---|---|---|---|---|---|"]
+    lines = []
     wanted = [row for row in rows if row["median"] and "T=3, float32, random" in row["case"]]
     for case in _in_order(wanted):
         found = [row for row in wanted if row["case"] == case]
@@ -281,31 +286,29 @@ def _surgery_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             times = ours["speedup"].get(row["name"])
             share = _filled("{:.0%}", row["of_copy"])
             faster = f"{times:.1f}" if times else ""
-            lines.append(f"| {size} | {op} | {row['name']} | {_milliseconds(row['median'])} | {share} | {faster} |")
-    return lines
+            lines.append((size, op, row["name"], _milliseconds(row["median"]), share, faster))
+    return markdown.table(("J", "op", "way", "ms", "of a copy", "speed-up of ours"), lines)
 
 
 def _encode_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| sentences | way | ms | speed-up over sentence-transformers |", "|---|---|---|---|"]
+    lines = []
     for row in rows:
         if row["median"]:
             ways = {name: name.split(",")[0].partition(" ")[2] for name in row["speedup"]}  # fp32, bf16 or none
             times = ", ".join(f"{x:.1f}{ways[name] and f' ({ways[name]})'}" for name, x in row["speedup"].items())
             mine = row["name"].startswith("ours")
-            lines.append(
-                f"| {row['case']} | {row['name']} | {_milliseconds(row['median'])} | {times if mine else ''} |"
-            )
-    return lines
+            lines.append((row["case"], row["name"], _milliseconds(row["median"]), times if mine else ""))
+    return markdown.table(("sentences", "way", "ms", "speed-up over sentence-transformers"), lines)
 
 
 def _any_model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Times relative to the step without surgery: ratios, because the machine's load changes the milliseconds."""
-    lines = ["| model | step | times the step of the summed losses |", "|---|---|---|"]
+    lines: list[tuple[str, str, str]] = []
     for case in _in_order(rows):
         found = [row for row in rows if row["case"] == case and row["median"]]
         floor = next((row["median"] for row in found if row["name"] == "summed losses"), None)
-        lines += [f"| {case} | {row['name']} | {row['median'] / floor:.2f} |" for row in found if floor]
-    return lines
+        lines += [(case, row["name"], f"{row['median'] / floor:.2f}") for row in found if floor]
+    return markdown.table(("model", "step", "times the step of the summed losses"), lines)
 
 
 def conflicts_table(results: Path = RESULTS) -> str:
@@ -328,14 +331,14 @@ def same_job(folder: Path = ROOT / "docs" / "examples" / "same_job") -> str:
         "with_sentence_transformers": ("sentence-transformers", "encoder; the head of single texts by hand"),
         "with_transformers": ("transformers", "encoder; the head of single texts by hand"),
     }
-    lines = ["| | lines of code | what it saves |", "|---|---|---|"]
+    lines = []
     for name, (library, saved) in rows.items():
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         del tree.body[0]  # the docstring
         used = {node.lineno for node in ast.walk(tree) if hasattr(node, "lineno")}
         used |= {node.end_lineno for node in ast.walk(tree) if hasattr(node, "end_lineno")}
-        lines.append(f"| [{library}](docs/examples/same_job/{name}.py) | {len(used)} | {saved} |")
-    return "\n".join(lines)
+        lines.append((f"[{library}](docs/examples/same_job/{name}.py)", str(len(used)), saved))
+    return "\n".join(markdown.table(("library", "lines of code", "what it saves"), lines))
 
 
 def _load(path: Path) -> Any:

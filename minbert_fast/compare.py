@@ -35,14 +35,15 @@ from minbert_fast.common.statistics import holm, paired_t_test
 from minbert_fast.common.storage import csv_lines, write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.reporting import charts
+from minbert_fast.reporting.markdown import aligned_table
 from minbert_fast.reporting.page import document, figure, format_duration, paragraph, table
 from minbert_fast.reporting.runs import TRAINING_PARTS, read_run
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
-from minbert_fast.trainer.datasets import names_data
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
+from minbert_fast.trainer.table_reader import names_data
 
 NONE = "none"  # summed losses, the baseline of the comparison
 FORMULA = (
@@ -256,7 +257,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table and its notes in Markdown."""
-    return experiments.markdown_table(*cells(result)) + "".join(f"\n{line}\n" for line in notes(result))
+    return aligned_table(*cells(result)) + "".join(f"\n{line}\n" for line in notes(result))
 
 
 def latex(result: Mapping[str, Any]) -> str:

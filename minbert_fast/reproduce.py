@@ -22,6 +22,7 @@ from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_text
+from minbert_fast.reporting import published
 from minbert_fast.trainer import experiments, reproduction
 from minbert_fast.trainer.job import BACKENDS
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     chosen = parser().parse_args(arguments)
     names = reproduction.select_names(chosen.names)
     if chosen.list:
-        print(reproduction.listing(names))
+        print(published.listing(names))
         return
     if chosen.output is None:
         raise ConfigError("--output DIR is missing: a directory for all runs and the table (--list runs nothing)")
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
         reproduction.write_rows(results, rows)
         if chosen.discard and not trial.failure:
             reproduction.discard_models(directory)
-    write_text(output / "table.md", reproduction.page(rows))
+    write_text(output / "table.md", published.page(rows))
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     if failed:
         raise RunError(f"{len(failed)} of {len(names)} recipes did not run: {', '.join(failed)}")

@@ -30,6 +30,7 @@ from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_json, write_text
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
+from minbert_fast.reporting.markdown import aligned_table
 from minbert_fast.reporting.runs import format_score
 from minbert_fast.reporting.search_page import write_search
 from minbert_fast.tasks.metrics import lower_is_better
@@ -198,7 +199,7 @@ def write_results(output: Path, space: Space, trials: Sequence[tuple[Values, Tri
         for values, trial in ranked
     ]
     reasons = "".join(f"\n{trial.name}: {trial.failure}\n" for _, trial in ranked if trial.failure)
-    write_text(output / "table.md", experiments.markdown_table([*space, *metrics, "steps"], rows) + reasons)
+    write_text(output / "table.md", aligned_table([*space, *metrics, "steps"], rows) + reasons)
     found = [
         {"values": dict(v), "dev": t.summary.get("dev", {}), "failure": t.failure, "metric": metric} for v, t in ranked
     ]

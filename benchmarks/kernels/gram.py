@@ -11,14 +11,12 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import Candidate
-from benchmarks.kernels.case import Case, close, draw, label, triton_too
+from benchmarks.kernels.case import JACOBIANS, Case, close, draw, label, triton_too
 from minbert_fast import ops
-
-SIZES = {"cpu": [], "cuda": [(3, 22_713_216), (3, 109_482_240), (8, 22_713_216), (16, 22_713_216)]}  # tasks, parameters
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for tasks, count in SIZES[device.type]:
+    for tasks, count in JACOBIANS[device.type]:
         for dtype in (torch.float32, torch.bfloat16):
             yield _case(tasks, count, dtype, device)
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import Candidate
-from benchmarks.kernels.case import TASKS, Case, bounds, close, draw, label
+from benchmarks.kernels.case import MATRICES, TASKS, Case, bounds, close, draw, label
 from minbert_fast.ops.linear import linear_gradients
 
-MATRICES = [(384, 384), (1152, 384), (1536, 384), (384, 1536), (768, 768), (2304, 768), (3072, 768), (768, 3072)]
 ROWS = {"cpu": [2770], "cuda": [2770, 32768]}
 
 

@@ -17,12 +17,11 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.harness import Candidate
-from benchmarks.kernels.case import Case, close, draw, label
+from benchmarks.kernels.case import MATRICES, Case, close, draw, label
 from minbert_fast.kernels.arguments import cdiv, is_hopper_or_newer, multiprocessors
 from minbert_fast.ops.bias_gelu import bias_gelu_forward
 
 ROWS = 2816
-SIZES = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (1152, 384), (384, 384), (1536, 384), (384, 1536)]
 #: Columns of a tile, stages, programs a multiprocessor (0: a program a tile).
 SETTINGS = {
     "Triton, 128 x 128": (128, 4, 0),
@@ -81,7 +80,7 @@ def product(
 
 def cases(device: torch.device) -> Iterator[Case]:
     if device.type == "cuda" and is_hopper_or_newer(device):  # older chips have no TMA
-        for outputs, inputs in SIZES:
+        for outputs, inputs in MATRICES:
             yield _case(outputs, inputs, device, transposed=False)
             yield _case(outputs, inputs, device, transposed=True)
             if outputs == 4 * inputs:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minbert_fast.recipes.recipe import WeightingOptions
+from minbert_fast.recipes.sections import WeightingOptions
 from minbert_fast.step.extras.weighting import METHODS, TaskWeights
 
 

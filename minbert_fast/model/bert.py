@@ -30,6 +30,8 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.model import fused, passes, weights
 from minbert_fast.model.config import BertConfig
 from minbert_fast.model.packing import PackedBatch
+from minbert_fast.model.rows import DenseRows, PackedRows, expanded, extended_mask
+from minbert_fast.model.weight_files import WeightsError, some
 
 
 class BertSelfAttention(nn.Module):
@@ -164,7 +166,7 @@ class BertModel(nn.Module):
             raise ValueError(f"input_ids has dtype {input_ids.dtype}, expected word ids")
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = passes.expanded(mask, input_ids.shape)
+        mask = expanded(mask, input_ids.shape)
         if length > limit:
             longer = int((mask[:, limit:] != 0).any(1).sum())
             words = f"{longer} of {len(input_ids)} sentences exceed {limit} positions and were truncated"
@@ -187,8 +189,8 @@ class BertModel(nn.Module):
         plan = self.plan()
         if attention_mask.dim() != 2 or attention_mask.requires_grad or not any(plan.layers):
             return self._layers(hidden_states, attention_mask)
-        mask = passes.expanded(attention_mask, hidden_states.shape[:2])
-        rows, run = passes.DenseRows.of(mask), passes.AutogradPass()
+        mask = expanded(attention_mask, hidden_states.shape[:2])
+        rows, run = DenseRows.of(mask), passes.AutogradPass()
         hidden, layers = rows.rows(hidden_states), self.bert_layers
         hidden = passes.through(run, rows, hidden, layers, plan.layers, self._recompute())
         return rows.rectangle(hidden).to(hidden_states.dtype)
@@ -208,7 +210,7 @@ class BertModel(nn.Module):
 
     def _layers(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Every layer as a module; positions with mask 0 give zeros."""
-        extended = passes.extended_mask(mask, hidden.dtype)
+        extended = extended_mask(mask, hidden.dtype)
         for layer in self.bert_layers:
             hidden = passes.computed(passes.called, layer, hidden, extended, recompute=self._recompute())
         return hidden * (mask != 0)[:, :, None].to(hidden.dtype) if mask.dim() == 2 else hidden
@@ -219,7 +221,7 @@ class BertModel(nn.Module):
     @staticmethod
     def get_extended_attention_mask(attention_mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The mask that layers add to their scores: [B, S] (1 attended, 0 not) -> [B, 1, 1, S] (0 attended, -10000 not)."""
-        return passes.extended_mask(attention_mask, dtype)
+        return extended_mask(attention_mask, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Older checkpoints lack this buffer, newer ones have it.
@@ -287,10 +289,10 @@ class BertModel(nn.Module):
         if missing:
             warnings.warn(f"{where} has no pooler: it starts from fresh random weights", stacklevel=2)
         if own:
-            words = f"{where} has no {weights.some(own)}: these start as {cls.__name__} draws them"
+            words = f"{where} has no {some(own)}: these start as {cls.__name__} draws them"
             warnings.warn(words, stacklevel=2)
         if left:
-            warnings.warn(f"{where}: the encoder alone is loaded; left out: {weights.some(left)}", stacklevel=2)
+            warnings.warn(f"{where}: the encoder alone is loaded; left out: {some(left)}", stacklevel=2)
         model.load_state_dict(dict(tensors), strict=False)
         info = {
             "missing_keys": missing.union(own),
@@ -326,7 +328,7 @@ class BertModel(nn.Module):
             words = f"{foreign[0]} is not a weight of BERT" if foreign else f"{missing[0]} is missing"
             more = f" (nor are {len(foreign) - 1} more)" if len(foreign) > 1 else ""
             advice = "merge or remove its module, or use torch.save(model.state_dict())"
-            raise weights.WeightsError(f"{words}{more}: {advice}")
+            raise WeightsError(f"{words}{more}: {advice}")
         del tensors[weights.POSITIONS]  # no file has them
         config = dataclasses.replace(config, **weights.sizes_of(tensors))
         with torch.device("meta"):
@@ -334,7 +336,7 @@ class BertModel(nn.Module):
         try:
             fused.expect_counting(self, self.position_ids)
         except fused.NotExactError as found:
-            raise weights.WeightsError(f"save_pretrained: BertModel {found}, and no file can say so") from None
+            raise WeightsError(f"save_pretrained: BertModel {found}, and no file can say so") from None
         return config, tensors
 
     # ---- The fused path ------------------------------------------------------------------------------------------
@@ -348,9 +350,9 @@ class BertModel(nn.Module):
 
     def encode_packed(self, run: passes.Pass, batch: PackedBatch) -> Tensor:
         """The last hidden state of a packed batch [N, H], with weights and gradients as `run` says."""
-        return self.encode_rows(run, passes.PackedRows.of(batch))
+        return self.encode_rows(run, PackedRows.of(batch))
 
-    def encode_rows(self, run: passes.Pass, rows: passes.PackedRows) -> Tensor:
+    def encode_rows(self, run: passes.Pass, rows: PackedRows) -> Tensor:
         """The last hidden state [N, H] of packed token rows, with weights and gradients as `run` says.
 
         Raises ConfigError where `run` writes the gradients of embeddings that the fused path may not compute.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import inside, read_json, write_bytes, write_json
-from minbert_fast.model import weights
 from minbert_fast.model.config import Pooling
+from minbert_fast.model.weight_files import read_safetensors
 from minbert_fast.ops.pooling import Mode
 
 MODULES = "modules.json"
@@ -132,7 +132,7 @@ def _pooler(folder: Path, pooling: Mode) -> dict[str, Tensor]:
     config = read_json(folder / "config.json")
     if pooling != "cls" or config.get("activation_function") != _TANH or config.get("use_residual"):
         raise ConfigError(f"{folder}: a dense layer other than BERT's pooler (first token, tanh) is not supported")
-    found = weights.read_safetensors(folder / "model.safetensors")
+    found = read_safetensors(folder / "model.safetensors")
     if set(found) != {"linear.weight", "linear.bias"}:
         raise ConfigError(f"{folder / 'model.safetensors'}: expected linear.weight and linear.bias")
     return {name.removeprefix("linear."): tensor.float() for name, tensor in found.items()}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minbert_fast.model.bert import BertModel
-from minbert_fast.model.passes import PackedRows, Pass
+from minbert_fast.model.passes import Pass
+from minbert_fast.model.rows import PackedRows
 
 
 class Snapshot(Pass):

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from minbert_fast.parallel.world import World
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, ParameterGroup, TaskGradients
 from minbert_fast.step.hooks import Exchange
 from minbert_fast.step.optim import FlatAdamW
@@ -59,24 +58,14 @@ class AllReduce(Exchange):
 
     part = "exchange"
 
-    def __init__(
-        self,
-        world: World,
-        flat: FlatParameters,
-        rows: int,
-        dtype: torch.dtype,
-        layers: Sequence[Sequence[nn.Parameter]],  # their gradients are complete when `after_layer` is called
-    ) -> None:
+    def __init__(self, world: World, gradients: TaskGradients, spans: Sequence[Sequence[Span]]) -> None:
         self.world = world
-        self.flat = flat
+        self.flat = gradients.flat
         self.seed_offset = world.rank * RANK_STRIDE
-        self.spans = spans(flat, layers)
-        self.gradients = self._allocate(rows, dtype)
+        self.spans = spans  # of each layer, whose gradients are complete when `after_layer` is called, then of the rest
+        self.gradients = gradients
         self._unsent: list[int] = []  # indices into `spans`, in the order of their sums
         self._begun: list[Work | None] = []
-
-    def _allocate(self, rows: int, dtype: torch.dtype) -> TaskGradients:
-        return TaskGradients(self.flat, rows, dtype)
 
     def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
         return FlatAdamW(self.flat, options)

@@ -16,16 +16,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minbert_fast.common import huge_pages
-from minbert_fast.parallel.exchange import AllReduce, Span
+from minbert_fast.parallel.exchange import AllReduce, Span, spans
 from minbert_fast.parallel.world import World
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import ALIGNMENT, FlatParameters, TaskGradients, UpdateRange
 from minbert_fast.step.hooks import Connect
 from minbert_fast.step.optim import FlatAdamW
@@ -111,21 +110,22 @@ class ReduceScatter(AllReduce):
 
     gradients: ShardedGradients
 
-    def _allocate(self, rows: int, dtype: torch.dtype) -> ShardedGradients:
-        self.shares = Shares(self.flat, self.world)
-        return ShardedGradients(rows, dtype, self.spans, self.shares)
+    def __init__(
+        self, world: World, gradients: ShardedGradients, spans: Sequence[Sequence[Span]], shares: Shares
+    ) -> None:
+        super().__init__(world, gradients, spans)
+        self.shares = shares
+        self._shared = list(itertools.chain.from_iterable(spans))
+        self._words = [Span(r.group, r.begin, r.end) for r in self.flat.update_ranges() if r.group.label == "words"]
+        self._sent: dict[int, Work | None] = {}
 
     def optimizer(self, options: OptimizerOptions) -> FlatAdamW:
-        ranges = self.flat.update_ranges()
-        shared = list(itertools.chain.from_iterable(self.spans))
-        words = [Span(r.group, r.begin, r.end) for r in ranges if r.group.label == "words"]
-        self._divided = shared + words
-        own = [self.shares.own(span, self.gradients.offsets[span]) for span in shared]
+        own = [self.shares.own(span, self.gradients.offsets[span]) for span in self._shared]
         at = self.gradients.J.shape[1]
-        for span in words:
+        for span in self._words:
             own.append(self.shares.own(span, at))
             at += self.shares.size(span)
-        for head in ranges:
+        for head in self.flat.update_ranges():
             if head.group.label not in ("shared", "words"):
                 own.append(replace(head, at=at))
                 at += head.end - head.begin
@@ -133,7 +133,7 @@ class ReduceScatter(AllReduce):
 
     def before_backward(self) -> None:
         super().before_backward()
-        self._sent: dict[int, Work | None] = {}
+        self._sent.clear()
         if len(self.spans) > 1:
             self.gradients.scratch[-2].zero_()  # of the last layer; `_send` clears those below
 
@@ -144,7 +144,7 @@ class ReduceScatter(AllReduce):
 
     def _gather(self, buffer: Tensor) -> None:
         """Fills the divided regions of `buffer` [trainable or more] in every process with each process's part."""
-        for span in self._divided:
+        for span in self._shared + self._words:
             size, own = self.shares.size(span), self.shares.own(span, 0)
             part = buffer.new_zeros(size)
             part[own.kept] = buffer[own.begin : own.end]
@@ -193,4 +193,14 @@ class ShardedAdamW(FlatAdamW):
 
 def connect(world: World, shard: bool) -> Connect | None:
     """The function by which `OnePassStep` makes its exchange; None for one process. With `shard`, each keeps a part of J."""
-    return partial(ReduceScatter if shard else AllReduce, world) if world.size > 1 else None
+
+    def make(
+        flat: FlatParameters, rows: int, dtype: torch.dtype, layers: Sequence[Sequence[nn.Parameter]]
+    ) -> AllReduce:
+        cut = spans(flat, layers)
+        if not shard:
+            return AllReduce(world, TaskGradients(flat, rows, dtype), cut)
+        shares = Shares(flat, world)
+        return ReduceScatter(world, ShardedGradients(rows, dtype, cut, shares), cut, shares)
+
+    return make if world.size > 1 else None

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from minbert_fast.common.version import __version__
 from minbert_fast.data.formats import FORMATS
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting import markdown
 from minbert_fast.reporting.runs import display_name, format_score, numbers, read_json
 from minbert_fast.reporting.usage import usage
 from minbert_fast.tasks import Task, build_tasks
@@ -118,7 +119,7 @@ def _about(model: Predictor, task: str | None) -> str:
 
 def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
     tasks = build_tasks(recipe)
-    rows = [f"| {name} | {task.preset or task.kind} | {_data_of(task)} |" for name, task in tasks.items()]
+    rows = [(name, task.preset or task.kind, _data_of(task)) for name, task in tasks.items()]
     surgery = recipe.surgery.method
     method = "their summed losses" if surgery == "none" else f"gradient surgery ({surgery}) between them"
     sentences = [f"Trained on {len(tasks)} tasks at once with {method}." if len(tasks) > 1 else "Trained on one task."]
@@ -128,15 +129,13 @@ def _training(recipe: Recipe, summary: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{summary['steps']:,} steps, {summary.get('tokens', 0):,} tokens.")
     if summary.get("demonstration"):
         sentences.append("**A demonstration on made-up sample data, not for real use.**")
-    return ["## Training", " ".join(sentences), "\n".join(["| task | kind | data |", "|---|---|---|", *rows])]
+    return ["## Training", " ".join(sentences), "\n".join(markdown.table(("task", "kind", "data"), rows))]
 
 
 def _scores(summary: Mapping[str, Any]) -> list[str]:
     untrained = summary.get("untrained") or {}
-    lines = ["| metric | untrained | this model |", "|---|---|---|"]
-    for key, value in summary["dev"].items():
-        lines.append(f"| {display_name(key)} | {format_score(untrained.get(key))} | {format_score(value)} |")
-    return ["## Scores", "On the dev files.", "\n".join(lines)]
+    rows = [(display_name(k), format_score(untrained.get(k)), format_score(v)) for k, v in summary["dev"].items()]
+    return ["## Scores", "On the dev files.", "\n".join(markdown.table(("metric", "untrained", "this model"), rows))]
 
 
 def _code(text: str, language: str = "python") -> str:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.stepping import StepResult
 
@@ -56,16 +55,13 @@ class GraphedStep:
 
     def __init__(self, step: OnePassStep, captures: Captures | None = None) -> None:
         self.step = step
+        self.average = step.average
         self.captures = captures or Captures()
         self._seen: set[Bucket] = set()
         self._captured: dict[Bucket, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # Autograd remembers streams. Every step runs on this stream before it is captured on it.
         self._stream = torch.cuda.Stream()
-
-    @property
-    def average(self) -> WeightAverage | None:
-        return self.step.average
 
     def __len__(self) -> int:
         return len(self._captured)

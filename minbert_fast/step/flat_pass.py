@@ -15,7 +15,8 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.fused import Embedding
 from minbert_fast.model.packing import PackedBatch
-from minbert_fast.model.passes import Pass, Sink, TokenRows, called
+from minbert_fast.model.passes import Pass, Sink, called
+from minbert_fast.model.rows import TokenRows
 from minbert_fast.ops import EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.tape import Tape

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.optim import FlatAdamW
 

@@ -19,18 +19,10 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step import optim
 from minbert_fast.step.extras import separate_hooks
-from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.extras.consistency import Consistency
 from minbert_fast.step.hooks import first
 from minbert_fast.step.numbers import seed_generators, seed_of
-from minbert_fast.step.stepping import (
-    PartTimer,
-    StepResult,
-    average_of,
-    prefixed,
-    surgery_of,
-    unprefixed,
-)
+from minbert_fast.step.stepping import PartTimer, StepResult, average_of, load_state, state_of
 from minbert_fast.step.trainable import base_rate, check_trained, constant, trainable
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel
 
@@ -101,7 +93,7 @@ class ReferenceStep:
         self.recipe = recipe
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(recipe.training.seed)
-        self.weights = surgery_of(recipe, self.generator)
+        self.weights = surgery.weights(recipe.surgery.method, recipe.surgery.reduction, self.generator)
         parts = trainable(model, recipe)
         self.specs = list(parts.trained())
         self.shared = [spec.parameter for label, spec in self.specs if label in ("shared", "words")]
@@ -109,13 +101,10 @@ class ReferenceStep:
         o = recipe.optimizer
         self.optimizer = AdamW(self._groups() or [{"params": []}], o.lr, o.betas, o.eps, correct_bias=o.correct_bias)
         self.hooks = separate_hooks(model, recipe, [spec for _, spec in self.specs])
+        self.average = average_of(self.hooks)
         for p in model.parameters():  # an earlier stage may have left gradients
             p.grad = None
         self.steps = 0
-
-    @property
-    def average(self) -> WeightAverage | None:
-        return average_of(self.hooks)
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -200,15 +189,13 @@ class ReferenceStep:
                 spec.parameter.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        tensors: dict[str, Tensor] = prefixed(self.weights.state_dict())
+        tensors = state_of(self.weights, self.hooks)
         scalars: dict[str, Any] = {"steps": self.steps}
         for _, spec in self.specs:
             state = self.optimizer.state.get(spec.parameter)
             if state:
                 tensors |= {f"{spec.name}/exp_avg": state["exp_avg"], f"{spec.name}/exp_avg_sq": state["exp_avg_sq"]}
                 scalars[f"{spec.name}/step"] = state["step"]
-        for hook in self.hooks:
-            tensors |= hook.state_dict()
         return {"tensors": tensors, "scalars": scalars}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -220,7 +207,5 @@ class ReferenceStep:
                     for name in ("exp_avg", "exp_avg_sq")
                 }
                 self.optimizer.state[spec.parameter] = {"step": int(scalars[f"{spec.name}/step"]), **moments}
-        for hook in self.hooks:
-            hook.load_state_dict(tensors)
-        self.weights.load_state_dict(unprefixed(tensors))
+        load_state(self.weights, self.hooks, tensors)
         self.steps = int(scalars["steps"])

@@ -18,26 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minbert_fast import surgery
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.side_stream import forked
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.ops.grouped import Tables, groups
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras import flat_hooks
-from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.flat_pass import OnePass, check_unshared
 from minbert_fast.step.hooks import Connect, StepHook, first
 from minbert_fast.step.numbers import StepNumbers, seed_generators, seed_of
 from minbert_fast.step.optim import FlatAdamW
-from minbert_fast.step.stepping import (
-    PartTimer,
-    StepResult,
-    average_of,
-    prefixed,
-    surgery_of,
-    unprefixed,
-)
+from minbert_fast.step.stepping import PartTimer, StepResult, average_of, load_state, state_of
 from minbert_fast.step.tape import Tape
 from minbert_fast.step.trainable import base_rate, check_trained, constant, trainable
 from minbert_fast.tasks import MultitaskModel
@@ -57,7 +50,8 @@ class OnePassStep:
         self.model = model
         self.recipe = recipe
         self.seed_base = recipe.training.seed
-        self.weights = surgery_of(recipe, torch.Generator().manual_seed(recipe.training.seed))
+        generator = torch.Generator().manual_seed(recipe.training.seed)
+        self.weights = surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator)
         self.apart = recipe.surgery.method != "none"  # J has a row for each task, not one for their sum
         check_unshared(model.encoder)
         parts = trainable(model, recipe)
@@ -69,8 +63,9 @@ class OnePassStep:
         self.others = [e.parameter for e in parts.shared if id(e.parameter) not in own]
         rows = len(recipe.tasks) if self.apart else 1
         self.hooks: list[StepHook] = flat_hooks(model, recipe, self.flat, dtype)
+        self.average = average_of(self.hooks)
         self.alone = connect is None
-        self._one = torch.ones(len(recipe.tasks), device=self.flat.data.device)
+        self._ones = torch.ones(len(recipe.tasks), device=self.flat.data.device)
         self.tables = Tables()
         self.tape: Tape | None = None  # of the present step
         if connect is None:
@@ -92,6 +87,7 @@ class OnePassStep:
         self.numbers = StepNumbers(len(recipe.tasks), self.flat.data.device)
         self.seed = self.numbers.seed
         self.steps = 0
+        self.step_seed = 0  # of the present step
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         self.prepare(batch, lr_scale)
@@ -222,7 +218,7 @@ class OnePassStep:
             hook.before_backward()
         if self.tape is not None:
             self.tape.clear()
-        total.backward(self._ones(len(losses)))  # last, since each backward overwrites J
+        total.backward(self._ones[: len(losses)])  # last, since each backward overwrites J
         if self.tape is not None:
             self.tape.finish()
         _collect(heads)
@@ -236,12 +232,6 @@ class OnePassStep:
             ids = batch.packed.word_ids[: batch.packed.num_words]
             self.gradients.view(word).index_add_(1, ids.clamp(min=0), self._word_rows(batch))  # unused ids: zero rows
         return values
-
-    def _ones(self, tasks: int) -> Tensor:
-        """The gradient [T] of the sum of the losses. Made once."""
-        if self._one.shape[0] != tasks:
-            self._one = torch.ones(tasks, device=self.flat.data.device)
-        return self._one
 
     def _write_others(self, losses: Sequence[Tensor]) -> None:
         """Writes to J, by plain autograd, the per-task gradients of shared parameters outside the one-pass encoder."""
@@ -267,22 +257,14 @@ class OnePassStep:
 
     # ---- State -----------------------------------------------------------------------------------------------------
 
-    @property
-    def average(self) -> WeightAverage | None:
-        return average_of(self.hooks)
-
     def state_dict(self) -> dict[str, dict[str, Any]]:
         optimizer = self.optimizer.state_dict()
-        tensors = optimizer["tensors"] | prefixed(self.weights.state_dict())
-        for hook in self.hooks:
-            tensors |= hook.state_dict()
+        tensors = optimizer["tensors"] | state_of(self.weights, self.hooks)
         return {"tensors": tensors, "scalars": optimizer["scalars"] | {"steps": self.steps}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self.optimizer.load_state_dict(state)
-        self.weights.load_state_dict(unprefixed(state["tensors"]))
-        for hook in self.hooks:
-            hook.load_state_dict(state["tensors"])
+        load_state(self.weights, self.hooks, state["tensors"])
         self.steps = int(state["scalars"]["steps"])
         self.flat.refresh()
 

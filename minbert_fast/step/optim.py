@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minbert_fast import ops
 from minbert_fast.common import huge_pages
 from minbert_fast.ops.adamw import LEARNING_RATE, SCALARS, STEP, check_settings
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import FlatParameters, UpdateRange
 
 

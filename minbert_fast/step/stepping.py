@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minbert_fast import surgery
-from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.hooks import StepHook
+from minbert_fast.surgery import Weights
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ class PartTimer:
 class TrainingStep(Protocol):
     """A step that the loop can call, save and restore."""
 
-    @property
-    def average(self) -> WeightAverage | None:
-        """The averaged weights, which are evaluated and saved; None without `training.ema`."""
+    average: WeightAverage | None  # the averaged weights, which are evaluated and saved; None without `training.ema`
 
     def __call__(self, batch: MultitaskBatch, lr_scale: float) -> StepResult:
         """Trains on `batch` with every learning rate times `lr_scale`."""
@@ -64,24 +60,24 @@ class TrainingStep(Protocol):
         """Restores what `state_dict` returned. Raises ValueError for the state of another model."""
 
 
-def average_of(hooks: Iterable[StepHook]) -> WeightAverage | None:
+def average_of(hooks: Sequence[StepHook]) -> WeightAverage | None:
     """The hook that averages the weights, if there is one."""
     return next((hook for hook in hooks if isinstance(hook, WeightAverage)), None)
 
 
-def surgery_of(recipe: Recipe, generator: torch.Generator) -> surgery.Weights:
-    """The recipe's surgery with random task orders from `generator`. Raises ConfigError for an unknown method."""
-    try:
-        return surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+SURGERY = "surgery/"  # start of the names of surgery's tensors in a step's state
 
 
-def prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The surgery's tensors by the names that a step's state gives them."""
-    return {f"surgery/{key}": value for key, value in state.items()}
+def state_of(weights: Weights, hooks: Sequence[StepHook]) -> dict[str, Tensor]:
+    """The tensors of a step's surgery and hooks for a checkpoint."""
+    tensors = {f"{SURGERY}{key}": value for key, value in weights.state_dict().items()}
+    for hook in hooks:
+        tensors |= hook.state_dict()
+    return tensors
 
 
-def unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `prefixed`. Ignores other tensors."""
-    return {key.removeprefix("surgery/"): value for key, value in tensors.items() if key.startswith("surgery/")}
+def load_state(weights: Weights, hooks: Sequence[StepHook], tensors: Mapping[str, Tensor]) -> None:
+    """Restores what `state_of` returned; ignores other tensors. Raises ValueError for a missing one."""
+    weights.load_state_dict({k.removeprefix(SURGERY): t for k, t in tensors.items() if k.startswith(SURGERY)})
+    for hook in hooks:
+        hook.load_state_dict(tensors)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from torch import nn
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.recipes.recipe import OptimizerOptions, Recipe
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.step.flat import ParameterSpec, StageParameters
 from minbert_fast.tasks import MultitaskModel
 

@@ -10,6 +10,7 @@ Each method is one file of its name, with the formula, an example, and `weights(
     solvers.py    small optimization problems that several methods share
     torchjd.py    TorchJD's weightings as methods of ours
     wrapper.py    `PCGrad(optimizer)`, the optimizer wrapper for course code
+    buckets.py    the gradients of that wrapper, one row a task
 
 A method averages the tasks as published with reduction "mean"; "sum" is T times that. A task whose gradient is zero does
 not influence the others' part in the sum. Nor does one whose gradient is not finite (or whose squared norm overflows fp32);

@@ -17,25 +17,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
 from minbert_fast import ops, surgery
-from minbert_fast.common import huge_pages
+from minbert_fast.surgery import buckets
+from minbert_fast.surgery.buckets import Gradients, Reached, Rows
 from minbert_fast.surgery.pcgrad import ClassicProjections
 from minbert_fast.surgery.torchjd import FromTorchJD
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Elements of one task's gradients that are gathered at a time. Larger buckets are no faster; smaller ones save memory.
-_BUCKET = 1 << 24
-
 _LEAF = "torch::autograd::AccumulateGrad"  # a node where a graph ends
-_Gradients = dict[int, Tensor]  # of one task, by the parameter's position
-_Reached = list[tuple[int, ...]]  # by the parameter's position: the tasks that reach it
 
 
 class PCGrad:
@@ -95,8 +91,8 @@ class PCGrad:
         if given and reduction is not None:
             raise ValueError(f"reduction = {reduction!r} has no effect on weights that are given: leave it out")
         self.averages = not given and reduction != "sum"
-        self._rows: _Rows | None = None
-        self._collected: list[_Gradients] = []  # of calls with final=False
+        self._rows: Rows | None = None
+        self._collected: list[Gradients] = []  # of calls with final=False
         self.scaler = scaler
         self.gram: Tensor | None = None
         self.task_weights: Tensor | None = None
@@ -181,11 +177,11 @@ class PCGrad:
                 if p.grad is None and not self.accumulate and (p.is_floating_point() or p.is_complex()):
                     p.grad = torch.zeros_like(p)  # integers have no gradient
 
-    def _backward_each(self, losses: list[Tensor], parameters: list[nn.Parameter]) -> list[_Gradients]:
+    def _backward_each(self, losses: list[Tensor], parameters: list[nn.Parameter]) -> list[Gradients]:
         """One backward a loss; each task's gradients, taken out of `.grad` into its row of J."""
         shared, reaches = _walk(losses, parameters)
         rows = self._rows_for(reaches, parameters)
-        tasks: list[_Gradients] = []
+        tasks: list[Gradients] = []
         for number, (loss, keep) in enumerate(zip(losses, shared, strict=True)):
             for p in parameters:
                 p.grad = None
@@ -196,12 +192,12 @@ class PCGrad:
             tasks.append(rows.take(number, dense, self._collected[number] if self._collected else {}))
         return tasks
 
-    def _plan(self, reaches: Sequence[Container[int]], count: int) -> tuple[_Reached, list[int]]:
+    def _plan(self, reaches: Sequence[Container[int]], count: int) -> tuple[Reached, list[int]]:
         """Which of `count` parameters the tasks reach, from each task's positions; and the positions to combine."""
         reached = [tuple(t for t, found in enumerate(reaches) if i in found) for i in range(count)]
         return reached, [i for i, owners in enumerate(reached) if len(owners) > (self.scope == "shared")]
 
-    def _rows_for(self, reaches: list[set[int]], parameters: list[nn.Parameter]) -> _Rows:
+    def _rows_for(self, reaches: list[set[int]], parameters: list[nn.Parameter]) -> Rows:
         """The rows of J for losses that reach the parameters at these positions: those of the last call if they fit."""
         reached, combined = self._plan(reaches, len(parameters))
         rows = self._rows
@@ -213,10 +209,10 @@ class PCGrad:
             )
         if rows is None:
             self._rows = None  # frees its memory first
-            self._rows = rows = _Rows(parameters, reached, combined)
+            self._rows = rows = Rows(parameters, reached, combined)
         return rows
 
-    def _combine(self, tasks: list[_Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
+    def _combine(self, tasks: list[Gradients], parameters: list[nn.Parameter]) -> Iterator[tuple[int, Tensor]]:
         """Positions and final gradients of the parameters that a loss reaches; `tasks` is emptied on the way."""
         self.gram = self.task_weights = None
         reached, combined = self._plan(tasks, len(parameters))
@@ -234,15 +230,8 @@ class PCGrad:
             return
         home = parameters[combined[0]].device
         self.gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float32, device=home)
-        if foreseen:
-            buckets = list(self._rows.buckets)
-        else:
-            groups = _groups(parameters, reached, combined)
-            buckets = [
-                _Bucket(group, reached[group[0]], _gather(tasks, reached[group[0]], group, parameters))
-                for group in groups
-            ]
-        for _, owners, J in buckets:
+        pending = list(self._rows.buckets) if foreseen else buckets.gathered(tasks, parameters, reached, combined)
+        for _, owners, J in pending:
             self._average(J)
             products = ops.gram(J).to(home)
             if len(owners) == len(tasks):
@@ -253,12 +242,12 @@ class PCGrad:
         # A broken gradient stays visible wherever it takes part, as GradScaler expects; weight 0 would hide it.
         w = torch.where(surgery.nonfinite(self.gram), torch.nan, self.weights(self.gram))
         self.task_weights = w / len(tasks) if self.averages else w
-        while buckets:  # those of `_gather` are freed once their gradients are combined
-            group, owners, J = buckets.pop()
+        while pending:  # gathered ones are freed once their gradients are combined
+            group, owners, J = pending.pop()
             averaged = self.scope == "shared" or len(owners) == len(tasks)
             weights = self.task_weights if averaged else w
             gradient = ops.combine(J, torch.stack([weights[t] for t in owners]).to(J.device))
-            for i, piece in zip(group, _split(gradient, [parameters[i] for i in group]), strict=True):
+            for i, piece in zip(group, buckets.split(gradient, [parameters[i] for i in group]), strict=True):
                 yield i, piece.to(parameters[i].dtype)
 
     def _average(self, gradients: Tensor) -> None:
@@ -266,50 +255,6 @@ class PCGrad:
         if self.group is not None:
             distributed.all_reduce(gradients, group=self.group)
             gradients /= self.group.size()
-
-
-class _Bucket(NamedTuple):
-    """Parameters of one device, dtype and set of tasks, by position, and the tasks' gradients [owners, n] of them."""
-
-    group: list[int]
-    owners: tuple[int, ...]
-    J: Tensor
-
-
-class _Rows:
-    """J in buckets, for parameters whose tasks are known before the backward. It is reused as long as they stay the same."""
-
-    def __init__(self, parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> None:
-        self._key = self._key_of(parameters, reached, combined)
-        self.buckets: list[_Bucket] = []
-        self._pieces: dict[tuple[int, int], Tensor] = {}  # by task and position: a part of a row
-        for group in _groups(parameters, reached, combined):
-            owners, members = reached[group[0]], [parameters[i] for i in group]
-            J = _empty_rows(len(owners), members)
-            self.buckets.append(_Bucket(group, owners, J))
-            for row, owner in zip(J, owners, strict=True):
-                for i, piece in zip(group, _split(row, members), strict=True):
-                    self._pieces[owner, i] = piece
-
-    def fit(self, parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> bool:
-        """Whether the buckets were made for just these."""
-        return bool(self._key == self._key_of(parameters, reached, combined))
-
-    @staticmethod
-    def _key_of(parameters: list[nn.Parameter], reached: _Reached, combined: list[int]) -> Any:
-        return [(id(p), p.shape, p.stride(), p.dtype, p.device) for p in parameters], reached, combined
-
-    def take(self, task: int, gradients: _Gradients, earlier: _Gradients) -> _Gradients:
-        """Moves a task's gradients into its rows, added to the `earlier` ones there. Those without a row stay apart."""
-        own = {i: self._pieces[task, i] for i in gradients if (task, i) in self._pieces}
-        for move, chosen in (
-            (torch._foreach_copy_, [i for i in own if i not in earlier]),
-            (torch._foreach_add_, [i for i in own if i in earlier]),
-        ):
-            if chosen:
-                move([own[i] for i in chosen], [gradients[i] for i in chosen])
-        apart = {i: g + earlier[i] if i in earlier else g for i, g in gradients.items() if i not in own}
-        return earlier | own | apart
 
 
 def _walk(losses: list[Tensor], parameters: list[nn.Parameter]) -> tuple[list[bool], list[set[int]]]:
@@ -339,61 +284,3 @@ def _walk(losses: list[Tensor], parameters: list[nn.Parameter]) -> tuple[list[bo
         reaches.append(found)
         later |= nodes
     return shared[::-1], reaches[::-1]
-
-
-def _groups(parameters: list[nn.Parameter], reached: _Reached, positions: list[int]) -> Iterator[list[int]]:
-    """The positions of parameters that share a bucket: one device, dtype and set of tasks, up to _BUCKET elements."""
-    kinds: dict[Any, list[int]] = {}
-    for i in positions:
-        kinds.setdefault((parameters[i].device, parameters[i].dtype, reached[i]), []).append(i)
-    for members in kinds.values():
-        group: list[int] = []
-        size = 0
-        for i in members:
-            count = _numbers(parameters[i])
-            if group and size + count > _BUCKET:
-                yield group
-                group, size = [], 0
-            group.append(i)
-            size += count
-        yield group
-
-
-def _gather(
-    tasks: list[_Gradients], owners: tuple[int, ...], positions: list[int], parameters: list[nn.Parameter]
-) -> Tensor:
-    """Moves the gradients of these parameters, which the tasks `owners` reach, into one J [len(owners), n]."""
-    members = [parameters[i] for i in positions]
-    J = _empty_rows(len(owners), members)
-    for row, owner in zip(J, owners, strict=True):
-        for i, piece in zip(positions, _split(row, members), strict=True):
-            piece.copy_(tasks[owner].pop(i))
-    return J
-
-
-def _empty_rows(rows: int, parameters: list[nn.Parameter]) -> Tensor:
-    """J [rows, n] for the gradients of these parameters of one dtype: bf16 ones stay bf16, all others become fp32."""
-    example = parameters[0]
-    dtype = torch.bfloat16 if example.dtype == torch.bfloat16 else torch.float32
-    return huge_pages.empty(rows, sum(map(_numbers, parameters)), dtype=dtype, device=example.device)
-
-
-def _numbers(parameter: Tensor) -> int:
-    """Real numbers in a row of J: a complex one counts as two, so that inner products are those of real vectors."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-
-def _split(row: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Views of a row [n], one for each parameter, with its shape and its order in memory (channels_last, transposed).
-
-    Autograd lays a gradient out like its parameter too; fused optimizers read both by address.
-    """
-    pieces = []
-    for p, piece in zip(parameters, row.split([_numbers(p) for p in parameters]), strict=True):
-        numbers = torch.view_as_complex(piece.view(-1, 2)) if p.is_complex() else piece
-        if p.is_contiguous():
-            pieces.append(numbers.view(p.shape))
-        else:
-            strides = torch.empty_like(p, device="meta").stride()
-            pieces.append(numbers.as_strided(p.shape, strides, numbers.storage_offset()))
-    return pieces

@@ -16,7 +16,7 @@ from minbert_fast.common.schema import check
 from minbert_fast.common.storage import write_text
 from minbert_fast.data.collate import evaluation_batches
 from minbert_fast.data.tokens import TokenTable
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.tasks.base import HeadOutput, Results, Task
 from minbert_fast.tasks.details import TaskResult, task_details

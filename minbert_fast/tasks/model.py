@@ -28,6 +28,7 @@ from minbert_fast.model import weights
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.packing import PackedBatch
+from minbert_fast.model.weight_files import read_safetensors
 from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, build_task
@@ -286,7 +287,7 @@ class MultitaskModel(nn.Module):
                 raise ConfigError(f"{directory}: no trained model, it holds no {name}")
         recipe = Recipe.load(str(directory / "recipe.toml"))
         heads = directory / "heads.safetensors"
-        found = weights.read_safetensors(heads)
+        found = read_safetensors(heads)
         with safe_open(heads, "pt") as file:
             text = (file.metadata() or {}).get(BEGUN, "0")
         begun, most = int(text) if text.isascii() and text.isdigit() else -1, len(recipe.resolved_stages())

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from minbert_fast.common.errors import RunError, first_line
 from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
-from minbert_fast.model.passes import extended_mask
+from minbert_fast.model.rows import extended_mask
 from minbert_fast.tasks.base import Head, HeadOutput, Task
 from minbert_fast.tasks.classifier import Problem, logits_of, problem_of
 from minbert_fast.tasks.model import MultitaskModel, pool_padded

@@ -12,13 +12,12 @@ Shapes: n sentences or pairs, H hidden, C classes.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from torch.nn import functional as F
 from minbert_fast.common.device import DTYPES, Precision, choose_device, choose_precision
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.cache import tokenize_table
-from minbert_fast.data.columns import usual_names
 from minbert_fast.data.files import Table
 from minbert_fast.data.tokenizer import Tokenizer, check_sentences
 from minbert_fast.model import sentence_modules, weights
@@ -36,29 +34,11 @@ from minbert_fast.model.config import Pooling
 from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, Task, evaluation, sentence_vectors
+from minbert_fast.tasks import MultitaskModel, Task, evaluation, forms, sentence_vectors
+from minbert_fast.tasks.index import Hit, Index
 
-Pair = tuple[str, str] | Sequence[str]
 # A function that gets the number of sentences or examples of each batch, or True for a progress bar (also in notebooks).
 Progress = Callable[[int], object] | bool
-
-
-class DataFrame(Protocol):
-    """The attributes of a pandas DataFrame that this package reads. It does not import pandas."""
-
-    columns: Any
-    index: Any
-    iloc: Any
-
-    def __getitem__(self, column: Any, /) -> Any: ...
-
-
-class Hit(NamedTuple):
-    """A search result."""
-
-    row: int  # in the corpus, from 0
-    score: float  # cosine
-    text: str
 
 
 class Predictions(NamedTuple):
@@ -66,35 +46,6 @@ class Predictions(NamedTuple):
 
     values: np.ndarray  # [n] on the scale of the task's labels
     probabilities: np.ndarray | None  # [n, C]; None for a regression
-
-
-@dataclass(frozen=True, repr=False)
-class Index:
-    """Sentences and their vectors, for repeated searches."""
-
-    texts: Sequence[str]
-    vectors: np.ndarray  # [n, H] fp32, of length 1
-
-    def __repr__(self) -> str:
-        return f"Index({len(self.texts):,} sentences, vectors of {self.vectors.shape[1]})"
-
-    def nearest(self, vectors: np.ndarray, top: int) -> list[list[Hit]]:
-        """The `top` sentences of the highest cosine, best first, for each of `vectors` [q, H] of length 1.
-
-        Fewer if there are no more. Raises ValueError for a `top` that is no whole number from 0.
-        """
-        if not isinstance(top, int | np.integer) or top < 0:
-            raise ValueError(f"top is {top!r}, expected a whole number, 0 or more")
-        top = min(int(top), len(self.texts))
-        if not top:
-            return [[] for _ in vectors]
-        found = []
-        for begin in range(0, len(vectors), 256):  # limits the memory of the scores
-            for scores in vectors[begin : begin + 256] @ self.vectors.T:
-                best = np.flatnonzero(-scores <= np.partition(-scores, top - 1)[top - 1])  # more than `top` if equal
-                best = best[np.argsort(-scores[best], kind="stable")][:top]  # of equal scores, the earlier sentence
-                found.append([Hit(i, float(scores[i]), self.texts[i]) for i in best.tolist()])
-        return found
 
 
 class Predictor:
@@ -205,7 +156,7 @@ class Predictor:
         if isinstance(sentences, str):
             row: np.ndarray = self.encode([sentences], pooling=pooling, normalize=normalize, progress=progress)[0]
             return row
-        texts = _sentences("encode", sentences)
+        texts = forms.sentences("encode", sentences)
         check_sentences(texts)
         with _reporting(progress, len(texts), " sentences") as report:
             vectors = sentence_vectors.encode(
@@ -225,7 +176,7 @@ class Predictor:
 
     def index(self, corpus: Iterable[str], progress: Progress | None = None) -> Index:
         """Encodes a corpus for `search`. Raises ValueError as `encode` does, and for a single string."""
-        texts = _sentences("index", corpus)
+        texts = forms.sentences("index", corpus)
         return Index(texts, self.encode(texts, normalize=True, progress=progress))
 
     def search(self, query: str, corpus: Sequence[str] | Index, top: int = 10) -> list[Hit]:
@@ -243,24 +194,24 @@ class Predictor:
         """Sentiment classes [n], 0 (most negative) to 4. Raises ConfigError for a model without such a head."""
         return self._values("sentiment", sentences)
 
-    def paraphrase(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def paraphrase(self, pairs: Sequence[forms.Pair]) -> np.ndarray:
         """1.0 if the sentences of a pair have the same meaning, else 0.0, [n]. Raises ConfigError without such a head."""
         return self._values("paraphrase", pairs)
 
-    def similarity(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def similarity(self, pairs: Sequence[forms.Pair]) -> np.ndarray:
         """Similarity of the sentences of a pair, 0 to 5, [n]. Raises ConfigError without such a head."""
         return self._values("similarity", pairs)
 
     def _values(self, kind: str, examples: Any) -> np.ndarray:
         task = self.task_of(kind)
-        if _is_frame(examples):
+        if forms.is_frame(examples):
             raise ValueError(f"{kind} takes lists: for a DataFrame call predict({task!r}, frame, text=...)")
         found: Predictions = self.predict(task, examples)
         return found.values
 
     @overload
     def predict(
-        self, task: str, frame: DataFrame, /, *, text: str | Sequence[str] | None = None, probabilities: bool = False,
+        self, task: str, frame: forms.DataFrame, /, *, text: str | Sequence[str] | None = None, probabilities: bool = False,
         progress: Progress | None = None,
     ) -> Any: ...  # fmt: skip
 
@@ -299,12 +250,14 @@ class Predictor:
         names = found.class_names
         if probabilities and names is None:
             raise ValueError(f"{task} predicts no classes, so it has no probabilities")
-        frame = next(filter(_is_frame, examples), None)
+        frame = next(filter(forms.is_frame, examples), None)
         if frame is None and text is not None:
             raise ValueError("text names columns of a DataFrame, and the examples are none")
         if frame is not None and len(examples) > 1:
             raise ValueError(f"{task} takes one DataFrame, or lists")
-        texts = _columns(task, found.num_texts, examples) if frame is None else _frame_columns(found, frame, text)
+        texts = (
+            forms.columns(task, found.num_texts, examples) if frame is None else forms.frame_columns(found, frame, text)
+        )
         count = len(texts[0])
         if count:
             table = Table(task, Path(), texts, None, [""] * count, np.arange(count))
@@ -346,67 +299,6 @@ class Predictor:
         if self.heads is None:
             raise ConfigError("this model has no heads: it is an encoder alone, and only encode and search work")
         return self.heads
-
-
-# ---- Forms of examples and of progress -----------------------------------------------------------------------------------
-
-
-def _sentences(caller: str, values: Iterable[str]) -> list[str]:
-    """The values as a list. Raises ValueError for a string or a DataFrame, whose items are not its sentences, or no list."""
-    if _is_frame(values):
-        raise ValueError(f"{caller} takes sentences, not a DataFrame: pass one of its columns")
-    _check_list(values, f"{caller} takes sentences")
-    return list(values)
-
-
-def _columns(task: str, count: int, examples: Sequence[Any]) -> tuple[list[str], ...]:
-    """One list per sentence of an example, from such lists or from one list of tuples. Raises ValueError."""
-    for each in examples:
-        _check_list(each, f"{task} takes lists of sentences")
-    columns = [list(each) for each in examples]
-    if count > 1 and len(columns) == 1:
-        noun, number = {2: ("pair", "two"), 3: ("triple", "three")}.get(count, ("example", str(count)))
-        for row, example in enumerate(columns[0]):
-            if isinstance(example, str) or not isinstance(example, Sequence) or len(example) != count:
-                raise ValueError(f"{noun} {row} is {example!r:.60}, expected {number} sentences")
-        columns = [[example[place] for example in columns[0]] for place in range(count)]
-    if len(columns) != count or len({len(column) for column in columns}) > 1:
-        several = f"{count} lists of sentences, equally long, or a list of tuples"
-        raise ValueError(f"{task} takes {'one list of sentences' if count == 1 else several}")
-    return tuple(columns)
-
-
-def _check_list(value: object, expected: str) -> None:
-    """Raises ValueError, which begins with `expected`, for a string, bytes, or a value without items."""
-    if isinstance(value, str | bytes) or not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
-        raise ValueError(f"{expected}, not {'a string' if isinstance(value, str) else f'{value!r:.60}'}")
-
-
-def _is_frame(value: object) -> bool:
-    """Whether `value` is a pandas DataFrame. Does not import pandas: without it in memory, no value is one."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, pandas.DataFrame)
-
-
-def _frame_columns(task: Task, frame: Any, text: str | Sequence[str] | None) -> tuple[list[str], ...]:
-    """The sentences in the columns `text` of a DataFrame. Raises ValueError."""
-    known = list(frame.columns)
-    if text is None:
-        usual = [source.texts for source in task.sources]  # the columns that the task was trained on
-        usual += usual_names(task.num_texts)  # those that are looked for in files
-        fitting = (names for names in usual if len(names) == task.num_texts and all(name in known for name in names))
-        named = next(fitting, None)
-        if named is None:
-            columns = ", ".join(map(str, known))
-            raise ValueError(f"{task.name} takes {task.num_texts} columns: name them as text=... (there are {columns})")
-    else:
-        named = (text,) if isinstance(text, str) else tuple(text)
-    for name in named:
-        if name not in known:
-            raise ValueError(f"the DataFrame has no column {name!r} (it has {', '.join(map(str, known))})")
-    if len(named) != task.num_texts:
-        raise ValueError(f"{task.name} takes {task.num_texts} columns, text names {len(named)}")
-    return tuple(frame[name].tolist() for name in named)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from minbert_fast.data.collate import by_length
 from minbert_fast.data.sentences import Tokens, offsets_of
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model.config import Pooling
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.ops.pooling import pool
 

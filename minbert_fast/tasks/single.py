@@ -16,7 +16,8 @@ from minbert_fast.common.schema import check
 from minbert_fast.model import fused
 from minbert_fast.model.bert import BertLayer, read_layer
 from minbert_fast.model.config import BertConfig
-from minbert_fast.model.passes import AutogradPass, Sentences, through
+from minbert_fast.model.passes import AutogradPass, through
+from minbert_fast.model.rows import Sentences
 from minbert_fast.ops.pooling import pool
 from minbert_fast.tasks.base import HeadOutput, TaskInput
 from minbert_fast.tasks.neighbours import LabelledSentences

@@ -62,12 +62,13 @@ class CheckpointStore:
 
         with translate_write_errors(path):
             write_directory(path, fill)
-            self.prune(self.keep)
+        self.prune(self.keep)
 
     def prune(self, keep: int) -> None:
-        """Removes all but the newest `keep` checkpoints. Raises OSError."""
-        for _, old in self._entries()[keep:]:
-            remove(old)
+        """Removes all but the newest `keep` checkpoints. Raises RunError if the disk refuses."""
+        with translate_write_errors(self.folder):
+            for _, old in self._entries()[keep:]:
+                remove(old)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
         """Reads the newest undamaged checkpoint; None if there is none.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Series of runs: one directory per run, finished runs are skipped and interrupted ones resumed; tables of their scores."""
+"""Series of runs: one directory per run, finished runs are skipped and interrupted ones resumed."""
 
 from __future__ import annotations
 
@@ -135,15 +135,3 @@ def load_recipe(name: str | None, chosen: argparse.Namespace) -> Recipe:
     values |= {"imports": Whole(chosen.imports)} if chosen.imports else {}
     values |= {} if chosen.max_steps is None else {"training": {"max_steps": chosen.max_steps}}
     return Recipe.load(name).with_values(values, "command line")
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)]) + "\n"

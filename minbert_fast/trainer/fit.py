@@ -22,9 +22,9 @@ from minbert_fast.data.source import Names
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.predictor import Predictor
 from minbert_fast.trainer.callbacks import Callback
-from minbert_fast.trainer.datasets import SPLITS
 from minbert_fast.trainer.job import BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY
+from minbert_fast.trainer.table_reader import SPLITS
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.data.batch import MultitaskBatch
@@ -31,11 +31,10 @@ from minbert_fast.trainer.checkpoint import (
     CheckpointStore,
     State,
     collect_tensors,
-    copy_weights,
     load_model,
     load_step,
-    set_weights,
 )
+from minbert_fast.trainer.kept_weights import KeptWeights
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.plan import Evaluation, Stage
 from minbert_fast.trainer.progress import Progress
@@ -43,7 +42,6 @@ from minbert_fast.trainer.records import Clock, Observation, Observer, evaluatio
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
 
-KEPT = "kept/"  # start of the names of checkpointed tensors that a later stage starts from
 SHOWN_EXAMPLES = 8  # examples named when non-finite losses stop a run
 
 
@@ -58,9 +56,23 @@ class Outcome:
     finished: bool  # False: `stop_after` cut the run
 
 
+class _Active(NamedTuple):
+    """The stage that is being trained."""
+
+    stage: Stage
+    step: TrainingStep
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the model has its averaged weights, if the recipe averages them."""
+        return nullcontext() if self.step.average is None else self.step.average.applied()
+
+
 @dataclass
 class Trainer:
-    """Runs the stages of a recipe. Raises RunError or InterruptError with a line for the user."""
+    """Runs the stages of a recipe to the end, from the start or from `checkpoint`, whose tensors it loads into the model.
+
+    Raises RunError or InterruptError with a line for the user.
+    """
 
     recipe: Recipe
     stages: Sequence[Stage]
@@ -69,6 +81,7 @@ class Trainer:
     evaluate: Callable[[], Evaluation | None]  # None: there are no dev files
     save: Callable[[Path], None]  # writes the model directory
     constants: Mapping[str, Any]  # further entries of every checkpoint's state.json
+    checkpoint: Checkpoint | None = None
     judged_by: Mapping[str, str] = field(default_factory=dict)  # task -> the metric that judges it
     fetch_every_step: bool = True  # costs nothing on a CPU; on a GPU it would wait for every step to finish
     world: World = field(default_factory=World)
@@ -76,38 +89,39 @@ class Trainer:
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included
 
     def __post_init__(self) -> None:
-        self.store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, NEWEST))
         self.total = sum(stage.steps for stage in self.stages)
         self.end = self.total if self.stop_after is None else min(self.total, self.stop_after)
-
-    # ---- The run ----------------------------------------------------------------------------------------------------
-
-    def run(self, checkpoint: Checkpoint | None = None) -> Outcome:
-        """Trains to the end, from the start or from `checkpoint`, whose tensors it loads into the model."""
-        self.state = State() if checkpoint is None else State(**checkpoint.state["run"])
-        self._saved = -1 if checkpoint is None else checkpoint.step  # step of the last checkpoint
-        self._kept = self._initial_weights(checkpoint)
+        self.state = State() if self.checkpoint is None else State(**self.checkpoint.state["run"])
+        self._store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, NEWEST))
+        self._saved = -1 if self.checkpoint is None else self.checkpoint.step  # step of the last checkpoint
+        self._kept = KeptWeights(self.model, [str(stage.recipe.training.start) for stage in self.stages])
         self._observer = Observer()
         self._signals = StopSignals()
         self._stopped = False  # by a callback
         self._agreed = Agreement(self.world)
         self._clock = Clock(self.state)
-        self.files.metrics.open(before_step=None if checkpoint is None else checkpoint.step)
-        if checkpoint is not None:
-            self.files.bring_back("best", "predictions", *(f"best-{task}" for task in self.judged_by))
-            if self.state.record is not None:
-                self.files.metrics.write(self.state.record)
         self._progress = Progress(self.state.step, self.total, self.world.is_main)
+
+    # ---- The run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Trains to the end."""
+        state = self.state
+        self._kept.keep("0", state.stage)  # before a checkpoint is loaded
+        self.files.metrics.open(before_step=None if self.checkpoint is None else self.checkpoint.step)
+        if self.checkpoint is not None:
+            self._kept.load(self.checkpoint)
+            self.files.bring_back("best", "predictions", *(f"best-{task}" for task in self.judged_by))
+            if state.record is not None:
+                self.files.metrics.write(state.record)
         try:
             with self._signals:
-                self._run_stages(checkpoint)
-                self._save_checkpoint()
-                self._adopt_average()
+                self._run_stages()
                 final = self._final_evaluation()
         except InterruptError as stop:
             raise InterruptError(
                 stop.number,
-                f"{stop.signal_name}: stopped after step {self.state.step}, which is saved; to continue: "
+                f"{stop.signal_name}: stopped after step {state.step}, which is saved; to continue: "
                 f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}",
             ) from None
         except RunError as error:
@@ -116,53 +130,54 @@ class Trainer:
         finally:
             self._progress.close()
         self._clock.tick("other")
-        step = self.state.step
         if self._cut:
             who = "stopped by a callback" if self._stopped else "stopped"
-            reason = f"{who} after step {step:,} of {self.total:,}: --resume continues"
+            reason = f"{who} after step {state.step:,} of {self.total:,}: --resume continues"
         else:
-            reason = "no better score for a while" if step < self.total else "all steps taken"
-        return Outcome(self.state, final.best, final.task_best, reason, not self._cut)
+            reason = "no better score for a while" if state.step < self.total else "all steps taken"
+        return Outcome(state, final.best, final.task_best, reason, not self._cut)
 
     @property
     def _cut(self) -> bool:
         """Whether a callback or `stop_after` ends the run before its last step."""
         return self.state.step < self.total and (self._stopped or self.end <= self.state.step)
 
-    def _run_stages(self, checkpoint: Checkpoint | None) -> None:
-        for index in range(self.state.stage, len(self.stages)):
-            if index != self.state.stage:
-                self._adopt_average()
-                self._begin_stage(index)
-            self._run_stage(self.stages[index], checkpoint)
-            checkpoint = None
+    def _run_stages(self) -> None:
+        first = self.state.stage
+        for index in range(first, len(self.stages)):
+            if index != first:
+                if not self._kept.begin_stage(index):
+                    words = f"stage {index + 1} starts from the last weights: stage {index} has no finite score"
+                    self._progress.say(words)
+                self.state.begin_stage(index)
+            self._run_stage(self.stages[index], self.checkpoint if index == first else None)
             if self._cut:
                 return
 
     def _run_stage(self, stage: Stage, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
             load_model(self.model, checkpoint)
-        self.__dict__.pop("_step", None)  # frees the memory of the stage before first
-        self._step: TrainingStep = stage.build_step()
+        active = _Active(stage, stage.build_step())
         if checkpoint is not None:
-            load_step(self._step, checkpoint)
-        self._after_step(stage)
-        if self._stage_finished(stage):
-            return
+            load_step(active.step, checkpoint)
+        self._after_step(active)
         with closing(stage.batches(self.state.stage_step, stage.steps)) as batches:
             self._clock.tick("other")
-            for batch in batches:
+            while not self._stage_finished(stage):
+                batch = next(batches)
                 self._clock.tick("data")
-                self._take_step(stage, batch)
-                self._after_step(stage)
-                if self._stage_finished(stage):
-                    return
+                self._take_step(active, batch)
+                self._after_step(active)
+        if self._cut or stage is self.stages[-1]:
+            self._save_checkpoint(active)
+        if active.step.average is not None:
+            active.step.average.adopt()  # replaces the weights for good
 
-    def _take_step(self, stage: Stage, batch: MultitaskBatch) -> None:
-        state = self.state
+    def _take_step(self, active: _Active, batch: MultitaskBatch) -> None:
+        state, stage = self.state, active.stage
         scale = lr_scale(state.stage_step, stage.steps, stage.steps_per_epoch, stage.recipe.optimizer)
         try:
-            result = self._step(batch, scale)
+            result = active.step(batch, scale)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -175,55 +190,26 @@ class Trainer:
         self._clock.tick("steps", result.seconds)
         logged = state.step == 1 or state.step % self.recipe.logging.every == 0 or self._evaluation_due(stage)
         if logged or self.fetch_every_step or self._checkpoint_due(stage):
-            self._observe(stage, scale, logged)
+            self._observe(active, scale, logged)
         if not logged:
             self._progress.advance(None, self._clock.speed()[1])
 
-    def _after_step(self, stage: Stage) -> None:
+    def _after_step(self, active: _Active) -> None:
         """Evaluates, records, saves and stops, as far as each is due after a step or at the start of a (resumed) stage."""
         state = self.state
         try:
-            if self._evaluation_due(stage) and state.evaluated != state.step:
-                with self._averaged_weights():
+            if self._evaluation_due(active.stage) and state.evaluated != state.step:
+                with active.averaged():
                     self._evaluate()
         except InterruptError:
             pass  # handled below; the checkpoint says that the evaluation is still due
         if state.record is not None:
             self.files.metrics.write(state.record)
         stop = self._agreed(self._signals.received)
-        if stop is not None or self._checkpoint_due(stage):
-            self._save_checkpoint()
+        if stop is not None or self._checkpoint_due(active.stage):
+            self._save_checkpoint(active)
         if stop is not None:
             raise InterruptError(stop, "stopped between two steps")
-
-    # ---- The first weights of a stage -------------------------------------------------------------------------------
-
-    def _initial_weights(self, checkpoint: Checkpoint | None) -> dict[str, dict[str, Tensor]]:
-        """Weights that later stages start from, by name: "best" of this stage, or the number of a finished stage."""
-        kept: dict[str, dict[str, Tensor]] = {}
-        if self._needed("0", self.state.stage):
-            kept["0"] = copy_weights(self.model)  # before a checkpoint is loaded
-        for name, tensor in checkpoint.tensors.items() if checkpoint is not None else ():
-            if name.startswith(KEPT):
-                weights, _, parameter = name.removeprefix(KEPT).partition("/")
-                kept.setdefault(weights, {})[parameter] = tensor
-        return kept
-
-    def _begin_stage(self, index: int) -> None:
-        """Moves on to stage `index`, which takes its first weights from where its recipe says."""
-        start = str(self.stages[index].recipe.training.start)
-        if self._needed(str(index), index):
-            self._kept[str(index)] = copy_weights(self.model)  # the last weights of the stage that has just ended
-        if start in self._kept:
-            set_weights(self.model, self._kept[start])
-        elif start == "best":
-            self._progress.say(f"stage {index + 1} starts from the last weights: stage {index} has no finite score")
-        self._kept = {n: w for n, w in self._kept.items() if n != "best" and self._needed(n, index + 1)}
-        self.state.begin_stage(index)
-
-    def _needed(self, start: str, first: int) -> bool:
-        """Whether stage `first` or one after it starts from the weights called `start`."""
-        return any(str(stage.recipe.training.start) == start for stage in self.stages[first:])
 
     # ---- When things are due ----------------------------------------------------------------------------------------
 
@@ -246,37 +232,23 @@ class Trainer:
         remainder = self.state.step % every if every else self.state.stage_step % stage.steps_per_epoch
         return remainder == 0 or self.state.stage_step == stage.steps
 
-    # ---- Averaged weights -------------------------------------------------------------------------------------------
-
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        """Inside the block the model has its averaged weights, if the recipe averages them."""
-        return nullcontext() if self._step.average is None else self._step.average.applied()
-
-    def _adopt_average(self) -> None:
-        """Replaces the weights by their average for good, at the end of a stage."""
-        if self._step.average is not None:
-            self._step.average.adopt()
-
     # ---- Evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """A scheduled evaluation: updates the state, and best/ if the score is the best one so far."""
+        """A scheduled evaluation: updates the state, and the best models if their scores are the best ones so far."""
         state, evaluation = self.state, self._measure()
         if evaluation is not None:
-            better = state.step > 0 and _beats(evaluation, self.recipe.training.select, state.best)
+            better = False
             if state.step == 0:
                 state.untrained = dict(evaluation.metrics)
             else:
-                if better:
-                    state.best = self._keep_best(evaluation)
-                self._keep_task_bests(evaluation, state)
+                better = self._keep_bests(evaluation, state)
                 score = evaluation.score(self.stages[state.stage].recipe.training.select)
                 improved = state.stage_best is None or score > state.stage_best
                 state.stale = 0 if improved else state.stale + 1
                 if improved and math.isfinite(score):
                     state.stage_best = score
-                    if self._needed("best", state.stage + 1):
-                        self._kept["best"] = copy_weights(self.model)
+                    self._kept.keep("best", state.stage + 1)
             state.record = self._report_dev(evaluation)
             self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
         state.evaluated = state.step
@@ -295,13 +267,8 @@ class Trainer:
             return state
         self.files.metrics.write(self._report_dev(evaluation))
         bests = replace(state, task_best=dict(state.task_best))
-        self._keep_task_bests(evaluation, bests, provisional=True)
-        better = _beats(evaluation, self.recipe.training.select, state.best)
+        better = self._keep_bests(evaluation, bests, provisional=True)
         self._tell(EvaluationEvent(state.step, evaluation.metrics, better))
-        if better:
-            if state.best is not None:
-                self.files.set_aside("best", "predictions")
-            bests.best = self._keep_best(evaluation)
         return bests
 
     def _measure(self) -> Evaluation | None:
@@ -311,32 +278,35 @@ class Trainer:
         self._clock.tick("evaluation")
         return evaluation
 
-    def _keep_best(self, evaluation: Evaluation) -> dict[str, Any]:
-        if self.world.is_main:
-            self.files.write_directory("best", self.save)
-            self.files.write_directory("predictions", evaluation.write)
-        return self._summarise(evaluation, self.recipe.training.select)
+    def _keep_bests(self, evaluation: Evaluation, bests: State, provisional: bool = False) -> bool:
+        """Saves the models of the best scores so far, writes these scores to `bests`, and returns whether best/ is new.
 
-    def _keep_task_bests(self, evaluation: Evaluation, bests: State, provisional: bool = False) -> None:
-        """Saves best-TASK/ for each task that this stage trains and that has its best score now, if the recipe asks.
-
-        Writes the scores to `bests.task_best`. A provisional result sets the directory aside that it replaces.
+        best-TASK/ is that of a task that this stage trains, if the recipe asks. A provisional result sets the directories
+        aside that it replaces.
         """
-        if not self.recipe.training.best_per_task:
-            return
-        trained = self.stages[self.state.stage].recipe.tasks
-        for task, metric in self.judged_by.items():
+        training, stage = self.recipe.training, self.stages[self.state.stage].recipe
+        best = self._keep_best("best", evaluation, training.select, bests.best, provisional)
+        bests.best = best or bests.best
+        for task, metric in self.judged_by.items() if training.best_per_task else ():
             before = bests.task_best.get(task)
-            if task not in trained or not _beats(evaluation, metric, before):
-                continue
-            if provisional and before is not None:
-                self.files.set_aside(f"best-{task}")
-            if self.world.is_main:
-                self.files.write_directory(f"best-{task}", self.save)
-            bests.task_best[task] = self._summarise(evaluation, metric)
+            if task in stage.tasks and (
+                kept := self._keep_best(f"best-{task}", evaluation, metric, before, provisional)
+            ):
+                bests.task_best[task] = kept
+        return best is not None
 
-    def _summarise(self, evaluation: Evaluation, metric: str) -> dict[str, Any]:
+    def _keep_best(
+        self, name: str, evaluation: Evaluation, metric: str, before: Mapping[str, Any] | None, provisional: bool
+    ) -> dict[str, Any] | None:
+        """Saves the model as directory `name` (best/: predictions too) if its score beats `before`; returns the scores."""
         score = evaluation.score(metric)
+        if before is not None and before["score"] is not None and score <= before["score"]:
+            return None
+        directories = {name: self.save} | ({"predictions": evaluation.write} if name == "best" else {})
+        if provisional and before is not None:
+            self.files.set_aside(*directories)
+        for directory, fill in directories.items() if self.world.is_main else ():
+            self.files.write_directory(directory, fill)
         found = {"step": self.state.step, "score": score if math.isfinite(score) else None}
         train = {"train": dict(evaluation.train)} if evaluation.train else {}
         return found | {"metrics": dict(evaluation.metrics)} | train
@@ -348,7 +318,7 @@ class Trainer:
 
     # ---- Records and checkpoints ------------------------------------------------------------------------------------
 
-    def _observe(self, stage: Stage, scale: float | None, logged: bool) -> None:
+    def _observe(self, active: _Active, scale: float | None, logged: bool) -> None:
         """Fetches the results since the last fetch; records every skipped step, and the last step if `logged`.
 
         The first skipped step of a run is printed too.
@@ -377,7 +347,7 @@ class Trainer:
                     self._clock.reset_speed()
                     self._tell(StepEvent(seen.step, self.total, seen.losses, record.get("lr"), seen.grad_norm))
             if state.skipped_in_a_row >= self.recipe.training.max_skipped:
-                self._abort(stage, seen)
+                self._abort(active, seen)
 
     def _tell(self, event: StepEvent | EvaluationEvent) -> None:
         """Calls every callback on rank 0. The run ends, in every process, if one of them returns True."""
@@ -390,31 +360,32 @@ class Trainer:
         if self.callbacks:
             self._stopped |= any(self.world.from_main(call))
 
-    def _save_checkpoint(self) -> None:
+    def _save_checkpoint(self, active: _Active) -> None:
         state = self.state
         if self._saved == state.step:
             return
         self._clock.tick("other")
-        self._observe(self.stages[state.stage], None, logged=False)
+        self._observe(active, None, logged=False)
         if state.record is not None:
             self.files.metrics.write(state.record)
         self.files.metrics.flush()
         # In every process, because each may hold a part of the moments.
-        tensors, scalars = collect_tensors(self.model, self._step)
-        for weights in self._kept.keys() - {"0"}:  # a resumed run finds those before the first stage by itself
-            tensors |= {f"{KEPT}{weights}/{name}": tensor for name, tensor in self._kept[weights].items()}
+        tensors, scalars = collect_tensors(self.model, active.step)
+        tensors |= self._kept.tensors()
         if self.world.is_main:
-            self.store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
+            self._store.save(state.step, tensors, {"run": asdict(state), "step": scalars, **self.constants})
         self._saved = state.step
         self._clock.tick("checkpoint")
 
-    def _abort(self, stage: Stage, seen: Observation) -> None:
+    def _abort(self, active: _Active, seen: Observation) -> None:
         """Saves last/ and stops a run whose losses stay non-finite; skipped steps have not changed the model."""
-        places = [stage.locate(task, row) for task in seen.skipped for row in dict.fromkeys(seen.rows[task].tolist())]
+        places = [
+            active.stage.locate(task, row) for task in seen.skipped for row in dict.fromkeys(seen.rows[task].tolist())
+        ]
         more = f" and {len(places) - SHOWN_EXAMPLES} more" if len(places) > SHOWN_EXAMPLES else ""
         if self.state.record is not None:
             self.files.metrics.write(self.state.record)
-        with self._averaged_weights():
+        with active.averaged():
             self.files.write_directory("last", self.save)
         raise RunError(
             f"stopped after step {seen.step}: {self.state.skipped_in_a_row} steps in a row had losses or gradients "
@@ -431,7 +402,3 @@ def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> st
         f"sentence {batch.packed.max_seqlen}): lower --batch-size (now {stage.recipe.training.batch_size}) or "
         f"--set data.max_length (now {stage.recipe.data.max_length})"
     )
-
-
-def _beats(evaluation: Evaluation, metric: str, best: Mapping[str, Any] | None) -> bool:
-    return best is None or best["score"] is None or evaluation.score(metric) > best["score"]

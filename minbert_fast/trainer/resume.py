@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of `--resume`: the values of a recipe that may change, the line about a finished run, and the check for a run."""
+"""Rules of `--resume`: the values of a recipe that may change, finished runs, and the checkpoint that a run goes on from."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minbert_fast.common.device import Precision
+from minbert_fast.common.provenance import describe_environment
 from minbert_fast.common.schema import ConfigError, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.model.weights import CONFIG
+from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import flatten
 from minbert_fast.step.backends import Backend
-from minbert_fast.trainer.checkpoint import STATE
+from minbert_fast.trainer.checkpoint import STATE, Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.outputs import CHECKPOINTS, SUMMARY, saved_recipe_path
 
 SHOWN_CHANGES = 5  # differences named when a run cannot be resumed
@@ -124,3 +130,56 @@ def settings_of(output: Path) -> tuple[Backend, Precision] | None:
             continue
         return "reference" if backend == "reference" else "fast", "bf16" if precision == "bf16" else "fp32"
     return None
+
+
+def find_checkpoint(
+    output: Path,
+    fingerprint: Mapping[str, Any],
+    steps: Sequence[int],
+    device: torch.device,
+    notify: Callable[[str], None],
+) -> Checkpoint | None:
+    """The checkpoint that the run under `output` goes on from; None if there is none. Every rank reads it.
+
+    `fingerprint` and `steps`, the length of each stage, are those of the run as it is now. Raises ConfigError if the
+    checkpoint belongs to another run.
+    """
+    found = CheckpointStore(output / CHECKPOINTS).newest(notify)
+    if found is None:
+        notify(f"no checkpoint in {output}: starting from the beginning")
+        return None
+    now = json.loads(json.dumps(fingerprint))  # the checkpoint's went through JSON too
+    if changed := differences(found.state["fingerprint"], now):
+        more = f" (and {len(changed) - SHOWN_CHANGES} more differences)" if len(changed) > SHOWN_CHANGES else ""
+        other = "give --resume alone, or with the flags that the run was started with"
+        if all(line.startswith("data.") for line in changed):
+            other += "; if a data file has changed since, restore it, or start a new run under another --output"
+        raise ConfigError(f"{output} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; {other}")
+    then, stage = found.state.get("steps", steps), found.state["run"]["stage"]
+    if then != steps:
+        line = f"the run now has {sum(steps):,} steps, not {sum(then):,}"
+        if then[:stage] != steps[:stage] or sum(steps) < found.step:
+            raise ConfigError(f"{output}: {line}: a stage that has ended cannot change its length")
+        notify(f"{line}: its learning rate follows the new length from here on")
+    for line in differences(found.state["environment"], describe_environment(device)):
+        notify(f"{line}: results may differ in the last bits from those of an uninterrupted run")
+    notify(f"resuming after step {found.step}")
+    return found
+
+
+def check_ranks_agree(
+    world: World, fingerprint: Mapping[str, Any], checkpoint: Checkpoint | None, output: Path
+) -> None:
+    """Raises ConfigError if the processes, perhaps on several machines, are about to train different runs."""
+    start = "the beginning"
+    if checkpoint is not None:
+        state = json.dumps(checkpoint.state, sort_keys=True).encode()
+        start = f"step {checkpoint.step}, {hashlib.blake2b(state, digest_size=4).hexdigest()}"
+    first, *others = world.every({"starts from": start, **fingerprint})
+    for rank, other in enumerate(others, start=1):
+        unlike = differences(first, other, f"{{name}} {{then}} on rank 0, {{now}} on rank {rank}")
+        if unlike:
+            raise ConfigError(
+                f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same data, "
+                f"model and checkpoints in {output}"
+            )

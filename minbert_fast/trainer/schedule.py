@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 
 
 def lr_scale(step: int, total_steps: int, steps_per_epoch: int, options: OptimizerOptions) -> float:

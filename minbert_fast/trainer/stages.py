@@ -19,7 +19,7 @@ from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.parallel.sharding import connect
 from minbert_fast.parallel.world import World
@@ -71,36 +71,29 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
     begun = {name: task for name, task in build_tasks(whole, index + 1).items() if name in context.model.tasks}
     _check_values_of_the_run(whole, recipe, index, context.model.tasks, tasks)
     context.model.check_stage(begun)  # now, not when the stages before it have run
-    method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
     weighting, known = recipe.weighting.method, ("none", *WEIGHTINGS)
     check(weighting in known, f"weighting.method = {weighting!r}: expected one of {', '.join(known)}")
     _check_encoder_frozen(context.model, recipe)
     check_smart(recipe, context.backend)
+    method = surgery.weights(recipe.surgery.method, recipe.surgery.reduction)  # raises before the first step
+    one_process = context.world.size == 1 and context.backend == "fast"
+    graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
+    seed = training.seed + index  # every stage draws its own order
     sampler = Sampler.from_tables(
         tables,
         {name: task.options.batch_size or training.batch_size for name, task in tasks.items()},
         recipe.data.scheme,
-        training.seed + index,  # every stage draws its own order
+        seed,
         draws={name: task.options.draw for name, task in tasks.items()},
     )
-    one_process = context.world.size == 1 and context.backend == "fast"
-    graphs = training.graphs and method.capturable and context.device.type == "cuda" and one_process
-    max_length = min(recipe.data.max_length, context.model.encoder.config.max_position_embeddings)
-    encoders = {name: task.encoder for name, task in tasks.items()}
-    made = {name: task.example_generator(context.tokenizer, training.seed + index) for name, task in tasks.items()}
-    makers = {name: maker for name, maker in made.items() if maker is not None}
-    doubled = recipe.regularisation.duplicates_examples
-    twins = frozenset(name for name, task in tasks.items() if doubled and task.predicts)
-    buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if graphs else EXACT
-    world = context.world
-    collator = Collator(tables, max_length, encoders, buckets, world.rank, world.size, twins, makers)
+    collator = _collator(context, recipe, tables, tasks, seed, sampler if graphs else None)
     window = recipe.weighting.window or sampler.steps_per_epoch
     with_window = replace(recipe, weighting=replace(recipe.weighting, window=window))
 
     def build_step() -> TrainingStep:
         context.model.configure(begun, index + 1)
         _embed_labelled_sentences(context.model, recipe, tables, context.precision)
-        connected = connect(world, training.shard)
+        connected = connect(context.world, training.shard)
         step = make_step(context.backend, context.model, with_window, DTYPES[context.precision], connected)
         if not graphs:
             return step
@@ -127,6 +120,25 @@ def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
         batches=batches,
         locate=lambda task, row: tables[task].locate(row),
     )
+
+
+def _collator(
+    context: StageContext,
+    recipe: Recipe,
+    tables: Mapping[str, TokenTable],
+    tasks: Mapping[str, Task],
+    seed: int,
+    sampler: Sampler | None,
+) -> Collator:
+    """Packs the stage's rows. With `sampler` the batches have few sizes, which its draws need and CUDA graphs take."""
+    max_length = min(recipe.data.max_length, context.model.encoder.config.max_position_embeddings)
+    encoders = {name: task.encoder for name, task in tasks.items()}
+    doubled = recipe.regularisation.duplicates_examples
+    twins = frozenset(name for name, task in tasks.items() if doubled and task.predicts)
+    buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if sampler else EXACT
+    made = {name: task.example_generator(context.tokenizer, seed) for name, task in tasks.items()}
+    makers = {name: maker for name, maker in made.items() if maker is not None}
+    return Collator(tables, max_length, encoders, buckets, context.world.rank, context.world.size, twins, makers)
 
 
 def _check_values_of_the_run(

@@ -19,7 +19,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for op, sizes in (("add_norm", (40, 64)), ("bias_gelu", (40, 64)), ("embedding", (9, 64))):
         monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "SIZES", {"cpu": [sizes]})
     for op in ("gram", "combine"):
-        monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "SIZES", {"cpu": [(3, 700)]})
+        monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "JACOBIANS", {"cpu": [(3, 700)]})
     step = import_module("benchmarks.kernels.adamw")
     monkeypatch.setattr(step, "SIZES", {"cpu": {"tiny": 700}})
     monkeypatch.setattr(step, "TABLES", {"cpu": [(30, 16, 5)]})

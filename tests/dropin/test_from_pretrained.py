@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from minbert_fast import BertConfig, BertModel
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.model.weights import WeightsError, pretraining_heads
+from minbert_fast.model.weight_files import WeightsError
+from minbert_fast.model.weights import pretraining_heads
 
 TINY = BertConfig(
     vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from minbert_fast import BertLayer, BertModel
-from minbert_fast.model import passes
 from minbert_fast.model.packing import pack
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from tests.dropin.cases import WIDTH, batch, close, course, course_layer, replicate, small
 
@@ -37,7 +37,7 @@ def everywhere(model: BertModel, ids: Tensor, mask: Tensor) -> list[Tensor]:
         model(ids, mask)["last_hidden_state"][chosen],
         model.encode(model.embed(ids), mask)[chosen],
         model(rows)["last_hidden_state"][:17],
-        Snapshot(model, torch.float32).hidden(passes.PackedRows.of(rows))[:17],
+        Snapshot(model, torch.float32).hidden(PackedRows.of(rows))[:17],
     ]
 
 

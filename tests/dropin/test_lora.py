@@ -17,7 +17,7 @@ from minbert_fast import BertModel
 from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
-from minbert_fast.model.weights import WeightsError
+from minbert_fast.model.weight_files import WeightsError
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.flat_pass import OnePass

@@ -8,7 +8,7 @@ import torch
 from minbert_fast import BertModel
 from minbert_fast.data import sample_directory
 from minbert_fast.model.packing import pack
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot, _evaluating
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from minbert_fast import BertConfig, BertModel
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.model.weights import WeightsError, from_stock_name, to_stock_name
+from minbert_fast.model.weight_files import WeightsError
+from minbert_fast.model.weights import from_stock_name, to_stock_name
 
 TINY = BertConfig(
     vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,

@@ -17,8 +17,8 @@ from minbert_fast.common import cli
 from minbert_fast.common.schema import merge
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.reporting.published import COLUMNS
 from minbert_fast.tasks import build_tasks
-from minbert_fast.trainer import reproduction
 from minbert_fast.trainer.completing import with_task_values, without_tasks
 from minbert_fast.trainer.experiments import same_experiment
 from minbert_fast.trainer.job import Options, train
@@ -152,7 +152,7 @@ def test_a_row_of_tasks_trained_one_by_one_has_each_tasks_own_best_scores(data: 
 
 
 def reproduction_metrics(task: str) -> tuple[str, ...]:
-    return tuple(metric for metric in reproduction.COLUMNS[task] if metric.startswith(task))
+    return tuple(metric for metric in COLUMNS[task] if metric.startswith(task))
 
 
 def test_a_row_of_another_experiment_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

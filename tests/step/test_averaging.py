@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.recipes.recipe import Recipe, TrainingOptions
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.recipes.sections import TrainingOptions
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import ParameterSpec

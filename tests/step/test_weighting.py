@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.recipes.recipe import Recipe, WeightingOptions
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.recipes.sections import WeightingOptions
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.extras.weighting import DynamicAverage, Famo, TaskWeights, Uncertainty, task_weights
 from minbert_fast.step.one_pass import OnePassStep

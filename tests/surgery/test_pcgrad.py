@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert_fast import surgery
-from minbert_fast.surgery import wrapper
+from minbert_fast.surgery import buckets
 from minbert_fast.surgery.wrapper import PCGrad
 from tests.surgery import oracles
 
@@ -102,7 +102,7 @@ def test_the_trainers_choices_are_the_naive_loop(
     model: Model, monkeypatch: pytest.MonkeyPatch, one_graph: bool, reduction: surgery.Reduction, seed: int, bucket: int
 ) -> None:
     """Separate and shared graphs, heads of one task, a parameter of two tasks, one of none; any bucket size."""
-    monkeypatch.setattr(wrapper, "_BUCKET", bucket)
+    monkeypatch.setattr(buckets, "BUCKET", bucket)
     generator = torch.Generator().manual_seed(seed)
     optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), reduction, generator=generator, **TRAINERS)
     optimizer.zero_grad()
@@ -150,7 +150,7 @@ def test_gradients_are_the_classics(
     bucket: int,
 ) -> None:
     """Averaged where all tasks reach, added elsewhere, zeros where none does; heads count; every task order."""
-    monkeypatch.setattr(wrapper, "_BUCKET", bucket)
+    monkeypatch.setattr(buckets, "BUCKET", bucket)
     torch.manual_seed(tasks)
     model, x = Trunk(heads), torch.randn(5, 4)
     twin = copy.deepcopy(model).double()
@@ -350,9 +350,9 @@ def test_a_gradient_that_one_graph_withholds_is_no_part_of_the_buffer(dtype: tor
 def test_gradients_move_into_one_buffer_that_stays(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is gathered afterwards, and no J is allocated after the first step; a parameter that joins makes a new one."""
     allocated: list[tuple[int, ...]] = []
-    empty = wrapper.huge_pages.empty
-    monkeypatch.setattr(wrapper.huge_pages, "empty", lambda *s, **o: (allocated.append(s), empty(*s, **o))[1])
-    monkeypatch.setattr(wrapper, "_gather", None)
+    empty = buckets.huge_pages.empty
+    monkeypatch.setattr(buckets.huge_pages, "empty", lambda *s, **o: (allocated.append(s), empty(*s, **o))[1])
+    monkeypatch.setattr(buckets, "gathered", None)
     optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in range(3):
         optimizer.pc_backward(model.losses(inputs()))

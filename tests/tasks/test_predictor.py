@@ -23,7 +23,8 @@ from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.evaluation import evaluate
-from minbert_fast.tasks.predictor import Index, _frame_columns
+from minbert_fast.tasks.forms import frame_columns
+from minbert_fast.tasks.index import Index
 from minbert_fast.tasks.sentence_vectors import encode
 from tests.tolerance import cosine_rows
 
@@ -239,7 +240,7 @@ def test_a_data_frame_has_the_columns_of_the_training_file() -> None:
     data = {"train": "topics.csv", "text": "body"}
     task = build_task("topic", {"kind": "classification", "classes": ["a", "b"], "data": data})
     frame = pandas.DataFrame({"text": ["wrong"], "body": ["right"]})
-    assert _frame_columns(task, frame, None) == (["right"],)
+    assert frame_columns(task, frame, None) == (["right"],)
 
 
 @pytest.mark.ci

@@ -24,6 +24,7 @@ from minbert_fast.data.collate import Collator
 from minbert_fast.data.sentences import Text, Tokens
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model import weights
+from minbert_fast.model.weight_files import WeightsError
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep, at_capacity
@@ -146,10 +147,10 @@ def test_an_incomplete_head_or_one_of_another_shape_is_refused(pretrained: Path)
     found = weights.pretraining_heads(pretrained)
     model = make_model(recipe())
     del found["cls.predictions.transform.dense.bias"]
-    with pytest.raises(weights.WeightsError, match=r"model: missing cls.predictions.transform.dense.bias"):
+    with pytest.raises(WeightsError, match=r"model: missing cls.predictions.transform.dense.bias"):
         model.load_pretraining_heads(found, "model")
     found = {key: tensor[:1] for key, tensor in weights.pretraining_heads(pretrained).items()}
-    with pytest.raises(weights.WeightsError, match="has shape"):
+    with pytest.raises(WeightsError, match="has shape"):
         model.load_pretraining_heads(found, "model")
     before = copy.deepcopy(model.state_dict())
     assert model.load_pretraining_heads({}, "model") == []

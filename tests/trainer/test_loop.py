@@ -26,8 +26,8 @@ from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer import loop, plan
 from minbert_fast.trainer.checkpoint import CheckpointStore
-from minbert_fast.trainer.job import _format_outcome
 from minbert_fast.trainer.outputs import RunDirectory
+from minbert_fast.trainer.results import format_outcome
 from minbert_fast.trainer.schedule import lr_scale
 
 TASKS = ("a", "b")
@@ -161,11 +161,12 @@ class Run:
                 evaluate=self.evaluate,
                 save=self.save,
                 constants={"fingerprint": "x"},
+                checkpoint=checkpoint,
                 judged_by=self.judged_by,
                 fetch_every_step=self.eager,
                 stop_after=self.stop_after,
             )
-            outcome = self.trainer.run(checkpoint)
+            outcome = self.trainer.run()
             files.write_directory("last", self.save)
             return outcome
 
@@ -573,9 +574,9 @@ def test_skipped_steps_are_counted_and_recorded_with_their_task(
     assert run.records()[2]["loss/a"] is None
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     assert said == ["step 3 is skipped: the loss or gradient of a is not finite"]  # the first one alone
-    last = _format_outcome(outcome, tmp_path).splitlines()
+    last = format_outcome(outcome, tmp_path).splitlines()
     assert last[1] == "skipped steps, whose loss or gradient was not finite: 3 (a 3)"
-    assert "skipped steps" not in _format_outcome(Run(tmp_path / "whole", RECIPE).go(), tmp_path)
+    assert "skipped steps" not in format_outcome(Run(tmp_path / "whole", RECIPE).go(), tmp_path)
 
 
 def test_a_checkpoint_counts_the_skipped_steps_that_were_not_fetched_yet(tmp_path: Path) -> None:

@@ -10,20 +10,21 @@ import pytest
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.reporting import published
 from minbert_fast.trainer import reproduction
 
 
 def row_with(recipe: str, rows: dict[str, int], **dev: float) -> dict[str, Any]:
     """A finished row whose published dev scores are 0.5."""
-    published = {"dev": dict.fromkeys(dev, 0.5), "train": {}, "test": {}}
+    stated = {"dev": dict.fromkeys(dev, 0.5), "train": {}, "test": {}}
     return {
         "recipe": recipe,
-        "published": published,
+        "published": stated,
         "measured": {"dev": dev},
         "dev_rows": rows,
         "failure": "",
         "without": [],
-        **dict.fromkeys(reproduction.CONDITIONS),
+        **dict.fromkeys(published.CONDITIONS),
     }
 
 
@@ -35,7 +36,7 @@ def test_a_comparison_within_the_noise_of_the_dev_rows_is_unclear(gain: float, h
     """0.391 against 0.390 counted as "gradient surgery helps: yes"."""
     frozen = row_with("sbert-sst-frozen", {"sentiment": 300}, sentiment_accuracy=0.5)
     full = row_with("sbert-sst-full", {"sentiment": 300}, sentiment_accuracy=0.5 + gain)
-    text = reproduction.comparisons({row["recipe"]: row for row in (frozen, full)})
+    text = published.comparisons({row["recipe"]: row for row in (frozen, full)})
     (line,) = (line for line in text.splitlines() if line.startswith("| fine-tuning the encoder"))
     margin, word = (cell.strip() for cell in line.split("|")[-3:-1])
     assert word == holds
@@ -48,9 +49,9 @@ def test_a_row_that_ran_without_some_of_its_data_is_not_compared() -> None:
     scores = {"sentiment_accuracy": 0.5, "paraphrase_accuracy": 0.7, "similarity_pearson": 0.8}
     names = "bertology-nli-triplet", "bertology-nli-regression"
     rows = {name: row_with(name, counts, **scores) for name in names}
-    assert "triplets beat regression" in reproduction.comparisons(rows)
+    assert "triplets beat regression" in published.comparisons(rows)
     rows["bertology-nli-regression"]["without"] = ["snli", "mnli"]
-    assert reproduction.comparisons(rows) == ""
+    assert published.comparisons(rows) == ""
 
 
 @pytest.mark.parametrize(
@@ -60,9 +61,9 @@ def test_rows_under_other_conditions_are_not_compared(changed: dict[str, Any]) -
     """A whole epoch against a fifth of one counted as "the cosine beats a linear layer: yes"."""
     names = "finetune-cosine", "finetune-baseline"
     rows = {name: row_with(name, {"similarity": 100}, similarity_pearson=0.8) for name in names}
-    assert "the cosine beats" in reproduction.comparisons(rows)
+    assert "the cosine beats" in published.comparisons(rows)
     rows["finetune-baseline"] |= changed
-    assert reproduction.comparisons(rows) == ""
+    assert published.comparisons(rows) == ""
 
 
 def test_standard_errors_of_the_columns() -> None:
@@ -75,7 +76,7 @@ def test_standard_errors_of_the_columns() -> None:
         ("mean", (sentiment**2 + paraphrase**2 + similarity**2) ** 0.5 / 3),
         ("score", (sentiment**2 + paraphrase**2 + (similarity / 2) ** 2) ** 0.5 / 3),
     ):
-        assert reproduction.standard_error(row, column) == pytest.approx(expected), column
+        assert published.standard_error(row, column) == pytest.approx(expected), column
 
 
 def test_a_results_file_of_another_shape_is_an_error_in_one_line(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_a_results_file_of_another_shape_is_an_error_in_one_line(tmp_path: Path)
 def test_a_name_selects_its_recipe_before_the_report_that_begins_with_it() -> None:
     """`reproduce siamese` trained all eight rows of that report."""
     assert reproduction.select_names(["siamese"]) == ["siamese"]
-    assert reproduction.select_names(["finetune"]) == [n for n in reproduction.published_names() if n[:8] == "finetune"]
+    assert reproduction.select_names(["finetune"]) == [n for n in published.published_names() if n[:8] == "finetune"]
     assert "siamese-similarity-mse" in reproduction.select_names(["siamese*"])
 
 
@@ -105,12 +106,12 @@ def test_epochs_are_scaled_in_every_stage_and_stay_whole_where_tasks_take_turns(
 
 def test_the_score_and_the_mean_of_a_row() -> None:
     scores: dict[str, float | None] = {"cfimdb_accuracy": 0.5, "paraphrase_accuracy": 0.75, "similarity_pearson": 0.5}
-    assert reproduction.score(scores) == pytest.approx((0.5 + 0.75 + 0.75) / 3)
-    assert reproduction.plain_mean(scores) == pytest.approx((0.5 + 0.75 + 0.5) / 3)
-    assert reproduction.score(scores | {"score": 0.9}) == 0.9, "as the report states it"
+    assert published.score(scores) == pytest.approx((0.5 + 0.75 + 0.75) / 3)
+    assert published.plain_mean(scores) == pytest.approx((0.5 + 0.75 + 0.5) / 3)
+    assert published.score(scores | {"score": 0.9}) == 0.9, "as the report states it"
     for metric in scores:
         partial = scores | {metric: None, "score": 0.9}
-        assert reproduction.score(partial) is reproduction.plain_mean(partial) is None
+        assert published.score(partial) is published.plain_mean(partial) is None
 
 
 def test_a_finished_row_belongs_to_its_values_and_backend_wherever_its_folders_are() -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from minbert_fast.recipes.recipe import OptimizerOptions
+from minbert_fast.recipes.sections import OptimizerOptions
 from minbert_fast.trainer.schedule import lr_scale
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from minbert_fast.common import huge_pages
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.model.passes import PackedRows
+from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
-from minbert_fast.recipes.recipe import Recipe, RegularisationOptions
+from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.recipes.sections import RegularisationOptions
 from minbert_fast.step.flat import FlatParameters
 from minbert_fast.step.flat_pass import OnePass
 from minbert_fast.step.hooks import StepHook
