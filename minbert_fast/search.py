@@ -3,7 +3,7 @@
 
     python -m minbert_fast.search --recipe NAME --data DIR --output DIR --grid lr=1e-5,2e-5 --grid dropout=0.1,0.3
     ... --random 10        ten random combinations of the grid
-    ... --optuna 10        ten combinations that Optuna proposes (pip install 'minbert_fast[optuna]')
+    ... --optuna 10        ten combinations that Optuna proposes (pip install 'minbert-fast[optuna]')
     ... --range lr=1e-5..1e-4 --optuna 10    numbers of a range; a range over a factor of ten is drawn by its logarithm
 
 KEY is a flag of `train` (lr, dropout, batch-size, surgery, ...) or a key of the recipe (optimizer.layer_decay).

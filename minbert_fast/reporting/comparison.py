@@ -17,7 +17,7 @@ import numpy as np
 
 from minbert_fast.reporting import charts
 from minbert_fast.reporting.page import Html, figure, figure_grid, format_duration, paragraph, table, write_page
-from minbert_fast.reporting.report import COURSE, NOISE, headline_order
+from minbert_fast.reporting.report import NOISE, course_metrics, headline_order
 from minbert_fast.reporting.runs import Run, display_name, flatten, format_score, read_run
 from minbert_fast.reporting.verdicts import primary_metric, verdicts
 from minbert_fast.tasks.metrics import lower_is_better
@@ -66,7 +66,7 @@ def differing_tasks(runs: Mapping[str, Run]) -> list[str]:
     sets: dict[str, list[str]] = {}
     for name, run in runs.items():
         if "score" in run.dev:
-            metrics = COURSE.keys() & run.dev.keys() or set(filter(None, starmap(primary_metric, run.tasks.items())))
+            metrics = course_metrics(run) or filter(None, starmap(primary_metric, run.tasks.items()))
             sets.setdefault(", ".join(map(display_name, sorted(metrics))), []).append(name)
     if len(sets) < 2:
         return []

@@ -6,6 +6,7 @@ The charts are written to `plots/` as well. A section whose data the run did not
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from html import escape
@@ -30,6 +31,7 @@ from minbert_fast.reporting.page import (
 from minbert_fast.reporting.runs import Run, display_name, display_title, flatten, format_score, numbers, read_run
 from minbert_fast.reporting.task_sections import task_section
 from minbert_fast.reporting.verdicts import Verdict, fallen_score, primary_metric, verdicts
+from minbert_fast.tasks.metrics import course_score
 
 SHOWN_NOTICES = 3  # more are folded
 COURSE = {  # the metrics in the course's score, and how it scales them
@@ -102,13 +104,24 @@ def _score_tile(run: Run) -> str:
         return "" if run.dev else paragraph("No dev scores: the run was not evaluated, or wrote no summary yet.")
     best = numbers(run.summary.get("best"))
     facts = _other_values(run, "score")
-    made, course = "The mean of the tasks' judging metrics", COURSE.keys() & run.dev.keys()
+    made, course = "The mean of the tasks' judging metrics", course_metrics(run)
     if course:
-        made = f"({' + '.join(COURSE[key] for key in COURSE if key in course)}) / {len(course)}"
+        made = f"({' + '.join(COURSE[key] for key in course)}) / {len(course)}"
         if others := [name for name, task in run.tasks.items() if primary_metric(name, task) not in COURSE]:
             made += f", without {', '.join(others)}"
     step = f"; dev scores of step {best['step']:,.0f}, the best" if "step" in best else ""
     return _tile("", "Overall score", f"{run.dev['score']:.3f}", [*facts, f"{made}{step}."])
+
+
+def course_metrics(run: Run) -> list[str]:
+    """The metrics in the overall score if it is the course's; none if it is the mean of all tasks' judging metrics.
+
+    It is that mean as soon as one task is the user's own. The numbers tell which one the run has.
+    """
+    course, score = course_score(run.dev), run.dev.get("score", math.nan)
+    if course is None or not math.isclose(course, score, abs_tol=1e-6):
+        return []
+    return [key for key in COURSE if key in run.dev]
 
 
 def _verdict_tile(run: Run, verdict: Verdict) -> str:

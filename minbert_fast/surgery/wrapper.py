@@ -40,7 +40,7 @@ class PCGrad:
     The defaults are the classic's:
 
     reduction: how the projected gradients are combined. "mean" (default) averages them over the tasks where all losses
-        reach a parameter, and adds them elsewhere (a head keeps its scale). "sum" adds them everywhere.
+        reach a parameter (scope "shared": everywhere), and adds them elsewhere (a head keeps its scale). "sum" adds them.
     scope: the parameters whose gradients count in norms and inner products and are changed. "all": every parameter of
         the optimizer, heads included. "shared": those that at least two losses reach; the others keep their loss's
         gradient, as in the trainer.

@@ -5,7 +5,7 @@ For example, a run that ends at a score above 0.8:
 
     class Watch(Callback):
         def on_evaluation(self, event: EvaluationEvent) -> bool:
-            return event.metrics["score"] > 0.8
+            return (event.metrics["score"] or 0) > 0.8
 
     fit("default", data="data", model="model", callbacks=[Watch()])
 """

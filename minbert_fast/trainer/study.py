@@ -73,7 +73,7 @@ def run_study(
     try:
         import optuna
     except ImportError:
-        raise ConfigError("--optuna needs Optuna: pip install 'minbert_fast[optuna]'") from None
+        raise ConfigError("--optuna needs Optuna: pip install 'minbert-fast[optuna]'") from None
     states = optuna.trial.TrialState
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{(output / FILE).absolute()}")

@@ -375,6 +375,23 @@ def test_a_comparison_warns_of_different_dev_sets(tmp_path):
     assert "overall score against" not in text
 
 
+def test_the_score_of_a_run_with_a_task_of_ones_own_is_not_called_the_courses(tmp_path):
+    """The page gave the course's formula beside a mean over all tasks, and a comparison did not warn."""
+    runs = []
+    for name, tasks, score in (("course", ["sentiment"], 0.9), ("own", ["sentiment", "topic"], 0.7)):
+        found = {t: of_classes(t, *balanced(400, accuracy)) for t, accuracy in zip(tasks, (0.9, 0.5), strict=False)}
+        directory = write_run(tmp_path / name, found, {}, [], {})
+        summary = json.loads((directory / "summary.json").read_text())
+        summary["dev"]["score"] = score
+        (directory / "summary.json").write_text(json.dumps(summary))
+        runs.append(directory)
+    course, own = (html.unescape(write_report(directory).read_text()) for directory in runs)
+    assert "(sentiment accuracy) / 1" in course
+    assert "The mean of the tasks' judging metrics" in own
+    text = html.unescape(write_comparison(runs, tmp_path / "cmp.html").read_text())
+    assert "do not compare (of sentiment accuracy in course; of sentiment accuracy, topic accuracy in own)" in text
+
+
 def test_a_comparison_warns_of_overall_scores_of_different_tasks(tmp_path):
     """Two runs of other tasks: neither the page's warning nor its settings named the tasks, and it credited surgery."""
     both = {"tasks": Whole({"sentiment": {}, "paraphrase": {}})}
