@@ -70,6 +70,7 @@ _RUNS = re.compile(
     r"(ctypes|importlib|nt|os|posix|runpy|shutil|socket|subprocess|sys)\..+|builtins\.(__import__|compile|eval|exec|open)"
 )
 _PUBLISHED = (128, 256, 512, 768, 1024)  # hidden sizes of Google's BERTs
+_POINTER = b"version https://git-lfs"  # how a file begins that `git clone` left without its content
 _STATES = ("model_state_dict", "state_dict", "model")  # the keys under which training scripts save their weights
 
 
@@ -184,7 +185,7 @@ def pretraining_heads(path: Path) -> dict[str, Tensor]:
 def _stored(path: Path) -> dict[str, Tensor]:
     """All tensors of a file or a model directory, under the names they have there. Raises WeightsError."""
     if path.is_file():
-        return read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        return _read_file(path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return _stored(path / name)
@@ -204,9 +205,19 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             shard = regular(inside(index.parent, name))
         except (OSError, ValueError) as error:
             raise WeightsError(f"{index}: shard {name!r} cannot be read ({first_line(error)})") from None
-        tensors |= read_safetensors(shard) if shard.suffix == ".safetensors" else _read_pickle(shard)
+        tensors |= _read_file(shard)
     check_names(places, tensors, str(index))
     return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. Raises WeightsError."""
+    with suppress(OSError), regular(path).open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise WeightsError(
+                f"{path}: a pointer of Git LFS, not the weights; `git lfs pull` in its folder fetches them"
+            )
+    return read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def check_names(wanted: Iterable[str], found: Iterable[str], where: str) -> None:
