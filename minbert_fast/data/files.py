@@ -6,6 +6,7 @@ rows read = rows in the table + rows left out + rows reported
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -198,6 +199,7 @@ class TableReader:
 
     def _label(self, values: Sequence[Any]) -> Any:
         """The label as written in the file; for several columns of 0 and 1, the names of those with 1."""
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]  # of NumPy, of torch
         if len(values) == 1:
             label = values[0]
         else:
@@ -206,7 +208,7 @@ class TableReader:
                 if mark not in ("0", "1", "false", "true"):
                     raise ValueError(f"{column} is {show(mark)}, expected 0 or 1")
             label = [c for c, mark in zip(self._columns.label, marks, strict=True) if mark in ("1", "true")]
-        if label is None or (isinstance(label, float | np.floating) and np.isnan(label)):
+        if label is None or (isinstance(label, float) and math.isnan(label)):
             raise ValueError(f"{self._columns.label[0]} is missing")
         return label
 
@@ -215,7 +217,7 @@ class TableReader:
         replacements = self._part.layout.values
         if not replacements:
             return label
-        if isinstance(label, list | tuple | np.ndarray):
+        if isinstance(label, list | tuple):
             return [replacements.get(label_text(each), each) for each in label]
         return replacements.get(label_text(label), label)
 

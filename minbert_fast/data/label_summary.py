@@ -12,7 +12,7 @@ import numpy as np
 
 from minbert_fast.data.files import TableReader
 from minbert_fast.data.inputs import Input
-from minbert_fast.data.labels import Classes, label_number, label_text
+from minbert_fast.data.labels import Classes, label_number, label_text, split_names
 
 MAX_CLASSES = 10_000  # a label column with more different values has no classes
 
@@ -83,10 +83,10 @@ class _Counter:
         self._numeric = True  # false once a label is not a number: the later ones are not parsed
 
     def parse(self, value: Any) -> float:
-        """Raises ValueError if the label is empty."""
+        """Raises ValueError if the label is empty, or a list of 0 and 1."""
         number = None
-        if isinstance(value, list | tuple | np.ndarray):
-            self.lists, counts, names = True, self.listed, {name for each in value if (name := label_text(each))}
+        if isinstance(value, list | tuple):
+            self.lists, counts, names = True, self.listed, set(split_names(value, ""))
         else:
             counts, names = self.counts, {label_text(value)}
             if "" in names:

@@ -156,6 +156,15 @@ Rule = Classes | Numbers | ClassSets | Label
 
 
 def split_names(value: object, separator: str) -> list[str]:
-    """The names in a label of several classes, those that are empty left out."""
-    parts = value if isinstance(value, list | tuple | np.ndarray) else str(value).split(separator)
-    return [name for part in parts if (name := label_text(part))]
+    """The names in a label of several classes, those that are empty left out.
+
+    Raises ValueError for a row of 0 and 1: their places would be lost.
+    """
+    parts = value if isinstance(value, list | tuple) else str(value).split(separator)
+    names = [name for part in parts if (name := label_text(part))]
+    different = set(names)
+    if len(different) < len(names) and different <= {"0", "1", "true", "false"}:
+        raise ValueError(
+            f"label is {show(value)}, expected the names of its classes; 0 and 1 need a column for each class"
+        )
+    return names

@@ -24,6 +24,7 @@ from minbert_fast.common.storage import inside, read_json, regular
 _RUNS = re.compile(
     r"(ctypes|importlib|nt|os|posix|runpy|shutil|socket|subprocess|sys)\..+|builtins\.(__import__|compile|eval|exec|open)"
 )
+_POINTER = b"version https://git-lfs"  # how a file begins that `git clone` left without its content
 _STATES = ("model_state_dict", "state_dict", "model")  # the keys under which training scripts save their weights
 
 
@@ -34,6 +35,11 @@ class WeightsError(ConfigError):
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file or a model directory, under the names they have there. Raises WeightsError."""
     if path.is_file():
+        with suppress(OSError), regular(path).open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise WeightsError(
+                    f"{path}: a pointer of Git LFS, not the weights; `git lfs pull` in its folder fetches them"
+                )
         return read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():

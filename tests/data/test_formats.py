@@ -481,6 +481,21 @@ def test_several_classes_stand_in_a_list_in_text_or_in_columns(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    "labels", [[[1, 0, 1], [0, 1, 0]], [[1.0, 1.0], [0.0, 0.0]], [[True, False, False]], ["0,1,1"]]
+)
+def test_rows_of_0_and_1_are_no_names_of_classes(tmp_path: Path, labels: Sequence[Any]) -> None:
+    """They became the two classes 0 and 1, which almost every row had."""
+    path = write(tmp_path, "x.jsonl", "".join(json.dumps({"text": "x", "label": row}) + "\n" for row in labels))
+    expected = (
+        f"x.jsonl:1: label is {labels[0]!r}, expected the names of its classes; 0 and 1 need a column for each class"
+    )
+    assert expected in refused(path, ClassSets(("sport", "war", "art")))
+    if isinstance(labels[0], list):
+        with pytest.raises(DataError, match="expected the names of its classes"):
+            summarise_labels(find(path))
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         (["3", "1.0", "1", ""], LabelSummary(3, {"3": 1, "1": 2}, low=1, high=3, whole=True, empty=1)),

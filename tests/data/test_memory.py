@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import torch
 
 from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.data.cache import load_tokens
@@ -48,7 +49,10 @@ FORMS: dict[str, Callable[[], object]] = {
     "frame of strings": lambda: pandas.DataFrame(as_columns()).convert_dtypes(),
     "dataset": lambda: datasets.Dataset.from_dict(as_columns()),
     "numbered classes": lambda: datasets.Dataset.from_dict(as_columns()).class_encode_column("label"),
+    "frame without names": lambda: pandas.DataFrame(list(zip(*TEXTS, LABELS, strict=True))),
     "numbers": lambda: {**as_columns(), "label": [1, 0, 1.0]},
+    "tensor": lambda: {**as_columns(), "label": torch.tensor([1, 0, 1])},
+    "tensors": lambda: [{**row, "label": torch.tensor(row["label"] == "yes")} for row in as_dicts()],
     "booleans": lambda: [{**row, "label": row["label"] == "yes"} for row in as_dicts()],
 }
 
@@ -75,7 +79,8 @@ def refused(rows: object, rule: Rule | None = None, texts: int = 2, **keys: Any)
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_has_the_same_rows(form: str, tmp_path: Path) -> None:
-    keys = {"values": {"true": "yes", "false": "no"}} if form == "booleans" else {}
+    keys: dict[str, Any] = {"values": {"true": "yes", "false": "no"}} if form in ("booleans", "tensors") else {}
+    keys |= {"text": ("0", "1"), "label": "2"} if form == "frame without names" else {}
     found = find(FORMS[form](), **keys)
     table = read_rows(found, RULE, max_bad_rows=0.0)
     assert table.sentences == TEXTS

@@ -111,6 +111,15 @@ def test_what_is_no_pytorch_file_is_not_answered_with_advice_to_unpickle_it(mode
     assert "weights_only" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_git_left_without_its_content_says_so(model: BertModel, tmp_path: Path, name: str) -> None:
+    """`git clone` without Git LFS leaves a text of three lines in place of the weights."""
+    (tmp_path / "config.json").write_text(model.config.to_json())
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(WeightsError, match=rf"{name}: a pointer of Git LFS, not the weights; `git lfs pull`"):
+        BertModel.from_pretrained(tmp_path)
+
+
 def test_missing_and_unexpected_keys_are_named(model: BertModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -110,8 +110,8 @@ class FrameRecords(ColumnRecords):
     """A pandas data frame; NaN, NaT and NA are missing values."""
 
     def __init__(self, frame: Any, name: str) -> None:
-        super().__init__(name, list(frame.columns))
-        self._frame = frame
+        self._frame = frame.rename(columns=str)  # pandas numbers the columns of a file without a header line
+        super().__init__(name, list(self._frame.columns))
         self.size = len(frame)
 
     def batches(self, columns: Sequence[str]) -> Iterator[list[Sequence[Any]]]:
