@@ -152,6 +152,27 @@ def test_a_broken_loss_leaves_famos_other_weights_alone() -> None:
     assert torch.equal(weighting.loss_weights(), torch.zeros(3))
 
 
+@pytest.mark.parametrize("c", ["absent", "broken after the update"])
+def test_famo_moves_as_if_there_were_no_absent_task(c: str) -> None:
+    """Named after the bug: a task alone in many steps, as in the rest of a longer data set, lost its weight."""
+    two, three = (Famo(WeightingOptions("famo", logit_lr=0.1), tasks, CPU) for tasks in (TASKS[:2], TASKS))
+    present = TASKS[:2] if c == "absent" else TASKS
+    losses = draw(20)
+    for before, after in zip(losses[0::2], losses[1::2], strict=True):
+        two.before_weights(before[:2].clone(), TASKS[:2])
+        two.remeasured(after[:2], TASKS[:2], NO)
+        three.before_weights(before.clone(), present)
+        three.remeasured(torch.tensor([*after[:2], torch.nan]), present, NO)
+        assert three.logits[2] == three.mean[2] == three.square[2] == 0
+        torch.testing.assert_close(three.logits[:2], two.logits)
+    assert two.logits.std() > 0.1
+    alone = Famo(WeightingOptions("famo", logit_decay=0.0), TASKS, CPU)
+    for before, after in zip(losses[0::2], losses[1::2], strict=True):
+        alone.before_weights(before.clone(), TASKS[:1])
+        alone.remeasured(after, TASKS[:1], NO)
+    assert not alone.logits.any()
+
+
 @pytest.mark.parametrize(("broken", "skipped"), [(None, True), (torch.nan, False), (torch.inf, False)])
 def test_famo_learns_nothing_from_a_step_that_broke_or_was_skipped(broken: float | None, skipped: bool) -> None:
     """Of one loss that broke after the update, the logit stays; of a skipped step all do, and Adam's moments."""

@@ -123,7 +123,8 @@ class Famo(TaskWeights):
         d_t = z_t (log(L_t / L'_t) - sum over i of z_i log(L_i / L'_i)),    x <- Adam(x, d + decay x)
 
     L' takes a second forward, as in the authors' code; losses get 1e-8 added, as in TorchJD. w sums to 1. A task without
-    examples, or with a loss that is not finite, is left out of the sums, and its logit stays (but for the decay).
+    examples, or with a loss that is not finite, is left out: the others move as if there were no such task, and its logit
+    and Adam's moments stay.
     """
 
     follows_losses = True
@@ -149,9 +150,9 @@ class Famo(TaskWeights):
     def remeasured(self, losses: Tensor, present: Sequence[str], skipped: Tensor) -> None:
         counted = self._counted & losses.isfinite() & ~skipped
         change = torch.where(counted, self._logs - self._log(losses, counted), 0.0)
-        z = torch.softmax(self.logits, 0)
+        z = torch.softmax(self.logits.masked_fill(~counted, -torch.inf), 0).nan_to_num(0.0)  # NaN: no task counts
         gradient = z * (change - (z * change).sum()) + self.options.logit_decay * self.logits
-        taken = counted.any().float()
+        taken = counted.float()
         self.steps += taken
         for average, value, beta in zip(
             (self.mean, self.square), (gradient, gradient.square()), self.BETAS, strict=True
