@@ -127,7 +127,7 @@ class _Job:
         elif self.files.holds_run and not self.options.resume:
             raise RunError(f"{self.files.path} holds a run already: --resume continues it, --overwrite replaces it")
         self.recipe = self.recipe.with_paths(absolute_path)  # a run resumed elsewhere finds its files
-        if self.options.resume and self._has_ended():
+        if self._has_ended():
             return
         if self.demonstration:
             self._print(DEMONSTRATION)
@@ -269,11 +269,11 @@ class _Job:
         }
 
     def _has_ended(self) -> bool:
-        """Whether the run to resume is finished, so that nothing is left to do."""
+        """Whether rank 0 is to resume a run that is finished, so that nothing is left to do."""
 
         def ask() -> tuple[str | None, str]:  # on rank 0, which has the files
             try:
-                return finished_line(self.files.path, self.recipe), ""
+                return finished_line(self.files.path, self.recipe) if self.options.resume else None, ""
             except ConfigError as error:
                 return None, str(error)
 
@@ -322,17 +322,23 @@ class _Job:
 
     def _check_ranks_agree(self, checkpoint: Checkpoint | None) -> None:
         """Raises ConfigError if the processes, perhaps on several machines, are about to train different runs."""
+        if self.world.size == 1:
+            return
         start = "the beginning"
         if checkpoint is not None:
             state = json.dumps(checkpoint.state, sort_keys=True).encode()
             start = f"step {checkpoint.step}, {hashlib.blake2b(state, digest_size=4).hexdigest()}"
-        first, *others = self.world.every({"starts from": start, **self.fingerprint()})
+        own = {"starts from": start, "--stop-after": self.options.stop_after, **self.fingerprint()}
+        # A resumed run may change some of these values. Processes that differ in them would wait for each other for hours.
+        own["recipe"] |= {name: plain(getattr(self.recipe, name)) for name in ("training", "checkpoint", "logging")}
+        own["model"]["heads"] = tensors_digest(self.model.heads.state_dict())[:8]
+        first, *others = self.world.every(own)
         for rank, other in enumerate(others, start=1):
             unlike = differences(first, other, f"{{name}} {{then}} on rank 0, {{now}} on rank {rank}")
             if unlike:
                 raise ConfigError(
-                    f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same data, "
-                    f"model and checkpoints in {self.output}"
+                    f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same flags, "
+                    f"data, model and checkpoints in {self.output}"
                 )
 
     # ---- Training and evaluation ------------------------------------------------------------------------------------
