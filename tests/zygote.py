@@ -38,13 +38,17 @@ class Zygote:
         )
         assert self._answer() == {"ready": True}
 
-    def start(self, flags: Sequence[str], ranks: int = 1, folder: Path | None = None) -> list[int]:
+    def start(
+        self, flags: Sequence[str], ranks: int = 1, folder: Path | None = None, own: Sequence[Sequence[str]] = ()
+    ) -> list[int]:
         """Starts `train` with these flags in `ranks` processes, which meet as under torchrun; returns their ids.
 
-        In `folder`, if it is given, they have their working directory, caches, and output (rank-R.log).
+        In `folder`, if it is given, they have their working directory, caches, and output (rank-R.log). `own`, if given,
+        has further flags for each rank.
         """
         assert self.process.stdin is not None
         job = {"flags": list(flags), "ranks": ranks, "folder": folder and str(folder), "port": free_port()}
+        job["own"] = [list(more) for more in own] or [[]] * ranks
         print(json.dumps(job), file=self.process.stdin, flush=True)
         pids: list[int] = self._answer()["pids"]
         return pids
@@ -132,7 +136,7 @@ def fork(job: dict[str, Any], rank: int) -> int:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"]}
         os.environ |= {key: str(value) for key, value in (address | place).items()}
-    status = train(job["flags"])
+    status = train([*job["flags"], *job["own"][rank]])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.errors import RunError, is_out_of_memory
-from minbert_fast.common.provenance import current_commit, describe_environment
+from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, check, plain
 from minbert_fast.common.storage import finite
 from minbert_fast.parallel.world import World, joined
@@ -91,7 +91,7 @@ def _run(
     """Loads everything, trains, and writes the results. `output` is rank 0's; the other ranks' `files` are elsewhere."""
     setting = _settle(recipe, options, output, world, device)
     _check_output(setting, options, output, files)
-    if options.resume and _has_ended(setting, files):
+    if _has_ended(setting, options.resume, files):
         return
     if setting.demonstration:
         setting.print(DEMONSTRATION)
@@ -101,7 +101,7 @@ def _run(
     if options.resume:
         steps = [stage.steps for stage in loaded.stages]
         checkpoint = find_checkpoint(output, loaded.fingerprint, steps, device, setting.notify)
-    check_ranks_agree(world, loaded.fingerprint, checkpoint, output)  # all have read it before rank 0 writes anything
+    check_ranks_agree(world, partial(_conditions, loaded, options), checkpoint, output)  # before rank 0 writes anything
     room = disk.estimate(loaded.model, loaded.recipe, loaded.stages, sum(map(len, loaded.data.dev.values())))
     if world.is_main:
         disk.check_room(room, files.path)
@@ -148,12 +148,12 @@ def _check_output(setting: Setting, options: Options, output: Path, files: RunDi
         raise RunError(f"{files.path} holds a run already: --resume continues it, --overwrite replaces it")
 
 
-def _has_ended(setting: Setting, files: RunDirectory) -> bool:
-    """Whether the run to resume is finished, so that nothing is left to do."""
+def _has_ended(setting: Setting, resume: bool, files: RunDirectory) -> bool:
+    """Whether rank 0 is to resume a run that is finished, so that nothing is left to do."""
 
     def ask() -> tuple[str | None, str]:  # on rank 0, which has the files
         try:
-            return finished_line(files.path, setting.recipe), ""
+            return finished_line(files.path, setting.recipe) if resume else None, ""
         except ConfigError as error:
             return None, str(error)
 
@@ -169,6 +169,21 @@ def _has_ended(setting: Setting, files: RunDirectory) -> bool:
         CheckpointStore(files.checkpoints).prune(setting.recipe.checkpoint.keep)
     setting.print(line)
     return True
+
+
+def _conditions(loaded: Loaded, options: Options) -> dict[str, Any]:
+    """What all processes must share: those of a resumed run, and values that it may change.
+
+    Processes that differ in them would wait for each other for hours.
+    """
+    recipe, model = loaded.fingerprint["recipe"], loaded.fingerprint["model"]
+    return {
+        "--stop-after": options.stop_after,
+        **loaded.fingerprint,
+        "recipe": recipe
+        | {name: plain(getattr(loaded.recipe, name)) for name in ("training", "checkpoint", "logging")},
+        "model": model | {"heads": tensors_digest(loaded.model.heads.state_dict())[:8]},
+    }
 
 
 def _train(

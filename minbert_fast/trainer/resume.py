@@ -168,18 +168,23 @@ def find_checkpoint(
 
 
 def check_ranks_agree(
-    world: World, fingerprint: Mapping[str, Any], checkpoint: Checkpoint | None, output: Path
+    world: World, conditions: Callable[[], Mapping[str, Any]], checkpoint: Checkpoint | None, output: Path
 ) -> None:
-    """Raises ConfigError if the processes, perhaps on several machines, are about to train different runs."""
+    """Raises ConfigError if the processes, perhaps on several machines, are about to train different runs.
+
+    `conditions` returns what they must share, beside the checkpoint that they go on from.
+    """
+    if world.size == 1:
+        return
     start = "the beginning"
     if checkpoint is not None:
         state = json.dumps(checkpoint.state, sort_keys=True).encode()
         start = f"step {checkpoint.step}, {hashlib.blake2b(state, digest_size=4).hexdigest()}"
-    first, *others = world.every({"starts from": start, **fingerprint})
+    first, *others = world.every({"starts from": start, **conditions()})
     for rank, other in enumerate(others, start=1):
         unlike = differences(first, other, f"{{name}} {{then}} on rank 0, {{now}} on rank {rank}")
         if unlike:
             raise ConfigError(
-                f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same data, "
-                f"model and checkpoints in {output}"
+                f"cannot train together: {'; '.join(unlike[:SHOWN_CHANGES])}; every machine needs the same flags, "
+                f"data, model and checkpoints in {output}"
             )

@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +41,7 @@ from minbert_fast.parallel.world import Agreement, World, joined
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.records import Observer
 from tests.parallel.threads import side_by_side
+from tests.small import small_data
 from tests.step.test_step import SIZES, make_batch, make_model, recipe
 from tests.zygote import Zygote, free_port
 
@@ -175,6 +178,65 @@ def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
         r"data\.train\.sentiment\.rows 2000 on rank 0, 1999 on rank 1; ",
     )
     assert not (machines[0] / "run" / "metrics.jsonl").exists()
+
+
+def test_ranks_with_other_flags_are_refused(zygote: Zygote, tmp_path: Path) -> None:
+    """They waited for each other, at a message that only some of them sent."""
+    own = ["--max-steps 2 --stop-after 1", "--max-steps 3 --set training.shard=true --set checkpoint.every=1"]
+    told = [
+        "--stop-after 1 on rank 0, null on rank 1",
+        "recipe.training.max_steps 2 on rank 0, 3 on rank 1",
+        "recipe.training.shard false on rank 0, true on rank 1",
+        "recipe.checkpoint.every 0 on rank 0, 1 on rank 1",
+    ]
+    refused(zygote, tmp_path, "", own, "; ".join(map(re.escape, told)))
+
+
+def refused(zygote: Zygote, folder: Path, flags: str, own: list[str], reason: str) -> None:
+    """Two ranks end at once, and both say why they cannot train together."""
+    common = [*COMMON, "--data", str(small_data(folder / "data")), "--precision", "fp32", "--output", "run"]
+    pids = zygote.start([*common, *flags.split()], 2, folder, [more.split() for more in own])
+    with ended_after(60, pids):
+        assert all(zygote.wait())
+    for log in sorted(folder.glob("rank-*.log")):
+        assert re.search(f"(?m)^error: cannot train together: {reason}", log.read_text()), log.read_text()
+
+
+@contextmanager
+def ended_after(seconds: float, pids: Sequence[int]) -> Iterator[None]:
+    """Kills processes that have not ended by then: a test fails and does not hang."""
+
+    def kill() -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Timer(seconds, kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.cancel()
+        killer.join()
+
+
+def test_a_rank_without_the_heads_of_the_model_is_refused(alone: Path, zygote: Zygote, tmp_path: Path) -> None:
+    """Its heads began anew, and it trained other ones than rank 0."""
+    bare = shutil.copytree(alone / "last", tmp_path / "bare")
+    (bare / "heads.safetensors").unlink()
+    own = [f"--model {alone / 'last'}", f"--model {bare}"]
+    refused(zygote, tmp_path, "--max-steps 2", own, r'model\.heads "[0-9a-f]+" on rank 0, "[0-9a-f]+" on rank 1; ')
+
+
+@pytest.mark.ci
+def test_a_rank_without_the_flag_resume_is_refused(zygote: Zygote, tmp_path: Path) -> None:
+    data = ["--data", str(small_data(tmp_path / "data"))]
+    succeed(
+        zygote, 1, tmp_path, *data, "--max-steps", "4", "--stop-after", "2", "--precision", "fp32", "--output", "run"
+    )
+    refused(
+        zygote, tmp_path, "--max-steps 4", ["--resume", ""], 'starts from "step 2, .*" on rank 0, "the beginning" on'
+    )
 
 
 @pytest.mark.ci
