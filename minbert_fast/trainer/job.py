@@ -19,7 +19,7 @@ from minbert_fast.common.device import choose_device, choose_precision, peak_mem
 from minbert_fast.common.errors import RunError, is_out_of_memory, translate_write_errors
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, check, plain
-from minbert_fast.common.storage import finite, write_json
+from minbert_fast.common.storage import finite, read_json, write_json
 from minbert_fast.data.sample import sample_directory
 from minbert_fast.data.sampling import subset
 from minbert_fast.data.tokenizer import Tokenizer
@@ -39,8 +39,8 @@ from minbert_fast.trainer import disk, loop, plan
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore, differences
 from minbert_fast.trainer.datasets import load_datasets, names_data
-from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, unused_directory
-from minbert_fast.trainer.resume import SHOWN_CHANGES, finished_line, fixed_values, settings_of
+from minbert_fast.trainer.outputs import SUMMARY, RunDirectory, saved_options_path, unused_directory
+from minbert_fast.trainer.resume import SHOWN_CHANGES, as_begun, finished_line, fixed_values, settings_of
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.stages import StageContext, build_stage
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
@@ -66,10 +66,11 @@ class Options:
     overwrite: bool = False
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included; --resume goes on
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
-    report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
+    report_to: tuple[str, ...] | None = None  # names of trackers.KNOWN; None: those that a run to resume began with
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # task -> split -> rows in memory
     callbacks: tuple[Callback, ...] = ()
     command: str = ""  # the command line, for summary.json
+    again: str = ""  # the command that continues an interrupted run; empty: train --resume
 
 
 def train(recipe: Recipe, options: Options) -> Path:
@@ -106,13 +107,15 @@ class _Job:
 
     def run(self) -> None:
         """Loads everything, trains, and writes last/, predictions, summary.json and the report."""
-        check_trackers(self.options.report_to)
+        self._choose_extra_outputs()
+        check_trackers(self.report_to)
         self.commit = current_commit()  # read now: the checkout may change during a long run
         backend, precision = self.options.backend, self.recipe.training.precision
         check(backend in BACKENDS, f"backend {backend!r}: expected {', '.join(BACKENDS)}")
         if self.options.resume and (begun := settings_of(self.output)):  # `auto` may mean another precision here
             backend = begun[0] if backend == "auto" else backend
             precision = begun[1] if precision == "auto" else precision
+            self.recipe = as_begun(self.recipe, self.output)
         self.precision = choose_precision(precision, self.device)
         self.backend: Backend = "fast" if backend == "auto" else backend
         data = self.recipe.data
@@ -141,10 +144,20 @@ class _Job:
             disk.check_room(self.room, self.files.path)
         if self.options.overwrite and self.files.holds_run:  # only now: a mistake in the flags costs no finished run
             self.files.clear()
-        self.files.prepare(self.recipe.to_toml())
+        copies = [[*key, str(path.absolute())] for key, path in self.copies.items()]
+        self.files.prepare(self.recipe.to_toml(), {"report_to": self.report_to, "copies": copies})
         outcome = self._train(checkpoint)
         if self.world.is_main:
             self._write_results(outcome)
+
+    def _choose_extra_outputs(self) -> None:
+        """Sets the trackers and the copies of predictions: those of the command line, then those that the run began with."""
+        path = saved_options_path(self.output)
+        begun = read_json(path) if self.options.resume and path.is_file() else {}
+        given = self.options.report_to
+        self.report_to: tuple[str, ...] = tuple(begun.get("report_to", ())) if given is None else given
+        copies = {(dataset, split): Path(target) for dataset, split, target in begun.get("copies", ())}
+        self.copies = {**copies, **self.options.copies}
 
     def notify(self, line: str) -> None:
         """Prints a line and keeps it for summary.json."""
@@ -363,7 +376,7 @@ class _Job:
             f"{self.backend} backend; training rows: {rows}; results in {self.files.path} ({self.room})"
         )
         first_step = 0 if checkpoint is None else checkpoint.step
-        report_to = self.options.report_to if self.world.is_main else ()
+        report_to = self.report_to if self.world.is_main else ()
         with closing(open_trackers(report_to, self.files.path, first_step, flatten(plain(self.recipe)))) as trackers:
             self.files.metrics.on_record = trackers
             return trainer.run(checkpoint)
@@ -423,7 +436,7 @@ class _Job:
 
     def _copy_predictions(self) -> None:
         """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
-        for (dataset, split), target in self.options.copies.items():
+        for (dataset, split), target in self.copies.items():
             tasks = [t for t in self.data.tasks.values() if any(source.layout == dataset for source in t.sources)]
             files = [self.files.path / "predictions" / task.prediction_file(split) for task in tasks]
             written = [file for file in files if file.exists()]
