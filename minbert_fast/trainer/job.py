@@ -418,16 +418,27 @@ class _Job:
             with translate_write_errors(self.files.path / "predictions"):
                 found.write_predictions(self.files.path / "predictions", "test")
         self._copy_predictions()
+        self._name_stage_of_best(outcome)
         with translate_write_errors(self.files.path / SUMMARY):
             write_json(self.files.path / SUMMARY, self._summary(outcome))
-        with translate_write_errors(self.files.path / "report.html"):
-            write_report(self.files.path)
         if outcome.finished:
             self._prune_checkpoints()
+        with translate_write_errors(self.files.path / "report.html"):  # last: a report says that nothing is left to do
+            write_report(self.files.path)
         self._print("\n".join(filter(None, [announce(self.files.path), _format_outcome(outcome, self.files.path)])))
         end = EndEvent(outcome.state.step, outcome.reason, (outcome.best or {}).get("metrics", {}), self.files.path)
         for callback in self.options.callbacks:
             callback.on_end(end)
+
+    def _name_stage_of_best(self, outcome: loop.Outcome) -> None:
+        """Says so if best/ has not seen the last stage."""
+        best, last = outcome.best, outcome.state.stage
+        stage = last if best is None else best.get("stage", last)
+        if best is not None and stage < last:
+            self.notify(
+                f"best/ is of step {best['step']}, in stage {stage + 1} of {len(self.stages)}: no later evaluation had a "
+                f"better {self.recipe.training.select}; last/ is the model of the last step"
+            )
 
     def _prune_checkpoints(self) -> None:
         """Removes the checkpoints that a finished run does not keep."""

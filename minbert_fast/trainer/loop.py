@@ -337,7 +337,7 @@ class Trainer:
 
     def _summarise(self, evaluation: Evaluation, metric: str) -> dict[str, Any]:
         score = evaluation.score(metric)
-        found = {"step": self.state.step, "score": score if math.isfinite(score) else None}
+        found = {"step": self.state.step, "stage": self.state.stage, "score": score if math.isfinite(score) else None}
         train = {"train": dict(evaluation.train)} if evaluation.train else {}
         return found | {"metrics": dict(evaluation.metrics)} | train
 
