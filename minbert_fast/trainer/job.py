@@ -368,6 +368,7 @@ class _Job:
             world=self.world,
             callbacks=self.options.callbacks,
             stop_after=self.options.stop_after,
+            again=self.options.again,
         )
         train = {name: table for tables in self.data.train for name, table in tables.items()}
         rows = ", ".join(f"{name} {len(table):,}" for name, table in train.items())

@@ -74,6 +74,7 @@ class Trainer:
     world: World = field(default_factory=World)
     callbacks: Sequence[Callback] = ()
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included
+    again: str = ""  # the command that continues an interrupted run; empty: train --resume
 
     def __post_init__(self) -> None:
         self.store = CheckpointStore(self.files.checkpoints, max(self.recipe.checkpoint.keep, NEWEST))
@@ -105,11 +106,9 @@ class Trainer:
                 self._adopt_average()
                 final = self._final_evaluation()
         except InterruptError as stop:
-            raise InterruptError(
-                stop.number,
-                f"{stop.signal_name}: stopped after step {self.state.step}, which is saved; to continue: "
-                f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}",
-            ) from None
+            again = self.again or f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}"
+            saved = f"{stop.signal_name}: stopped after step {self.state.step}, which is saved"
+            raise InterruptError(stop.number, f"{saved}; to continue: {again}") from None
         except RunError as error:
             kept = f"; the checkpoint of step {self._saved} is intact" if self._saved >= 0 else ""
             raise RunError(f"{error}{kept}") from error

@@ -70,7 +70,7 @@ CONDITIONS = ("weights", "data", "epochs_scale", "max_steps")
 #: The keys that every row has.
 NEEDED = {"published", "measured", "dev_rows", "epochs", "without", "failure", "fingerprint", *CONDITIONS}
 FACTS = ("steps", "seconds", "tokens", "device", "precision", "backend", "commit")
-DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
+DISCARDED = ("best", "last", "checkpoints/step-*", "best-*")  # the large parts of a finished run
 
 Scores = Mapping[str, float | None]
 Row = Mapping[str, Any]
