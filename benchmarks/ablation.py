@@ -16,6 +16,7 @@ import csv
 import itertools
 import math
 import random
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -247,14 +248,13 @@ def main(arguments: Sequence[str]) -> int:
     split = options.output / "data"
     if not split.exists():
         hold_out(options.data, split)
+    command = shlex.join(["python", "-m", "benchmarks.ablation", *arguments])
     results = []
     for seed in options.seeds:
         for index, variant in enumerate(SERIES[options.series]):
             print(f"\n== {variant}, seed {seed}", flush=True)
             recipe = build_recipe(variant, seed, split, options.model)
-            trial = run_or_resume(
-                variant, recipe, options.output / f"{options.series}-{index}-{seed}", "benchmarks.ablation"
-            )
+            trial = run_or_resume(variant, recipe, options.output / f"{options.series}-{index}-{seed}", command)
             if trial.failure:
                 return 1
             results.append(record(variant, seed, trial))

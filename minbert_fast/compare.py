@@ -73,18 +73,24 @@ def main(arguments: Sequence[str]) -> None:
     recipes = {method: with_method(base, method) for method in methods}  # finds mistakes before the first run
     seeds = [base.training.seed + i for i in range(chosen.seeds)]
     output: Path = chosen.output
+    planned = {
+        (method, seed): (
+            recipe.with_values({"training": {"seed": seed}}, "--seeds"),
+            output / directory_name(method) / f"seed-{seed}",
+        )
+        for seed in seeds  # every method before the next seed: an interrupted comparison has rows to compare
+        for method, recipe in recipes.items()
+    }
+    for recipe, where in planned.values():  # finds runs of something else, likewise
+        experiments.check_trial(where, recipe, chosen.backend)
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.compare", *arguments])
     trials: dict[tuple[str, int], Trial] = {}
-    for seed in seeds:  # every method before the next seed: an interrupted comparison has rows to compare
-        for method, recipe in recipes.items():
-            print(f"\n== {len(trials) + 1} of {len(methods) * len(seeds)}: {method}, seed {seed}", flush=True)
-            seeded = recipe.with_values({"training": {"seed": seed}}, "--seeds")
-            where = output / directory_name(method) / f"seed-{seed}"
-            trials[method, seed] = experiments.run_or_resume(
-                f"{method}, seed {seed}", seeded, where, command, chosen.device, chosen.backend
-            )
-            write_results(output, compare(base, methods, trials) | {"command": command})
+    for (method, seed), (recipe, where) in planned.items():
+        name = f"{method}, seed {seed}"
+        print(f"\n== {len(trials) + 1} of {len(planned)}: {name}", flush=True)
+        trials[method, seed] = experiments.run_or_resume(name, recipe, where, command, chosen.device, chosen.backend)
+        write_results(output, compare(base, methods, trials) | {"command": command})
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     failed = [trial.name for trial in trials.values() if trial.failure]
     if failed:

@@ -94,6 +94,9 @@ def main(arguments: Sequence[str]) -> None:
     for combination in combinations(grid | ends):  # finds invalid values before the first run
         with_combination(base, combination)
     output: Path = chosen.output
+    planned = sample_combinations(combinations(grid), chosen.random, chosen.seed or 0)
+    for combination in planned if chosen.optuna is None else ():  # finds runs of something else, likewise
+        experiments.check_trial(output / directory_name(combination), with_combination(base, combination))
     output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.search", *arguments])
     trials: dict[str, tuple[Values, Trial]] = {}
@@ -124,11 +127,12 @@ def main(arguments: Sequence[str]) -> None:
     if chosen.optuna is not None:
         run_study(output, space, chosen.metric, chosen.optuna, chosen.seed or 0, run_trial, read_trial)
     else:
-        for combination in sample_combinations(combinations(grid), chosen.random, chosen.seed or 0):
+        for combination in planned:
             run_trial(combination)
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
-    if all(trial.failure for _, trial in trials.values()):
-        raise RunError("no combination ran")
+    failed = [name for name, (_, trial) in trials.items() if trial.failure]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(trials)} combinations failed: {'; '.join(failed)}")
 
 
 def parse_grid(assignments: Sequence[str]) -> dict[str, list[str]]:

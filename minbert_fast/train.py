@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue the run under --output")
     add("--stop-after", metavar="N", type=cli.whole_number, help="cut the run after step N; --resume goes on")
     add("--overwrite", action="store_true", help="replace the run under --output")
-    add("--report-to", default="none", metavar="NAMES", help="trackers: tensorboard, wandb, csv")
+    add("--report-to", metavar="NAMES", help="trackers: tensorboard, wandb, csv; or none")
     cli.add_import_flag(command)
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="set any recipe key")
 
@@ -239,6 +239,8 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
         raise ConfigError("--resume needs --output, the directory of the interrupted run")
     if chosen.resume and os.environ.get("RANK", "0") == "0":  # other machines may lack the run's files
         require_run(chosen.output)
+    trackers = None if chosen.report_to is None else tuple(chosen.report_to.split(","))
+    trackers = () if trackers == ("none",) else trackers
     course = itertools.product(COURSE_DATASETS.items(), ("dev", "test"))
     copies = {(dataset, split): getattr(chosen, f"{short}_{split}_out") for (short, dataset), split in course}
     return Options(
@@ -249,7 +251,7 @@ def build_options(chosen: argparse.Namespace, arguments: Sequence[str]) -> Optio
         overwrite=chosen.overwrite,
         stop_after=chosen.stop_after,
         copies={key: path for key, path in copies.items() if path is not None},
-        report_to=() if chosen.report_to == "none" else tuple(chosen.report_to.split(",")),
+        report_to=trackers,
         command=shlex.join(["python", "-m", "minbert_fast.train", *arguments]),
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.job import DEVICES, BackendName, Options, train
-from minbert_fast.trainer.outputs import SUMMARY
-from minbert_fast.trainer.resume import changed_values, positions_of
+from minbert_fast.trainer.outputs import CHECKPOINTS, SUMMARY, RunDirectory, saved_recipe_path
+from minbert_fast.trainer.resume import SHOWN_CHANGES, as_begun, changed_values, positions_of
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ def run_or_resume(
     standard error too. Raises RunError if a signal stopped the run.
     """
     try:
-        recipe = recipe.with_paths(absolute_path)  # as the run saves it
-        executed = load_executed_recipe(directory)
-        if not is_finished(directory) or not same_experiment(executed, recipe, positions_of(directory)):
-            again = directory.is_dir()
+        check_trial(directory, recipe, backend)
+        if not _is_complete(directory, recipe):
             named: BackendName = "fast" if backend == "auto" else backend  # not that of an interrupted run
-            options = Options(directory, device, named, resume=again, command=command, callbacks=tuple(callbacks))
+            resume = directory.is_dir()
+            options = Options(
+                directory, device, named, resume, command=command, callbacks=tuple(callbacks), again=command
+            )
             train(recipe, options)
         return read_trial(name, directory, recipe, backend)
     except (ValueError, RunError) as error:
@@ -67,10 +69,27 @@ def run_or_resume(
         return Trial(name, directory, failure=str(error))
 
 
+def check_trial(directory: Path, recipe: Recipe, backend: str = "auto") -> None:
+    """Raises ConfigError if `directory` holds a finished run of other values, data, weights or backend.
+
+    Another length is no mistake if the run kept a checkpoint: it goes on from there.
+    """
+    if is_finished(directory):
+        goes_on = any((directory / CHECKPOINTS).glob("step-*"))
+        _refuse_other(directory, recipe, backend, any_length=goes_on)
+
+
 def read_trial(name: str, directory: Path, recipe: Recipe, backend: str = "auto") -> Trial:
-    """The result of the run in `directory`. Raises ConfigError if it has none, or had other data, weights or backend."""
+    """The result of the run in `directory`. Raises ConfigError if it has none, or is a run of something else."""
     summary = read_json(directory / SUMMARY)
-    recipe = recipe.with_paths(absolute_path)
+    _refuse_other(directory, recipe, backend)
+    return Trial(name, directory, summary)
+
+
+def _refuse_other(directory: Path, recipe: Recipe, backend: str, any_length: bool = False) -> None:
+    """Raises ConfigError, with what differs, if the run that ended in `directory` is not one of `recipe`."""
+    summary = read_json(directory / SUMMARY)
+    recipe = as_begun(recipe.with_paths(absolute_path), directory)  # as the run saves it
     executed, wanted = load_executed_recipe(directory) or recipe, "reference" if backend == "reference" else "fast"
     inputs = {
         "model.name": (executed.model.name, recipe.model.name),
@@ -78,9 +97,21 @@ def read_trial(name: str, directory: Path, recipe: Recipe, backend: str = "auto"
         "data.files": (plain(executed.data.files), plain(recipe.data.files)),
         "backend": (summary.get("backend", wanted), wanted),
     }
-    if changed := [f"{name} was {then!r}, now {now!r}" for name, (then, now) in inputs.items() if then != now]:
-        raise ConfigError(f"{directory} holds a finished run: {'; '.join(changed)}; choose another --output")
-    return Trial(name, directory, summary)
+    if not any_length:
+        inputs["training.max_steps"] = executed.training.max_steps, recipe.training.max_steps
+    changed = [f"{name} was {then!r}, now {now!r}" for name, (then, now) in inputs.items() if then != now]
+    changed += changed_values(executed, recipe, positions_of(directory))
+    if changed:
+        shown = "; ".join(changed[:SHOWN_CHANGES])
+        raise ConfigError(f"{directory} holds a finished run: {shown}; choose another --output")
+
+
+def _is_complete(directory: Path, recipe: Recipe) -> bool:
+    """Whether the run in `directory` has ended with this length, and its report is written."""
+    executed = load_executed_recipe(directory)
+    if executed is None or not is_finished(directory) or not RunDirectory(directory).report_is_current:
+        return False
+    return executed.training.max_steps == recipe.training.max_steps
 
 
 def is_finished(directory: Path) -> bool:
@@ -90,27 +121,17 @@ def is_finished(directory: Path) -> bool:
 
 
 def load_executed_recipe(directory: Path) -> Recipe | None:
-    """The recipe of the run in `directory`, without the tasks that had no data; None without a finished run."""
-    try:
-        return Recipe.load(str(directory / "last" / "recipe.toml"))
-    except ConfigError:
-        return None
+    """The recipe of the run in `directory`, without the tasks that had no data; None without a run."""
+    for path in (directory / "last" / "recipe.toml", saved_recipe_path(directory)):  # `--discard` leaves the second one
+        with suppress(ConfigError):
+            return Recipe.load(str(path))
+    return None
 
 
 def primary_metrics(trials: Iterable[Trial], base: Recipe | None = None) -> list[str]:
     """The metrics that judge the tasks: of the first finished run, whose labels decided the kinds, else of `base`."""
     recipe = next(filter(None, (load_executed_recipe(trial.directory) for trial in trials)), base)
     return [task.primary for task in build_tasks(recipe).values() if task.predicts] if recipe else []
-
-
-def same_experiment(executed: Recipe | None, recipe: Recipe, positions: int) -> bool:
-    """Whether a run of `executed`, of a model with so many positions, took the steps of `recipe`.
-
-    `read_trial` compares data and weights.
-    """
-    if executed is None or executed.training.max_steps != recipe.training.max_steps:
-        return False
-    return not changed_values(executed, recipe, positions)
 
 
 def add_series_flags(command: cli.Parser, output_required: bool = True) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from minbert_fast.common.device import choose_device, choose_precision
 from minbert_fast.common.errors import RunError, is_out_of_memory
 from minbert_fast.common.provenance import current_commit, describe_environment, tensors_digest
 from minbert_fast.common.schema import ConfigError, check, plain
-from minbert_fast.common.storage import finite
+from minbert_fast.common.storage import finite, read_json
 from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.reporting.report import write_report
@@ -31,9 +31,9 @@ from minbert_fast.trainer import disk, loop, plan
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore
 from minbert_fast.trainer.loading import Loaded, Setting, load
-from minbert_fast.trainer.outputs import RunDirectory, unused_directory
+from minbert_fast.trainer.outputs import RunDirectory, saved_options_path, unused_directory
 from minbert_fast.trainer.results import write_results
-from minbert_fast.trainer.resume import check_ranks_agree, find_checkpoint, finished_line, settings_of
+from minbert_fast.trainer.resume import as_begun, check_ranks_agree, find_checkpoint, finished_line, settings_of
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
 
@@ -57,10 +57,11 @@ class Options:
     overwrite: bool = False
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included; --resume goes on
     copies: Mapping[tuple[str, str], Path] = field(default_factory=dict)  # (dataset, split) -> second prediction file
-    report_to: tuple[str, ...] = ()  # names of trackers.KNOWN
+    report_to: tuple[str, ...] | None = None  # names of trackers.KNOWN; None: those that a run to resume began with
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # task -> split -> rows in memory
     callbacks: tuple[Callback, ...] = ()
     command: str = ""  # the command line, for summary.json
+    again: str = ""  # the command that continues an interrupted run; empty: train --resume
 
 
 def train(recipe: Recipe, options: Options) -> Path:
@@ -89,6 +90,7 @@ def _run(
     recipe: Recipe, options: Options, output: Path, files: RunDirectory, world: World, device: torch.device
 ) -> None:
     """Loads everything, trains, and writes the results. `output` is rank 0's; the other ranks' `files` are elsewhere."""
+    options = _with_extra_outputs(options, output)
     setting = _settle(recipe, options, output, world, device)
     _check_output(setting, options, output, files)
     if _has_ended(setting, options.resume, files):
@@ -107,7 +109,8 @@ def _run(
         disk.check_room(room, files.path)
     if options.overwrite and files.holds_run:  # only now: a mistake in the flags costs no finished run
         files.clear()
-    files.prepare(loaded.recipe.to_toml())
+    copies = [[*key, str(path.absolute())] for key, path in options.copies.items()]
+    files.prepare(loaded.recipe.to_toml(), {"report_to": options.report_to, "copies": copies})
     outcome = _train(setting, loaded, options, files, checkpoint, room)
     if world.is_main:
         write_results(setting, loaded, files, outcome, options.copies, options.command)
@@ -116,15 +119,25 @@ def _run(
             callback.on_end(end)
 
 
+def _with_extra_outputs(options: Options, output: Path) -> Options:
+    """Adds the trackers and copies of predictions that a run to resume began with. Raises ConfigError for an unknown tracker."""
+    path = saved_options_path(output)
+    begun = read_json(path) if options.resume and path.is_file() else {}
+    report_to = tuple(begun.get("report_to", ())) if options.report_to is None else options.report_to
+    check_trackers(report_to)
+    copies = {(dataset, split): Path(target) for dataset, split, target in begun.get("copies", ())}
+    return replace(options, report_to=report_to, copies={**copies, **options.copies})
+
+
 def _settle(recipe: Recipe, options: Options, output: Path, world: World, device: torch.device) -> Setting:
     """The conditions of the run. Raises ConfigError for options that cannot be carried out."""
-    check_trackers(options.report_to)
     commit = current_commit()  # read now: the checkout may change during a long run
     backend, precision = options.backend, recipe.training.precision
     check(backend in BACKENDS, f"backend {backend!r}: expected {', '.join(BACKENDS)}")
     if options.resume and (begun := settings_of(output)):  # `auto` may mean another precision here
         backend = begun[0] if backend == "auto" else backend
         precision = begun[1] if precision == "auto" else precision
+        recipe = as_begun(recipe, output)
     return Setting(
         recipe=recipe.with_paths(absolute_path),  # a run resumed elsewhere finds its files
         rows=options.rows,
@@ -203,8 +216,8 @@ def _train(
         f"{setting.backend} backend; training rows: {rows}; results in {files.path} ({room})"
     )
     first_step = 0 if checkpoint is None else checkpoint.step
-    report_to = options.report_to if world.is_main else ()
     environment = describe_environment(device)
+    report_to = (options.report_to or ()) if world.is_main else ()
     with closing(open_trackers(report_to, files.path, first_step, flatten(plain(recipe)))) as trackers:
         files.metrics.on_record = trackers
         return loop.Trainer(
@@ -221,6 +234,7 @@ def _train(
             world=world,
             callbacks=options.callbacks,
             stop_after=options.stop_after,
+            again=options.again,
         ).run()
 
 

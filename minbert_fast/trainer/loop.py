@@ -87,6 +87,7 @@ class Trainer:
     world: World = field(default_factory=World)
     callbacks: Sequence[Callback] = ()
     stop_after: int | None = None  # cut the run after this many steps, resumed parts included
+    again: str = ""  # the command that continues an interrupted run; empty: train --resume
 
     def __post_init__(self) -> None:
         self.total = sum(stage.steps for stage in self.stages)
@@ -119,11 +120,9 @@ class Trainer:
                 self._run_stages()
                 final = self._final_evaluation()
         except InterruptError as stop:
-            raise InterruptError(
-                stop.number,
-                f"{stop.signal_name}: stopped after step {state.step}, which is saved; to continue: "
-                f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}",
-            ) from None
+            again = self.again or f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}"
+            saved = f"{stop.signal_name}: stopped after step {state.step}, which is saved"
+            raise InterruptError(stop.number, f"{saved}; to continue: {again}") from None
         except RunError as error:
             kept = f"; the checkpoint of step {self._saved} is intact" if self._saved >= 0 else ""
             raise RunError(f"{error}{kept}") from error
@@ -307,7 +306,7 @@ class Trainer:
             self.files.set_aside(*directories)
         for directory, fill in directories.items() if self.world.is_main else ():
             self.files.write_directory(directory, fill)
-        found = {"step": self.state.step, "score": score if math.isfinite(score) else None}
+        found = {"step": self.state.step, "stage": self.state.stage, "score": score if math.isfinite(score) else None}
         train = {"train": dict(evaluation.train)} if evaluation.train else {}
         return found | {"metrics": dict(evaluation.metrics)} | train
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from minbert_fast.common.errors import RunError, translate_write_errors
-from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory
+from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory, write_json
 from minbert_fast.trainer import trackers
 
 LOCK, METRICS, SUMMARY, CHECKPOINTS = ".lock", "metrics.jsonl", "summary.json", "checkpoints"
@@ -33,6 +33,11 @@ def unused_directory(base: Path) -> Path:
 def saved_recipe_path(output: Path) -> Path:
     """The path of the recipe that a run under `output` saves for `--resume`."""
     return output / CHECKPOINTS / "recipe.toml"
+
+
+def saved_options_path(output: Path) -> Path:
+    """The path of the trackers and copies of predictions (JSON) that a run under `output` saves for `--resume`."""
+    return output / CHECKPOINTS / "options.json"
 
 
 class RunDirectory:
@@ -79,7 +84,8 @@ class RunDirectory:
         """Whether the directory holds results that only --resume or --overwrite may change."""
         kept = set(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else set()
         results = (self.path / name for name in (SUMMARY, "best", "last"))
-        return bool(kept - {saved_recipe_path(self.path)}) or any(path.exists() for path in results)
+        settings = {saved_recipe_path(self.path), saved_options_path(self.path)}
+        return bool(kept - settings) or any(path.exists() for path in results)
 
     def clear(self) -> None:
         """Removes an earlier run's results and no other files."""
@@ -87,8 +93,8 @@ class RunDirectory:
             for name in (*RESULTS, *TRACKED, *(path.name for path in self.path.glob("best-*"))):
                 remove(self.path / name)
 
-    def prepare(self, recipe: str) -> None:
-        """Repairs what a crash left behind, makes the folders, and saves the recipe (TOML) for `--resume`.
+    def prepare(self, recipe: str, options: Mapping[str, Any]) -> None:
+        """Repairs what a crash left behind, makes the folders, and saves recipe (TOML) and options for `--resume`.
 
         Removes the summary of an earlier part of the run.
         """
@@ -97,6 +103,10 @@ class RunDirectory:
             self.repair()
             remove(self.path / SUMMARY)
             flush_directory(self.path)
+            if any(options.values()):
+                write_json(saved_options_path(self.path), options)
+            else:
+                remove(saved_options_path(self.path))
             write_bytes(saved_recipe_path(self.path), recipe.encode("utf-8"))
 
     def repair(self) -> None:

@@ -32,7 +32,7 @@ from minbert_fast.trainer.resume import WITHOUT_EFFECT
 
 #: The keys that every row has.
 NEEDED = {"published", "measured", "dev_rows", "epochs", "without", "failure", "fingerprint", *CONDITIONS}
-DISCARDED = ("best", "last", "checkpoints", "best-*")  # the large parts of a finished run
+DISCARDED = ("best", "last", "checkpoints/step-*", "best-*")  # the large parts of a finished run
 
 
 # ---- Which rows ------------------------------------------------------------------------------------------------------

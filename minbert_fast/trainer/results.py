@@ -39,12 +39,13 @@ def write_results(
         with translate_write_errors(files.path / "predictions"):
             found.write_predictions(files.path / "predictions", "test")
     _copy_predictions(setting, loaded, files, copies)
+    _name_stage_of_best(setting, loaded, outcome)
     with translate_write_errors(files.path / SUMMARY):
         write_json(files.path / SUMMARY, _summary(setting, loaded, outcome, command))
-    with translate_write_errors(files.path / "report.html"):
-        write_report(files.path)
     if outcome.finished:
         CheckpointStore(files.checkpoints).prune(loaded.recipe.checkpoint.keep)
+    with translate_write_errors(files.path / "report.html"):  # last: a report says that nothing is left to do
+        write_report(files.path)
     setting.print("\n".join(filter(None, [announce(files.path), format_outcome(outcome, files.path)])))
 
 
@@ -60,6 +61,17 @@ def _copy_predictions(setting: Setting, loaded: Loaded, files: RunDirectory, cop
                 shutil.copyfile(path, target)
         if not written:
             setting.notify(f"{target}: not written, the run has no {split} predictions of {dataset}")
+
+
+def _name_stage_of_best(setting: Setting, loaded: Loaded, outcome: Outcome) -> None:
+    """Says so if best/ has not seen the last stage."""
+    best, last = outcome.best, outcome.state.stage
+    stage = last if best is None else best.get("stage", last)
+    if best is not None and stage < last:
+        setting.notify(
+            f"best/ is of step {best['step']}, in stage {stage + 1} of {len(loaded.stages)}: no later evaluation had a "
+            f"better {loaded.recipe.training.select}; last/ is the model of the last step"
+        )
 
 
 def _summary(setting: Setting, loaded: Loaded, outcome: Outcome, command: str) -> dict[str, Any]:

@@ -121,15 +121,25 @@ def require_run(output: Path) -> None:
 
 
 def settings_of(output: Path) -> tuple[Backend, Precision] | None:
-    """Backend and precision of the interrupted run under `output`, as its checkpoints say; None without a readable one."""
-    for state in (output / CHECKPOINTS).glob(f"step-*/{STATE}"):
+    """Backend and precision of the run under `output`, as its checkpoints or its summary say; None without either."""
+    for path in (*(output / CHECKPOINTS).glob(f"step-*/{STATE}"), output / SUMMARY):
         try:
-            found = read_json(state)["fingerprint"]
+            content = read_json(path)
+            found = content if path.name == SUMMARY else content["fingerprint"]
             backend, precision = found["backend"], found["precision"]
         except (OSError, ValueError, KeyError, TypeError):  # damaged: reported when it is loaded
             continue
         return "reference" if backend == "reference" else "fast", "bf16" if precision == "bf16" else "fp32"
     return None
+
+
+def as_begun(recipe: Recipe, output: Path) -> Recipe:
+    """`recipe` with `precision = "auto"` if the run under `output` began with it, and it meant the one in `recipe`."""
+    saved, begun = saved_recipe_path(output), settings_of(output)
+    if begun is None or recipe.training.precision != begun[1] or not saved.is_file():
+        return recipe
+    auto = Recipe.load(str(saved)).training.precision == "auto"
+    return recipe.with_values({"training": {"precision": "auto"}}, "--resume") if auto else recipe
 
 
 def find_checkpoint(

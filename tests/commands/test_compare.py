@@ -165,6 +165,7 @@ def test_a_comparison_is_interrupted_and_goes_on(
 
     def counted(recipe: Recipe, options: Any) -> Path:
         begun.append(options.output)
+        assert options.again.startswith("python -m minbert_fast.compare --methods"), "what an interruption advises"
         if len(begun) == 4:
             raise InterruptError(15, "stopped")
         return train(recipe, options)
@@ -184,19 +185,23 @@ def test_a_comparison_is_interrupted_and_goes_on(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("other", [["--data", "{other}"], ["--model", "{model}"], ["--backend", "reference"]])
-def test_a_finished_run_on_other_data_weights_or_backend_is_refused(
+@pytest.mark.parametrize(
+    "other", [["--data", "{other}"], ["--model", "{model}"], ["--backend", "reference"], ["--max-steps", "2"]]
+)
+def test_a_finished_run_on_other_data_weights_backend_or_of_another_length_is_refused(
     other: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was taken for the run that was asked for, and its scores were labelled with the new data or weights."""
+    """It was taken for the run that was asked for; later, table.md lost its scores to the line about the failure."""
     data = small_data(tmp_path / "data")
     paths = {"other": shutil.copytree(data, tmp_path / "other"), "model": sample_directory().model}
     output = tmp_path / "out"
     flags = ["--methods", "none", "--seeds", "1", "--data", str(data), "--output", str(output), "--device", "cpu"]
     flags += ["--recipe", "demonstration", "--max-steps", "1"]
     assert cli.run(compare.main, flags) == 0
+    table = (output / "table.md").read_bytes()
     capsys.readouterr()
-    assert cli.run(compare.main, [*flags, *(part.format(**paths) for part in other)]) == 1
+    assert cli.run(compare.main, [*flags, *(part.format(**paths) for part in other)]) == 2
+    assert (output / "table.md").read_bytes() == table
     printed = capsys.readouterr().err
     assert f"{output / 'none'}" in printed
     assert "holds a finished run" in printed

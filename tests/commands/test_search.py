@@ -22,16 +22,21 @@ EVALUATIONS = (5, 10, 15)
 
 
 class Trainings:
-    """Runs whose score is best at lr = 3e-3; `interrupt_at` is the number of the run that stops the search."""
+    """Runs whose score is best at lr = 3e-3.
+
+    `interrupt_at` is the number of the run that stops the search, `fail_at` of the one that fails.
+    """
 
     def __init__(self) -> None:
         self.begun: list[str] = []
-        self.interrupt_at = -1
+        self.interrupt_at = self.fail_at = -1
 
     def run(self, name: str, recipe: Any, directory: Path, *_: Any, callbacks: Sequence[Callback] = ()) -> Trial:
         self.begun.append(name)
         if len(self.begun) == self.interrupt_at:
             raise KeyboardInterrupt
+        if len(self.begun) == self.fail_at:
+            return Trial(name, directory, failure="no room")
         final = 1 - abs(recipe.optimizer.lr - 3e-3) * 100 - (0.5 if recipe.surgery.method == "none" else 0)
         finished, score, step = True, None, 0
         for step in EVALUATIONS:
@@ -93,6 +98,16 @@ def test_an_interrupted_search_goes_on(trainings: Trainings, tmp_path: Path) -> 
     assert trainings.begun == []
     assert run(tmp_path, *SPACE, "--optuna", "6") == 0
     assert len(trainings.begun) == 1
+
+
+def test_a_search_of_which_a_part_failed_says_so(
+    trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The status was 0 as long as one combination had run, so that a script took its scores for those of all."""
+    trainings.fail_at = 2
+    assert run(tmp_path, "--grid", "lr=1e-4,2e-4,3e-4") == 1
+    assert capsys.readouterr().err == "error: 1 of 3 combinations failed: lr=2e-4\n"
+    assert len(json.loads((tmp_path / "table.json").read_text())) == 3, "the others ran"
 
 
 def test_a_study_of_other_values_is_not_continued(
@@ -177,10 +192,15 @@ def test_a_search_shows_the_scores_of_tasks_of_ones_own(tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_real_search(tmp_path: Path) -> None:
+def test_a_real_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = small_data(tmp_path / "data")
     flags = ["--data", str(data), "--range", "lr=1e-3..2e-3", "--optuna", "1"]
     assert cli.run(search.main, ["--output", str(tmp_path / "out"), "--max-steps", "1", *flags]) == 0
     (row,) = json.loads((tmp_path / "out" / "table.json").read_text())
     assert row["failure"] == ""
     assert row["dev"]["score"] > 0
+    table = (tmp_path / "out" / "table.md").read_bytes()
+    longer = ["--output", str(tmp_path / "out"), "--max-steps", "2", *flags[:-1], "2"]
+    assert cli.run(search.main, longer) == 2
+    assert "training.max_steps was 1, now 2; choose another --output" in capsys.readouterr().err
+    assert (tmp_path / "out" / "table.md").read_bytes() == table, "runs of two lengths in one ranking"

@@ -440,6 +440,36 @@ def test_a_run_remembers_the_precision_that_auto_meant(
     assert cli.run(train.main, again) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["precision"], summary["finished"]) == ("bf16", True)
+    assert "training.precision was 'auto', now 'fp32'" in fails(capsys, *again, "--precision", "fp32")
+    assert cli.run(train.main, [*again, "--precision", "bf16"]) == 0
+
+
+def test_a_run_of_auto_goes_on_with_the_precision_that_it_meant(data: Path, tmp_path: Path) -> None:
+    """`--precision` with the very precision of the run was refused: 'recipe.training.precision was "auto"'."""
+    flags = ("--precision", "auto", "--max-steps", "2", "--stop-after", "1")
+    assert cli.run(train.main, small_run(data, tmp_path / "run", *flags)) == 0
+    meant = json.loads((tmp_path / "run" / "summary.json").read_text())["precision"]
+    assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "run"), "--precision", meant]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+def test_a_run_remembers_its_trackers_and_where_its_predictions_go(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run wrote neither, without a word."""
+    monkeypatch.chdir(tmp_path)
+    flags = ("--max-steps", "2", "--stop-after", "1", "--report-to", "csv", "--sst_dev_out", "out/sst.csv")
+    copy = tmp_path / "out" / "sst.csv"
+    for more, tracked in (((), True), (("--report-to", "none"), False)):
+        run = tmp_path / f"run-{tracked}"
+        monkeypatch.chdir(tmp_path)
+        assert cli.run(train.main, small_run(data, run, *flags)) == 0
+        copy.unlink()
+        (run / "metrics.csv").unlink()
+        monkeypatch.chdir("/")
+        assert cli.run(train.main, ["--resume", "--output", str(run), *more]) == 0
+        assert copy.read_bytes() == (run / "predictions" / "sst-dev-output.csv").read_bytes()
+        assert (run / "metrics.csv").exists() == tracked
 
 
 def test_resuming_a_different_run_lists_the_differences(

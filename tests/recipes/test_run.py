@@ -20,8 +20,8 @@ from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.reporting.published import COLUMNS
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer.completing import with_task_values, without_tasks
-from minbert_fast.trainer.experiments import same_experiment
 from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.resume import changed_values
 
 pytestmark = pytest.mark.ci
 
@@ -116,7 +116,8 @@ def test_reproduce_accumulates_rows_and_continues(
 
     left = {path.name for path in (tmp_path / "finetune-cosine").iterdir()}
     assert {"summary.json", "metrics.jsonl", "report.html", "predictions"} <= left
-    assert not {"best", "last", "checkpoints"} & left
+    assert not {"best", "last"} & left
+    assert [path.name for path in (tmp_path / "finetune-cosine" / "checkpoints").iterdir()] == ["recipe.toml"]
     shutil.rmtree(tmp_path / "finetune-cosine")
     assert run(reproduce.main, "finetune-cosine", *flags) == 0
     assert not (tmp_path / "finetune-cosine").exists()
@@ -163,10 +164,13 @@ def test_a_row_of_another_experiment_is_refused(data: Path, tmp_path: Path, caps
     assert before["siamese-paraphrase-product"]["steps"] == 1
     capsys.readouterr()
     for change, reason in (
-        (("--max-steps", 2), "kept no checkpoint"),
+        (("--max-steps", 2), "training.max_steps was 1, now 2; choose another --output"),
         (("--max-steps", 1, "--seed", 3), "training.seed"),
+        (("--max-steps", 1, "--seed", 3, "--discard"), "training.seed"),
+        (("--max-steps", 1, "--discard"), ""),
+        (("--max-steps", 1, "--seed", 3), "training.seed"),  # also of a run whose model is gone
     ):
-        assert run(reproduce.main, *flags, *change) == 1
+        assert run(reproduce.main, *flags, *change) == (1 if reason else 0)
         assert reason in capsys.readouterr().err
         assert rows_in(tmp_path) == before
 
@@ -228,6 +232,18 @@ def test_search_ranks_every_combination_and_continues(
     assert run(search.main, *flags) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")} == times
     assert "| 1e-3" in capsys.readouterr().out
+
+    # Stopped after it had written its scores, a run counted as finished: it never got its report.
+    stopped = tmp_path / "lr=1e-3,method=none"
+    (stopped / "report.html").unlink()
+    assert run(search.main, *flags) == 0
+    assert (stopped / "report.html").is_file()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")} == times
+
+    table = (tmp_path / "table.md").read_bytes()
+    assert run(search.main, *flags, "--max-steps", 2) == 2
+    assert "training.max_steps was 1, now 2; choose another --output" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_bytes() == table, "its scores gave way to four failures"
 
     assert run(search.main, *flags, "--metric", "beauty") == 2
     assert "--metric beauty: no such dev metric; known: sentiment_accuracy, " in capsys.readouterr().err
@@ -295,8 +311,8 @@ def test_optuna_proposes_within_the_grid(data: Path, tmp_path: Path) -> None:
 )
 def test_other_recipes_are_other_experiments(change: dict[str, Any]) -> None:
     recipe = Recipe.load("default")
-    assert same_experiment(recipe, recipe.with_values({}, "test"), positions=512)
-    assert not same_experiment(recipe, recipe.with_values(change, "test"), positions=512)
+    assert not changed_values(recipe, recipe.with_values({}, "test"), positions=512)
+    assert changed_values(recipe, recipe.with_values(change, "test"), positions=512)
 
 
 def test_a_stage_with_other_values_is_another_experiment() -> None:
@@ -304,15 +320,15 @@ def test_a_stage_with_other_values_is_another_experiment() -> None:
     first, other = (
         Recipe.load("default").with_values({"stages": [{"optimizer": {"lr": lr}}, {}]}, "test") for lr in (1e-3, 2e-3)
     )
-    assert same_experiment(first, first, positions=512)
-    assert not same_experiment(first, other, positions=512)
+    assert not changed_values(first, first, positions=512)
+    assert changed_values(first, other, positions=512)
 
 
 def test_a_maximum_length_above_the_models_is_no_other_experiment() -> None:
     long = Recipe.load("default").with_values({"data": {"max_length": 1024}}, "test")
     executed = long.with_values({"data": {"max_length": 512}}, "test")  # a run cuts it to the model's positions
-    assert same_experiment(executed, long, positions=512)
-    assert not same_experiment(executed, long, positions=1024)
+    assert not changed_values(executed, long, positions=512)
+    assert changed_values(executed, long, positions=1024)
 
 
 def test_values_that_the_data_decide_make_no_other_experiment() -> None:
@@ -320,8 +336,6 @@ def test_values_that_the_data_decide_make_no_other_experiment() -> None:
     mood = {"data": {"train": "mood.csv", "text": ["text"], "label": "mood"}}
     recipe = Recipe.load("default").with_values({"tasks": {"mood": mood}}, "test")
     executed = with_task_values(recipe, "mood", {"kind": "classification", "classes": ["bad", "good"]})
-    assert same_experiment(executed, recipe, positions=512)
-    assert same_experiment(without_tasks(executed, ["sentiment"], print), recipe, positions=512)
-    assert not same_experiment(
-        executed, recipe.with_values({"tasks": {"mood": {"weight": 2.0}}}, "test"), positions=512
-    )
+    assert not changed_values(executed, recipe, positions=512)
+    assert not changed_values(without_tasks(executed, ["sentiment"], print), recipe, positions=512)
+    assert changed_values(executed, recipe.with_values({"tasks": {"mood": {"weight": 2.0}}}, "test"), positions=512)

@@ -151,7 +151,7 @@ class Run:
     def go(self, resume: bool = False) -> loop.Outcome:
         torch.manual_seed(5)
         with RunDirectory(self.path) as files:
-            files.prepare("")
+            files.prepare("", {})
             checkpoint = CheckpointStore(files.checkpoints, 1).newest(pytest.fail) if resume else None
             self.trainer = loop.Trainer(
                 recipe=self.recipe,

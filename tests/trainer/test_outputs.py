@@ -62,7 +62,7 @@ def test_files_that_a_kill_left_half_written_go_at_the_next_start(tmp_path: Path
         path.write_text("half")
     (tmp_path / "plots" / "curve.svg").write_text("whole")
     with RunDirectory(tmp_path) as files:
-        files.prepare("")
+        files.prepare("", {})
     assert not any(path.exists() for path in left)
     assert (tmp_path / "plots" / "curve.svg").exists()
 
@@ -126,7 +126,7 @@ def test_the_directory_of_a_run_without_results_is_removed(tmp_path: Path) -> No
 
 def test_directories_set_aside_are_brought_back(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as files:
-        files.prepare("")
+        files.prepare("", {})
         files.write_directory("best", lambda d: (d / "a").write_text("due") and None)
         files.set_aside("best", "predictions")
         files.write_directory("best", lambda d: (d / "a").write_text("provisional") and None)
@@ -140,7 +140,7 @@ def test_clearing_removes_results_and_nothing_else(tmp_path: Path) -> None:
     """Also each task's best model: a later run may not replace it."""
     (tmp_path / "notes.txt").write_text("mine")
     with RunDirectory(tmp_path) as files:
-        files.prepare("")
+        files.prepare("", {})
         files.metrics.open()
         write_json(tmp_path / "summary.json", {})
         for name in ("best", "best-a", "last", "predictions"):
@@ -156,7 +156,7 @@ def test_a_run_that_goes_on_is_not_finished(tmp_path: Path) -> None:
     """Killed again, it would be taken for a finished one by the summary of its first part."""
     with RunDirectory(tmp_path) as files:
         write_json(tmp_path / "summary.json", {"finished": True})
-        files.prepare("")
+        files.prepare("", {})
     assert not (tmp_path / "summary.json").exists()
 
 

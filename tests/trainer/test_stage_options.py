@@ -84,3 +84,17 @@ def test_a_stage_balances_the_classes_by_itself(kind: str, tmp_path: Path) -> No
     assert dict(zip(head.options.classes, head.class_weights.tolist(), strict=True)) == pytest.approx(expected)
     first = Recipe.load(str(output / "last" / "recipe.toml")).resolved_stages()[0]
     assert "class_counts" not in first.tasks["topic"]
+
+
+def test_a_run_says_so_if_its_best_model_is_of_an_early_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """best/ has not seen the stages after it; only the number of its step gave that away."""
+    values = {"stages": [{}, {"optimizer": {"lr": 1e-30, "head_lr": 1e-30}}], "training": {"max_steps": 2}}
+    recipe = tmp_path / "staged.toml"
+    recipe.write_text(Recipe.load("demonstration").with_values(values, "test").to_toml(), encoding="utf-8")
+    train.main(small_run(small_data(tmp_path / "data"), tmp_path / "run", "--recipe", str(recipe), "--lr", "1e-3"))
+    line = "best/ is of step 1, in stage 1 of 2: no later evaluation had a better score; last/ is the model of the last step"
+    assert line in capsys.readouterr().out
+    assert line in json.loads((tmp_path / "run" / "summary.json").read_text())["notices"]
+    assert line in (tmp_path / "run" / "report.html").read_text()
