@@ -120,7 +120,7 @@ def _run(
 
 
 def _with_extra_outputs(options: Options, output: Path) -> Options:
-    """Adds the trackers and copies of predictions that a run to resume began with. Raises ConfigError for an unknown tracker."""
+    """Adds the trackers and copies of predictions that a run to resume began with. Raises ConfigError for wrong ones."""
     path = saved_options_path(output)
     begun = read_json(path) if options.resume and path.is_file() else {}
     report_to = tuple(begun.get("report_to", ())) if options.report_to is None else options.report_to

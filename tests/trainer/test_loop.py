@@ -294,7 +294,7 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
     scores = iter([0.9, 0.1, 0.5, 0.5])  # of equal scores the first one counts
     run = Run(tmp_path, RECIPE, scores=lambda weight: next(scores))
     outcome = run.go()
-    assert outcome.best == {"step": 8, "score": 0.5, "metrics": {"score": 0.5}}
+    assert outcome.best == {"step": 8, "stage": 0, "score": 0.5, "metrics": {"score": 0.5}}
     assert outcome.state.untrained == {"score": 0.9}
     assert run.files()["predictions/p.csv"] == "8"
     assert run.files()["best/weight.json"] != run.files()["last/weight.json"]
