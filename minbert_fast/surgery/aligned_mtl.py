@@ -21,7 +21,5 @@ def weights(gram: Array) -> Array:
     """w [T] from G [T, T]."""
     values, vectors = components(gram)
     mean = np.full(len(gram), 1 / len(gram))
-    if not len(values):
-        return mean
     balanced: Array = vectors @ (np.sqrt(values.min() / values) * (vectors.T @ mean))
     return balanced

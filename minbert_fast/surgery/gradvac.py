@@ -57,7 +57,8 @@ class GradVac(Projections):
                 target = float(targets[i, j])
                 if cosine < target:
                     sine, wanted = math.sqrt(1 - cosine**2), math.sqrt(max(1 - target**2, 1e-12))
-                    c[j] += length / lengths[j] * (target * sine / wanted - cosine)
+                    turn = max(target * sine / wanted - cosine, 0.0)  # below 0 by rounding alone
+                    c[j] += length / lengths[j] * turn
                 targets[i, j] += self.beta * (cosine - target) * finite
             w += c
         return torch.from_numpy(w / tasks if self.reduction == "mean" else w).to(gram)

@@ -23,5 +23,5 @@ def weights(gram: Array) -> Array:
     values, vectors = components(gram)
     v = vectors @ (vectors.T @ np.sqrt(gram.diagonal()) / values)
     total = v.sum()
-    shares: Array = v / total if abs(total) > 1e-6 * np.abs(v).max(initial=0) else np.zeros(len(gram))
+    shares: Array = v / total if abs(total) > 1e-6 * np.abs(v).max() else np.zeros(len(gram))
     return shares

@@ -11,7 +11,7 @@ TOLERANCE = 1e-12  # of optimality, against a largest square of 1
 
 
 def nonnegative(gram: Array, linear: Array) -> Array:
-    """z >= 0 that minimizes z G z / 2 - linear z, for G positive semidefinite.
+    """z >= 0 that minimizes z G z / 2 - linear z, for G positive semidefinite and linear not 0.
 
     Lawson & Hanson's active-set method (Solving Least Squares Problems, 1974, chapter 23) on the normal equations. The
     unknowns are scaled to a diagonal of 1 first, so that gradients of any length count.
@@ -20,7 +20,7 @@ def nonnegative(gram: Array, linear: Array) -> Array:
     scale = np.sqrt(gram.diagonal())
     scale[scale == 0] = 1.0
     gram, linear = gram / np.outer(scale, scale), linear / scale
-    linear = linear / (largest := np.abs(linear).max(initial=0) or 1.0)
+    linear = linear / (largest := np.abs(linear).max())
     z = np.zeros(size)
     free = np.zeros(size, dtype=bool)
     for _ in range(10 * size):

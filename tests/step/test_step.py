@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -203,16 +204,21 @@ def test_an_unknown_module_falls_back_to_autograd_task_by_task() -> None:
     assert {id(p) for p in step.others} == {id(p) for p in model.encoder.adapter.parameters()}
 
 
-@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"lr": 1e-3},
+    {"lr": 1e-3, "weight_decay": 0.1, "clip": 0.5, "layer_decay": 0.8},
+    {"lr": 1e-2, "betas": [0.7, 0.9], "eps": 0.1, "correct_bias": False},
+]
+CONTINUOUS = ["gradvac", "imtl_g", "nash_mtl", "torchjd:UPGrad"]  # no rounding of G makes their weights jump
+
+
 @pytest.mark.parametrize(
-    "optimizer",
-    [
-        {"lr": 1e-3},
-        {"lr": 1e-3, "weight_decay": 0.1, "clip": 0.5, "layer_decay": 0.8},
-        {"lr": 1e-2, "betas": [0.7, 0.9], "eps": 0.1, "correct_bias": False},
-    ],
+    ("surgery", "optimizer"),
+    [*itertools.product(["none", "pcgrad"], OPTIMIZERS), *((method, OPTIMIZERS[0]) for method in CONTINUOUS)],
 )
 def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, Any]) -> None:
+    if surgery.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
     chosen = recipe(surgery={"method": surgery}, optimizer=optimizer)
     fast_model = make_model(chosen)
     slow_model = copy.deepcopy(fast_model)
@@ -343,10 +349,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
-def test_a_restored_step_continues_bit_identically(backend: str) -> None:
-    chosen = recipe(
-        surgery={"method": "pcgrad"}, tasks={"sentiment": {"dropout": 0.3}, "paraphrase": {}, "similarity": {}}
-    )
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "torchjd:GradVac", "torchjd:PCD", "torchjd:Random"])
+def test_a_restored_step_continues_bit_identically(method: str, backend: str) -> None:
+    """The methods' running averages and random numbers too."""
+    if method.startswith("torchjd:"):
+        pytest.importorskip("torchjd.aggregation")
+    tasks = {"sentiment": {"dropout": 0.3}, "paraphrase": {}, "similarity": {}}
+    chosen = recipe(surgery={"method": method}, tasks=tasks)
 
     def run(split: bool) -> list[Tensor]:
         model = make_model(chosen)

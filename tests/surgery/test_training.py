@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods of surgery by name, from the command line to a trained model, on both backends."""
+"""Methods of surgery by name, from the command line to a trained model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,6 @@ def losses(data: Path, output: Path, method: str, *more: str) -> list[list[float
     assert Recipe.load(str(output / "best" / "recipe.toml")).surgery.method == method
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [[value for key, value in row.items() if key.startswith("loss/")] for row in rows if "lr" in row]
-
-
-@pytest.mark.parametrize("method", ["torchjd:MGDA", "torchjd:Krum(n_byzantine=0)", "gradvac", "imtl_g", "nash_mtl"])
-def test_both_backends_train_alike(data: Path, tmp_path: Path, method: str) -> None:
-    if method.startswith("torchjd:"):
-        pytest.importorskip("torchjd.aggregation")
-    fast = losses(data, tmp_path / "fast", method, "--backend", "fast")
-    reference = losses(data, tmp_path / "reference", method, "--backend", "reference")
-    assert len(fast) == 4
-    for ours, theirs in zip(fast, reference, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 TORCHJD = (
@@ -75,8 +64,7 @@ def test_the_list_of_torchjds_weightings_is_complete() -> None:
     assert all_of_them == {name.partition("(")[0] for name in TORCHJD} | set(UNFIT)
 
 
-@pytest.mark.parametrize("backend", ["fast", "reference"])
-@pytest.mark.parametrize("method", ["gradvac", "torchjd:GradVac", "torchjd:PCD", "torchjd:Random"])
+@pytest.mark.parametrize(("method", "backend"), [("torchjd:PCD", "fast"), ("gradvac", "reference")])
 def test_a_resumed_run_has_the_methods_state(data: Path, tmp_path: Path, method: str, backend: str) -> None:
     if method.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")

@@ -419,6 +419,24 @@ def test_gradvacs_targets_move_by_a_hundredth_of_the_way() -> None:
     assert ours.state_dict()["targets"].flatten().tolist() == pytest.approx([0.0, -0.005, -0.005, 0.0])
 
 
+def test_gradvacs_targets_begin_again_with_another_number_of_tasks() -> None:
+    """As when a course loop leaves out a loss."""
+    ours = gradvac.GradVac(beta=1.0)
+    for tasks in (3, 2, 4):
+        J = rows(tasks, "nearly opposite").double()
+        assert ours(J @ J.T).isfinite().all()
+        assert ours.targets.shape == (tasks, tasks)
+        assert (ours.targets + torch.eye(tasks)).all()
+
+
+def test_gradvac_of_gradients_that_were_parallel_for_long() -> None:
+    """Named after the bug: a cosine one rounding below a target of 1 took 96 % of both gradients away."""
+    ours = gradvac.GradVac()
+    ours.load_state_dict(ours.state_dict() | {"targets": torch.ones(2, 2, dtype=torch.float64)})
+    gram = torch.tensor([[1.0, 1 - 1e-15], [1 - 1e-15, 1.0]], dtype=torch.float64)
+    assert ours(gram).tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("result", [2.0, [0.5, 0.5], torch.ones(3, 1), torch.ones(4)])
 @pytest.mark.parametrize("kind", ["host", "callable"])
 def test_weights_of_another_shape_are_refused(kind: str, result: object) -> None:

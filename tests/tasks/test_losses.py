@@ -41,10 +41,14 @@ def test_hinge():
 
 
 def test_cosine_embedding_equals_pytorchs_for_labels_0_and_1():
+    """And goes over from one to the other in a straight line."""
     u, v = vectors(2)
     t = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     expected = F.cosine_embedding_loss(u, v, 2 * t - 1, margin=0.2)
     torch.testing.assert_close(losses.cosine_embedding(u, v, t, 0.2), expected)
+    same, different = (F.cosine_embedding_loss(u, v, y, 0.2, reduction="none") for y in (t**0, -(t**0)))
+    expected = (LABELS * same + (1 - LABELS) * different).mean()
+    torch.testing.assert_close(losses.cosine_embedding(u, v, LABELS, 0.2), expected)
 
 
 def test_cosent():

@@ -66,6 +66,12 @@ def test_metrics_of_several_labels_equal_scikit_learn(seed):
     )
     *expected, _ = sklearn.metrics.precision_recall_fscore_support(labels, predictions)
     np.testing.assert_allclose(metrics.precision_recall_f1(predictions, labels), np.transpose(expected))
+    wider = [
+        np.pad(matrix, ((0, 0), (0, 1))) for matrix in (predictions, labels)
+    ]  # a class that nobody has or predicts
+    for metric in (metrics.macro_f1, metrics.macro_precision, metrics.macro_recall, metrics.micro_f1):
+        assert metric(*wider) == metric(predictions, labels)
+        assert metric(wider[0][:, -1:], wider[1][:, -1:]) == 0.0
     scores = rng.random(labels.shape)
     assert metrics.average_precision(scores, labels) == pytest.approx(
         sklearn.metrics.average_precision_score(labels, scores, average="macro")

@@ -18,6 +18,7 @@ from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.collate import by_length
 from minbert_fast.model.snapshot import Snapshot
+from minbert_fast.tasks import sentence_vectors
 from minbert_fast.tasks.sentence_vectors import embed, encode, gather, side_by_side
 from tests.tolerance import cosine_rows
 
@@ -77,6 +78,14 @@ def test_batches_of_any_size_and_a_shorter_limit(model, tokenizer, sentences, bu
     snapshot = Snapshot(model, torch.float32)
     got = encode(snapshot, sentences, tokenizer, max_length=9, token_budget=budget, normalize=True)
     np.testing.assert_allclose(got, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=2e-4, atol=2e-5)
+
+
+def test_more_sentences_than_are_encoded_together(model, tokenizer, sentences, monkeypatch):
+    """And a limit above the model's positions, which the long sentence would reach."""
+    expected = vectors_of(model, sentences, tokenizer)
+    monkeypatch.setattr(sentence_vectors, "CHUNK", 7)
+    got = vectors_of(model, sentences, tokenizer, max_length=10_000)
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_bf16_products_keep_the_direction(model, tokenizer, sentences):
