@@ -77,14 +77,15 @@ def train(recipe: Recipe, options: Options) -> Path:
 
     Raises ConfigError or DataError for a mistake of the user, RunError or InterruptError for a run that had to stop.
     """
-    output = options.output or unused_directory(Path("runs") / recipe.name)
     try:
         with joined(choose_device(options.device)) as (world, device), ExitStack() as stack:
+            output = world.from_main(lambda: options.output or unused_directory(Path("runs") / recipe.name))
             path = output
             if not world.is_main:  # nobody needs the files of the other ranks
                 path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
-            files = stack.enter_context(RunDirectory(path))
+            files = stack.enter_context(RunDirectory(path, output))
             _Job(recipe, options, output, files, world, device).run()
+            world.wait()  # until rank 0 has written the results, which a caller of `fit` reads
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -295,9 +296,9 @@ class _Job:
         if not self.options.resume:
             return None
         checkpoints = self.output / self.files.checkpoints.name
-        found = CheckpointStore(checkpoints).newest(self.notify)
+        found = CheckpointStore(checkpoints).newest(self.notify, rename=self.world.is_main)
         if found is None:
-            self.notify(f"no checkpoint in {self.files.path}: starting from the beginning")
+            self.notify(f"no checkpoint in {self.output}: starting from the beginning")
             return None
         now = json.loads(json.dumps(self.fingerprint()))  # the checkpoint's went through JSON too
         if changed := differences(found.state["fingerprint"], now):
@@ -306,14 +307,14 @@ class _Job:
             if all(line.startswith("data.") for line in changed):
                 other += "; if a data file has changed since, restore it, or start a new run under another --output"
             raise ConfigError(
-                f"{self.files.path} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; {other}"
+                f"{self.output} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; {other}"
             )
         steps = [stage.steps for stage in self.stages]
         then, stage = found.state.get("steps", steps), found.state["run"]["stage"]
         if then != steps:
             line = f"the run now has {sum(steps):,} steps, not {sum(then):,}"
             if then[:stage] != steps[:stage] or sum(steps) < found.step:
-                raise ConfigError(f"{self.files.path}: {line}: a stage that has ended cannot change its length")
+                raise ConfigError(f"{self.output}: {line}: a stage that has ended cannot change its length")
             self.notify(f"{line}: its learning rate follows the new length from here on")
         for line in differences(found.state["environment"], describe_environment(self.device)):
             self.notify(f"{line}: results may differ in the last bits from those of an uninterrupted run")
@@ -378,23 +379,18 @@ class _Job:
         self.model.save(directory, self.recipe.to_toml(), self.tokenizer)
 
     def _evaluate(self) -> plan.Evaluation | None:
-        """Scores on the dev files, computed on rank 0; None without dev files."""
+        """Scores on the dev files; None without dev files."""
         if not self.dev:
             return None
-        found: list[evaluation.Evaluation] = []
-
-        def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
-            found.append(self._predict(self.dev))
-            train = self._predict(self.scored_train).metrics if self.scored_train else {}
-            return finite(found[0].metrics), finite(train)
+        found = self._predict(self.dev)
+        train = self._predict(self.scored_train).metrics if self.scored_train else {}
 
         def write(directory: Path) -> None:
             texts = {name: table.texts() for name, table in self.dev.items()}
             labels = {name: table.labels for tables in self.data.train for name, table in tables.items()}
-            found[0].write(directory, texts, train_labels=labels)
+            found.write(directory, texts, train_labels=labels)
 
-        dev, train = self.world.from_main(measure)
-        return plan.Evaluation(dev, write, train)
+        return plan.Evaluation(finite(found.metrics), write, finite(train))
 
     def _predict(self, tables: Mapping[str, TokenTable]) -> evaluation.Evaluation:
         return evaluation.evaluate(self.model, tables, precision=self.precision, max_length=self.recipe.data.max_length)
