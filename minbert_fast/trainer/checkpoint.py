@@ -70,11 +70,11 @@ class CheckpointStore:
             for _, old in self._entries()[keep:]:
                 remove(old)
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, report: Callable[[str], None], rename: bool = True) -> Checkpoint | None:
         """Reads the newest undamaged checkpoint; None if there is none.
 
         Renames damaged ones to `step-N.damaged`, so that they do not count among the `keep`, and calls `report` with
-        one line for each.
+        one line for each. Of several processes that read one folder, a single one may `rename`.
         """
         for step, path in self._entries():
             try:
@@ -84,6 +84,8 @@ class CheckpointStore:
             except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             report(f"{path} is damaged ({reason}) and skipped")
+            if not rename:
+                continue
             with translate_write_errors(path):
                 damaged = path.with_name(f"{path.name}.damaged")
                 remove(damaged)

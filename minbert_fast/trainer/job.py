@@ -69,14 +69,15 @@ def train(recipe: Recipe, options: Options) -> Path:
 
     Raises ConfigError or DataError for a mistake of the user, RunError or InterruptError for a run that had to stop.
     """
-    output = options.output or unused_directory(Path("runs") / recipe.name)
     try:
         with joined(choose_device(options.device)) as (world, device), ExitStack() as stack:
+            output = world.from_main(lambda: options.output or unused_directory(Path("runs") / recipe.name))
             path = output
             if not world.is_main:  # nobody needs the files of the other ranks
                 path = Path(stack.enter_context(TemporaryDirectory(prefix="minbert_fast-rank-"))) / "run"
-            files = stack.enter_context(RunDirectory(path))
+            files = stack.enter_context(RunDirectory(path, output))
             _run(recipe, options, output, files, world, device)
+            world.wait()  # until rank 0 has written the results, which a caller of `fit` reads
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -102,7 +103,7 @@ def _run(
     checkpoint = None
     if options.resume:
         steps = [stage.steps for stage in loaded.stages]
-        checkpoint = find_checkpoint(output, loaded.fingerprint, steps, device, setting.notify)
+        checkpoint = find_checkpoint(output, loaded.fingerprint, steps, device, setting.notify, rename=world.is_main)
     check_ranks_agree(world, partial(_conditions, loaded, options), checkpoint, output)  # before rank 0 writes anything
     room = disk.estimate(loaded.model, loaded.recipe, loaded.stages, sum(map(len, loaded.data.dev.values())))
     if world.is_main:
@@ -239,22 +240,17 @@ def _train(
 
 
 def _evaluate(setting: Setting, loaded: Loaded) -> plan.Evaluation | None:
-    """Scores on the dev files, computed on rank 0; None without dev files."""
+    """Scores on the dev files; None without dev files."""
     if not loaded.dev:
         return None
     max_length = loaded.recipe.data.max_length
     score = partial(evaluation.evaluate, loaded.model, precision=setting.precision, max_length=max_length)
-    found: list[evaluation.Evaluation] = []
-
-    def measure() -> tuple[dict[str, float | None], dict[str, float | None]]:
-        found.append(score(loaded.dev))
-        train = score(loaded.scored_train).metrics if loaded.scored_train else {}
-        return finite(found[0].metrics), finite(train)
+    found = score(loaded.dev)
+    train = score(loaded.scored_train).metrics if loaded.scored_train else {}
 
     def write(directory: Path) -> None:
         texts = {name: table.texts() for name, table in loaded.dev.items()}
         labels = {name: table.labels for tables in loaded.data.train for name, table in tables.items()}
-        found[0].write(directory, texts, train_labels=labels)
+        found.write(directory, texts, train_labels=labels)
 
-    dev, train = setting.world.from_main(measure)
-    return plan.Evaluation(dev, write, train)
+    return plan.Evaluation(finite(found.metrics), write, finite(train))

@@ -78,7 +78,7 @@ class Trainer:
     stages: Sequence[Stage]
     model: nn.Module
     files: RunDirectory
-    evaluate: Callable[[], Evaluation | None]  # None: there are no dev files
+    evaluate: Callable[[], Evaluation | None]  # called on rank 0; None: there are no dev files
     save: Callable[[Path], None]  # writes the model directory
     constants: Mapping[str, Any]  # further entries of every checkpoint's state.json
     checkpoint: Checkpoint | None = None
@@ -99,6 +99,7 @@ class Trainer:
         self._observer = Observer()
         self._signals = StopSignals()
         self._stopped = False  # by a callback
+        self._watched = self.world.from_main(lambda: bool(self.callbacks))  # by callbacks, which rank 0 alone calls
         self._agreed = Agreement(self.world)
         self._clock = Clock(self.state)
         self._progress = Progress(self.state.step, self.total, self.world.is_main)
@@ -120,11 +121,12 @@ class Trainer:
                 self._run_stages()
                 final = self._final_evaluation()
         except InterruptError as stop:
-            again = self.again or f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.path))}"
+            again = self.again or f"python -m minbert_fast.train --resume --output {shlex.quote(str(self.files.shown))}"
             saved = f"{stop.signal_name}: stopped after step {state.step}, which is saved"
             raise InterruptError(stop.number, f"{saved}; to continue: {again}") from None
         except RunError as error:
-            kept = f"; the checkpoint of step {self._saved} is intact" if self._saved >= 0 else ""
+            known = self._saved >= 0 and self.world.is_main  # other ranks do not know whether rank 0 has written it
+            kept = f"; the checkpoint of step {self._saved} is intact" if known else ""
             raise RunError(f"{error}{kept}") from error
         finally:
             self._progress.close()
@@ -271,11 +273,21 @@ class Trainer:
         return bests
 
     def _measure(self) -> Evaluation | None:
+        """Rank 0's evaluation, in every process; the others cannot write its predictions.
+
+        A signal interrupts rank 0 alone, and with it all: the others note theirs, so that every process goes the same way.
+        """
         self._clock.tick("other")
-        with self._signals.interruptible():
-            evaluation = self.evaluate()
+        found: list[Evaluation | None] = []
+
+        def measure() -> Evaluation | None:
+            with self._signals.interruptible():
+                found.append(self.evaluate())
+            return found[0] and replace(found[0], write=_write_nothing)
+
+        evaluation = self.world.from_main(measure)
         self._clock.tick("evaluation")
-        return evaluation
+        return found[0] if found else evaluation
 
     def _keep_bests(self, evaluation: Evaluation, bests: State, provisional: bool = False) -> bool:
         """Saves the models of the best scores so far, writes these scores to `bests`, and returns whether best/ is new.
@@ -356,7 +368,7 @@ class Trainer:
                 return [bool(callback.on_step(event)) for callback in self.callbacks]
             return [bool(callback.on_evaluation(event)) for callback in self.callbacks]
 
-        if self.callbacks:
+        if self._watched:
             self._stopped |= any(self.world.from_main(call))
 
     def _save_checkpoint(self, active: _Active) -> None:
@@ -389,7 +401,7 @@ class Trainer:
         raise RunError(
             f"stopped after step {seen.step}: {self.state.skipped_in_a_row} steps in a row had losses or gradients "
             f"that are not finite, the last in {', '.join(seen.skipped)} (examples "
-            f"{', '.join(places[:SHOWN_EXAMPLES])}{more}); the last good model is in {self.files.path / 'last'}; "
+            f"{', '.join(places[:SHOWN_EXAMPLES])}{more}); the last good model is in {self.files.shown / 'last'}; "
             "a lower --lr may help"
         )
 
@@ -401,3 +413,7 @@ def _out_of_memory_message(stage: Stage, batch: MultitaskBatch, step: int) -> st
         f"sentence {batch.packed.max_seqlen}): lower --batch-size (now {stage.recipe.training.batch_size}) or "
         f"--set data.max_length (now {stage.recipe.data.max_length})"
     )
+
+
+def _write_nothing(directory: Path) -> None:
+    """Stands for the predictions in an evaluation that rank 0 sends."""

@@ -41,10 +41,14 @@ def saved_options_path(output: Path) -> Path:
 
 
 class RunDirectory:
-    """A run's output directory, locked inside the `with` block. Raises RunError if another process holds the lock."""
+    """A run's output directory, locked inside the `with` block. Raises RunError if another process holds the lock.
 
-    def __init__(self, path: Path) -> None:
+    `shown` is the directory that messages name: rank 0's, where a rank has another `path` for its own files.
+    """
+
+    def __init__(self, path: Path, shown: Path | None = None) -> None:
         self.path = path
+        self.shown = path if shown is None else shown
         self.checkpoints = path / CHECKPOINTS
         self.metrics = MetricsLog(path / METRICS)
         self._lock: TextIO | None = None

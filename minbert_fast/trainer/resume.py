@@ -148,13 +148,14 @@ def find_checkpoint(
     steps: Sequence[int],
     device: torch.device,
     notify: Callable[[str], None],
+    rename: bool = True,
 ) -> Checkpoint | None:
     """The checkpoint that the run under `output` goes on from; None if there is none. Every rank reads it.
 
-    `fingerprint` and `steps`, the length of each stage, are those of the run as it is now. Raises ConfigError if the
-    checkpoint belongs to another run.
+    `fingerprint` and `steps`, the length of each stage, are those of the run as it is now; `rename` as for
+    `CheckpointStore.newest`. Raises ConfigError if the checkpoint belongs to another run.
     """
-    found = CheckpointStore(output / CHECKPOINTS).newest(notify)
+    found = CheckpointStore(output / CHECKPOINTS).newest(notify, rename)
     if found is None:
         notify(f"no checkpoint in {output}: starting from the beginning")
         return None

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minbert_fast import PCGrad
+from minbert_fast import PCGrad, fit
 from minbert_fast.common.errors import RunError, is_out_of_memory
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
@@ -299,6 +299,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
     _, error = begun.communicate(timeout=90)
     assert begun.returncode != 0
     assert "SIGTERM: stopped after step" in error
+    assert error.count("--resume --output run\n") == 2  # not the other rank's temporary directory
     assert "Traceback (most recent call last):\n  File" not in error.split("stopped after step")[0]
 
 
@@ -354,7 +355,12 @@ def speak(rank: int, size: int, port: int, told: Path) -> None:
         heard = [agreed(15 if (call, rank) == (1, size - 1) else None) for call in range(4)]
         found = {"J": J.tolist(), "shares": shares.tolist(), "heard": heard, "main": world.from_main(lambda: "hello")}
         found["apart"] = surgery_apart(rank, size)
-        (told / f"{rank}.json").write_text(json.dumps(found))
+    os.chdir(told)  # where each rank chooses the run's directory
+    data, training = small_data(told / str(rank)), {"max_steps": 1, "precision": "fp32", "evaluate_untrained": False}
+    result = fit({"training": training, "data": {"cache": str(told)}}, data=data)
+    (told / f"{rank}.json").write_text(
+        json.dumps(found | {"fit": str(result.output), "score": result.metrics["score"]})
+    )
 
 
 def surgery_apart(rank: int, size: int) -> float:
@@ -393,6 +399,8 @@ def test_messages_between_processes(size: int, tmp_path: Path) -> None:
         assert found["heard"] == [None, None, 15, None]  # one call late, in every process
         assert found["main"] == "hello"
         assert found["apart"] < 1e-6
+        assert found["fit"] == "runs/default"
+        assert found["score"] > 0  # rank 0 has written it before any rank returns
 
 
 @pytest.mark.ci

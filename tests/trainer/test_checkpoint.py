@@ -149,6 +149,18 @@ def test_damaged_checkpoints_are_reported_and_skipped(tmp_path: Path, damage: ob
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".damaged")] == ["step-00000002.damaged"]
 
 
+def test_a_process_that_shares_the_folder_leaves_a_damaged_checkpoint_in_place(tmp_path: Path) -> None:
+    """Two processes that resumed a run renamed the same directory, and the second one failed."""
+    store = CheckpointStore(tmp_path)
+    store.save(5, {}, {})
+    (tmp_path / "step-00000008").mkdir()
+    said: list[str] = []
+    found = store.newest(said.append, rename=False)
+    assert found is not None
+    assert (found.step, len(said)) == (5, 1)
+    assert (tmp_path / "step-00000008").is_dir()
+
+
 def test_damaged_checkpoints_do_not_displace_good_ones(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     store.save(5, {}, {})

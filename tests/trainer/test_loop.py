@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from minbert_fast.common.errors import InterruptError, RunError
 from minbert_fast.common.schema import build
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.model.packing import pack
+from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.stepping import StepResult
 from minbert_fast.trainer import loop, plan
@@ -104,6 +105,8 @@ class Run:
         self.broken: frozenset[int] = hooks.pop("broken", frozenset())
         self.judged_by = {task: f"{task}_accuracy" for task in TASKS} if self.recipe.training.best_per_task else {}
         self.stop_after: int | None = hooks.pop("stop_after", None)
+        self.world: World = hooks.pop("world", World())
+        self.shown: Path | None = hooks.pop("shown", None)
         assert not hooks
         self.model = Model()
         self.evaluations: list[int] = []
@@ -150,7 +153,7 @@ class Run:
 
     def go(self, resume: bool = False) -> loop.Outcome:
         torch.manual_seed(5)
-        with RunDirectory(self.path) as files:
+        with RunDirectory(self.path, self.shown) as files:
             files.prepare("", {})
             checkpoint = CheckpointStore(files.checkpoints, 1).newest(pytest.fail) if resume else None
             self.trainer = loop.Trainer(
@@ -165,6 +168,7 @@ class Run:
                 judged_by=self.judged_by,
                 fetch_every_step=self.eager,
                 stop_after=self.stop_after,
+                world=self.world,
             )
             outcome = self.trainer.run()
             files.write_directory("last", self.save)
@@ -683,3 +687,52 @@ def test_batches_are_closed_after_every_kind_of_end(tmp_path: Path) -> None:
     with suppress(RunError):
         Closing(tmp_path / "b", RECIPE | {"training": {"max_skipped": 1}}, broken=frozenset({2})).go()
     assert closed == [0, 1, 0]
+
+
+# ---- Rank 1 of two --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Second(World):
+    """A rank without callbacks that hears what rank 0, with a callback, would say."""
+
+    rank: int = 1
+    size: int = 2
+    at_evaluation: Callable[[], None] = lambda: None
+    heard: list[str] = field(default_factory=list)  # the functions that rank 0 called
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        self.heard.append(make.__name__)
+        if make.__name__ == "measure":
+            self.at_evaluation()
+            return plan.Evaluation({"score": 0.5}, lambda directory: None)
+        return [False] if make.__name__ == "call" else True
+
+    def begin_largest(self, numbers: Tensor) -> None:
+        """The others have received no signal."""
+
+
+def test_a_rank_that_waits_for_an_evaluation_notes_a_signal(tmp_path: Path) -> None:
+    """It left the evaluation, which the others finished, and sent its next message where they awaited another."""
+    world = Second(at_evaluation=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run = Run(tmp_path, {}, world=world)
+    with pytest.raises(InterruptError, match="SIGTERM: stopped after step 1"):
+        run.go()
+    assert run.trainer.state.untrained == {"score": 0.5}
+    assert run.evaluations == []
+
+
+def test_callbacks_of_rank_0_alone_are_heard_by_all(tmp_path: Path) -> None:
+    """A script that gave callbacks to rank 0 alone, which calls them, ended in processes that waited for each other."""
+    world = Second()
+    Run(tmp_path, {"training": {"max_steps": 4}, "logging": {"every": 3}}, world=world).go()
+    evaluation, step = ["measure", "call"], ["call"]
+    assert world.heard[1:] == [*evaluation, *step, *step, *step, *evaluation]  # steps 0, 1, 3 and 4
+
+
+def test_another_rank_names_the_directory_of_rank_0_and_vouches_for_no_checkpoint(tmp_path: Path) -> None:
+    """It named a temporary directory of its own, and a checkpoint that rank 0 may have failed to write."""
+    recipe = {"training": {"max_skipped": 2}, "checkpoint": {"every": 1}}
+    run = Run(tmp_path / "own", recipe, world=Second(), shown=tmp_path / "run", broken=frozenset({3, 4}))
+    with pytest.raises(RunError, match=f"the last good model is in {tmp_path}/run/last; a lower --lr may help$"):
+        run.go()
