@@ -228,8 +228,8 @@ def run_case(
     return rows
 
 
-def step_on_next(step: Step, batches: Iterator[MultitaskBatch]) -> Tensor:
-    return step(next(batches))
+def step_on_next(step: Step, source: Iterator[MultitaskBatch]) -> Tensor:
+    return step(next(source))
 
 
 def warm_up_and_check(

@@ -86,14 +86,14 @@ class PairOptions(StackOptions):
             check(not self.auxiliary, 'auxiliary: encoder = "cross" has no two vectors to compare')
 
     def unused(self) -> dict[str, str]:
-        losses = {self.loss, *self.auxiliary}
+        chosen = {self.loss, *self.auxiliary}
         rules = {
             "features": (self.head == "linear" and self.encoder != "cross", 'head = "linear" on two vectors'),
-            "labels": (not losses.isdisjoint(("mse", "l1")), 'loss = "mse" and "l1"'),
+            "labels": (not chosen.isdisjoint(("mse", "l1")), 'loss = "mse" and "l1"'),
             "scale": (self.head == "cosine", 'head = "cosine"'),
             "offset": (self.head == "cosine", 'head = "cosine"'),
-            "margin": ("cosine_embedding" in losses, "cosine_embedding"),
-            "temperature": (not losses.isdisjoint(("cosent", "ranking")), "cosent and ranking"),
+            "margin": ("cosine_embedding" in chosen, "cosine_embedding"),
+            "temperature": (not chosen.isdisjoint(("cosent", "ranking")), "cosent and ranking"),
         }
         return super().unused() | {key: reader for key, (read, reader) in rules.items() if not read}
 
