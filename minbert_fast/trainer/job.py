@@ -160,7 +160,9 @@ class _Job:
         self.copies = {**copies, **self.options.copies}
 
     def notify(self, line: str) -> None:
-        """Prints a line and keeps it for summary.json."""
+        """Prints a line and keeps it for summary.json, once: a cache that cannot be written is one for every file."""
+        if line in self.notices:
+            return
         self.notices.append(line)
         self._print(line)
 
