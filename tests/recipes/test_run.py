@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import experiments, reproduction
+from minbert_fast.trainer.callbacks import Callback, StepEvent
 from minbert_fast.trainer.completing import with_task_values, without_tasks
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import lock_directory
@@ -140,6 +143,18 @@ def test_an_interrupted_reproduction_has_a_table_of_what_ran(
     flags = ["--data", data, "--output", tmp_path, "--max-steps", 1]
     assert run(reproduce.main, "siamese-paraphrase-product", "siamese-similarity-mse", *flags) == 128 + 15
     assert "| siamese-paraphrase-product | " in (tmp_path / "table.md").read_text()
+
+
+def test_an_interrupted_series_names_its_own_command(data: Path, tmp_path: Path) -> None:
+    """It advised `train --resume` for one of its runs."""
+
+    class Terminate(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = Recipe.load("demonstration").with_values({"data": {"directory": str(data)}}, "test")
+    with pytest.raises(InterruptError, match=r"after step 1, which is saved; to continue: search --grid lr=1$"):
+        experiments.run_or_resume("lr=1", recipe, tmp_path / "run", "search --grid lr=1", callbacks=[Terminate()])
 
 
 @pytest.mark.parametrize(
