@@ -43,6 +43,7 @@ from minbert_fast.tasks.metrics import lower_is_better
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.experiments import Trial
 from minbert_fast.trainer.job import BACKENDS
+from minbert_fast.trainer.outputs import lock_directory
 from minbert_fast.trainer.table_reader import names_data
 
 NONE = "none"  # summed losses, the baseline of the comparison
@@ -83,14 +84,16 @@ def main(arguments: Sequence[str]) -> None:
     }
     for recipe, where in planned.values():  # finds runs of something else, likewise
         experiments.check_trial(where, recipe, chosen.backend)
-    output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.compare", *arguments])
     trials: dict[tuple[str, int], Trial] = {}
-    for (method, seed), (recipe, where) in planned.items():
-        name = f"{method}, seed {seed}"
-        print(f"\n== {len(trials) + 1} of {len(planned)}: {name}", flush=True)
-        trials[method, seed] = experiments.run_or_resume(name, recipe, where, command, chosen.device, chosen.backend)
-        write_results(output, compare(base, methods, trials) | {"command": command})
+    with lock_directory(output):
+        for (method, seed), (recipe, where) in planned.items():
+            name = f"{method}, seed {seed}"
+            print(f"\n== {len(trials) + 1} of {len(planned)}: {name}", flush=True)
+            trials[method, seed] = experiments.run_or_resume(
+                name, recipe, where, command, chosen.device, chosen.backend
+            )
+            write_results(output, compare(base, methods, trials) | {"command": command})
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     failed = [trial.name for trial in trials.values() if trial.failure]
     if failed:

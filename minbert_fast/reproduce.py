@@ -15,16 +15,18 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minbert_fast.common import cli
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_text
+from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting import published
 from minbert_fast.trainer import experiments, reproduction
 from minbert_fast.trainer.job import BACKENDS
+from minbert_fast.trainer.outputs import lock_directory
 
 
 def factor(text: str) -> float:
@@ -67,10 +69,18 @@ def main(arguments: Sequence[str]) -> None:
         scaled = reproduction.scale_epochs(experiments.load_recipe(name, chosen), chosen.epochs_scale)
         recipes[name] = scaled.with_values(seed, "command line")
     output: Path = chosen.output
-    output.mkdir(parents=True, exist_ok=True)
+    with lock_directory(output):
+        failed = run_recipes(recipes, chosen, shlex.join(["python", "-m", "minbert_fast.reproduce", *arguments]))
+    print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(names)} recipes did not run: {', '.join(failed)}")
+
+
+def run_recipes(recipes: Mapping[str, Recipe], chosen: argparse.Namespace, command: str) -> list[str]:
+    """Runs the recipes that have no finished row; returns the names of those that failed."""
+    output: Path = chosen.output
     results: Path = chosen.results or output / "results.json"
     rows = reproduction.read_rows(results)
-    command = shlex.join(["python", "-m", "minbert_fast.reproduce", *arguments])
     failed = []
     for index, (name, recipe) in enumerate(recipes.items(), 1):
         print(f"\n== {index} of {len(recipes)}: {name}: {recipe.description}", flush=True)
@@ -89,12 +99,11 @@ def main(arguments: Sequence[str]) -> None:
                 continue
         rows[name] = reproduction.make_row(name, recipe, trial, chosen.backend, chosen.epochs_scale)
         reproduction.write_rows(results, rows)
+        write_text(output / "table.md", published.page(rows))  # now: a later run may be interrupted
         if chosen.discard and not trial.failure:
             reproduction.discard_models(directory)
     write_text(output / "table.md", published.page(rows))
-    print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
-    if failed:
-        raise RunError(f"{len(failed)} of {len(names)} recipes did not run: {', '.join(failed)}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from minbert_fast.train import RECIPE_FLAGS
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
+from minbert_fast.trainer.outputs import lock_directory
 from minbert_fast.trainer.study import Range, Space, Values, parse_range, run_study
 
 # One value may hold commas in brackets: [0.9, 0.98] or torchjd:CAGrad(c=0.4, norm_eps=0.1).
@@ -97,7 +98,6 @@ def main(arguments: Sequence[str]) -> None:
     planned = sample_combinations(combinations(grid), chosen.random, chosen.seed or 0)
     for combination in planned if chosen.optuna is None else ():  # finds runs of something else, likewise
         experiments.check_trial(output / directory_name(combination), with_combination(base, combination))
-    output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "minbert_fast.search", *arguments])
     trials: dict[str, tuple[Values, Trial]] = {}
     known_metric = _StopWithoutMetric(chosen.metric)
@@ -124,11 +124,12 @@ def main(arguments: Sequence[str]) -> None:
         name = directory_name(combination)
         add_trial(combination, experiments.read_trial(name, output / name, with_combination(base, combination)))
 
-    if chosen.optuna is not None:
-        run_study(output, space, chosen.metric, chosen.optuna, chosen.seed or 0, run_trial, read_trial)
-    else:
-        for combination in planned:
-            run_trial(combination)
+    with lock_directory(output):
+        if chosen.optuna is not None:
+            run_study(output, space, chosen.metric, chosen.optuna, chosen.seed or 0, run_trial, read_trial)
+        else:
+            for combination in planned:
+                run_trial(combination)
     print("\n" + (output / "table.md").read_text(encoding="utf-8"), end="")
     failed = [name for name, (_, trial) in trials.items() if trial.failure]
     if failed:

@@ -44,7 +44,8 @@ def nonnegative(gram: Array, linear: Array) -> Array:
                 trial = z
                 break
         z = trial
-    return z * largest / scale
+    solution: Array = z * largest / scale
+    return solution
 
 
 def shortest(gram: Array) -> Array:

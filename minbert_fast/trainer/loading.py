@@ -66,7 +66,9 @@ class Setting:
             print(line, flush=True)
 
     def notify(self, line: str) -> None:
-        """Prints a line and keeps it for summary.json."""
+        """Prints a line and keeps it for summary.json, once: a cache that cannot be written is one for every file."""
+        if line in self.notices:
+            return
         self.notices.append(line)
         self.print(line)
 

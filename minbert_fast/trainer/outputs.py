@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from minbert_fast.common.errors import RunError, translate_write_errors
 from minbert_fast.common.storage import finite, flush_directory, remove, sweep, write_bytes, write_directory, write_json
@@ -40,6 +40,33 @@ def saved_options_path(output: Path) -> Path:
     return output / CHECKPOINTS / "options.json"
 
 
+def lock_directory(path: Path) -> BinaryIO:
+    """Makes directory `path` and locks it until the returned file is closed.
+
+    Raises RunError if `path` cannot be written, or if another process holds the lock.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: cannot be written (it is a file, expected a directory)")
+    with translate_write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK).open("a+b", buffering=0)  # closing it writes nothing more to a full disk
+    try:
+        # The kernel releases the lock when the process ends, even after SIGKILL.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with translate_write_errors(path):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().decode().strip()
+        lock.close()
+        raise RunError(f"{path}: another run is writing here ({holder}); choose another --output") from None
+    except RunError:
+        lock.close()
+        raise
+    return lock
+
+
 class RunDirectory:
     """A run's output directory, locked inside the `with` block. Raises RunError if another process holds the lock.
 
@@ -51,28 +78,12 @@ class RunDirectory:
         self.shown = path if shown is None else shown
         self.checkpoints = path / CHECKPOINTS
         self.metrics = MetricsLog(path / METRICS)
-        self._lock: TextIO | None = None
+        self._lock: BinaryIO | None = None
         self._new = False
 
     def __enter__(self) -> RunDirectory:
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path}: cannot be written (it is a file, expected a directory)")
-        with translate_write_errors(self.path):
-            self._new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("a+")
-        try:
-            # The kernel releases the lock when the process ends, even after SIGKILL.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
-            self._lock.close()
-            raise RunError(f"{self.path}: another run is writing here ({holder}); choose another --output") from None
-        with translate_write_errors(self.path):
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self._lock.flush()
+        self._new = not self.path.exists()
+        self._lock = lock_directory(self.path)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,7 @@ from minbert_fast.trainer.experiments import Trial
 
 FILE = "optuna.db"  # SQLite, under the search's --output
 STARTUP = 4  # runs before the first one may be ended early
+AGAIN = "again"  # a trial's attribute: the number of the interrupted trial that it takes up
 
 Values = Mapping[str, str]  # key of the recipe -> value as written
 
@@ -84,14 +85,16 @@ def run_study(
             storage=storage, study_name="search", direction=direction, pruner=pruner, load_if_exists=True
         )
         _check_same(study, output, space, metric)
-        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
         for interrupted in study.get_trials(states=(states.RUNNING,)):
             study.tell(interrupted.number, state=states.FAIL)
-            study.enqueue_trial(interrupted.params)
+            study.enqueue_trial(interrupted.params, user_attrs={AGAIN: interrupted.number})
         done = study.get_trials(states=(states.COMPLETE, states.PRUNED))
         for ended in done:
             read(_values(ended.params, space))
         for _ in range(count - len(done)):
+            # Seeded by the trial's place, so that an interrupted search proposes what an uninterrupted one would.
+            place = sum(AGAIN not in each.user_attrs for each in study.trials)
+            study.sampler = optuna.samplers.TPESampler(seed=seed + place)
             trial = study.ask()
             for key, options in space.items():
                 if isinstance(options, Range):

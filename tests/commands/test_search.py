@@ -84,6 +84,10 @@ def test_ranges_are_searched_and_weak_runs_are_pruned(trainings: Trainings, tmp_
 
 
 def test_an_interrupted_search_goes_on(trainings: Trainings, tmp_path: Path) -> None:
+    """It proposed other values than an uninterrupted search with the same seed."""
+    assert run(tmp_path / "whole", *SPACE, "--optuna", "6") == 0
+    whole = json.loads((tmp_path / "whole" / "table.json").read_text())
+    trainings.begun.clear()
     trainings.interrupt_at = 3
     assert run(tmp_path, *SPACE, "--optuna", "5") == 130
     interrupted = trainings.begun[-1]
@@ -98,6 +102,7 @@ def test_an_interrupted_search_goes_on(trainings: Trainings, tmp_path: Path) -> 
     assert trainings.begun == []
     assert run(tmp_path, *SPACE, "--optuna", "6") == 0
     assert len(trainings.begun) == 1
+    assert json.loads((tmp_path / "table.json").read_text()) == whole
 
 
 def test_a_search_of_which_a_part_failed_says_so(

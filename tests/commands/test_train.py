@@ -779,6 +779,16 @@ def test_overwrite_with_a_mistake_in_the_data_keeps_the_finished_run(
 # ---- Disk space ---------------------------------------------------------------------------------------------------
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was one for each data file."""
+    (tmp_path / "cache").touch()
+    flags = ["--set", f"data.cache={tmp_path / 'cache' / 'tokens'}", "--max-steps", "1"]
+    assert cli.run(train.main, small_run(data, tmp_path / "run", *flags)) == 0
+    assert capsys.readouterr().out.count("no token cache there") == 1
+
+
 def test_a_run_without_room_is_refused_before_its_first_step(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

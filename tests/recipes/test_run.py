@@ -4,23 +4,29 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minbert_fast import reproduce, search
+from minbert_fast import compare, reproduce, search
 from minbert_fast.common import cli
+from minbert_fast.common.errors import InterruptError
 from minbert_fast.common.schema import merge
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.reporting.published import COLUMNS
 from minbert_fast.tasks import build_tasks
+from minbert_fast.trainer import experiments
+from minbert_fast.trainer.callbacks import Callback, StepEvent
 from minbert_fast.trainer.completing import with_task_values, without_tasks
 from minbert_fast.trainer.job import Options, train
+from minbert_fast.trainer.outputs import lock_directory
 from minbert_fast.trainer.resume import changed_values
 
 pytestmark = pytest.mark.ci
@@ -121,6 +127,53 @@ def test_reproduce_accumulates_rows_and_continues(
     shutil.rmtree(tmp_path / "finetune-cosine")
     assert run(reproduce.main, "finetune-cosine", *flags) == 0
     assert not (tmp_path / "finetune-cosine").exists()
+
+
+def test_an_interrupted_reproduction_has_a_table_of_what_ran(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """table.md came with the last of 34 rows."""
+    run_or_resume = experiments.run_or_resume
+
+    def interrupted(name: str, *arguments: Any) -> experiments.Trial:
+        if name == "siamese-similarity-mse":
+            raise InterruptError(15, "stopped")
+        return run_or_resume(name, *arguments)
+
+    monkeypatch.setattr(experiments, "run_or_resume", interrupted)
+    flags = ["--data", data, "--output", tmp_path, "--max-steps", 1]
+    assert run(reproduce.main, "siamese-paraphrase-product", "siamese-similarity-mse", *flags) == 128 + 15
+    assert "| siamese-paraphrase-product | " in (tmp_path / "table.md").read_text()
+
+
+def test_an_interrupted_series_names_its_own_command(data: Path, tmp_path: Path) -> None:
+    """It advised `train --resume` for one of its runs."""
+
+    class Terminate(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = Recipe.load("demonstration").with_values({"data": {"directory": str(data)}}, "test")
+    with pytest.raises(InterruptError, match=r"after step 1, which is saved; to continue: search --grid lr=1$"):
+        experiments.run_or_resume("lr=1", recipe, tmp_path / "run", "search --grid lr=1", callbacks=[Terminate()])
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (search.main, ["--grid", "lr=1e-3"]),
+        (compare.main, ["--methods", "none", "--seeds", 1]),
+        (reproduce.main, ["siamese-similarity-mse"]),
+    ],
+)
+def test_two_series_in_one_directory(
+    main: Any, flags: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one took the first one's runs for failures, and each replaced the other's table."""
+    with lock_directory(tmp_path):
+        assert run(main, *flags, "--output", tmp_path, "--max-steps", 0) == 1
+    assert "another run is writing here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_scaled_epochs_are_stated_in_the_table(data: Path, tmp_path: Path) -> None:
