@@ -70,7 +70,7 @@ def fallen_score(run: Run) -> str:
     if before is None or not isinstance(known, Mapping) or "score" not in known:
         return ""
     now = run.dev.get("score", math.nan)
-    if now >= before:
+    if round(now, 3) >= round(before, 3):  # as they are printed
         return ""
     value = "not a number" if math.isnan(now) else f"{now:.3f}"
     return f"Overall score: worse than before training: {value} ({before:.3f} before training)"

@@ -207,6 +207,9 @@ def test_a_diverged_run_is_said_first_and_in_red(tmp_path, monkeypatch, capsys):
     summary["dev"]["score"] = None
     (directory / "summary.json").write_text(json.dumps(summary))
     assert "not a number (0.545 before training)" in announce(directory).splitlines()[0]
+    summary["dev"]["score"] = 0.5449  # "worse: 0.545 (0.545 before training)"
+    (directory / "summary.json").write_text(json.dumps(summary))
+    assert announce(directory).splitlines() == lines[1:]
 
 
 @pytest.mark.ci
