@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--task", metavar="NAME", help="one of the model's tasks (default: the only one)")
     add("--input", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSON lines, Parquet, or -")
     add("--text", metavar="COLUMNS", help="columns of text: NAME or NAME,NAME (default: those of the training file)")
-    add("--id", metavar="COLUMN", help="column with the names of rows (default: that of the training file)")
+    names = "column with the names of rows (default: the training file's; with --text line numbers)"
+    add("--id", metavar="COLUMN", help=names)
     add("--output", type=Path, required=True, metavar="FILE", help="the prediction file, or -")
     add("--format", choices=("csv", "jsonl", "course"), help="of the output (default: see above)")
     add("--probabilities", action="store_true", help="csv, jsonl: also write the probability of each class")
