@@ -304,6 +304,14 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
     assert np.sqrt(max((w - mean) @ gram @ (w - mean), 0)) == pytest.approx(radius, abs=1e-6)
 
 
+@pytest.mark.parametrize("rows", [[[1, 0], [-1, 1e-8]], [[1, 0], [-0.5, 0], [0, 1]], [[1, 0], [-1, 0], [0, 1e-3]]])
+def test_cagrad_stops_at_a_stationary_point(rows: list[list[float]]) -> None:
+    """Where g or a J is zero, but for rounding. Weights as large as its inverse, about 1e14, would follow."""
+    J = np.array(rows)
+    gram = J @ J.T
+    assert not cagrad.weights(gram / gram.diagonal().max()).any()
+
+
 @pytest.mark.parametrize("ratio", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("tasks", [2, 3, 5, 8])
 def test_lengths_of_very_different_sizes(tasks: int, ratio: float) -> None:
