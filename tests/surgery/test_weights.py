@@ -612,13 +612,24 @@ def test_a_broken_gradient_leaves_the_state_of_a_weighting_alone() -> None:
     assert torch.equal(one(2 * gram), other(2 * gram))
 
 
+class Averaged:
+    """Weights for three tasks, with a state."""
+
+    def __init__(self) -> None:
+        self.squares = torch.ones(3)
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        self.squares = (self.squares + gram.diagonal()) / 2
+        return 1 / self.squares
+
+
 @pytest.mark.parametrize(
     "method",
     [
         "torchjd:Constant(weights=[1.0, 2.0, 3.0])",
         "torchjd:UPGrad(pref_vector=[1.0, 2.0, 3.0])",
         "torchjd:Krum(n_byzantine=0)",
-        lambda gram: torch.tensor([1.0, 2.0, 3.0]),
+        Averaged(),
     ],
 )
 def test_a_broken_gradient_under_weights_for_three_tasks(method: Any) -> None:
@@ -630,6 +641,8 @@ def test_a_broken_gradient_under_weights_for_three_tasks(method: Any) -> None:
     w = surgery.weights(method)(gram)
     assert w[1] == 0
     assert w.isfinite().all()
+    if isinstance(method, Averaged):
+        assert torch.equal(method.squares, torch.ones(3))
 
 
 def test_torchjd_draws_what_the_generator_says() -> None:
