@@ -488,6 +488,11 @@ def test_imtl_g_projects_equally_on_every_gradient(tasks: int, largest: float) -
     torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-4, atol=0)
 
 
+def test_imtl_g_of_a_gradient_and_its_negative_is_zero() -> None:
+    """But for rounding: weights of twenty million would follow."""
+    assert not imtl_g.weights(np.array([[1, -1], [-1, 1 + 1e-7]])).any()
+
+
 @pytest.mark.parametrize("tasks", [2, 3, 5])
 @pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-5])
 def test_a_short_gradient_is_no_rounding_error(tasks: int, ratio: float) -> None:
