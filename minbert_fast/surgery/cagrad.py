@@ -6,7 +6,7 @@
 
     a = argmin a^T G 1/T + c |g| sqrt(a^T G a) over the simplex,    w = 1/T + c |g| / sqrt(a^T G a) a
 
-Weights are zero at a stationary point, where no combination helps every task.
+Weights are zero at a stationary point: where g or a J is zero, no direction within the ball helps every task.
 """
 
 from __future__ import annotations

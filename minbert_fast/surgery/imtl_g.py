@@ -7,7 +7,7 @@
     v = pinv(G) d,    d_i = sqrt(G_ii),    w = v / sum(v)
 
 The pseudo-inverse extends it to dependent gradients (Quinton & Rey 2024, arXiv:2406.16232). Weights may be negative.
-They are zero where sum(v) is, for example for two opposite gradients.
+They are zero where sum(v) is, for example for two gradients g and -g.
 """
 
 from __future__ import annotations

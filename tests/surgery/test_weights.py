@@ -304,6 +304,14 @@ def test_cagrad_against_a_general_solver(tasks: int, rank: int, seed: int) -> No
     assert np.sqrt(max((w - mean) @ gram @ (w - mean), 0)) == pytest.approx(radius, abs=1e-6)
 
 
+@pytest.mark.parametrize("rows", [[[1, 0], [-1, 1e-8]], [[1, 0], [-0.5, 0], [0, 1]], [[1, 0], [-1, 0], [0, 1e-3]]])
+def test_cagrad_stops_at_a_stationary_point(rows: list[list[float]]) -> None:
+    """Where g or a J is zero, but for rounding. Weights as large as its inverse, about 1e14, would follow."""
+    J = np.array(rows)
+    gram = J @ J.T
+    assert not cagrad.weights(gram / gram.diagonal().max()).any()
+
+
 @pytest.mark.parametrize("ratio", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("tasks", [2, 3, 5, 8])
 def test_lengths_of_very_different_sizes(tasks: int, ratio: float) -> None:
@@ -480,6 +488,11 @@ def test_imtl_g_projects_equally_on_every_gradient(tasks: int, largest: float) -
     torch.testing.assert_close(projections, projections[:1].expand(tasks), rtol=1e-4, atol=0)
 
 
+def test_imtl_g_of_a_gradient_and_its_negative_is_zero() -> None:
+    """But for rounding: weights of twenty million would follow."""
+    assert not imtl_g.weights(np.array([[1, -1], [-1, 1 + 1e-7]])).any()
+
+
 @pytest.mark.parametrize("tasks", [2, 3, 5])
 @pytest.mark.parametrize("ratio", [1e-2, 1e-4, 1e-5])
 def test_a_short_gradient_is_no_rounding_error(tasks: int, ratio: float) -> None:
@@ -604,13 +617,24 @@ def test_a_broken_gradient_leaves_the_state_of_a_weighting_alone() -> None:
     assert torch.equal(one(2 * gram), other(2 * gram))
 
 
+class Averaged:
+    """Weights for three tasks, with a state."""
+
+    def __init__(self) -> None:
+        self.squares = torch.ones(3)
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        self.squares = (self.squares + gram.diagonal()) / 2
+        return 1 / self.squares
+
+
 @pytest.mark.parametrize(
     "method",
     [
         "torchjd:Constant(weights=[1.0, 2.0, 3.0])",
         "torchjd:UPGrad(pref_vector=[1.0, 2.0, 3.0])",
         "torchjd:Krum(n_byzantine=0)",
-        lambda gram: torch.tensor([1.0, 2.0, 3.0]),
+        Averaged(),
     ],
 )
 def test_a_broken_gradient_under_weights_for_three_tasks(method: Any) -> None:
@@ -622,6 +646,8 @@ def test_a_broken_gradient_under_weights_for_three_tasks(method: Any) -> None:
     w = surgery.weights(method)(gram)
     assert w[1] == 0
     assert w.isfinite().all()
+    if isinstance(method, Averaged):
+        assert torch.equal(method.squares, torch.ones(3))
 
 
 def test_torchjd_draws_what_the_generator_says() -> None:

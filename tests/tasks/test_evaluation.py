@@ -19,6 +19,7 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.cache import tokenize_table
 from minbert_fast.data.formats import find_tables
+from minbert_fast.data.sentences import Tokens
 from minbert_fast.evaluate import main
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks, evaluation
@@ -100,6 +101,16 @@ def test_long_rows_are_cut_to_max_length(model, tables):
             hidden = model.encoder(ids, torch.ones_like(ids))["last_hidden_state"]
             shares = model.heads["sentiment"].output(hidden.mean(1)).softmax(-1)[0].numpy()
         np.testing.assert_allclose(result.probabilities[row], shares, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_cut_to_the_models_positions(model, tables):
+    """Whatever `max_length` is."""
+    tokens, positions = tables["sentiment"].columns[0], model.encoder.config.max_position_embeddings
+    long = Tokens.of([np.resize(tokens.flat, positions + 30), *(tokens[row] for row in range(1, ROWS))])
+    table = replace(tables["sentiment"], columns=(long,))
+    expected = evaluate(model, {"sentiment": table}, max_length=positions).tasks["sentiment"]
+    result = evaluate(model, {"sentiment": table}, max_length=positions + 20).tasks["sentiment"]
+    np.testing.assert_array_equal(result.probabilities, expected.probabilities)
 
 
 def test_a_cross_encoded_pair_is_one_sequence_of_two_types(model, tables):
