@@ -52,7 +52,7 @@ def reports(path: Path, task: str = "sentiment") -> list[str]:
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     """SST's test file has an extra column; columns may have any order."""
-    path = write(tmp_path, "sentiment\textra\tsentence\t\tid\n3\tx\tA good film .\t0\tabc\n")
+    path = write(tmp_path, "sentiment\textra\t sentence \t\tid \n3\tx\tA good film .\t0\tabc\n")
     table = read_table(path, "sentiment")
     assert table.sentences == (["A good film ."],)
     assert table.ids == ["abc"]

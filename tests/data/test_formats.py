@@ -101,6 +101,14 @@ def test_quoted_fields_are_read_as_python_and_pandas_read_them(
     ]
 
 
+@pytest.mark.parametrize("quoting", ["csv", "none"])
+def test_a_header_may_follow_a_blank_line_and_have_spaces_and_commas(tmp_path: Path, quoting: Any) -> None:
+    path = write(tmp_path, "x.csv", "\r\n text \t grade, at last\r\na, b\tbad\r\n")
+    table = read(path, GRADES, label="grade, at last", quoting=quoting)
+    assert table.sentences == (["a, b"],)
+    assert numbers(table) == [0]
+
+
 @pytest.mark.parametrize("quoting", ["csv", "none", "course"])
 def test_the_header_line_again_is_no_row(tmp_path: Path, quoting: Any) -> None:
     """Files joined with their headers: `label` was a class."""
@@ -286,6 +294,10 @@ def test_a_bad_json_line_is_reported(tmp_path: Path, row: str, reason: str) -> N
     table = read(write(tmp_path, "x.jsonl", good + row + "\n" + good), GRADES)
     assert len(table) == 2
     assert problems(table)[0].startswith(f"x.jsonl:2: {reason}")
+    if reason.startswith("not JSON"):  # nor do the columns depend on it
+        table = read(write(tmp_path, "x.jsonl", row + "\n" + good), GRADES)
+        assert table.lines.tolist() == [2]
+        assert problems(table)[0].startswith(f"x.jsonl:1: {reason}")
 
 
 def test_a_json_array_is_refused(tmp_path: Path) -> None:

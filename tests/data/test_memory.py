@@ -117,6 +117,8 @@ def test_a_single_text_needs_no_tuple_and_a_label_is_optional() -> None:
 
 
 def test_columns_are_named_and_nested() -> None:
+    for dotted in ([{"q.text": "a", "q": 1}], pandas.DataFrame({"q.text": ["a"], "q": [1]})):
+        assert read(dotted, texts=1, text="q.text").sentences == (["a"],)
     rows = [{"q": {"text": "a"}, "answer": "b", "ok": 1}, {"q": {}, "answer": "c", "ok": 0}]
     table = read(rows, RULE, text=("q.text", "answer"), label="ok")
     assert table.sentences == (["a"], ["b"])
