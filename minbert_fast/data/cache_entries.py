@@ -26,7 +26,7 @@ import numpy as np
 from minbert_fast.common.storage import flush_directory, flush_file, write_text
 from minbert_fast.data.messages import show_path
 
-VERSION = 3  # of an entry's layout and of what the readers take for a row; entries of other versions are ignored
+VERSION = 3  # of an entry's layout and of what the readers take for a row; part of an entry's name
 BLOCK = 1 << 20  # bytes of a cached array that are read at a time
 ABANDONED_SECONDS = 86_400  # an unfinished entry of this age is deleted: its process was killed
 UNUSED_SECONDS = 30 * 86_400  # an entry not opened for this long is deleted
@@ -104,7 +104,7 @@ def open_or_build(
 def write_meta(folder: Path, arrays: dict[str, GrowingArray], bad_rows: list[tuple[int, str]], skipped: int) -> None:
     """Writes what belongs to the arrays in `folder`, once they are finished."""
     summary = {name: [array.dtype.name, array.count, array.checksum] for name, array in arrays.items()}
-    body = {"version": VERSION, "arrays": summary, "bad_rows": bad_rows, "skipped": skipped}
+    body = {"arrays": summary, "bad_rows": bad_rows, "skipped": skipped}
     write_text(folder / "meta.json", json.dumps({"body": body, "checksum": _checksum(body)}))
 
 
@@ -113,7 +113,7 @@ def _open(entry: Path) -> Entry | None:
     try:
         meta: Any = json.loads((entry / "meta.json").read_text(encoding="ascii"))
         body = meta["body"]
-        if meta["checksum"] != _checksum(body) or body["version"] != VERSION:
+        if meta["checksum"] != _checksum(body):
             return None
         arrays = {}
         for name, (dtype, count, checksum) in body["arrays"].items():

@@ -58,6 +58,9 @@ class TableReader:
                 raise DataError(f"data: recipe {recipe.name} has no task {name!r} (it has {', '.join(self._sources)})")
         named = dict.fromkeys(s.layout for each in self._sources.values() for s in each if is_in_directory(s))
         layouts = tuple(layout for layout in named if format_of(layout).stem)
+        for dataset in recipe.data.files:
+            if dataset not in FORMATS:
+                raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
         if self.training:
             self._report_unread(layouts)
         self._paths = {s: self._find_files(s, layouts) if layouts else {} for s in SPLITS}
@@ -68,7 +71,7 @@ class TableReader:
         if data.directory and not layouts:
             self.notify(f"--data {data.directory} is not read: every task names its own data (data.directory)")
         for dataset in data.files:
-            if dataset in FORMATS and dataset not in layouts:
+            if dataset not in layouts:
                 self.notify(
                     f"data.files.{dataset} is not read: no task of recipe {self.recipe.name} takes its data from it"
                 )
@@ -129,9 +132,6 @@ class TableReader:
         To train, raises DataError without any training file, and tells of missing ones.
         """
         data = self.recipe.data
-        for dataset in data.files:
-            if dataset not in FORMATS:
-                raise DataError(f"data.files.{dataset}: no such dataset; known are {', '.join(FORMATS)}")
         named = {d: Path(s[split]) for d, s in data.files.items() if split in s and d in datasets}
         others = tuple(dataset for dataset in datasets if dataset not in named)
         required = self.training and split == "train"

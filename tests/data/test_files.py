@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from minbert_fast.data import read_table
 from minbert_fast.data.files import TableReader
-from minbert_fast.data.formats import FORMATS, find_tables
+from minbert_fast.data.formats import FORMATS, add_format, find_tables
 from minbert_fast.data.inputs import file_input
 from minbert_fast.data.messages import BadRow, DataError
 from minbert_fast.data.readers.course import MAX_RECORD_LINES, OpenQuoteError, split_quoted
@@ -52,7 +53,7 @@ def reports(path: Path, task: str = "sentiment") -> list[str]:
 
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     """SST's test file has an extra column; columns may have any order."""
-    path = write(tmp_path, "sentiment\textra\tsentence\t\tid\n3\tx\tA good film .\t0\tabc\n")
+    path = write(tmp_path, "sentiment\textra\t sentence \t\tid \n3\tx\tA good film .\t0\tabc\n")
     table = read_table(path, "sentiment")
     assert table.sentences == (["A good film ."],)
     assert table.ids == ["abc"]
@@ -283,6 +284,11 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_unknown_layout_is_refused(tmp_path: Path) -> None:
     assert "no layout is called 'poetry'" in refused(tmp_path / "x", "poetry")
+
+
+def test_a_layout_of_a_name_that_is_taken_is_refused() -> None:
+    with pytest.raises(ValueError, match="the files of 'lines' have another layout already"):
+        add_format(replace(FORMATS["lines"], texts=("line",)))
 
 
 # ------------------------------------------------------------------------------------- data directories

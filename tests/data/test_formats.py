@@ -101,6 +101,14 @@ def test_quoted_fields_are_read_as_python_and_pandas_read_them(
     ]
 
 
+@pytest.mark.parametrize("quoting", ["csv", "none"])
+def test_a_header_may_follow_a_blank_line_and_have_spaces_and_commas(tmp_path: Path, quoting: Any) -> None:
+    path = write(tmp_path, "X.CSV", "\r\n text \t grade, at last\r\na, b\tbad\r\n")
+    table = read(path, GRADES, label="grade, at last", quoting=quoting)
+    assert table.sentences == (["a, b"],)
+    assert numbers(table) == [0]
+
+
 @pytest.mark.parametrize("quoting", ["csv", "none", "course"])
 def test_the_header_line_again_is_no_row(tmp_path: Path, quoting: Any) -> None:
     """Files joined with their headers: `label` was a class."""
@@ -286,6 +294,10 @@ def test_a_bad_json_line_is_reported(tmp_path: Path, row: str, reason: str) -> N
     table = read(write(tmp_path, "x.jsonl", good + row + "\n" + good), GRADES)
     assert len(table) == 2
     assert problems(table)[0].startswith(f"x.jsonl:2: {reason}")
+    if reason.startswith("not JSON"):  # nor do the columns depend on it
+        table = read(write(tmp_path, "x.jsonl", row + "\n" + good), GRADES)
+        assert table.lines.tolist() == [2]
+        assert problems(table)[0].startswith(f"x.jsonl:1: {reason}")
 
 
 def test_a_json_array_is_refused(tmp_path: Path) -> None:
@@ -455,6 +467,9 @@ def test_labels_to_replace_or_skip_and_classes_may_be_written_as_in_the_file(tmp
     path = write(tmp_path, "x.csv", "text,label\na,0.0\nb,1.0\nc,2.0\n")
     assert numbers(read(path, GRADES, values={"0.0": "good", "1.0": "bad"}, skip="2.0")) == [2, 0]
     assert numbers(read(path, Classes(("2.0", "1.0", "0.0")))) == [2, 1, 0]
+    other = read(path, Classes(("2", "3", "4")))  # names, so a label is not the number of a class
+    assert numbers(other) == [0]
+    assert len(other.bad_rows) == 2
 
 
 def test_a_label_that_is_no_number_is_missing(tmp_path: Path) -> None:
@@ -462,6 +477,8 @@ def test_a_label_that_is_no_number_is_missing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}), tmp_path / "x.parquet")
     assert summarise_labels(find(tmp_path / "x.parquet")).counts == {"1": 1, "0": 1}
     assert problems(read(tmp_path / "x.parquet", Classes(("0", "1")))) == ["x.parquet:2: label is missing"]
+    infinite = read(write(tmp_path, "x.csv", "text,label\na,1e999\nb,2\n"), Numbers())
+    assert problems(infinite) == ["x.csv:2: label '1e999' is not a number"]
 
 
 def test_several_classes_stand_in_a_list_in_text_or_in_columns(tmp_path: Path) -> None:
@@ -509,6 +526,19 @@ def test_rows_of_0_and_1_are_no_names_of_classes(tmp_path: Path, labels: Sequenc
 def test_labels_are_summarised(tmp_path: Path, values: Sequence[Any], expected: LabelSummary) -> None:
     lines = [json.dumps({"text": "x", "label": value}) for value in values] + ['{"text": 1, "label": "bad row"}']
     assert summarise_labels(find(write(tmp_path, "x.jsonl", "\n".join(lines)), skip="-")) == expected
+
+
+def test_classes_in_two_orders_are_in_neither() -> None:
+    """As of two data sets of the hub: the numbers of one are not those of the other."""
+    parts = [LabelSummary(1, {name: 1}, classes=order) for name, order in (("b", ("b", "a")), ("a", ("a", "b")))]
+    assert merge_summaries(parts).names() == ("a", "b")
+    assert merge_summaries(parts).classes == ()
+
+
+def test_labels_are_numbers_or_counted_if_they_are_in_every_file() -> None:
+    parts = [LabelSummary(1, {"2": 1}, low=2, high=2, whole=True), LabelSummary(1, {"good": 1})]
+    assert merge_summaries(parts) == LabelSummary(2, {"2": 1, "good": 1})
+    assert merge_summaries([*parts, LabelSummary(20_000)]) == LabelSummary(20_002)  # a file with too many to count
 
 
 def test_a_summary_of_columns_knows_all_classes_and_one_of_many_values_stays_small(tmp_path: Path) -> None:

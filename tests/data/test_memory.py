@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow as pa
 import pytest
 import torch
 
@@ -47,6 +48,7 @@ FORMS: dict[str, Callable[[], object]] = {
     "frame": lambda: pandas.DataFrame(as_columns(), index=[7, 8, 9]),
     "frame with categories": lambda: pandas.DataFrame(as_columns()).astype({"label": "category"}),
     "frame of strings": lambda: pandas.DataFrame(as_columns()).convert_dtypes(),
+    "arrow": lambda: pa.table(as_columns()),
     "dataset": lambda: datasets.Dataset.from_dict(as_columns()),
     "numbered classes": lambda: datasets.Dataset.from_dict(as_columns()).class_encode_column("label"),
     "frame without names": lambda: pandas.DataFrame(list(zip(*TEXTS, LABELS, strict=True))),
@@ -97,14 +99,15 @@ def test_every_form_has_the_same_rows(form: str, tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_is_that_of_the_rows(tmp_path: Path) -> None:
-    """A resumed run notices other rows."""
+    """A resumed run notices other rows, and other labels."""
+    relabelled = [{**row, "label": "no"} for row in as_dicts()]
     tokenizer = Tokenizer.from_pretrained(sample_directory().model)
     hashes = [
         load_tokens(find(rows), RULE, tokenizer, cache_dir=tmp_path).source_hash
-        for rows in (as_dicts(), as_dicts(), [*as_dicts(), as_dicts()[0]], as_dicts()[::-1])
+        for rows in (as_dicts(), as_dicts(), [*as_dicts(), as_dicts()[0]], as_dicts()[::-1], relabelled)
     ]
     assert hashes[0] == hashes[1] != ""
-    assert len(set(hashes)) == 3
+    assert len(set(hashes)) == 4
 
 
 def test_a_single_text_needs_no_tuple_and_a_label_is_optional() -> None:
@@ -117,6 +120,8 @@ def test_a_single_text_needs_no_tuple_and_a_label_is_optional() -> None:
 
 
 def test_columns_are_named_and_nested() -> None:
+    for dotted in ([{"q.text": "a", "q": 1}], pandas.DataFrame({"q.text": ["a"], "q": [1]})):
+        assert read(dotted, texts=1, text="q.text").sentences == (["a"],)
     rows = [{"q": {"text": "a"}, "answer": "b", "ok": 1}, {"q": {}, "answer": "c", "ok": 0}]
     table = read(rows, RULE, text=("q.text", "answer"), label="ok")
     assert table.sentences == (["a"], ["b"])
@@ -151,7 +156,8 @@ def test_classes_of_a_data_set_keep_their_order_and_names() -> None:
     found = find(datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features), 1)
     assert found.layout.classes == ("5", "1")
     assert summarise_labels(found).names() == ("-1", "1", "5")  # a label without a name: what is found counts
-    assert summarise_labels(find(found.rows.select([0, 1]), 1)).names() == ("5", "1")
+    for rows in (found.rows.select([0, 1]), found.rows.select([0, 1]).with_format("torch")):
+        assert summarise_labels(find(rows, 1)).names() == ("5", "1")
     table = read_rows(found, Classes(found.layout.classes), max_bad_rows=1.0)
     assert table.labels is not None
     assert table.labels.tolist() == [0, 1]  # not the classes of these numbers as names

@@ -195,3 +195,29 @@ def test_a_file_that_is_cut_is_named_once_for_all_its_tasks(tokenizer: Tokenizer
     )
     cut = [f"{Path('one.csv').absolute()}: 40 rows are cut to {length} tokens (data.max_length)" for length in (2, 3)]
     assert [line for line in lines if "are cut" in line] == cut
+
+
+def test_bad_rows_are_shown_and_counted(tokenizer: Tokenizer) -> None:
+    Path("torn.csv").write_text("text,label\n" + "a,good\nb,bad\n" * 9 + "c\n" * 5, encoding="utf-8")
+    said: list[str] = []
+    load_datasets(
+        recipe({"train": "torn.csv"}).with_values({"data": {"max_bad_rows": 1.0}}, ""), tokenizer, said.append
+    )
+    shown = [f"torn.csv:{line}: 1 fields, expected 2" for line in (20, 21, 22)]
+    assert [line for line in said if line.startswith("torn.csv")] == [*shown, "torn.csv: 2 more bad rows"]
+
+
+def test_a_few_rows_are_all_trained_on(tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    data = load_datasets(recipe({"train": "late.csv"}), tokenizer, said.append)
+    assert len(data.train[0]["verdict"]) == 6
+    assert not data.dev
+    assert "no dev rows for verdict: trained, not evaluated; best/ will be the last model" in said
+
+
+def test_names_that_no_task_and_no_layout_has_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"^data: recipe staged has no task 'verdit' \(it has verdict\)$"):
+        load_datasets(recipe(ONE), tokenizer, print, {"verdit": {"train": []}})
+    named = recipe(ONE).with_values({"data": {"files": {"sentimnt": {"train": "one.csv"}}}}, "")
+    with pytest.raises(DataError, match=r"^data\.files\.sentimnt: no such dataset; known are sentiment, "):
+        load_datasets(named, tokenizer, print)
