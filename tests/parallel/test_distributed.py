@@ -606,6 +606,8 @@ def test_shards_are_disjoint_whole_and_small(decay_all: bool) -> None:
     for step, _ in steps:
         for piece in step.optimizer.ranges:
             owned[piece.begin : piece.end] += 1
+        kept = sorted((piece.kept.start, piece.kept.stop) for piece in step.optimizer.ranges)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(kept)), "moments of two ranges overlap"
     flat = steps[0][0].flat
     words = flat.placement(flat.words).end if flat.words is not None else 0
     assert (owned[:words] == 1).all()
