@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from minbert_fast.common.errors import InterruptError
+
+ECHO = 1.0  # seconds in which a second Ctrl-C is the first one again: torchrun passes on what the terminal sent to all
 
 
 class StopSignals:
@@ -22,6 +25,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0  # when it was received
         self._raise = False
         self._previous: dict[int, Any] = {}
 
@@ -37,8 +41,16 @@ class StopSignals:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.__exit__()
+        if self.received is not None:  # a second Ctrl-C
+            if time.monotonic() - self._since >= ECHO:
+                self.__exit__()
+                signal.raise_signal(number)
+            return
+        self.received, self._since = number, time.monotonic()
+        kept = {n: h for n, h in self._previous.items() if n == number == signal.SIGINT}
+        for other in self._previous.keys() - kept.keys():
+            signal.signal(other, self._previous[other])
+        self._previous = kept
         if self._raise:
             raise InterruptError(number, "interrupted")
 

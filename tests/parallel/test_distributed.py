@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,8 +28,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minbert_fast import PCGrad, fit
-from minbert_fast.common.errors import RunError, is_out_of_memory
+from minbert_fast import BertModel, PCGrad, fit
+from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.data.cache import tokenize_table
@@ -36,13 +37,14 @@ from minbert_fast.data.collate import Collator
 from minbert_fast.data.sampling import Sampler
 from minbert_fast.data.tokens import Encoder
 from minbert_fast.parallel.exchange import AllReduce
-from minbert_fast.parallel.sharding import connect
+from minbert_fast.parallel.sharding import ShardedGradients, connect
 from minbert_fast.parallel.world import Agreement, World, joined
 from minbert_fast.step.one_pass import OnePassStep
+from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.trainer.records import Observer
 from tests.parallel.threads import side_by_side
 from tests.small import small_data
-from tests.step.test_step import SIZES, make_batch, make_model, recipe
+from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 from tests.zygote import Zygote, free_port
 
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
@@ -342,7 +344,7 @@ def test_a_world_of_one_exchanges_nothing() -> None:
     assert world.from_main(lambda: 7) == 7
 
 
-def speak(rank: int, size: int, port: int, told: Path) -> None:
+def speak(rank: int, size: int, port: int, again: int, told: Path) -> None:
     """One of `size` processes: every kind of message, through gloo."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     with joined(torch.device("cpu")) as (world, _):
@@ -355,12 +357,27 @@ def speak(rank: int, size: int, port: int, told: Path) -> None:
         heard = [agreed(15 if (call, rank) == (1, size - 1) else None) for call in range(4)]
         found = {"J": J.tolist(), "shares": shares.tolist(), "heard": heard, "main": world.from_main(lambda: "hello")}
         found["apart"] = surgery_apart(rank, size)
+        found["stopped"] = stopped_by(world)
+    os.environ["MASTER_PORT"] = str(again)  # the first store may still listen
     os.chdir(told)  # where each rank chooses the run's directory
     data, training = small_data(told / str(rank)), {"max_steps": 1, "precision": "fp32", "evaluate_untrained": False}
     result = fit({"training": training, "data": {"cache": str(told)}}, data=data)
     (told / f"{rank}.json").write_text(
         json.dumps(found | {"fit": str(result.output), "score": result.metrics["score"]})
     )
+
+
+def stopped_by(world: World) -> int | None:
+    """The signal that ends this process where one reaches rank 0 alone, in the middle of work for all."""
+
+    def interrupted() -> None:
+        raise InterruptError(signal.SIGTERM, "interrupted")
+
+    try:
+        world.from_main(interrupted)
+    except InterruptError as stop:
+        return stop.number
+    return None
 
 
 def surgery_apart(rank: int, size: int) -> float:
@@ -386,7 +403,7 @@ def surgery_apart(rank: int, size: int) -> float:
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_messages_between_processes(size: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(speak, (size, free_port(), tmp_path), size)
+    torch.multiprocessing.spawn(speak, (size, free_port(), free_port(), tmp_path), size)
     for rank in range(size):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         plain, total = torch.arange(12.0).view(2, 6), size * (size - 1) / 2
@@ -399,6 +416,7 @@ def test_messages_between_processes(size: int, tmp_path: Path) -> None:
         assert found["heard"] == [None, None, 15, None]  # one call late, in every process
         assert found["main"] == "hello"
         assert found["apart"] < 1e-6
+        assert found["stopped"] == signal.SIGTERM
         assert found["fit"] == "runs/default"
         assert found["score"] > 0  # rank 0 has written it before any rank returns
 
@@ -495,6 +513,56 @@ def test_layers_are_sent_while_the_backward_goes_on(shard: bool) -> None:
         assert sum(n for n, _ in Alone.sent[: layers + rest]) == step.gradients.J.numel()
 
 
+class Message:
+    """A message under way."""
+
+    arrived = False
+
+    def wait(self) -> None:
+        self.arrived = True
+
+
+class Slow(Alone):
+    """Its messages arrive when they are waited for."""
+
+    begun: ClassVar[list[Message]] = []
+
+    def begin_sum(self, tensors: Sequence[Tensor]) -> Message:  # type: ignore[override]
+        self.begun.append(Message())
+        return self.begun[-1]
+
+    def begin_share(self, tensors: Sequence[Tensor], shares: Sequence[Tensor]) -> Message:  # type: ignore[override]
+        if (
+            torch._C._current_graph_task_id() >= 0
+        ):  # the backward has filled this scratch memory and goes on in the other
+            assert all(message.arrived for message in self.begun[:-1])
+        return self.begin_sum(tensors)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_step_waits_for_all_its_messages(shard: bool) -> None:
+    """For those of two layers that share scratch memory before the second one is written."""
+    Slow.begun.clear()
+    chosen = recipe(surgery={"method": "pcgrad"}, training={"shard": shard})
+    encoder = BertModel(replace(CONFIG, num_hidden_layers=4))
+    model = MultitaskModel(encoder, build_tasks(chosen), chosen.model.pooling)
+    step = OnePassStep(model, chosen, torch.float32, connect(Slow(0, 2), shard))
+    step(make_batch(model, SIZES), 1.0)
+    assert all(message.arrived for message in Slow.begun)
+    if isinstance(step.gradients, ShardedGradients):
+        starts = [scratch.data_ptr() for scratch in step.gradients.scratch]
+        assert all(a != b for a, b in itertools.pairwise(starts))
+
+
+def test_a_shard_in_bf16_copies_the_parameters_of_others_too() -> None:
+    """Products would use weights of the step before, but for the rank's own part."""
+    chosen = recipe(training={"shard": True})
+    model = make_model(chosen)
+    step = OnePassStep(model, chosen, torch.bfloat16, connect(Alone(0, 2), shard=True))
+    step(make_batch(model, SIZES), 1.0)
+    assert torch.equal(step.flat.compute, step.flat.data.bfloat16())
+
+
 def test_each_rank_draws_dropout_of_its_own() -> None:
     """From one seed the ranks would drop the same elements of their first rows."""
     seeds = [make_step_of(rank, 3)[0].seed_base for rank in range(3)]
@@ -539,6 +607,8 @@ def test_shards_are_disjoint_whole_and_small(decay_all: bool) -> None:
     for step, _ in steps:
         for piece in step.optimizer.ranges:
             owned[piece.begin : piece.end] += 1
+        kept = sorted((piece.kept.start, piece.kept.stop) for piece in step.optimizer.ranges)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(kept)), "moments of two ranges overlap"
     flat = steps[0][0].flat
     words = flat.placement(flat.words).end if flat.words is not None else 0
     assert (owned[:words] == 1).all()

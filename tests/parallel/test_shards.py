@@ -37,31 +37,35 @@ def share_of_batch(seed: int, rank: int = 0, ranks: int = 1) -> MultitaskBatch:
     return MultitaskBatch(packed, names, {"sentiment": 1}, {"sentiment": labels}, rows, totals)
 
 
-def check_shards(change: Callable[[list[nn.Module]], None], ranks: int) -> None:
-    """Three steps of `ranks` ranks with their shards of J equal those of one process. `change` gets the encoder's layers."""
+def check_shards(change: Callable[[list[nn.Module]], None], ranks: int, hidden_size: int = 32) -> None:
+    """Three steps of `ranks` ranks with their shards of J equal those of one process, the moments in a checkpoint too.
+
+    `change` gets the encoder's layers.
+    """
 
     def make() -> MultitaskModel:
         torch.manual_seed(0)
-        encoder = BertModel(replace(CONFIG, num_hidden_layers=LAYERS))
+        encoder = BertModel(replace(CONFIG, num_hidden_layers=LAYERS, hidden_size=hidden_size))
         change(list(encoder.bert_layers))
         return MultitaskModel(encoder, build_tasks(CHOSEN), "mean")
 
-    def steps(model: MultitaskModel, world: World) -> list[StepResult]:
+    def steps(model: MultitaskModel, world: World) -> tuple[list[StepResult], dict[str, Tensor]]:
         step = OnePassStep(model, CHOSEN, torch.float32, connect(world, shard=True))
         results = []
         for seed in range(3):
             results.append(step(share_of_batch(seed, world.rank, world.size), 1.0))
             for scratch in step.gradients.scratch[:-1] if isinstance(step.gradients, ShardedGradients) else ():
                 scratch.fill_(9.0)  # as layers of other layouts may leave it
-        return results
+        return results, step.state_dict()["tensors"]
 
     def values(results: list[StepResult]) -> list[tuple[Tensor, Tensor | None]]:
         return [(result.grad_norm, result.gram) for result in results]
 
     alone, models = make(), [make() for _ in range(ranks)]
-    expected = steps(alone, World())
-    for found in side_by_side(ranks, lambda world: steps(models[world.rank], world)):
+    expected, moments = steps(alone, World())
+    for found, own in side_by_side(ranks, lambda world: steps(models[world.rank], world)):
         torch.testing.assert_close(values(found), values(expected), atol=1e-6, rtol=2e-6)
+        torch.testing.assert_close(own, moments, atol=1e-6, rtol=1e-5)
     for (name, p), q in zip(models[-1].named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -75,6 +79,11 @@ def test_the_gram_matrix_has_nothing_of_the_step_before(ranks: int) -> None:
             p.requires_grad_(not name.endswith("bias") and "query" not in name)
 
     check_shards(freeze, ranks)
+
+
+def test_a_part_of_the_words_is_whole_rows() -> None:
+    """Also where a row is no part of a cache line, nor a whole number of them."""
+    check_shards(lambda layers: None, 3, hidden_size=48)
 
 
 class Scaled(nn.Module):

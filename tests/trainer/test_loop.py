@@ -25,7 +25,7 @@ from minbert_fast.model.packing import pack
 from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.stepping import StepResult
-from minbert_fast.trainer import loop, plan
+from minbert_fast.trainer import loop, plan, signals
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.results import format_outcome
@@ -475,6 +475,22 @@ def test_signals_finish_the_step_and_save(tmp_path: Path, number: int) -> None:
         resumed.go(resume=True)
         assert resumed.files() == whole.files()
         assert resumed.records() == whole.records()
+
+
+def test_ctrl_c_that_arrives_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to every process, and torchrun passes it on to each: the second one ended a run unsaved."""
+
+    def send(step: int) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(InterruptError, match=r"after step 3.*--resume"):
+        Run(tmp_path / "once", RECIPE, at_step=send).go()
+    monkeypatch.setattr(signals, "ECHO", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path / "twice", RECIPE, at_step=send).go()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_aborts_an_evaluation_and_a_resumed_run_repeats_it(tmp_path: Path) -> None:
