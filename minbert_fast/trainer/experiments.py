@@ -91,7 +91,7 @@ def _refuse_other(directory: Path, recipe: Recipe, backend: str, any_length: boo
     summary = read_json(directory / SUMMARY)
     recipe = as_begun(recipe.with_paths(absolute_path), directory)  # as the run saves it
     executed, wanted = load_executed_recipe(directory) or recipe, "reference" if backend == "reference" else "fast"
-    inputs = {
+    inputs: dict[str, tuple[Any, Any]] = {
         "model.name": (executed.model.name, recipe.model.name),
         "data.directory": (executed.data.directory, recipe.data.directory),
         "data.files": (plain(executed.data.files), plain(recipe.data.files)),

@@ -56,11 +56,19 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raises InterruptError for a signal inside the block, or at its start for one received before."""
+        """Raises InterruptError for a signal inside the block, or at its start for one received before.
+
+        Also if a library called in the block makes an error of its own of the InterruptError, or drops it.
+        """
         if self.received is not None:
             raise InterruptError(self.received, "interrupted")
         self._raise = True
         try:
             yield
+        except Exception:
+            if self.received is None:
+                raise
         finally:
             self._raise = False
+        if self.received is not None:
+            raise InterruptError(self.received, "interrupted")

@@ -30,6 +30,7 @@ from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.results import format_outcome
 from minbert_fast.trainer.schedule import lr_scale
+from minbert_fast.trainer.signals import StopSignals
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4
@@ -491,6 +492,21 @@ def test_ctrl_c_that_arrives_twice_is_one(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path / "twice", RECIPE, at_step=send).go()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("own", [ValueError("not a readable safetensors file"), None])
+def test_a_library_that_catches_the_interruption_does_not_hide_it(own: Exception | None) -> None:
+    """Ctrl-C while safetensors read the weights was a damaged file, and a series went on with its next run."""
+
+    def read() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except InterruptError:
+            if own is not None:
+                raise own from None
+
+    with pytest.raises(InterruptError, match="interrupted"), StopSignals() as stop, stop.interruptible():
+        read()
 
 
 def test_a_signal_aborts_an_evaluation_and_a_resumed_run_repeats_it(tmp_path: Path) -> None:
