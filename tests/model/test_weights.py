@@ -120,6 +120,13 @@ def test_a_file_that_git_left_without_its_content_says_so(model: BertModel, tmp_
         BertModel.from_pretrained(tmp_path)
 
 
+def test_a_layer_in_two_places_is_saved_under_both_names(model: BertModel, tmp_path: Path) -> None:
+    """safetensors refuses a tensor of two names."""
+    model.bert_layers[1] = model.bert_layers[0]
+    model.save_pretrained(tmp_path)
+    assert same(model, BertModel.from_pretrained(tmp_path))
+
+
 def test_missing_and_unexpected_keys_are_named(model: BertModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -221,3 +221,12 @@ def test_names_that_no_task_and_no_layout_has_are_refused(tokenizer: Tokenizer) 
     named = recipe(ONE).with_values({"data": {"files": {"sentimnt": {"train": "one.csv"}}}}, "")
     with pytest.raises(DataError, match=r"^data\.files\.sentimnt: no such dataset; known are sentiment, "):
         load_datasets(named, tokenizer, print)
+
+
+def test_other_dev_rows_are_other_data_of_a_resumed_run(tokenizer: Tokenizer) -> None:
+    own = recipe({**ONE, "dev": "dev.csv"})
+    before = load(own, tokenizer).fingerprint()
+    Path("dev.csv").write_text("text,label\nanother,good\n", encoding="utf-8")
+    after = load(own, tokenizer).fingerprint()
+    assert before["train"] == after["train"]
+    assert before["dev"] != after["dev"]
