@@ -21,7 +21,7 @@ from benchmarks.harness import Candidate, Ceilings, Row
 from minbert_fast import Predictor
 from minbert_fast.data import Tokenizer
 from minbert_fast.tasks import exporting
-from minbert_fast.tasks.onnx_model import GRAPH, OnnxModel
+from minbert_fast.tasks.exporting.onnx_model import GRAPH, OnnxModel
 
 SHAPE = "MiniLM-L6"
 

@@ -21,7 +21,7 @@ from minbert_fast.recipes import recipe
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.optim import AdamW
 from minbert_fast.surgery.wrapper import PCGrad
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictor import Predictor
 from minbert_fast.trainer.fit import fit
 
 __all__ = [

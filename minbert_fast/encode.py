@@ -23,8 +23,8 @@ from minbert_fast.common.cli import Parser, add_device_flags, add_import_flag, r
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data.sentence_files import read_sentences
-from minbert_fast.tasks.onnx_model import OnnxModel
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.exporting.onnx_model import OnnxModel
+from minbert_fast.tasks.inference.predictor import Predictor
 
 TENSOR = "embeddings"  # the tensor's name in a .safetensors file
 

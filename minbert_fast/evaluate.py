@@ -28,7 +28,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
-from minbert_fast.tasks.evaluation import Evaluation, evaluate
+from minbert_fast.tasks.inference.evaluation import Evaluation, evaluate
 from minbert_fast.trainer.datasets import load_split
 from minbert_fast.trainer.table_reader import SPLITS, is_in_directory
 

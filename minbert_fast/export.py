@@ -28,7 +28,7 @@ from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_directory, write_text
 from minbert_fast.reporting.model_card import model_card, public_recipe
 from minbert_fast.tasks import exporting
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictor import Predictor
 
 FORMATS = ("huggingface", "sentence-transformers", "onnx")
 HEADS = "heads.safetensors"

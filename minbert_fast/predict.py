@@ -30,8 +30,8 @@ from minbert_fast.data.inputs import ENDINGS, find_input, layout_of
 from minbert_fast.data.readers.lines import TextRecords
 from minbert_fast.data.source import Source
 from minbert_fast.tasks import Task
-from minbert_fast.tasks.predictions import header_line, row_line
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictions import header_line, row_line
+from minbert_fast.tasks.inference.predictor import Predictor
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import HeadOutput, TaskInput, register
-from minbert_fast.tasks.classes import weighted_mean
-from minbert_fast.tasks.classification import ClassificationHead, ClassificationOptions, ClassificationTask
+from minbert_fast.tasks.kinds.classes import weighted_mean
+from minbert_fast.tasks.kinds.classification import ClassificationHead, ClassificationOptions, ClassificationTask
 
 
 # 1. Its options under [tasks.NAME] in a recipe, in addition to those of `classification`.

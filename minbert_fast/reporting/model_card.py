@@ -21,7 +21,7 @@ from minbert_fast.reporting import markdown
 from minbert_fast.reporting.runs import display_name, format_score, numbers, read_json
 from minbert_fast.reporting.usage import usage
 from minbert_fast.tasks import Task, build_tasks
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictor import Predictor
 
 _METRICS = {  # our names and the hub's
     "macro_f1": ("f1", "macro-F1"), "pearson": ("pearsonr", "Pearson"), "spearman": ("spearmanr", "Spearman"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's section on one task: its predictions against the labels, by class or by number, and its worst errors.
 
-Reads only the task's entry in details.json (`minbert_fast/tasks/details.py`), so a task of any kind has a section.
+Reads only the task's entry in details.json (`minbert_fast/tasks/inference/details.py`), so a task of any kind has a section.
 Shapes: n examples, C classes.
 """
 

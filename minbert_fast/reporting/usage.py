@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictor import Predictor
 
 _ENCODERS = {
     "huggingface": """from transformers import AutoModel, AutoTokenizer
@@ -46,7 +46,7 @@ feed = {{
 }}
 {results} = session.run([{outputs}], feed)
 """
-_ONNX_OWN = """from minbert_fast.tasks.onnx_model import OnnxModel
+_ONNX_OWN = """from minbert_fast.tasks.exporting.onnx_model import OnnxModel
 
 model = OnnxModel.from_pretrained("{name}")
 {call}

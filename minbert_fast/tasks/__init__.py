@@ -1,19 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks on top of the encoder, one file per kind: options, head, loss, metrics, prediction format.
+"""Tasks on top of the encoder: kinds of tasks with their heads, losses and metrics; inference; exports."""
 
-To add a kind, add a file like `regression.py` and import it here.
-"""
-
-from minbert_fast.tasks import (  # noqa: F401  (each registers its kind)
-    classification,
-    contrastive,
-    multilabel,
-    pair_classification,
-    pair_regression,
-    pretraining,
-    ranking,
-    regression,
-)
+from minbert_fast.tasks import kinds  # noqa: F401  (registers them)
 from minbert_fast.tasks.base import Head, HeadOutput, Task, TaskInput, TaskOptions, build_task, is_kind, register
 from minbert_fast.tasks.consistency import ConsistencyLoss
 from minbert_fast.tasks.guess import guess_kind

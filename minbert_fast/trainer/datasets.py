@@ -16,7 +16,7 @@ from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TableView, TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import Task, build_tasks
-from minbert_fast.tasks.evaluation import check_prediction_files
+from minbert_fast.tasks.inference.evaluation import check_prediction_files
 from minbert_fast.trainer.completing import complete, without_tasks
 from minbert_fast.trainer.table_reader import Rows, TableReader
 

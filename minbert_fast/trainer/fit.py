@@ -20,7 +20,7 @@ from minbert_fast.common.schema import ConfigError, merge, plain
 from minbert_fast.common.storage import read_json
 from minbert_fast.data.source import Names
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictor import Predictor
 from minbert_fast.trainer.callbacks import Callback
 from minbert_fast.trainer.job import BackendName, Options, train
 from minbert_fast.trainer.outputs import SUMMARY

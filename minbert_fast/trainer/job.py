@@ -26,7 +26,7 @@ from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flatten
-from minbert_fast.tasks import evaluation
+from minbert_fast.tasks.inference import evaluation
 from minbert_fast.trainer import disk, loop, plan
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore

@@ -24,7 +24,8 @@ from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
-from minbert_fast.tasks import MultitaskModel, evaluation
+from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks.inference import evaluation
 from minbert_fast.tasks.unused import unused_values
 from minbert_fast.trainer import plan
 from minbert_fast.trainer.datasets import Datasets, load_datasets

@@ -16,7 +16,8 @@ from minbert_fast.common.storage import write_json
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import format_score
 from minbert_fast.reporting.verdicts import announce
-from minbert_fast.tasks import MultitaskModel, evaluation
+from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks.inference import evaluation
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.loading import Loaded, Setting
 from minbert_fast.trainer.loop import Outcome

@@ -24,7 +24,8 @@ from minbert_fast.common.schema import build
 from minbert_fast.common.storage import ArrayFile, whole_file
 from minbert_fast.data import Tokenizer, read_table, sample_directory, sentence_files
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from minbert_fast.tasks import MultitaskModel, build_tasks
+from minbert_fast.tasks.inference import predictions
 from tests.small import read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,7 +23,7 @@ from minbert_fast.common.schema import ConfigError, build
 from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from minbert_fast.tasks.onnx_model import OnnxModel
+from minbert_fast.tasks.exporting.onnx_model import OnnxModel
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILE = '''
 from minbert_fast.tasks import register
-from minbert_fast.tasks.classification import ClassificationTask
+from minbert_fast.tasks.kinds.classification import ClassificationTask
 
 
 @register("mood")

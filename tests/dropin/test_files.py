@@ -28,8 +28,9 @@ from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.flat import FlatParameters, ParameterSpec, StageParameters
-from minbert_fast.tasks import MultitaskModel, build_tasks, predictions
+from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.exporting import write_encoder
+from minbert_fast.tasks.inference import predictions
 from tests.small import read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,10 +22,11 @@ from minbert_fast.data.formats import find_tables
 from minbert_fast.data.sentences import Tokens
 from minbert_fast.evaluate import main
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, build_tasks, evaluation
+from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.base import build_task
-from minbert_fast.tasks.details import MAX_ERRORS, TaskResult, task_details
-from minbert_fast.tasks.evaluation import Evaluation, evaluate
+from minbert_fast.tasks.inference import evaluation
+from minbert_fast.tasks.inference.details import MAX_ERRORS, TaskResult, task_details
+from minbert_fast.tasks.inference.evaluation import Evaluation, evaluate
 from tests.small import read_predictions
 
 ROWS = 40

@@ -18,8 +18,8 @@ from minbert_fast.data.cache import tokenize_table
 from minbert_fast.model.bert import BertModel
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks.inference.predictor import Predictor
 from minbert_fast.tasks.neighbours import LabelledSentences
-from minbert_fast.tasks.predictor import Predictor
 from tests.small import TRAIN_ROWS, read_predictions, small_data, small_run
 
 STAGES = ("--recipe", "bertology-sst-to-sts", "--lr", "1e-3", "--set", "tasks.sentiment.neighbours=3")

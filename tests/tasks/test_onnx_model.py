@@ -12,8 +12,8 @@ import pytest
 
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import Tokenizer, sample_directory
-from minbert_fast.tasks import onnx_model
-from minbert_fast.tasks.onnx_model import GRAPH, Contents, OnnxModel
+from minbert_fast.tasks.exporting import onnx_model
+from minbert_fast.tasks.exporting.onnx_model import GRAPH, Contents, OnnxModel
 
 
 class SilentError(RuntimeError):

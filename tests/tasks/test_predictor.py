@@ -22,10 +22,10 @@ from minbert_fast.model.sentence_modules import SentenceModules, read, write
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
-from minbert_fast.tasks.evaluation import evaluate
-from minbert_fast.tasks.forms import frame_columns
-from minbert_fast.tasks.index import Index
-from minbert_fast.tasks.sentence_vectors import encode
+from minbert_fast.tasks.inference.evaluation import evaluate
+from minbert_fast.tasks.inference.forms import frame_columns
+from minbert_fast.tasks.inference.index import Index
+from minbert_fast.tasks.inference.sentence_vectors import encode
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

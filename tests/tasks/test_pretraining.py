@@ -30,7 +30,7 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.inference.predictor import Predictor
 from minbert_fast.trainer.job import Options, train
 from tests.small import small_data
 from tests.step.test_graph import strangers

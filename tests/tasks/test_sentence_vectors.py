@@ -18,8 +18,8 @@ from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.collate import by_length
 from minbert_fast.model.snapshot import Snapshot
-from minbert_fast.tasks import sentence_vectors
-from minbert_fast.tasks.sentence_vectors import embed, encode, gather, side_by_side
+from minbert_fast.tasks.inference import sentence_vectors
+from minbert_fast.tasks.inference.sentence_vectors import embed, encode, gather, side_by_side
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -32,9 +32,9 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import HeadOutput, TaskInput, build_task, losses
 from minbert_fast.tasks.base import Results
 from minbert_fast.tasks.guess import guess_kind
-from minbert_fast.tasks.predictions import write_predictions
+from minbert_fast.tasks.inference.predictions import write_predictions
+from minbert_fast.tasks.kinds.ranking import retrieval_ranks
 from minbert_fast.tasks.presets import PRESETS
-from minbert_fast.tasks.ranking import retrieval_ranks
 
 CONFIG = BertConfig(vocab_size=20, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 

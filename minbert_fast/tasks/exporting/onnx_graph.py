@@ -33,11 +33,11 @@ from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.rows import extended_mask
 from minbert_fast.tasks.base import Head, HeadOutput, Task
-from minbert_fast.tasks.classifier import Problem, logits_of, problem_of
+from minbert_fast.tasks.exporting.classifier import Problem, logits_of, problem_of
+from minbert_fast.tasks.exporting.onnx_model import GRAPH, INPUTS, KEY, VECTORS, Contents, OnnxModel, optional_library
+from minbert_fast.tasks.inference.predictor import Predictor
+from minbert_fast.tasks.kinds.single import TokenLayers
 from minbert_fast.tasks.model import MultitaskModel, pool_padded
-from minbert_fast.tasks.onnx_model import GRAPH, INPUTS, KEY, VECTORS, Contents, OnnxModel, optional_library
-from minbert_fast.tasks.predictor import Predictor
-from minbert_fast.tasks.single import TokenLayers
 
 OPSET = 20  # the first one with Gelu
 TOLERANCE = 1e-4  # of the comparison with the model, relative to the largest number

@@ -14,8 +14,8 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import binary_cross_entropy
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.graded import NumberTask, RangeOptions, from_unit, to_unit
-from minbert_fast.tasks.single import SingleHead, SingleOptions
+from minbert_fast.tasks.kinds.graded import NumberTask, RangeOptions, from_unit, to_unit
+from minbert_fast.tasks.kinds.single import SingleHead, SingleOptions
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from minbert_fast.ops.cosine import cosine
 from minbert_fast.ops.cross_entropy import binary_cross_entropy, cross_entropy
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, Task, TaskInput
-from minbert_fast.tasks.graded import from_unit, to_unit
+from minbert_fast.tasks.kinds.graded import from_unit, to_unit
 from minbert_fast.tasks.stack import StackHead, StackOptions, shared_stack
 
 Feature = Literal["u", "v", "abs_diff", "product", "cosine"]

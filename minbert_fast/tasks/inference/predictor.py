@@ -34,8 +34,9 @@ from minbert_fast.model.config import Pooling
 from minbert_fast.model.sentence_modules import SentenceModules
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import MultitaskModel, Task, evaluation, forms, sentence_vectors
-from minbert_fast.tasks.index import Hit, Index
+from minbert_fast.tasks import MultitaskModel, Task
+from minbert_fast.tasks.inference import evaluation, forms, sentence_vectors
+from minbert_fast.tasks.inference.index import Hit, Index
 
 # A function that gets the number of sentences or examples of each batch, or True for a progress bar (also in notebooks).
 Progress = Callable[[int], object] | bool

@@ -18,8 +18,8 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.ops.cosine import cosine
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, TaskInput, register
-from minbert_fast.tasks.pretraining import TextOptions, TextTask
-from minbert_fast.tasks.ranking import VectorHead
+from minbert_fast.tasks.kinds.pretraining import TextOptions, TextTask
+from minbert_fast.tasks.kinds.ranking import VectorHead
 
 
 @dataclass(frozen=True)

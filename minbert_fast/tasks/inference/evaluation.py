@@ -19,11 +19,11 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
 from minbert_fast.tasks.base import HeadOutput, Results, Task
-from minbert_fast.tasks.details import TaskResult, task_details
+from minbert_fast.tasks.inference.details import TaskResult, task_details
+from minbert_fast.tasks.inference.predictions import write_predictions
+from minbert_fast.tasks.inference.sentence_vectors import TOKEN_BUDGET
 from minbert_fast.tasks.metrics import COURSE_METRICS, course_score, lower_is_better
 from minbert_fast.tasks.model import MultitaskModel
-from minbert_fast.tasks.predictions import write_predictions
-from minbert_fast.tasks.sentence_vectors import TOKEN_BUDGET
 
 
 def course_tasks(judged: Mapping[str, tuple[Task, Collection[str]]]) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.graded import OVER_LEVELS, NumberTask, RangeOptions, from_unit
-from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask
+from minbert_fast.tasks.kinds.graded import OVER_LEVELS, NumberTask, RangeOptions, from_unit
+from minbert_fast.tasks.kinds.pair import PairHead, PairLoss, PairOptions, PairTask
 
 
 @dataclass(frozen=True)

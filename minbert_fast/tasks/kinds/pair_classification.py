@@ -14,8 +14,8 @@ from minbert_fast.common.schema import check
 from minbert_fast.model.config import BertConfig
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.classes import ClassHead, ClassOptions, ClassTask, weighted_mean
-from minbert_fast.tasks.pair import PairHead, PairLoss, PairOptions, PairTask
+from minbert_fast.tasks.kinds.classes import ClassHead, ClassOptions, ClassTask, weighted_mean
+from minbert_fast.tasks.kinds.pair import PairHead, PairLoss, PairOptions, PairTask
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from minbert_fast.data.sentences import Tokens, join_pair, truncate
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import Encoder, sequences_of
 from minbert_fast.model.config import Pooling
-from minbert_fast.tasks.sentence_vectors import CHUNK, TOKEN_BUDGET
+from minbert_fast.tasks.inference.sentence_vectors import CHUNK, TOKEN_BUDGET
 
 GRAPH = "model.onnx"
 KEY = "minbert_fast"  # of the graph's metadata; the value is a Contents as JSON

@@ -17,8 +17,8 @@ from minbert_fast.data.labels import ClassSets, Rule, split_names
 from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import binary_cross_entropy
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.classes import ClassHead, ClassOptions, ClassTask
-from minbert_fast.tasks.single import SingleHead, SingleOptions
+from minbert_fast.tasks.kinds.classes import ClassHead, ClassOptions, ClassTask
+from minbert_fast.tasks.kinds.single import SingleHead, SingleOptions
 
 
 @dataclass(frozen=True)

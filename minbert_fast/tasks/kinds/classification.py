@@ -14,9 +14,9 @@ from minbert_fast.model.config import BertConfig
 from minbert_fast.ops.cross_entropy import cross_entropy
 from minbert_fast.tasks import losses
 from minbert_fast.tasks.base import HeadOutput, register
-from minbert_fast.tasks.classes import ClassHead, ClassOptions, ClassTask, weighted_mean
+from minbert_fast.tasks.kinds.classes import ClassHead, ClassOptions, ClassTask, weighted_mean
+from minbert_fast.tasks.kinds.single import SingleHead, SingleOptions
 from minbert_fast.tasks.neighbours import LabelledSentences
-from minbert_fast.tasks.single import SingleHead, SingleOptions
 
 
 @dataclass(frozen=True)

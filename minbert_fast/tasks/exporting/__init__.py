@@ -13,8 +13,8 @@ from minbert_fast.common.storage import write_json
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.model import sentence_modules
 from minbert_fast.model.sentence_modules import SentenceModules
-from minbert_fast.tasks import classifier, onnx_graph
-from minbert_fast.tasks.predictor import Predictor
+from minbert_fast.tasks.exporting import classifier, onnx_graph
+from minbert_fast.tasks.inference.predictor import Predictor
 
 
 def write_encoder(folder: Path, model: Predictor, *, modules: bool) -> None:
