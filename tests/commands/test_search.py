@@ -38,15 +38,16 @@ class Trainings:
         if len(self.begun) == self.fail_at:
             return Trial(name, directory, failure="no room")
         final = 1 - abs(recipe.optimizer.lr - 3e-3) * 100 - (0.5 if recipe.surgery.method == "none" else 0)
-        finished, score, step = True, None, 0
+        finished, dev, step = True, {}, 0
         for step in EVALUATIONS:
             score = final * step / EVALUATIONS[-1]
-            asked = [callback.on_evaluation(EvaluationEvent(step, {"score": score}, True)) for callback in callbacks]
+            dev = {"score": score, "sentiment_loss": 1 - score}
+            asked = [callback.on_evaluation(EvaluationEvent(step, dev, True)) for callback in callbacks]
             if any(asked) and step < EVALUATIONS[-1]:
                 finished = False
                 break
         directory.mkdir(parents=True, exist_ok=True)
-        summary = {"dev": {"score": score}, "steps": step, "finished": finished}
+        summary = {"dev": dev, "steps": step, "finished": finished}
         (directory / "summary.json").write_text(json.dumps(summary))
         return Trial(name, directory, summary)
 
@@ -80,6 +81,17 @@ def test_ranges_are_searched_and_weak_runs_are_pruned(trainings: Trainings, tmp_
     states = [trial.state for trial in study.trials]
     assert len(states) == 20
     assert states.count(optuna.trial.TrialState.PRUNED) == table.count("(pruned)") > 0
+    study._storage._backend.engine.dispose()
+
+
+@pytest.mark.parametrize(("metric", "direction"), [("score", "MAXIMIZE"), ("sentiment_loss", "MINIMIZE")])
+@pytest.mark.usefixtures("trainings")
+def test_the_best_trial_has_the_highest_score_or_the_lowest_loss(metric: str, direction: str, tmp_path: Path) -> None:
+    assert run(tmp_path, *SPACE, "--optuna", "3", "--metric", metric) == 0
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    assert study.direction.name == direction
+    first = json.loads((tmp_path / "table.json").read_text())[0]["values"]
+    assert first["optimizer.lr"] == f"{study.best_params['optimizer.lr']:.3g}"
     study._storage._backend.engine.dispose()
 
 
