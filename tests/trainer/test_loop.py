@@ -486,12 +486,16 @@ def test_ctrl_c_that_arrives_twice_is_one(tmp_path: Path, monkeypatch: pytest.Mo
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(InterruptError, match=r"after step 3.*--resume"):
-        Run(tmp_path / "once", RECIPE, at_step=send).go()
-    monkeypatch.setattr(signals, "ECHO", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        Run(tmp_path / "twice", RECIPE, at_step=send).go()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        with pytest.raises(InterruptError, match=r"after step 3.*--resume"):
+            Run(tmp_path / "once", RECIPE, at_step=send).go()
+        monkeypatch.setattr(signals, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            Run(tmp_path / "twice", RECIPE, at_step=send).go()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("own", [ValueError("not a readable safetensors file"), None])
