@@ -116,7 +116,8 @@ def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -
     level: Level = "better" if levels and set(levels.values()) == {"better"} else "unclear"
     text = _in_words(levels)
     if collapse := collapsed_class(task) or _too_many_labels(task):
-        level, text = "unclear", f"{text}, but {collapse}"
+        text += f", {'but' if level == 'better' else 'and'} {collapse}"
+        level = "unclear"
         if f1 in untrained and round(scores.get(f1, math.inf), 3) < round(untrained[f1], 3):  # as they are printed
             text += f", and macro-F1 fell from {untrained[f1]:.3f} to {scores[f1]:.3f}"
     if levels.get("before training") == "worse":

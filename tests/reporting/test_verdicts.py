@@ -165,7 +165,7 @@ def test_a_score_that_falls_with_its_loss_is_no_matter_of_the_learning_rate(tmp_
     run = read_run(write_run(tmp_path / "run", {"tags": tags}, before, recipe=chosen))
     (verdict,) = verdicts(run)
     assert (verdict.level, verdict.constant) == ("worse", 0.0)
-    assert "but it gives 0 labels where there are 20" in verdict.text
+    assert "and it gives 0 labels where there are 20" in verdict.text
     (advice,) = next_steps(run)
     assert "--set tasks.tags.class_weights=balanced" in advice.command
     check_commands([advice.command])
