@@ -67,7 +67,7 @@ class Setting:
             print(line, flush=True)
 
     def notify(self, line: str) -> None:
-        """Prints a line and keeps it for summary.json, once: a cache that cannot be written is one for every file."""
+        """Prints a line and keeps it for summary.json. A line that comes again, for another file, is left out."""
         if line in self.notices:
             return
         self.notices.append(line)

@@ -275,7 +275,7 @@ class Trainer:
     def _measure(self) -> Evaluation | None:
         """Rank 0's evaluation, in every process; the others cannot write its predictions.
 
-        A signal interrupts rank 0 alone, and with it all: the others note theirs, so that every process goes the same way.
+        A signal to rank 0 interrupts the evaluation in all processes. The others note theirs: so all go the same way.
         """
         self._clock.tick("other")
         found: list[Evaluation | None] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from minbert_fast.common.errors import InterruptError
 
-ECHO = 1.0  # seconds in which a second Ctrl-C is the first one again: torchrun passes on what the terminal sent to all
+ECHO = 1.0  # seconds: a second Ctrl-C within them is the first, sent by the terminal and passed on by torchrun
 
 
 class StopSignals:
@@ -58,7 +58,7 @@ class StopSignals:
     def interruptible(self) -> Iterator[None]:
         """Raises InterruptError for a signal inside the block, or at its start for one received before.
 
-        Also if a library called in the block makes an error of its own of the InterruptError, or drops it.
+        A library that is called in the block, and raises another error or none instead, does not hide the signal.
         """
         if self.received is not None:
             raise InterruptError(self.received, "interrupted")
