@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 Item = TypeVar("Item", covariant=True)
+HASHED_AT_ONCE = 100_000  # items, to bound memory
 
 
 class Items(ABC, Generic[Item]):
@@ -34,6 +35,11 @@ class Items(ABC, Generic[Item]):
     @abstractmethod
     def lengths(self) -> np.ndarray:
         """The length of each item, int32 [n]: tokens of a sentence, bytes of a text."""
+
+    @property
+    @abstractmethod
+    def hashes(self) -> np.ndarray:
+        """A hash of each item, uint64 [n]: alike for equal items, almost surely different for others."""
 
 
 Sentences = Items[np.ndarray]  # a column of tokenized sentences
@@ -62,6 +68,21 @@ class _Concatenated(Items[Item]):
         # Subtracts into int32 directly: an int64 intermediate of millions of sentences would be twice as large.
         np.subtract(self.offsets[1:], self.offsets[:-1], out=lengths, casting="same_kind")
         return lengths
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """Each element times a random number that belongs to its place in the item, summed."""
+        hashes, lengths = np.zeros(len(self), dtype=np.uint64), self.lengths
+        factors = np.random.Philox(0).random_raw(int(lengths.max(initial=0)))
+        for first in range(0, len(self), HASHED_AT_ONCE):
+            some = lengths[first : first + HASHED_AT_ONCE]
+            begins = offsets_of(some)
+            elements = self.flat[self.offsets[first] :][: begins[-1]].astype(np.uint64) + np.uint64(1)
+            elements *= factors[np.arange(begins[-1]) - np.repeat(begins[:-1], some)]
+            filled = np.flatnonzero(some)
+            if len(filled):
+                hashes[first + filled] = np.add.reduceat(elements, begins[filled])
+        return hashes
 
 
 class Tokens(_Concatenated[np.ndarray]):
@@ -105,6 +126,10 @@ class Selected(Items[Item]):
     def lengths(self) -> np.ndarray:
         return np.asarray(self.base.lengths[self.rows])
 
+    @property
+    def hashes(self) -> np.ndarray:
+        return np.asarray(self.base.hashes[self.rows])
+
 
 @dataclass(frozen=True)
 class Chained(Items[Item]):
@@ -123,6 +148,10 @@ class Chained(Items[Item]):
     @property
     def lengths(self) -> np.ndarray:
         return np.concatenate([part.lengths for part in self.parts])
+
+    @property
+    def hashes(self) -> np.ndarray:
+        return np.concatenate([part.hashes for part in self.parts])
 
 
 def part_of(begins: Sequence[int], row: int) -> int:

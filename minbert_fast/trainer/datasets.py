@@ -21,6 +21,7 @@ from minbert_fast.trainer.completing import complete, without_tasks
 from minbert_fast.trainer.table_reader import Rows, TableReader
 
 FEWEST_ROWS = 10  # a smaller training set is not divided to hold rows out
+REPEATED = 0.01  # share of a task's dev rows; so many with the texts of training rows are worth a line
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_datasets(
 
     Completes the recipe (see completing.py). Drops tasks without training data; a task that no stage trains is kept and
     evaluated, with its untrained head, if it has dev rows. Calls `notify` with a line about each dropped task, bad row,
-    held-out set and set with cut sentences. Raises DataError or ConfigError.
+    held-out set, set with cut sentences, and task whose dev rows repeat training rows. Raises DataError or ConfigError.
     """
     reader = TableReader(recipe, tokenizer, notify, rows or {})
     recipe = reader.recipe = complete(recipe, reader.summarise, notify, rows or {})
@@ -87,6 +88,7 @@ def load_datasets(
         best = "" if dev else "; best/ will be the last model"
         notify(f"no dev rows for {', '.join(without_dev)}: trained, not evaluated{best}")
     _report_cuts(stages, train, notify)
+    _report_repeats(train, dev, notify)
     recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
     return Datasets(
         recipe=without_tasks(recipe, [name for name in tasks if name not in kept], notify),
@@ -109,6 +111,19 @@ def _report_cuts(
                 cuts[f"{show_path(table.path)}: {cut:,} rows are cut to {limit} tokens (data.max_length)"] = None
     for line in cuts:
         notify(line)
+
+
+def _report_repeats(
+    train: Sequence[Mapping[str, TokenTable]], dev: Mapping[str, TokenTable], notify: Callable[[str], None]
+) -> None:
+    """A line for each task some of whose dev rows repeat the texts of rows that a stage trains it on."""
+    for name, table in dev.items():
+        repeated = max((table.count_repeated(tables[name]) for tables in train if name in tables), default=0)
+        if repeated > REPEATED * len(table):
+            notify(
+                f"{repeated:,} of {len(table):,} dev rows of {name} repeat the texts of training rows, "
+                "so they are easier than new texts"
+            )
 
 
 def load_split(

@@ -21,7 +21,7 @@ from minbert_fast.data.labels import Classes, ClassSets, Numbers, Rule
 from minbert_fast.data.messages import DataError
 from minbert_fast.data.pretraining import collect_pairs, collect_sentences
 from minbert_fast.data.sampling import hold_out
-from minbert_fast.data.sentences import Text, Tokens
+from minbert_fast.data.sentences import Chained, Selected, Text, Tokens
 from minbert_fast.data.source import Source
 from minbert_fast.data.tokens import TokenTable, chain
 
@@ -287,3 +287,17 @@ def test_a_share_of_nothing_or_all_is_refused() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="expected 0 < share < 1"):
             hold_out(labelled(None), share)
+
+
+def test_hashes_are_alike_for_equal_items_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [[int(c) for c in word] for word in ("12", "", "21", "12", "1200", "120", "0", "", "00", "12")]
+    whole = Tokens.of(items)
+    same = np.array([[a == b for b in items] for a in items])
+    for wide in (whole, Tokens(whole.flat.astype(np.uint16), whole.offsets)):
+        assert np.array_equal(wide.hashes[:, None] == whole.hashes, same)
+    hashes = whole.hashes
+    monkeypatch.setattr("minbert_fast.data.sentences.HASHED_AT_ONCE", 3)
+    assert np.array_equal(whole.hashes, hashes)
+    rows = np.array([9, 1, 5])
+    views = Chained((Selected(whole, rows), whole), [0, 3, 13])
+    assert np.array_equal(views.hashes, np.concatenate([whole.hashes[rows], whole.hashes]))

@@ -197,6 +197,25 @@ def test_a_file_that_is_cut_is_named_once_for_all_its_tasks(tokenizer: Tokenizer
     assert [line for line in lines if "are cut" in line] == cut
 
 
+def test_dev_rows_that_repeat_training_rows_are_counted(tokenizer: Tokenizer) -> None:
+    """A pair repeats a pair, not its texts in another order; the stage that repeats most counts."""
+    rows = ["x,y,1", "x,z,0", "y,x,1", "z,z,0"] * 3
+    files = {"train": [*rows, "w,w,1"], "other": ["p,q,1", "q,p,0"], "dev": ["x,y,0", "w,w,0", "y,w,1", "y,y,0"]}
+    for name, lines in files.items():
+        Path(f"{name}-pairs.csv").write_text("\n".join(["sentence1,sentence2,label", *lines]) + "\n")
+    kind, dev = {"kind": "pair-classification"}, {"dev": "dev-pairs.csv"}
+    said: list[str] = []
+    stages = [{"train": "other-pairs.csv", **dev}, {"train": "train-pairs.csv", **dev}]
+    load_datasets(recipe(None, *stages, **kind), tokenizer, said.append)
+    repeated = "dev rows of verdict repeat the texts of training rows, so they are easier than new texts"
+    assert [line for line in said if "repeat" in line] == [f"2 of 4 {repeated}"]
+    said.clear()
+    load_datasets(recipe(stages[0], **kind), tokenizer, said.append)
+    assert not any("repeat" in line for line in said)
+    load_datasets(recipe({"train": "train-pairs.csv"}, **kind), tokenizer, said.append)  # held-out rows have doubles
+    assert [line for line in said if "repeat" in line] == [f"1 of 1 {repeated}"]
+
+
 def test_bad_rows_are_shown_and_counted(tokenizer: Tokenizer) -> None:
     Path("torn.csv").write_text("text,label\n" + "a,good\nb,bad\n" * 9 + "c\n" * 5, encoding="utf-8")
     said: list[str] = []
