@@ -3,7 +3,7 @@
 #include "cpu/add_norm.h"
 
 #include "arguments.h"
-#include "bindings.h"
+#include "encoder.h"
 
 namespace minbert {
 namespace {
@@ -20,8 +20,9 @@ AddNorm inputs(Arguments& a, Tensor x, Tensor bias, Tensor residual, Tensor gamm
   op.dropout = a.dropout(p, seed, site);
   return op;
 }
+}  // namespace
 
-void forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor beta, float eps, double p, Tensor seed,
+void add_norm_forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor beta, float eps, double p, Tensor seed,
              int64_t site, Tensor y, Tensor mean, Tensor rstd, int threads) {
   Arguments a;
   AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
@@ -32,7 +33,7 @@ void forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor beta, 
   call_add_norm_forward(op, threads);
 }
 
-void backward(Tensor dy, Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds,
+void add_norm_backward(Tensor dy, Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds,
               double p, Tensor seed, int64_t site, Tensor dgamma, Tensor dbeta, Tensor dbias, Tensor dx,
               Tensor dresidual, int threads) {
   Arguments a;
@@ -48,13 +49,6 @@ void backward(Tensor dy, Tensor x, Tensor bias, Tensor residual, Tensor gamma, T
   op.dbias = a.gradient("dbias", dbias, {op.segments.tasks, op.width});
   op.slots = a.floats(slot_floats(op.rows, op.segments.tasks, 3, op.width));
   call_add_norm_backward(op, threads);
-}
-
-}  // namespace
-
-void bind_add_norm(pybind11::module_& m) {
-  m.def("add_norm_forward", &forward, Unlocked());
-  m.def("add_norm_backward", &backward, Unlocked());
 }
 
 }  // namespace minbert

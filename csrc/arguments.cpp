@@ -5,18 +5,8 @@
 #include <new>
 #include <stdexcept>
 
-namespace py = pybind11;
-
 namespace minbert {
 namespace {
-
-// DLPack 1.x: DLPackExchangeAPI.
-struct Exchange {
-  uint32_t major, minor;
-  const void *previous, *allocate, *managed_from_object, *managed_to_object;
-  int (*tensor_from_object)(void* object, Tensor* tensor);
-  const void* current_stream;
-};
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -75,21 +65,6 @@ void check(const std::string& name, Tensor tensor, Shape shape, DTypes dtypes) {
 }
 
 }  // namespace
-
-bool read_tensor(PyObject* object, Tensor& tensor) {
-  static PyObject* const type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
-  static const Exchange* const exchange = [] {
-    const py::object capsule = py::handle(type).attr("__dlpack_c_exchange_api__");
-    const void* found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-    if (!found) throw py::error_already_set();
-    if (static_cast<const Exchange*>(found)->major != 1)
-      throw std::runtime_error("this torch uses a DLPack version other than 1: minbert_fast needs an update");
-    return static_cast<const Exchange*>(found);
-  }();
-  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type))) return false;
-  if (exchange->tensor_from_object(object, &tensor) != 0) throw py::error_already_set();
-  return true;
-}
 
 DType Tensor::dtype() const {
   switch (code << 8 | bits) {

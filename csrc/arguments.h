@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the encoder's ops: torch tensors as Python passes them, and their checks.
+// Checks of the encoder's ops on their arguments.
 //
-// An op's binding lists its arguments once, gets each pointer from an `Arguments`, and passes a plain struct to the loops of
-// csrc/cpu. An argument that would make a loop access memory outside a tensor throws std::invalid_argument (ValueError in
+// An op gets each pointer from an `Arguments`, and passes a plain struct to the loops of csrc/cpu. An argument that would make a loop access memory outside a tensor throws std::invalid_argument (ValueError in
 // Python) before the loop writes anything.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <cstdlib>
 #include <initializer_list>
@@ -17,28 +14,9 @@
 #include "cpu/column_sums.h"
 #include "cpu/layer_norm.h"
 #include "cpu/philox.h"
-#include "dtype.h"
+#include "tensor.h"
 
 namespace minbert {
-
-// A view of a strided torch tensor, laid out like DLPack's DLTensor (dmlc.github.io/dlpack), or none.
-struct Tensor {
-  char* data = nullptr;
-  int32_t device = 0, device_index = 0;
-  int32_t ndim = -1;  // -1: None
-  uint8_t code = 0, bits = 0;
-  uint16_t lanes = 0;
-  const int64_t *shape = nullptr, *strides = nullptr;
-  uint64_t offset = 0;
-
-  explicit operator bool() const { return ndim >= 0; }
-  int64_t size(int dimension) const { return dimension < ndim ? shape[dimension] : 0; }
-  DType dtype() const;
-};
-
-// Reads a torch.Tensor through torch's DLPack exchange functions, without a Python call and without taking a reference.
-// Returns false for any other object. Throws torch's own error for a tensor that has no address (sparse, meta).
-bool read_tensor(PyObject* object, Tensor& tensor);
 
 using Shape = std::initializer_list<int64_t>;
 using DTypes = std::initializer_list<DType>;
@@ -98,9 +76,3 @@ class Arguments {
 };
 
 }  // namespace minbert
-
-template <>
-struct pybind11::detail::type_caster<minbert::Tensor> {
-  PYBIND11_TYPE_CASTER(minbert::Tensor, const_name("torch.Tensor | None"));
-  bool load(handle source, bool) { return source.is_none() || minbert::read_tensor(source.ptr(), value); }
-};

@@ -3,9 +3,10 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "arguments.h"
-#include "bindings.h"
+#include "encoder.h"
 
 namespace minbert {
 namespace {
@@ -72,8 +73,10 @@ class Plan {
   std::vector<int32_t> offsets_, kept_;
 };
 
+}  // namespace
+
 // max_seqlen is unused here: the GPU kernels choose their tiles by it.
-void forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/, float scale, double p, Tensor seed,
+void attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/, float scale, double p, Tensor seed,
              int64_t site, Tensor out, Tensor lse, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
@@ -82,7 +85,7 @@ void forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/,
   call_attention_forward(op, threads);
 }
 
-void backward(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor lse, Tensor cu_seqlens, Tensor mask,
+void attention_backward(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor lse, Tensor cu_seqlens, Tensor mask,
               int64_t /*max_seqlen*/, float scale, double p, Tensor seed, int64_t site, Tensor dqkv, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
@@ -90,13 +93,6 @@ void backward(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor lse, Tensor cu_seq
   op.lse = plan.a.dense<float>("lse", lse, {op.heads, op.rows}, {DType::f32});
   op.dqkv = plan.a.dense("dqkv", dqkv, {op.rows, 3, op.heads, op.head_dim}, {op.dtype});
   call_attention_backward(op, threads);
-}
-
-}  // namespace
-
-void bind_attention(pybind11::module_& m) {
-  m.def("attention_forward", &forward, Unlocked());
-  m.def("attention_backward", &backward, Unlocked());
 }
 
 }  // namespace minbert

@@ -3,7 +3,7 @@
 #include "cpu/bias_gelu.h"
 
 #include "arguments.h"
-#include "bindings.h"
+#include "encoder.h"
 
 namespace minbert {
 namespace {
@@ -15,15 +15,16 @@ BiasGelu inputs(Arguments& a, Tensor x, Tensor bias) {
   op.bias = a.vector("bias", bias, op.width, op.dtype);
   return op;
 }
+}  // namespace
 
-void forward(Tensor x, Tensor bias, Tensor y, int threads) {
+void bias_gelu_forward(Tensor x, Tensor bias, Tensor y, int threads) {
   Arguments a;
   BiasGelu op = inputs(a, x, bias);
   op.y = a.dense("y", y, {op.rows, op.width}, {op.dtype});
   call_bias_gelu_forward(op, threads);
 }
 
-void backward(Tensor dy, Tensor x, Tensor bias, Tensor bounds, Tensor dbias, Tensor dx, int threads) {
+void bias_gelu_backward(Tensor dy, Tensor x, Tensor bias, Tensor bounds, Tensor dbias, Tensor dx, int threads) {
   Arguments a;
   BiasGelu op = inputs(a, x, bias);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});
@@ -32,13 +33,6 @@ void backward(Tensor dy, Tensor x, Tensor bias, Tensor bounds, Tensor dbias, Ten
   op.dbias = a.gradient("dbias", dbias, {op.segments.tasks, op.width});
   op.slots = a.floats(slot_floats(op.rows, op.segments.tasks, 1, op.width));
   call_bias_gelu_backward(op, threads);
-}
-
-}  // namespace
-
-void bind_bias_gelu(pybind11::module_& m) {
-  m.def("bias_gelu_forward", &forward, Unlocked());
-  m.def("bias_gelu_backward", &backward, Unlocked());
 }
 
 }  // namespace minbert

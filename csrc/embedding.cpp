@@ -3,7 +3,7 @@
 #include "cpu/embedding.h"
 
 #include "arguments.h"
-#include "bindings.h"
+#include "encoder.h"
 
 namespace minbert {
 namespace {
@@ -24,8 +24,9 @@ Embedding inputs(Arguments& a, Tensor tokens, Tensor positions, Tensor types, Te
   op.dropout = a.dropout(p, seed, site);
   return op;
 }
+}  // namespace
 
-void forward(Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type, Tensor gamma,
+void embedding_forward(Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type, Tensor gamma,
              Tensor beta, float eps, double p, Tensor seed, int64_t site, Tensor y, Tensor mean, Tensor rstd,
              int threads) {
   Arguments a;
@@ -52,7 +53,7 @@ struct Sorted {
 };
 
 // cu_seqlens is unused here: the GPU kernels find a position's rows by the sentences.
-void backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
+void embedding_backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
               Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds, Tensor /*cu_seqlens*/, Tensor word_order,
               Tensor word_offsets, double p, Tensor seed, int64_t site, Tensor dword, Tensor dposition,
               Tensor d_type_table, Tensor dgamma, Tensor dbeta, int threads) {
@@ -78,13 +79,6 @@ void backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor w
     const Groups groups{sorted.order.data(), sorted.offsets.data(), op.lookups[i].count};
     call_gather_sums(op, groups, dtables[i], threads);
   }
-}
-
-}  // namespace
-
-void bind_embedding(pybind11::module_& m) {
-  m.def("embedding_forward", &forward, Unlocked());
-  m.def("embedding_backward", &backward, Unlocked());
 }
 
 }  // namespace minbert

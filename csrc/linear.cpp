@@ -3,21 +3,19 @@
 #include "cpu/linear.h"
 
 #include "arguments.h"
-#include "bindings.h"
+#include "encoder.h"
 
 namespace minbert {
 
-void bind_linear(pybind11::module_& m) {
-  m.def("column_sums", [](Tensor x, Tensor bounds, Tensor out, int threads) {
-    Arguments a;
-    ColumnSums op{};
-    op.x = a.dense("x", x, {kAny, kAny}, kActivations);
-    op.dtype = x.dtype(), op.rows = x.size(0), op.width = x.size(1);
-    op.segments = a.segments(bounds, op.rows);
-    op.out = a.gradient("out", out, {op.segments.tasks, op.width});
-    op.slots = a.floats(slot_floats(op.rows, op.segments.tasks, 1, op.width));
-    call_column_sums(op, threads);
-  }, Unlocked());
+void column_sums(Tensor x, Tensor bounds, Tensor out, int threads) {
+  Arguments a;
+  ColumnSums op{};
+  op.x = a.dense("x", x, {kAny, kAny}, kActivations);
+  op.dtype = x.dtype(), op.rows = x.size(0), op.width = x.size(1);
+  op.segments = a.segments(bounds, op.rows);
+  op.out = a.gradient("out", out, {op.segments.tasks, op.width});
+  op.slots = a.floats(slot_floats(op.rows, op.segments.tasks, 1, op.width));
+  call_column_sums(op, threads);
 }
 
 }  // namespace minbert
