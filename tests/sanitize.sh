@@ -13,10 +13,10 @@ cxx=${CXX:-c++}
 kind=address
 case ${1:-} in address | thread) kind=$1 && shift ;; esac
 
-# Some tests run the interpreter, plain PyTorch or its compiler instead of the extension, and most of the methods of surgery
-# are NumPy.
-run= select="not triton and not torch and not opcheck and not compiled and not test_grouped and not test_settle"
-select="$select and (native or not test_weights)"
+# Some tests run the interpreter (all with tiles or fp16 do), plain PyTorch or a compiler instead of the extension, and most of
+# the methods of surgery are NumPy.
+run= select="not triton and not torch and not opcheck and not compil and not test_grouped and not test_settle"
+select="$select and not tile and not fp16 and not test_training and (native or not test_weights)"
 if [ "$kind" = address ]; then
   sanitizers=address,undefined flags=-fno-sanitize-recover=all library=libasan.so
   [ $# -gt 0 ] || set -- tests/surgery tests/ops tests/test_native_build.py
