@@ -26,13 +26,14 @@ from minbert_fast.parallel.world import World, joined
 from minbert_fast.recipes.recipe import Recipe, absolute_path
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import flatten
+from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.inference import evaluation
 from minbert_fast.trainer import disk, loop, plan
 from minbert_fast.trainer.callbacks import Callback, EndEvent
 from minbert_fast.trainer.checkpoint import Checkpoint, CheckpointStore
 from minbert_fast.trainer.loading import Loaded, Setting, load
-from minbert_fast.trainer.outputs import RunDirectory, saved_options_path, unused_directory
-from minbert_fast.trainer.results import write_results
+from minbert_fast.trainer.outputs import RunDirectory, saved_options_path, saved_recipe_path, unused_directory
+from minbert_fast.trainer.results import copy_predictions, write_results
 from minbert_fast.trainer.resume import as_begun, check_ranks_agree, find_checkpoint, finished_line, settings_of
 from minbert_fast.trainer.signals import StopSignals
 from minbert_fast.trainer.trackers import check_trackers, open_trackers
@@ -94,7 +95,7 @@ def _run(
     options = _with_extra_outputs(options, output)
     setting = _settle(recipe, options, output, world, device)
     _check_output(setting, options, output, files)
-    if _has_ended(setting, options.resume, files):
+    if _has_ended(setting, options, files):
         return
     if setting.demonstration:
         setting.print(DEMONSTRATION)
@@ -162,12 +163,12 @@ def _check_output(setting: Setting, options: Options, output: Path, files: RunDi
         raise RunError(f"{files.path} holds a run already: --resume continues it, --overwrite replaces it")
 
 
-def _has_ended(setting: Setting, resume: bool, files: RunDirectory) -> bool:
-    """Whether rank 0 is to resume a run that is finished, so that nothing is left to do."""
+def _has_ended(setting: Setting, options: Options, files: RunDirectory) -> bool:
+    """Whether rank 0 is to resume a run that is finished, so that only copies of its predictions are left to write."""
 
     def ask() -> tuple[str | None, str]:  # on rank 0, which has the files
         try:
-            return finished_line(files.path, setting.recipe) if resume else None, ""
+            return finished_line(files.path, setting.recipe) if options.resume else None, ""
         except ConfigError as error:
             return None, str(error)
 
@@ -181,6 +182,8 @@ def _has_ended(setting: Setting, resume: bool, files: RunDirectory) -> bool:
             files.repair()
             write_report(files.path)
         CheckpointStore(files.checkpoints).prune(setting.recipe.checkpoint.keep)
+        tasks = build_tasks(Recipe.load(str(saved_recipe_path(files.path))))
+        copy_predictions(tasks, files, options.copies, setting.notify)
     setting.print(line)
     return True
 

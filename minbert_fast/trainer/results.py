@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from minbert_fast.common.storage import write_json
 from minbert_fast.reporting.report import write_report
 from minbert_fast.reporting.runs import format_score
 from minbert_fast.reporting.verdicts import announce
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks import MultitaskModel, Task
 from minbert_fast.tasks.inference import evaluation
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.loading import Loaded, Setting
@@ -39,7 +39,7 @@ def write_results(
         found = evaluation.evaluate(model, loaded.data.test, **limits)
         with translate_write_errors(files.path / "predictions"):
             found.write_predictions(files.path / "predictions", "test")
-    _copy_predictions(setting, loaded, files, copies)
+    copy_predictions(loaded.data.tasks, files, copies, setting.notify)
     _name_stage_of_best(setting, loaded, outcome)
     with translate_write_errors(files.path / SUMMARY):
         write_json(files.path / SUMMARY, _summary(setting, loaded, outcome, command))
@@ -50,18 +50,20 @@ def write_results(
     setting.print("\n".join(filter(None, [announce(files.path), format_outcome(outcome, files.path)])))
 
 
-def _copy_predictions(setting: Setting, loaded: Loaded, files: RunDirectory, copies: Copies) -> None:
+def copy_predictions(
+    tasks: Mapping[str, Task], files: RunDirectory, copies: Copies, notify: Callable[[str], None]
+) -> None:
     """Copies prediction files to the paths of the course's flags (`--sst_dev_out FILE`, ...)."""
     for (dataset, split), target in copies.items():
-        tasks = [t for t in loaded.data.tasks.values() if any(source.layout == dataset for source in t.sources)]
-        paths = [files.path / "predictions" / task.prediction_file(split) for task in tasks]
+        found = [task for task in tasks.values() if any(source.layout == dataset for source in task.sources)]
+        paths = [files.path / "predictions" / task.prediction_file(split) for task in found]
         written = [path for path in paths if path.exists()]
         for path in written:
             with translate_write_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
         if not written:
-            setting.notify(f"{target}: not written, the run has no {split} predictions of {dataset}")
+            notify(f"{target}: not written, the run has no {split} predictions of {dataset}")
 
 
 def _name_stage_of_best(setting: Setting, loaded: Loaded, outcome: Outcome) -> None:
