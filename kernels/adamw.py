@@ -119,5 +119,5 @@ def launches() -> Iterator[Launch]:
         for dtype in (torch.float32, torch.bfloat16):
             yield Launch(f"w J, {tasks} tasks {str(dtype)[6:]}", call(meta(tasks, count, dtype=dtype), count))
     slots = meta(words, dtype=torch.int32)
-    for width in (768, 384, 100):
+    for width in (100, 384, 768):
         yield Launch(f"rows of {width}", call(meta(3, 2816, width), words, width, row_slot=slots))

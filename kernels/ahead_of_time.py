@@ -5,7 +5,8 @@
 
 Prints registers a thread, spilled bytes, shared memory and matrix instructions of each kernel; exits with status 1 if
 one fails to compile, spills registers, or needs more shared memory than the chip gives a block. The calls are the
-launchers' own (see launches.py), but launching a kernel here means compiling it, by Triton's `warmup`.
+launchers' own (see launches.py), but launching a kernel here means compiling it, by Triton's `warmup`. With `--few`, of
+calls that differ in sizes alone only the last one, which is the largest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -167,53 +168,42 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return int(usage["vgpr_count"]), 4 * int(usage["vgpr_spill_count"])
 
 
-def _check_one(module: str, label: str, chips: Sequence[str]) -> list[Report]:
-    launch = next(each for each in modules()[module].launches() if each.label == label)
-    wanted = [chip for chip in CHIPS if chip.name in chips and chip.takes(launch)]
-    return [report for chip in wanted for report in check(launch, chip)]
+def _check_one(module: str, label: str, chip: Chip) -> list[Report]:
+    return check(next(each for each in modules()[module].launches() if each.label == label), chip)
 
 
-def without_sizes(label: str) -> str:
-    """The words of a launch's label that are no sizes: launches that share them run one kernel at different sizes."""
+def kind(label: str, chip: Chip) -> str:
+    """The words of a launch's label that are neither sizes nor switches (`add=1`).
+
+    On other chips than the measured one, 16-bit types are one, and the type of the results (`-> float32`) does not count.
+    """
+    if chip.name != MEASURED:
+        label = label.partition(" ->")[0].replace("bfloat16", "float16")
     return " ".join(word for word in label.split() if not re.fullmatch(r"[\d.x,]+|\w+=[\d.]+", word))
 
 
-def ends_of(launches: Sequence[Launch]) -> dict[str, Launch]:
-    """The first and the last of the launches that differ in sizes alone, by label: a small and a large one."""
-    first = {without_sizes(launch.label): launch for launch in reversed(launches)}
-    return {launch.label: launch for launch in (*first.values(), *largest_of(launches).values())}
-
-
-def largest_of(launches: Sequence[Launch]) -> dict[str, Launch]:
-    """The last of the launches that differ in sizes alone, by label."""
-    last = {without_sizes(launch.label): launch for launch in launches}
-    return {launch.label: launch for launch in last.values()}
+def chosen(launches: Iterable[Launch], chip: Chip, few: bool) -> list[Launch]:
+    """The launches to compile for the chip; with `few`, the last one of each kind."""
+    taken = [launch for launch in launches if chip.takes(launch)]
+    return list({kind(launch.label, chip): launch for launch in taken}.values()) if few else taken
 
 
 def check_all(
     chips: Sequence[str], only: Sequence[str] = (), few: bool = False, processes: int | None = None
 ) -> Iterator[Report]:
-    """Reports of every launch of every file (or of the files `only`), as they come, in order.
-
-    With `few`, of launches that differ in sizes alone only a small and a large one, and the large one alone on other chips
-    than the one whose launch tables were measured.
-    """
-    found = {name: list(module.launches()) for name, module in modules().items() if not only or name in only}
-
-    def chips_of(launch: Launch, launches: Sequence[Launch]) -> Sequence[str]:
-        if not few or launch.label in largest_of(launches):
-            return chips
-        return [chip for chip in chips if chip == MEASURED and launch.label in ends_of(launches)]
-
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        pending = [
-            pool.submit(_check_one, name, launch.label, some)
-            for name, launches in found.items()
-            for launch in launches
-            if (some := chips_of(launch, launches))
-        ]
-        for future in pending:
-            yield from future.result()
+    """Reports of the `chosen` launches of every file (or of the files `only`), as they come, in order."""
+    jobs = [
+        (name, launch.label, chip)
+        for name, module in modules().items()
+        if not only or name in only
+        for chip in CHIPS
+        if chip.name in chips
+        for launch in chosen(module.launches(), chip, few)
+    ]
+    # Processes that are forked need not import torch and Triton again.
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("fork")) as pool:
+        for reports in pool.map(_check_one, *zip(*jobs, strict=True)):
+            yield from reports
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [chip.name for chip in CHIPS]
     parser.add_argument("--target", nargs="+", choices=names, default=names, help="chips to compile for (all)")
     parser.add_argument("--only", nargs="+", choices=sorted(modules()), default=[], help="files of kernels (all)")
-    parser.add_argument("--few", action="store_true", help="of calls that differ in sizes alone only one or two")
+    parser.add_argument("--few", action="store_true", help="of calls that differ in sizes alone only the largest")
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":

@@ -277,7 +277,7 @@ def embedding_backward(
 def launches() -> Iterator[Launch]:
     """Each dtype and each row tile's width, for the ahead-of-time check."""
     settings = [(torch.bfloat16, width) for width in (100, 128, 384, 768, 2048, 4096)]
-    for dtype, width in [*settings, (torch.float16, 768), (torch.float32, 768)]:
+    for dtype, width in [(torch.float16, 768), *settings, (torch.float32, 768)]:
         index, offsets, bounds = (meta(n, dtype=torch.int32) for n in (2816, 2817, 4))
         *tables, dy = (meta(size, width, dtype=dtype) for size in (30522, 512, 2, 2816))
         vector, rows, seed = meta(width), meta(2816), meta(1, dtype=torch.int64)

@@ -35,7 +35,9 @@ Take = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]
 class Launch:
     """One call of a launcher at a real size, on meta tensors."""
 
-    label: str  # op, dtypes by their names in torch, and shape; unique in its file
+    label: (
+        str  # op, dtypes by their names in torch, and shape; unique in its file; of those alike the largest comes last
+    )
     call: Callable[[], object]
     wide: bool = False  # on sm_90, tiles must arrive by asynchronous copies of 16 bytes, and leave by stores of 16
     needs: str = ""  # what the text of each of its kernels for sm_90 must hold

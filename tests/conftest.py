@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # Before torch loads libgomp: threads that wait must not take a shared machine's cores (minbert_fast/__init__.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -19,10 +21,34 @@ from minbert_fast.ops.backend import force
 from tests.tolerance import poisoned_memory
 from tests.zygote import Zygote
 
+
+def patch_once_a_launch() -> None:
+    """Halves the time of Triton's interpreter, which patches `triton.language` at each call of a device function.
+
+    Here it does so once a launch for each module that a function comes from. Raises ImportError without Triton.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    done: dict[int, Any] = {}
+
+    def patch_lang(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module not in done:
+            scope = done[module] = patch(fn)
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())  # called when the launch ends
+        return done[module]
+
+    interpreter._patch_lang = patch_lang
+
+
 # Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before any kernel is defined, so for the
 # whole test process.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with suppress(ImportError):
+        patch_once_a_launch()
 
 # Two threads show what several would, but one a process where pytest-xdist runs several processes. An environment that asks
 # for another number gets it.
