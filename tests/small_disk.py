@@ -35,7 +35,17 @@ LEFT = 64 << 10  # free bytes on the full disk: enough for a record, not for a c
 def attempt(name: str, data: Path, output: Path, *flags: str) -> None:
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        more = ("--lr", "1e-3", "--set", "checkpoint.every=1", "--set", "training.evaluate_untrained=false", *flags)
+        more = (
+            "--lr",
+            "1e-3",
+            "--epochs",
+            "1",
+            "--set",
+            "checkpoint.every=1",
+            "--set",
+            "training.evaluate_untrained=false",
+            *flags,
+        )
         status = cli.run(train.main, small_run(data, output, *more))
     print(json.dumps([name, status, errors.getvalue()]), flush=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 D = TypeVar("D")
+_type_hints = functools.cache(typing.get_type_hints)  # which evaluates the annotations anew in every call
 
 
 class ConfigError(ValueError):
@@ -51,7 +53,7 @@ def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = 
     for an unknown key, a value of the wrong type, or a value that `cls` itself rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for key in values:
         if key not in fields:
             inner = [f"{name}.{key}" for name in fields if key in getattr(hints[name], "__dataclass_fields__", ())]

@@ -29,6 +29,7 @@ from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.packing import PackedBatch
 from minbert_fast.model.weight_files import read_safetensors
+from minbert_fast.model.weights import shapes_alone
 from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, build_task
@@ -192,7 +193,7 @@ class MultitaskModel(nn.Module):
         for name in tasks:
             if name not in self.heads:
                 raise ConfigError(f"tasks.{name}: the model has no head of this name (it has {', '.join(self.heads)})")
-        with torch.device("meta"):  # shapes only: no memory, no random numbers
+        with shapes_alone():
             heads = _build_heads(merged, self.encoder, self.pooling)
             needed = {key: t.shape for key, t in self._head_tensors(heads).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:

@@ -17,6 +17,7 @@ from minbert_fast.common.schema import plain
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.reporting.runs import flatten
+from tests.small import small_data
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -116,7 +117,7 @@ def test_runs_give_a_table_and_a_second_call_only_reads_them(
     monkeypatch.setattr(
         ablation, "build_recipe", lambda *a: whole(*a).with_values({"training": {"max_steps": 2}}, "test")
     )
-    arguments = ["--data", str(sample_directory().data), "--output", str(tmp_path / "runs"), "--seeds", "1", "2"]
+    arguments = ["--data", str(small_data(tmp_path / "data")), "--output", str(tmp_path / "runs"), "--seeds", "1", "2"]
     assert ablation.main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["runs"]
     assert [(run["variant"], run["seed"]) for run in found] == [(name, seed) for seed in (1, 2) for name in few]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import encode, harness
+from minbert_fast import BertModel
 from minbert_fast.data import Tokenizer, sample_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +63,9 @@ def test_made_up_sentences_have_real_lengths(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_models_of_random_weights_have_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MINBERT_FAST_MINILM", raising=False)
+    monkeypatch.setitem(encode.CONFIGS, "MiniLM-L6", replace(encode.CONFIGS["MiniLM-L6"], hidden_size=24))
     directory, what = encode.model_directory("MiniLM-L6", tmp_path)
     assert what == "random weights"
     assert Tokenizer.from_pretrained(directory).vocab_size == 30522
+    config = BertModel.from_pretrained(directory).config
+    assert (config.num_hidden_layers, config.hidden_size) == (6, 24)

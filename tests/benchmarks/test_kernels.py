@@ -20,6 +20,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "SIZES", {"cpu": [sizes]})
     for op in ("gram", "combine"):
         monkeypatch.setattr(import_module(f"benchmarks.kernels.{op}"), "JACOBIANS", {"cpu": [(3, 700)]})
+    attention = import_module("benchmarks.kernels.attention")
+    monkeypatch.setattr(attention, "MODELS", {"MiniLM-L6": (2, 32), "BERT-base": (2, 64)})
+    monkeypatch.setattr(attention, "batches", lambda device: [attention.real_batch(2)])
     step = import_module("benchmarks.kernels.adamw")
     monkeypatch.setattr(step, "SIZES", {"cpu": {"tiny": 700}})
     monkeypatch.setattr(step, "TABLES", {"cpu": [(30, 16, 5)]})

@@ -18,7 +18,7 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.step.captured import _bucket
 
 CPU = torch.device("cpu")
-TINY = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+TINY = BertConfig(vocab_size=1100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 CEILINGS = harness.Ceilings(1e10, 1e11, 1e11)
 
 
@@ -28,6 +28,16 @@ def _few_objects() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_words() -> Iterator[None]:
+    """Random sentences of TINY's words, whatever data there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "VOCABULARY_SIZE", TINY.vocab_size)
+        pools = "few words", {kind: batches._random_sentences(kind) for kind in batches.STEMS}
+        patch.setattr(batches, "sentence_pools", lambda: pools)
+        yield
 
 
 @pytest.mark.ci

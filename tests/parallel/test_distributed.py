@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +29,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minbert_fast import BertModel, PCGrad, fit
+from minbert_fast import BertModel, PCGrad, fit, train
+from minbert_fast.common import cli
 from minbert_fast.common.errors import InterruptError, RunError, is_out_of_memory
 from minbert_fast.data import Tokenizer, read_table, sample_directory
 from minbert_fast.data.batch import MultitaskBatch
@@ -47,6 +49,8 @@ from tests.small import small_data
 from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 from tests.zygote import Zygote, free_port
 
+FORK = multiprocessing.get_context("forkserver")  # a new process without a new import of torch
+FORK.set_forkserver_preload([__name__])
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
 COMMON = [
     "--recipe", "default", "--lr", "1e-3", "--surgery", "pcgrad", "--batch-size", "7", *WITHOUT_DROPOUT,
@@ -54,27 +58,18 @@ COMMON = [
 ]  # fmt: skip
 
 
-def command(ranks: int, *flags: str) -> list[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*start, "-m", "minbert_fast.train", *COMMON, *flags]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-
-
-def run(ranks: int, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(ranks, *flags), capture_output=True, text=True, timeout=240, env=environment(folder), cwd=folder
-    )
+def flags_in(folder: Path, *flags: str) -> list[str]:
+    """Flags of a run in `folder` on a part of the sample data: six steps an epoch."""
+    return [*COMMON, "--data", str(small_data(folder / "data")), "--precision", "fp32", "--output", "run", *flags]
 
 
 def succeed(zygote: Zygote, ranks: int, folder: Path, *flags: str) -> None:
-    """As `run`, without torchrun and its imports."""
-    zygote.start([*COMMON, *flags], ranks, folder)
-    assert zygote.wait() == [0] * ranks, [log.read_text() for log in folder.glob("rank-*.log")]
+    zygote.start(flags_in(folder, *flags), ranks, folder)
+    assert zygote.wait() == [0] * ranks, logs(folder)
+
+
+def logs(folder: Path) -> list[str]:
+    return [log.read_text() for log in sorted(folder.glob("rank-*.log"))]
 
 
 def losses(output: Path, tasks: tuple[str, ...] = ("sentiment", "paraphrase", "similarity")) -> list[list[float]]:
@@ -94,32 +89,40 @@ def same(one: Path, other: Path, tasks: tuple[str, ...] = ("sentiment", "paraphr
 def alone(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve steps in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    succeed(zygote, 1, folder, "--max-steps", "12", "--precision", "fp32", "--output", "run")
+    succeed(zygote, 1, folder, "--max-steps", "12")
     return folder / "run"
 
 
-@pytest.mark.parametrize(
-    ("ranks", "shard"),
-    [
-        (2, False),
-        (2, True),
-        *(pytest.param(4, shard, marks=pytest.mark.slow) for shard in (True, False)),
-    ],
-)
-def test_ranks_with_shares_train_as_one_process_does(ranks: int, shard: bool, alone: Path, tmp_path: Path) -> None:
-    """Seven examples a task: no number of ranks here divides it."""
-    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
-    done = run(ranks, tmp_path, *flags, "--set", f"training.shard={str(shard).lower()}")
-    assert done.returncode == 0, done.stderr
-    same(alone, tmp_path / "run")
-    a, b = (json.loads((run / "summary.json").read_text()) for run in (alone, tmp_path / "run"))
+def trained_as_alone(alone: Path, run: Path) -> None:
+    same(alone, run)
+    a, b = (json.loads((each / "summary.json").read_text()) for each in (alone, run))
     assert a["tokens"] == b["tokens"]
     assert a["dev"]["score"] == pytest.approx(b["dev"]["score"], abs=0.01)
 
 
+def test_torchruns_ranks_with_shares_train_as_one_process_does(alone: Path, tmp_path: Path) -> None:
+    """Seven examples a task: no number of ranks here divides it."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*start, "-m", "minbert_fast.train", *flags_in(tmp_path, "--max-steps", "12")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained_as_alone(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shard"), [(2, "true"), *(pytest.param(4, shard, marks=pytest.mark.slow) for shard in ("true", "false"))]
+)
+def test_ranks_with_shares_train_as_one_process_does(
+    ranks: int, shard: str, zygote: Zygote, alone: Path, tmp_path: Path
+) -> None:
+    succeed(zygote, ranks, tmp_path, "--max-steps", "12", "--set", f"training.shard={shard}")
+    trained_as_alone(alone, tmp_path / "run")
+
+
 @pytest.mark.ci
 def test_a_run_of_two_goes_on_as_one_and_one_as_two(zygote: Zygote, alone: Path, tmp_path: Path) -> None:
-    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run", "--set", "checkpoint.every=4"]
+    flags = ["--max-steps", "12", "--set", "checkpoint.every=4"]
     succeed(zygote, 2, tmp_path, "--stop-after", "4", *flags)
     succeed(zygote, 1, tmp_path, "--stop-after", "8", *flags, "--resume")
     succeed(zygote, 2, tmp_path, "--stop-after", "10", *flags, "--resume", "--set", "training.shard=true")
@@ -127,59 +130,52 @@ def test_a_run_of_two_goes_on_as_one_and_one_as_two(zygote: Zygote, alone: Path,
     same(alone, tmp_path / "run")
 
 
-def on_two_machines(folders: Sequence[Path], *flags: str) -> list[subprocess.CompletedProcess[str]]:
-    """Runs one rank on each of two machines, with separate folders, caches and torchrun processes."""
-    port, started = free_port(), []
-    for number, folder in enumerate(folders):
-        where = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-        line = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "minbert_fast.train", *COMMON, *flags]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(line, env=environment(folder), cwd=folder, **pipes))
-    results = [process.communicate(timeout=240) for process in started]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *result)
-        for process, result in zip(started, results, strict=True)
+def machine(rank: int, port: int, folder: Path, flags: Sequence[str]) -> None:
+    """One of two machines, with a folder and a cache of its own: its only rank."""
+    os.chdir(folder)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_RANK": "0", "XDG_CACHE_HOME": str(folder / "cache")}
+    with Path("rank-0.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        status = cli.run(train.main, flags)
+    sys.exit(status)
+
+
+def on_two_machines(folders: Sequence[Path], *flags: str) -> list[int | None]:
+    """The exit statuses of a run."""
+    port = free_port()
+    processes = [
+        FORK.Process(target=machine, args=(*each, flags)) for each in zip((0, 1), (port, port), folders, strict=True)
     ]
-
-
-def refused_together(ended: Sequence[subprocess.CompletedProcess[str]], reason: str) -> None:
-    """Each of the processes ended, and at least one said why (another may have seen only that it went)."""
-    assert all(done.returncode for done in ended)
-    lines = [line for done in ended for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert any(re.match(f"error: cannot train together: {reason}", line) for line in lines), lines
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 @pytest.mark.ci
 def test_two_machines_train_as_one_process_and_go_on_from_the_same_checkpoint(alone: Path, tmp_path: Path) -> None:
     machines = [tmp_path / "first", tmp_path / "second"]
-    for machine in machines:
-        machine.mkdir()
-    flags = ["--max-steps", "12", "--precision", "fp32", "--output", "run"]
-    begun = on_two_machines(machines, "--stop-after", "4", *flags)
-    assert [done.returncode for done in begun] == [0, 0], begun
+    for folder in machines:
+        flags = flags_in(folder, "--max-steps", "12", "--data", "data")
+    assert on_two_machines(machines, *flags, "--stop-after", "4") == [0, 0], [*map(logs, machines)]
     assert not (machines[1] / "run").exists()
-    refused_together(
-        on_two_machines(machines, *flags, "--resume"),
-        r'starts from "step 4, [0-9a-f]{8}" on rank 0, "the beginning" on rank 1; every machine needs',
-    )
+    assert all(on_two_machines(machines, *flags, "--resume"))
+    reason = 'starts from "step 4, [0-9a-f]{8}" on rank 0, "the beginning" on rank 1; every machine needs'
+    for folder in machines:
+        assert re.search(f"(?m)^error: cannot train together: {reason}", *logs(folder)), logs(folder)
     shutil.copytree(machines[0] / "run" / "checkpoints", machines[1] / "run" / "checkpoints")
-    ended = on_two_machines(machines, *flags, "--resume")
-    assert [done.returncode for done in ended] == [0, 0], ended
+    assert on_two_machines(machines, *flags, "--resume") == [0, 0], [*map(logs, machines)]
     same(alone, machines[0] / "run")
 
 
 @pytest.mark.ci
-def test_machines_with_other_data_are_refused(tmp_path: Path) -> None:
-    machines = [tmp_path / "first", tmp_path / "second"]
-    for machine in machines:
-        shutil.copytree(sample_directory().data, machine / "data")
-    path = machines[1] / "data" / "ids-sst-train.csv"
+def test_machines_with_other_data_are_refused(zygote: Zygote, tmp_path: Path) -> None:
+    path = small_data(tmp_path / "shorter") / "ids-sst-train.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    refused_together(
-        on_two_machines(machines, "--max-steps", "2", "--data", "data", "--output", "run"),
-        r"data\.train\.sentiment\.rows 2000 on rank 0, 1999 on rank 1; ",
-    )
-    assert not (machines[0] / "run" / "metrics.jsonl").exists()
+    reason = r"data\.train\.sentiment\.rows 40 on rank 0, 39 on rank 1; "
+    refused(zygote, tmp_path, "--max-steps 2", ["", "--data shorter"], reason)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_ranks_with_other_flags_are_refused(zygote: Zygote, tmp_path: Path) -> None:
@@ -196,12 +192,11 @@ def test_ranks_with_other_flags_are_refused(zygote: Zygote, tmp_path: Path) -> N
 
 def refused(zygote: Zygote, folder: Path, flags: str, own: list[str], reason: str) -> None:
     """Two ranks end at once, and both say why they cannot train together."""
-    common = [*COMMON, "--data", str(small_data(folder / "data")), "--precision", "fp32", "--output", "run"]
-    pids = zygote.start([*common, *flags.split()], 2, folder, [more.split() for more in own])
+    pids = zygote.start(flags_in(folder, *flags.split()), 2, folder, [more.split() for more in own])
     with ended_after(60, pids):
         assert all(zygote.wait())
-    for log in sorted(folder.glob("rank-*.log")):
-        assert re.search(f"(?m)^error: cannot train together: {reason}", log.read_text()), log.read_text()
+    for log in logs(folder):
+        assert re.search(f"(?m)^error: cannot train together: {reason}", log), log
 
 
 @contextmanager
@@ -232,10 +227,7 @@ def test_a_rank_without_the_heads_of_the_model_is_refused(alone: Path, zygote: Z
 
 @pytest.mark.ci
 def test_a_rank_without_the_flag_resume_is_refused(zygote: Zygote, tmp_path: Path) -> None:
-    data = ["--data", str(small_data(tmp_path / "data"))]
-    succeed(
-        zygote, 1, tmp_path, *data, "--max-steps", "4", "--stop-after", "2", "--precision", "fp32", "--output", "run"
-    )
+    succeed(zygote, 1, tmp_path, "--max-steps", "4", "--stop-after", "2")
     refused(
         zygote, tmp_path, "--max-steps 4", ["--resume", ""], 'starts from "step 2, .*" on rank 0, "the beginning" on'
     )
@@ -244,7 +236,7 @@ def test_a_rank_without_the_flag_resume_is_refused(zygote: Zygote, tmp_path: Pat
 @pytest.mark.ci
 def test_ranks_hide_the_words_that_one_process_hides(zygote: Zygote, tmp_path: Path) -> None:
     """Masked words are a mean over words, next sentences over pairs; the word embedding's gradient is dense."""
-    flags = ["--recipe", "enhancing-mlm-nsp", "--stop-after", "5", "--precision", "fp32"]  # within the first stage
+    flags = ["--recipe", "enhancing-mlm-nsp", "--stop-after", "5"]  # within the first stage
     succeed(zygote, 1, tmp_path, *flags, "--output", "alone")
     for name, shard in (("whole", "false"), ("parts", "true")):
         succeed(zygote, 2, tmp_path, *flags, "--output", name, "--set", f"training.shard={shard}")
@@ -253,63 +245,47 @@ def test_ranks_hide_the_words_that_one_process_hides(zygote: Zygote, tmp_path: P
 
 @pytest.mark.ci
 def test_bf16_and_plain_sums_train_too(zygote: Zygote, tmp_path: Path) -> None:
-    succeed(zygote, 2, tmp_path, "--max-steps", "4", "--precision", "bf16", "--surgery", "none", "--output", "run")
+    succeed(zygote, 2, tmp_path, "--max-steps", "4", "--precision", "bf16", "--surgery", "none")
     assert np.isfinite(losses(tmp_path / "run")).all()
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    flags = ["--epochs", "50", "--precision", "fp32", "--output", "run", "--set", "checkpoint.every=5"]
-    begun = subprocess.Popen(
-        command(2, *flags),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(folder),
-        cwd=folder,
-    )
+def start(zygote: Zygote, folder: Path) -> list[int]:
+    """Two ranks in the middle of their training."""
+    pids = zygote.start(flags_in(folder, "--epochs", "50", "--set", "checkpoint.every=5"), 2, folder)
     deadline = time.monotonic() + 120
     while not list((folder / "run" / "checkpoints").glob("step-*")):  # then every rank is in its loop
-        assert begun.poll() is None, begun.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return begun
-
-
-def workers(parent: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
-    return [int(pid) for pid in listed.stdout.split()]
+        assert time.monotonic() < deadline, logs(folder)
+        time.sleep(0.02)
+    return pids
 
 
 @pytest.mark.ci
 def test_a_killed_rank_ends_the_run_which_goes_on_later(zygote: Zygote, tmp_path: Path) -> None:
-    begun = start(tmp_path)
-    os.kill(max(workers(begun.pid)), signal.SIGKILL)
-    killed = time.monotonic()
-    _, error = begun.communicate(timeout=90)
-    assert begun.returncode != 0
-    assert time.monotonic() - killed < 60
-    assert "SIGKILL" in error or "lost another process" in error
-    succeed(
-        zygote, 1, tmp_path, "--epochs", "50", "--precision", "fp32", "--output", "run", "--resume", "--stop-after", "1"
-    )
+    pids = start(zygote, tmp_path)
+    with ended_after(60, pids):
+        os.kill(pids[1], signal.SIGKILL)
+        assert zygote.wait() == [1, -signal.SIGKILL]
+    assert re.search("(?m)^error: rank 0 of 2 lost another process", logs(tmp_path)[0])
+    succeed(zygote, 1, tmp_path, "--epochs", "50", "--set", "checkpoint.every=5", "--resume", "--stop-after", "1")
 
 
 @pytest.mark.ci
-def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path: Path) -> None:
-    begun = start(tmp_path)
-    os.kill(max(workers(begun.pid)), signal.SIGTERM)
-    _, error = begun.communicate(timeout=90)
-    assert begun.returncode != 0
-    assert "SIGTERM: stopped after step" in error
-    assert error.count("--resume --output run\n") == 2  # not the other rank's temporary directory
-    assert "Traceback (most recent call last):\n  File" not in error.split("stopped after step")[0]
+def test_a_signal_to_one_rank_stops_all_after_the_step(zygote: Zygote, tmp_path: Path) -> None:
+    pids = start(zygote, tmp_path)
+    with ended_after(60, pids):
+        os.kill(pids[1], signal.SIGTERM)
+        assert zygote.wait() == [128 + signal.SIGTERM] * 2
+    for log in logs(tmp_path):
+        assert "SIGTERM: stopped after step" in log
+        assert "--resume --output run\n" in log  # not rank 1's temporary directory
+        assert "Traceback" not in log
 
 
 @pytest.mark.ci
-def test_the_reference_backend_is_for_one_process(tmp_path: Path) -> None:
-    done = run(2, tmp_path, "--backend", "reference", "--output", "run", "--max-steps", "1")
-    assert done.returncode != 0
-    assert "trains in one process, not in 2" in done.stderr
+def test_the_reference_backend_is_for_one_process(zygote: Zygote, tmp_path: Path) -> None:
+    zygote.start(flags_in(tmp_path, "--backend", "reference", "--max-steps", "1"), 2, tmp_path)
+    assert all(zygote.wait())
+    assert any("trains in one process, not in 2" in log for log in logs(tmp_path))
 
 
 def test_shares_make_up_the_whole_step() -> None:
@@ -401,9 +377,10 @@ def surgery_apart(rank: int, size: int) -> float:
     return max(float((p.grad - q.grad).abs().max()) for p, q in pairs)  # type: ignore[operator,union-attr]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.ci)])
-def test_messages_between_processes(size: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(speak, (size, free_port(), free_port(), tmp_path), size)
+def test_messages_between_processes(tmp_path: Path) -> None:
+    size = 3
+    arguments = (size, free_port(), free_port(), tmp_path)
+    torch.multiprocessing.start_processes(speak, arguments, size, start_method="forkserver")
     for rank in range(size):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         plain, total = torch.arange(12.0).view(2, 6), size * (size - 1) / 2
@@ -423,15 +400,15 @@ def test_messages_between_processes(size: int, tmp_path: Path) -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("method", "shard"), [("torchjd:PCGrad", "false"), pytest.param("gradvac", "true", marks=pytest.mark.slow)]
+    ("method", "shard"), [("torchjd:Random", "false"), pytest.param("gradvac", "true", marks=pytest.mark.slow)]
 )
-def test_three_ranks_draw_the_same_orders_and_weigh_alike(
+def test_three_ranks_draw_the_same_numbers_and_weigh_alike(
     zygote: Zygote, method: str, shard: str, tmp_path: Path
 ) -> None:
     """Each rank's own random numbers (dropout) must not reach the method; famo needs the losses of the whole step."""
     if method.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")
-    flags = ["--max-steps", "4", "--precision", "fp32", "--surgery", method, "--set", "weighting.method=famo"]
+    flags = ["--max-steps", "4", "--surgery", method, "--set", "weighting.method=famo"]
     succeed(zygote, 1, tmp_path, *flags, "--output", "alone")
     succeed(zygote, 3, tmp_path, *flags, "--output", "three", "--set", f"training.shard={shard}")
     same(tmp_path / "alone", tmp_path / "three")

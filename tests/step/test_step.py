@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -206,7 +205,7 @@ def test_an_unknown_module_falls_back_to_autograd_task_by_task() -> None:
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"lr": 1e-3},
-    {"lr": 1e-3, "weight_decay": 0.1, "clip": 0.5, "layer_decay": 0.8},
+    {"lr": 1e-3, "weight_decay": 3.0, "clip": 0.5, "layer_decay": 0.8},
     {"lr": 1e-2, "betas": [0.7, 0.9], "eps": 0.1, "correct_bias": False},
 ]
 CONTINUOUS = ["gradvac", "imtl_g", "nash_mtl", "torchjd:UPGrad"]  # no rounding of G makes their weights jump
@@ -214,8 +213,9 @@ CONTINUOUS = ["gradvac", "imtl_g", "nash_mtl", "torchjd:UPGrad"]  # no rounding 
 
 @pytest.mark.parametrize(
     ("surgery", "optimizer"),
-    [*itertools.product(["none", "pcgrad"], OPTIMIZERS), *((method, OPTIMIZERS[0]) for method in CONTINUOUS)],
-)
+    [("none", OPTIMIZERS[1]), ("none", OPTIMIZERS[2]), *((method, OPTIMIZERS[0]) for method in CONTINUOUS),
+     ("pcgrad", OPTIMIZERS[0]), ("pcgrad", OPTIMIZERS[1])],  # whose norm for clipping comes from the Gram matrix
+)  # fmt: skip
 def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, Any]) -> None:
     if surgery.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")
@@ -348,8 +348,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["fast", "reference"])
-@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "torchjd:GradVac", "torchjd:PCD", "torchjd:Random"])
+@pytest.mark.parametrize(
+    ("method", "backend"),
+    [("pcgrad", "fast"), ("gradvac", "fast"), ("torchjd:PCD", "fast"), ("torchjd:Random", "fast"),
+     ("pcgrad", "reference"), ("gradvac", "reference"), ("torchjd:GradVac", "reference")],
+)  # fmt: skip
 def test_a_restored_step_continues_bit_identically(method: str, backend: str) -> None:
     """The methods' running averages and random numbers too."""
     if method.startswith("torchjd:"):
@@ -360,8 +363,8 @@ def test_a_restored_step_continues_bit_identically(method: str, backend: str) ->
     def run(split: bool) -> list[Tensor]:
         model = make_model(chosen)
         step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
-        for index in range(6):
-            if split and index == 3:
+        for index in range(4):
+            if split and index == 2:
                 saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
                 model = make_model(chosen)
                 model.load_state_dict(weights)

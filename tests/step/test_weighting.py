@@ -238,20 +238,19 @@ def test_absent_tasks_and_skipped_steps_do_not_count(method: str) -> None:
 # ---- In the step ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "surgery"), [("uncertainty", "none"), ("famo", "none"), *((method, "pcgrad") for method in METHODS)]
+)
 def test_steps_with_dynamic_weights_equal_the_reference_path(method: str, surgery: str) -> None:
     chosen = recipe(surgery={"method": surgery}, weighting=METHODS[method])
     fast_model = make_model(chosen)
-    slow_model, plain_model = copy.deepcopy(fast_model), copy.deepcopy(fast_model)
+    slow_model = copy.deepcopy(fast_model)
     fast = make_step("fast", fast_model, chosen, torch.float32)
     slow = make_step("reference", slow_model, chosen, torch.float32)
-    plain = make_step("fast", plain_model, recipe(surgery={"method": surgery}), torch.float32)
-    for index in range(7):
+    for index in range(6):
         sizes = SIZES | {"paraphrase": 0} if index == 1 else SIZES
         batch = make_batch(fast_model, sizes, seed=index)
         a, b = fast(batch, 1.0), slow(batch, 1.0)
-        plain(batch, 1.0)
         assert a.task_weights is not None
         assert b.task_weights is not None
         torch.testing.assert_close(a.losses, b.losses, atol=2e-4, rtol=2e-4)
@@ -259,7 +258,6 @@ def test_steps_with_dynamic_weights_equal_the_reference_path(method: str, surger
     assert (a.task_weights - a.task_weights.mean()).abs().max() > 1e-3
     for (name, p), q in zip(fast_model.named_parameters(), slow_model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=3e-4, rtol=1e-3, msg=name)
-    assert not torch.equal(fast_model.encoder.word_embedding.weight, plain_model.encoder.word_embedding.weight)
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
@@ -305,26 +303,28 @@ def test_restored_weights_go_on_bit_for_bit(method: str, backend: Any) -> None:
     """Cut within a window, and between two."""
     chosen = recipe(weighting=METHODS[method])
 
-    def run(cut: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    saved: dict[int, Any] = {}
+
+    def run(first: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights of the steps from `first` on, and the last parameters."""
         model = make_model(chosen)
+        if first:
+            model.load_state_dict(saved[first][1])
         step = make_step(backend, model, chosen, torch.float32)
+        if first:
+            step.load_state_dict(saved[first][0])
         seen = []
-        for index in range(8):
-            if index == cut:
-                saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
-                model = make_model(chosen)
-                model.load_state_dict(weights)
-                step = make_step(backend, model, chosen, torch.float32)
-                step.load_state_dict(saved)
+        for index in range(first, 6):
+            saved.setdefault(index, copy.deepcopy((step.state_dict(), model.state_dict())))
             found = step(make_batch(model, SIZES, seed=index), 1.0).task_weights
             assert found is not None
             seen.append(found.clone())
         return seen, [p.detach() for p in model.parameters()]
 
-    weights, parameters = run(None)
+    weights, parameters = run(0)
     for cut in (3, 4):
         again, others = run(cut)
-        assert all(torch.equal(x, y) for x, y in zip(weights, again, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(weights[cut:], again, strict=True))
         assert all(torch.equal(x, y) for x, y in zip(parameters, others, strict=True))
 
 

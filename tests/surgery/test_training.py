@@ -6,15 +6,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from minbert_fast import surgery, train
 from minbert_fast.common import cli
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.step.extras import weighting
+from minbert_fast.step.backends import Backend, make_step
 from minbert_fast.surgery.torchjd import UNFIT
 from tests.small import small_data, small_run
+from tests.step.test_step import PLAIN, SIZES, make_batch, make_model
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +43,20 @@ NEEDS = {"torchjd:CAGrad(c=0.4)": "clarabel", "torchjd:FairGrad(alpha=1.0)": "sc
 @pytest.mark.ci
 @pytest.mark.parametrize("backend", ["fast", "reference"])
 @pytest.mark.parametrize("method", [*surgery.METHODS, *(f"torchjd:{name}" for name in TORCHJD)])
-def test_every_method_trains(data: Path, tmp_path: Path, method: str, backend: str) -> None:
+def test_every_method_trains(method: str, backend: Backend) -> None:
     if method.startswith("torchjd:"):
         pytest.importorskip("torchjd.aggregation")
     if method in NEEDS:
         pytest.importorskip(NEEDS[method])
-    assert np.isfinite(losses(data, tmp_path / "run", method, "--backend", backend, "--max-steps", "2")).all()
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("backend", ["fast", "reference"])
-@pytest.mark.parametrize("method", weighting.METHODS)
-def test_every_weighting_trains(data: Path, tmp_path: Path, method: str, backend: str) -> None:
-    flags = ("--set", f"weighting.method={method}", "--backend", backend, "--max-steps", "2")
-    assert np.isfinite(losses(data, tmp_path / "run", "pcgrad", *flags)).all()
+    chosen = Recipe().with_values({"surgery": {"method": method}, "tasks": PLAIN}, "test")
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)
+    before = [p.clone() for p in model.encoder.bert_layers.parameters()]
+    for index in range(2):
+        assert torch.isfinite(step(make_batch(model, SIZES, seed=index), 1.0).losses).all()
+    for p, q in zip(model.encoder.bert_layers.parameters(), before, strict=True):
+        assert torch.isfinite(p).all()
+        assert not torch.equal(p, q)
 
 
 def test_the_list_of_torchjds_weightings_is_complete() -> None:

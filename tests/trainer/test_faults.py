@@ -77,7 +77,7 @@ def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_pa
         assert f"cannot be written ({reason})" in error
     assert "the checkpoint of step" in attempts["full"][1]
     assert attempts["begun"] == attempts["in the end"] == (0, "")
-    flags = ("--lr", "1e-3", "--set", "training.evaluate_untrained=false")
+    flags = ("--lr", "1e-3", "--epochs", "1", "--set", "training.evaluate_untrained=false")
     assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags)) == 0
     for name in RESULTS:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -110,10 +110,10 @@ def test_losses_that_stay_non_finite_stop_with_file_and_line(
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Limits the address space to half a gigabyte more than now."""
+    """Limits the address space to a quarter of a gigabyte more than now."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + (512 << 20), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -124,11 +124,11 @@ def test_memory_that_runs_out_names_the_batch(
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    rows = "".join(f"{row}\tid{row}\t{'good film ' * 60}\t{row % 5}\n" for row in range(4_000))
+    rows = "".join(f"{row}\tid{row}\t{'good film ' * 60}\t{row % 5}\n" for row in range(2_000))
     (data / "ids-sst-train.csv").write_text(f"\tid\tsentence\tsentiment\n{rows}")
-    error = fails(capsys, small_run(data, tmp_path / "run", "--batch-size", "4000", "--set", "data.holdout=0"))
-    assert "out of memory at step 1, a batch of 4000 examples with 512,000 tokens" in error
-    assert "lower --batch-size (now 4000) or --set data.max_length (now 128)" in error
+    error = fails(capsys, small_run(data, tmp_path / "run", "--batch-size", "2000", "--set", "data.holdout=0"))
+    assert "out of memory at step 1, a batch of 2000 examples with 256,000 tokens" in error
+    assert "lower --batch-size (now 2000) or --set data.max_length (now 128)" in error
 
 
 # ---- Texts --------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,8 @@ def test_texts_of_every_kind_train_and_predict(tmp_path: Path, capsys: pytest.Ca
         with (data / f"sts-{split}.csv").open("a", encoding="utf-8") as file:
             file.writelines(f"{row}\tid{row}\t{text}\t{TEXTS[-row]}\t2.5\n" for row, text in enumerate(TEXTS))
     output = tmp_path / "run"
-    assert cli.run(train.main, small_run(data, output, "--lr", "1e-3", "--set", "data.max_bad_rows=0.0")) == 0
+    flags = ("--lr", "1e-3", "--epochs", "1", "--set", "data.max_bad_rows=0.0")
+    assert cli.run(train.main, small_run(data, output, *flags)) == 0
     assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 0
     predictions = (output / "predictions" / "sst-dev-output.csv").read_text().splitlines()
     assert len(predictions) == len((data / "ids-sst-dev.csv").read_text(encoding="utf-8").split("\n")) - 1

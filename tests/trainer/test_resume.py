@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ci
 
 RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 TIMES = ("step_seconds", "time")
-FLAGS = ("--lr", "1e-3", "--epochs", "4", "--surgery", "pcgrad", "--set", "checkpoint.every=1")
+FLAGS = ("--lr", "1e-3", "--surgery", "pcgrad", "--set", "checkpoint.every=1")
 
 
 def records(output: Path) -> list[dict[str, Any]]:
@@ -32,13 +32,21 @@ def records(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def kill_and_resume(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
-    """Kills and resumes runs until `kills` kills have happened; compares every run that gets to its end."""
+@pytest.fixture(scope="module")
+def uninterrupted(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
+    """Data, the output of a run on them, and how many seconds it took."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     data = small_data(folder / "data")
-    whole = folder / "whole"
     began = time.monotonic()
-    assert zygote.run(small_run(data, whole, *FLAGS)) == 0
-    seconds = time.monotonic() - began
+    assert zygote.run(small_run(data, folder / "whole", *FLAGS)) == 0
+    return data, folder / "whole", time.monotonic() - began
+
+
+def kill_and_resume(
+    zygote: Zygote, uninterrupted: tuple[Path, Path, float], folder: Path, kills: int, seed: int
+) -> None:
+    """Kills and resumes runs until `kills` kills have happened; compares every run that gets to its end."""
+    data, whole, seconds = uninterrupted
     chance = random.Random(seed)
     killed = runs = 0
     while killed < kills:
@@ -58,20 +66,23 @@ def kill_and_resume(zygote: Zygote, folder: Path, kills: int, seed: int) -> None
         assert not [p.name for p in output.rglob("*") if ".writing-" in p.name or ".damaged" in p.name]
 
 
-def test_killed_at_random_moments_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
-    kill_and_resume(zygote, tmp_path, kills=4, seed=int(time.time()))
+def test_killed_at_random_moments_and_resumed(
+    zygote: Zygote, uninterrupted: tuple[Path, Path, float], tmp_path: Path
+) -> None:
+    kill_and_resume(zygote, uninterrupted, tmp_path, kills=4, seed=int(time.time()))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_fifty_random_moments_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
-    kill_and_resume(zygote, tmp_path, kills=50, seed=7)
+def test_killed_at_fifty_random_moments_and_resumed(
+    zygote: Zygote, uninterrupted: tuple[Path, Path, float], tmp_path: Path
+) -> None:
+    kill_and_resume(zygote, uninterrupted, tmp_path, kills=50, seed=7)
 
 
-def test_terminated_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
+def test_terminated_and_resumed(zygote: Zygote, uninterrupted: tuple[Path, Path, float], tmp_path: Path) -> None:
     """SIGTERM gives exit status 143 and loses no step."""
-    data = small_data(tmp_path / "data")
-    assert zygote.run(small_run(data, tmp_path / "whole", *FLAGS)) == 0
+    data, whole, _ = uninterrupted
     output = tmp_path / "run"
     (pid,) = zygote.start(small_run(data, output, *FLAGS))
     while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text().splitlines()) < 4:
@@ -80,5 +91,5 @@ def test_terminated_and_resumed(zygote: Zygote, tmp_path: Path) -> None:
     assert zygote.wait() == [128 + signal.SIGTERM]
     assert zygote.run(small_run(data, output, *FLAGS, "--resume")) == 0
     for name in RESULTS:
-        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert records(output) == records(tmp_path / "whole")
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+    assert records(output) == records(whole)
