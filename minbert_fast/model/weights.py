@@ -73,7 +73,7 @@ class _Undrawn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
-            return kwargs["tensor"]
+            return (*args, *kwargs.values())[0]
         if func is torch.arange and not kwargs and list(map(type, args)) == [int]:
             return torch.empty(args, dtype=torch.int64)
         return func(*args, **kwargs)

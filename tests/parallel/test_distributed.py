@@ -50,7 +50,7 @@ from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 from tests.zygote import Zygote, free_port
 
 FORK = multiprocessing.get_context("forkserver")  # a new process without a new import of torch
-FORK.set_forkserver_preload([__name__])
+FORK.set_forkserver_preload([__name__, "torch.fx.experimental.symbolic_shapes"])  # the latter by a backward
 WITHOUT_DROPOUT = ["--dropout", "0", "--set", "tasks.sentiment.dropout=0.0", "--set", "tasks.paraphrase.dropout=0.0"]
 COMMON = [
     "--recipe", "default", "--lr", "1e-3", "--surgery", "pcgrad", "--batch-size", "7", *WITHOUT_DROPOUT,

@@ -42,12 +42,17 @@ def make_model(chosen: Recipe, encoder: type[BertModel] = BertModel) -> Multitas
 
 
 def make_batch(
-    model: MultitaskModel, sizes: Mapping[str, int], seed: int = 0, lowest_word: int = 1, **capacities: int
+    model: MultitaskModel,
+    sizes: Mapping[str, int],
+    seed: int = 0,
+    lowest_word: int = 1,
+    longest: int = 19,
+    **capacities: int,
 ) -> MultitaskBatch:
     rng = np.random.default_rng(seed)
     arity = {name: model.tasks[name].arity for name in sizes}
     sentences = [
-        [rng.integers(lowest_word, 61, rng.integers(1, 20)).tolist() for _ in range(n * arity[name])]
+        [rng.integers(lowest_word, 61, rng.integers(1, longest + 1)).tolist() for _ in range(n * arity[name])]
         for name, n in sizes.items()
     ]
     labels: dict[str, Tensor] = {}
