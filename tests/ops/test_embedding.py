@@ -101,9 +101,8 @@ def check(lengths: list[list[int]], width: int, p: float, dtype: torch.dtype, de
     tolerance.reference(it.formula, it.tables, keep=keep).check([y])
 
 
-@pytest.mark.parametrize("p", [0.0, P])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [3, 100])
+@pytest.mark.parametrize(("width", "p"), [(3, P), (100, 0.0), (100, P)])
 def test_within_the_error_budget(width: int, dtype: torch.dtype, p: float, every_device: torch.device) -> None:
     if dtype == torch.bfloat16 and backend.implementation(torch.empty(0)) == "triton" and every_device.type == "cpu":
         pytest.skip("the interpreter truncates dz to bf16, and sums of it drift; test_forward_in_bf16 remains")
@@ -129,7 +128,7 @@ def test_wider_than_a_gather_tile(triton: torch.device) -> None:
 
 
 def test_deterministic(device: torch.device) -> None:
-    it = case(BATCHES["three tasks"], 64, P, torch.float32, device)
+    it = case(BATCHES["empty first"], 64, P, torch.float32, device)
     distinct = it.batch.word_offsets.numel() - 1
     first, second = (torch.empty(3, distinct, 64, device=device) for _ in range(2))
     it.run(word=first)
@@ -137,7 +136,7 @@ def test_deterministic(device: torch.device) -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("lengths", [[[5, 3, 17], [9, 1]], [[20] * 12]], ids=["rare", "frequent"])
+@pytest.mark.parametrize("lengths", [[[5, 3, 17], [9, 1]], [[3] * 12]], ids=["rare", "frequent"])
 def test_the_padding_word_gets_no_gradient(lengths: list[list[int]], device: torch.device) -> None:
     it = case(lengths, 36, 0.0, torch.float32, device)
     distinct = it.batch.word_offsets.numel() - 1
@@ -151,7 +150,7 @@ def test_the_padding_word_gets_no_gradient(lengths: list[list[int]], device: tor
 
 
 def test_only_the_wanted_gradients(device: torch.device) -> None:
-    it = case(BATCHES["three tasks"], 64, 0.0, torch.float32, device)
+    it = case(BATCHES["empty first"], 64, 0.0, torch.float32, device)
     everything = Slices(3, {"position": (POSITIONS, 64), "beta": (64,)}, torch.float32, device)
     it.run(**everything.views)
     alone = torch.empty(3, POSITIONS, 64, device=device)

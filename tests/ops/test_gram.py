@@ -27,7 +27,6 @@ SHAPES = [
     (8, 700, 3),
     (9, 300, 8),
     (17, 129, 1),
-    pytest.param(40, 33, 5, marks=pytest.mark.ci),
 ]
 
 
@@ -101,9 +100,9 @@ def test_a_broken_gradient_stays_in_its_own_row_and_column_everywhere(anywhere: 
 
 
 def broken_row(anywhere: torch.device) -> None:
+    J = random_rows(9, 700).to(anywhere)
+    healthy = ops.gram(J)
     for bad in (torch.nan, torch.inf, -torch.inf):
-        J = random_rows(9, 700).to(anywhere)
-        healthy = ops.gram(J)
         J[2, 333] = bad
         gram = ops.gram(J)
         others = [0, 1, *range(3, 9)]

@@ -18,10 +18,10 @@ from tests.tolerance import assert_within_budget
 
 pytestmark = pytest.mark.skipif(not triton_available(), reason="Triton is not installed")
 
-# Rows of each task: none, one, many; and shapes: BERT's widths beside narrow ones, full tiles and parts of tiles.
+# Rows of each task: none, one, many; and shapes: MiniLM's widths beside narrow ones, full tiles and parts of tiles.
 CASES = {
     "1,023 rows, fp32": ((0, 0, 1, 1023), [(384, 16)], torch.float32),
-    "widths of BERT, fp32": ((0, 3, 3, 8), [(768, 16), (16, 3072)], torch.float32),
+    "widths of MiniLM, fp32": ((0, 3, 3, 8), [(384, 16), (16, 768)], torch.float32),
     "parts of tiles, fp16": ((0, 70, 70, 131), [(144, 144), (96, 16)], torch.float16),
     "unaligned, fp32": ((0, 5, 40), [(100, 36), (7, 3)], torch.float32),
     "unaligned, fp16": ((0, 40), [(100, 36), (7, 3)], torch.float16),
