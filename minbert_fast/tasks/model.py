@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minbert_fast.common import imports
+from minbert_fast.common.device import shapes_alone
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_bytes, write_text
 from minbert_fast.data.batch import MultitaskBatch
@@ -192,7 +193,7 @@ class MultitaskModel(nn.Module):
         for name in tasks:
             if name not in self.heads:
                 raise ConfigError(f"tasks.{name}: the model has no head of this name (it has {', '.join(self.heads)})")
-        with torch.device("meta"):  # shapes only: no memory, no random numbers
+        with shapes_alone():
             heads = _build_heads(merged, self.encoder, self.pooling)
             needed = {key: t.shape for key, t in self._head_tensors(heads).items()}
         if needed != {key: t.shape for key, t in self._head_tensors(self.heads).items()}:
