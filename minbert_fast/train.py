@@ -23,7 +23,7 @@ from typing import Any
 
 from minbert_fast import surgery
 from minbert_fast.common import cli
-from minbert_fast.common.schema import ConfigError, Whole, merge
+from minbert_fast.common.schema import ConfigError, Whole, field_types, merge
 from minbert_fast.data.inputs import ENDINGS
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
 from minbert_fast.tasks import build_task, build_tasks
@@ -118,7 +118,7 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag) -> None:
     """Adds a recipe flag with the type and choices of its field, without `| None`."""
     hint: Any = Recipe
     for name in flag.key.split("."):
-        hint = typing.get_type_hints(hint)[name]
+        hint = field_types(hint)[name]
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     options: dict[str, Any] = {"dest": flag.key, "default": None, "help": flag.help.replace("%", "%%")}

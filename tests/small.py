@@ -14,11 +14,11 @@ TRAIN_ROWS, DEV_ROWS = 40, 24
 FILES = {stem: f"{stem}-{{}}.csv" for stem in ("ids-sst", "quora", "sts")}
 
 
-def small_data(folder: Path) -> Path:
+def small_data(folder: Path, train_rows: int = TRAIN_ROWS) -> Path:
     """The first rows of the sample data, in the course's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in FILES.values():
-        for split, rows in (("train", TRAIN_ROWS), ("dev", DEV_ROWS)):
+        for split, rows in (("train", train_rows), ("dev", DEV_ROWS)):
             name = pattern.format(split)
             with (sample_directory().data / name).open(encoding="utf-8") as source:
                 (folder / name).write_text("".join(islice(source, rows + 1)), encoding="utf-8")

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minbert_fast.common.schema import ConfigError, check
 
@@ -16,6 +19,25 @@ Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OLDEST_CAPABILITY = (7, 5)  # the oldest compute capability that kernels are compiled for: Turing, the T4
 BF16_CAPABILITY = (8, 0)  # the oldest compute capability that multiplies in bf16
+
+
+class _WithoutSlowImports(TorchFunctionMode):
+    """Spares imports of a second or more: on "meta" torch needs its compiler for `normal_`, and sympy for `arange`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else named["tensor"]
+        if func is torch.arange and named.get("device") is None:
+            return torch.empty_like(torch.arange(*args, **{**named, "device": "cpu"}), device="meta")
+        return func(*args, **named)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Modules made in this block have shapes and no numbers: on "meta", without memory or random draws."""
+    with torch.device("meta"), _WithoutSlowImports():
+        yield
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 D = TypeVar("D")
-_type_hints = functools.cache(typing.get_type_hints)  # which evaluates the annotations anew in every call
 
 
 class ConfigError(ValueError):
@@ -46,6 +45,12 @@ def check_below_one(options: object, *names: str) -> None:
         check(value is None or 0 <= value < 1, f"{name} = {value}: expected 0 <= {name} < 1")
 
 
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, kept: `typing.get_type_hints` compiles the text of each annotation again."""
+    return typing.get_type_hints(cls)
+
+
 def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = ": ") -> D:
     """A new instance of dataclass `cls` with `values`; nested mappings become nested dataclasses.
 
@@ -53,7 +58,7 @@ def build(cls: type[D], values: Mapping[str, Any], where: str, separator: str = 
     for an unknown key, a value of the wrong type, or a value that `cls` itself rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = _type_hints(cls)
+    hints = field_types(cls)  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             inner = [f"{name}.{key}" for name in fields if key in getattr(hints[name], "__dataclass_fields__", ())]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minbert_fast.common.device import shapes_alone
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.model import fused, passes, weights
 from minbert_fast.model.config import BertConfig
@@ -281,7 +282,7 @@ class BertModel(nn.Module):
         base = config or found or weights.infer_config(tensors, where, "num_attention_heads" in overrides)
         chosen = BertConfig.from_mapping({**vars(base), **overrides}, str(path))
         chosen.name_or_path = str(name_or_path)
-        with weights.shapes_alone():  # takes no memory for sizes that the file only declares
+        with shapes_alone():  # takes no memory for sizes that the file only declares
             wanted, plain = cls(chosen).state_dict(), BertModel(chosen).state_dict()
         own = [name for name in wanted if name not in plain and name not in tensors]  # modules that a subclass adds
         missing = weights.check_encoder({k: t for k, t in wanted.items() if k not in own}, tensors, where)
@@ -321,7 +322,7 @@ class BertModel(nn.Module):
                 tensors = {key: t for key, t in tensors.items() if not key.startswith(f"{name}.")}
                 tensors |= {f"{name}.{key}": t for key, t in merged.get_base_layer().state_dict().items()}
         config = dataclasses.replace(self.config, num_hidden_layers=len(self.bert_layers))
-        with weights.shapes_alone():
+        with shapes_alone():
             wanted = BertModel(config).state_dict()
         foreign, missing = [k for k in tensors if k not in wanted], [k for k in wanted if k not in tensors]
         if foreign or missing:
@@ -331,7 +332,7 @@ class BertModel(nn.Module):
             raise WeightsError(f"{words}{more}: {advice}")
         del tensors[weights.POSITIONS]  # no file has them
         config = dataclasses.replace(config, **weights.sizes_of(tensors))
-        with weights.shapes_alone():
+        with shapes_alone():
             weights.check_encoder(BertModel(config).state_dict(), tensors, "save_pretrained")
         try:
             fused.expect_counting(self, self.position_ids)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ import huggingface_hub
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
 
 from minbert_fast.common.errors import first_line
 from minbert_fast.common.schema import ConfigError, check
@@ -63,30 +60,6 @@ POSITIONS = "position_ids"  # a buffer of old and new models; files in the Huggi
 _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _WORDS = ("word_embedding.weight", "embeddings.word_embeddings.weight")  # every encoder has one of the two
 _PUBLISHED = (128, 256, 512, 768, 1024)  # hidden sizes of Google's BERTs
-
-
-class _Undrawn(TorchFunctionMode):
-    """Leaves out what torch's modules, and position numbers, begin with."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
-            return (*args, *kwargs.values())[0]
-        if func is torch.arange and not kwargs and list(map(type, args)) == [int]:
-            return torch.empty(args, dtype=torch.int64)
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Modules made inside have shapes and no values: no memory, no random numbers.
-
-    torch imports its compiler to draw numbers on the meta device; that takes longer than all else in a short command.
-    """
-    with torch.device("meta"), _Undrawn():
-        yield
 
 
 def from_stock_name(key: str) -> str:

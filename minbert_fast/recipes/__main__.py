@@ -12,13 +12,12 @@ import functools
 import shutil
 import sys
 import textwrap
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from minbert_fast.common import cli
-from minbert_fast.common.schema import ConfigError, plain, to_toml
+from minbert_fast.common.schema import ConfigError, field_types, plain, to_toml
 from minbert_fast.recipes.keys import Key, keys_of
 from minbert_fast.recipes.recipe import Recipe, recipe_names
 from minbert_fast.tasks.base import KINDS, TaskOptions, build_task
@@ -134,7 +133,7 @@ def format_keys(word: str) -> str:
 
 def key_groups() -> Iterator[tuple[str, str, list[Key]]]:
     """(title, prefix, keys) of every section, then of every kind of task without the keys that all kinds have."""
-    hints = typing.get_type_hints(Recipe)
+    hints = field_types(Recipe)
     yield "The recipe itself", "", keys_of(Recipe)
     for field in fields(Recipe):
         section = hints[field.name]

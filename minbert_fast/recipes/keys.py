@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from minbert_fast.common.schema import plain, toml_value
+from minbert_fast.common.schema import field_types, plain, toml_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Key:
 
 def keys_of(section: type) -> list[Key]:
     """The keys of a section in the order of its dataclass, inherited ones first. Nested sections are left out."""
-    hints = typing.get_type_hints(section)
+    hints = field_types(section)
     keys = []
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(hints[field.name]):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minbert_fast.common import imports
+from minbert_fast.common.device import shapes_alone
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.common.storage import write_bytes, write_text
 from minbert_fast.data.batch import MultitaskBatch
@@ -29,7 +30,6 @@ from minbert_fast.model.bert import BertModel
 from minbert_fast.model.config import Pooling
 from minbert_fast.model.packing import PackedBatch
 from minbert_fast.model.weight_files import read_safetensors
-from minbert_fast.model.weights import shapes_alone
 from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, build_task

@@ -97,22 +97,22 @@ def test_the_best_trial_has_the_highest_score_or_the_lowest_loss(metric: str, di
 
 def test_an_interrupted_search_goes_on(trainings: Trainings, tmp_path: Path) -> None:
     """It proposed other values than an uninterrupted search with the same seed."""
-    assert run(tmp_path / "whole", *SPACE, "--optuna", "6") == 0
+    assert run(tmp_path / "whole", *SPACE, "--optuna", "4") == 0
     whole = json.loads((tmp_path / "whole" / "table.json").read_text())
     trainings.begun.clear()
-    trainings.interrupt_at = 3
-    assert run(tmp_path, *SPACE, "--optuna", "5") == 130
+    trainings.interrupt_at = 2
+    assert run(tmp_path, *SPACE, "--optuna", "3") == 130
     interrupted = trainings.begun[-1]
     trainings.begun.clear()
     trainings.interrupt_at = -1
-    assert run(tmp_path, *SPACE, "--optuna", "5") == 0
+    assert run(tmp_path, *SPACE, "--optuna", "3") == 0
     assert trainings.begun[0] == interrupted
-    assert len(trainings.begun) == 3, "two of five were done"
-    assert len(json.loads((tmp_path / "table.json").read_text())) == 5
+    assert len(trainings.begun) == 2, "one of three was done"
+    assert len(json.loads((tmp_path / "table.json").read_text())) == 3
     trainings.begun.clear()
-    assert run(tmp_path, *SPACE, "--optuna", "5") == 0
+    assert run(tmp_path, *SPACE, "--optuna", "3") == 0
     assert trainings.begun == []
-    assert run(tmp_path, *SPACE, "--optuna", "6") == 0
+    assert run(tmp_path, *SPACE, "--optuna", "4") == 0
     assert len(trainings.begun) == 1
     assert json.loads((tmp_path / "table.json").read_text()) == whole
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -128,34 +130,39 @@ def test_a_linked_directory_is_replaced_where_it_lies(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "best", "best", "disk"]
 
 
-WRITE = """
-import sys
-from pathlib import Path
-from minbert_fast.common.storage import write_text
-print("before")
-write_text(Path(sys.argv[1]), "written\\n")
-print("after")
-"""
+@contextlib.contextmanager
+def standard_output_into(descriptor: int) -> Iterator[None]:
+    """As `> FILE` does for a new process: descriptor 1 is a copy of this one, and sys.stdout buffers text for it."""
+    before = os.dup(1)
+    os.dup2(descriptor, 1)
+    try:
+        with open(1, "w", closefd=False) as stream, contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("-", "pipe"), ("stdout", "pipe"), ("-", "append"), ("/proc/self/fd/1", "append"), ("out.txt", "append")],
 )
-def test_standard_output_by_any_name(tmp_path: Path, name: str, mode: str) -> None:
+def test_standard_output_by_any_name(tmp_path: Path, name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A redirected standard output is a regular file: its rename lost what the shell's file held."""
     out = tmp_path / "out.txt"
     out.write_text("old\n")
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which a failing test must not replace
-    command = [sys.executable, "-c", WRITE, name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if mode == "pipe":
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True, text=True)
-        assert done.stdout == "before\nwritten\nafter\n"
-        return
-    with out.open("a") as file:
-        subprocess.run(command, cwd=tmp_path, env=environment, stdout=file, check=True)
-    assert out.read_text() == "old\nbefore\nwritten\nafter\n"
+    monkeypatch.chdir(tmp_path)
+    reader, writer = os.pipe()
+    with open(reader) as read, open(writer, "w") as pipe, out.open("a") as file:
+        with standard_output_into((pipe if mode == "pipe" else file).fileno()):
+            print("before")
+            storage.write_text(Path(name), "written\n")
+            print("after")
+        pipe.close()
+        found = read.read() if mode == "pipe" else out.read_text().removeprefix("old\n")
+    assert found == "before\nwritten\nafter\n"
+    assert out.read_text().startswith("old\n")
 
 
 def test_predictions_alone_stand_on_standard_output(checkpoint: Path, tmp_path: Path) -> None:

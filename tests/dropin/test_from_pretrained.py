@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import types
 import zipfile
@@ -306,10 +306,18 @@ def test_position_ids_load_both_ways(folder: Path, tmp_path: Path, cls: type[Ber
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    ["module.", "_orig_mod.", "module._orig_mod.", "bert.", "module.bert.", "model.bert._orig_mod.", "bert.module."],
+    ("prefix", "key"),
+    [
+        ("module.", None),
+        ("_orig_mod.", "state_dict"),
+        ("module._orig_mod.", "model_state_dict"),
+        ("bert.", "model"),
+        ("bert.", None),
+        ("module.bert.", ("model", "state_dict")),
+        ("model.bert._orig_mod.", None),
+        ("bert.module.", "state_dict"),
+    ],
 )
-@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model", ("model", "state_dict")])
 def test_wrapped_and_nested_checkpoints(
     model: BertModel, tmp_path: Path, prefix: str, key: str | tuple[str, ...] | None
 ) -> None:
@@ -384,20 +392,29 @@ class Classifier(torch.nn.Module):
 
 
 @pytest.mark.parametrize("key", [None, "model"])
-def test_a_pickled_model_names_its_class_and_the_line_that_converts_it(tmp_path: Path, key: str | None) -> None:
+def test_a_pickled_model_names_its_class_and_the_line_that_converts_it(
+    tmp_path: Path, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "project.py").write_text(PROJECT)
-    saved = f"{{{key!r}: project.Classifier()}}" if key else "project.Classifier()"
-    code = f"import project, torch; torch.manual_seed(0); torch.save({saved}, 'whole.pt')"
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as its_process:  # the project's own, which finds the project's modules
+        its_process.syspath_prepend(tmp_path)
+        project = importlib.import_module("project")
+        torch.manual_seed(0)
+        torch.save({key: project.Classifier()} if key else project.Classifier(), "whole.pt")
+        del sys.modules["project"]
     with pytest.raises(
         WeightsError, match=r"whole\.pt: its weights lie inside an object of class project\.Classifier,"
     ) as caught:
         BertModel.from_pretrained(tmp_path / "whole.pt")
+    assert "project" not in sys.modules
     assert "\n" not in str(caught.value)
     command = re.search(r'python -c "(.+)"$', str(caught.value))
     assert command is not None
-    subprocess.run([sys.executable, "-c", command[1]], cwd=tmp_path, env=environment, check=True)
+    with monkeypatch.context() as its_process:
+        its_process.syspath_prepend(tmp_path)
+        exec(command[1], {})
+        del sys.modules["project"]
     converted = BertModel.from_pretrained(tmp_path / "whole-tensors.pt", num_attention_heads=2)
     torch.manual_seed(0)
     assert same(converted, BertModel(TINY))

@@ -249,9 +249,10 @@ CHANGES = WAYS | {"wrapped layer": wrapped_layer, "relu": relu, "hooked": hooked
 
 
 @pytest.mark.filterwarnings("ignore:.*runs as plain modules")
-@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_ten_steps_equal_the_reference_path(change: str, surgery: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "surgery"), [*((change, "pcgrad") for change in CHANGES), ("peft", "none"), ("wrapped layer", "none")]
+)
+def test_four_steps_equal_the_reference_path(change: str, surgery: str) -> None:
     chosen = recipe(surgery={"method": surgery})
     fast_model = multitask(chosen, CHANGES[change])
     slow_model = multitask(chosen, CHANGES[change])
@@ -262,7 +263,7 @@ def test_ten_steps_equal_the_reference_path(change: str, surgery: str) -> None:
         make_step("reference", slow_model, chosen, torch.float32),
     ]
     sizes = [{"sentiment": 5, "paraphrase": 4, "similarity": 3}, {"sentiment": 3, "paraphrase": 0, "similarity": 5}]
-    for index in range(10):
+    for index in range(4):
         given = examples(fast_model, sizes[index % 2], index)
         a, b = (step(given, 1.0) for step in steps)
         torch.testing.assert_close(a.losses, b.losses, atol=3e-4, rtol=3e-4)

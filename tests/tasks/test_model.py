@@ -49,7 +49,7 @@ def make_batch(
     rng = np.random.default_rng(0)
     arity = {name: model.tasks[name].arity for name in sizes}
     sentences = [[rng.integers(1, 40, rng.integers(1, 9)) for _ in range(n * arity[name])] for name, n in sizes.items()]
-    room = {"token_capacity": 400, "sentence_capacity": 60, "max_seqlen": 16} if capacity else {}
+    room = {"token_capacity": 200, "sentence_capacity": 30, "max_seqlen": 16} if capacity else {}
     labels = {name: torch.tensor(known[name][:n]) for name, n in sizes.items() if name in known}
     rows = {name: np.arange(n) for name, n in sizes.items()}
     return MultitaskBatch(pack(sentences, **room), tuple(sizes), arity, labels, rows)
@@ -65,7 +65,7 @@ def gradients(model: MultitaskModel, losses: dict) -> dict[str, torch.Tensor]:
 BY_KERNELS: dict[str, dict] = {
     "presets": {name: {} for name in LABELS},
     "others": {
-        "sentiment": {"pooling": "cls", "label_smoothing": 0.1, "extra_layers": 1},
+        "sentiment": {"pooling": "cls", "label_smoothing": 0.1},
         "paraphrase": {"pooling": "max", "features": ["cosine", "u"], "loss": "cross_entropy"},
         "similarity": {"calibrated": True, "loss": "cosent", "weight": 2.0},
     },
@@ -74,7 +74,7 @@ BY_KERNELS: dict[str, dict] = {
 
 @pytest.mark.skipif(not triton_available(), reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the GPU's code in the interpreter")
-@pytest.mark.parametrize("sizes", [(5, 4, 3), (0, 1, 2)])
+@pytest.mark.parametrize("sizes", [(4, 2, 3), (0, 1, 2)])
 @pytest.mark.parametrize("options", BY_KERNELS.values(), ids=BY_KERNELS)
 def test_losses_and_gradients_by_kernels_equal_those_without(options: dict, sizes: tuple[int, ...]) -> None:
     """Pooling, cosines and losses are Triton's on a GPU; dropout draws the same masks."""

@@ -85,7 +85,7 @@ def test_with_votes_no_sentence_is_repeated() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_votes_over_all_of_sst_train_save_and_predict(data: Path, tmp_path: Path) -> None:
-    flags = small_run(data, tmp_path / "run", "--recipe", "wish-nearest", "--lr", "1e-3", "--epochs", "1")
+    flags = small_run(data, tmp_path / "run", "--recipe", "wish-nearest", "--lr", "1e-3", "--max-steps", "20")
     assert cli.run(train.main, flags) == 0
     model = MultitaskModel.load(tmp_path / "run" / "best")
     stored = model.head("sentiment").labelled_sentences()
@@ -100,10 +100,10 @@ def test_votes_over_all_of_sst_train_save_and_predict(data: Path, tmp_path: Path
 @pytest.mark.usefixtures("one_thread")
 def test_stored_vectors_come_from_the_runs_own_encoder(data: Path, tmp_path: Path) -> None:
     """They are the same after an interruption in the stage that uses them."""
-    for name, cuts in (("whole", ()), ("cut", ("13",))):
-        for steps in (*cuts, "20"):
-            more = ("--resume",) if steps == "20" and cuts else ()
-            flags = small_run(data, tmp_path / name, *STAGES, "--max-steps", "20", "--stop-after", steps, *more)
+    for name, cuts in (("whole", ()), ("cut", ("6",))):
+        for steps in (*cuts, "10"):
+            more = ("--resume",) if steps == "10" and cuts else ()
+            flags = small_run(data, tmp_path / name, *STAGES, "--max-steps", "10", "--stop-after", steps, *more)
             assert cli.run(train.main, flags) == 0
     last = [tmp_path / name / "last" for name in ("whole", "cut")]
     for file in ("model.safetensors", "heads.safetensors"):

@@ -298,11 +298,11 @@ def small_recipe(data: Path, **training: Any) -> Recipe:
 
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Interrupted in the pre-training stage, and again in the next one."""
-    data = small_data(tmp_path / "data")
-    whole = train(small_recipe(data, max_steps=30), Options(tmp_path / "whole", device="cpu"))
-    for steps in (3, 27, 30):
+    data = small_data(tmp_path / "data", train_rows=16)
+    whole = train(small_recipe(data), Options(tmp_path / "whole", device="cpu"))
+    for steps in (3, 11, None):  # of 10 steps in the first stage, and 2 in each of the others
         how = Options(tmp_path / "cut", device="cpu", resume=True, stop_after=steps)
-        cut = train(small_recipe(data, max_steps=30), how)
+        cut = train(small_recipe(data), how)
     for name in ("model.safetensors", "heads.safetensors"):
         assert (cut / "last" / name).read_bytes() == (whole / "last" / name).read_bytes(), name
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -324,16 +324,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_early_stopping_applies_only_to_stages_with_dev_scores(tmp_path: Path) -> None:
-    data = small_data(tmp_path / "data")
+    data = small_data(tmp_path / "data", train_rows=32)
     chosen = small_recipe(data, patience=1, evaluate_every=1)
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [sum(1 for line in lines if line["step"] and line["stage"] == stage) for stage in range(2)]
-    whole = train(small_recipe(data), Options(tmp_path / "whole", device="cpu"))
-    steps = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    every = [sum(1 for line in steps if line["step"] and line["stage"] == stage) for stage in range(2)]
-    assert evaluated[0] == every[0]
-    assert evaluated[1] < every[1]
+    taken = [sum(1 for line in lines if line["step"] and line["stage"] == stage) for stage in range(2)]
+    assert taken[0] == 20  # 160 sentences in batches of 8
+    assert taken[1] < 4
 
 
 def test_pretraining_starts_from_published_heads_and_learns(
@@ -347,21 +344,21 @@ def test_pretraining_starts_from_published_heads_and_learns(
             if source is pretrained or "token" in path.name or path.name == "vocab.txt":
                 (model / path.name).write_bytes(path.read_bytes())
     # No other task trains, so there are no dev scores.
-    base = small_recipe(data, epochs=12).with_values({"model": {"name": str(model)}}, "test")
+    base = small_recipe(data, epochs=5).with_values({"model": {"name": str(model)}}, "test")
     alone = {"tasks": {"mlm": {"rate": 0.3}}, "stages": ()}
     chosen = build(Recipe, {**vars(base), **alone}, "test")
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
     assert "tasks.mlm starts from the model's own pre-training head" in capsys.readouterr().out
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/mlm"] for line in lines if "loss/mlm" in line]
-    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:5])
     assert (output / "best" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("asked", [{"r_drop": 1.0}, {"smart": 1.0, "proximal": 1.0}])
 def test_regularisation_applies_only_to_labelled_tasks(asked: dict[str, float], tmp_path: Path) -> None:
-    data = small_data(tmp_path / "data")
-    values = {"regularisation": asked, "training": {"max_steps": 12}, "data": {"scheme": "each-once"}}
+    data = small_data(tmp_path / "data", train_rows=16)
+    values = {"regularisation": asked, "data": {"scheme": "each-once"}}
     chosen = small_recipe(data).with_values(values, "test")
     together = {"sentiment": {}, "similarity": {}, "mlm": {}, "nsp": {}}
     chosen = build(Recipe, {**vars(chosen), "tasks": together, "stages": ()}, "test")
