@@ -202,7 +202,7 @@ def test_autocast_ends_in_fp32_as_the_stock_modules_do(small: BertModel, dtype: 
 
 @pytest.mark.ci
 def test_sts_behaviour_of_real_weights(minilm: Path, shared_data: Path) -> None:
-    """Mean-pooled MiniLM embeddings rank the STS dev pairs as published models of this kind do."""
+    """Mean-pooled MiniLM embeddings rank every fourth STS dev pair as published models of this kind do."""
     from scipy.stats import spearmanr
 
     from minbert_fast.data import Tokenizer, read_table
@@ -210,7 +210,7 @@ def test_sts_behaviour_of_real_weights(minilm: Path, shared_data: Path) -> None:
     table = read_table(shared_data / "sts-dev.csv", "similarity")
     tokenizer, model = Tokenizer.from_pretrained(minilm), BertModel.from_pretrained(minilm)
     sides = []
-    for texts in table.sentences:
+    for texts in (side[::4] for side in table.sentences):
         tokens = tokenizer.encode(texts, max_length=128)
         batch = pack([[tokens[i] for i in range(len(texts))]])
         with torch.no_grad():
@@ -218,4 +218,4 @@ def test_sts_behaviour_of_real_weights(minilm: Path, shared_data: Path) -> None:
         offsets = batch.cu_seqlens.tolist()
         sides.append(torch.stack([hidden[a:b].mean(0) for a, b in itertools.pairwise(offsets)]))
     cosine = nn.functional.cosine_similarity(*sides)
-    assert spearmanr(cosine.numpy(), table.labels).statistic == pytest.approx(0.81, abs=0.01)
+    assert spearmanr(cosine.numpy(), table.labels[::4]).statistic == pytest.approx(0.832, abs=0.005)  # all pairs: 0.81
