@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,8 +29,7 @@ def faster_interpreter() -> None:
     Here it does so once a launch for each module that a function comes from, and copies no tensor's storage onto itself
     when the launch ends. Raises ImportError without Triton.
     """
-    from triton.runtime import interpreter
-
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang
     done: dict[int, Any] = {}
 
@@ -38,7 +38,12 @@ def faster_interpreter() -> None:
         if module not in done:
             scope = done[module] = patch(fn)
             restore = scope.restore
-            scope.restore = lambda: (done.clear(), restore())  # called when the launch ends
+
+            def end() -> None:  # of the launch
+                done.clear()
+                restore()
+
+            scope.restore = end
         return done[module]
 
     interpreter._patch_lang = patch_lang
