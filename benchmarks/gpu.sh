@@ -67,7 +67,7 @@ sanitizer() {
             "$PYTHON" "${sanitized[@]}"
         part "sanitizer $tool, training" 540 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool $tool --target-processes all --error-exitcode 9 \
-            "$PYTHON" -m minbert_fast.train --device cuda --output runs/sanitized --overwrite \
+            "$PYTHON" -m minbert_fast.train --device cuda --precision auto --output runs/sanitized --overwrite \
             --max-steps 2 --batch-size 4 --set training.graphs=false --set training.evaluate_untrained=false
     done
 }
@@ -97,7 +97,7 @@ run() { # run PART
         encode) measure encode 120 ;;
         dropin) measure dropin 60 ;;
         compiled) measure compiled 400 ;;
-        train) part "train" 120 "$PYTHON" -m minbert_fast.train --device cuda --output runs/gpu --overwrite ;;
+        train) part "train" 120 "$PYTHON" -m minbert_fast.train --device cuda --precision auto --output runs/gpu --overwrite ;;
         sanitizer) sanitizer ;;
         reproduce)
             local real=()
