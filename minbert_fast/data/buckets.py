@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bucket sizes: packed batches are padded to a few sizes, so that a few captured graphs serve all of them."""
+"""Bucket sizes: packed batches are padded to few sizes, so that few captured graphs or compiled products serve them all."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -25,12 +25,14 @@ class Buckets:
     Each size of a batch is rounded up to the smallest bucket that holds it; a size above all buckets is not padded.
     """
 
-    tokens: tuple[int, ...] = ()
-    sentences: tuple[int, ...] = ()
-    seqlen: tuple[int, ...] = ()  # bound on sentence length
+    tokens: Sequence[int] = ()
+    sentences: Sequence[int] = ()
+    seqlen: Sequence[int] = ()  # bound on sentence length
 
 
 EXACT = Buckets()  # no padding
+# For CPUs in bf16: oneDNN compiles each product anew for each number of rows (common/onednn_cache.py).
+ROUNDED = Buckets(tokens=range(TOKEN_MULTIPLE, 1 << 20, TOKEN_MULTIPLE))
 
 
 def choose_buckets(

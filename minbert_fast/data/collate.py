@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,11 +115,11 @@ class Collator:
     def _labels(
         self, rows: Mapping[str, np.ndarray], generated: Mapping[str, GeneratedExamples], tokens: int
     ) -> dict[str, torch.Tensor]:
-        """The labels of each task that has any; in batches padded to `tokens` rows, generated ones are padded too."""
+        """The labels of each task that has any; generated ones are padded where numbers of sentences are."""
         labels = {}
         for task, table in self.tables.items():
             if task in generated:
-                padded = self.buckets.tokens and len(rows[task])
+                padded = self.buckets.sentences and len(rows[task])
                 capacity = self.generators[task].max_targets(tokens, len(rows[task])) if padded else None
                 labels[task] = torch.from_numpy(generated[task].labels(capacity))
             elif table.labels is not None:
@@ -152,5 +152,5 @@ def by_length(lengths: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
         begin = end
 
 
-def _round_up(size: int, buckets: tuple[int, ...]) -> int:
+def _round_up(size: int, buckets: Sequence[int]) -> int:
     return next((bucket for bucket in buckets if bucket >= size), size)

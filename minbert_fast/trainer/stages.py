@@ -13,7 +13,7 @@ from minbert_fast import surgery
 from minbert_fast.common.device import DTYPES, Precision
 from minbert_fast.common.schema import ConfigError, check
 from minbert_fast.data.batch import MultitaskBatch
-from minbert_fast.data.buckets import EXACT, choose_buckets
+from minbert_fast.data.buckets import EXACT, ROUNDED, choose_buckets
 from minbert_fast.data.collate import Collator
 from minbert_fast.data.prefetch import prefetch
 from minbert_fast.data.sampling import Sampler
@@ -135,7 +135,10 @@ def _collator(
     encoders = {name: task.encoder for name, task in tasks.items()}
     doubled = recipe.regularisation.duplicates_examples
     twins = frozenset(name for name, task in tasks.items() if doubled and task.predicts)
-    buckets = choose_buckets(sampler, tables, max_length, encoders, twins) if sampler else EXACT
+    compiles = (context.device.type, context.precision, context.backend) == ("cpu", "bf16", "fast")
+    buckets = ROUNDED if compiles else EXACT
+    if sampler is not None:
+        buckets = choose_buckets(sampler, tables, max_length, encoders, twins)
     made = {name: task.example_generator(context.tokenizer, seed) for name, task in tasks.items()}
     makers = {name: maker for name, maker in made.items() if maker is not None}
     return Collator(tables, max_length, encoders, buckets, context.world.rank, context.world.size, twins, makers)

@@ -20,7 +20,7 @@ libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Heap
 weight = torch.ones(256, 128, dtype=torch.bfloat16)
 used = []
-for shapes in (range(1, 200), range(200, 500)):
+for shapes in (range(1, 300), range(300, 600)):
     for rows in shapes:
         torch.mm(torch.ones(rows, 128, dtype=torch.bfloat16), weight.T)
     used.append(libc.mallinfo2().used)

@@ -30,17 +30,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_data(tmp_path_factory.mktemp("data"))
 
 
-def build(folder: Path, /, *parts: dict[str, Any], positions: int = 128, **values: Any) -> list[Stage]:
-    """The stages of the default recipe with `values`, for a model with so many positions."""
-    where = {"directory": str(folder), "cache": str(folder / "cache"), **values.pop("data", {})}
+def build(
+    folder: Path,
+    /,
+    *parts: dict[str, Any],
+    positions: int = 128,
+    where: tuple[Any, Any] = ("fp32", "fast"),
+    **values: Any,
+) -> list[Stage]:
+    """The stages of the default recipe with `values`, for a model with so many positions, in this precision and backend."""
+    files = {"directory": str(folder), "cache": str(folder / "cache"), **values.pop("data", {})}
     values["training"] = {"batch_size": 8, **values.get("training", {})}
-    recipe = Recipe().with_values({**values, "data": where, "stages": parts}, "test")
+    recipe = Recipe().with_values({**values, "data": files, "stages": parts}, "test")
     tokenizer = Tokenizer.from_pretrained(sample_directory().model)
     found = load_datasets(recipe, tokenizer, print)
     config = BertModel.from_pretrained(sample_directory().model).config
     model = MultitaskModel(BertModel(replace(config, max_position_embeddings=positions)), found.tasks)
-    where_to = torch.device("cpu"), "fp32", "fast", World()
-    context = stages.StageContext(model, tokenizer, found.train, *where_to, Captures())
+    context = stages.StageContext(model, tokenizer, found.train, torch.device("cpu"), *where, World(), Captures())
     return [stages.build_stage(context, found.recipe, index) for index in range(max(1, len(parts)))]
 
 
@@ -61,6 +67,19 @@ def test_a_tasks_own_values_shape_its_batches(data: Path) -> None:
     assert alone.steps_per_epoch == TRAIN_ROWS // 5 // 8
     (doubled,) = build(data, regularisation={"r_drop": 1.0})
     assert first_batch(doubled).duplicated == {"sentiment", "paraphrase", "similarity"}
+
+
+def test_a_cpu_in_bf16_gets_batches_of_few_sizes(data: Path) -> None:
+    """Each new number of rows makes it compile eight products. Nothing but the number of rows changes."""
+    sizes = {}
+    for where in (("fp32", "fast"), ("bf16", "reference"), ("bf16", "fast")):
+        (stage,) = build(data, where=where)
+        batches = list(stage.batches(0, 5))
+        sizes[where] = [batch.packed.tokens.numel() for batch in batches]
+        tokens = [batch.packed.num_tokens for batch in batches]
+    exact, reference, rounded = sizes.values()
+    assert exact == reference == tokens
+    assert rounded == [-(-count // 64) * 64 for count in tokens] != tokens
 
 
 def test_a_stages_own_values_shape_it(data: Path) -> None:
