@@ -479,6 +479,7 @@ def test_a_run_remembers_its_trackers_and_where_its_predictions_go(
         assert cli.run(train.main, ["--resume", "--output", str(run), *more]) == 0
         assert copy.read_bytes() == (run / "predictions" / "sst-dev-output.csv").read_bytes()
         assert (run / "metrics.csv").exists() == tracked
+    copy.unlink()
     assert cli.run(train.main, ["--resume", "--output", str(run), "--sst_dev_out", str(tmp_path / "late.csv")]) == 0
     assert (tmp_path / "late.csv").read_bytes() == copy.read_bytes()
 
