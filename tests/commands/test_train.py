@@ -480,8 +480,10 @@ def test_a_run_remembers_its_trackers_and_where_its_predictions_go(
         assert copy.read_bytes() == (run / "predictions" / "sst-dev-output.csv").read_bytes()
         assert (run / "metrics.csv").exists() == tracked
     copy.unlink()
-    assert cli.run(train.main, ["--resume", "--output", str(run), "--sst_dev_out", str(tmp_path / "late.csv")]) == 0
-    assert (tmp_path / "late.csv").read_bytes() == copy.read_bytes()
+    late = tmp_path / "late.csv"  # beside the copy that the run began with
+    assert cli.run(train.main, ["--resume", "--output", str(run), "--para_dev_out", str(late)]) == 0
+    assert late.read_bytes() == (run / "predictions" / "para-dev-output.csv").read_bytes()
+    assert copy.read_bytes() == (run / "predictions" / "sst-dev-output.csv").read_bytes()
 
 
 def test_resuming_a_different_run_lists_the_differences(
