@@ -175,6 +175,7 @@ def test_a_comparison_is_interrupted_and_goes_on(
     monkeypatch.setattr(experiments, "train", counted)
     assert cli.run(compare.main, flags) == 128 + 15
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) == 3
+    assert [begun[0].name, begun[3].name] == [f"seed-{BASE.training.seed + i}" for i in range(2)]
     report = begun[0] / "report.html"
     report.unlink()  # a kill may come before the report is written
     begun[:] = [Path("a"), Path("b"), Path("c"), Path("d")]  # no further interruption

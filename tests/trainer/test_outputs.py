@@ -170,8 +170,8 @@ def test_unused_directories_are_numbered(tmp_path: Path) -> None:
 
 
 def test_the_courses_flags_copy_predictions_by_the_data_of_a_task_not_by_its_name(tmp_path: Path) -> None:
-    tasks = {"stars": build_task("stars", {"kind": "sentiment"})}
-    written = tmp_path / "predictions" / tasks["stars"].prediction_file("dev")
+    tasks = {"stars": build_task("stars", {"kind": "sentiment", "stem": "mine"})}
+    written = tmp_path / "predictions" / "mine-dev-output.csv"
     written.parent.mkdir()
     written.write_text("of stars")
     target, said = tmp_path / "out" / "sst.csv", list[str]()
