@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +168,20 @@ def test_a_comparison_is_interrupted_and_goes_on(
         begun.append(options.output)
         assert options.again.startswith("python -m minbert_fast.compare --methods"), "what an interruption advises"
         if len(begun) == 4:
+            train(recipe, replace(options, stop_after=0))  # leaves a checkpoint, from which the run must go on
             raise InterruptError(15, "stopped")
         return train(recipe, options)
 
     monkeypatch.setattr(experiments, "train", counted)
     assert cli.run(compare.main, flags) == 128 + 15
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())["runs"]) == 3
+    assert [begun[0].name, begun[3].name] == [f"seed-{BASE.training.seed + i}" for i in range(2)]
+    report = begun[0] / "report.html"
+    report.unlink()  # a kill may come before the report is written
     begun[:] = [Path("a"), Path("b"), Path("c"), Path("d")]  # no further interruption
     assert cli.run(compare.main, flags) == 0
-    assert len(begun) == 4 + 3  # finished runs are read only
+    assert len(begun) == 4 + 3 + 1  # finished runs are read only
+    assert report.is_file()
     result = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["method"] for row in result["rows"]] == ["none", "pcgrad", "famo"]
     assert all(row["runs"] == 2 and row["dev"]["score"] for row in result["rows"])

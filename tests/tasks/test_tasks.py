@@ -261,6 +261,8 @@ def test_a_loss_for_two_classes_is_refused_once_three_are_found():
         ((True, False), 2, "pair-classification"),
         ((0.0, 1.0, 1), 2, "pair-classification"),
         ((0.5, 2, 4.8), 2, "pair-regression"),
+        (tuple(range(20)), 1, "classification"),
+        (tuple(range(21)), 1, "regression"),
         (tuple(range(1900, 2000)), 1, "regression"),
         ((-1.5, 2e3), 1, "regression"),
     ],

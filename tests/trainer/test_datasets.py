@@ -201,6 +201,7 @@ def test_dev_rows_that_repeat_training_rows_are_counted(tokenizer: Tokenizer) ->
     """A pair repeats a pair, not its texts in another order; the stage that repeats most counts."""
     rows = ["x,y,1", "x,z,0", "y,x,1", "z,z,0"] * 3
     files = {"train": [*rows, "w,w,1"], "other": ["p,q,1", "q,p,0"], "dev": ["x,y,0", "w,w,0", "y,w,1", "y,y,0"]}
+    files["few"] = ["x,y,0", *["y y,w,1"] * 100]
     for name, lines in files.items():
         Path(f"{name}-pairs.csv").write_text("\n".join(["sentence1,sentence2,label", *lines]) + "\n")
     kind, dev = {"kind": "pair-classification"}, {"dev": "dev-pairs.csv"}
@@ -211,9 +212,17 @@ def test_dev_rows_that_repeat_training_rows_are_counted(tokenizer: Tokenizer) ->
     assert [line for line in said if "repeat" in line] == [f"2 of 4 {repeated}"]
     said.clear()
     load_datasets(recipe(stages[0], **kind), tokenizer, said.append)
-    assert not any("repeat" in line for line in said)
+    load_datasets(recipe({**stages[1], "dev": "few-pairs.csv"}, **kind), tokenizer, said.append)  # fewer than 1 %
+    assert [line for line in said if "repeat" in line] == []
     load_datasets(recipe({"train": "train-pairs.csv"}, **kind), tokenizer, said.append)  # held-out rows have doubles
     assert [line for line in said if "repeat" in line] == [f"1 of 1 {repeated}"]
+
+
+def test_ten_rows_are_the_fewest_of_which_some_are_held_out(tokenizer: Tokenizer) -> None:
+    for rows in (9, 10):
+        lines = (f"text {row},{('bad', 'good')[row % 2]}" for row in range(rows))
+        Path("few.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+        assert ("verdict" in load(recipe({"train": "few.csv"}), tokenizer).dev) == (rows == 10)
 
 
 def test_bad_rows_are_shown_and_counted(tokenizer: Tokenizer) -> None:

@@ -16,7 +16,9 @@ import pytest
 
 from minbert_fast.common.errors import RunError
 from minbert_fast.common.storage import write_json
+from minbert_fast.tasks import build_task
 from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, unused_directory
+from minbert_fast.trainer.results import copy_predictions
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -165,3 +167,14 @@ def test_unused_directories_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a-2").mkdir()
     assert unused_directory(tmp_path / "a") == tmp_path / "a-3"
+
+
+def test_the_courses_flags_copy_predictions_by_the_data_of_a_task_not_by_its_name(tmp_path: Path) -> None:
+    tasks = {"stars": build_task("stars", {"kind": "sentiment", "stem": "mine"})}
+    written = tmp_path / "predictions" / "mine-dev-output.csv"
+    written.parent.mkdir()
+    written.write_text("of stars")
+    target, said = tmp_path / "out" / "sst.csv", list[str]()
+    copy_predictions(tasks, RunDirectory(tmp_path), {("sentiment", "dev"): target}, said.append)
+    assert target.read_text() == "of stars"
+    assert said == []
