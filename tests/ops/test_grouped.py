@@ -108,14 +108,17 @@ def test_bf16_is_multiplied_and_stored_as_such(triton: torch.device) -> None:
 
 
 def test_column_sums_of_many(triton: torch.device) -> None:
-    """Two backwards of different widths; a program's rows cross the tasks' bounds, one task is empty, one sum unwanted."""
-    bounds, rows = (0, 5, 5, 13), 4  # of a program
+    """Two backwards of different widths; a program's rows cross the tasks' bounds, one task is empty, one sum unwanted.
+
+    The last task has more programs than a kernel adds at once (32).
+    """
+    bounds, rows, programs = (0, 5, 5, 141), 4, 36  # rows of a program
     generator = torch.Generator().manual_seed(3)
     noted, expected, outputs = [], [], []
     for width, quantities in ((36, 3), (70, 1)):
         values = torch.randn(quantities, bounds[-1], width, generator=generator)
-        partials = torch.full((4 + 2, quantities, width), torch.nan)
-        for program, (task, (begin, end)) in itertools.product(range(4), enumerate(itertools.pairwise(bounds))):
+        partials = torch.full((programs + 2, quantities, width), torch.nan)
+        for program, (task, (begin, end)) in itertools.product(range(programs), enumerate(itertools.pairwise(bounds))):
             low, high = max(begin, program * rows), min(end, (program + 1) * rows)
             if low < high:
                 partials[program + task] = values[:, low:high].sum(1)

@@ -78,15 +78,15 @@ def test_freezing_then_training_is_equal_on_both_backends(pooling: str, tasks: d
         torch.testing.assert_close(p, slow[name], atol=3e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_stage_after_a_frozen_one_begins_with_its_own_gradients(pooling: str) -> None:
-    """The frozen pooler collected gradients, which the next stage added to its first."""
-    frozen, whole = stages(pooling)
+@pytest.mark.parametrize(("pooling", "surgery"), [*((pooling, "pcgrad") for pooling in POOLINGS), ("pooler", "none")])
+def test_a_stage_after_a_frozen_one_begins_with_its_own_gradients(pooling: str, surgery: str) -> None:
+    """The frozen pooler collected gradients, which the next stage added to its first; a model may come with gradients."""
+    frozen, whole = stages(pooling, surgery)
     model = make_model(frozen)
     train_stage(model, frozen, "fast", range(2))
     fresh = copy.deepcopy(model)
-    for p in fresh.parameters():
-        p.grad = None
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        p.grad, q.grad = torch.ones_like(p), None
     batch = make_batch(model, SIZES, seed=5)
     after, alone = (OnePassStep(each, whole, torch.float32) for each in (model, fresh))
     results = after(batch, 1.0), alone(batch, 1.0)
