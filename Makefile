@@ -12,7 +12,7 @@ KERNELS ?=
 
 .PHONY: train test lint types kernels bench docs wheel gpu clean
 
-train: $(READY)  ## the main job on the embedded sample: a demonstration of about a minute
+train: $(READY)  ## the main job on the embedded sample: a demonstration of half a minute
 	$(RUN) -m minbert_fast.train --output runs/demo --overwrite
 
 test: $(READY)  ## the tests, a process a core; .ci/run runs what takes longer too (GPU tests skip without a GPU)

@@ -20,10 +20,11 @@ AddNorm inputs(Arguments& a, Tensor x, Tensor bias, Tensor residual, Tensor gamm
   op.dropout = a.dropout(p, seed, site);
   return op;
 }
+
 }  // namespace
 
-void add_norm_forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor beta, float eps, double p, Tensor seed,
-             int64_t site, Tensor y, Tensor mean, Tensor rstd, int threads) {
+void add_norm_forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor beta, float eps, double p,
+                      Tensor seed, int64_t site, Tensor y, Tensor mean, Tensor rstd, int threads) {
   Arguments a;
   AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
   op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
@@ -33,9 +34,9 @@ void add_norm_forward(Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tens
   call_add_norm_forward(op, threads);
 }
 
-void add_norm_backward(Tensor dy, Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds,
-              double p, Tensor seed, int64_t site, Tensor dgamma, Tensor dbeta, Tensor dbias, Tensor dx,
-              Tensor dresidual, int threads) {
+void add_norm_backward(Tensor dy, Tensor x, Tensor bias, Tensor residual, Tensor gamma, Tensor mean, Tensor rstd,
+                       Tensor bounds, double p, Tensor seed, int64_t site, Tensor dgamma, Tensor dbeta, Tensor dbias,
+                       Tensor dx, Tensor dresidual, int threads) {
   Arguments a;
   AddNorm op = inputs(a, x, bias, residual, gamma, p, seed, site);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks of the encoder's ops on their arguments.
 //
-// An op gets each pointer from an `Arguments`, and passes a plain struct to the loops of csrc/cpu. An argument that would make a loop access memory outside a tensor throws std::invalid_argument (ValueError in
-// Python) before the loop writes anything.
+// An op gets each pointer from an `Arguments`, and passes a plain struct to the loops of csrc/cpu. An argument that would
+// make a loop access memory outside a tensor throws std::invalid_argument (ValueError in Python) before the loop writes
+// anything.
 #pragma once
 
 #include <cstdlib>

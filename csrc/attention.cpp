@@ -76,8 +76,8 @@ class Plan {
 }  // namespace
 
 // max_seqlen is unused here: the GPU kernels choose their tiles by it.
-void attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/, float scale, double p, Tensor seed,
-             int64_t site, Tensor out, Tensor lse, int threads) {
+void attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max_seqlen*/, float scale, double p,
+                       Tensor seed, int64_t site, Tensor out, Tensor lse, int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
   op.out = plan.a.dense("out", out, {op.rows, op.heads * op.head_dim}, {op.dtype});
@@ -86,7 +86,8 @@ void attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor mask, int64_t /*max
 }
 
 void attention_backward(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor lse, Tensor cu_seqlens, Tensor mask,
-              int64_t /*max_seqlen*/, float scale, double p, Tensor seed, int64_t site, Tensor dqkv, int threads) {
+                        int64_t /*max_seqlen*/, float scale, double p, Tensor seed, int64_t site, Tensor dqkv,
+                        int threads) {
   Plan plan(qkv, cu_seqlens, mask, scale, p, seed, site, threads);
   Attention& op = plan.op;
   op.dout = plan.a.dense("dout", dout, {op.rows, op.heads * op.head_dim}, {op.dtype});

@@ -15,6 +15,7 @@ BiasGelu inputs(Arguments& a, Tensor x, Tensor bias) {
   op.bias = a.vector("bias", bias, op.width, op.dtype);
   return op;
 }
+
 }  // namespace
 
 void bias_gelu_forward(Tensor x, Tensor bias, Tensor y, int threads) {

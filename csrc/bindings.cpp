@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module. It is the only file that includes pybind11, which compiles slowly.
+// The Python module. Surgery's ops take addresses of tensors that minbert_fast/ops/native has checked. The encoder's ops
+// take tensors and check them (arguments.h). Only this file includes pybind11, which compiles slowly.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

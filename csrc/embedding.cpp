@@ -24,19 +24,6 @@ Embedding inputs(Arguments& a, Tensor tokens, Tensor positions, Tensor types, Te
   op.dropout = a.dropout(p, seed, site);
   return op;
 }
-}  // namespace
-
-void embedding_forward(Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type, Tensor gamma,
-             Tensor beta, float eps, double p, Tensor seed, int64_t site, Tensor y, Tensor mean, Tensor rstd,
-             int threads) {
-  Arguments a;
-  Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
-  op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
-  op.y = a.dense("y", y, {op.rows, op.width}, {op.dtype});
-  op.mean = a.dense<float>("mean", mean, {op.rows}, {DType::f32});
-  op.rstd = a.dense<float>("rstd", rstd, {op.rows}, {DType::f32});
-  call_embedding_forward(op, threads);
-}
 
 // The rows in the order of the table rows that they look up (a stable counting sort).
 struct Sorted {
@@ -52,11 +39,25 @@ struct Sorted {
   }
 };
 
+}  // namespace
+
+void embedding_forward(Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
+                       Tensor gamma, Tensor beta, float eps, double p, Tensor seed, int64_t site, Tensor y, Tensor mean,
+                       Tensor rstd, int threads) {
+  Arguments a;
+  Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
+  op.beta = a.vector("beta", beta, op.width, op.dtype), op.eps = eps;
+  op.y = a.dense("y", y, {op.rows, op.width}, {op.dtype});
+  op.mean = a.dense<float>("mean", mean, {op.rows}, {DType::f32});
+  op.rstd = a.dense<float>("rstd", rstd, {op.rows}, {DType::f32});
+  call_embedding_forward(op, threads);
+}
+
 // cu_seqlens is unused here: the GPU kernels find a position's rows by the sentences.
-void embedding_backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position, Tensor type,
-              Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds, Tensor /*cu_seqlens*/, Tensor word_order,
-              Tensor word_offsets, double p, Tensor seed, int64_t site, Tensor dword, Tensor dposition,
-              Tensor d_type_table, Tensor dgamma, Tensor dbeta, int threads) {
+void embedding_backward(Tensor dy, Tensor tokens, Tensor positions, Tensor types, Tensor word, Tensor position,
+                        Tensor type, Tensor gamma, Tensor mean, Tensor rstd, Tensor bounds, Tensor /*cu_seqlens*/,
+                        Tensor word_order, Tensor word_offsets, double p, Tensor seed, int64_t site, Tensor dword,
+                        Tensor dposition, Tensor d_type_table, Tensor dgamma, Tensor dbeta, int threads) {
   Arguments a;
   Embedding op = inputs(a, tokens, positions, types, word, position, type, gamma, p, seed, site);
   op.dy = a.dense("dy", dy, {op.rows, op.width}, {op.dtype});
