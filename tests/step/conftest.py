@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.step.recorded_graph import RecordedGraph
+from tests.recorded_graph import RecordedGraph
 
 
 @pytest.fixture

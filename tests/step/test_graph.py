@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minbert_fast import surgery
 from minbert_fast.common import side_stream
 from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.step.tape import Tape
+from minbert_fast.surgery import Weights
 from minbert_fast.tasks import MultitaskModel
 from tests.step.test_step import make_batch, make_model, recipe
 
@@ -143,13 +143,24 @@ def test_a_graph_sees_the_batch_the_seed_the_rate_and_the_orders_of_each_step(su
         assert all(words in [t.data_ptr() for t in each.held[:2]] for each in graphed._captured.values())
 
 
+class Changing(Weights):
+    """Weights that Python chooses anew in each step, which no graph can follow."""
+
+    def __init__(self, step: OnePassStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
+        return torch.full((len(gram),), 1.0 / self.step.steps)
+
+
 @pytest.mark.usefixtures("graphs_on_cpu")
 def test_a_number_that_python_chooses_in_each_step_would_be_noticed() -> None:
     chosen = recipe(surgery={"method": "pcgrad"})
     norms = []
     for graphed in (False, True):
         step = OnePassStep(make_model(chosen), chosen, torch.float32)
-        step.weights = surgery.weights(lambda gram, step=step: torch.full((3,), 1.0 / step.steps))
+        step.weights = Changing(step)
         call = GraphedStep(step) if graphed else step
         norms.append([float(call(batch_of(0, token_capacity=320), 0.0).grad_norm) for _ in range(4)])
     assert norms[0][:2] == norms[1][:2]

@@ -5,7 +5,8 @@ Like a CUDA graph it keeps what Python computed during the capture: numbers, sha
 the step, so a value that Python should have chosen anew stays as it was, and the test that compares with an eager step
 fails. A capture leaves no trace in tensors that are older than the capture.
 
-It does not show what a device adds: streams, memory that is used again within a graph, copies from the host, waiting.
+A capture may not read a value, nor copy between host and device (tests/pretend_cuda has both). What a device adds is not
+shown: streams, and memory that is used again within a graph.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class RecordedGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a capture reads a tensor's value"
         given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
         written = tensors([given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write])
         for tensor in written:
@@ -47,6 +49,11 @@ class RecordedGraph(TorchDispatchMode):
         out = func(*args, **kwargs) if schema.returns else None
         (aliases,) = {bool(r.alias_info) for r in schema.returns} or {False}
         made = [] if aliases else tensors(out)
+        results, inputs = [*made, *written], tensors((args, kwargs))
+        here = {t.device.type for t in results}
+        # A GPU may read a number of the host's, an element of no dimension: it is part of the launch.
+        elsewhere = [t for t in inputs if results and t.device.type not in here and (t.dim() or t.is_cuda)]
+        assert not elsewhere, f"a capture copies between host and device: {func}"
         self.seen.update(t.untyped_storage().data_ptr() for t in made)
         if made or written:
             self.calls.append((func, args, kwargs, made))
