@@ -154,7 +154,8 @@ class ReferenceStep:
             for hook in self.hooks:
                 hook.remeasured(again, batch.active_tasks(), skip)
             timer.end("forward")
-        return StepResult(values, norm, None, nonfinite, weights, timer.seconds)
+        kept = None if weights is None else weights.clone()  # the next step changes them in place
+        return StepResult(values, norm, None, nonfinite, kept, timer.seconds)
 
     def _losses(self, batch: MultitaskBatch, consistency: ConsistencyLoss | None) -> Tensor:
         """The tasks' losses [T]."""

@@ -146,6 +146,7 @@ class OnePassStep:
             self.optimizer.step_shared(self.gradients.J, w)
         timer.end("optimizer")
         weights = first(hook.loss_weights() for hook in self.hooks)
+        weights = None if weights is None else weights.clone()  # the next step changes them in place
         for hook in self.hooks:
             hook.after_update(values, present, skip)
             timer.end(hook.part)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ from minbert_fast.data.batch import MultitaskBatch
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.captured import GraphedStep, at_capacity
 from minbert_fast.step.one_pass import OnePassStep
-from minbert_fast.step.stepping import StepResult
 from minbert_fast.step.tape import Tape
+from minbert_fast.surgery import Weights
 from minbert_fast.tasks import MultitaskModel
 from tests.step.test_step import make_batch, make_model, recipe
 
@@ -105,70 +104,67 @@ def test_a_question_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         computed_on_meta(chosen, SIZES, monkeypatch)
 
 
-class GraphOnCPU:
-    """A graph of one call of `compute`: `replay` calls it again, and writes into the tensors of the captured result."""
-
-    def __init__(self) -> None:
-        self.call: Callable[[], StepResult] | None = None
-        self.result: dict[str, Any] = {}
-
-    def replay(self) -> None:
-        assert self.call is not None
-        for name, value in vars(self.call()).items():
-            if isinstance(value, Tensor):
-                self.result[name].copy_(value)
-
-
-@pytest.fixture
-def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    capturing: list[GraphOnCPU] = []
-    original = OnePassStep.compute
-
-    def compute(step: OnePassStep, batch: MultitaskBatch) -> StepResult:
-        if not capturing:
-            return original(step, batch)
-        tasks = len(batch.tasks)
-        gram = torch.full((tasks, tasks), torch.nan)
-        losses, norm, flags = torch.full((tasks,), torch.nan), torch.tensor(torch.nan), torch.ones(tasks) > 0
-        result = StepResult(losses, norm, gram if step.apart else None, flags)
-        capturing[0].call, capturing[0].result = lambda: original(step, batch), vars(result)
-        return result
-
-    @contextlib.contextmanager
-    def capture(graph: GraphOnCPU, **_: Any) -> Iterator[None]:
-        capturing.append(graph)
-        yield
-        capturing.clear()
-
-    monkeypatch.setattr(OnePassStep, "compute", compute)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnCPU)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    for name in ("Stream", "current_stream", "graph_pool_handle", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, mock.Mock())
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", mock.Mock(), raising=False)
+EXTRAS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "clipping": {"optimizer": {"lr": 1e-3, "clip": 0.1}},
+    "heads' dropout": {"tasks": {"sentiment": {"dropout": 0.3}, "paraphrase": {}, "similarity": {}}},
+    "frozen": {"model": {"freeze": True}},
+    "averaging": {"training": {"ema": 0.9}},
+    "teacher": {"regularisation": {"proximal": 1.0}},
+    "uncertainty": {"weighting": {"method": "uncertainty"}},
+    "dwa": {"weighting": {"method": "dwa", "window": 3}},
+    "famo": {"weighting": {"method": "famo"}, "model": {"dropout": 0.0}},
+    "random": {"weighting": {"method": "random"}},
+}
 
 
 @pytest.mark.usefixtures("graphs_on_cpu")
-@pytest.mark.parametrize("surgery", ["none", "pcgrad"])
-def test_a_graph_sees_the_batch_the_seed_the_rate_and_the_orders_of_each_step(surgery: str) -> None:
-    chosen = recipe(surgery={"method": surgery}, model={"dropout": 0.1})
+@pytest.mark.parametrize(("surgery", "extra"), [("none", "none"), *(("pcgrad", extra) for extra in EXTRAS)])
+def test_a_graph_sees_the_batch_the_seed_the_rate_and_the_orders_of_each_step(surgery: str, extra: str) -> None:
+    chosen = recipe(**({"surgery": {"method": surgery}, "model": {"dropout": 0.1}} | EXTRAS[extra]))
     eager = OnePassStep(make_model(chosen), chosen, torch.float32)
     graphed = GraphedStep(OnePassStep(make_model(chosen), chosen, torch.float32))
     sizes = [(256, 24), (320, 24), (320, 32)]  # attention is launched for sentences of up to `max_seqlen` tokens
     capacities = [{"token_capacity": n, "sentence_capacity": 20, "max_seqlen": longest} for n, longest in sizes]
     expected, found = [], []
-    for step in range(12):
+    for step in range(9):
         batch = batch_of(step, **capacities[step % 3])
         expected.append(eager(at_capacity(batch), 1.0 - step / 20))
         found.append(graphed(batch.clone() if step % 4 else batch, 1.0 - step / 20))
-    for one, two in zip(expected, found, strict=True):  # none of them is overwritten by a later replay
-        for name in ("losses", "grad_norm", "gram", "nonfinite"):
+    for one, two in zip(expected, found, strict=True):  # none of them is overwritten by a later step
+        for name in ("losses", "grad_norm", "gram", "nonfinite", "task_weights"):
             torch.testing.assert_close(getattr(two, name), getattr(one, name), atol=0, rtol=0)
     assert torch.equal(eager.flat.data, graphed.step.flat.data)
+    assert eager.state_dict()["scalars"] == graphed.state_dict()["scalars"]
+    torch.testing.assert_close(graphed.state_dict()["tensors"], eager.state_dict()["tensors"], atol=0, rtol=0)
     assert len(graphed) == graphed.captures.captured == 3
     words = graphed.step.gradients.words(1, 1).data_ptr()  # replays write there, whatever the step uses by then
-    assert all(words in [t.data_ptr() for t in each.held[:2]] for each in graphed._captured.values())
+    if extra != "frozen":
+        assert all(words in [t.data_ptr() for t in each.held[:2]] for each in graphed._captured.values())
+
+
+class Changing(Weights):
+    """Weights that Python chooses anew in each step, which no graph can follow."""
+
+    def __init__(self, step: OnePassStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def __call__(self, gram: Tensor, orders: Tensor | None = None) -> Tensor:
+        return torch.full((len(gram),), 1.0 / self.step.steps)
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_a_number_that_python_chooses_in_each_step_would_be_noticed() -> None:
+    chosen = recipe(surgery={"method": "pcgrad"})
+    norms = []
+    for graphed in (False, True):
+        step = OnePassStep(make_model(chosen), chosen, torch.float32)
+        step.weights = Changing(step)
+        call = GraphedStep(step) if graphed else step
+        norms.append([float(call(batch_of(0, token_capacity=320), 0.0).grad_norm) for _ in range(4)])
+    assert norms[0][:2] == norms[1][:2]
+    assert norms[0][2:] != norms[1][2:] == norms[1][1:3]
 
 
 @pytest.mark.gpu

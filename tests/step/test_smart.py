@@ -304,19 +304,34 @@ def test_smart_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert strangers(model, chosen, twice(make_batch(model, SIZES)), monkeypatch) == []
 
 
+ALL_EXTRAS = pytest.mark.parametrize(
+    "asked", [{"r_drop": 1.0, "proximal": 1.0}, WIDE | {"proximal": 1.0}], ids=["r_drop", "smart"]
+)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("asked", [{"r_drop": 1.0, "proximal": 1.0}, WIDE | {"proximal": 1.0}], ids=["r_drop", "smart"])
+@ALL_EXTRAS
 def test_graphs_train_with_all_extras_as_the_eager_step_does(asked: dict[str, float]) -> None:
+    check_graphs(torch.device("cuda"), asked)
+
+
+@ALL_EXTRAS
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_recorded_graphs_train_with_all_extras_as_the_eager_step_does(asked: dict[str, float]) -> None:
+    check_graphs(torch.device("cpu"), asked)
+
+
+def check_graphs(device: torch.device, asked: dict[str, float]) -> None:
     chosen = recipe(
         surgery={"method": "pcgrad"},
         training={"ema": 0.9},
         weighting={"method": "dwa", "window": 2},
         regularisation=asked,
     )
-    model = make_model(chosen).cuda()
+    model = make_model(chosen).to(device)
     eager = OnePassStep(copy.deepcopy(model), chosen, torch.float32)
     graphed = GraphedStep(OnePassStep(model, chosen, torch.float32))
-    batch = twice(make_batch(model, SIZES)).to("cuda")
+    batch = twice(make_batch(model, SIZES)).to(device)
     for _ in range(8):
         one, two = eager(batch, 1.0), graphed(batch, 1.0)
         torch.testing.assert_close(one.losses, two.losses, rtol=1e-3, atol=1e-5)
