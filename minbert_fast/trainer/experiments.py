@@ -115,9 +115,9 @@ def _is_complete(directory: Path, recipe: Recipe) -> bool:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run in `directory` has ended; runs of earlier versions do not say so and count as ended."""
+    """Whether the run in `directory` has ended."""
     summary = directory / SUMMARY
-    return summary.is_file() and bool(read_json(summary).get("finished", True))
+    return summary.is_file() and bool(read_json(summary).get("finished"))
 
 
 def load_executed_recipe(directory: Path) -> Recipe | None:

@@ -147,7 +147,7 @@ def test_j_of_one_task_alone() -> None:
 
 
 def test_j_with_two_data_sets_for_one_kind_of_task() -> None:
-    tasks = PLAIN | {"cfimdb": {"kind": "sentiment", "data": "polarity", "dropout": 0.0}}
+    tasks = PLAIN | {"cfimdb": {"kind": "polarity", "dropout": 0.0}}
     chosen = recipe(tasks=tasks, **SURGERY)
     model = make_model(chosen)
     batch = make_batch(model, SIZES | {"cfimdb": 2})
