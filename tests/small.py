@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of the sample data, and flags for a whole run in one or two seconds."""
+"""A part of the sample data, flags for a whole run in one or two seconds, and what a run has written."""
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from minbert_fast.data import sample_directory
 
@@ -23,6 +26,18 @@ def small_data(folder: Path, train_rows: int = TRAIN_ROWS) -> Path:
             with (sample_directory().data / name).open(encoding="utf-8") as source:
                 (folder / name).write_text("".join(islice(source, rows + 1)), encoding="utf-8")
     return folder
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    """The records of the run under `output`."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Standard error, which must be one line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
 
 
 def read_predictions(path: Path) -> tuple[list[str], np.ndarray]:

@@ -18,6 +18,7 @@ from minbert_fast.recipes import __main__ as recipes
 from minbert_fast.recipes.keys import keys_of
 from minbert_fast.recipes.recipe import Recipe, parse_assignments, recipe_names
 from minbert_fast.tasks import build_tasks
+from tests.small import error_line
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120, 200])
@@ -126,9 +127,7 @@ class Child(Parent):
 )
 def test_errors_are_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(recipes.main, arguments) == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
+    assert expected in error_line(capsys)
 
 
 @pytest.mark.parametrize(

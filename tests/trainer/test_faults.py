@@ -21,7 +21,7 @@ from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.model.sentence_modules import read
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
-from tests.small import small_data, small_run
+from tests.small import error_line, read_records, small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
@@ -31,9 +31,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int 
     """Runs a training that must fail; returns its single line on standard error."""
     capsys.readouterr()
     assert cli.run(train.main, arguments) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return error.strip()
+    return error_line(capsys).strip()
 
 
 # ---- Disks --------------------------------------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ def test_losses_that_stay_non_finite_stop_with_file_and_line(
     assert place, error
     assert 2 <= int(place[2]) <= len(Path(place[1]).read_text().splitlines())
     assert MultitaskModel.load(tmp_path / "run" / "last") is not None
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(tmp_path / "run")
     skipped = [record for record in records if "skipped" in record]
     assert len(skipped) == 4
     assert set(skipped[-1]["skipped"]) <= {"sentiment", "paraphrase", "similarity"}

@@ -6,7 +6,6 @@ Every step writes a checkpoint here, so about half of the kills interrupt the wr
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from minbert_fast.trainer.outputs import saved_recipe_path
-from tests.small import small_data, small_run
+from tests.small import read_records, small_data, small_run
 from tests.zygote import Zygote
 
 pytestmark = pytest.mark.ci
@@ -28,8 +27,7 @@ FLAGS = ("--lr", "1e-3", "--surgery", "pcgrad", "--set", "checkpoint.every=1")
 
 
 def records(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_records(output)]
 
 
 @pytest.fixture(scope="module")
