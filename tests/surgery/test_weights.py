@@ -84,18 +84,6 @@ def test_pcgrad_is_the_naive_loop(device: torch.device, tasks: int, kind: str, i
         close_combination(w.cpu(), J, oracles.pcgrad(J, order.tolist(), mean))
 
 
-def test_the_order_decides() -> None:
-    """With three tasks in conflict, two orders give two answers, each the naive loop's."""
-    J = rows(3, "nearly opposite")
-    gram = ops.gram(J)
-    answers = []
-    for order in ([[0, 1, 2], [1, 0, 2], [2, 0, 1]], [[0, 2, 1], [1, 2, 0], [2, 1, 0]]):
-        w, _ = ops.pcgrad_weights(gram, torch.tensor(order, dtype=torch.int32))
-        close_combination(w, J, oracles.pcgrad(J, order))
-        answers.append(w)
-    assert not torch.allclose(answers[0], answers[1])
-
-
 @given(st.integers(2, 8), st.integers(0, 1000), st.floats(-1, 1))
 @settings(max_examples=50, deadline=None)
 def test_pcgrad_of_any_gradients(tasks: int, seed: int, lean: float) -> None:
@@ -690,17 +678,6 @@ def test_random_orders_come_from_the_generator_alone() -> None:
     assert all(map(torch.equal, first, draws(0)))
     assert not all(map(torch.equal, first, draws(1)))
     assert len({tuple(w.tolist()) for w in first}) > 1
-
-
-def test_state_continues_the_orders() -> None:
-    gram = ops.gram(rows(5, "nearly opposite"))
-    weights = surgery.weights("pcgrad", generator=torch.Generator().manual_seed(0))
-    weights(gram)
-    state = weights.state_dict()
-    after = [weights(gram) for _ in range(3)]
-    resumed = surgery.weights("pcgrad")
-    resumed.load_state_dict(state)
-    assert all(map(torch.equal, after, [resumed(gram) for _ in range(3)]))
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradvac", "torchjd:GradVac"])
