@@ -14,6 +14,7 @@ import pytest
 from minbert_fast.data import sample_directory
 
 TRAIN_ROWS, DEV_ROWS = 40, 24
+MODEL_FILES = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 FILES = {stem: f"{stem}-{{}}.csv" for stem in ("ids-sst", "quora", "sts")}
 
 

@@ -95,7 +95,7 @@ def _refuse_other(directory: Path, recipe: Recipe, backend: str, any_length: boo
         "model.name": (executed.model.name, recipe.model.name),
         "data.directory": (executed.data.directory, recipe.data.directory),
         "data.files": (plain(executed.data.files), plain(recipe.data.files)),
-        "backend": (summary.get("backend", wanted), wanted),
+        "backend": (summary["backend"], wanted),
     }
     if not any_length:
         inputs["training.max_steps"] = executed.training.max_steps, recipe.training.max_steps

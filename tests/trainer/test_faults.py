@@ -21,10 +21,9 @@ from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.model.sentence_modules import read
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
-from tests.small import error_line, read_records, small_data, small_run
+from tests.small import MODEL_FILES, error_line, read_records, small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 1) -> str:
@@ -77,7 +76,7 @@ def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_pa
     assert attempts["begun"] == attempts["in the end"] == (0, "")
     flags = ("--lr", "1e-3", "--epochs", "1", "--set", "training.evaluate_untrained=false")
     assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags)) == 0
-    for name in RESULTS:
+    for name in MODEL_FILES:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
