@@ -49,16 +49,6 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray]:
 
 def small_run(data: Path, output: Path, *more: str) -> list[str]:
     """Flags of a run on `data`: 8 examples per task, 5 steps per epoch, fp32, one log line per step."""
-    flags = [
-        "--data",
-        str(data),
-        "--output",
-        str(output),
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--batch-size",
-        "8",
-    ]
-    return [*flags, "--epochs", "2", "--set", "logging.every=1", "--set", f"data.cache={data / 'cache'}", *more]
+    flags = ["--data", str(data), "--output", str(output), "--device", "cpu", "--precision", "fp32"]
+    flags += ["--batch-size", "8", "--epochs", "2", "--set", "logging.every=1"]
+    return [*flags, "--set", f"data.cache={data / 'cache'}", *more]

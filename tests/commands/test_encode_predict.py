@@ -50,19 +50,8 @@ def vectors() -> np.ndarray:
 
 
 def run_encode(source: Path | str, output: Path, *more: str) -> int:
-    flags = [
-        "--model",
-        MODEL,
-        "--input",
-        str(source),
-        "--output",
-        str(output),
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
-    return cli.run(encode.main, [*flags, *more])
+    flags = ["--model", MODEL, "--input", str(source), "--output", str(output)]
+    return cli.run(encode.main, [*flags, "--precision", "fp32", "--device", "cpu", *more])
 
 
 def run_predict(checkpoint: Path, task: str, source: Path, output: Path, *more: str) -> int:
