@@ -15,6 +15,19 @@ from minbert_fast.data import sample_directory
 
 TRAIN_ROWS, DEV_ROWS = 40, 24
 MODEL_FILES = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
+#: Empty, long, of other scripts, with control characters and line ends that are none.
+ODD_TEXTS = (
+    "",
+    " ",
+    "word " * 10_000,
+    "😀 👩‍👩‍👧",
+    "שלום עולם",
+    "مرحبا",
+    "\x01\x1b[31m\x7f",
+    "a\u2028b\x85c\x0bd\x0ce\x1ef",
+    "\ufeff",
+    "a" * 50_000,
+)
 FILES = {stem: f"{stem}-{{}}.csv" for stem in ("ids-sst", "quora", "sts")}
 
 
