@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules that a reader relies on: who may import whom, licences, devices, recipes, commands of the README."""
+"""The house rules that a reader relies on: who may import whom, licences, devices, commands of the README."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 
 from minbert_fast import train
-from minbert_fast.recipes.recipe import Recipe, recipe_names
-from minbert_fast.tasks import build_tasks
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minbert_fast"
@@ -188,16 +186,6 @@ def test_every_source_names_its_licence() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         first = lines[1] if lines and lines[0].startswith("#!") else lines[0]
         assert re.fullmatch(r"(#|//) SPDX-License-Identifier: Apache-2\.0", first), path
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_recipes_load_and_resolve(name: str) -> None:
-    recipe = Recipe.load(name)
-    assert recipe.name == name
-    assert recipe.description
-    for stage in recipe.resolved_stages():
-        assert stage.training.epochs > 0
-    assert build_tasks(recipe)
 
 
 def readme_commands() -> list[str]:
