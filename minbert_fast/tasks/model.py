@@ -50,7 +50,7 @@ def build_tasks(recipe: Recipe, begun: int = 0) -> dict[str, Task]:
     for stage in stages:
         for name, options in stage.tasks.items():
             ours = tables.setdefault(name, options)
-            if "data" not in ours and "data" in options and (ours.get("kind") or name) not in PRESETS:
+            if "data" not in ours and "data" in options and str(ours.get("kind") or name) not in PRESETS:
                 tables[name] = {**ours, "data": options["data"]}  # its columns
     for stage in stages[:begun]:
         for name, options in stage.tasks.items():
