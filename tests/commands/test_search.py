@@ -47,7 +47,7 @@ class Trainings:
                 finished = False
                 break
         directory.mkdir(parents=True, exist_ok=True)
-        summary = {"dev": dev, "steps": step, "finished": finished}
+        summary = {"dev": dev, "steps": step, "finished": finished, "backend": "fast"}
         (directory / "summary.json").write_text(json.dumps(summary))
         return Trial(name, directory, summary)
 
