@@ -29,7 +29,7 @@ from minbert_fast.kernels.layer_norm import RowTile, norm_gradient, normalise
 def _branch(x_ptr, bias, offsets, mask, seed, site, row, P: tl.constexpr, BLOCK: tl.constexpr):
     """x + bias [ROWS, BLOCK] and its dropout factors (1.0 without dropout)."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    keep = keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P) if P > 0.0 else 1.0
+    keep = keep_scale_quads(seed, site, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P) if P > 0.0 else 1.0
     return x + bias[None, :], keep
 
 

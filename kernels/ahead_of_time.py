@@ -188,9 +188,7 @@ def chosen(launches: Iterable[Launch], chip: Chip, few: bool) -> list[Launch]:
     return list({kind(launch.label, chip): launch for launch in taken}.values()) if few else taken
 
 
-def check_all(
-    chips: Sequence[str], only: Sequence[str] = (), few: bool = False, processes: int | None = None
-) -> Iterator[Report]:
+def check_all(chips: Sequence[str], only: Sequence[str], few: bool) -> Iterator[Report]:
     """Reports of the `chosen` launches of every file (or of the files `only`), as they come, in order."""
     jobs = [
         (name, launch.label, chip)
@@ -201,7 +199,7 @@ def check_all(
         for launch in chosen(module.launches(), chip, few)
     ]
     # Processes that are forked need not import torch and Triton again.
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         for reports in pool.map(_check_one, *zip(*jobs, strict=True)):
             yield from reports
 

@@ -17,23 +17,18 @@ _ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def _kept(words, p: tl.constexpr):
-    """fp32: 0 where a word is in the lowest fraction p of its range, else 1 / (1 - p)."""
-    threshold: tl.constexpr = int(p * 4294967296.0)
-    return tl.where(words.to(tl.uint32, bitcast=True) >= threshold, 1.0 / (1.0 - p), 0.0)
+def keep_scale_quads(seed, site, row, quad, p: tl.constexpr):
+    """The dropout factors of elements: 0 where a word is in the lowest fraction p, else 1 / (1 - p); fp32 [R, 4 C].
 
-
-@triton.jit
-def keep_scale_quads(seed, site, plane, row, quad, p: tl.constexpr):
-    """The dropout factors of elements: 0 with probability p, else 1 / (1 - p); fp32 [R, 4 C].
-
-    `seed` int64 (loaded); `site`, `plane` int32; row [R, 1] and quad [1, C] int32. Columns 4 c to 4 c + 3 of the result
-    are the elements of columns 4 quad[c] to 4 quad[c] + 3.
+    `seed` int64 (loaded); `site` int32; row [R, 1] and quad [1, C] int32. Columns 4 c to 4 c + 3 of the result are the
+    elements of columns 4 quad[c] to 4 quad[c] + 3.
     """
-    zero = (plane + row + quad) * 0
-    a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero + plane, zero + site, _ROUNDS)
+    zero = (row + quad) * 0
+    a, b, c, d = tl.philox(seed, zero + quad, zero + row, zero, zero + site, _ROUNDS)
     words = tl.join(tl.join(a, c), tl.join(b, d))  # [R, C, 2, 2]: the last two indices count a, b, c, d
-    return _kept(tl.reshape(words, (a.shape[0], a.shape[1] * 4)), p)
+    threshold: tl.constexpr = int(p * 4294967296.0)
+    words = tl.reshape(words, (a.shape[0], a.shape[1] * 4)).to(tl.uint32, bitcast=True)
+    return tl.where(words >= threshold, 1.0 / (1.0 - p), 0.0)
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def _embedding_forward(
     )
     y, mean, rstd = normalise(z, gamma_ptr, beta_ptr, columns, within, eps, WIDTH)
     if P > 0.0:
-        y *= keep_scale_quads(tl.load(seed_ptr), site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
+        y *= keep_scale_quads(tl.load(seed_ptr), site, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
     offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=(row < rows)[:, None] & within[None, :])
     tl.store(mean_ptr + row, mean, mask=row < rows)
@@ -127,7 +127,7 @@ def _embedding_backward(
                 )  # fmt: skip
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 if P > 0.0:
-                    dy *= keep_scale_quads(seed, site, 0, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
+                    dy *= keep_scale_quads(seed, site, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
                 dz, xhat = norm_gradient(dy, z, gamma, mean_ptr, rstd_ptr, row, mask, valid, WIDTH)
                 tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
                 dgamma += tl.sum(dy * xhat, 0)

@@ -53,25 +53,17 @@ class Layout:
         return (*names, f"{self.stem}-test-student.csv") if split == "test" else names
 
 
-def FileFormat(  # noqa: N802  # a class in earlier versions
-    task: str,
-    stem: str,
-    text_columns: tuple[str, ...],
-    label: Label | None,
-    id_column: str | None = "id",
-    separator: str = "\t",
-) -> Layout:
-    """The layout of a course-like file: a header line, columns found by name, the strict quoting of the course's files."""
-    columns = (label.column,) if label else ()
-    return Layout(task, text_columns, columns, id_column or "", "tsv", separator, "course", rule=label, stem=stem)
+def _course(name: str, stem: str, texts: tuple[str, ...], label: Label) -> Layout:
+    """The layout of a file of the course: a header line, columns found by name, the course's strict quoting."""
+    return Layout(name, texts, (label.column,), "id", "tsv", "\t", "course", rule=label, stem=stem)
 
 
 _PAIR = ("sentence1", "sentence2")
 _COURSE = (
-    FileFormat("sentiment", "ids-sst", ("sentence",), Label("sentiment", 0, 4, True, "int64")),
-    FileFormat("paraphrase", "quora", _PAIR, Label("is_duplicate", 0, 1, True, "float32")),
-    FileFormat("similarity", "sts", _PAIR, Label("similarity", 0, 5, False, "float32")),
-    FileFormat("polarity", "ids-cfimdb", ("sentence",), Label("sentiment", 0, 1, True, "int64")),
+    _course("sentiment", "ids-sst", ("sentence",), Label("sentiment", 0, 4, True, "int64")),
+    _course("paraphrase", "quora", _PAIR, Label("is_duplicate", 0, 1, True, "float32")),
+    _course("similarity", "sts", _PAIR, Label("similarity", 0, 5, False, "float32")),
+    _course("polarity", "ids-cfimdb", ("sentence",), Label("sentiment", 0, 1, True, "int64")),
     Layout("triplets", ("sent0", "sent1", "hard_neg"), format="csv", separator=",", stem="nli-triplets"),
 )
 

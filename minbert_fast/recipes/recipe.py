@@ -18,9 +18,7 @@ from typing import Any
 
 from minbert_fast.common.schema import ConfigError, Whole, build, check, merge, plain, to_toml
 from minbert_fast.common.storage import inside, regular
-from minbert_fast.model.config import BertConfig  # noqa: F401  (an import path of earlier versions)
 from minbert_fast.recipes.sections import (
-    SCORED,
     SPLITS,
     CheckpointOptions,
     DataOptions,
@@ -120,7 +118,7 @@ class Recipe:
     def load(cls, name_or_file: str) -> Recipe:
         """Reads a recipe of the package by name, or a TOML file, and the recipes that it extends. Raises ConfigError."""
         path = recipe_path(name_or_file)
-        return build(cls, _with_split(_without_removed_tasks(_read_inherited(path, ()))), str(path))
+        return build(cls, _without_removed_tasks(_read_inherited(path, ())), str(path))
 
 
 def _with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -198,14 +196,6 @@ def _read_inherited(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     for own in ("name", "description", "published"):
         inherited.pop(own, None)
     return merge(inherited, values)
-
-
-def _with_split(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with published dev scores under `dev`: recipes and saved models of earlier versions have them directly."""
-    published = values.get("published")
-    if published and isinstance(published, Mapping) and all(key.endswith(("score", *SCORED)) for key in published):
-        return values | {"published": {"dev": published}}
-    return values
 
 
 def _without_removed_tasks(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def differing_tasks(runs: Mapping[str, Run]) -> list[str]:
     sets: dict[str, list[str]] = {}
     for name, run in runs.items():
         if "score" in run.dev:
-            metrics = course_metrics(run) or filter(None, starmap(primary_metric, run.tasks.items()))
+            metrics = course_metrics(run) or filter(None, map(primary_metric, run.tasks.values()))
             sets.setdefault(", ".join(map(display_name, sorted(metrics))), []).append(name)
     if len(sets) < 2:
         return []

@@ -46,7 +46,7 @@ def curves(run: Run, plots: Plots) -> str:
 
 def _primary(run: Run) -> list[str]:
     """One metric of each task."""
-    primary = [key for name, task in run.tasks.items() if (key := primary_metric(name, task))]
+    primary = [key for task in run.tasks.values() if (key := primary_metric(task))]
     return primary or [k.removeprefix("dev/") for k in run.keys("dev/") if k.endswith(("_accuracy", "_pearson"))]
 
 

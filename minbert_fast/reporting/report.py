@@ -107,7 +107,7 @@ def _score_tile(run: Run) -> str:
     made, course = "The mean of the tasks' judging metrics", course_metrics(run)
     if course:
         made = f"({' + '.join(COURSE[key] for key in course)}) / {len(course)}"
-        if others := [name for name, task in run.tasks.items() if primary_metric(name, task) not in COURSE]:
+        if others := [name for name, task in run.tasks.items() if primary_metric(task) not in COURSE]:
             made += f", without {', '.join(others)}"
     step = f"; dev scores of step {best['step']:,.0f}, the best" if "step" in best else ""
     return _tile("", "Overall score", f"{run.dev['score']:.3f}", [*facts, f"{made}{step}."])
@@ -154,7 +154,7 @@ def _tile(kind: str, title: str, value: str, facts: Sequence[str], text: str = "
 
 def _other_scores(run: Run) -> str:
     """The metrics that the tiles do not show."""
-    shown = {"score", *(primary_metric(name, task) for name, task in run.tasks.items())}
+    shown = {"score", *map(primary_metric, run.tasks.values())}
     columns = [("before training", run.untrained), ("dev", run.dev), ("train", run.train), ("published", run.published)]
     keys = sorted((key for key in run.dev if key not in shown), key=headline_order)
     columns = [(name, values) for name, values in columns if values.keys() & set(keys)]

@@ -49,7 +49,7 @@ class Verdict:
 
 def verdicts(run: Run) -> list[Verdict]:
     """A verdict on each task of details.json that has a score, the bad ones first."""
-    found = [_judge(name, task, run.untrained) for name, task in run.tasks.items() if primary_metric(name, task)]
+    found = [_judge(name, task, run.untrained) for name, task in run.tasks.items() if primary_metric(task)]
     return sorted(found, key=lambda verdict: ORDER.index(verdict.level))
 
 
@@ -76,12 +76,10 @@ def fallen_score(run: Run) -> str:
     return f"Overall score: worse than before training: {value} ({before:.3f} before training)"
 
 
-def primary_metric(name: str, task: Mapping[str, Any]) -> str:
+def primary_metric(task: Mapping[str, Any]) -> str:
     """The full name of the metric that judges a task of details.json; empty for a task without metrics."""
-    metrics = task.get("metrics") or {}
-    usual = (f"{name}_accuracy", f"{name}_pearson")  # details.json of earlier versions names no primary metric
-    found = [str(key) for key in (task.get("primary"), *usual) if key in metrics]
-    return found[0] if found and "predictions" in task else ""
+    key = str(task.get("primary") or "")
+    return key if key in (task.get("metrics") or {}) and "predictions" in task else ""
 
 
 def column(values: Any) -> np.ndarray:
@@ -90,7 +88,7 @@ def column(values: Any) -> np.ndarray:
 
 
 def _judge(name: str, task: Mapping[str, Any], untrained: Mapping[str, float]) -> Verdict:
-    key = primary_metric(name, task)
+    key = primary_metric(task)
     metric = key.removeprefix(f"{name}_")
     scores, loss, f1 = numbers(task["metrics"]), f"{name}_loss", f"{name}_macro_f1"
     value = scores.get(key, math.nan)

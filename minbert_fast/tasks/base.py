@@ -31,7 +31,7 @@ from minbert_fast.data.tokens import Encoder, TokenTable, chain, sequences_of
 from minbert_fast.model.config import BertConfig, Pooling
 from minbert_fast.tasks.metrics import OF_PREDICTIONS
 from minbert_fast.tasks.neighbours import LabelledSentences
-from minbert_fast.tasks.presets import PRESETS, preset_of
+from minbert_fast.tasks.presets import PRESETS
 
 WORD_EMBEDDING = "encoder.word_embedding"  # key of the encoder's own embedding among the `shared` modules of heads
 
@@ -337,7 +337,7 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ConfigError(f"{where}: expected a name of letters, digits, '-' and '_'")
     kind = values["kind"] = values.get("kind") or name
-    preset = preset_of(kind, values) if isinstance(kind, str) else ""
+    preset = kind if isinstance(kind, str) and kind in PRESETS else ""
     if preset:
         values = PRESETS[preset] | values | {"kind": PRESETS[preset]["kind"]}
         if name != preset and "stem" not in (options or {}):

@@ -127,14 +127,15 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(np.diff(recall, prepend=0.0) @ precision)
 
 
-def calibration(confidences: np.ndarray, right: np.ndarray, bins: int = 10) -> tuple[np.ndarray, float]:
+def calibration(confidences: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
     """How often predictions of a given confidence are right: one row per filled bin, and the expected calibration error.
 
-    `confidences` [n] from 0 to 1, `right` [n] of 0 and 1. Bins have equal width. A row is (mean confidence, share that is
-    right, examples), [filled bins, 3]; the error is the mean of |confidence - share|, weighted by examples.
+    `confidences` [n] from 0 to 1, `right` [n] of 0 and 1. The ten bins have equal width. A row is (mean confidence, share
+    that is right, examples), [filled bins, 3]; the error is the mean of |confidence - share|, weighted by examples.
     Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 1 to 3.
     """
     confidences, right = _check(confidences, right)
+    bins = 10
     place = np.clip(np.ceil(confidences * bins).astype(np.int64) - 1, 0, bins - 1)  # bins are (low, high]
     counts = np.bincount(place, minlength=bins)
     filled = counts > 0
@@ -230,15 +231,15 @@ OF_PREDICTIONS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def standard_error(
-    metric: Callable[[np.ndarray, np.ndarray], float], predictions: np.ndarray, labels: np.ndarray, groups: int = 50
+    metric: Callable[[np.ndarray, np.ndarray], float], predictions: np.ndarray, labels: np.ndarray
 ) -> float:
     """The standard error of `metric` over the n rows, by the delete-a-group jackknife; nan for fewer than two rows.
 
-    Computes the metric `groups` times, each time without every `groups`-th row: sqrt((g - 1) / g * sum((m_i - mean)^2)).
+    Computes the metric g = 50 times, each time without every g-th row: sqrt((g - 1) / g * sum((m_i - mean)^2)).
     Shao and Tu 1995, "The Jackknife and Bootstrap", section 2.3.
     """
     n = len(labels)
-    groups = min(groups, n)
+    groups = min(50, n)
     if groups < 2:
         return float("nan")
     group = np.random.default_rng(0).permutation(n) % groups  # files may be sorted by label

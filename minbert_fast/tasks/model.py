@@ -34,7 +34,7 @@ from minbert_fast.ops.pooling import pool
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks.base import WORD_EMBEDDING, Head, HeadOutput, Task, TaskInput, build_task
 from minbert_fast.tasks.consistency import ConsistencyLoss
-from minbert_fast.tasks.presets import preset_of
+from minbert_fast.tasks.presets import PRESETS
 
 BEGUN = "stages begun"  # key in the metadata of heads.safetensors
 
@@ -50,7 +50,7 @@ def build_tasks(recipe: Recipe, begun: int = 0) -> dict[str, Task]:
     for stage in stages:
         for name, options in stage.tasks.items():
             ours = tables.setdefault(name, options)
-            if "data" not in ours and "data" in options and not preset_of(str(ours.get("kind") or name), ours):
+            if "data" not in ours and "data" in options and str(ours.get("kind") or name) not in PRESETS:
                 tables[name] = {**ours, "data": options["data"]}  # its columns
     for stage in stages[:begun]:
         for name, options in stage.tasks.items():

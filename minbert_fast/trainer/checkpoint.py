@@ -129,7 +129,7 @@ class State:
     stage_best: float | None = None  # best score of this stage
     task_best: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task: as `best`, by the task's own metric
     stale: int = 0  # evaluations since this stage's best score
-    best: dict[str, Any] | None = None  # {"step", "score" (None if not finite), "metrics"}
+    best: dict[str, Any] | None = None  # {"step", "stage", "score" (None if not finite), "metrics"}
     untrained: dict[str, float | None] | None = None
     skipped: dict[str, int] = field(default_factory=dict)  # skipped steps by task
     skipped_steps: int = 0

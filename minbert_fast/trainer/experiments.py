@@ -95,7 +95,7 @@ def _refuse_other(directory: Path, recipe: Recipe, backend: str, any_length: boo
         "model.name": (executed.model.name, recipe.model.name),
         "data.directory": (executed.data.directory, recipe.data.directory),
         "data.files": (plain(executed.data.files), plain(recipe.data.files)),
-        "backend": (summary.get("backend", wanted), wanted),
+        "backend": (summary["backend"], wanted),
     }
     if not any_length:
         inputs["training.max_steps"] = executed.training.max_steps, recipe.training.max_steps
@@ -115,9 +115,9 @@ def _is_complete(directory: Path, recipe: Recipe) -> bool:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run in `directory` has ended; runs of earlier versions do not say so and count as ended."""
+    """Whether the run in `directory` has ended."""
     summary = directory / SUMMARY
-    return summary.is_file() and bool(read_json(summary).get("finished", True))
+    return summary.is_file() and bool(read_json(summary).get("finished"))
 
 
 def load_executed_recipe(directory: Path) -> Recipe | None:

@@ -68,12 +68,12 @@ def copy_predictions(
 
 def _name_stage_of_best(setting: Setting, loaded: Loaded, outcome: Outcome) -> None:
     """Says so if best/ has not seen the last stage."""
-    best, last = outcome.best, outcome.state.stage
-    stage = last if best is None else best.get("stage", last)
-    if best is not None and stage < last:
+    best = outcome.best
+    if best is not None and best["stage"] < outcome.state.stage:
+        stage = f"stage {best['stage'] + 1} of {len(loaded.stages)}"
         setting.notify(
-            f"best/ is of step {best['step']}, in stage {stage + 1} of {len(loaded.stages)}: no later evaluation had a "
-            f"better {loaded.recipe.training.select}; last/ is the model of the last step"
+            f"best/ is of step {best['step']}, in {stage}: no later evaluation had a better "
+            f"{loaded.recipe.training.select}; last/ is the model of the last step"
         )
 
 

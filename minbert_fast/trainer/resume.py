@@ -166,7 +166,7 @@ def find_checkpoint(
         if all(line.startswith("data.") for line in changed):
             other += "; if a data file has changed since, restore it, or start a new run under another --output"
         raise ConfigError(f"{output} holds a different run: {'; '.join(changed[:SHOWN_CHANGES])}{more}; {other}")
-    then, stage = found.state.get("steps", steps), found.state["run"]["stage"]
+    then, stage = found.state["steps"], found.state["run"]["stage"]
     if then != steps:
         line = f"the run now has {sum(steps):,} steps, not {sum(then):,}"
         if then[:stage] != steps[:stage] or sum(steps) < found.step:

@@ -26,7 +26,7 @@ from minbert_fast.data import Tokenizer, read_table, sample_directory, sentence_
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.inference import predictions
-from tests.small import read_predictions
+from tests.small import error_line, read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = str(sample_directory().model)
@@ -50,19 +50,8 @@ def vectors() -> np.ndarray:
 
 
 def run_encode(source: Path | str, output: Path, *more: str) -> int:
-    flags = [
-        "--model",
-        MODEL,
-        "--input",
-        str(source),
-        "--output",
-        str(output),
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-    ]
-    return cli.run(encode.main, [*flags, *more])
+    flags = ["--model", MODEL, "--input", str(source), "--output", str(output)]
+    return cli.run(encode.main, [*flags, "--precision", "fp32", "--device", "cpu", *more])
 
 
 def run_predict(checkpoint: Path, task: str, source: Path, output: Path, *more: str) -> int:
@@ -138,9 +127,7 @@ def test_mistakes_in_the_input_are_one_line(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert run_encode(tmp_path / name, tmp_path / "out.npy", *more) == 2
-    error = capsys.readouterr().err
-    assert problem in error
-    assert error.count("\n") == 1
+    assert problem in error_line(capsys)
     assert not (tmp_path / "out.npy").exists()
 
 
@@ -387,8 +374,6 @@ def test_flags_of_predict_that_do_not_fit(
     more = [word.format(tmp_path.name) for word in more]
     folder = topics if model == "topics" else checkpoint
     assert predict_topics(folder, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.csv", *more) == 2
-    error = capsys.readouterr().err
-    assert problem in error
-    assert error.count("\n") == 1
+    assert problem in error_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
     assert (tmp_path / "in.csv").read_text() == "key,review\n1,fine\n"

@@ -24,6 +24,7 @@ from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.tasks.exporting.onnx_model import OnnxModel
+from tests.small import error_line
 from tests.tolerance import cosine_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -325,9 +326,7 @@ def test_an_onnx_encoder_gives_the_same_vectors_here_and_in_the_encode_command(
         (["--onnx", str(out), "--device", "tpu"], "expected auto, cpu or cuda"),
     ):
         assert cli.run(encode.main, [*more, *files]) == 2
-        error = capsys.readouterr().err
-        assert problem in error
-        assert error.count("\n") == 1
+        assert problem in error_line(capsys)
     with pytest.raises(ConfigError, match="export the model with --task NAME"):
         graph.predict(texts)
 
@@ -395,9 +394,7 @@ def test_export_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     for where, output, more, problem in cases:
         assert run_export(where, "huggingface", output, *more) == 2
-        error = capsys.readouterr().err
-        assert problem in error
-        assert error.count("\n") == 1
+        assert problem in error_line(capsys)
     assert [p.name for p in full.iterdir()] == ["thesis.txt"]
     assert run_export(source, "sentence-transformers", tmp_path / "out", "--task", "sentiment") == 2
     assert "a SentenceTransformer has no heads" in capsys.readouterr().err
@@ -429,9 +426,7 @@ def test_push_uploads_the_folder(
     monkeypatch.setattr(Hub, "create_repo", refuse)
     capsys.readouterr()
     assert run_export(tmp_path / "best", "huggingface", tmp_path / "again", "--push", "me/it") == 1
-    error = capsys.readouterr().err
-    assert "me/it: not uploaded (401 Unauthorized)" in error
-    assert error.count("\n") == 1
+    assert "me/it: not uploaded (401 Unauthorized)" in error_line(capsys)
 
 
 def test_env_prints_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:

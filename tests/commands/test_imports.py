@@ -14,7 +14,7 @@ from minbert_fast.common import cli, imports
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.extras.weighting import METHODS as WEIGHTINGS
 from minbert_fast.tasks.base import KINDS
-from tests.small import small_data, small_run
+from tests.small import error_line, read_records, small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,9 +103,7 @@ def test_a_file_that_fails_is_one_line(
     if content is not None:
         path.write_text(content)
     assert run_in_new_process(train.main, "--import", path) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: --import {path}: {problem}")
-    assert error.count("\n") == 1
+    assert error_line(capsys).startswith(f"error: --import {path}: {problem}")
 
 
 def test_loss_weights_of_ones_own_survive_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +115,7 @@ def test_loss_weights_of_ones_own_survive_a_resume(tmp_path: Path, capsys: pytes
     assert run_in_new_process(train.main, "--import", example, "--resume", "--output", tmp_path / "cut") == 0
     whole, cut = ((tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "cut"))
     assert whole == cut
-    records = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(tmp_path / "cut")
     *_, before, last = [record for record in records if "weight/sentiment" in record]
     losses = [record["loss/sentiment"] for record in records if "loss/sentiment" in record][:-1]
     assert last["weight/sentiment"] == pytest.approx(len(losses) / sum(losses))

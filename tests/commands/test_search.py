@@ -16,7 +16,7 @@ from minbert_fast.common import cli
 from minbert_fast.trainer import experiments
 from minbert_fast.trainer.callbacks import Callback, EvaluationEvent
 from minbert_fast.trainer.experiments import Trial
-from tests.small import small_data
+from tests.small import error_line, small_data
 
 EVALUATIONS = (5, 10, 15)
 
@@ -47,7 +47,7 @@ class Trainings:
                 finished = False
                 break
         directory.mkdir(parents=True, exist_ok=True)
-        summary = {"dev": dev, "steps": step, "finished": finished}
+        summary = {"dev": dev, "steps": step, "finished": finished, "backend": "fast"}
         (directory / "summary.json").write_text(json.dumps(summary))
         return Trial(name, directory, summary)
 
@@ -162,9 +162,7 @@ def test_mistakes_are_one_line_before_any_run(
     arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path / "out", *arguments) == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
+    assert expected in error_line(capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -22,14 +22,12 @@ import transformers
 
 from minbert_fast import train
 from minbert_fast.common import cli
-from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
-from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer import disk
 from minbert_fast.trainer.checkpoint import CheckpointStore
 from minbert_fast.trainer.outputs import RunDirectory, saved_recipe_path
-from tests.small import DEV_ROWS, small_data, small_run
+from tests.small import DEV_ROWS, error_line, read_records, small_data, small_run
 
 TIMES = ("step_seconds", "time")
 
@@ -70,22 +68,18 @@ def stopped(_stopped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(_stopped, tmp_path / "run")
 
 
-def records(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(output: Path) -> np.ndarray:
-    rows = [[r[f"loss/{t}"] for t in ("sentiment", "paraphrase", "similarity")] for r in records(output) if "lr" in r]
-    return np.array(rows)
+    records = [record for record in read_records(output) if "lr" in record]
+    return np.array(
+        [[record[f"loss/{task}"] for task in ("sentiment", "paraphrase", "similarity")] for record in records]
+    )
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
     """Runs a command that must fail; returns its single line on standard error."""
     capsys.readouterr()
     assert cli.run(train.main, arguments) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return error.strip()
+    return error_line(capsys).strip()
 
 
 # ---- Output files -------------------------------------------------------------------------------------
@@ -111,7 +105,7 @@ def test_the_summary_holds_scores_and_facts(finished: Path) -> None:
     assert dev["score"] == pytest.approx(score)
     assert summary["untrained"].keys() == dev.keys()
     assert (summary["steps"], summary["device"], summary["backend"]) == (10, "cpu", "fast")
-    assert summary["tokens"] == records(finished)[-1]["tokens"] > 0
+    assert summary["tokens"] == read_records(finished)[-1]["tokens"] > 0
     assert summary["seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["best"]["score"] == dev["score"]
@@ -120,7 +114,7 @@ def test_the_summary_holds_scores_and_facts(finished: Path) -> None:
 
 
 def test_each_step_has_one_record(finished: Path) -> None:
-    found = records(finished)
+    found = read_records(finished)
     assert [r["step"] for r in found] == list(range(11))
     assert [r["step"] for r in found if "dev/score" in r] == [0, 5, 10]
     wanted = {"step", "epoch", "lr", "loss/sentiment", "loss/paraphrase", "loss/similarity", "grad_norm", "conflicts"}
@@ -187,84 +181,6 @@ def test_the_same_seed_gives_the_same_bits_on_several_threads(
 # ---- Flags -------------------------------------------------------------------------------------------------
 
 
-def recipe_from(*arguments: str) -> Recipe:
-    return train.build_recipe(train.parser().parse_args(arguments))
-
-
-def test_every_flag_reaches_the_recipe() -> None:
-    recipe = recipe_from(
-        *("--data", "d", "--model", "m", "--epochs", "7", "--max-steps", "3", "--batch-size", "5", "--lr", "0.5"),
-        *(
-            "--seed",
-            "9",
-            "--precision",
-            "bf16",
-            "--surgery",
-            "none",
-            "--dropout",
-            "0.25",
-            "--freeze",
-            "--patience",
-            "2",
-        ),
-    )
-    assert (recipe.model.freeze, recipe.training.patience, recipe_from("--epochs", "0.25").training.epochs) == (
-        *(True, 2, 0.25),
-    )
-    assert (recipe.data.directory, recipe.model.name, recipe.model.dropout) == ("d", "m", 0.25)
-    training = recipe.training
-    assert (training.epochs, training.max_steps, training.batch_size, training.seed) == (7, 3, 5, 9)
-    assert (training.precision, recipe.optimizer.lr, recipe.surgery.method) == ("bf16", 0.5, "none")
-
-
-def test_set_overrides_flags_and_flags_override_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text(
-        'extends = "default"\n[optimizer]\nlr = 0.1\n[training]\nepochs = 4\nseed = 1\n'
-    )
-    mine = ("--recipe", str(tmp_path / "mine.toml"))
-    assert recipe_from(*mine).optimizer.lr == 0.1
-    assert recipe_from(*mine, "--option", "finetune").optimizer.lr == 1e-5
-    assert recipe_from(*mine, "--option", "finetune", "--lr", "0.2").optimizer.lr == 0.2
-    last = recipe_from(*mine, "--option", "finetune", "--lr", "0.2", "--epochs", "5", "--set", "optimizer.lr=0.3")
-    assert (last.optimizer.lr, last.training.epochs, last.training.seed) == (0.3, 5, 1)
-
-
-def test_the_courses_dropout_is_that_of_the_heads() -> None:
-    """The encoder keeps its own: at 0.5 in the encoder, an epoch of SST scored 0.327 instead of 0.457."""
-    recipe = recipe_from("--model", "m", "--hidden_dropout_prob", "0.5")
-    assert recipe.model.dropout is None
-    assert {name: task.options.dropout for name, task in build_tasks(recipe).items()} == dict.fromkeys(
-        recipe.tasks, 0.5
-    )
-    recipe = recipe_from("--recipe", "enhancing-final", "--hidden_dropout_prob", "0.5")
-    assert all(getattr(task.options, "dropout", 0.5) == 0.5 for task in build_tasks(recipe).values())
-    assert not hasattr(build_tasks(recipe)["mlm"].options, "dropout")
-    last = recipe_from("--model", "m", "--hidden_dropout_prob", "0.5", "--set", "tasks.sentiment.dropout=0.2")
-    assert [task.options.dropout for task in build_tasks(last).values()] == [0.2, 0.5, 0.5]
-    one = recipe_from("--data", __file__, "--text", "a", "--label", "b", "--hidden_dropout_prob", "0.4")
-    assert one.tasks["b"]["dropout"] == 0.4
-    with pytest.raises(ConfigError, match=r"dropout = 1\.5: expected 0 <= dropout < 1"):
-        build_tasks(recipe_from("--model", "m", "--hidden_dropout_prob", "1.5"))
-
-
-def test_the_courses_option_brings_the_starters_defaults() -> None:
-    for option, lr in (("pretrain", 1e-3), ("finetune", 1e-5)):
-        recipe = recipe_from("--option", option)
-        assert recipe.model.freeze == (option == "pretrain")
-        assert (recipe.training.epochs, recipe.training.batch_size, recipe.optimizer.lr) == (10, 8, lr)
-        assert (recipe.optimizer.schedule, recipe.optimizer.warmup, recipe.optimizer.clip) == ("constant", 0.0, 0.0)
-        assert (recipe.model.pooling, recipe.model.dropout) == ("pooler", None)
-        assert {task.options.dropout for task in build_tasks(recipe).values()} == {0.3}
-
-
-def test_only_the_tiny_model_uses_the_demonstration_recipe() -> None:
-    assert recipe_from().name == "demonstration"
-    assert recipe_from("--data", "d").name == "demonstration"
-    assert recipe_from("--model", "m").name == "default"
-    assert recipe_from("--set", "model.name=m").name == "default"
-    assert recipe_from("--recipe", "default").name == "default"
-
-
 def test_the_courses_command_line(data: Path, tmp_path: Path) -> None:
     """The command line of the course's handout, with its prediction paths."""
     files = {"sst": "ids-sst", "para": "quora", "sts": "sts"}
@@ -323,7 +239,7 @@ def test_a_missing_task_file_drops_the_task_and_says_so(
         "no dev rows for similarity: trained, not evaluated",
     ]
     assert set(Recipe.load(str(output / "best" / "recipe.toml")).tasks) == {"sentiment", "similarity"}
-    assert "loss/paraphrase" not in records(output)[-1]
+    assert "loss/paraphrase" not in read_records(output)[-1]
 
 
 def test_without_dev_files_the_last_model_is_best(data: Path, tmp_path: Path) -> None:
@@ -380,7 +296,7 @@ def test_bad_rows_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def comparable(output: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in r.items() if key not in TIMES} for r in records(output)]
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in read_records(output)]
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
@@ -519,7 +435,7 @@ def test_resuming_with_moved_data_and_output_works(stopped: Path, tmp_path: Path
     moved = small_data(tmp_path / "moved")
     more = ("--lr", "1e-3", "--resume", "--stop-after", "2", "--set", "checkpoint.every=1")
     assert cli.run(train.main, small_run(moved, stopped, *more)) == 0
-    assert records(stopped)[-1]["step"] == 2
+    assert read_records(stopped)[-1]["step"] == 2
 
 
 def test_a_run_resumed_from_another_directory_finds_its_files(
@@ -603,7 +519,7 @@ def test_a_finished_run_that_kept_a_checkpoint_can_be_made_longer(
     assert cli.run(train.main, ["--resume", "--output", str(tmp_path / "run"), "--max-steps", "3"]) == 0
     assert "the run now has 3 steps, not 1: its learning rate follows the new length" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
-    assert [r["step"] for r in records(tmp_path / "run")] == list(range(4))
+    assert [r["step"] for r in read_records(tmp_path / "run")] == list(range(4))
     error = fails(capsys, "--resume", "--output", str(tmp_path / "run"), "--max-steps", "2")
     assert "the run now has 2 steps, not 3" in error
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the flags of `train` to a recipe: one file, chosen tasks, whole tables, places that are mixed up; the help."""
+"""From the flags of `train` to a recipe: every flag, one file, chosen tasks, whole tables, mixed-up places; the help."""
 
 from __future__ import annotations
 
@@ -16,10 +16,71 @@ from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.data import sample_directory
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.tasks import build_tasks
 
 
 def recipe_from(*arguments: str) -> Recipe:
     return train.build_recipe(train.parser().parse_args(arguments))
+
+
+def test_every_flag_reaches_the_recipe() -> None:
+    flags = "--data d --model m --epochs 7 --max-steps 3 --batch-size 5 --lr 0.5 --seed 9 --precision bf16"
+    more = "--surgery none --dropout 0.25 --freeze --patience 2"
+    recipe = recipe_from(*flags.split(), *more.split())
+    assert (recipe.model.freeze, recipe.training.patience) == (True, 2)
+    assert recipe_from("--epochs", "0.25").training.epochs == 0.25
+    assert (recipe.data.directory, recipe.model.name, recipe.model.dropout) == ("d", "m", 0.25)
+    training = recipe.training
+    assert (training.epochs, training.max_steps, training.batch_size, training.seed) == (7, 3, 5, 9)
+    assert (training.precision, recipe.optimizer.lr, recipe.surgery.method) == ("bf16", 0.5, "none")
+
+
+def test_set_overrides_flags_and_flags_override_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'extends = "default"\n[optimizer]\nlr = 0.1\n[training]\nepochs = 4\nseed = 1\n'
+    )
+    mine = ("--recipe", str(tmp_path / "mine.toml"))
+    assert recipe_from(*mine).optimizer.lr == 0.1
+    assert recipe_from(*mine, "--option", "finetune").optimizer.lr == 1e-5
+    assert recipe_from(*mine, "--option", "finetune", "--lr", "0.2").optimizer.lr == 0.2
+    last = recipe_from(*mine, "--option", "finetune", "--lr", "0.2", "--epochs", "5", "--set", "optimizer.lr=0.3")
+    assert (last.optimizer.lr, last.training.epochs, last.training.seed) == (0.3, 5, 1)
+
+
+def test_the_courses_dropout_is_that_of_the_heads() -> None:
+    """The encoder keeps its own: at 0.5 in the encoder, an epoch of SST scored 0.327 instead of 0.457."""
+    recipe = recipe_from("--model", "m", "--hidden_dropout_prob", "0.5")
+    assert recipe.model.dropout is None
+    assert {name: task.options.dropout for name, task in build_tasks(recipe).items()} == dict.fromkeys(
+        recipe.tasks, 0.5
+    )
+    recipe = recipe_from("--recipe", "enhancing-final", "--hidden_dropout_prob", "0.5")
+    assert all(getattr(task.options, "dropout", 0.5) == 0.5 for task in build_tasks(recipe).values())
+    assert not hasattr(build_tasks(recipe)["mlm"].options, "dropout")
+    last = recipe_from("--model", "m", "--hidden_dropout_prob", "0.5", "--set", "tasks.sentiment.dropout=0.2")
+    assert [task.options.dropout for task in build_tasks(last).values()] == [0.2, 0.5, 0.5]
+    one = recipe_from("--data", __file__, "--text", "a", "--label", "b", "--hidden_dropout_prob", "0.4")
+    assert one.tasks["b"]["dropout"] == 0.4
+    with pytest.raises(ConfigError, match=r"dropout = 1\.5: expected 0 <= dropout < 1"):
+        build_tasks(recipe_from("--model", "m", "--hidden_dropout_prob", "1.5"))
+
+
+def test_the_courses_option_brings_the_starters_defaults() -> None:
+    for option, lr in (("pretrain", 1e-3), ("finetune", 1e-5)):
+        recipe = recipe_from("--option", option)
+        assert recipe.model.freeze == (option == "pretrain")
+        assert (recipe.training.epochs, recipe.training.batch_size, recipe.optimizer.lr) == (10, 8, lr)
+        assert (recipe.optimizer.schedule, recipe.optimizer.warmup, recipe.optimizer.clip) == ("constant", 0.0, 0.0)
+        assert (recipe.model.pooling, recipe.model.dropout) == ("pooler", None)
+        assert {task.options.dropout for task in build_tasks(recipe).values()} == {0.3}
+
+
+def test_only_the_tiny_model_uses_the_demonstration_recipe() -> None:
+    assert recipe_from().name == "demonstration"
+    assert recipe_from("--data", "d").name == "demonstration"
+    assert recipe_from("--model", "m").name == "default"
+    assert recipe_from("--set", "model.name=m").name == "default"
+    assert recipe_from("--recipe", "default").name == "default"
 
 
 # ---- One file ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from minbert_fast.data.inputs import file_input
 from minbert_fast.data.messages import BadRow, DataError
 from minbert_fast.data.readers.course import MAX_RECORD_LINES, OpenQuoteError, split_quoted
 from minbert_fast.data.readers.lines import MAX_LINE_BYTES
+from tests.small import ODD_TEXTS
 
 SENTIMENT_HEADER = "\tid\tsentence\tsentiment\n"
 PAIR_HEADER = "\tid\tsentence1\tsentence2\tis_duplicate\n"
@@ -96,20 +97,9 @@ def test_line_ends_and_byte_order_mark(tmp_path: Path, end: str, bom: bytes) -> 
 
 
 def test_text_of_every_kind_is_preserved(tmp_path: Path) -> None:
-    texts = [
-        "",
-        " ",
-        "word " * 10_000,
-        "😀 👩‍👩‍👧",
-        "שלום",
-        "مرحبا",
-        "\x01\x1b[31m\x7f",
-        "a\u2028b\x85c\x0bd\x0ce\x1ef",
-        "\ufeff",
-    ]
-    rows = "".join(f"{index}\tid{index}\t{text}\t2\n" for index, text in enumerate(texts))
+    rows = "".join(f"{index}\tid{index}\t{text}\t2\n" for index, text in enumerate(ODD_TEXTS))
     table = read_table(write(tmp_path, SENTIMENT_HEADER + rows), "sentiment")
-    assert table.sentences[0] == texts
+    assert table.sentences[0] == list(ODD_TEXTS)
     assert table.bad_rows == ()
 
 

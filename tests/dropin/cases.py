@@ -72,6 +72,10 @@ def course(model: BertModel, ids: Tensor, mask: Tensor, activation: Any = F.gelu
     return hidden * mask[:, :, None]
 
 
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 

@@ -19,7 +19,7 @@ from minbert_fast import BertLayer, BertModel
 from minbert_fast.model.packing import pack
 from minbert_fast.model.rows import PackedRows
 from minbert_fast.model.snapshot import Snapshot
-from tests.dropin.cases import WIDTH, batch, close, course, course_layer, replicate, small
+from tests.dropin.cases import WIDTH, batch, close, course, course_layer, dropouts, replicate, small
 
 
 def packed(ids: Tensor, mask: Tensor) -> Any:
@@ -464,10 +464,6 @@ def draws(model: BertModel) -> Tensor:
 def random(model: BertModel) -> bool:
     rows = draws(model)
     return not torch.equal(rows[0], rows[1])
-
-
-def dropouts(model: nn.Module) -> list[nn.Dropout]:
-    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
 
 def test_dropout_modules_mean_what_they_say(fused_layers: list[Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import minbert_fast
 from minbert_fast.common.schema import ConfigError
-from tests.dropin.cases import batch, close, replicate
+from tests.dropin.cases import batch, close, dropouts, replicate
 
 ARGUMENTS = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
              "intermediate_size": 80, "max_position_embeddings": 40, "initializer_range": 0.2}  # fmt: skip
@@ -283,10 +283,6 @@ def random(model: Any) -> bool:
     with torch.no_grad():
         first, second = (model(**inputs()).last_hidden_state[3] for _ in range(2))
     return not torch.equal(first, second)
-
-
-def dropouts(model: nn.Module) -> list[nn.Dropout]:
-    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
 
 
 def test_dropouts_with_p_0_do_not_draw(fused_layers: list[Any]) -> None:

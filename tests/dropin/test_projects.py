@@ -267,17 +267,6 @@ def test_layers_that_take_a_task() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_new_weights_for_the_top_layers() -> None:
-    bert, (ids, mask, _) = quiet(), examples()
-    kept = copy.deepcopy(bert.state_dict())
-    for layer in bert.bert_layers[-1:]:
-        layer.apply(bert._init_weights)
-    changed = {name for name, t in bert.state_dict().items() if not torch.equal(t, kept[name])}
-    assert changed
-    assert all(name.startswith("bert_layers.2.") for name in changed)
-    close(bert(ids, mask)["last_hidden_state"], course(bert, ids, mask))
-
-
 def test_an_old_checkpoint_of_the_course(tmp_path: Path) -> None:
     """{"model": ...} of a classifier around the encoder, written before the buffer was in the state."""
     source = Classifier(quiet())

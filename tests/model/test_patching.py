@@ -179,33 +179,6 @@ def test_what_the_fast_path_lacks_goes_the_stock_way(asked: dict[str, Any], fast
     assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
 
 
-def test_an_exchanged_or_hooked_layer_is_respected(fast_calls: list[int]) -> None:
-    """An adapter in place of a layer, or a hook on it, must have its say."""
-    inputs = batch()
-
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    model = minbert_fast.patch(stock())
-    before = model(**inputs).last_hidden_state
-    layer = model.encoder.layer[1].intermediate
-    changed = Doubled(48, 96)
-    changed.load_state_dict(layer.dense.state_dict())
-    plain, layer.dense = layer.dense, changed
-    with pytest.warns(UserWarning, match="dense is a Doubled"):
-        assert not torch.allclose(model(**inputs).last_hidden_state[2], before[2])
-    layer.dense = plain
-    assert torch.equal(model(**inputs).last_hidden_state, before)
-    seen: list[int] = []
-    handle = plain.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(UserWarning, match="dense has hooks"):
-        model(**inputs)
-    assert seen
-    handle.remove()
-    assert len(fast_calls) == 2
-
-
 def test_weights_loaded_moved_or_resized_later_are_seen(fast_calls: list[int]) -> None:
     model, inputs = minbert_fast.patch(stock()), batch()
     other = stock()

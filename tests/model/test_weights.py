@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import random
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -64,28 +60,6 @@ def test_reads_a_pickled_state_dict_with_legacy_names_and_pretraining_heads(mode
     assert same(model, BertModel.from_pretrained(tmp_path))
 
 
-def test_reads_a_course_checkpoint(model: BertModel, tmp_path: Path) -> None:
-    state = {f"bert.{k}": t for k, t in model.state_dict().items()}
-    state["bert.position_ids"] = torch.arange(12)[None]
-    state["sentiment_head.weight"] = torch.zeros(5, 16)
-    info = {
-        "model": state,
-        "optim": {"state": {}, "param_groups": []},
-        "args": argparse.Namespace(lr=1e-5, use_gpu=False),
-        "model_config": SimpleNamespace(hidden_size=16, data_dir="."),
-        "system_rng": random.getstate(),
-        "numpy_rng": np.random.get_state(),
-        "torch_rng": torch.random.get_rng_state(),
-    }
-    torch.save(info, tmp_path / "finetune-10-1e-05-multitask.pt")
-    with pytest.warns(
-        UserWarning, match=r"multitask\.pt: the encoder alone is loaded; left out: sentiment_head.weight$"
-    ):
-        loaded = BertModel.from_pretrained(tmp_path / "finetune-10-1e-05-multitask.pt", num_attention_heads=2)
-    assert same(model, loaded)
-    assert loaded.config.num_attention_heads == 2
-
-
 def test_a_configuration_beside_a_course_checkpoint_says_how_wide_its_heads_are(
     model: BertModel, tmp_path: Path
 ) -> None:
@@ -120,13 +94,6 @@ def test_a_file_that_git_left_without_its_content_says_so(model: BertModel, tmp_
         BertModel.from_pretrained(tmp_path)
 
 
-def test_a_layer_in_two_places_is_saved_under_both_names(model: BertModel, tmp_path: Path) -> None:
-    """safetensors refuses a tensor of two names."""
-    model.bert_layers[1] = model.bert_layers[0]
-    model.save_pretrained(tmp_path)
-    assert same(model, BertModel.from_pretrained(tmp_path))
-
-
 def test_missing_and_unexpected_keys_are_named(model: BertModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -146,28 +113,6 @@ def test_a_wrong_shape_is_named(model: BertModel, tmp_path: Path) -> None:
         BertModel.from_pretrained(tmp_path)
 
 
-def test_an_absent_pooler_is_drawn_with_a_warning(model: BertModel, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: t for k, t in tensors.items() if not k.startswith("pooler")}, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match="has no pooler"):
-        BertModel.from_pretrained(tmp_path)
-
-
-def test_overrides_reach_the_configuration(model: BertModel, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    assert BertModel.from_pretrained(tmp_path, hidden_dropout_prob=0.3).config.hidden_dropout_prob == 0.3
-    with pytest.raises(ConfigError, match="hidden_dropout_prob = None: leave it out"):  # it became the class's default
-        BertModel.from_pretrained(tmp_path, hidden_dropout_prob=None)
-
-
-def test_half_precision_weights_load_as_fp32(model: BertModel, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({k: t.half() for k, t in tensors.items()}, tmp_path / "model.safetensors")
-    assert BertModel.from_pretrained(tmp_path).word_embedding.weight.dtype == torch.float32
-
-
 class _Payload:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -180,9 +125,10 @@ class _Payload:
 def test_a_malicious_pickle_does_not_run(model: BertModel, tmp_path: Path, name: str) -> None:
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    torch.save({"model": _Payload(tmp_path / "ran")}, tmp_path / name)
-    with pytest.raises(WeightsError, match=name):
+    torch.save({"model": model.state_dict(), "x": _Payload(tmp_path / "ran")}, tmp_path / name)
+    with pytest.raises(WeightsError, match=rf"{name}.* refers to \w+\.system, which would run commands") as caught:
         BertModel.from_pretrained(tmp_path / name if name.endswith(".pt") else tmp_path)
+    assert "weights_only" not in str(caught.value)  # no advice to trust it
     assert not (tmp_path / "ran").exists()
 
 

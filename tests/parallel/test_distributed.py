@@ -45,7 +45,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_tasks
 from minbert_fast.trainer.records import Observer
 from tests.parallel.threads import side_by_side
-from tests.small import small_data
+from tests.small import read_records, small_data
 from tests.step.test_step import CONFIG, SIZES, make_batch, make_model, recipe
 from tests.zygote import Zygote, free_port
 
@@ -73,8 +73,7 @@ def logs(folder: Path) -> list[str]:
 
 
 def losses(output: Path, tasks: tuple[str, ...] = ("sentiment", "paraphrase", "similarity")) -> list[list[float]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [[line[f"loss/{task}"] for task in tasks] for line in lines]
+    return [[line[f"loss/{task}"] for task in tasks] for line in read_records(output)]
 
 
 def same(one: Path, other: Path, tasks: tuple[str, ...] = ("sentiment", "paraphrase", "similarity")) -> None:

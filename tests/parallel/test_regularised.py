@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.parallel.test_distributed import losses, same, succeed
+from tests.small import read_records
 from tests.zygote import Zygote
 
 pytestmark = pytest.mark.ci
@@ -18,8 +18,9 @@ FLAGS = ["--max-steps", "6", "--precision", "fp32", "--output", "run", "--set", 
 
 
 def weights(output: Path) -> list[list[float]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [[line[f"weight/{task}"] for task in ("sentiment", "paraphrase", "similarity")] for line in lines]
+    return [
+        [line[f"weight/{task}"] for task in ("sentiment", "paraphrase", "similarity")] for line in read_records(output)
+    ]
 
 
 def test_two_processes_average_and_weigh_as_one_does(zygote: Zygote, tmp_path: Path) -> None:

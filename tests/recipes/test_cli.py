@@ -18,6 +18,7 @@ from minbert_fast.recipes import __main__ as recipes
 from minbert_fast.recipes.keys import keys_of
 from minbert_fast.recipes.recipe import Recipe, parse_assignments, recipe_names
 from minbert_fast.tasks import build_tasks
+from tests.small import error_line
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120, 200])
@@ -32,6 +33,8 @@ def test_the_list_names_every_recipe_and_fits_the_terminal(
     for name in recipe_names():
         (line,) = (line for line in lines if line.split()[:1] == [name])
         recipe = Recipe.load(name)
+        assert recipe.name == name
+        assert recipe.description
         assert all(f"{value:.3f}" in line for value in recipe.published.dev.values())
         assert all(word in printed for word in recipe.description.split())
         if recipe.source:  # below its report's heading
@@ -48,6 +51,7 @@ def test_a_recipe_shown_loads_again_with_every_default(name: str, capsys: pytest
     for then, now in zip(recipe.resolved_stages(), shown.resolved_stages(), strict=True):
         assert build_tasks(now) == build_tasks(then)
         assert replace(now, tasks=then.tasks) == then
+        assert then.training.epochs > 0
     for task, options in build_tasks(recipe).items():
         for name in (f.name for f in fields(options.options)):
             value = getattr(options.options, name)
@@ -126,9 +130,7 @@ class Child(Parent):
 )
 def test_errors_are_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(recipes.main, arguments) == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
+    assert expected in error_line(capsys)
 
 
 @pytest.mark.parametrize(

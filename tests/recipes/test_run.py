@@ -28,6 +28,7 @@ from minbert_fast.trainer.completing import with_task_values, without_tasks
 from minbert_fast.trainer.job import Options, train
 from minbert_fast.trainer.outputs import lock_directory
 from minbert_fast.trainer.resume import changed_values
+from tests.small import error_line
 
 pytestmark = pytest.mark.ci
 
@@ -336,9 +337,7 @@ def test_mistakes_give_a_one_line_error_before_any_run(
     arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(search.main, *arguments, "--output", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
+    assert expected in error_line(capsys)
     assert not (tmp_path / "out").exists()
 
 

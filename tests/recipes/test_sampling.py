@@ -16,7 +16,7 @@ from minbert_fast.data.tokens import TokenTable
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import build_tasks
 from minbert_fast.trainer.job import Options, train
-from tests.small import small_data
+from tests.small import read_records, small_data
 
 
 def table_of(name: str, labels: list[float] | np.ndarray | None, rows: int | None = None) -> TokenTable:
@@ -192,7 +192,7 @@ def test_a_run_scores_half_of_dev_and_some_training_rows(tmp_path: Path) -> None
     assert summary["train"].keys() == summary["dev"].keys()
     tenths = summary["train"]["sentiment_accuracy"] * 10
     assert tenths == pytest.approx(round(tenths)), "an accuracy over ten rows"
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(output)
     assert [r["step"] for r in records if "train/score" in r] == [r["step"] for r in records if "dev/score" in r]
 
 

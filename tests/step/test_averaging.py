@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from minbert_fast.step.extras.averaging import WeightAverage
 from minbert_fast.step.flat import ParameterSpec
 from minbert_fast.trainer import loop, plan
 from tests.step.test_graph import computed_on_meta
-from tests.step.test_step import SIZES, make_batch, make_model, recipe
+from tests.step.test_step import SIZES, four_steps, make_batch, make_model, recipe
 from tests.trainer.test_loop import RECIPE, RETURNING, STAGED, Run, StandIn, killed_anywhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,18 +101,8 @@ def test_the_models_own_weights_come_back_after_a_failure() -> None:
 def test_a_restored_average_goes_on_bit_for_bit(backend: Any) -> None:
     chosen = recipe(training={"ema": 0.9}, surgery={"method": "pcgrad"})
 
-    def run(split: bool) -> Tensor:
-        model = make_model(chosen)
-        step = make_step(backend, model, chosen, torch.float32)
-        for index in range(4):
-            if split and index == 2:
-                saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
-                model = make_model(chosen)
-                model.load_state_dict(weights)
-                step = make_step(backend, model, chosen, torch.float32)
-                step.load_state_dict(saved)
-            step(make_batch(model, SIZES, seed=index), 1.0)
-        assert step.average is not None
+    def run(cut: bool) -> Tensor:
+        model, step = four_steps(backend, chosen, cut)
         step.average.adopt()
         return weights_of(model)
 

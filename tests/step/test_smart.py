@@ -25,7 +25,7 @@ from minbert_fast.step.extras.consistency import Adversary, Consistency, second_
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import ConsistencyLoss, MultitaskModel, build_tasks
 from minbert_fast.tasks.consistency import divergence, split_copies
-from tests.small import small_data, small_run
+from tests.small import error_line, small_data, small_run
 from tests.step.test_graph import strangers
 from tests.step.test_r_drop import twice, unlike_twins
 from tests.step.test_step import CONFIG, PLAIN, SIZES, make_batch, make_model, recipe
@@ -379,6 +379,4 @@ def test_what_cannot_be_smart_is_refused_before_the_first_step(
 ) -> None:
     run = small_run(small_data(tmp_path / "data"), tmp_path / "run", "--recipe", "wish-smart", *flags)
     assert cli.run(train.main, run) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error_line(capsys)

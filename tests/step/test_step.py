@@ -64,6 +64,22 @@ def make_batch(
     return MultitaskBatch(pack(sentences, **capacities), tuple(sizes), arity, labels, rows)
 
 
+def four_steps(backend: Any, chosen: Recipe, cut: bool) -> tuple[MultitaskModel, Any]:
+    """A model and its step after four steps; with `cut`, new objects take the last two from the states of the first."""
+    model = make_model(chosen)
+    step = make_step(backend, model, chosen, torch.float32)
+    for index in range(4):
+        if cut and index == 2:
+            saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
+            model = make_model(chosen)
+            model.load_state_dict(weights)
+            step = make_step(backend, model, chosen, torch.float32)
+            step.load_state_dict(saved)
+            torch.manual_seed(99)
+        step(make_batch(model, SIZES, seed=index), 1.0)
+    return model, step
+
+
 def separate_backwards(model: MultitaskModel, batch: MultitaskBatch) -> list[dict[str, Tensor]]:
     """Each task's own fp64 gradients, by name, through the naive padded encoder."""
     twin = copy.deepcopy(model).double().train()
@@ -147,7 +163,7 @@ def test_j_of_one_task_alone() -> None:
 
 
 def test_j_with_two_data_sets_for_one_kind_of_task() -> None:
-    tasks = PLAIN | {"cfimdb": {"kind": "sentiment", "data": "polarity", "dropout": 0.0}}
+    tasks = PLAIN | {"cfimdb": {"kind": "polarity", "dropout": 0.0}}
     chosen = recipe(tasks=tasks, **SURGERY)
     model = make_model(chosen)
     batch = make_batch(model, SIZES | {"cfimdb": 2})
@@ -243,30 +259,30 @@ def test_ten_steps_equal_the_reference_path(surgery: str, optimizer: dict[str, A
     assert moved > 3e-3
 
 
+def three_steps_on_both_backends(chosen: Recipe) -> list[float]:
+    """Compares the parameters after three steps, the second without examples of a task; all gradient norms."""
+    models, norms = [make_model(chosen), make_model(chosen)], []
+    for backend, model in zip(("fast", "reference"), models, strict=True):
+        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
+        for seed, sizes in enumerate((SIZES, SIZES | {"paraphrase": 0}, SIZES)):
+            norms.append(float(step(make_batch(model, sizes, seed), 1.0).grad_norm))
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
+    return norms
+
+
 @pytest.mark.parametrize("method", ["none", "pcgrad"])
 def test_the_mean_over_tasks_leaves_heads_alone_on_both_backends(method: str) -> None:
     """The reference step divided the heads' gradients too, where tasks were added without surgery."""
     chosen = recipe(surgery={"method": method, "reduction": "mean"}, optimizer={"lr": 1e-3, "clip": 0.1})
-    models = [make_model(chosen), make_model(chosen)]
-    for backend, model in zip(("fast", "reference"), models, strict=True):
-        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
-        sizes = (SIZES, SIZES | {"paraphrase": 0}, SIZES)  # the mean is over the tasks of the recipe
-        norms = [float(step(make_batch(model, each, seed=i), 1.0).grad_norm) for i, each in enumerate(sizes)]
-        assert all(norm > 0.1 for norm in norms)  # so that clipping tells lengths apart
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
+    norms = three_steps_on_both_backends(chosen)  # the mean is over the tasks of the recipe
+    assert all(norm > 0.1 for norm in norms)  # so that clipping tells lengths apart
 
 
 def test_a_shared_layer_without_a_task_in_the_step_moves_equally_on_both_backends() -> None:
     """The pooler of one task: the reference step without surgery left it out, and did not count the step."""
     chosen = recipe(tasks=PLAIN | {"paraphrase": {"dropout": 0.0, "pooling": "pooler"}})
-    models = [make_model(chosen), make_model(chosen)]
-    for backend, model in zip(("fast", "reference"), models, strict=True):
-        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
-        for sizes in (SIZES, SIZES | {"paraphrase": 0}, SIZES):
-            step(make_batch(model, sizes), 1.0)
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3, msg=name)
+    three_steps_on_both_backends(chosen)
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])
@@ -366,22 +382,11 @@ def test_a_restored_step_continues_bit_identically(method: str, backend: str) ->
     tasks = {"sentiment": {"dropout": 0.3}, "paraphrase": {}, "similarity": {}}
     chosen = recipe(surgery={"method": method}, tasks=tasks)
 
-    def run(split: bool) -> list[Tensor]:
-        model = make_model(chosen)
-        step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
-        for index in range(4):
-            if split and index == 2:
-                saved, weights = copy.deepcopy(step.state_dict()), copy.deepcopy(model.state_dict())
-                model = make_model(chosen)
-                model.load_state_dict(weights)
-                step = make_step(backend, model, chosen, torch.float32)  # type: ignore[arg-type]
-                step.load_state_dict(saved)
-                torch.manual_seed(99)
-            step(make_batch(model, SIZES, seed=index), 1.0)
-        orders = step.state_dict()["tensors"]["surgery/generator"]
-        return [orders, *(p.detach() for p in model.parameters())]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+    found = []
+    for cut in (True, False):
+        model, step = four_steps(backend, chosen, cut)
+        found.append([step.state_dict()["tensors"]["surgery/generator"], *(p.detach() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_restored_moments_lie_beside_their_parameters() -> None:

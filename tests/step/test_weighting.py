@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from minbert_fast.step.backends import make_step
 from minbert_fast.step.extras.weighting import DynamicAverage, Famo, TaskWeights, Uncertainty, task_weights
 from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.trainer.job import Options, train
-from tests.small import small_data
+from tests.small import read_records, small_data
 from tests.step.test_graph import computed_on_meta
 from tests.step.test_step import SIZES, make_batch, make_model, recipe
 
@@ -345,7 +344,7 @@ def test_a_run_logs_its_weights_and_the_report_draws_them(tmp_path: Path) -> Non
     }
     chosen = Recipe.load("wish-weight-averaging").with_values(quick, "test")
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(output)
     weights = [[record[f"weight/{task}"] for task in chosen.tasks] for record in records]
     assert weights[:4] == [[1.0] * 3] * 4  # two epochs of two steps
     assert weights[4] != [1.0] * 3

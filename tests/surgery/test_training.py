@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from minbert_fast.common import cli
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import Backend, make_step
 from minbert_fast.surgery.torchjd import UNFIT
-from tests.small import small_data, small_run
+from tests.small import read_records, small_data, small_run
 from tests.step.test_step import PLAIN, SIZES, make_batch, make_model
 
 
@@ -29,8 +28,9 @@ def losses(data: Path, output: Path, method: str, *more: str) -> list[list[float
     flags = ("--surgery", method, "--dropout", "0", "--lr", "1e-3", *constant, "--max-steps", "4", *more)
     assert cli.run(train.main, small_run(data, output, "--recipe", "demonstration", *flags)) == 0
     assert Recipe.load(str(output / "best" / "recipe.toml")).surgery.method == method
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [[value for key, value in row.items() if key.startswith("loss/")] for row in rows if "lr" in row]
+    return [
+        [value for key, value in row.items() if key.startswith("loss/")] for row in read_records(output) if "lr" in row
+    ]
 
 
 TORCHJD = (

@@ -335,23 +335,12 @@ def test_command_on_single_files_gives_the_same_scores(checkpoint, files, tmp_pa
 def test_errors_are_one_line_without_a_traceback(checkpoint, files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.csv").write_text("id\tsentence\n1\tgood\n")
+    again = ["--task", "sentiment", "--input", files / "b.csv"]
     wrong = [
         ([], "--checkpoint"),
         (["--checkpoint", checkpoint, "--task", "sentiment"], "belong together"),
         (["--checkpoint", checkpoint, "--data", files, "--similarity", files / "sts-dev.csv"], "expected either"),
-        (
-            [
-                "--checkpoint",
-                checkpoint,
-                "--sentiment",
-                files / "a.csv",
-                "--task",
-                "sentiment",
-                "--input",
-                files / "b.csv",
-            ],
-            "--task sentiment has two files",
-        ),
+        (["--checkpoint", checkpoint, "--sentiment", files / "a.csv", *again], "--task sentiment has two files"),
         (["--checkpoint", tmp_path / "empty", "--data", files], "holds no recipe.toml"),
         (["--checkpoint", checkpoint.parent, "--data", files], f"its model is {checkpoint}"),
         (["--checkpoint", tmp_path / "nowhere", "--data", files], "nowhere"),

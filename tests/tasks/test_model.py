@@ -32,7 +32,7 @@ CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
     max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
-TRIPLETS = {"data": "triplets"}
+TRIPLETS = {"kind": "nli-triplets"}
 OPTIONS = {"sentiment": {"dropout": 0.0}, "paraphrase": {"dropout": 0.0}, "similarity": {}, "nli": TRIPLETS}
 LABELS = {"sentiment": [0, 4, 2, 1, 3], "paraphrase": [1.0, 0, 1, 1, 0], "similarity": [5.0, 0, 2.4, 3, 1]}
 
@@ -343,7 +343,7 @@ def test_a_stage_changes_the_dropout_of_shared_layers_and_the_votes():
 
 
 def test_tasks_of_all_stages_have_heads():
-    stages = [{"tasks": {"nli": {"objectives": {"triplet": 1.0}}}}, {"tasks": {"sentiment": {}}}]
+    stages = [{"tasks": {"nli": {**TRIPLETS, "objectives": {"triplet": 1.0}}}}, {"tasks": {"sentiment": {}}}]
     recipe = build(Recipe, {"tasks": {"sentiment": {"dropout": 0.3}}, "stages": stages}, "test")
     assert list(build_tasks(recipe)) == ["sentiment", "nli"]
     first, second = recipe.resolved_stages()
@@ -351,11 +351,11 @@ def test_tasks_of_all_stages_have_heads():
     assert build_tasks(second)["sentiment"].options.dropout == 0.3
 
 
-# Options of earlier versions, and the names and shapes of the parameters in heads.safetensors (hidden size 16).
-EARLIER: dict[str, tuple[dict, dict[str, tuple[int, ...]]]] = {
+# Options, and the names and shapes of their parameters in heads.safetensors (hidden size 16): the file's format.
+STORED: dict[str, tuple[dict, dict[str, tuple[int, ...]]]] = {
     "sentiment": ({}, {"output.weight": (5, 16), "output.bias": (5,)}),
     "cfimdb": (
-        {"kind": "sentiment", "data": "polarity", "neighbours": 2, "nearest": 1},
+        {"kind": "polarity", "neighbours": 2, "nearest": 1},
         {
             "neighbours.vectors": (4, 16),
             "neighbours.labels": (4,),
@@ -380,27 +380,24 @@ EARLIER: dict[str, tuple[dict, dict[str, tuple[int, ...]]]] = {
         {"output.weight": (6, 32), "output.bias": (6,)},
     ),
     "nli": (
-        {"objectives": {"triplet": 1.0}, "project": True},
+        {**TRIPLETS, "objectives": {"triplet": 1.0}, "project": True},
         {"projection.weight": (16, 16), "projection.bias": (16,)},
     ),
     "nsp": ({"text": ["similarity"]}, {"output.weight": (2, 16), "output.bias": (2,)}),
 }
 
 
-def test_models_of_earlier_versions_load(tmp_path: Path):
-    """Their recipes spell the course's tasks as kinds; every tensor has its place."""
-    tasks = {name: options for name, (options, _) in EARLIER.items()}
+def test_saved_heads_load_by_name_and_shape(tmp_path: Path):
+    tasks = {name: options for name, (options, _) in STORED.items()}
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"{name}.{key}": torch.randn(shape, generator=generator)
-        for name, (_, shapes) in EARLIER.items()
+        for name, (_, shapes) in STORED.items()
         for key, shape in shapes.items()
     }
     BertModel(CONFIG).save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "heads.safetensors")
-    values = {"tasks": tasks, "published": {"sentiment_accuracy": 0.5}}  # before the scores were divided by split
-    (tmp_path / "recipe.toml").write_text(to_toml(values))
-    assert Recipe.load(str(tmp_path / "recipe.toml")).published.dev == {"sentiment_accuracy": 0.5}
+    (tmp_path / "recipe.toml").write_text(to_toml({"tasks": tasks}))
     loaded = MultitaskModel.load(tmp_path)
     found = loaded.heads.state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
@@ -410,7 +407,7 @@ def test_models_of_earlier_versions_load(tmp_path: Path):
     assert loaded.tasks["nli"].header == "Follows_Closer_Than_Contradicts"
 
 
-def test_heads_draw_their_first_weights_in_the_order_of_earlier_versions():
+def test_heads_draw_their_first_weights_in_a_fixed_order():
     options = {"project": 3, "features": ["u", "product"], "shared_layers": "pair", "shared_depth": 1}
     torch.manual_seed(5)
     head = build_task("paraphrase", options).build_head(CONFIG, {})

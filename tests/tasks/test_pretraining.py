@@ -32,7 +32,7 @@ from minbert_fast.step.one_pass import OnePassStep
 from minbert_fast.tasks import MultitaskModel, build_task, build_tasks
 from minbert_fast.tasks.inference.predictor import Predictor
 from minbert_fast.trainer.job import Options, train
-from tests.small import small_data
+from tests.small import read_records, small_data
 from tests.step.test_graph import strangers
 from tests.step.test_step import check_j
 
@@ -305,7 +305,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
         cut = train(small_recipe(data), how)
     for name in ("model.safetensors", "heads.safetensors"):
         assert (cut / "last" / name).read_bytes() == (whole / "last" / name).read_bytes(), name
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    lines = read_records(whole)
     stages = {frozenset(key for key in line if key.startswith("loss/")) for line in lines if line["step"]}
     assert stages == {
         frozenset({"loss/mlm", "loss/nsp"}),
@@ -327,7 +327,7 @@ def test_early_stopping_applies_only_to_stages_with_dev_scores(tmp_path: Path) -
     data = small_data(tmp_path / "data", train_rows=32)
     chosen = small_recipe(data, patience=1, evaluate_every=1)
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = read_records(output)
     taken = [sum(1 for line in lines if line["step"] and line["stage"] == stage) for stage in range(2)]
     assert taken[0] == 20  # 160 sentences in batches of 8
     assert taken[1] < 4
@@ -349,7 +349,7 @@ def test_pretraining_starts_from_published_heads_and_learns(
     chosen = build(Recipe, {**vars(base), **alone}, "test")
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
     assert "tasks.mlm starts from the model's own pre-training head" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = read_records(output)
     losses = [line["loss/mlm"] for line in lines if "loss/mlm" in line]
     assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:5])
     assert (output / "best" / "model.safetensors").is_file()
@@ -363,7 +363,7 @@ def test_regularisation_applies_only_to_labelled_tasks(asked: dict[str, float], 
     together = {"sentiment": {}, "similarity": {}, "mlm": {}, "nsp": {}}
     chosen = build(Recipe, {**vars(chosen), "tasks": together, "stages": ()}, "test")
     output = train(chosen, Options(tmp_path / "run", device="cpu"))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = read_records(output)
     losses = [{key for key in line if key.startswith("loss/")} for line in lines if line["step"]]
     assert losses[0] == {f"loss/{name}" for name in together}
     assert losses[-1] == {"loss/mlm"}  # the last steps have no duplicated examples

@@ -109,10 +109,6 @@ def test_real_weights_agree_with_transformers(minilm: Path):
     assert cosine_rows(rounded, expected).min() > 0.999
 
 
-def test_no_sentences(model, tokenizer):
-    assert vectors_of(model, [], tokenizer).shape == (0, 64)
-
-
 class Sendings(TorchFunctionMode):
     """Notes each copy of a tensor from the host to another device: whether it leaves the host free."""
 

@@ -98,8 +98,8 @@ def test_every_error_is_one_line_that_names_its_place():
         ("find", {"kind": "triplet", "data": {"train": "x.csv", "text": ["a", "b"]}}, "expected 3 text columns, not 2"),
         ("find", {"kind": "ranking", "temperature": 0.0}, "temperature = 0.0: expected above 0"),
         ("words", {"kind": "masked-lm"}, "expected at least one data set, or `data` with files of text"),
-        ("nli", {"objectives": {"contrastive": -1.0}}, "expected 0 or more"),
-        ("nli", {"objectives": {}}, "expected at least one"),
+        ("nli-triplets", {"objectives": {"contrastive": -1.0}}, "expected 0 or more"),
+        ("nli-triplets", {"objectives": {}}, "expected at least one"),
         ("paraphrase", {"weight": math.inf}, "weight = inf"),
         ("paraphrase", {"batch_size": 0}, "batch_size = 0"),
         ("paraphrase", {"fraction": 0.0}, "fraction = 0.0"),
@@ -111,14 +111,13 @@ def test_every_error_is_one_line_that_names_its_place():
 
 
 def test_the_courses_tasks_are_presets_of_general_kinds():
-    cfimdb = build_task("cfimdb", {"kind": "sentiment", "data": "polarity"})  # as earlier versions spelled it
+    cfimdb = build_task("cfimdb", {"kind": "polarity"})
     assert (cfimdb.kind, cfimdb.preset, cfimdb.layout) == ("classification", "polarity", "polarity")
     assert (cfimdb.primary, cfimdb.prediction_file("test")) == ("cfimdb_accuracy", "cfimdb-test-output.csv")
     assert cfimdb.header == "Predicted_Sentiment"
     assert cfimdb.build_head(CONFIG, {}).output.out_features == 2
     names = [build_task(name).prediction_file("dev") for name in ("sentiment", "paraphrase", "similarity")]
     assert names == ["sst-dev-output.csv", "para-dev-output.csv", "sts-dev-output.csv"]
-    assert build_task("nli", {"data": "triplets"}).preset == "nli-triplets"
     assert [source.layout for source in build_task("nli").sources] == ["snli", "multinli"]
     own = build_task("films", {"kind": "sentiment", "data": {"train": "films.csv", "text": "review"}, "dropout": 0.3})
     assert (own.sources[0].train, own.layout, own.prediction_file("dev")) == ("films.csv", "", "films-dev-output.csv")
@@ -439,7 +438,7 @@ def test_dropout_acts_at_its_place_and_only_in_training(placement, changes):
 
 
 def test_nli_objectives_are_summed_with_their_weights():
-    head = make_head("nli", objectives={"regression": 1.0, "contrastive": 0.5, "triplet": 2.0})
+    head = make_head("nli-triplets", objectives={"regression": 1.0, "contrastive": 0.5, "triplet": 2.0})
     inputs = make_input(3)
     a, p, n = inputs.embeddings
     expected = losses.entailment_regression(a, p, n) + 0.5 * losses.contrastive(a, p, (n,), 0.05)
@@ -448,7 +447,7 @@ def test_nli_objectives_are_summed_with_their_weights():
     torch.testing.assert_close(head.loss(output, None), expected)
     follows = torch.cosine_similarity(a, p) > torch.cosine_similarity(a, n)
     assert head.predict(output).tolist() == follows.float().tolist()
-    task = build_task("nli", {"data": "triplets"})
+    task = build_task("nli", {"kind": "nli-triplets"})
     assert task.evaluate(Results(head.predict(output).numpy(), None)) == {"nli_accuracy": follows.float().mean().item()}
 
 

@@ -21,19 +21,16 @@ from minbert_fast.data import Tokenizer, sample_directory
 from minbert_fast.model.sentence_modules import read
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
-from tests.small import small_data, small_run
+from tests.small import MODEL_FILES, ODD_TEXTS, error_line, read_records, small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 1) -> str:
     """Runs a training that must fail; returns its single line on standard error."""
     capsys.readouterr()
     assert cli.run(train.main, arguments) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return error.strip()
+    return error_line(capsys).strip()
 
 
 # ---- Disks --------------------------------------------------------------------------------------------------------------
@@ -79,7 +76,7 @@ def test_full_read_only_and_forbidden_disks_are_one_line_and_lose_nothing(tmp_pa
     assert attempts["begun"] == attempts["in the end"] == (0, "")
     flags = ("--lr", "1e-3", "--epochs", "1", "--set", "training.evaluate_untrained=false")
     assert cli.run(train.main, small_run(data, tmp_path / "whole", *flags)) == 0
-    for name in RESULTS:
+    for name in MODEL_FILES:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -99,7 +96,7 @@ def test_losses_that_stay_non_finite_stop_with_file_and_line(
     assert place, error
     assert 2 <= int(place[2]) <= len(Path(place[1]).read_text().splitlines())
     assert MultitaskModel.load(tmp_path / "run" / "last") is not None
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(tmp_path / "run")
     skipped = [record for record in records if "skipped" in record]
     assert len(skipped) == 4
     assert set(skipped[-1]["skipped"]) <= {"sentiment", "paraphrase", "similarity"}
@@ -133,27 +130,14 @@ def test_memory_that_runs_out_names_the_batch(
 
 # ---- Texts --------------------------------------------------------------------------------------------------------------
 
-TEXTS = (
-    "",
-    " ",
-    "word " * 10_000,
-    "😀 👩‍👩‍👧",
-    "שלום עולם",
-    "مرحبا",
-    "\x01\x1b[31m\x7f",
-    "a\u2028b\x85c",
-    "\ufeff",
-    "a" * 50_000,
-)
-
 
 def test_texts_of_every_kind_train_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = small_data(tmp_path / "data")
     for split in ("train", "dev"):
         with (data / f"ids-sst-{split}.csv").open("a", encoding="utf-8") as file:
-            file.writelines(f"{row}\tid{row}\t{text}\t{row % 5}\n" for row, text in enumerate(TEXTS))
+            file.writelines(f"{row}\tid{row}\t{text}\t{row % 5}\n" for row, text in enumerate(ODD_TEXTS))
         with (data / f"sts-{split}.csv").open("a", encoding="utf-8") as file:
-            file.writelines(f"{row}\tid{row}\t{text}\t{TEXTS[-row]}\t2.5\n" for row, text in enumerate(TEXTS))
+            file.writelines(f"{row}\tid{row}\t{text}\t{ODD_TEXTS[-row]}\t2.5\n" for row, text in enumerate(ODD_TEXTS))
     output = tmp_path / "run"
     flags = ("--lr", "1e-3", "--epochs", "1", "--set", "data.max_bad_rows=0.0")
     assert cli.run(train.main, small_run(data, output, *flags)) == 0
@@ -161,8 +145,8 @@ def test_texts_of_every_kind_train_and_predict(tmp_path: Path, capsys: pytest.Ca
     predictions = (output / "predictions" / "sst-dev-output.csv").read_text().splitlines()
     assert len(predictions) == len((data / "ids-sst-dev.csv").read_text(encoding="utf-8").split("\n")) - 1
     predictor = Predictor.from_pretrained(output / "best")
-    assert abs(predictor.encode(TEXTS)).max() < float("inf")
-    assert len(predictor.similarity([(text, text) for text in TEXTS])) == len(TEXTS)
+    assert abs(predictor.encode(ODD_TEXTS)).max() < float("inf")
+    assert len(predictor.similarity([(text, text) for text in ODD_TEXTS])) == len(ODD_TEXTS)
 
 
 # ---- Files that are none, and names that lead elsewhere -----------------------------------------------------------------

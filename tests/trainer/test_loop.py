@@ -31,6 +31,7 @@ from minbert_fast.trainer.outputs import RunDirectory
 from minbert_fast.trainer.results import format_outcome
 from minbert_fast.trainer.schedule import lr_scale
 from minbert_fast.trainer.signals import StopSignals
+from tests.small import read_records
 
 TASKS = ("a", "b")
 STEPS_PER_EPOCH = 4
@@ -176,8 +177,7 @@ class Run:
             return outcome
 
     def records(self) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in read_records(self.path)]
 
     def files(self) -> dict[str, str]:
         names = ["last/weight.json", "best/weight.json", "predictions/p.csv"]

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,10 +17,7 @@ from minbert_fast.common.storage import write_json
 from minbert_fast.tasks import build_task
 from minbert_fast.trainer.outputs import MetricsLog, RunDirectory, unused_directory
 from minbert_fast.trainer.results import copy_predictions
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+from tests.small import read_records
 
 
 def test_records_of_one_step_replace_each_other(tmp_path: Path) -> None:
@@ -33,7 +28,8 @@ def test_records_of_one_step_replace_each_other(tmp_path: Path) -> None:
     log.write({"step": 2, "loss/a": 0.25, "dev/score": 1.0})
     log.write({"step": 3})
     log.close()
-    assert lines(tmp_path) == [{"step": 1, "loss/a": 0.5}, {"step": 2, "loss/a": 0.25, "dev/score": 1.0}, {"step": 3}]
+    expected = [{"step": 1, "loss/a": 0.5}, {"step": 2, "loss/a": 0.25, "dev/score": 1.0}, {"step": 3}]
+    assert read_records(tmp_path) == expected
 
 
 def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
@@ -41,7 +37,7 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     log.open()
     log.write({"step": 1, "loss/a": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
     log.close()
-    assert lines(tmp_path) == [{"step": 1, "loss/a": None, "grad_norm": None, "lr": 0.1}]
+    assert read_records(tmp_path) == [{"step": 1, "loss/a": None, "grad_norm": None, "lr": 0.1}]
 
 
 def test_reopening_keeps_earlier_records_and_drops_incomplete_lines(tmp_path: Path) -> None:
@@ -51,7 +47,7 @@ def test_reopening_keeps_earlier_records_and_drops_incomplete_lines(tmp_path: Pa
     log.open(before_step=3)
     log.write({"step": 3, "again": True})
     log.close()
-    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    assert read_records(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
     log.open()
     log.close()
     assert path.read_text() == ""

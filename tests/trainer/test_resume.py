@@ -6,7 +6,6 @@ Every step writes a checkpoint here, so about half of the kills interrupt the wr
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,19 +16,17 @@ from typing import Any
 import pytest
 
 from minbert_fast.trainer.outputs import saved_recipe_path
-from tests.small import small_data, small_run
+from tests.small import MODEL_FILES, read_records, small_data, small_run
 from tests.zygote import Zygote
 
 pytestmark = pytest.mark.ci
 
-RESULTS = ("last/model.safetensors", "last/heads.safetensors", "best/model.safetensors", "best/heads.safetensors")
 TIMES = ("step_seconds", "time")
 FLAGS = ("--lr", "1e-3", "--surgery", "pcgrad", "--set", "checkpoint.every=1")
 
 
 def records(output: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_records(output)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ def kill_and_resume(
             status = zygote.run(small_run(data, output, *FLAGS, *again), kill_after)
             killed += status == -signal.SIGKILL
         assert status == 0, f"exit status {status} after {killed} kills"
-        for name in RESULTS:
+        for name in MODEL_FILES:
             assert (output / name).read_bytes() == (whole / name).read_bytes(), f"{name} after {killed} kills"
         assert records(output) == records(whole)
         assert not [p.name for p in output.rglob("*") if ".writing-" in p.name or ".damaged" in p.name]
@@ -90,6 +87,6 @@ def test_terminated_and_resumed(zygote: Zygote, uninterrupted: tuple[Path, Path,
     os.kill(pid, signal.SIGTERM)
     assert zygote.wait() == [128 + signal.SIGTERM]
     assert zygote.run(small_run(data, output, *FLAGS, "--resume")) == 0
-    for name in RESULTS:
+    for name in MODEL_FILES:
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name
     assert records(output) == records(whole)

@@ -12,7 +12,7 @@ from minbert_fast import evaluate, fit, train
 from minbert_fast.common.schema import ConfigError
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.tasks import MultitaskModel
-from tests.small import small_data, small_run
+from tests.small import read_records, small_data, small_run
 
 STAGED = """
 name = "staged"
@@ -36,7 +36,7 @@ training.max_steps = 2
 
 def dev_scores(output: Path) -> dict[int, dict[str, float]]:
     """The dev scores of a run by step."""
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_records(output)
     scored = {r["step"]: {k.removeprefix("dev/"): v for k, v in r.items() if k.startswith("dev/")} for r in records}
     return {step: scores for step, scores in scored.items() if scores}
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ from minbert_fast import train
 from minbert_fast.common import cli
 from minbert_fast.trainer import trackers
 from minbert_fast.trainer.trackers import Trackers, check_trackers, open_trackers
-from tests.small import small_data, small_run
+from tests.small import error_line, read_records, small_data, small_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,10 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_data(tmp_path_factory.mktemp("data"))
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 class Recorder:
@@ -86,7 +81,7 @@ def test_csv_holds_every_record_of_a_resumed_run(data: Path, tmp_path: Path) -> 
     assert cli.run(train.main, [*flags, "--resume"]) == 0
     with (output / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = records(output)
+    expected = read_records(output)
     assert [int(row["step"]) for row in rows] == [record["step"] for record in expected] == list(range(11))
     for row, record in zip(rows, expected, strict=True):
         for key, value in row.items():
@@ -113,7 +108,7 @@ def test_wandb_gets_the_records_and_resumes_its_run(
     assert started[0]["id"] == started[1]["id"]
     assert started[0]["config"]["training.batch_size"] == 8
     assert {step for step, _ in logged} == set(range(11))
-    last = records(output)[-1]
+    last = read_records(output)[-1]
     assert logged[-1][1]["dev/score"] == last["dev/score"]
     assert cli.run(train.main, [*flags, "--overwrite", "--max-steps", "1"]) == 0
     assert started[2]["id"] != started[0]["id"]
@@ -132,9 +127,8 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     assert cli.run(train.main, small_run(data, tmp_path / "run", "--report-to", "csv,mlflow")) == 2
-    error = capsys.readouterr().err
+    error = error_line(capsys)
     assert "--report-to mlflow: expected none or a comma-separated list of tensorboard, wandb, csv" in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed \(pip install 'minbert-fast\[wandb\]'\)"):
