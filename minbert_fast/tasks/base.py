@@ -344,7 +344,9 @@ def build_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
             values.pop("stem", None)
         owners = [each for each, its in PRESETS.items() if its.get("data") == values.get("data")]
         if owners and preset not in owners:
-            raise ConfigError(f"{where}: data = {values['data']!r} is of kind {owners[0]!r}, not {preset!r}: write that kind")
+            raise ConfigError(
+                f"{where}: data = {values['data']!r} is of kind {owners[0]!r}, not {preset!r}: write that kind"
+            )
     elif not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{where}.kind = {kind!r}: expected one of {', '.join([*KINDS, *PRESETS])}")
     cls = KINDS[values["kind"]]

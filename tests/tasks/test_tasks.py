@@ -737,5 +737,5 @@ def test_prediction_files_refuse_unreadable_rows(tmp_path: Path):
 
 def test_a_kind_with_the_files_of_another_is_refused() -> None:
     """In recipes from before the first release `sentiment` with these data meant `polarity`; it trained five classes."""
-    with pytest.raises(ConfigError, match="^tasks.films: data = 'polarity' is of kind 'polarity', not 'sentiment'"):
+    with pytest.raises(ConfigError, match=r"^tasks\.films: data = 'polarity' is of kind 'polarity', not 'sentiment'"):
         build_task("films", {"kind": "sentiment", "data": "polarity"})
