@@ -43,7 +43,8 @@ done
 
 # The sanitized copy of the package goes first on the path, so the tests run from a folder that is not the checkout.
 # (--import-mode: nor may pytest put the checkout first). An interpreter keeps objects alive on purpose, so leaks are
-# not looked for. torch and the interpreter are not instrumented, and what they do is not judged.
+# not looked for. torch and the interpreter are not instrumented, and what they do is not judged. Beside AddressSanitizer,
+# UndefinedBehaviorSanitizer knows no log_path, so pytest leaves the standard error alone (--capture).
 rm -rf "build/sanitized-run-$kind"
 mkdir -p "build/sanitized-run-$kind"
 cd "build/sanitized-run-$kind"
@@ -53,8 +54,8 @@ LD_PRELOAD="$("$cxx" -print-file-name=$library) $("$cxx" -print-file-name=libstd
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:$common UBSAN_OPTIONS=print_stacktrace=1:$common \
 TSAN_OPTIONS=ignore_noninstrumented_modules=1:$common \
 PYTHONPATH="$root/build/sanitized-$kind:$root" MINBERT_FAST_SANITIZED="$root/build/sanitized-$kind" \
-  $run "$python" -m pytest -q --import-mode=append -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
-  -m "not ci" -k "$select" "$@" \
+  $run "$python" -m pytest -q --capture=sys --import-mode=append -p no:cacheprovider \
+  --rootdir "$root" -c "$root/pyproject.toml" -m "not ci" -k "$select" "$@" \
   || status=$?
 for finding in finding.*; do
   [ ! -e "$finding" ] || { cat "$finding" && status=1; }
