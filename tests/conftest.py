@@ -18,7 +18,7 @@ import torch
 
 from minbert_fast import _C
 from minbert_fast.ops import native
-from minbert_fast.ops.backend import force
+from tests import cuda_on_cpu
 from tests.tolerance import poisoned_memory
 from tests.zygote import Zygote
 
@@ -140,12 +140,12 @@ def hardware(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param, 0 if request.param == "cuda" else None)
 
 
-@pytest.fixture(params=["native", "triton", "torch"])
+@pytest.fixture(params=["native", "triton", "torch", cuda_on_cpu.NAME])
 def anywhere(request: pytest.FixtureRequest, hardware: torch.device) -> Iterator[torch.device]:
     """A device, and one implementation that runs surgery's ops there. Outputs begin as NaN."""
     if request.param == "native" and hardware.type == "cuda" and not native.HAS_CUDA:
         pytest.skip("the extension was built without CUDA")
     if request.param == "triton" and hardware.type == "cpu" and torch.cuda.is_available():
         pytest.skip("with a GPU Triton's kernels are compiled for it, and the interpreter is off")
-    with force(request.param), poisoned_memory():
+    with cuda_on_cpu.running(request.param, hardware), poisoned_memory():
         yield hardware

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from minbert_fast import ops
 from minbert_fast.ops import AdamWStep, backend
 from minbert_fast.step import naive
+from tests import cuda_on_cpu
 from tests.surgery import oracles
 from tests.tolerance import assert_within_budget
 
@@ -33,11 +35,15 @@ def scalars(lr: float = 1e-2, step: int = 3, scale: float = 1.0, skip: float = 0
 
 
 def moments(shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    """p, m and v of a run under way, on an allocation that is not aligned to anything but an element."""
+    """p, m and v of a run under way."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.Size(shape).numel()
-    p, m, v = (torch.randn(size + 1, generator=generator)[1:].view(shape) for _ in range(3))
+    p, m, v = (torch.randn(shape, generator=generator) for _ in range(3))
     return [p, m, v.abs()]
+
+
+def shifted(tensors: Iterable[Tensor], offset: int = 1) -> list[Tensor]:
+    """Copies that begin `offset` elements after an aligned address."""
+    return [torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view_as(t) for t in tensors]
 
 
 def check(step: AdamWStep, before: list[Tensor], J: Tensor) -> None:
@@ -65,7 +71,7 @@ def check(step: AdamWStep, before: list[Tensor], J: Tensor) -> None:
 def test_dense(isa: str, columns: int, dtype: torch.dtype, kind: str) -> None:
     J = oracles.random_rows(3, columns, dtype, spare=3)
     before, copy = moments((columns,)), torch.full((columns,), torch.nan, dtype=torch.bfloat16)
-    state = [t.clone() for t in before]
+    state = shifted(before)
     step = AdamWStep(J, torch.tensor([1.0, 0.5, -2.0]), *state, scalars(scale=0.7), copy, **SETTINGS[kind])
     ops.adamw(step)
     check(step, before, J)
@@ -74,27 +80,35 @@ def test_dense(isa: str, columns: int, dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize(
-    ("tasks", "columns", "offset"), [(1, 1, 0), (2, 1024, 0), (3, 3001, 0), (4, 2000, 4), (64, 503, 1)]
+    ("tasks", "columns", "offset", "shift"),
+    [(1, 1, 0, 1), (2, 1024, 0, 1), (3, 5001, 0, 0), (4, 2000, 4, 4), (64, 503, 1, 0)],
 )
 def test_dense_by_every_implementation(
-    anywhere: torch.device, tasks: int, columns: int, offset: int, dtype: torch.dtype, kind: str
+    anywhere: torch.device, tasks: int, columns: int, offset: int, shift: int, dtype: torch.dtype, kind: str
 ) -> None:
+    """J begins `offset` elements after an aligned address, p, m and v `shift`, and the copy half as many."""
     J = oracles.random_rows(tasks, columns + 8, dtype).to(anywhere)[:, offset : offset + columns]
     w, numbers = torch.randn(tasks, device=anywhere), scalars(scale=0.7).to(anywhere)
     before = [t.to(anywhere) for t in moments((columns,))]
     copy = torch.full((columns,), torch.nan, dtype=torch.bfloat16, device=anywhere)
-    state = [t.clone() for t in before]
-    step = AdamWStep(J, w, *state, numbers, copy, **SETTINGS[kind])
+    step = AdamWStep(J, w, *shifted(before, shift), numbers, *shifted([copy], shift // 2), **SETTINGS[kind])
     ops.adamw(step)
     check(step, before, J)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
-@pytest.mark.parametrize(("tasks", "width"), [(2, 1), (2, 7), (3, 64), (2, 384), (5, 1100)])
-def test_rows(anywhere: torch.device, tasks: int, width: int, dtype: torch.dtype, kind: str) -> None:
-    """A table of which few rows have a gradient takes exactly the dense step on the scattered gradient."""
+@pytest.mark.parametrize(("tasks", "width", "shift"), [(2, 1, 1), (2, 7, 0), (3, 64, 1), (2, 384, 0), (5, 1100, 0)])
+def test_rows(anywhere: torch.device, tasks: int, width: int, shift: int, dtype: torch.dtype, kind: str) -> None:
+    """A table of which few rows have a gradient takes exactly the dense step on the scattered gradient.
+
+    J's rows are aligned, and p, m and v if `shift` is 0; then a width of 7 or 1,100 alone tells that rows of p are not.
+    """
     vocabulary, slots = 40, 5
-    J = oracles.random_rows(tasks, slots * width, dtype, spare=8).to(anywhere).unflatten(1, (slots, width))
+    J = (
+        oracles.random_rows(tasks, slots * width, dtype, spare=8 + -slots * width % 8)
+        .to(anywhere)
+        .unflatten(1, (slots, width))
+    )
     table = torch.full((vocabulary,), -1, dtype=torch.int32, device=anywhere)
     table[torch.tensor([3, 0, 39, 17, 20], device=anywhere)] = torch.arange(slots, dtype=torch.int32, device=anywhere)
     dense = torch.zeros(tasks, vocabulary, width, dtype=dtype, device=anywhere)
@@ -102,7 +116,7 @@ def test_rows(anywhere: torch.device, tasks: int, width: int, dtype: torch.dtype
     w, numbers = torch.linspace(1.0, -0.5, tasks, device=anywhere), scalars(scale=0.7).to(anywhere)
     before = [t.to(anywhere) for t in moments((vocabulary, width))]
     copies = torch.full((2, vocabulary, width), torch.nan, dtype=torch.bfloat16, device=anywhere)
-    state, expected = [t.clone() for t in before], [t.clone() for t in before]
+    state, expected = shifted(before, shift), [t.clone() for t in before]
     step = AdamWStep(J, w, *state, numbers, copies[0], table, **SETTINGS[kind])
     ops.adamw(step)
     flat = [t.view(-1) for t in expected]
@@ -248,3 +262,17 @@ def test_a_slot_that_is_not_there_is_refused_on_the_cpu() -> None:
     for bad, value in ((table + 1, 3), (table - 2, -2)):
         with pytest.raises(ValueError, match=rf"row_slot holds {value}, which is not in \[-1, 3\)"):
             ops.adamw(AdamWStep(torch.zeros(2, 3, 10), torch.ones(2), *state, scalars(), row_slot=bad))
+
+
+def test_a_slot_that_is_not_there_has_no_gradient_in_cuda() -> None:
+    """A kernel cannot report it, and must not read beyond J's rows."""
+    J = torch.full((2, 4, 10), torch.nan)
+    J[:, :3] = 1
+    results = []
+    with cuda_on_cpu.running(cuda_on_cpu.NAME, J.device):
+        for table in ([0, 3, -2], [0, -1, -1]):
+            state = [t.view(3, 10) for t in moments((30,))]
+            row_slot = torch.tensor(table, dtype=torch.int32)
+            ops.adamw(AdamWStep(J[:, :3], torch.ones(2), *state, scalars(), row_slot=row_slot))
+            results.append(state)
+    assert all(map(torch.equal, *results))
