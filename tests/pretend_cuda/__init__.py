@@ -4,8 +4,9 @@
     python -m pytest -p tests.pretend_cuda -m gpu tests/test_gpu_runs.py tests/step tests/tasks
 
 Tensors know their device, and operations refuse tensors of both devices. Graphs are recorded (`RecordedGraph`): a capture
-that waits for the device, reads a value, or copies between host and device is an error. Our own ops run as on a CPU. So
-this shows whether the package puts its tensors where a GPU needs them. It shows nothing about kernels, streams and speed.
+that waits for the device, reads a value, or copies between host and device is an error. Surgery and AdamW run as the CUDA
+kernels (tests/cuda_on_cpu), the encoder's ops as on a CPU, and no op by Triton. So this shows whether the package puts its
+tensors where a GPU needs them. It shows nothing about Triton's kernels, streams and speed.
 
 The device (device.cpp) must be loaded before torch; pytest imports plugins first. It is compiled against the installed
 torch, and known to work with the version in constraints.txt.
@@ -197,10 +198,11 @@ methods: list[tuple[type, str, Any]] = [
 for owner, name, method in methods:
     setattr(owner, name, method)
 
-# ---- Our ops, by the extension's CPU code ---------------------------------------------------------------------------------
+# ---- Our ops -------------------------------------------------------------------------------------------------------------
 
 from minbert_fast import _C  # noqa: E402
-from minbert_fast.ops import backend  # noqa: E402
+from minbert_fast.ops import backend, native  # noqa: E402
+from tests import cuda_on_cpu  # noqa: E402
 
 
 def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,15 +216,28 @@ def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def by_address(op: Callable[..., Any]) -> Callable[..., Any]:
-    """One of surgery's ops, which takes addresses."""
-    return lambda where, *arguments: op(_C.Where(-1, 0, torch.get_num_threads()), *arguments)
+def struct(name: str) -> Callable[..., Any]:
+    """A struct that surgery's ops take. `of_library` makes it that of the library that has the op."""
+    return lambda *members: (name, members)
+
+
+def of_library(library: Any, name: str) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        return getattr(library, name)(
+            *(getattr(library, a[0])(*a[1]) if isinstance(a, tuple) else a for a in arguments)
+        )
+
+    return called
 
 
 for name in ("add_norm", "attention", "bias_gelu", "embedding"):
     for direction in ("forward", "backward"):
         setattr(_C, f"{name}_{direction}", on_host(getattr(_C, f"{name}_{direction}")))
 _C.column_sums = on_host(_C.column_sums)
-for name in ("gram_workspace", "gram", "combine", "adamw", "pcgrad_weights", "clip_scale"):
-    setattr(_C, f"cuda_{name}", by_address(getattr(_C, name)))
+cuda = cuda_on_cpu.extension()
+structs = {name: struct(name) for name in ("Where", "Matrix", "AdamW")}
+operations = [name for name in vars(cuda) if name not in structs]
+cpu_ops = {name: of_library(_C, name) for name in operations}
+cuda_ops = {f"cuda_{name}": of_library(cuda, name) for name in operations}
+vars(native.surgery)["_C"] = SimpleNamespace(**structs, **cpu_ops, **cuda_ops)
 backend._forced = "native"
