@@ -177,9 +177,9 @@ def check_accesses() -> None:
     execute, patch_core = executor.__call__, interpreter._patch_lang_core
     current: list[Launch] = []
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         current[-1].touch(False, self.grid_idx, pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         current[-1].touch(True, self.grid_idx, pointers, mask)
@@ -193,7 +193,8 @@ def check_accesses() -> None:
 
     def checked_execute(self: Any, *arguments: Any, **keywords: Any) -> None:
         passed = [*zip(self.arg_names, arguments, strict=False), *keywords.items()]
-        tensors = [(name, value) for name, value in passed if isinstance(value, Tensor)]
+        bases = [(name, getattr(value, "base", value)) for name, value in passed]  # the base of a tensor's descriptor
+        tensors = [(name, base) for name, base in bases if isinstance(base, Tensor)]
         if "table_ptr" in self.arg_names:
             tensors += tensors_of_launcher()
         launch = Launch(self.fn.__name__, tensors)
