@@ -19,6 +19,7 @@ import torch
 from minbert_fast import _C
 from minbert_fast.ops import native
 from tests import cuda_on_cpu
+from tests.accesses import check_accesses
 from tests.tolerance import poisoned_memory
 from tests.zygote import Zygote
 
@@ -56,6 +57,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     with suppress(ImportError):
         faster_interpreter()
+        check_accesses()
 
 # Two threads show what several would, but one a process where pytest-xdist runs several processes. An environment that asks
 # for another number gets it.
