@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minbert_fast.common.schema import ConfigError
@@ -159,6 +160,60 @@ def test_a_preset_whose_stages_name_their_own_files_needs_no_data_folder(tokeniz
     data = load(recipe(None, *stages, kind="nli"), tokenizer)
     assert data.dev["verdict"].path.name == "held.jsonl"
     assert [tables["verdict"].path.name for tables in data.train] == ["first.jsonl", "second.jsonl"]
+
+
+def labels_of_one_table(rows: int = 200) -> Recipe:
+    """Three tasks on two files with the same texts, and two on these texts without labels."""
+    table = [(f"row {row}", row % 2, "xyz"[row % 3], row / 7) for row in range(rows)]
+    for name in ("table", "copy"):
+        with Path(f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "even", "third", "size"), *table])
+    tasks: dict[str, Any] = {
+        "even": {"kind": "classification", "data": {"train": "table.csv", "label": "even"}},
+        "third": {"kind": "classification", "data": {"train": "table.csv", "label": "third"}},
+        "size": {"kind": "regression", "data": {"train": "copy.csv", "label": "size"}},
+        "mlm": {"kind": "masked-lm", "data": {"train": ["one.csv", "copy.csv"], "text": "text"}},
+        "twice": {"kind": "contrastive", "data": {"train": "table.csv", "text": "text"}},
+    }
+    return Recipe(name="table", tasks=tasks)
+
+
+def test_tasks_with_the_same_texts_hold_out_the_same_rows(tokenizer: Tokenizer) -> None:
+    """Each held out others: a text that judged one task had trained the encoder in another."""
+    said: list[str] = []
+    data = load_datasets(labels_of_one_table(), tokenizer, said.append)
+    held = texts(data.dev["even"])
+    assert len(held) == 20
+    assert all(texts(data.dev[name]) == held for name in ("third", "size"))
+    (train,) = data.train
+    words = data.dev["even"].columns[0].hashes
+    assert not any(np.isin(table.columns[0].hashes, words).any() for table in train.values())
+    sizes = {"even": 180, "third": 180, "size": 180, "mlm": 40 + 180, "twice": 180}
+    assert {name: len(table) for name, table in train.items()} == sizes  # the rows of one.csv are others
+    assert "20 training rows of mlm have texts that are held out for even: left out" in said
+    counts = {name: np.bincount(data.dev[name].labels).tolist() for name in ("even", "third")}  # type: ignore[arg-type]
+    assert counts["even"] == [10, 10]
+    assert min(counts["third"]) >= 5
+    for split, kept in (("dev", data.dev), ("train", train)):
+        again = load_split(data.recipe, tokenizer, split, print)
+        assert {name: texts(table) for name, table in again.items()} == {name: texts(kept[name]) for name in data.dev}
+
+
+def test_every_class_of_tasks_with_the_same_texts_keeps_a_row(tokenizer: Tokenizer) -> None:
+    staged = labels_of_one_table(30)
+    rows = [(f"row {row}", row % 2, f"{row // 2}", row) for row in range(30)]
+    with Path("table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "even", "third", "size"), *rows])
+    for seed in range(5):
+        data = load(staged.with_values({"training": {"seed": seed}}, ""), tokenizer)
+        assert len(set(data.train[0]["third"].labels.tolist())) == 15  # type: ignore[union-attr]
+
+
+def test_dev_rows_of_one_of_two_equal_files_that_has_changed_are_not_told(tokenizer: Tokenizer) -> None:
+    data = load(labels_of_one_table(), tokenizer)
+    with Path("copy.csv").open("a", encoding="utf-8") as file:
+        file.write("one more,1,x,3\n")
+    assert load_split(data.recipe, tokenizer, "dev", lambda line: None) == {}
 
 
 def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) -> None:
