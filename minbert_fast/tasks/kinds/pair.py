@@ -97,6 +97,9 @@ class PairOptions(StackOptions):
         }
         return super().unused() | {key: reader for key, (read, reader) in rules.items() if not read}
 
+    def once(self) -> tuple[str, ...]:
+        return (*super().once(), *(("scale", "offset") if self.calibrated else ()))  # where the learning starts
+
 
 class PairHead(StackHead):
     """Compares two sentences. `levels` is the number of whole labels, the classes of the losses over classes."""
