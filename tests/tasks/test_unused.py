@@ -56,6 +56,13 @@ from tests.small import small_data, small_run
         ),
         ({"tasks": {"similarity": {"temperature": 0.1, "auxiliary": {"cosent": 0.1}}}}, []),
         (
+            {"tasks": {"similarity": {"dropout": 0.4}}},
+            ["tasks.similarity.dropout = 0.4 is not used: it belongs to dropout_at"],
+        ),
+        ({"tasks": {"similarity": {"dropout": 0.4, "shared_layers": "pairs"}}}, []),
+        ({"tasks": {"similarity": {"dropout": 0.4, "dropout_at": ["embedding"]}}}, []),
+        ({"tasks": {"similarity": {"dropout": 0.4, "dropout_at": []}}}, []),
+        (
             {"tasks": {"similarity": {"head": "linear", "scale": 2.0, "loss": "bce", "labels": "raw"}}},
             [
                 'tasks.similarity.labels = \'raw\' is not used: it belongs to loss = "mse" and "l1"',

@@ -92,6 +92,7 @@ class PairOptions(StackOptions):
             "labels": (not chosen.isdisjoint(("mse", "l1")), 'loss = "mse" and "l1"'),
             "scale": (self.head == "cosine", 'head = "cosine"'),
             "offset": (self.head == "cosine", 'head = "cosine"'),
+            "dropout": (bool(self.dropout_at or self.shared_layers), "dropout_at"),
             "margin": ("cosine_embedding" in chosen, "cosine_embedding"),
             "temperature": (not chosen.isdisjoint(("cosent", "ranking")), "cosent and ranking"),
         }
