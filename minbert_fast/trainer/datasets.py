@@ -15,6 +15,7 @@ from minbert_fast.data.sampling import hold_out
 from minbert_fast.data.tokenizer import Tokenizer
 from minbert_fast.data.tokens import TableView, TokenTable
 from minbert_fast.recipes.recipe import Recipe
+from minbert_fast.recipes.sections import DataOptions
 from minbert_fast.tasks import Task, build_tasks
 from minbert_fast.tasks.inference.evaluation import check_prediction_files
 from minbert_fast.trainer.completing import complete, without_tasks
@@ -91,6 +92,8 @@ def load_datasets(
     held_out = _held_out(divided, recipe)
     if held_out:
         _take_out(divided, held_out, train, recipe, notify)
+    elif not divided and dev and recipe.data.holdout not in (0, DataOptions.holdout):
+        notify(f"data.holdout = {recipe.data.holdout:g} is not used: every task has dev rows of its own")
     found = dev | {name: divided[name].select(held.rows) for name, held in held_out.items()}
     dev = {name: found[name] for name in kept if name in found}
     without_dev = [name for name in kept if tasks[name].predicts and name not in dev]

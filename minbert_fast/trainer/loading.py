@@ -124,6 +124,9 @@ def load(setting: Setting) -> Loaded:
     stages = plan.share_steps(stages, recipe.training.max_steps)
     for line in dict.fromkeys(line for stage in stages for line in unused_values(stage.recipe)):
         notify(line)
+    start = stages[0].recipe.training.start
+    if len(stages) == 1 and start not in ("last", 0):
+        notify(f"training.start = {start!r} is not used: it belongs to stages after the first")
     _check_select(recipe, stages, data, notify)
     dev, scored_train = _scored_rows(recipe, data)
     if not dev:

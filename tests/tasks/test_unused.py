@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ from tests.small import small_data, small_run
         ),
         ({"tasks": {"similarity": {"temperature": 0.1, "auxiliary": {"cosent": 0.1}}}}, []),
         (
+            {"tasks": {"topic": {"kind": "multilabel", "data": "x.csv", "row_count": 9}}},
+            ['tasks.topic.row_count = 9 is not used: it belongs to class_weights = "balanced"'],
+        ),
+        (
             {"tasks": {"similarity": {"dropout": 0.4}}},
             ["tasks.similarity.dropout = 0.4 is not used: it belongs to dropout_at"],
         ),
@@ -94,8 +99,11 @@ def test_every_value_of_a_shipped_recipe_is_used(name: str) -> None:
 
 def test_a_run_says_it_once_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It was ignored without a word."""
-    flags = ["--max-steps", "1", "--set", "tasks.similarity.temperature=0.1"]
+    flags = ["--max-steps", "1", "--set", "tasks.similarity.temperature=0.1", "--set", "training.start=best"]
     assert cli.run(train.main, small_run(small_data(tmp_path / "data"), tmp_path / "run", *flags)) == 0
-    line = "tasks.similarity.temperature = 0.1 is not used: it belongs to cosent and ranking"
-    assert capsys.readouterr().out.count(line) == 1
-    assert line in (tmp_path / "run" / "summary.json").read_text()
+    printed, notices = capsys.readouterr().out, json.loads((tmp_path / "run" / "summary.json").read_text())["notices"]
+    for line in (
+        "tasks.similarity.temperature = 0.1 is not used: it belongs to cosent and ranking",
+        "training.start = 'best' is not used: it belongs to stages after the first",
+    ):
+        assert printed.count(line) == notices.count(line) == 1

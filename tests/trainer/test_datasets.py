@@ -229,6 +229,23 @@ def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) 
     assert said == [f"{Path('one.csv')}: changed since the run held dev rows of verdict out of it: they cannot be told"]
 
 
+def test_a_share_to_hold_out_that_no_task_needs_is_named(tokenizer: Tokenizer) -> None:
+    """It was ignored without a word."""
+    line = "data.holdout = 0.3 is not used: every task has dev rows of its own"
+    for source, share, expected in (
+        ({**ONE, "dev": "dev.csv"}, 0.3, [line]),
+        ({**ONE, "dev": "dev.csv"}, 0.0, []),
+        (
+            ONE,
+            0.3,
+            ["no dev rows for verdict: 12 of 40 training rows are held out for it (data.holdout = 0.3, seed 11711)"],
+        ),
+    ):
+        said: list[str] = []
+        load_datasets(recipe(source).with_values({"data": {"holdout": share}}, ""), tokenizer, said.append)
+        assert [each for each in said if "data.holdout" in each] == expected
+
+
 def test_no_dev_rows_are_taken_from_rows_that_the_run_trained_on(tokenizer: Tokenizer) -> None:
     """A run with a dev file, evaluated where only the training file is: a tenth of its training rows judged it."""
     data = load(recipe({**ONE, "dev": "dev.csv"}), tokenizer)
