@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minbert_fast.common.schema import check
 from minbert_fast.data.messages import DataError, show_path
 from minbert_fast.data.sampling import hold_out
 from minbert_fast.data.tokenizer import Tokenizer
@@ -19,9 +20,10 @@ from minbert_fast.recipes.sections import DataOptions
 from minbert_fast.tasks import Task, build_tasks
 from minbert_fast.tasks.inference.evaluation import check_prediction_files
 from minbert_fast.trainer.completing import complete, without_tasks
-from minbert_fast.trainer.table_reader import Rows, TableReader
+from minbert_fast.trainer.table_reader import Rows, TableReader, is_in_directory
 
 FEWEST_ROWS = 10  # a smaller training set is not divided to hold rows out
+NO_ROWS = "names no training rows; expected train = a file, hub = a data set that has such a split, or a layout"
 REPEATED = 0.01  # share of a task's dev rows; so many with the texts of training rows are worth a line
 
 
@@ -77,8 +79,14 @@ def load_datasets(
     if not trained:
         raise DataError(f"no training data for any task of recipe {recipe.name} ({', '.join(tasks)})")
     staged = {name for stage in stages for name in stage.tasks}
+    for name, task in tasks.items():
+        layouts = task.sources and all(map(is_in_directory, task.sources))  # the reader tells of those without a file
+        check(layouts or name in trained or name not in staged, f"tasks.{name}.data: {NO_ROWS}")
     untrained = {n for n, t in tasks.items() if n not in staged and t.predicts and reader.table(t, "dev") is not None}
     kept = [name for name in tasks if name in trained | untrained]
+    for name in tasks:
+        if name not in staged | untrained:
+            notify(f"{name}: no stage trains it, and it has no dev rows: left out")
     dev, test, divided = {}, {}, {}
     for name in kept:
         if not tasks[name].predicts:

@@ -229,6 +229,33 @@ def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) 
     assert said == [f"{Path('one.csv')}: changed since the run held dev rows of verdict out of it: they cannot be told"]
 
 
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {"data": {"dev": "dev.csv"}, "classes": ["bad", "good"]},
+        {"data": {"text": "text", "label": "label"}, "classes": ["bad", "good"]},
+        {"classes": ["bad", "good"]},
+    ],
+)
+def test_a_task_whose_data_name_no_training_rows_is_refused(lost: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """The run trained the other tasks without a word."""
+    both = replace(recipe(ONE), tasks={"verdict": {**SPLIT, "data": ONE}, "lost": {**SPLIT, **lost}})
+    with pytest.raises(
+        ConfigError, match=r"^tasks\.lost\.data: names no training rows; expected train = a file, hub = "
+    ):
+        load(both, tokenizer)
+
+
+def test_a_task_that_no_stage_trains_is_named(tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    for own in (TWO, {**TWO, "dev": "dev.csv"}):
+        tasks = {"verdict": {**SPLIT, "data": ONE}, "other": {**SPLIT, "data": own}}
+        staged = replace(recipe(ONE), tasks=tasks, stages=({"tasks": {"verdict": {}}},))
+        kept = load_datasets(staged, tokenizer, said.append).tasks
+        assert ("other" in kept) == ("dev" in own)
+    assert said.count("other: no stage trains it, and it has no dev rows: left out") == 1
+
+
 def test_a_share_to_hold_out_that_no_task_needs_is_named(tokenizer: Tokenizer) -> None:
     """It was ignored without a word."""
     line = "data.holdout = 0.3 is not used: every task has dev rows of its own"
