@@ -90,6 +90,9 @@ def load_datasets(
     dev, test, divided = {}, {}, {}
     for name in kept:
         if not tasks[name].predicts:
+            for split in ("dev", "test"):
+                if reader.names(tasks[name], split):
+                    notify(f"tasks.{name}.data.{split} is not read: {tasks[name].kind} only trains")
             continue
         if (table := reader.first(name, "dev")) is not None:
             dev[name] = table
