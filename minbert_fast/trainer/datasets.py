@@ -105,8 +105,8 @@ def load_datasets(
         _take_out(divided, held_out, train, recipe, notify)
     elif not divided and dev and recipe.data.holdout not in (0, DataOptions.holdout):
         notify(f"data.holdout = {recipe.data.holdout:g} is not used: every task has dev rows of its own")
-    found = dev | {name: divided[name].select(held.rows) for name, held in held_out.items()}
-    dev = {name: found[name] for name in kept if name in found}
+    dev |= {name: divided[name].select(held.rows) for name, held in held_out.items()}
+    dev = {name: dev[name] for name in kept if name in dev}
     without_dev = [name for name in kept if tasks[name].predicts and name not in dev]
     if without_dev:
         best = "" if dev else "; best/ will be the last model"
