@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
         for sentences in itertools.chain([first], chunks):
             found = model.encode(sentences, pooling=options.pooling, normalize=options.normalize, progress=bar.update)
             rows.write(found)
-    print(f"{options.output}: {rows.rows:,} vectors of {model.width}")
+    cut = f", {model.truncated:,} sentences cut to {model.max_length} tokens" if model.truncated else ""
+    print(f"{options.output}: {rows.rows:,} vectors of {model.width}{cut}")
 
 
 if __name__ == "__main__":

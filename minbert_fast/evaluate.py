@@ -84,6 +84,9 @@ def main(arguments: Sequence[str]) -> None:
             f"{gone}no {options.split} rows for any of {', '.join(model.tasks)}; --data DIR or --task and --input"
         )
     precision, max_length = choose_precision(options.precision, device), recipe.data.max_length
+    for name, table in tables.items():
+        if cut := table.count_truncated(max_length, model.tasks[name].encoder):
+            print(f"{table.path}: {cut:,} rows are cut to {max_length} tokens (data.max_length)", file=sys.stderr)
     count = sum(map(len, tables.values()))
     with tqdm(total=count, unit=" examples", file=sys.stderr, disable=None, leave=False) as bar:
         evaluation = evaluate(model, tables, precision=precision, max_length=max_length, progress=bar.update)

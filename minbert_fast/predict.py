@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> None:
             count += len(table)
             left_out += len(table.bad_rows)
     total = f"{options.output}: {count:,} predictions" + (f", {left_out:,} rows left out" if left_out else "")
+    total += f", {model.truncated:,} rows cut to {model.max_length} tokens" if model.truncated else ""
     print(total, file=sys.stderr if is_stream(options.output) else sys.stdout)
 
 

@@ -26,6 +26,7 @@ from minbert_fast.common import cli
 from minbert_fast.common.schema import ConfigError, Whole, field_types, merge
 from minbert_fast.data.inputs import ENDINGS
 from minbert_fast.recipes.recipe import Recipe, parse_assignments
+from minbert_fast.reporting.runs import flatten
 from minbert_fast.tasks import build_task, build_tasks
 from minbert_fast.trainer.completing import without_tasks
 from minbert_fast.trainer.fit import task_name
@@ -158,8 +159,18 @@ def build_recipe(chosen: argparse.Namespace) -> Recipe:
     if chosen.hidden_dropout_prob is not None:
         recipe = with_dropout_of_heads(recipe, chosen.hidden_dropout_prob)
     recipe = recipe.with_values(assigned, "command line")
+    report_kept(recipe, merge(values, assigned))
     check_places(recipe)
     return recipe if chosen.tasks is None or chosen.text is not None else only_tasks(recipe, chosen.tasks.split(","))
+
+
+def report_kept(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Prints a line for each of the command line's values that a stage replaces with its own."""
+    stages = [flatten(stage) for stage in recipe.stages]
+    for key, value in flatten(values).items():
+        for number, own in enumerate(stages, start=1):
+            if own.get(key, value) != value:
+                print(f"stage {number} does not use {key} = {value}: it sets {own[key]} itself")
 
 
 def with_dropout_of_heads(recipe: Recipe, dropout: float) -> Recipe:

@@ -12,7 +12,7 @@ import numpy as np
 
 from minbert_fast.data.files import TableReader
 from minbert_fast.data.inputs import Input
-from minbert_fast.data.labels import Classes, label_number, label_text, split_names
+from minbert_fast.data.labels import MISSING, Classes, label_number, label_text, split_names
 
 MAX_CLASSES = 10_000  # a label column with more different values has no classes
 
@@ -32,8 +32,12 @@ class LabelSummary:
     classes: tuple[str, ...] = ()  # the classes in order, if the layout or the data set names them
 
     def names(self) -> tuple[str, ...]:
-        """`classes` if every label is one of them; else the counted labels, numbers by value before names by alphabet."""
-        if self.classes and self.counts and all(map(Classes(self.classes).accepts, self.counts)):
+        """`classes` if every label is one of them; else the counted labels, numbers by value before names by alphabet.
+
+        Beside named classes a negative number is a missing label, as in the `datasets` library.
+        """
+        labels = [label for label in self.counts if (label_number(label) or 0) >= 0]
+        if self.classes and labels and all(map(Classes(self.classes).accepts, labels)):
             return self.classes
         return tuple(sorted(self.counts, key=_order))
 
@@ -83,14 +87,14 @@ class _Counter:
         self._numeric = True  # false once a label is not a number: the later ones are not parsed
 
     def parse(self, value: Any) -> float:
-        """Raises ValueError if the label is empty, or a list of 0 and 1."""
+        """Raises ValueError if the label is missing, or a list of 0 and 1."""
         number = None
         if isinstance(value, list | tuple):
             self.lists, counts, names = True, self.listed, set(split_names(value, ""))
         else:
             counts, names = self.counts, {label_text(value)}
-            if "" in names:
-                self.empty += 1
+            if not MISSING.isdisjoint(names):
+                self.empty += "" in names
                 raise ValueError("label is missing")
             if self._numeric:
                 number = label_number(value)

@@ -21,6 +21,8 @@ from minbert_fast.data.messages import show
 # float() would also accept nan, 1_0 and more.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 _WHOLE = re.compile(r"([+-]?\d+)\.0*", re.ASCII)
+#: Texts of a missing label: an empty cell, and those that pandas writes. None of them is a class unless a task names it.
+MISSING = frozenset(("", "nan", "NaN", "<NA>", "NaT"))
 
 
 def label_text(value: object) -> str:

@@ -9,7 +9,7 @@ and counter (epoch, pass): a task's order depends neither on the other tasks nor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -212,22 +212,26 @@ def subset(rows: int, count: int, seed: int, name: str) -> np.ndarray:
     return np.sort(_shuffle(rows, philox(seed, name, 0, 0))[:count]).astype(np.int64)
 
 
-def hold_out(table: TokenTable, share: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    table: TokenTable, share: float = 0.1, seed: int = 0, others: Sequence[TokenTable] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Splits the rows of a table at random: numbers of the rows to train on, and of those held out, both ascending.
 
     Labels that are whole numbers with few values are classes: each is held out in proportion, and keeps a row to train on.
-    The split depends on the table's size, its labels, `share` and `seed` alone. Raises ValueError unless 0 < share < 1.
+    `others` have the same rows with other labels, whose classes count too. The split depends on the number of rows, the
+    labels, `share` and `seed` alone. Raises ValueError unless 0 < share < 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"share = {share}: expected 0 < share < 1")
     count = len(table)
     order = _shuffle(count, philox(seed, "hold-out", 0, 0))
-    groups = _groups(table.labels)
-    if groups is None:
-        candidates = order
-    else:
-        order = order[np.argsort(groups[order], kind="stable")]  # class after class, each in random order
-        candidates = order[np.diff(groups[order], prepend=-1) == 0]  # all but the first row of each class
+    kept = np.zeros(count, dtype=bool)
+    groups = [found for each in (table, *others) if (found := _groups(each.labels)) is not None]
+    if groups:
+        order = order[np.lexsort([each[order] for each in reversed(groups)])]  # class after class, each in random order
+    for each in groups:
+        kept[order[np.unique(each[order], return_index=True)[1]]] = True  # the first row of each class
+    candidates = order[~kept[order]]
     wanted = min(max(1, round(share * count)), len(candidates), max(0, count - 1))
     every = ((np.arange(wanted) + 0.5) * (len(candidates) / max(1, wanted))).astype(np.int64)
     held = np.zeros(count, dtype=bool)

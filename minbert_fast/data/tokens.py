@@ -118,13 +118,17 @@ class TokenTable:
         """The number of rows with a sequence of more than `max_length` tokens."""
         return int((self.lengths(encoder) > max_length).any(axis=1).sum())
 
+    @property
+    def hashes(self) -> np.ndarray:
+        """A hash of each row's texts, uint64 [n]; compare tables with as many texts a row."""
+        hashes = np.zeros(len(self), dtype=np.uint64)
+        for place, column in enumerate(self.columns):
+            hashes += column.hashes * np.uint64(2 * place + 1)
+        return hashes
+
     def count_repeated(self, other: TokenTable) -> int:
         """The number of rows whose texts are those of a row of `other`, with as many texts a row."""
-        ours, theirs = (
-            sum((column.hashes * np.uint64(2 * place + 1) for place, column in enumerate(table.columns)), np.uint64(0))
-            for table in (self, other)
-        )
-        return int(np.isin(ours, theirs).sum())
+        return int(np.isin(self.hashes, other.hashes).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,8 +163,9 @@ class BertModel(nn.Module):
         """
         if isinstance(input_ids, PackedBatch):
             return {"last_hidden_state": self.encode_packed(passes.AutogradPass(), input_ids)}
-        if input_ids.is_floating_point():
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}, expected word ids")
+        for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
+            if ids is not None and ids.is_floating_point():
+                raise ValueError(f"{name} has dtype {ids.dtype}, expected integers")
         limit, length = self.position_ids.shape[1], input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = expanded(mask, input_ids.shape)

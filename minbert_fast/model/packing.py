@@ -66,9 +66,9 @@ def pack(
     `types` gives token types in the same nesting (None: all 0). Capacities pad the token rows and the sentence count to
     fixed sizes; `max_seqlen` pins the bound on sentence length. `words` [U] are the distinct word ids, ascending, of all
     processes that train together: the rows of their word gradients then stand for the same words. Raises ValueError if
-    the sentences exceed a capacity or the bound.
+    the sentences exceed a capacity or the bound, an id is no int32, or a sentence has another number of types than of ids.
     """
-    flat = [np.asarray(sentence, dtype=np.int32) for task in sentences for sentence in task]
+    flat = [np.asarray(sentence) for task in sentences for sentence in task]
     lengths = np.array([len(sentence) for sentence in flat], dtype=np.int64)
     num_tokens, num_sentences = int(lengths.sum()), len(flat)
     capacity = num_tokens if token_capacity is None else token_capacity
@@ -90,8 +90,10 @@ def pack(
         """Where each of `sizes` rows begins, then the end: [size + 1], which repeats the end."""
         return padded(np.concatenate([[0], np.cumsum(sizes)]), size + 1, num_tokens)
 
-    tokens = np.concatenate([np.zeros(0, np.int32), *flat])
-    kinds = [np.asarray(kind, dtype=np.int32) for task in types or () for kind in task]
+    tokens = _joined("sentences", flat)
+    kinds = [np.asarray(kind) for task in types or () for kind in task]
+    if types is not None and [len(kind) for kind in kinds] != lengths.tolist():
+        raise ValueError("types: expected one for each word id, in the same nesting")
     cu_seqlens = offsets(lengths, rows)
     task_sentences = np.concatenate([[0], np.cumsum([len(task) for task in sentences])]).astype(np.int32)
     words = np.unique(tokens) if words is None else words
@@ -100,7 +102,7 @@ def pack(
     arrays = {
         "tokens": padded(tokens),
         "positions": padded(np.arange(num_tokens) - np.repeat(cu_seqlens[:num_sentences], lengths)),
-        "types": padded(np.concatenate([np.zeros(0, np.int32), *kinds])),
+        "types": padded(_joined("types", kinds)),
         "cu_seqlens": cu_seqlens,
         "task_tokens": cu_seqlens[task_sentences],
         "task_sentences": task_sentences,
@@ -112,3 +114,13 @@ def pack(
     return PackedBatch(
         **tensors, max_seqlen=bound, num_tokens=num_tokens, num_sentences=num_sentences, num_words=len(words)
     )
+
+
+def _joined(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """All elements [N] int32. Raises ValueError naming the first that int32 cannot hold."""
+    joined = np.concatenate([np.zeros(0, np.int32), *parts])
+    narrow = joined.astype(np.int32, copy=False)
+    wrong = narrow != joined
+    if wrong.any():
+        raise ValueError(f"{name} hold {joined[wrong][0]}, expected whole numbers that int32 can hold")
+    return narrow

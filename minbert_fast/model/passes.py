@@ -31,6 +31,7 @@ from minbert_fast.ops.segments import one_task
 
 Sink = TypeVar("Sink")
 Value = TypeVar("Value")
+_INT32 = (torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
 
 # ---- Layers ----------------------------------------------------------------------------------------------------------
 
@@ -110,10 +111,17 @@ def encode_rectangle(
     rows, run = DenseRows.of(mask), AutogradPass()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     kinds = torch.zeros_like(input_ids) if types is None else types.expand_as(input_ids)
-    tokens = (rows.rows(input_ids).int(), rows.rows(positions).int(), rows.rows(kinds).int())
+    tokens = (_narrow(rows.rows(input_ids)), rows.rows(positions).int(), _narrow(rows.rows(kinds)))
     embedded = run.embed(tokens, plan.embedding)
     hidden = through(run, rows, embedded, modules, plan.layers, recompute)
     return rows.rectangle(hidden).to(embedded.dtype)
+
+
+def _narrow(ids: Tensor) -> Tensor:
+    """Ids as int32. One beyond int32 becomes its end, which no table has; it would otherwise become another word's."""
+    if ids.dtype == torch.int64:
+        ids = ids.clamp(*_INT32)
+    return ids.int()
 
 
 def _fused_layer_at(

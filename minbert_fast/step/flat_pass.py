@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from minbert_fast import ops
 from minbert_fast.common.schema import ConfigError
-from minbert_fast.model.bert import BertModel
 from minbert_fast.model.fused import Embedding
 from minbert_fast.model.packing import PackedBatch
 from minbert_fast.model.passes import Pass, Sink, called
@@ -20,15 +19,21 @@ from minbert_fast.model.rows import TokenRows
 from minbert_fast.ops import EmbeddingSink, LinearSink
 from minbert_fast.step.flat import FlatParameters, TaskGradients
 from minbert_fast.step.tape import Tape
+from minbert_fast.tasks import MultitaskModel
 
 
-def check_unshared(encoder: BertModel) -> None:
-    """Raises ConfigError where two parts of the encoder share a weight: the gradient of one would overwrite the other's."""
+def check_unshared(model: MultitaskModel, tasks: Iterable[str]) -> None:
+    """Raises ConfigError where the packed encoder uses a parameter twice, or the pooler or a head uses it too.
+
+    One use's gradient would overwrite the other's in J. A head may use the word embedding: the step adds its two gradients.
+    """
+    encoder = model.encoder
+    word = encoder.word_embedding.weight
     names = {id(p): name for name, p in encoder.named_parameters()}
-    seen: set[int] = set()
-    for p in encoder.one_pass_parameters():
+    seen = {id(p) for p in (*encoder.pooler_dense.parameters(), *model.head_parameters(tasks)) if p is not word}
+    for p in (word, *encoder.one_pass_parameters()):
         if id(p) in seen:
-            raise ConfigError(f"{names[id(p)]} is used in two places of the encoder: use --backend reference")
+            raise ConfigError(f"{names[id(p)]} is used in two places: use --backend reference")
         seen.add(id(p))
 
 

@@ -53,7 +53,7 @@ class OnePassStep:
         generator = torch.Generator().manual_seed(recipe.training.seed)
         self.weights = surgery.weights(recipe.surgery.method, recipe.surgery.reduction, generator)
         self.apart = recipe.surgery.method != "none"  # J has a row for each task, not one for their sum
-        check_unshared(model.encoder)
+        check_unshared(model, recipe.tasks)
         parts = trainable(model, recipe)
         self.flat = FlatParameters(parts, dtype)
         self.frozen = [spec.parameter for spec in parts.frozen]

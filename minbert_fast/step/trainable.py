@@ -51,7 +51,7 @@ def trainable(model: MultitaskModel, recipe: Recipe) -> StageParameters:
                 shared.append(spec(p, head_lr))
             else:
                 heads[task].append(spec(p, head_lr))
-    words = encoder_spec(word) if id(word) in trains else None
+    words = encoder_spec(word) if id(word) in trains and word not in once else None
     if words and any(id(word) in u for u in users):  # a head uses it too, so its gradient is dense
         shared.append(words)
         words = None

@@ -101,6 +101,10 @@ class TaskOptions:
         """Maps each key that has no effect, the other values being as they are, to what it belongs to."""
         return {}
 
+    def once(self) -> tuple[str, ...]:
+        """Keys whose values a run has once, so that a stage cannot replace them."""
+        return ("metric", "metrics", "dev_fraction", "stem", "header")
+
     @property
     def draw(self) -> Draw:
         """How the training rows are drawn."""

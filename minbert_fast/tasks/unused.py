@@ -13,7 +13,11 @@ from minbert_fast.tasks.presets import PRESETS
 
 
 def unused_values(recipe: Recipe) -> Iterator[str]:
-    """A line for each value of a resolved stage that differs from its default and has no effect."""
+    """A line for each value of a resolved stage that differs from its default and has no effect.
+
+    There is none where a task's table also sets the key that would read the value: a recipe that extends another, and turns
+    something off, inherits values of what it turned off.
+    """
     for section in ("optimizer", "weighting", "regularisation"):
         options = getattr(recipe, section)
         yield from _unused(options, options.unused(), section)
@@ -25,5 +29,6 @@ def _unused(options: Any, given: Collection[str], where: str, preset: Mapping[st
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for key, reader in options.unused().items():
         value, usual = getattr(options, key), (preset or {}).get(key)
-        if key in given and value not in (defaults[key], tuple(usual) if isinstance(usual, list) else usual):
+        usual = tuple(usual) if isinstance(usual, list) else usual
+        if key in given and reader not in given and value not in (defaults[key], usual):
             yield f"{where}.{key} = {value!r} is not used: it belongs to {reader}"

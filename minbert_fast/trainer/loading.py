@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from minbert_fast.parallel.world import World
 from minbert_fast.recipes.recipe import Recipe
 from minbert_fast.step.backends import Backend
 from minbert_fast.step.captured import Captures
-from minbert_fast.tasks import MultitaskModel
+from minbert_fast.tasks import MultitaskModel, Task
 from minbert_fast.tasks.inference import evaluation
 from minbert_fast.tasks.unused import unused_values
 from minbert_fast.trainer import plan
@@ -124,6 +124,8 @@ def load(setting: Setting) -> Loaded:
     stages = plan.share_steps(stages, recipe.training.max_steps)
     for line in dict.fromkeys(line for stage in stages for line in unused_values(stage.recipe)):
         notify(line)
+    for line in _without_effect([stage.recipe for stage in stages], data.tasks):
+        notify(line)
     _check_select(recipe, stages, data, notify)
     dev, scored_train = _scored_rows(recipe, data)
     if not dev:
@@ -131,6 +133,24 @@ def load(setting: Setting) -> Loaded:
         for each in dict.fromkeys(f"training.{k} = {v!r}" for found in values for k, v in found.items()):
             notify(f"{each} has no effect: without dev rows there are no evaluations")
     return Loaded(recipe, tokenizer, data, model, stages, captures, dev, scored_train, fingerprint)
+
+
+def _without_effect(stages: Sequence[Recipe], tasks: Mapping[str, Task]) -> Iterator[str]:
+    """A line for each value that the first stage has and that no stage uses, for reasons that lie in the whole run."""
+    first = stages[0]
+    if len(stages) == 1 and first.training.start not in ("last", 0):
+        yield f"training.start = {first.training.start!r} is not used: it belongs to stages after the first"
+    if all(stage.model.freeze for stage in stages):
+        options = first.optimizer
+        if options.head_lr is not None:
+            rate = f"the heads have optimizer.head_lr = {options.head_lr:g}"
+            yield f"optimizer.lr = {options.lr:g} is not used: the encoder is frozen, and {rate}"
+        if options.layer_decay != 1:
+            yield f"optimizer.layer_decay = {options.layer_decay:g} is not used: the encoder is frozen"
+    if not any(task.predicts for task in tasks.values()):
+        for key in ("r_drop", "smart", "proximal"):
+            if weight := getattr(first.regularisation, key):
+                yield f"regularisation.{key} = {weight:g} is not used: it belongs to tasks with predictions"
 
 
 def _tokenizer_directory(source: Path) -> Path:

@@ -50,7 +50,7 @@ class StageContext:
     captures: Captures  # CUDA graphs, counted over all stages
 
 
-# Values that a run has once, so that a stage cannot replace them.
+# Values that a run has once, so that a stage cannot replace them; `TaskOptions.once` has those of a task.
 OF_THE_RUN = {
     "model": ("name", "pooling", "dropout"),
     "data": ("directory", "files", "cache", "max_bad_rows", "holdout"),
@@ -58,7 +58,6 @@ OF_THE_RUN = {
     "checkpoint": ("every", "keep"),
     "logging": ("every",),
 }
-OF_A_TASK = ("metric", "metrics", "dev_fraction", "stem", "header")  # likewise, of each task
 
 
 def build_stage(context: StageContext, whole: Recipe, index: int) -> Stage:
@@ -149,7 +148,8 @@ def _check_values_of_the_run(
 ) -> None:
     """Raises ConfigError if the stage's `recipe` or `tasks` differ from the run's in a value that a run has once."""
     pairs = [(section, getattr(whole, section), getattr(recipe, section), keys) for section, keys in OF_THE_RUN.items()]
-    pairs += [(f"tasks.{name}", known[name].options, task.options, OF_A_TASK) for name, task in tasks.items()]
+    for name, task in tasks.items():
+        pairs.append((f"tasks.{name}", known[name].options, task.options, task.options.once()))
     for section, ours, theirs, keys in pairs:
         for key in keys:
             where = f"stages[{index}].{section}.{key} = {getattr(theirs, key)!r}"

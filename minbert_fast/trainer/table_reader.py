@@ -96,6 +96,10 @@ class TableReader:
             raise DataError(f"tasks.{name}: its stages name different {split} data ({shown}): {once}")
         return next((table for task in tasks if (table := self.table(task, split, labeled)) is not None), None)
 
+    def names(self, task: Task, split: str) -> bool:
+        """Whether the task itself has data of a split: files, splits of the hub, or rows in memory."""
+        return split in self.rows.get(task.name, {}) or any(source.files(split) for source in task.sources)
+
     def table(self, task: Task, split: str, labeled: bool | None = None, file: Path | None = None) -> TokenTable | None:
         """The rows of a task, from `file` if one is given; None if it has none in this split.
 

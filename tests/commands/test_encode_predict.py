@@ -188,6 +188,25 @@ def test_predictions_in_both_formats(checkpoint: Path, tmp_path: Path, task: str
             assert max(one["probabilities"], key=one["probabilities"].get) == names[int(one["prediction"])]
 
 
+def test_texts_that_are_cut_are_counted(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were cut without a word; training counts them."""
+    long = "film " * 400
+    (tmp_path / "in.txt").write_text(f"{long}\na film\n{long}\n", encoding="utf-8")
+    assert run_encode(tmp_path / "in.txt", tmp_path / "out.npy") == 0
+    assert capsys.readouterr().out.endswith("3 vectors of 64, 2 sentences cut to 128 tokens\n")
+    (tmp_path / "sst.csv").write_text(f"id\tsentence\tsentiment\na\t{long}\t1\nb\ta film\t2\n", encoding="utf-8")
+    assert run_predict(checkpoint, "sentiment", tmp_path / "sst.csv", tmp_path / "out.csv") == 0
+    assert capsys.readouterr().out.endswith("2 predictions, 1 rows cut to 128 tokens\n")
+    (tmp_path / "quora.csv").write_text(
+        f"id\tsentence1\tsentence2\tis_duplicate\na\ta film\t{long}\t1.0\n", encoding="utf-8"
+    )
+    assert run_predict(checkpoint, "paraphrase", tmp_path / "quora.csv", tmp_path / "out.csv") == 0
+    assert capsys.readouterr().out.endswith("1 predictions, 1 rows cut to 128 tokens\n")
+    flags = ["--checkpoint", str(checkpoint), "--sentiment", str(tmp_path / "sst.csv"), "--device", "cpu"]
+    assert cli.run(evaluate.main, flags) == 0
+    assert "sst.csv: 1 rows are cut to 128 tokens (data.max_length)" in capsys.readouterr().err
+
+
 def test_labels_are_optional_and_bad_rows_are_reported(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,19 @@ def test_tasks_picks_tasks_from_the_recipe_and_its_stages() -> None:
         recipe_from("--tasks", "sentimnt")
 
 
+def test_a_flag_that_a_stage_does_not_use_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--epochs` changed the stages without epochs of their own alone, without a word."""
+    staged = recipe_from("--recipe", "bertology-nli-triplet", "--epochs", "0.5", "--lr", "1e-4")
+    epochs = [stage.training.epochs for stage in staged.resolved_stages()]
+    kept = [number for number, each in enumerate(epochs, start=1) if each != 0.5]
+    assert len(kept) == 1
+    line = f"stage {kept[0]} does not use training.epochs = 0.5: it sets {epochs[kept[0] - 1]:g} itself"
+    assert capsys.readouterr().out == line + "\n"
+    recipe_from("--recipe", "bertology-nli-triplet", "--lr", "1e-4", "--set", "tasks.sentiment.weight=2.0")
+    recipe_from("--recipe", "bertology-nli-triplet", "--epochs", f"{epochs[kept[0] - 1]}")
+    assert not capsys.readouterr().out
+
+
 def test_a_whole_table_replaces_and_a_key_is_merged() -> None:
     """`tasks={sentiment={}}` was merged without a word, so that three tasks were trained."""
     assert recipe_from("--set", "tasks={sentiment={}}").tasks == {"sentiment": {}}

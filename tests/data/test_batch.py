@@ -49,6 +49,22 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("wrong", [2**32 + 5, -(2**32) + 5, 2.7])
+def test_ids_that_are_no_int32_are_refused(wrong: float) -> None:
+    """2 ** 32 + 5 of an int64 array was word 5, and 2.7 word 2."""
+    with pytest.raises(ValueError, match=f"^sentences hold {wrong}, expected whole numbers"):
+        pack([[np.array([1, wrong, 3])]])
+    with pytest.raises(ValueError, match=f"^types hold {wrong}, expected whole numbers"):
+        pack([[[1, 2, 3]]], [[[0, wrong, 0]]])
+
+
+@pytest.mark.parametrize("types", [[[[0, 1, 1]]], [[[0, 1], [0, 1, 1]]]])
+def test_every_id_needs_a_type(types: list[list[list[int]]]) -> None:
+    """Missing ones were 0, and those of a longer sentence went to the next one."""
+    with pytest.raises(ValueError, match=r"^types: expected one for each word id, in the same nesting$"):
+        pack([[[5, 6, 7], [8, 9]]], types)
+
+
 @pytest.mark.parametrize("kind", LABELS)
 def test_all_tensors_are_views_of_one_buffer(kind: str) -> None:
     batch = batch_of(LABELS[kind], empty="b" if kind == "an empty task" else "")

@@ -472,6 +472,20 @@ def test_labels_to_replace_or_skip_and_classes_may_be_written_as_in_the_file(tmp
     assert len(other.bad_rows) == 2
 
 
+@pytest.mark.parametrize("missing", ["", "nan", "NaN", "<NA>", "NaT"])
+def test_the_text_of_a_missing_label_is_no_class(missing: str, tmp_path: Path) -> None:
+    """Pandas writes such texts. They became classes, and a column of numbers with one of them names."""
+    path = write(tmp_path, "x.csv", f"text,label\na,good\nb,{missing}\nc,N/A\nd,None\n")
+    found = summarise_labels(find(path)).names()
+    assert found == ("N/A", "None", "good")
+    (bad,) = read(path, Classes(found)).bad_rows
+    assert (bad.line, bad.reason) == (3, f"label {missing!r} is not one of the 3 classes (N/A, None, good)")
+    assert read(path, Classes(found), skip=missing or "-").skipped == bool(missing)
+    assert not problems(read(path, Classes(("good", "N/A", "None", missing))))  # a task may name it
+    numbers = summarise_labels(find(write(tmp_path, "y.csv", f"text,label\na,1.5\nb,{missing}\nc,3\n")))
+    assert (numbers.low, numbers.high, numbers.rows) == (1.5, 3, 2)
+
+
 def test_a_label_that_is_no_number_is_missing(tmp_path: Path) -> None:
     """Libraries other than pandas store a missing number as NaN, which became a class."""
     pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}), tmp_path / "x.parquet")

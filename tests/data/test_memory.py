@@ -155,7 +155,12 @@ def test_classes_of_a_data_set_keep_their_order_and_names() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["5", "1"])})
     found = find(datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features), 1)
     assert found.layout.classes == ("5", "1")
-    assert summarise_labels(found).names() == ("-1", "1", "5")  # a label without a name: what is found counts
+    assert summarise_labels(found).names() == ("5", "1")  # -1 is no class: SNLI's train split has such rows
+    assert [str(bad) for bad in read(found.rows, Classes(("5", "1")), texts=1).bad_rows] == [
+        "train-rows:3: label '-1' is not one of the 2 classes (5, 1)"
+    ]
+    beyond = found.rows.map(lambda row: {"label": max(row["label"], 0)}).cast_column("label", datasets.Value("int64"))
+    assert summarise_labels(find(beyond, 1)).names() == ("0", "1")
     for rows in (found.rows.select([0, 1]), found.rows.select([0, 1]).with_format("torch")):
         assert summarise_labels(find(rows, 1)).names() == ("5", "1")
     table = read_rows(found, Classes(found.layout.classes), max_bad_rows=1.0)

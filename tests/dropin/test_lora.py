@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,46 @@ def test_shared_layers_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"bert_layers\.0\.self_attention\.query\.weight is used in two places"):
         make_step("fast", multitask(chosen, shared), chosen, torch.float32)
     make_step("reference", multitask(chosen, shared), chosen, torch.float32)
+
+
+def _pooler_of_a_layer(model: MultitaskModel) -> None:
+    model.encoder.pooler_dense.weight = model.encoder.bert_layers[1].attention_dense.weight
+
+
+def _adapter_in_a_head(model: MultitaskModel) -> None:
+    model.encoder.bert_layers[0].attention_dense = adapter = Wrapper(model.encoder.bert_layers[0].attention_dense)
+    model.heads["sentiment"].extra = adapter.A
+
+
+def _layer_in_a_head(model: MultitaskModel) -> None:
+    model.heads["sentiment"].extra = model.encoder.bert_layers[1].out_layer_norm
+
+
+def _words_as_positions(model: MultitaskModel) -> None:
+    model.encoder.pos_embedding.weight = model.encoder.word_embedding.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*runs as plain modules")
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    ("share", "name"),
+    [
+        (_pooler_of_a_layer, "bert_layers.1.attention_dense.weight"),
+        (_adapter_in_a_head, "bert_layers.0.attention_dense.A"),
+        (_layer_in_a_head, "bert_layers.1.out_layer_norm.weight"),
+        (_words_as_positions, "word_embedding.weight"),
+    ],
+)
+def test_a_parameter_of_the_encoder_with_a_second_use_is_refused_by_name(
+    share: Callable[[MultitaskModel], None], name: str, freeze: bool
+) -> None:
+    """The gradient of the pooler or of the head was lost without a word."""
+    chosen = recipe(model={"freeze": freeze})
+    model = multitask(chosen, lambda _: None)
+    share(model)
+    with pytest.raises(ConfigError, match=f"^{re.escape(name)} is used in two places: use --backend reference$"):
+        make_step("fast", model, chosen, torch.float32)
+    make_step("reference", model, chosen, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs as plain modules")

@@ -107,8 +107,20 @@ def test_a_mask_that_is_learned_gets_the_course_s_gradient() -> None:
 
 def test_numbers_that_are_no_word_ids_are_refused() -> None:
     model, (ids, mask) = small(), batch()
-    with pytest.raises(ValueError, match=r"input_ids has dtype torch.float32, expected word ids"):
+    with pytest.raises(ValueError, match=r"input_ids has dtype torch.float32, expected integers"):
         model(ids + 0.5, mask)
+    with pytest.raises(ValueError, match=r"token_type_ids has dtype torch.float32, expected integers"):
+        model(ids, mask, torch.full(ids.shape, 0.7))
+
+
+@pytest.mark.parametrize(("beyond", "named"), [(2**32, 2**31 - 1), (-(2**32), -(2**31))])
+def test_ids_that_are_no_int32_do_not_become_those_of_other_words(beyond: int, named: int) -> None:
+    """2 ** 32 + 5 was word 5."""
+    model, (ids, mask) = small(), batch()
+    with pytest.raises(ValueError, match=rf"tokens holds {named}, which is not in \[0, "):
+        model(ids + beyond, mask)
+    with pytest.raises(ValueError, match=rf"types holds {named}, which is not in \[0, 2\)"):
+        model(ids, mask, torch.full_like(ids, beyond))
 
 
 def test_padding_gets_no_gradient() -> None:

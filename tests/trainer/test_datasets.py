@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minbert_fast.common.schema import ConfigError
@@ -161,6 +162,60 @@ def test_a_preset_whose_stages_name_their_own_files_needs_no_data_folder(tokeniz
     assert [tables["verdict"].path.name for tables in data.train] == ["first.jsonl", "second.jsonl"]
 
 
+def labels_of_one_table(rows: int = 200) -> Recipe:
+    """Three tasks on two files with the same texts, and two on these texts without labels."""
+    table = [(f"row {row}", row % 2, "xyz"[row % 3], row / 7) for row in range(rows)]
+    for name in ("table", "copy"):
+        with Path(f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "even", "third", "size"), *table])
+    tasks: dict[str, Any] = {
+        "even": {"kind": "classification", "data": {"train": "table.csv", "label": "even"}},
+        "third": {"kind": "classification", "data": {"train": "table.csv", "label": "third"}},
+        "size": {"kind": "regression", "data": {"train": "copy.csv", "label": "size"}},
+        "mlm": {"kind": "masked-lm", "data": {"train": ["one.csv", "copy.csv"], "text": "text"}},
+        "twice": {"kind": "contrastive", "data": {"train": "table.csv", "text": "text"}},
+    }
+    return Recipe(name="table", tasks=tasks)
+
+
+def test_tasks_with_the_same_texts_hold_out_the_same_rows(tokenizer: Tokenizer) -> None:
+    """Each held out others: a text that judged one task had trained the encoder in another."""
+    said: list[str] = []
+    data = load_datasets(labels_of_one_table(), tokenizer, said.append)
+    held = texts(data.dev["even"])
+    assert len(held) == 20
+    assert all(texts(data.dev[name]) == held for name in ("third", "size"))
+    (train,) = data.train
+    words = data.dev["even"].columns[0].hashes
+    assert not any(np.isin(table.columns[0].hashes, words).any() for table in train.values())
+    sizes = {"even": 180, "third": 180, "size": 180, "mlm": 40 + 180, "twice": 180}
+    assert {name: len(table) for name, table in train.items()} == sizes  # the rows of one.csv are others
+    assert "20 training rows of mlm have texts that are held out for even: left out" in said
+    counts = {name: np.bincount(data.dev[name].labels).tolist() for name in ("even", "third")}  # type: ignore[arg-type]
+    assert counts["even"] == [10, 10]
+    assert min(counts["third"]) >= 5
+    for split, kept in (("dev", data.dev), ("train", train)):
+        again = load_split(data.recipe, tokenizer, split, print)
+        assert {name: texts(table) for name, table in again.items()} == {name: texts(kept[name]) for name in data.dev}
+
+
+def test_every_class_of_tasks_with_the_same_texts_keeps_a_row(tokenizer: Tokenizer) -> None:
+    staged = labels_of_one_table(30)
+    rows = [(f"row {row}", row % 2, f"{row // 2}", row) for row in range(30)]
+    with Path("table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "even", "third", "size"), *rows])
+    for seed in range(5):
+        data = load(staged.with_values({"training": {"seed": seed}}, ""), tokenizer)
+        assert len(set(data.train[0]["third"].labels.tolist())) == 15  # type: ignore[union-attr]
+
+
+def test_dev_rows_of_one_of_two_equal_files_that_has_changed_are_not_told(tokenizer: Tokenizer) -> None:
+    data = load(labels_of_one_table(), tokenizer)
+    with Path("copy.csv").open("a", encoding="utf-8") as file:
+        file.write("one more,1,x,3\n")
+    assert load_split(data.recipe, tokenizer, "dev", lambda line: None) == {}
+
+
 def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) -> None:
     """evaluate held out a tenth of the new rows: nine of ten of them had been trained on."""
     data = load(recipe(ONE), tokenizer)
@@ -172,6 +227,50 @@ def test_dev_rows_of_a_file_that_has_changed_are_not_told(tokenizer: Tokenizer) 
     said: list[str] = []
     assert load_split(data.recipe, tokenizer, "dev", said.append) == {}
     assert said == [f"{Path('one.csv')}: changed since the run held dev rows of verdict out of it: they cannot be told"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {"data": {"dev": "dev.csv"}, "classes": ["bad", "good"]},
+        {"data": {"text": "text", "label": "label"}, "classes": ["bad", "good"]},
+        {"classes": ["bad", "good"]},
+    ],
+)
+def test_a_task_whose_data_name_no_training_rows_is_refused(lost: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """The run trained the other tasks without a word."""
+    both = replace(recipe(ONE), tasks={"verdict": {**SPLIT, "data": ONE}, "lost": {**SPLIT, **lost}})
+    with pytest.raises(
+        ConfigError, match=r"^tasks\.lost\.data: names no training rows; expected train = a file, hub = "
+    ):
+        load(both, tokenizer)
+
+
+def test_a_task_that_no_stage_trains_is_named(tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    for own in (TWO, {**TWO, "dev": "dev.csv"}):
+        tasks = {"verdict": {**SPLIT, "data": ONE}, "other": {**SPLIT, "data": own}}
+        staged = replace(recipe(ONE), tasks=tasks, stages=({"tasks": {"verdict": {}}},))
+        kept = load_datasets(staged, tokenizer, said.append).tasks
+        assert ("other" in kept) == ("dev" in own)
+    assert said.count("other: no stage trains it, and it has no dev rows: left out") == 1
+
+
+def test_a_share_to_hold_out_that_no_task_needs_is_named(tokenizer: Tokenizer) -> None:
+    """It was ignored without a word."""
+    line = "data.holdout = 0.3 is not used: every task has dev rows of its own"
+    for source, share, expected in (
+        ({**ONE, "dev": "dev.csv"}, 0.3, [line]),
+        ({**ONE, "dev": "dev.csv"}, 0.0, []),
+        (
+            ONE,
+            0.3,
+            ["no dev rows for verdict: 12 of 40 training rows are held out for it (data.holdout = 0.3, seed 11711)"],
+        ),
+    ):
+        said: list[str] = []
+        load_datasets(recipe(source).with_values({"data": {"holdout": share}}, ""), tokenizer, said.append)
+        assert [each for each in said if "data.holdout" in each] == expected
 
 
 def test_no_dev_rows_are_taken_from_rows_that_the_run_trained_on(tokenizer: Tokenizer) -> None:

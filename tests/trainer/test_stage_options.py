@@ -71,6 +71,21 @@ def test_a_stage_cannot_set_a_value_of_the_run(value: str, message: str, tmp_pat
         train.main(small_run(small_data(tmp_path / "data"), tmp_path / "run", "--recipe", str(recipe)))
 
 
+def test_a_stage_cannot_set_where_a_learned_scale_starts(tmp_path: Path) -> None:
+    """It was ignored. A scale that is not learned may change."""
+
+    def run(calibrated: bool) -> Path:
+        task = {"head": "cosine", "calibrated": calibrated, "scale": 2.0}
+        stages = [{}, {"tasks": {"similarity": {"scale": 5.0}}}]
+        values = {"tasks": {"similarity": task}, "stages": stages, "training": {"max_steps": 2, "batch_size": 4}}
+        recipe = Recipe.load("demonstration").with_values(values, "test")
+        return fit(recipe, data=small_data(tmp_path / "data"), output=tmp_path / f"run-{calibrated}").output
+
+    assert MultitaskModel.load(run(calibrated=False) / "last").head("similarity").options.scale == 5.0
+    with pytest.raises(ConfigError, match=r"stages\[1\].tasks.similarity.scale = 5.0: .* in \[tasks.similarity\]$"):
+        run(calibrated=True)
+
+
 @pytest.mark.parametrize("kind", ["classification", "multilabel"])
 def test_a_stage_balances_the_classes_by_itself(kind: str, tmp_path: Path) -> None:
     """`class_weights = "balanced"` in a stage alone had no effect: the classes were counted for the recipe's own options."""

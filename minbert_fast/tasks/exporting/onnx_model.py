@@ -67,6 +67,8 @@ class OnnxModel:
         self.tokenizer = tokenizer
         self.contents = contents
         self.width = contents.width
+        self.max_length = contents.max_length
+        self.truncated = 0  # sentences so far that were cut to max_length
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str = "auto") -> OnnxModel:
@@ -159,6 +161,7 @@ class OnnxModel:
     def _sequences(self, columns: list[Tokens]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """The word ids and token types of each sequence of each example, cut to the maximum length."""
         limit, encoder = self.contents.max_length, self.contents.encoder
+        self.truncated += sum(len(ids) > limit for column in columns for ids in column)
         cut = [[truncate(ids, limit) for ids in column] for column in columns]
         separate = [[(ids, np.zeros_like(ids)) for ids in column] for column in cut]
         if encoder == "bi":

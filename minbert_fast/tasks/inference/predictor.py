@@ -77,6 +77,7 @@ class Predictor:
         self.prompt = prompt
         self.width = min(truncate_dim or hidden, hidden)  # of a vector
         self.precision = precision
+        self.truncated = 0  # sentences and examples so far that were cut to max_length
         self._snapshot = Snapshot(self.encoder, DTYPES[precision])
 
     @classmethod
@@ -168,6 +169,7 @@ class Predictor:
                 normalize=self.normalize if normalize is None else normalize,
                 max_length=self.max_length,
                 progress=report,
+                report_cut=self._add_truncated,
             )
         if self.width < vectors.shape[1]:
             vectors = np.ascontiguousarray(vectors[:, : self.width])
@@ -277,9 +279,13 @@ class Predictor:
     def predict_table(self, task: str, table: Table, progress: Progress | None = None) -> Predictions:
         """Predictions of the head of `task` for the rows of a data file."""
         model, rows = self.multitask(), tokenize_table(table, self.tokenizer)
+        self._add_truncated(rows.count_truncated(self.max_length, model.tasks[task].encoder))
         with _reporting(progress, len(rows), " examples") as report:
             found = evaluation.predict(model, task, rows, self._snapshot, max_length=self.max_length, progress=report)
         return Predictions(*found)
+
+    def _add_truncated(self, count: int) -> None:
+        self.truncated += count
 
     @property
     def tasks(self) -> Mapping[str, Task]:

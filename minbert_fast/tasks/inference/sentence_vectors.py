@@ -61,11 +61,13 @@ def embed(
     max_length: int | None = None,
     token_budget: int | None = None,
     progress: Callable[[int], object] | None = None,
+    report_cut: Callable[[int], object] | None = None,
 ) -> Tensor:
     """One vector a sentence [n, H], fp32 on the model's device, in the order of `encoded`; never waits for the device.
 
     Sentences are cut to `max_length` tokens (None: the model's positions). `normalize` scales vectors to length 1.
-    `progress` gets the number of sentences after each batch. Raises ValueError for a `max_length` below 2.
+    `progress` gets the number of sentences after each batch, `report_cut` that of the sentences that are cut. Raises
+    ValueError for a `max_length` below 2.
     """
     model = snapshot.model
     positions = model.config.max_position_embeddings
@@ -75,6 +77,8 @@ def embed(
     device = model.word_embedding.weight.device
     budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
     lengths = np.minimum(np.diff(encoded.offsets), limit)
+    if report_cut is not None:
+        report_cut(int((np.diff(encoded.offsets) > limit).sum()))
     out = torch.empty(len(lengths), model.config.hidden_size, device=device)
 
     @torch.inference_mode()

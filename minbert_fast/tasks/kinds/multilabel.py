@@ -36,6 +36,10 @@ class MultilabelOptions(ClassOptions, SingleOptions):
         check(not self.draw.by_class, "balanced, per_class: an example has several classes")
         check(self.written == "names", 'written: expected "names"')
 
+    def unused(self) -> dict[str, str]:
+        idle = {} if self.class_weights == "balanced" else {"row_count": 'class_weights = "balanced"'}
+        return super().unused() | idle
+
     @property
     def weights(self) -> tuple[float, ...]:
         """Factors on the positive part of the loss, [C]. `balanced`: rows without a class for each row with it."""

@@ -92,10 +92,14 @@ class PairOptions(StackOptions):
             "labels": (not chosen.isdisjoint(("mse", "l1")), 'loss = "mse" and "l1"'),
             "scale": (self.head == "cosine", 'head = "cosine"'),
             "offset": (self.head == "cosine", 'head = "cosine"'),
+            "dropout": (bool(self.dropout_at or self.shared_layers), "dropout_at"),
             "margin": ("cosine_embedding" in chosen, "cosine_embedding"),
             "temperature": (not chosen.isdisjoint(("cosent", "ranking")), "cosent and ranking"),
         }
         return super().unused() | {key: reader for key, (read, reader) in rules.items() if not read}
+
+    def once(self) -> tuple[str, ...]:
+        return (*super().once(), *(("scale", "offset") if self.calibrated else ()))  # where the learning starts
 
 
 class PairHead(StackHead):

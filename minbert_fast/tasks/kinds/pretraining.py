@@ -49,6 +49,9 @@ class TextOptions(TaskOptions):
             check(name in FORMATS, f"text: {name!r}: expected some of {', '.join(FORMATS)}")
         check(not self.draw.by_class, "balanced, per_class: text has no classes")
 
+    def unused(self) -> dict[str, str]:
+        return super().unused() | dict.fromkeys(("dev_fraction", "stem", "header"), "tasks with predictions")
+
 
 class TextTask(Task):
     """A task that only trains, on text without labels."""
