@@ -18,9 +18,9 @@ import torch
 
 from minbert_fast import _C
 from minbert_fast.ops import native
-from tests import cuda_on_cpu
-from tests.accesses import check_accesses
 from tests.tolerance import poisoned_memory
+from tests.without_gpu import cuda_on_cpu
+from tests.without_gpu.accesses import check_accesses
 from tests.zygote import Zygote
 
 

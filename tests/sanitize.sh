@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # Builds the CPU code under sanitizers beside the ordinary build (build/sanitized-*), and runs the tests that exercise it,
-# or those given. They compile the CUDA kernels for the CPU with the same flags (tests/cuda_on_cpu). Any finding fails the
+# or those given. They compile the CUDA kernels for the CPU with the same flags (tests/without_gpu/cuda_on_cpu). Any finding fails the
 # run and is printed at its end.
 #
 #   tests/sanitize.sh [address] [TEST ...]    AddressSanitizer and UndefinedBehaviorSanitizer
@@ -20,10 +20,10 @@ run= select="not triton and not torch and not opcheck and not compil and not tes
 select="$select and not tile and not fp16 and not test_training and (native or cuda or not test_weights)"
 if [ "$kind" = address ]; then
   sanitizers=address,undefined flags=-fno-sanitize-recover=all library=libasan.so
-  [ $# -gt 0 ] || set -- tests/surgery tests/ops tests/cuda_on_cpu tests/test_native_build.py
+  [ $# -gt 0 ] || set -- tests/surgery tests/ops tests/without_gpu/cuda_on_cpu tests/test_native_build.py
 else
   sanitizers=thread flags=-DMINBERT_PLAIN_THREADS library=libtsan.so
-  [ $# -gt 0 ] || set -- tests/surgery/test_weights.py tests/ops tests/cuda_on_cpu tests/test_native_build.py
+  [ $# -gt 0 ] || set -- tests/surgery/test_weights.py tests/ops tests/without_gpu/cuda_on_cpu tests/test_native_build.py
   export OMP_NUM_THREADS=4 MKL_NUM_THREADS=4  # torch goes by the smaller one
   # All instruction sets share out work alike, ThreadSanitizer sees no instructions that are named one by one, and the races of
   # a kernel do not depend on the gradients.

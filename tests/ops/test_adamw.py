@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from minbert_fast import ops
 from minbert_fast.ops import AdamWStep, backend
 from minbert_fast.step import naive
-from tests import cuda_on_cpu
 from tests.surgery import oracles
 from tests.tolerance import assert_within_budget
+from tests.without_gpu import cuda_on_cpu
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "decay": {"weight_decay": 0.01},

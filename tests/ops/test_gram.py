@@ -19,7 +19,7 @@ COLUMNS = [0, 1, 3, 17, 63, 65, 511, 512, 513, 1025, 8191, 8193, 16385, 40_001]
 DTYPES = [torch.float32, torch.bfloat16]
 TASKS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 16, 31, 64]
 # Tasks, columns, spare columns before them: groups of tasks and tails that Triton's and CUDA's kernels treat apart. 9,001
-# and 2,500 columns are several rounds of the blocks of tests/cuda_on_cpu; sums of nine tasks then move to double.
+# and 2,500 columns are several rounds of the blocks of without_gpu/cuda_on_cpu; sums of nine tasks then move to double.
 SHAPES = [
     (1, 0, 0),
     (1, 1, 0),

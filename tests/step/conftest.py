@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.recorded_graph import RecordedGraph
+from tests.without_gpu.recorded_graph import RecordedGraph
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from minbert_fast.ops.library import OPS
 from minbert_fast.step import one_pass
 from minbert_fast.step.captured import at_capacity
 from minbert_fast.tasks import MultitaskModel, build_tasks
-from tests import accesses
 from tests.step.test_step import CONFIG, make_batch, recipe
 from tests.tolerance import poisoned_memory
+from tests.without_gpu import accesses
 
 if not triton_available():
     pytest.skip("Triton is not installed", allow_module_level=True)

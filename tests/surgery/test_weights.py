@@ -32,8 +32,8 @@ from minbert_fast.surgery import (
     upgrad,
 )
 from minbert_fast.surgery.base import Array, OnHost
-from tests import cuda_on_cpu
 from tests.surgery import oracles
+from tests.without_gpu import cuda_on_cpu
 
 IMPLEMENTATIONS = ["native", "torch", cuda_on_cpu.NAME]
 

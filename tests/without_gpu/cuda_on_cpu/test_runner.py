@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import cuda_on_cpu
+from tests.without_gpu import cuda_on_cpu
 
 BARRIER = "a barrier that some threads of the block do not reach"
 # What each build says of kernels in faults.cu.

@@ -5,8 +5,8 @@ Like a CUDA graph it keeps what Python computed during the capture: numbers, sha
 the step, so a value that Python should have chosen anew stays as it was, and the test that compares with an eager step
 fails. A capture leaves no trace in tensors that are older than the capture.
 
-A capture may not read a value, nor copy between host and device (tests/pretend_cuda has both). What a device adds is not
-shown: streams, and memory that is used again within a graph.
+A capture may not read a value, nor copy between host and device (`pretend_cuda` has both). What a device adds is not shown:
+streams, and memory that is used again within a graph.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checker of tests/accesses.py speaks: small kernels with a fault each."""
+"""The checker of tests/without_gpu/accesses.py speaks: small kernels with a fault each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from minbert_fast.kernels.gram import gram_pieces
-from tests.accesses import AccessError
+from tests.without_gpu.accesses import AccessError
 
 
 @triton.jit

@@ -37,7 +37,7 @@ import torch
 from minbert_fast.ops import backend, native
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 RUNNER = [Path(__file__), HERE / "cuda_runtime.h", HERE / "runner.cpp"]
 NAME = "cuda on cpu"
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin that gives a CPU build of PyTorch the device cuda:0, so that tests marked `gpu` run without a GPU.
 
-    python -m pytest -p tests.pretend_cuda -m gpu tests/test_gpu_runs.py tests/step tests/tasks
+    python -m pytest -p tests.without_gpu.pretend_cuda -m gpu tests/test_gpu_runs.py tests/step tests/tasks
 
 Tensors know their device, and operations refuse tensors of both devices. Graphs are recorded (`RecordedGraph`): a capture
 that waits for the device, reads a value, or copies between host and device is an error. Surgery and AdamW run as the CUDA
-kernels (tests/cuda_on_cpu), the encoder's ops as on a CPU, and no op by Triton. So this shows whether the package puts its
+kernels (`cuda_on_cpu`), the encoder's ops as on a CPU, and no op by Triton. So this shows whether the package puts its
 tensors where a GPU needs them. It shows nothing about Triton's kernels, streams and speed.
 
 The device (device.cpp) must be loaded before torch; pytest imports plugins first. It is compiled against the installed
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def build(source: Path, torch: Path) -> Path:
@@ -46,7 +46,9 @@ def build(source: Path, torch: Path) -> Path:
 
 
 if "torch" in sys.modules:
-    raise RuntimeError("torch was imported before its pretended device: run pytest with -p tests.pretend_cuda")
+    raise RuntimeError(
+        "torch was imported before its pretended device: run pytest with -p tests.without_gpu.pretend_cuda"
+    )
 found = importlib.util.find_spec("torch")
 assert found is not None
 assert found.origin is not None
@@ -58,7 +60,7 @@ ctypes.CDLL(str(build(Path(__file__).with_name("device.cpp"), folder)))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from tests.recorded_graph import RecordedGraph  # noqa: E402
+from tests.without_gpu.recorded_graph import RecordedGraph  # noqa: E402
 
 if torch.version.cuda:
     raise RuntimeError("this torch is built for CUDA: the pretended device needs a CPU build")
@@ -202,7 +204,7 @@ for owner, name, method in methods:
 
 from minbert_fast import _C  # noqa: E402
 from minbert_fast.ops import backend, native  # noqa: E402
-from tests import cuda_on_cpu  # noqa: E402
+from tests.without_gpu import cuda_on_cpu  # noqa: E402
 
 
 def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
