@@ -35,18 +35,22 @@ GATHER_ROWS, GATHER_SCAN = 8, 512
 
 @triton.jit
 def _summed(
-    tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, valid, columns, within,
-    WIDTH: tl.constexpr,
+    tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, words, places, kinds, row, valid, columns,
+    within, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """word + position + type rows [ROWS, BLOCK] in fp32, zero outside the mask, and the rows' types."""
+    """word + position + type rows [ROWS, BLOCK] in fp32, zero outside the mask, and the rows' types.
+
+    A GPU cannot refuse an index that its table (of `words`, `places`, `kinds` rows) does not have: its row is NaN.
+    """
     token = tl.load(tokens_ptr + row, mask=valid, other=0).to(tl.int64)
     position = tl.load(positions_ptr + row, mask=valid, other=0).to(tl.int64)
     kind = tl.load(types_ptr + row, mask=valid, other=0)
-    mask = valid[:, None] & within[None, :]
+    known = (token >= 0) & (token < words) & (position >= 0) & (position < places) & (kind >= 0) & (kind < kinds)
+    mask = (valid & known)[:, None] & within[None, :]
     z = tl.load(word_ptr + token[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     z += tl.load(position_ptr + position[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     z += tl.load(type_ptr + kind.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    return z, kind
+    return tl.where((valid & ~known)[:, None], float("nan"), z), kind
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -63,15 +67,16 @@ def _embedding_forward(
     mean_ptr,  # [rows] fp32
     rstd_ptr,  # [rows] fp32
     seed_ptr,  # [1] int64
-    site, rows, eps,
+    site, rows, words, places, kinds, eps,
     P: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     within = columns < WIDTH
     z, _ = _summed(
-        tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, row < rows, columns, within, WIDTH
-    )
+        tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, words, places, kinds, row, row < rows,
+        columns, within, WIDTH,
+    )  # fmt: skip
     y, mean, rstd = normalise(z, gamma_ptr, beta_ptr, columns, within, eps, WIDTH)
     if P > 0.0:
         y *= keep_scale_quads(tl.load(seed_ptr), site, row[:, None], tl.arange(0, BLOCK // 4)[None, :], P)
@@ -97,7 +102,7 @@ def _embedding_backward(
     dz_ptr,  # [rows, WIDTH]; rows of no task are not written
     partials_ptr,  # [programs + tasks - 1, 2 + K, WIDTH] fp32: dgamma, dbeta, types
     seed_ptr,  # [1] int64
-    site, rows, tasks, rows_per_program,
+    site, rows, words, places, tasks, rows_per_program,
     P: tl.constexpr, K: tl.constexpr,
     KINDS: tl.constexpr,  # K rounded up to a power of two
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,8 +127,8 @@ def _embedding_backward(
                 mask = valid[:, None] & within[None, :]
                 offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
                 z, kind = _summed(
-                    tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, row, valid, columns, within,
-                    WIDTH,
+                    tokens_ptr, positions_ptr, types_ptr, word_ptr, position_ptr, type_ptr, words, places, K, row, valid,
+                    columns, within, WIDTH,
                 )  # fmt: skip
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
                 if P > 0.0:
@@ -224,14 +229,14 @@ def embedding_forward(
 ) -> None:  # fmt: skip
     """Indices [N] int32; word [V, H], position [S, H], type_ [K, H] contiguous; gamma, beta [H].
 
-    Writes y [N, H] in the tables' dtype and fp32 mean, rstd [N].
+    Writes y [N, H] in the tables' dtype and fp32 mean, rstd [N]: NaN for an index that its table does not have.
     """
     rows, width = y.shape
     tile = RowTile.of(width)
     if rows:
         _embedding_forward[(cdiv(rows, tile.rows),)](
-            tokens, positions, types, word, position, type_, gamma, beta, y, mean, rstd, seed, site, rows, eps,
-            **tile.launch(width, p),
+            tokens, positions, types, word, position, type_, gamma, beta, y, mean, rstd, seed, site, rows,
+            word.shape[0], position.shape[0], type_.shape[0], eps, **tile.launch(width, p),
         )  # fmt: skip
 
 
@@ -256,7 +261,7 @@ def embedding_backward(
     dz = torch.empty_like(dy)
     _embedding_backward[(partition.programs,)](
         dy, tokens, positions, types, word, position, type_, gamma, mean, rstd, bounds, dz, partials, seed, site,
-        rows, tasks, partition.rows_per_program, K=kinds, KINDS=next_power_of_2(kinds),
+        rows, word.shape[0], position.shape[0], tasks, partition.rows_per_program, K=kinds, KINDS=next_power_of_2(kinds),
         **tile.launch(width, p), **all_registers(dy.device, tile.num_warps),
     )  # fmt: skip
     finish(partials, bounds, partition, (dgamma, dbeta, d_type_table))

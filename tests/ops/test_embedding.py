@@ -203,3 +203,23 @@ def test_dropout_is_the_documented_stream_bit_for_bit(seed: int, every_device: t
 def test_real_sizes(width: int, dtype: torch.dtype, triton: torch.device) -> None:
     rng = np.random.default_rng(0)
     check([rng.integers(1, POSITIONS + 1, 40).tolist() for _ in range(3)], width, P, dtype, triton)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["word", "position", "type"])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_an_index_that_its_table_does_not_have(place: int, beyond: bool, kernels: torch.device) -> None:
+    """A GPU cannot refuse it, and its kernel read other memory: other words' rows, or none of the model's."""
+    it = case([[5, 3], [4]], 24, 0.0, torch.float32, kernels)
+    healthy = it.run()
+    it.indices[place][6] = (WORDS, POSITIONS, TYPES)[place] if beyond else -1
+    if backend.implementation(it.dy) == "native":
+        with pytest.raises(ValueError, match=r"which is not in \[0, "):
+            it.run()
+        return
+    dgamma = torch.zeros(2, 24, device=kernels)
+    found = it.run(gamma=dgamma)
+    assert found[6].isnan().all()
+    others = [row for row in range(len(found)) if row != 6]
+    assert torch.equal(found[others], healthy[others])
+    assert dgamma[0].isnan().all()
+    assert dgamma[1].isfinite().all()
