@@ -264,7 +264,7 @@ def _held_out(divided: Mapping[str, TokenTable], recipe: Recipe) -> dict[str, He
     for name, whole in divided.items():
         if recipe.data.holdout and len(whole) >= FEWEST_ROWS:
             alike.setdefault(whole.hashes.tobytes() + bytes([whole.arity]), []).append(name)
-    held_out = {}
+    held_out: dict[str, HeldOut] = {}
     for names in alike.values():
         first, *others = (divided[name] for name in names)
         rows = hold_out(first, recipe.data.holdout, recipe.training.seed, others)[1]

@@ -2,11 +2,11 @@
 """A stand-in for torch.cuda.CUDAGraph on a CPU: records the operations of a step, and replays them and nothing else.
 
 Like a CUDA graph it keeps what Python computed during the capture: numbers, shapes, addresses. A replay runs no Python of
-the step, so a value that Python should have chosen anew stays as it was, and the test that compares with an eager step
-fails. A capture leaves no trace in tensors that are older than the capture.
+the step: a value that Python chooses in each step stays that of the capture, and the test that compares with an eager
+step fails. A capture leaves no trace in tensors that are older than the capture.
 
-A capture may not read a value, nor copy between host and device (`pretend_cuda` has both). What a device adds is not shown:
-streams, and memory that is used again within a graph.
+A capture may not read a value, nor copy between host and device (`pretend_cuda` has both). It does not show what
+a device adds: streams, and memory that is used again within a graph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the CUDA kernels of csrc/cuda on the CPU: tests and sanitizers check them without a GPU.
 
-A C++ compiler compiles the sources, after a few substitutions, with a `cuda_runtime.h` of our own. The threads of a block
+A C++ compiler compiles the sources, after a few substitutions, with our `cuda_runtime.h`. The threads of a block
 take turns at barriers and shuffles, in rising or falling order, launch by launch: without a barrier that is needed, two
 launches differ. Shared memory starts as NaN. A barrier or shuffle that some threads do not reach is an error, as are sizes
 that no GPU launches. Compiled with CXXFLAGS for AddressSanitizer, UndefinedBehaviorSanitizer or ThreadSanitizer
@@ -113,7 +113,7 @@ def _argument(value: Any) -> Any:
 
 @functools.cache
 def extension() -> SimpleNamespace:
-    """What ops/native/surgery.py needs of `minbert_fast._C`, with the CUDA ops in the place of the CPU's."""
+    """The part of `minbert_fast._C` that ops/native/surgery.py uses, with the CUDA ops in place of the CPU's."""
     library = ctypes.CDLL(str(build([*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "ops.cpp"])))
     library.last_error.restype = ctypes.c_char_p
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What csrc/cuda uses of CUDA, for a C++ compiler: __init__.py says how. runner.cpp holds what is declared here.
+// The part of CUDA that csrc/cuda uses, for a C++ compiler: __init__.py says how. runner.cpp holds what is declared here.
 #pragma once
 
 #include <cstddef>

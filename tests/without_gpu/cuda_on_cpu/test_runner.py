@@ -14,7 +14,7 @@ import pytest
 from tests.without_gpu import cuda_on_cpu
 
 BARRIER = "a barrier that some threads of the block do not reach"
-# What each build says of kernels in faults.cu.
+# Messages of each build about kernels in faults.cu.
 FAULTS = {
     "ordinary": {
         "sound": "",

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def build(source: Path, torch: Path) -> Path:
-    """The compiled device: made anew when its source or torch has changed."""
+    """The compiled device: compiled again if its source or torch has changed."""
     digest = hashlib.sha256(source.read_bytes() + (torch / "version.py").read_bytes()).hexdigest()[:12]
     library = ROOT / "build" / f"pretend-cuda-{digest}.so"
     if not library.exists():

@@ -2,7 +2,7 @@
 // A "cuda" device for CPU builds of PyTorch. Its memory is the host's, and its kernels are those of the CPU.
 //
 // Tensors know that they are on cuda:0. Operations refuse tensors of both devices, as they do on a GPU. Every operation
-// without a kernel of its own here (`run_on_cpu`) runs on CPU tensors of the same memory. Fresh memory holds NaN.
+// without a kernel in this file (`run_on_cpu`) runs on CPU tensors of the same memory. Fresh memory holds NaN.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -26,7 +26,7 @@ namespace {
 const Device kDevice(c10::DeviceType::CUDA, 0);
 const Stream kStream(Stream::DEFAULT, kDevice);
 
-// ---- What PyTorch asks of a device: a guard, memory, hooks ----
+// ---- The parts of a device: a guard, memory, hooks ----
 
 struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   Device exchangeDevice(Device) const override { return kDevice; }
@@ -80,7 +80,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 namespace {
 
-// ---- Kernels of its own: new tensors, views, sizes, copies ----
+// ---- Kernels: new tensors, views, sizes, copies ----
 
 // A CPU tensor of the same memory.
 Tensor host(const Tensor& t) {
