@@ -110,7 +110,7 @@ def encode_rectangle(
     assert plan.embedding is not None
     rows, run = DenseRows.of(mask), AutogradPass()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    kinds = torch.zeros_like(input_ids) if types is None else types.expand_as(input_ids)
+    kinds = torch.zeros_like(input_ids, dtype=torch.int32) if types is None else types.expand_as(input_ids)
     tokens = (_narrow(rows.rows(input_ids)), rows.rows(positions).int(), _narrow(rows.rows(kinds)))
     embedded = run.embed(tokens, plan.embedding)
     hidden = through(run, rows, embedded, modules, plan.layers, recompute)

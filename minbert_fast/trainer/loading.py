@@ -124,7 +124,7 @@ def load(setting: Setting) -> Loaded:
     stages = plan.share_steps(stages, recipe.training.max_steps)
     for line in dict.fromkeys(line for stage in stages for line in unused_values(stage.recipe)):
         notify(line)
-    for line in _without_effect([stage.recipe for stage in stages], data.tasks):
+    for line in without_effect([stage.recipe for stage in stages], data.tasks):
         notify(line)
     _check_select(recipe, stages, data, notify)
     dev, scored_train = _scored_rows(recipe, data)
@@ -135,11 +135,9 @@ def load(setting: Setting) -> Loaded:
     return Loaded(recipe, tokenizer, data, model, stages, captures, dev, scored_train, fingerprint)
 
 
-def _without_effect(stages: Sequence[Recipe], tasks: Mapping[str, Task]) -> Iterator[str]:
+def without_effect(stages: Sequence[Recipe], tasks: Mapping[str, Task]) -> Iterator[str]:
     """A line for each value that the first stage has and that no stage uses, for reasons that lie in the whole run."""
     first = stages[0]
-    if len(stages) == 1 and first.training.start not in ("last", 0):
-        yield f"training.start = {first.training.start!r} is not used: it belongs to stages after the first"
     if all(stage.model.freeze for stage in stages):
         options = first.optimizer
         if options.head_lr is not None:

@@ -11,7 +11,9 @@ import pytest
 
 from minbert_fast import train
 from minbert_fast.recipes.recipe import Recipe, recipe_names
+from minbert_fast.tasks import build_tasks
 from minbert_fast.tasks.unused import unused_values
+from minbert_fast.trainer.loading import without_effect
 from tests.small import small_data, small_run
 
 
@@ -127,10 +129,6 @@ FROZEN = "is not used: the encoder is frozen"
     ("recipe", "lines"),
     [
         (
-            "[training]\nstart = 'best'\n[tasks.similarity]\n",
-            ["training.start = 'best' is not used: it belongs to stages "],
-        ),
-        (
             "[model]\nfreeze = true\n[optimizer]\nlr = 0.5\nhead_lr = 0.1\nlayer_decay = 0.9\n[tasks.sentiment]\n",
             [
                 f"optimizer.lr = 0.5 {FROZEN}, and the heads have optimizer.head_lr = 0.1",
@@ -156,3 +154,9 @@ def test_a_value_that_no_stage_uses_is_named(
     found = [line for line in run(tmp_path, recipe) if "not used" in line or "not read" in line]
     assert len(found) == len(lines)
     assert all(map(str.startswith, found, lines))
+
+
+def test_no_shipped_recipe_has_a_value_that_no_stage_uses() -> None:
+    for name in recipe_names():
+        recipe = Recipe.load(name)
+        assert not list(without_effect(recipe.resolved_stages(), build_tasks(recipe))), name
