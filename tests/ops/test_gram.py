@@ -13,6 +13,7 @@ from minbert_fast import ops
 from minbert_fast.ops import backend
 from tests.surgery.oracles import random_rows
 from tests.tolerance import assert_within_budget
+from tests.without_gpu import cuda_on_cpu
 
 # Edges of registers (4 to 16 lanes, up to 4 of them), of blocks (512, 1024) and of chunks (8192, 16384).
 COLUMNS = [0, 1, 3, 17, 63, 65, 511, 512, 513, 1025, 8191, 8193, 16385, 40_001]
@@ -69,6 +70,14 @@ def test_more_than_32_tasks(anywhere: torch.device, dtype: torch.dtype) -> None:
     if backend.surgery_implementation(torch.empty(0, device=anywhere)) == "triton" and anywhere.type == "cpu":
         pytest.skip("half a minute in Triton's interpreter")
     check_gram(random_rows(40, 200, dtype).to(anywhere))
+
+
+@pytest.mark.parametrize("tasks", [2, 9])
+def test_more_blocks_than_a_warp_has_lanes(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    J = random_rows(tasks, 40_000 if tasks == 2 else 2500)
+    with cuda_on_cpu.running(cuda_on_cpu.NAME, J.device):
+        monkeypatch.setattr(cuda_on_cpu.extension().processors, "value", 17)
+        check_gram(J)
 
 
 @pytest.mark.gpu

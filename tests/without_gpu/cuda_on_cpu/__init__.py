@@ -113,7 +113,10 @@ def _argument(value: Any) -> Any:
 
 @functools.cache
 def extension() -> SimpleNamespace:
-    """The part of `minbert_fast._C` that ops/native/surgery.py uses, with the CUDA ops in place of the CPU's."""
+    """The part of `minbert_fast._C` that ops/native/surgery.py uses, with the CUDA ops in place of the CPU's.
+
+    `processors.value`: how many the GPU has.
+    """
     library = ctypes.CDLL(str(build([*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "ops.cpp"])))
     library.last_error.restype = ctypes.c_char_p
 
@@ -129,7 +132,9 @@ def extension() -> SimpleNamespace:
         return call
 
     names = re.findall(r"OP\(\w+, (\w+),", (ROOT / "csrc" / "surgery.h").read_text())
-    return SimpleNamespace(**{s.__name__: s for s in _STRUCTS}, **{name: op(name) for name in names})
+    processors = ctypes.c_int.in_dll(library, "processors")
+    structs = {struct.__name__: struct for struct in _STRUCTS}
+    return SimpleNamespace(processors=processors, **structs, **{name: op(name) for name in names})
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A GPU of one processor. Each thread of a block is a fiber (ucontext), which runs until a barrier, a shuffle or its end;
+// A GPU. Each thread of a block is a fiber (ucontext), which runs until a barrier, a shuffle or its end;
 // blocks run one after the other. This file is compiled without sanitizers, and tells them of fibers and barriers.
 #include "cuda_runtime.h"
 
@@ -189,8 +189,9 @@ void __syncthreads(int line) {
   __tsan_acquire(&gpu::barrier);
 }
 
+extern "C" int processors = 1;  // few, so that small grids go round several times; a test may want more
 cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = 1;
+  *value = processors;
   return cudaSuccess;
 }
 

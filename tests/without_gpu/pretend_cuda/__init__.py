@@ -238,7 +238,7 @@ for name in ("add_norm", "attention", "bias_gelu", "embedding"):
 _C.column_sums = on_host(_C.column_sums)
 cuda = cuda_on_cpu.extension()
 structs = {name: struct(name) for name in ("Where", "Matrix", "AdamW")}
-operations = [name for name in vars(cuda) if name not in structs]
+operations = [name for name, op in vars(cuda).items() if callable(op) and name not in structs]
 cpu_ops = {name: of_library(_C, name) for name in operations}
 cuda_ops = {f"cuda_{name}": of_library(cuda, name) for name in operations}
 vars(native.surgery)["_C"] = SimpleNamespace(**structs, **cpu_ops, **cuda_ops)
