@@ -65,6 +65,13 @@ def test_a_run_that_was_stopped_ends_as_the_whole_one(whole: Path, data: Path, t
     torch.testing.assert_close(weights(tmp_path), weights(whole), atol=0, rtol=0)
 
 
+def test_a_run_under_another_default_device_ends_alike(whole: Path, data: Path, tmp_path: Path) -> None:
+    """`torch.set_default_device("cuda")` in a notebook made `fit` fail: numbers of the host lay on the device."""
+    with torch.device("cuda"):
+        run(train.main, *on_gpu(data, tmp_path))
+    torch.testing.assert_close(weights(tmp_path), weights(whole), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["fast", "reference"])
 def test_a_run_without_graphs_ends_alike(whole: Path, data: Path, tmp_path: Path, backend: str) -> None:
     more = ["--set", "model.dropout=0", "--max-steps", "4", "--backend", backend, "--set", "training.graphs=false"]
