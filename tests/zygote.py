@@ -123,9 +123,14 @@ def warm_up() -> None:
 
 def fork(job: dict[str, Any], rank: int) -> int:
     """Starts one process of a job."""
+    import torch
+
     pid = os.fork()
     if pid:
         return pid
+    # torch makes a pool of threads anew after a fork, at the first such call in each thread. Two threads that do so at
+    # the same time end the run ("Invalid thread pool!"), so this happens while there is one.
+    torch.set_num_threads(1)
     if job["folder"]:
         os.chdir(job["folder"])
         os.environ["XDG_CACHE_HOME"] = str(Path(job["folder"], "cache"))
