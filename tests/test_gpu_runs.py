@@ -31,7 +31,7 @@ def run(main: Any, *arguments: object) -> None:
 
 
 def on_gpu(data: Path, output: Path, *more: object) -> list[str]:
-    """Flags of a run of ten steps with PCGrad; batches of a task have one size, so all are of few buckets."""
+    """Flags of a run of ten steps with PCGrad on the GPU."""
     return [*small_run(data, output, "--surgery", "pcgrad", *map(str, more)), "--device", "cuda"]
 
 

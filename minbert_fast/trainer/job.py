@@ -72,7 +72,7 @@ def train(recipe: Recipe, options: Options) -> Path:
     """
     try:
         with joined(choose_device(options.device)) as (world, device), ExitStack() as stack:
-            if torch.get_default_device().type != "cpu":  # `torch.set_default_device`: a run says where tensors lie
+            if torch.get_default_device().type != "cpu":  # a run places its tensors itself
                 stack.enter_context(torch.device("cpu"))
             output = world.from_main(lambda: options.output or unused_directory(Path("runs") / recipe.name))
             path = output
